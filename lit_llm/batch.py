@@ -1,0 +1,34 @@
+"""The contract between data and objectives: field names, shapes and what they mean.
+
+A batch is a plain dict, so that every strategy, device transfer and collate function of the field already knows it.
+"""
+
+from __future__ import annotations
+
+from typing import NotRequired, TypedDict
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+IGNORE_INDEX = -100
+"""The label of a position that is not to be predicted; torch's own default for cross-entropy."""
+
+
+class TokenBatch(TypedDict):
+    """Rows of tokens for a language model.
+
+    Attributes:
+        input_ids: What the network reads.
+        labels: For each position the token it must predict, *already shifted* (position `t` of a causal model holds
+            token `t + 1`), or `IGNORE_INDEX`.
+        document_ids: Which document of its row a position belongs to, counted from 0; present when attention must not
+            cross documents.
+        num_bytes: UTF-8 bytes of text that each row's labels stand for: the denominator of bits per byte.
+        documents: Index, within the split, of the document that each label belongs to; present when predicting.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch seq"]
+    document_ids: NotRequired[Int[Tensor, "batch seq"]]
+    num_bytes: NotRequired[Float[Tensor, " batch"]]
+    documents: NotRequired[Int[Tensor, "batch seq"]]

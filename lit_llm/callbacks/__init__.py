@@ -1,0 +1,1 @@
+"""When, during a run: progress, checkpoints, reports."""

@@ -1,0 +1,82 @@
+"""The checkpoint that a run goes on from."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+
+log = logging.getLogger(__name__)
+
+
+class LastCheckpoint(Checkpoint):
+    """Keeps `checkpoints/last.ckpt` of the run folder fresh, and turns Ctrl-C into a place to go on from.
+
+    Saves after whole optimiser steps only: every so many, at the end, and when interrupted. A second Ctrl-C stops at
+    once.
+
+    Args:
+        every_n_steps: How often.
+    """
+
+    def __init__(self, every_n_steps: int = 500) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"checkpoint.every_n_steps must be at least 1, but is {every_n_steps}")
+        self.every_n_steps = every_n_steps
+        self._saved_step = -1
+        self._interrupted = False
+        self._previous_handler: Any = None
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listens for Ctrl-C."""
+        self._saved_step = trainer.global_step
+        try:
+            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
+        except ValueError:  # not the main thread: a notebook's server, say, has its own way
+            self._previous_handler = None
+
+    def _on_interrupt(self, number: int, frame: Any) -> None:
+        self._interrupted = True
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        log.info("Interrupted: saving after this step. Once more stops at once.")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves where it is time.
+
+        Raises:
+            KeyboardInterrupt: After saving, when the run was interrupted.
+        """
+        step = trainer.global_step
+        if step == self._saved_step:
+            return
+        if self._interrupted or step % self.every_n_steps == 0:
+            self._save(trainer)
+        if self._interrupted:
+            raise KeyboardInterrupt
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves the end."""
+        self._restore_handler()
+        if trainer.global_step != self._saved_step:
+            self._save(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Gives Ctrl-C back."""
+        self._restore_handler()
+
+    def _restore_handler(self) -> None:
+        if self._previous_handler is not None:
+            signal.signal(signal.SIGINT, self._previous_handler)
+            self._previous_handler = None
+
+    def _save(self, trainer: Trainer) -> None:
+        if trainer.fast_dev_run:
+            return
+        trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
+        self._saved_step = trainer.global_step

@@ -1,0 +1,87 @@
+"""A run's metrics as one CSV file."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_llm.checkpoints import replacing
+
+
+class MetricsCSV(Logger):
+    """Writes `metrics.csv`: a row for each step at which something was logged, a column for each metric.
+
+    A resumed run goes on in the same file: what an earlier run logged at or after the first new step goes. (Lightning's
+    own CSV logger deletes the file.)
+
+    Args:
+        folder: The run folder.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        super().__init__()
+        self.path = Path(folder) / "metrics.csv"
+        self._columns = ["step"]
+        self._written = False
+        self._pending: dict[str, Any] = {}
+
+    @property
+    def name(self) -> str:
+        """Nothing to add to the run folder's name."""
+        return ""
+
+    @property
+    def version(self) -> str:
+        """Nothing to add to the run folder's name."""
+        return ""
+
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Does nothing: `config.yaml` has them."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Adds metrics of a step; what comes for the same step shares its row."""
+        metrics = {name: float(value) for name, value in metrics.items() if name != "epoch"}
+        if not metrics:
+            return
+        if self._pending.get("step") != step:
+            self.save()
+            self._pending = {"step": step}
+        self._pending |= metrics
+
+    @rank_zero_only
+    def save(self) -> None:
+        """Writes what is pending."""
+        if not self._pending:
+            return
+        row, self._pending = self._pending, {}
+        new_columns = [name for name in row if name not in self._columns]
+        if self._written and not new_columns:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self._columns).writerow(row)
+            return
+        rows = [r for r in read_metrics(self.path) if self._written or r["step"] < row["step"]]
+        self._columns = list(dict.fromkeys([*self._columns, *(name for r in rows for name in r), *row]))
+        with replacing(self.path) as new, new.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self._columns)
+            writer.writeheader()
+            writer.writerows([*rows, row])
+        self._written = True
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Writes the last row."""
+        self.save()
+
+
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a `metrics.csv`, each with the metrics that it has; none where there is no file."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [{k: float(v) for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+    return [row | {"step": int(row["step"])} for row in rows if "step" in row]

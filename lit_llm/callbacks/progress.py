@@ -1,0 +1,107 @@
+"""The progress of a run on the terminal."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as RichProgress
+
+from lit_llm.callbacks.throughput import Throughput
+
+log = logging.getLogger(__name__)
+
+
+class Progress(ProgressBar):
+    """One bar for the whole run, with loss, tokens a second, share of peak and time left; a line at each validation.
+
+    Where the output is not a terminal the bar becomes a line every so often.
+
+    Args:
+        seconds_between_lines: How often, where the output is not a terminal.
+    """
+
+    def __init__(self, seconds_between_lines: float = 15.0) -> None:
+        super().__init__()
+        self.seconds_between_lines = seconds_between_lines
+        self._enabled = True
+        self._bar: RichProgress | None = None
+        self._started = self._last_line = 0.0
+        self._first_step = 0
+
+    def disable(self) -> None:
+        """Says nothing (Lightning calls this on all processes but the first)."""
+        self._enabled = False
+
+    def enable(self) -> None:
+        """Speaks again."""
+        self._enabled = True
+
+    def print(self, *args: Any, **kwargs: Any) -> None:
+        """Writes a line without disturbing the bar."""
+        if self._enabled:
+            print(*args, file=sys.stderr, flush=True)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows the bar."""
+        self._started = self._last_line = time.perf_counter()
+        self._first_step = trainer.global_step
+        console = Console(stderr=True)
+        if self._enabled and console.is_terminal:
+            columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[status]}")
+            self._bar = RichProgress(*columns, console=console, expand=True, refresh_per_second=4)
+            total = float(trainer.estimated_stepping_batches)
+            total = None if total == float("inf") else total
+            self._bar.add_task("training", total=total, completed=trainer.global_step, status="")
+            self._bar.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Moves the bar; what it says changes with each report."""
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, status=self._status(trainer))
+        elif self._enabled and time.perf_counter() - self._last_line >= self.seconds_between_lines:
+            self._last_line = time.perf_counter()
+            self.print(self._status(trainer))
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says what was found."""
+        if trainer.sanity_checking or not trainer.training and trainer.state.fn != "fit":
+            return
+        found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        self.print(f"step {trainer.global_step:>6}  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the bar away."""
+        self._stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Takes the bar away."""
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _status(self, trainer: Trainer) -> str:
+        throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
+        latest = throughput.latest if throughput else {}
+        step, total = trainer.global_step, float(trainer.estimated_stepping_batches)
+        parts = [f"step {step:>6}/{total:.0f}"]
+        if latest:
+            parts += [f"loss {latest['train/loss']:.3f}", f"{latest['train/tokens_per_second'] / 1e3:.1f}k tok/s"]
+        if "train/mfu" in latest:
+            parts.append(f"mfu {latest['train/mfu']:.0%}")
+        done = step - self._first_step
+        if done and total != float("inf"):
+            left = (time.perf_counter() - self._started) / done * (total - step)
+            parts.append(f"left {int(left) // 60}:{int(left) % 60:02d}")
+        return "  ".join(parts)

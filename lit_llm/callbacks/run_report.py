@@ -1,0 +1,195 @@
+"""What a run leaves behind: results, a picture of its learning curve, a model directory."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+import lit_llm
+from lit_llm.callbacks.metrics_csv import read_metrics
+from lit_llm.callbacks.throughput import Throughput
+from lit_llm.checkpoints import load_model, replacing, save_model
+
+log = logging.getLogger(__name__)
+
+
+class RunReport(Callback):
+    """Writes `results.json`, `learning_curve.png` and `model/` into the run folder.
+
+    `results.json` holds the metrics of the last validation (`val/…`), of the best one (`best/val/…`, `best/step`), of
+    the test (`test/…`), and what it took (`step`, `tokens`, `seconds` of training, `commit`, `command`). `model/` holds
+    the weights of the best validation.
+
+    Args:
+        monitor: Metric that decides which validation is best.
+        mode: Whether its `min` or its `max` is best.
+    """
+
+    def __init__(self, monitor: str = "val/loss", mode: str = "min") -> None:
+        if mode not in ("min", "max"):
+            raise ValueError(f"checkpoint.mode must be min or max, but is {mode!r}")
+        self.monitor, self.mode = monitor, mode
+        self.results: dict[str, Any] = {}
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remembers the metrics."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
+        if self.monitor not in found:
+            known = ", ".join(sorted(found)) or "none"
+            raise ValueError(f"checkpoint.monitor must be a metric of the validation ({known}), but is {self.monitor}")
+        best = self.results.get(f"best/{self.monitor}")
+        sign = 1 if self.mode == "min" else -1
+        if best is None or sign * found[self.monitor] < sign * best:
+            self.results |= {f"best/{k}": v for k, v in found.items()} | {"best/step": trainer.global_step}
+        self.results |= found
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes all of it."""
+        if trainer.fast_dev_run:
+            return
+        self._write(trainer)
+        self._export(trainer, pl_module)
+
+    @rank_zero_only
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes what there is when a run is cut short."""
+        if trainer.state.fn == "fit" and trainer.global_step and not trainer.fast_dev_run:
+            self._write(trainer)
+
+    @rank_zero_only
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Adds the test's metrics."""
+        self._merge(trainer, {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("test/")})
+
+    def _write(self, trainer: Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+        throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
+        cost = {"tokens": throughput.tokens, "seconds": round(throughput.seconds, 2)} if throughput else {}
+        self._merge(
+            trainer,
+            {**self.results, "step": trainer.global_step, **cost, "commit": commit(), "command": command()},
+        )
+        draw_learning_curve(Path(trainer.default_root_dir), self.monitor)
+
+    def _merge(self, trainer: Trainer, news: dict[str, Any]) -> None:
+        path = Path(trainer.default_root_dir) / "results.json"
+        results = json.loads(path.read_text()) if path.exists() else {}
+        with replacing(path) as new:
+            new.write_text(json.dumps(results | news, indent=2) + "\n")
+
+    def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        folder = Path(trainer.default_root_dir)
+        network, best = pl_module.network, folder / "checkpoints" / "best.ckpt"
+        if best.exists():
+            network, _ = load_model(best)
+        if not hasattr(network, "to_hf_config"):
+            log.info(f"No model directory: transformers has no class for a {type(network).__name__}")
+            return
+        results = json.loads((folder / "results.json").read_text())
+        card = model_card(folder.parent.name, network, trainer.datamodule, results)
+        save_model(folder / "model", network, getattr(trainer.datamodule, "tokenizer", None), card)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics so far, so that the best of a resumed run is the best of all of it."""
+        return {"results": self.results}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.results = state_dict["results"]
+
+
+def commit() -> str | None:
+    """The commit of this package's source, with a mark where files differ from it; `None` outside a repository."""
+    where = Path(lit_llm.__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+            cwd=where, capture_output=True, text=True, timeout=10, check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()
+
+
+def command() -> str:
+    """The command line that started this process."""
+    name = "lit-llm" if Path(sys.argv[0]).name in ("lit-llm", "__main__.py") else sys.argv[0]
+    return shlex.join([name, *sys.argv[1:]])
+
+
+def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> str:
+    """What a model is, what it was made from and by, and what it reaches, as Markdown."""
+    figures = {k: v for k, v in results.items() if isinstance(v, float) and k.startswith(("val/", "best/", "test/"))}
+    manifest = {k: v for k, v in getattr(data, "manifest", {}).items() if k != "files"}
+    parameters = sum(p.numel() for p in network.parameters())
+    return "\n".join(
+        [
+            "---",
+            "library_name: transformers",
+            "tags: [lit-llm]",
+            "---",
+            f"# {name}",
+            "",
+            f"A {type(network).__name__} of {parameters:,} parameters, trained by lit-llm {lit_llm.__version__} "
+            f"(commit {results.get('commit')}) with",
+            "",
+            f"    {results.get('command')}",
+            "",
+            f"for {results.get('step'):,} steps over {results.get('tokens', 0):,} tokens in "
+            f"{results.get('seconds', 0):,.0f} s.",
+            "",
+            "| metric | value |",
+            "| --- | ---: |",
+            *(f"| {k} | {v:.4f} |" for k, v in sorted(figures.items())),
+            "",
+            "## Data",
+            "",
+            "```json",
+            json.dumps(manifest, indent=2),
+            "```",
+            "",
+        ]
+    )
+
+
+def draw_learning_curve(folder: Path, monitor: str = "val/loss") -> None:
+    """Draws `learning_curve.png` from `metrics.csv`: loss on both splits, and the metric that says most."""
+    rows = read_metrics(folder / "metrics.csv")
+    if not rows:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    headline = "val/bits_per_byte" if any("val/bits_per_byte" in row for row in rows) else monitor
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    for name, axes, style in (
+        ("train/loss", left, {"color": "tab:gray", "linewidth": 1}),
+        ("val/loss", left, {"color": "tab:blue", "marker": "o", "markersize": 4}),
+        (headline, right, {"color": "tab:green", "marker": "o", "markersize": 4}),
+    ):
+        points = [(row["step"], row[name]) for row in rows if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), label=name, **style)
+            axes.set_xlabel("step")
+            axes.legend()
+            axes.grid(alpha=0.3)
+            if axes is right:
+                axes.set_title(f"{name} {points[-1][1]:.4f}")
+    with replacing(folder / "learning_curve.png") as new:
+        figure.savefig(new, dpi=120)

@@ -1,0 +1,60 @@
+"""What the model writes, while it learns."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_llm.data.tokenizer import boundary_id
+from lit_llm.generation import generate
+
+log = logging.getLogger(__name__)
+
+
+class Samples(Callback):
+    """Continues a few prompts after each validation: on the terminal, and all of them in `samples.txt`.
+
+    Args:
+        prompts: Texts to continue; an empty one starts a document.
+        max_new_tokens: Most tokens added.
+        temperature: As in `generation.choose`.
+        top_p: As in `generation.choose`.
+        seed: Of the draws, so that samples of two steps differ by what was learnt.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str],
+        max_new_tokens: int = 64,
+        temperature: float = 0.7,
+        top_p: float = 0.95,
+        seed: int = 0,
+    ) -> None:
+        self.prompts = prompts
+        self.max_new_tokens = max_new_tokens
+        self.temperature, self.top_p, self.seed = temperature, top_p, seed
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the samples."""
+        if trainer.sanity_checking or trainer.state.fn != "fit":
+            return
+        tokenizer = trainer.datamodule.tokenizer
+        boundary = boundary_id(tokenizer)
+        texts = generate(
+            pl_module.network,
+            [[boundary, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in self.prompts],
+            self.max_new_tokens,
+            self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=boundary,
+        )
+        lines = [f"--- step {trainer.global_step}"]
+        lines += [prompt + tokenizer.decode(text) + "\n" for prompt, text in zip(self.prompts, texts, strict=True)]
+        with (Path(trainer.default_root_dir) / "samples.txt").open("a", encoding="utf-8") as file:
+            file.write("\n".join(lines) + "\n")
+        log.info("\n".join("  | " + line for line in lines[1].rstrip().splitlines()))

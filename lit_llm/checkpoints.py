@@ -1,0 +1,222 @@
+"""Model directories in Hugging Face's form, out and in; checkpoints that are never half-written."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import pkgutil
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+import lit_llm.models
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of `path` to write to, which takes its place once whole; on an error `path` is untouched.
+
+    Works for a file and for a folder.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    try:
+        new = scratch / path.name
+        yield new
+        if new.is_dir() and path.exists():
+            os.rename(path, scratch / "old")
+        elif new.is_file():
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+        os.replace(new, path)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Writes a checkpoint beside its place and renames it; reads one without executing anything in it."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Saves, so that at every moment `path` is either the old checkpoint or the new one."""
+        with replacing(Path(path)) as new:
+            torch.save(checkpoint, new)
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
+        """Loads plain values and tensors only."""
+        return read_checkpoint(Path(path), map_location)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Reads a checkpoint file after checking that it is whole.
+
+    Raises:
+        FileNotFoundError: When there is none.
+        ValueError: When it is truncated, damaged, or holds more than plain values and tensors.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"ckpt_path must be a checkpoint file, but is {path}, which does not exist")
+    others = [p.name for p in sorted(path.parent.glob("*.ckpt")) if p.name != path.name]
+    remedy = f"; {path.parent} also holds {', '.join(others)}" if others else ""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, EOFError, OSError) as error:
+        raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} is not: {error}{remedy}") from error
+    if damaged:
+        raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} is damaged in {damaged}{remedy}")
+    try:
+        return torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"ckpt_path must hold plain values and tensors only, but {path} does not: {reason}{remedy}"
+        ) from error
+
+
+def save_model(folder: Path, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None,
+               card: str | None = None) -> None:
+    """Writes a directory that transformers opens with `AutoModelForCausalLM` and `AutoTokenizer`.
+
+    Args:
+        folder: Where; an earlier one is replaced only once the new one is whole.
+        network: A network with `to_hf_config` and `hf_name`.
+        tokenizer: Goes beside the weights.
+        card: Markdown about the model; becomes its `README.md`.
+
+    Raises:
+        TypeError: When transformers has no class for such a network.
+    """
+    if not hasattr(network, "to_hf_config"):
+        raise TypeError(f"network must have a form that transformers knows, but is a {type(network).__name__}")
+    config = {**network.to_hf_config(), "dtype": "float32"}
+    if tokenizer is not None:
+        tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
+        config |= {f"{name}_token_id": token for name, token in tokens.items()}
+    # A tied matrix is one tensor under its first name.
+    named = {network.hf_name(name): p.detach().float().contiguous().cpu() for name, p in network.named_parameters()}
+    with replacing(folder) as new:
+        new.mkdir()
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        save_file(named, new / "model.safetensors", metadata={"format": "pt"})
+        if tokenizer is not None:
+            tokenizer.save_pretrained(new)
+        if card is not None:
+            (new / "README.md").write_text(card, encoding="utf-8")
+
+
+def load_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    """Reads a network, in evaluation mode, and its tokeniser.
+
+    Args:
+        path: A model directory (ours, or transformers' of an architecture that we have), a run folder, or a
+            checkpoint file.
+
+    Raises:
+        FileNotFoundError: When there is no model at `path`.
+        ValueError: When weights and config do not belong together, or the architecture is not known.
+    """
+    path = Path(path).expanduser()
+    if path.is_file():
+        network, tokenizer = _from_checkpoint(path)
+    else:
+        if not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
+            path = path / "model"
+        if not (path / "config.json").is_file():
+            raise FileNotFoundError(
+                f"model must be a model directory, a run folder or a checkpoint file, but is {path}, which holds no "
+                f"config.json"
+            )
+        network, tokenizer = _from_directory(path)
+    return network.eval(), tokenizer
+
+
+def _from_directory(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    config = json.loads((folder / "config.json").read_text())
+    network = _architecture(config).from_hf_config(config)
+    _fill(network, dict(_tensors(folder)), folder, network.hf_name)
+    has_tokenizer = (folder / "tokenizer.json").is_file()
+    return network, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+
+
+def _architecture(config: dict[str, Any]) -> Any:
+    wanted = (config.get("architectures") or [""])[0]
+    known: dict[str, Any] = {}
+    for module in pkgutil.iter_modules(lit_llm.models.__path__, "lit_llm.models."):
+        for value in vars(importlib.import_module(module.name)).values():
+            if isinstance(value, type):
+                known |= dict.fromkeys(getattr(value, "hf_architectures", ()), value)
+    if wanted not in known:
+        raise ValueError(f"architectures in config.json must be one of {', '.join(sorted(known))}, but is {wanted!r}")
+    return known[wanted]
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"model must hold weights as .safetensors, but {folder} has none")
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 (no dict)
+                    yield name, tensors.get_tensor(name)
+        except SafetensorError as error:
+            raise ValueError(f"model must hold whole weights, but {file} does not: {error}") from error
+
+
+def _fill(network: nn.Module, stored: dict[str, Tensor], source: Path, stored_name: Any = lambda name: name) -> None:
+    """Copies weights by name; every one must be there, fit, and be used."""
+    own = {stored_name(name): p for name, p in network.named_parameters()}
+    # Some directories hold a tied matrix twice.
+    tied = {stored_name(n) for n, _ in network.named_parameters(remove_duplicate=False)} - own.keys()
+    missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys() - tied)
+    for what, names in (("lacks", missing), ("also has", extra)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(f"model must hold the network's tensors and no others, but {source} {what} {names[0]}{more}")
+    with torch.no_grad():
+        for name, p in own.items():
+            if p.shape != stored[name].shape:
+                raise ValueError(
+                    f"{name} must have the shape {tuple(p.shape)} of the network, but has {tuple(stored[name].shape)} "
+                    f"in {source}"
+                )
+            p.copy_(stored[name])
+
+
+def _from_checkpoint(path: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+    checkpoint = read_checkpoint(path)
+    recipe = checkpoint.get("network")
+    if not isinstance(recipe, dict):
+        raise ValueError(f"model must be a checkpoint of an objective of this package, but {path} describes no network")
+    module, _, name = recipe["class_path"].rpartition(".")
+    kind = getattr(importlib.import_module(module), name)
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise ValueError(f"network in {path} must be a torch module, but is {recipe['class_path']}")
+    network = kind(recipe["size"], **recipe.get("init_args", {}))
+    prefix = "network."
+    state = checkpoint["state_dict"]
+    _fill(network, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, path)
+    return network, _tokenizer_of(checkpoint)
+
+
+def _tokenizer_of(checkpoint: dict[str, Any]) -> PreTrainedTokenizerBase | None:
+    for state in checkpoint.values():
+        files = state.get("tokenizer") if isinstance(state, dict) else None
+        if files:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, text in files.items():
+                    (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+                return AutoTokenizer.from_pretrained(folder)
+    return None

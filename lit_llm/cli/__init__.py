@@ -1,0 +1,102 @@
+"""The command `lit-llm`: finds the sub-command, and turns a user's mistake into one line.
+
+Nothing heavy is imported before a sub-command is known, so `--help` and `--version` answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import logging
+import os
+import sys
+
+from lit_llm import __version__
+
+COMMANDS = {
+    "fit": ("lit_llm.cli.training", "train a network: pre-train, fine-tune"),
+    "validate": ("lit_llm.cli.training", "measure a checkpoint on the validation split"),
+    "test": ("lit_llm.cli.training", "measure a checkpoint on the test split"),
+    "predict": ("lit_llm.cli.training", "write what a checkpoint says of each item"),
+    "generate": ("lit_llm.cli.generate", "continue prompts with a trained language model"),
+    "tokenizer": ("lit_llm.cli.tokenizer", "train a tokeniser on a corpus"),
+}
+
+HELP = f"""usage: lit-llm COMMAND [options]
+
+Build large models from zero: raw data, architecture, pre-training, fine-tuning, evaluation.
+
+commands:
+{chr(10).join(f"  {name:<11}{text}" for name, (_, text) in COMMANDS.items())}
+
+examples:
+  lit-llm fit --config configs/pretraining/llama_stdlib.yaml
+  lit-llm fit --config configs/pretraining/llama_stdlib.yaml --data.path my_texts/ --trainer.max_steps 200
+  lit-llm fit --run_dir runs/llama_stdlib/2026-01-31_12-00-00 --ckpt_path last    # go on
+  lit-llm generate --model runs/llama_stdlib/2026-01-31_12-00-00/model --prompt "def main("
+
+options:
+  -h, --help     this; `lit-llm COMMAND --help` explains a command
+  --version      print the version
+
+LIT_LLM_TRACEBACK=1 shows the traceback of an error, LIT_LLM_CACHE=DIR moves the token caches.
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs a command line.
+
+    Args:
+        args: The words after `lit-llm`; `None` takes the process's own.
+
+    Raises:
+        SystemExit: With code 2 after a user's mistake, which is said in one line; 130 after Ctrl-C.
+    """
+    if args is not None:
+        sys.argv = [sys.argv[0], *args]
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return
+    if words[0] == "--version":
+        print(f"lit-llm {__version__}")
+        return
+    if words[0] not in COMMANDS:
+        guess = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        remedy = f"did you mean {guess[0]}?" if guess else "see lit-llm --help"
+        fail(f"command must be one of {', '.join(COMMANDS)}, but is {words[0]}; {remedy}")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # classes of the working directory can be named in configs
+    _speak()
+    module = importlib.import_module(COMMANDS[words[0]][0])
+    try:
+        module.run(words)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        from lit_llm.cli.errors import one_line
+
+        line = one_line(error)
+        if line is None or os.environ.get("LIT_LLM_TRACEBACK"):
+            raise
+        fail(line)
+
+
+def fail(line: str) -> None:
+    """Ends the process over a user's mistake."""
+    print(f"lit-llm: error: {line}", file=sys.stderr)
+    sys.exit(2)
+
+
+class _Lines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def _speak() -> None:
+    """Shows what the package itself has to say, once per group of processes."""
+    logger = logging.getLogger("lit_llm")
+    if not logger.handlers and os.environ.get("LOCAL_RANK", "0") == "0":
+        logger.addHandler(_Lines())
+        logger.setLevel(logging.INFO)
+        logger.propagate = False

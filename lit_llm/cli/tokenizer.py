@@ -1,0 +1,61 @@
+"""`lit-llm tokenizer`: train a tokeniser on a corpus."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from lit_llm.cli.parser import OneLineArguments
+
+
+def run(words: list[str]) -> None:
+    """Runs the command; `words` begins with its name."""
+    train(**vars(_parser().parse_args(words[1:])))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineArguments(
+        prog="lit-llm tokenizer",
+        description="Train a byte-level BPE tokeniser on any corpus that lit_llm.data.text.TextData reads, whole. "
+        "Use it with --data.tokenizer DIR. (A run can also train its own, on its training documents alone: "
+        "--data.tokenizer bpe-4096.)",
+        epilog="example: lit-llm tokenizer --path texts/ --vocab_size 8192 --out tokenizers/texts",
+    )
+    parser.add_argument("--path", default="stdlib", help="as data.path of a run (default stdlib)")
+    parser.add_argument("--subset", help="configuration of a hub data set")
+    parser.add_argument("--column", default="text", help="where a table keeps its text (default text)")
+    parser.add_argument("--max_documents", type=int, help="read only the first ones")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="tokens wanted (default 4096)")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write to; must not exist yet")
+    return parser
+
+
+def train(
+    path: str, subset: str | None, column: str, max_documents: int | None, vocab_size: int, out: Path
+) -> None:
+    """Trains a tokeniser and says what it reaches; arguments as in `lit-llm tokenizer --help`.
+
+    Raises:
+        ValueError: When `out` exists, or the corpus is empty.
+    """
+    from lit_llm.checkpoints import replacing
+    from lit_llm.data.cleaning import Cleaning
+    from lit_llm.data.text import read_texts
+    from lit_llm.data.tokenizer import encode_documents, train_bpe
+
+    if out.exists():
+        raise ValueError(f"--out must be a new folder, but {out} exists")
+    started = time.perf_counter()
+    texts = list(read_texts(path, subset, column, max_documents, Cleaning()))
+    if not texts:
+        raise ValueError(f"--path must hold text, but {path} has none")
+    tokenizer = train_bpe(texts, vocab_size)
+    with replacing(out) as new:
+        tokenizer.save_pretrained(new)
+    size = sum(len(text.encode()) for text in texts)
+    tokens = sum(map(len, encode_documents(tokenizer, texts)))
+    print(
+        f"{len(tokenizer):,} tokens from {len(texts):,} documents, {size / 1e6:.1f} MB, in "
+        f"{time.perf_counter() - started:.0f} s: {size / tokens:.2f} bytes a token; written to {out}"
+    )

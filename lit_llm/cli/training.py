@@ -1,0 +1,283 @@
+"""`lit-llm fit|validate|test|predict`: LightningCLI, with a run folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_llm.callbacks.last_checkpoint import LastCheckpoint
+from lit_llm.callbacks.metrics_csv import MetricsCSV
+from lit_llm.callbacks.predictions import DocumentScores
+from lit_llm.callbacks.progress import Progress
+from lit_llm.callbacks.run_report import RunReport
+from lit_llm.callbacks.throughput import Throughput
+from lit_llm.checkpoints import AtomicCheckpointIO, replacing
+from lit_llm.cli import fail
+from lit_llm.cli.allocator import keep_freed_memory
+from lit_llm.cli.errors import parser_line
+
+log = logging.getLogger(__name__)
+
+RUN_DIR_VARIABLE = "LIT_LLM_RUN_DIR"
+ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config"}
+EXAMPLES = """
+
+A run is one YAML file, named by --config; more of them are laid over it, and each value can be set by its dotted flag,
+such as --model.network.d_model 128. All that the run writes goes to --run_dir: config.yaml, metrics.csv, results.json,
+learning_curve.png, samples.txt, checkpoints/ and model/.
+
+examples:
+  lit-llm fit --config configs/pretraining/llama_stdlib.yaml
+  lit-llm fit --config configs/pretraining/llama_stdlib.yaml --config configs/logging/wandb.yaml --trainer.max_steps 100
+  lit-llm fit --config configs/pretraining/llama_stdlib.yaml --data.path texts/ --data.tokenizer bpe-8192
+  lit-llm fit --run_dir runs/llama_stdlib/2026-01-31_12-00-00 --ckpt_path last      # go on where it stopped
+  lit-llm test --run_dir runs/llama_stdlib/2026-01-31_12-00-00 --ckpt_path best
+  lit-llm fit --config configs/pretraining/llama_stdlib.yaml --print_config         # what the run file comes to"""
+
+
+def run(words: list[str]) -> None:
+    """Runs a training command; `words` is the whole command line after `lit-llm`."""
+    keep_freed_memory()
+    _quiet()
+    words = _with_the_runs_config(words)
+    sys.argv = [sys.argv[0], *words]
+    TrainingCLI(
+        LightningModule,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        parser_class=OneLineParser,
+        save_config_callback=RunConfig,
+        seed_everything_default=1337,
+        auto_configure_optimizers=False,
+        trainer_defaults={"enable_model_summary": False},
+    )
+
+
+def _quiet() -> None:
+    """Leaves out what the libraries say at every start and nobody can act on."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero",
+                 "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for text in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*Checkpoint directory.*",
+                 ".*You are using `torch.load`.*", ".*LightningCLI's args parameter.*", ".*isinstance.treespec.*",
+                 ".*is a boolean argument.*", ".*was deprecated in.*", ".*No positional arguments.*"):
+        warnings.filterwarnings("ignore", message=text)
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def _option(words: list[str], name: str) -> str | None:
+    """The value of an option on the command line, before it is parsed."""
+    for index, word in enumerate(words):
+        if word == name and index + 1 < len(words):
+            return words[index + 1]
+        if word.startswith(name + "="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _with_the_runs_config(words: list[str]) -> list[str]:
+    """Where no config is named but a run folder is, the run's own config comes first."""
+    run_dir = _option(words, "--run_dir")
+    if run_dir is None or _option(words, "--config") or _option(words, "-c"):
+        return words
+    config = Path(run_dir) / "config.yaml"
+    return [words[0], "--config", str(config), *words[1:]] if config.is_file() else words
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says what is wrong with a command line in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the line and exits with code 2."""
+        fail(parser_line(message, (action.dest for action in self._actions)))
+        raise AssertionError
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved config into the run folder: `lit-llm fit --config` of it repeats the run."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes `config.yaml` when a fit starts."""
+        if stage != "fit" or not trainer.is_global_zero:
+            return
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config = {key: value for key, value in config.items() if key not in ABOUT_ONE_RUN}
+        config["trainer"]["default_root_dir"] = None
+        with replacing(Path(trainer.default_root_dir) / "config.yaml") as new:
+            new.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+class CheckpointOptions:
+    """When checkpoints are written.
+
+    Args:
+        monitor: Metric that decides which validation is best; `best.ckpt` and the exported model are of that step.
+        mode: Whether its `min` or its `max` is best.
+        every_n_steps: How often `last.ckpt` is written; also at the end, and on Ctrl-C.
+    """
+
+    def __init__(self, monitor: str = "val/loss", mode: str = "min", every_n_steps: int = 500) -> None:
+        self.monitor, self.mode, self.every_n_steps = monitor, mode, every_n_steps
+
+
+class TrainingCLI(LightningCLI):
+    """LightningCLI, with a folder that is all a run writes to."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds the options that are about the run as a whole."""
+        parser.add_argument(
+            "--run_dir",
+            type=str | None,
+            default=None,
+            help="The only folder that the run writes to; default: runs/<config name>/<time>. With --ckpt_path and no "
+            "--config, the run's own config is used.",
+        )
+        parser.add_argument(
+            "--test_after_fit",
+            type=bool,
+            default=True,
+            help="After training, test the best checkpoint once, where there is a test split.",
+        )
+        parser.add_class_arguments(CheckpointOptions, "checkpoint")
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for subparser in self._subcommand_parsers.values():
+            subparser.description = f"{subparser.description}{EXAMPLES}"
+
+    def _parse_ckpt_path(self) -> None:
+        """Does nothing: Lightning would let the checkpoint's stored values beat an explicit flag."""
+
+    def before_instantiate_classes(self) -> None:
+        """Decides on the run folder, finds the checkpoint in it, and points all that writes there."""
+        config = self.config[self.subcommand]
+        ckpt_path = config.get("ckpt_path")
+        run_dir = self._choose_run_dir(config.get("run_dir"), config.get("config"), ckpt_path)
+        os.environ[RUN_DIR_VARIABLE] = str(run_dir)  # for the processes that a strategy starts
+        if ckpt_path in ("last", "best"):
+            config["ckpt_path"] = str(_checkpoint(run_dir, ckpt_path))
+        elif ckpt_path and not Path(ckpt_path).exists():
+            raise FileNotFoundError(f"ckpt_path must be last, best or a checkpoint file, but is {ckpt_path}, which does not exist")
+        if self.subcommand == "fit" and not ckpt_path and list((run_dir / "checkpoints").glob("*.ckpt")):
+            raise ValueError(
+                f"run_dir must be a new folder, but {run_dir} holds a run; go on with --ckpt_path last, or choose another"
+            )
+        if self.subcommand != "fit" and not ckpt_path:
+            raise ValueError(
+                f"ckpt_path must be last, best or a checkpoint file for `{self.subcommand}`, but is not given"
+            )
+        config["trainer"]["default_root_dir"] = str(run_dir)
+        loggers = config["trainer"].get("logger")
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            options = getattr(logger, "init_args", None)
+            if options is not None and "save_dir" in options and options["save_dir"] in (None, "."):
+                options["save_dir"] = str(run_dir)
+        self.run_dir = run_dir
+
+    def _choose_run_dir(self, given: str | None, configs: Any, ckpt_path: str | None) -> Path:
+        if inherited := os.environ.get(RUN_DIR_VARIABLE):
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                return Path(inherited)
+        if given:
+            return Path(given).expanduser()
+        first = configs[0] if configs else None
+        name = Path(str(getattr(first, "relative", first))).stem if first else self.subcommand
+        family = Path("runs") / name
+        if ckpt_path in ("last", "best"):
+            ran = sorted(p.parent.parent for p in family.glob("*/checkpoints/*.ckpt"))
+            if not ran:
+                raise FileNotFoundError(f"ckpt_path must be in a run folder, but {family} holds none; name one with --run_dir")
+            return ran[-1]
+        if ckpt_path and self.subcommand != "fit" and Path(ckpt_path).parent.name == "checkpoints":
+            return Path(ckpt_path).parent.parent
+        job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+        return family / (job if job and job != "none" else time.strftime("%Y-%m-%d_%H-%M-%S"))
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """The trainer, with what every run of this package has."""
+        options = self._get(self.config_init, "trainer")
+        checkpoint = self._get(self.config_init, "checkpoint")
+        callbacks = list(options["callbacks"] or [])
+        loggers = options["logger"]
+        validates = options["limit_val_batches"] != 0 and getattr(self.datamodule, "validation_fraction", 1) != 0
+        if not options["fast_dev_run"]:
+            callbacks += self._standard_callbacks(checkpoint, validates, callbacks)
+            given = [] if loggers in (None, True, False) else loggers if isinstance(loggers, list) else [loggers]
+            standard = [MetricsCSV(self.run_dir)]
+            if loggers is not False:
+                standard.append(TensorBoardLogger(self.run_dir, name="", version="tensorboard"))
+            loggers = [*given, *standard]
+        plugins = options["plugins"] or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        return super().instantiate_trainer(callbacks=callbacks, logger=loggers, plugins=plugins, **kwargs)
+
+    def _standard_callbacks(self, checkpoint: CheckpointOptions, validates: bool, given: list[Callback]) -> list[Callback]:
+        standard: list[Callback] = [
+            Throughput(),
+            RunReport(checkpoint.monitor, checkpoint.mode),
+            DocumentScores(),
+            LastCheckpoint(checkpoint.every_n_steps),
+        ]
+        if not any(isinstance(c, Progress | RichProgressBar) for c in given):
+            standard.insert(1, Progress())
+        if validates:
+            standard.append(
+                ModelCheckpoint(
+                    dirpath=self.run_dir / "checkpoints",
+                    filename="best",
+                    monitor=checkpoint.monitor,
+                    mode=checkpoint.mode,
+                    save_on_train_epoch_end=False,
+                    enable_version_counter=False,
+                )
+            )
+        return standard
+
+    def before_fit(self) -> None:
+        """Says where the run writes."""
+        log.info(f"Run folder {self.run_dir}")
+
+    def after_fit(self) -> None:
+        """Tests the best checkpoint, and says what came out and what can be done with it."""
+        if self.trainer.fast_dev_run:
+            return
+        best = self.run_dir / "checkpoints" / "best.ckpt"
+        if self._get(self.config, "test_after_fit") and best.exists() and self._has_test():
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False)
+        if self.trainer.is_global_zero:
+            self._summary()
+
+    def _has_test(self) -> bool:
+        loader = self.datamodule.test_dataloader()
+        return loader is not None and len(loader) > 0
+
+    def _summary(self) -> None:
+        results = json.loads((self.run_dir / "results.json").read_text())
+        for name, value in results.items():
+            if isinstance(value, float) and not name.startswith("best/"):
+                print(f"{name:<22}{value:.4f}")
+        print(f"{'run folder':<22}{self.run_dir}")
+        if (self.run_dir / "model").is_dir():
+            print(f"{'model':<22}{self.run_dir / 'model'}")
+
+
+def _checkpoint(run_dir: Path, which: str) -> Path:
+    path = run_dir / "checkpoints" / f"{which}.ckpt"
+    if not path.exists():
+        found = ", ".join(p.stem for p in sorted(path.parent.glob("*.ckpt"))) or "none"
+        raise FileNotFoundError(f"ckpt_path must be a checkpoint in {path.parent} (there: {found}), but is {which}")
+    return path

@@ -1,0 +1,1 @@
+"""What comes in: corpora, tokenisers, packing, data modules."""

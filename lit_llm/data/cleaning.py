@@ -1,0 +1,90 @@
+"""Cleaning of documents: what each step does, and how many documents it dropped."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from lit_llm.data.corpora import Document
+
+LINE_END = re.compile("\r\n?")
+CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+"""Unicode's category Cc without tab and line feed."""
+
+
+@dataclass(frozen=True)
+class Cleaning:
+    """Which cleaning steps are taken, in this order.
+
+    Attributes:
+        unicode_nfc: Compose characters (Unicode normal form C), so that one spelling has one form.
+        strip_control: Remove control characters other than tab and line feed; every line end becomes a line feed.
+        drop_empty: Leave out documents that hold nothing but white space.
+        drop_duplicates: Leave out documents whose text has been seen; the first one stays.
+    """
+
+    unicode_nfc: bool = True
+    strip_control: bool = True
+    drop_empty: bool = True
+    drop_duplicates: bool = True
+
+    def text(self, text: str) -> str:
+        """Cleans one text.
+
+        Example:
+            >>> Cleaning().text("cafe\\u0301\\x00\\r\\n")
+            'café\\n'
+        """
+        if self.unicode_nfc and not text.isascii():
+            text = unicodedata.normalize("NFC", text)
+        if self.strip_control:
+            text = CONTROL.sub("", LINE_END.sub("\n", text))
+        return text
+
+    def documents(self, documents: Iterable[Document], dropped: Counter[str]) -> Iterator[tuple[Document, int]]:
+        """Cleans a corpus in one pass, remembering 8 bytes a document.
+
+        Args:
+            documents: The corpus.
+            dropped: Counts what was left out, by reason; filled in place.
+
+        Yields:
+            The cleaned document and its content hash.
+        """
+        seen: set[int] = set()
+        for document in documents:
+            text = self.text(document.text)
+            if self.drop_empty and not text.strip():
+                dropped["empty"] += 1
+                continue
+            content = content_hash(text)
+            if self.drop_duplicates:
+                if content in seen:
+                    dropped["duplicate"] += 1
+                    continue
+                seen.add(content)
+            yield document._replace(text=text), content
+
+
+def content_hash(text: str) -> int:
+    """64 bits that depend on nothing but the text."""
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+
+def split_of(content: int, validation_fraction: float, test_fraction: float) -> str:
+    """The split of a document, from its content hash alone.
+
+    So equal texts are never in two splits, and a document stays where it is when the corpus grows.
+
+    Example:
+        >>> [split_of(x << 62, validation_fraction=0.25, test_fraction=0.25) for x in range(4)]
+        ['test', 'validation', 'train', 'train']
+    """
+    place = content / 2**64
+    if place < test_fraction:
+        return "test"
+    return "validation" if place < test_fraction + validation_fraction else "train"

@@ -1,0 +1,193 @@
+"""Reads documents from whatever a user has: embedded corpora, files, folders, tables, hub data sets."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lit_llm.data.corpora import EMBEDDED, Document, stdlib_files
+
+TEXT_SUFFIXES = (".txt", ".md", ".py")
+TABLE_FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+PIECE_BYTES = 8192
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents that can be read again and again, always in the same order.
+
+    Attributes:
+        name: As the user wrote it.
+        identity: What decides its content, plain enough for a hash: names, sizes and times, not the texts.
+        read: Starts reading; takes the number of documents to pass over.
+        has_validation: Whether the source has a validation split of its own.
+        has_test: Whether the source has a test split of its own.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    read: Callable[[], Iterator[Document]]
+    has_validation: bool = False
+    has_test: bool = False
+
+    def head(self, max_documents: int) -> Corpus:
+        """The first documents of this corpus."""
+        return replace(
+            self,
+            identity={**self.identity, "max_documents": max_documents},
+            read=lambda: itertools.islice(self.read(), max_documents),
+        )
+
+
+def open_corpus(path: str, subset: str | None = None, column: str = "text", streaming: bool = False) -> Corpus:
+    """Finds out what `path` is and how to read it.
+
+    Args:
+        path: The name of an embedded corpus (`stdlib`, `stdlib-code`, `stdlib-prose`), a file (`.txt`, `.md`, `.py`,
+            `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of such files, or a data set on the hub.
+        subset: Configuration of a hub data set, or of a folder in its layout.
+        column: Where a table keeps the text.
+        streaming: Read a hub data set as it comes, without downloading all of it first.
+
+    Raises:
+        FileNotFoundError: When there is nothing at `path`.
+        ValueError: When there is something, but no text in it.
+    """
+    if path in EMBEDDED:
+        return Corpus(path, {"embedded": path, "python": sys.version.split()[0], "files": _stamps(stdlib_files())},
+                      EMBEDDED[path])
+    where = Path(path).expanduser()
+    if where.is_file():
+        if where.suffix in TABLE_FORMATS:
+            return _table(path, [where], column)
+        return Corpus(path, {"text": _stamps([where])}, lambda: _pieces(where))
+    if where.is_dir():
+        files = sorted(p for p in where.rglob("*") if p.is_file() and not p.name.startswith("."))
+        texts = [p for p in files if p.suffix in TEXT_SUFFIXES]
+        tables = [p for p in files if p.suffix in TABLE_FORMATS]
+        if tables and all(p.name == "README.md" for p in texts):
+            return _hub(path, subset, column, streaming, {"tables": _stamps(tables)})
+        if texts:
+            return Corpus(path, {"text": _stamps(texts)}, lambda: _whole(where, texts))
+        known = ", ".join([*TEXT_SUFFIXES, *TABLE_FORMATS])
+        raise ValueError(f"data.path must hold files of text ({known}), but is {path} with {len(files)} other files")
+    if where.is_absolute() or where.suffix in (*TEXT_SUFFIXES, *TABLE_FORMATS) or not HUB_NAME.fullmatch(path):
+        raise FileNotFoundError(
+            f"data.path must be a file, a folder, a hub data set or one of {', '.join(EMBEDDED)}, "
+            f"but is {path}, which does not exist"
+        )
+    return _hub(path, subset, column, streaming, {"hub": path})
+
+
+def _stamps(files: list[Path]) -> str:
+    """A hash of names, sizes and times of change: as good as the content for files nobody forges, and instant."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        stat = path.stat()
+        digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
+def _utf8(path: Path) -> str:
+    source = path.read_bytes()
+    try:
+        return source.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"data.path must hold UTF-8 text, but {path} has byte 0x{source[error.start]:02x} at offset {error.start}; "
+            f"convert it, for example with `iconv -f latin1 -t utf-8`"
+        ) from None
+
+
+def _whole(root: Path, files: list[Path]) -> Iterator[Document]:
+    for path in files:
+        yield Document(path.relative_to(root).as_posix(), _utf8(path))
+
+
+def _pieces(path: Path) -> Iterator[Document]:
+    """One file, cut at blank lines into documents of about 8 KiB, so that there is something to split by."""
+    text = _utf8(path)
+    start = number = 0
+    while start < len(text):
+        end = text.find("\n\n", start + PIECE_BYTES)
+        end = len(text) if end < 0 else end + 2
+        yield Document(f"{path.name}#{number}", text[start:end])
+        start, number = end, number + 1
+
+
+def _table(path: str, files: list[Path], column: str) -> Corpus:
+    from datasets import load_dataset
+
+    def load() -> Any:
+        options = {"sep": "\t"} if files[0].suffix == ".tsv" else {}
+        names = [str(p) for p in files]
+        return load_dataset(TABLE_FORMATS[files[0].suffix], data_files=names, split="train", streaming=True, **options)
+
+    return Corpus(
+        path,
+        {"table": _stamps(files), "column": column},
+        lambda: _rows(load(), column, path, prefix=files[0].name, split=None),
+    )
+
+
+def _hub(path: str, subset: str | None, column: str, streaming: bool, identity: dict[str, Any]) -> Corpus:
+    from datasets import get_dataset_split_names, load_dataset
+
+    try:
+        splits = get_dataset_split_names(path, subset)
+    except Exception as error:  # the library raises dozens of kinds
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise FileNotFoundError(
+            f"data.path must be a file, a folder, a hub data set or one of {', '.join(EMBEDDED)}, "
+            f"but is {path!r} (subset {subset!r}): {reason}"
+        ) from error
+    local = Path(path).is_dir()
+
+    def read() -> Iterator[Document]:
+        # Evaluation first: where a text stands in two splits, it is the one in training that goes.
+        for split in sorted(splits, key=lambda s: s.startswith("train")):
+            rows = load_dataset(path, subset, split=split, streaming=streaming or local)
+            kind = next((k for k in ("train", "validation", "test") if split.startswith(k)), "train")
+            yield from _rows(rows, column, path, prefix=split, split=kind)
+
+    return Corpus(
+        path,
+        {**identity, "subset": subset, "column": column},
+        read,
+        has_validation=any(s.startswith("validation") for s in splits),
+        has_test=any(s.startswith("test") for s in splits),
+    )
+
+
+def _rows(rows: Any, column: str, path: str, prefix: str, split: str | None) -> Iterator[Document]:
+    from datasets.exceptions import DatasetGenerationError
+
+    try:
+        for number, row in enumerate(rows):
+            if column not in row:
+                names = ", ".join(row)
+                raise ValueError(f"data.column must be one of {names} in {path}, but is {column!r}")
+            text = row[column]
+            if text is None:
+                text = ""
+            if not isinstance(text, str):
+                raise TypeError(
+                    f"data.column must hold text, but {column!r} holds {type(text).__name__} in row {number} of {path}"
+                )
+            yield Document(f"{prefix}/{number}", text, split)
+    except (DatasetGenerationError, UnicodeDecodeError) as error:
+        cause = error.__cause__ or error
+        raise ValueError(f"data.path must be readable as a table, but {path} is not: {cause}") from error

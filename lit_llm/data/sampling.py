@@ -1,0 +1,129 @@
+"""Which rows come when: orders and shards that are functions of seed, epoch and step."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+
+class BatchLoader:
+    """Yields batches cut whole from data with random access, with a position that is a pair of numbers.
+
+    The rows of batch `b` of epoch `e` depend on seed, `e`, `b` and rank alone: to go on after a checkpoint nothing is
+    replayed, at step one hundred or one million. A collection of rows is cut at once, so there is nothing for worker
+    processes to do.
+
+    Args:
+        cut: Makes the batch of the given row indices.
+        num_rows: Rows there are.
+        batch_size: Rows in a batch of one rank.
+        shuffle_seed: Seed of the order, drawn anew each epoch; `None` keeps the rows in order, shares them out so
+            that each is counted once whatever the number of ranks, and keeps the last, smaller batch.
+        rank: This process.
+        world_size: All processes.
+    """
+
+    def __init__(
+        self,
+        cut: Callable[[np.ndarray], Any],
+        num_rows: int,
+        batch_size: int,
+        shuffle_seed: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.cut = cut
+        self.num_rows = num_rows
+        self.batch_size = batch_size
+        self.shuffle_seed = shuffle_seed
+        self.rank, self.world_size = rank, world_size
+        self.epoch = self.batch = 0
+
+    def __len__(self) -> int:
+        """Batches of one epoch, for this rank."""
+        if self.shuffle_seed is not None:
+            return self.num_rows // (self.batch_size * self.world_size)
+        mine = len(range(self.rank, self.num_rows, self.world_size))
+        return -(-mine // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        """Goes on from the current position to the end of its epoch; in order, always from the first row."""
+        order = self._order()
+        first = self.batch if self.shuffle_seed is not None else 0
+        for batch in range(first, len(self)):
+            # The position after this batch, also when the loop that reads us stops early.
+            self.epoch, self.batch = (self.epoch, batch + 1) if batch + 1 < len(self) else (self.epoch + 1, 0)
+            yield self.cut(order[batch * self.batch_size : (batch + 1) * self.batch_size])
+
+    def _order(self) -> np.ndarray:
+        if self.shuffle_seed is None:
+            return np.arange(self.rank, self.num_rows, self.world_size)
+        order = np.random.default_rng((self.shuffle_seed, self.epoch)).permutation(self.num_rows)
+        # Batch by batch, so that a global batch holds the same rows however many ranks share it.
+        order = order[: len(self) * self.batch_size * self.world_size]
+        return order.reshape(len(self), self.batch_size, self.world_size)[:, :, self.rank].ravel()
+
+    def state_dict(self) -> dict[str, int]:
+        """The position: the next batch."""
+        return {"epoch": self.epoch, "batch": self.batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes to a position."""
+        self.epoch, self.batch = state["epoch"], state["batch"]
+
+
+class StreamLoader:
+    """Yields batches cut from a stream of token lists that is too long to keep, or has no end.
+
+    The position is the number of documents read and the tokens left over from them. To go on after a checkpoint the
+    documents before it are read and cleaned again, but not tokenised.
+
+    Args:
+        tokens: Starts the stream for this rank, passing over the given number of documents; yields each one's tokens.
+        cut: Makes a batch out of a stream of tokens and the indices of its rows.
+        seq_len: Tokens in a row.
+        batch_size: Rows in a batch of one rank.
+    """
+
+    def __init__(
+        self,
+        tokens: Callable[[int], Iterator[list[int]]],
+        cut: Callable[[np.ndarray, np.ndarray], Any],
+        seq_len: int,
+        batch_size: int,
+    ) -> None:
+        self.tokens, self.cut = tokens, cut
+        self.seq_len, self.batch_size = seq_len, batch_size
+        self.documents = 0
+        self.left_over: list[int] = []
+
+    def __len__(self) -> int:
+        """No end: a length at all keeps Lightning from reading a batch ahead, so that the position is exact."""
+        return sys.maxsize
+
+    def __iter__(self) -> Iterator[Any]:
+        """Goes on from the current position; begins anew when the stream ends."""
+        wanted = self.batch_size * self.seq_len + 1
+        while True:
+            started = self.documents
+            for ids in self.tokens(self.documents):
+                self.documents += 1
+                self.left_over += ids
+                while len(self.left_over) >= wanted:
+                    block = np.array(self.left_over[:wanted])
+                    self.left_over = self.left_over[wanted - 1 :]
+                    yield self.cut(block, np.arange(self.batch_size))
+            if started == 0 == self.documents:
+                return
+            self.documents = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        return {"documents": self.documents, "left_over": list(self.left_over)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        self.documents, self.left_over = state["documents"], list(state["left_over"])

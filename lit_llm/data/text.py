@@ -1,0 +1,326 @@
+"""Text for language models: any corpus, cleaned, split by document, tokenised once and cut into rows."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule
+
+from transformers import PreTrainedTokenizerBase
+
+from lit_llm.batch import TokenBatch
+from lit_llm.data.cleaning import Cleaning
+from lit_llm.data.corpora import Document
+from lit_llm.data.documents import Corpus, open_corpus
+from lit_llm.data.packing import cut_rows, document_ids, label_documents, num_rows
+from lit_llm.data.sampling import BatchLoader, StreamLoader
+from lit_llm.data.token_cache import TokenCache, TokenSplit, build_cache, cache_folder, cache_name, split_documents
+from lit_llm.data.tokenizer import (
+    boundary_id,
+    encode_documents,
+    fingerprint,
+    load_tokenizer,
+    train_bpe,
+    trained_vocab_size,
+)
+
+log = logging.getLogger(__name__)
+
+STREAM_CHUNK = 64
+
+
+class TextData(LightningDataModule):
+    """Rows of tokens from any text.
+
+    Documents are cleaned, put into a split by a hash of their content (so that none is in two splits, and one stays
+    where it is when the corpus grows), tokenised once into a cache that later runs map into memory, and laid end to
+    end in rows of `seq_len` tokens. A split that the source itself has is used as it is.
+
+    Args:
+        path: The name of an embedded corpus (`stdlib`, `stdlib-code`, `stdlib-prose`), a file or folder of `.txt`,
+            `.md` or `.py`, a table (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), or a data set on the Hugging Face
+            hub, by name or as a local folder.
+        subset: Configuration of a hub data set.
+        column: Where a table keeps its text.
+        max_documents: Read only the first ones.
+        streaming: Train on documents as they come, without tokenising (or downloading) all of them first. Validation,
+            test and a tokeniser to be trained come from the first 10,000 documents.
+        cleaning: Which cleaning steps are taken.
+        validation_fraction: Part of the documents to validate on; 0 for none.
+        test_fraction: Part of the documents to test on; 0 for none.
+        tokenizer: `bytes`; `bpe-<size>`, trained on this corpus's training documents; a folder with a
+            `tokenizer.json`; or a name on the hub.
+        seq_len: Tokens in a row.
+        batch_size: Rows in a batch of one device.
+        mask_documents: Keep attention from crossing documents in a row.
+        seed: Of the order in which rows are drawn.
+
+    Raises:
+        ValueError: When there is no text, not enough for one row or batch, or none to validate on.
+
+    Example:
+        >>> data = TextData(path="stdlib-prose", tokenizer="bytes", seq_len=8, batch_size=2)
+        >>> data.prepare_data(); data.setup("fit")
+        >>> next(iter(data.train_dataloader()))["input_ids"].shape
+        torch.Size([2, 8])
+    """
+
+    def __init__(
+        self,
+        path: str = "stdlib",
+        subset: str | None = None,
+        column: str = "text",
+        max_documents: int | None = None,
+        streaming: bool = False,
+        cleaning: Cleaning = Cleaning(),  # noqa: B008 (frozen)
+        validation_fraction: float = 0.02,
+        test_fraction: float = 0.02,
+        tokenizer: str = "bpe-4096",
+        seq_len: int = 256,
+        batch_size: int = 16,
+        mask_documents: bool = False,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        for name, value in {"seq_len": seq_len, "batch_size": batch_size}.items():
+            if value < 1:
+                raise ValueError(f"data.{name} must be at least 1, but is {value}")
+        if validation_fraction < 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, "
+                f"but are {validation_fraction} and {test_fraction}"
+            )
+        self.path, self.subset, self.column = path, subset, column
+        self.max_documents, self.streaming = max_documents, streaming
+        self.cleaning = cleaning
+        self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
+        self.tokenizer_spec = tokenizer
+        self.seq_len, self.batch_size, self.mask_documents = seq_len, batch_size, mask_documents
+        self.seed = seed
+        self.cache: TokenCache | None = None
+
+    # Facts that objectives and model directories ask for.
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokeniser; there from `setup` on."""
+        return self._cache.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; there from `setup` on."""
+        return self._cache.manifest["vocab_size"]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the data is and how it was made; there from `setup` on."""
+        return self._cache.manifest
+
+    @property
+    def _cache(self) -> TokenCache:
+        if self.cache is None:
+            self.prepare_data()
+            self.setup("fit")
+        assert self.cache is not None
+        return self.cache
+
+    # Lightning's hooks.
+
+    def prepare_data(self) -> None:
+        """Makes the token cache where there is none yet."""
+        self._open_cache()
+
+    def setup(self, stage: str) -> None:
+        """Maps the cache into memory and refuses data that cannot do what `stage` needs."""
+        if self.cache is None:
+            self.cache = self._open_cache()
+        if stage == "fit":
+            self._check_train()
+        if stage in ("fit", "validate") and self.validation_fraction > 0:
+            self._check_validation()
+
+    def train_dataloader(self) -> BatchLoader | StreamLoader:
+        """Rows in an order drawn anew each epoch, or as the stream brings them."""
+        rank, world_size = self._place
+        if self.streaming:
+            return StreamLoader(self._stream, self._cut_stream, self.seq_len, self.batch_size)
+        split = self._cache.split("train")
+        rows = (len(split.tokens) - 1) // self.seq_len  # a row that is not full waits for more text
+        return self._loader(split, rows, self.seed, rank, world_size)
+
+    def val_dataloader(self) -> BatchLoader | list[Any]:
+        """All rows of the validation split, in order, each once whatever the number of processes."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> BatchLoader | list[Any]:
+        """All rows of the test split, as in validation."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> BatchLoader | list[Any]:
+        """The test split, or where there is none the validation split, with each label's document."""
+        return self._evaluation_loader(self.predict_split.name, with_documents=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokeniser's files, so that a checkpoint can read and write text on its own."""
+        folder = self._cache.folder / "tokenizer"
+        return {"tokenizer": {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose tokens mean something else.
+
+        Raises:
+            ValueError: When the checkpoint's tokeniser is not this data's.
+        """
+        if state_dict["tokenizer"]["tokenizer.json"] != self.state_dict()["tokenizer"]["tokenizer.json"]:
+            raise ValueError(
+                f"data.tokenizer must be the checkpoint's, but is {self.tokenizer_spec} of {self.path}, which differs"
+            )
+
+    # How rows are made.
+
+    @property
+    def predict_split(self) -> TokenSplit:
+        """The split that `predict` reads."""
+        return self._cache.split("test" if self.split_rows("test") else "validation")
+
+    def split_rows(self, name: str) -> int:
+        """Rows of a split, a last and partly filled one included."""
+        return num_rows(len(self._cache.split(name).tokens), self.seq_len)
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    def _evaluation_loader(self, name: str, with_documents: bool = False) -> BatchLoader | list[Any]:
+        rows = self.split_rows(name)
+        return self._loader(self._cache.split(name), rows, None, *self._place, with_documents) if rows else []
+
+    def _loader(
+        self, split: TokenSplit, rows: int, seed: int | None, rank: int, world_size: int, with_documents: bool = False
+    ) -> BatchLoader:
+        starts = np.array(split.documents["start"]) if with_documents else None
+
+        def cut(rows: np.ndarray) -> TokenBatch:
+            batch = self._batch(split.tokens, rows)
+            if seed is None:
+                places = split.bytes_before(rows * self.seq_len), split.bytes_before((rows + 1) * self.seq_len)
+                batch["num_bytes"] = torch.from_numpy(places[1] - places[0]).float()
+            if starts is not None:
+                batch["documents"] = torch.from_numpy(label_documents(starts, rows, self.seq_len))
+            return batch
+
+        return BatchLoader(cut, rows, self.batch_size, seed, rank, world_size)
+
+    def _batch(self, tokens: np.ndarray, rows: np.ndarray) -> TokenBatch:
+        ids, labels = cut_rows(tokens, rows, self.seq_len)
+        batch: TokenBatch = {"input_ids": ids, "labels": labels}
+        if self.mask_documents:
+            batch["document_ids"] = document_ids(ids, boundary_id(self.tokenizer))
+        return batch
+
+    def _cut_stream(self, tokens: np.ndarray, rows: np.ndarray) -> TokenBatch:
+        return self._batch(tokens, rows)
+
+    def _stream(self, skip: int) -> Iterator[list[int]]:
+        """Token lists of this rank's training documents, without the first `skip` of them."""
+        rank, world_size = self._place
+        corpus = self._corpus()
+        documents = split_documents(corpus, self.cleaning, self.validation_fraction, self.test_fraction, Counter())
+        mine = itertools.islice(
+            (document.text for document, _, split in documents if split == "train"), rank, None, world_size
+        )
+        mine = itertools.islice(mine, skip, None)
+        boundary = boundary_id(self.tokenizer)
+        while chunk := list(itertools.islice(mine, STREAM_CHUNK)):
+            for ids in encode_documents(self.tokenizer, chunk):
+                yield [boundary, *ids]
+
+    # How the cache is made.
+
+    def _corpus(self) -> Corpus:
+        corpus = open_corpus(self.path, self.subset, self.column, self.streaming)
+        return corpus if self.max_documents is None else corpus.head(self.max_documents)
+
+    def _open_cache(self) -> TokenCache:
+        corpus = self._corpus()
+        if self.streaming:
+            corpus = corpus.head(10_000)
+        size = trained_vocab_size(self.tokenizer_spec)
+        ready = None if size else load_tokenizer(self.tokenizer_spec)
+        description = {
+            "corpus": corpus.name,
+            "identity": corpus.identity,
+            "cleaning": asdict(self.cleaning),
+            "validation_fraction": self.validation_fraction,
+            "test_fraction": self.test_fraction,
+            "tokenizer": self.tokenizer_spec,
+        }
+        name = cache_name(**description, fingerprint=fingerprint(ready) if ready else None)
+        folder = cache_folder() / "tokens" / name
+        if cache := TokenCache.open(folder):
+            return cache
+
+        def documents(dropped: Counter[str]) -> Iterator[tuple[Document, int, str]]:
+            found = False
+            for item in split_documents(
+                corpus, self.cleaning, self.validation_fraction, self.test_fraction, dropped
+            ):
+                found = True
+                yield item
+            if not found:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no documents"
+                raise ValueError(f"data.path must hold text, but {self.path} has none ({reasons})")
+
+        return build_cache(
+            folder,
+            documents,
+            lambda texts: train_bpe(texts, size) if size else ready,
+            description,
+            log.info,
+        )
+
+    def _check_train(self) -> None:
+        tokens = len(self._cache.split("train").tokens)
+        rows = (tokens - 1) // self.seq_len
+        if rows < 1:
+            raise ValueError(
+                f"data.seq_len must leave at least one row to train on, but is {self.seq_len} where the training "
+                f"split of {self.path} has {tokens:,} tokens; lower it or give more text"
+            )
+        needed = self.batch_size * self._place[1]
+        if rows < needed and not self.streaming:
+            raise ValueError(
+                f"data.batch_size must be at most the rows there are to train on, but is {self.batch_size} on "
+                f"{self._place[1]} devices where the training split of {self.path} has {rows} rows of {self.seq_len} "
+                f"tokens; lower it or data.seq_len"
+            )
+
+    def _check_validation(self) -> None:
+        if not self.split_rows("validation"):
+            total = sum(split["documents"] for split in self.manifest["splits"].values())
+            raise ValueError(
+                f"data.validation_fraction must leave a document to validate on, but is {self.validation_fraction}, "
+                f"which takes none of the {total} of {self.path}; raise it, or set it to 0 to go without"
+            )
+
+
+def read_texts(
+    path: str, subset: str | None, column: str, max_documents: int | None, cleaning: Cleaning
+) -> Iterator[str]:
+    """The cleaned texts of any corpus that `TextData` reads, whole: what `lit-llm tokenizer` trains on."""
+    corpus = open_corpus(path, subset, column)
+    if max_documents is not None:
+        corpus = corpus.head(max_documents)
+    for document, _ in cleaning.documents(corpus.read(), Counter()):
+        yield document.text
+
+

@@ -1,0 +1,231 @@
+"""A corpus as tokens on disk: made once, memory-mapped ever after, never seen half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from lit_llm.data.cleaning import Cleaning, split_of
+from lit_llm.data.corpora import Document
+from lit_llm.data.documents import Corpus
+from lit_llm.data.tokenizer import boundary_id, encode_documents
+
+FORMAT = 1
+SPLITS = ("train", "validation", "test")
+CHUNK_BYTES = 4 << 20
+INDEX = np.dtype([("start", "<u8"), ("num_bytes", "<u8"), ("content", "<u8")])
+
+
+def cache_folder() -> Path:
+    """Where caches lie: `LIT_LLM_CACHE`, or `lit-llm` in the user's cache folder."""
+    if own := os.environ.get("LIT_LLM_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-llm"
+
+
+@dataclass(frozen=True)
+class TokenSplit:
+    """The tokens of one split and where its documents lie in them.
+
+    The stream is `boundary document₀ boundary document₁ … boundary`. A label belongs to the document whose token it
+    is, and the boundary that ends a document belongs to it.
+
+    Attributes:
+        tokens: The stream, memory-mapped.
+        documents: For each document the place of the boundary before it, its UTF-8 bytes and its content hash.
+        folder: Where it lies.
+        name: `train`, `validation` or `test`.
+    """
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    folder: Path
+    name: str
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Where each document came from."""
+        return (self.folder / f"{self.name}.ids").read_text(encoding="utf-8").splitlines()
+
+    @cached_property
+    def num_bytes(self) -> int:
+        """UTF-8 bytes of all documents."""
+        return int(self.documents["num_bytes"].sum())
+
+    def bytes_before(self, places: np.ndarray) -> np.ndarray:
+        """Bytes of text that the labels at places `1 … place` of the stream stand for.
+
+        A document's bytes are spread evenly over its labels, which needs nothing from the tokeniser and is exact over
+        whole documents: summed over a split it is the split's size.
+        """
+        starts = self.documents["start"].astype(np.int64)
+        if not len(starts):
+            return np.zeros(len(places))
+        ends = np.append(starts[1:], len(self.tokens) - 1)
+        bytes_at_start = np.concatenate([[0], np.cumsum(self.documents["num_bytes"].astype(np.int64))])
+        places = np.minimum(places, len(self.tokens) - 1)
+        d = np.maximum(np.searchsorted(starts, places, side="left") - 1, 0)
+        part = (places - starts[d]) / np.maximum(ends[d] - starts[d], 1)
+        return bytes_at_start[d] + part * self.documents["num_bytes"][d]
+
+
+@dataclass(frozen=True)
+class TokenCache:
+    """A tokenised corpus.
+
+    Attributes:
+        folder: Where it lies.
+        manifest: Corpus, cleaning, tokeniser, documents, bytes and tokens of each split, and what was dropped and why.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokeniser that made it."""
+        return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+
+    def split(self, name: str) -> TokenSplit:
+        """Maps one split into memory."""
+        path = self.folder / f"{name}.tokens"
+        tokens = np.memmap(path, dtype=self.manifest["dtype"], mode="r")
+        return TokenSplit(tokens, np.load(self.folder / f"{name}.documents.npy", mmap_mode="r"), self.folder, name)
+
+    @classmethod
+    def open(cls, folder: Path) -> TokenCache | None:
+        """The cache in a folder; `None` when there is none, or not all of it."""
+        try:
+            manifest = json.loads((folder / "manifest.json").read_text())
+            whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+        except (OSError, ValueError, KeyError):
+            return None
+        return cls(folder, manifest) if whole else None
+
+
+def cache_name(**parts: Any) -> str:
+    """A folder name from all that decides a cache's content."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def split_documents(
+    corpus: Corpus, cleaning: Cleaning, validation_fraction: float, test_fraction: float, dropped: Counter[str]
+) -> Iterator[tuple[Document, int, str]]:
+    """Cleaned documents with their content hash and split.
+
+    A split that the source has is kept; one that it lacks is cut from the rest by content hash.
+    """
+    validation_fraction = 0.0 if corpus.has_validation else validation_fraction
+    test_fraction = 0.0 if corpus.has_test else test_fraction
+    for document, content in cleaning.documents(corpus.read(), dropped):
+        split = document.split
+        if split is None or split == "train":
+            split = split_of(content, validation_fraction, test_fraction)
+        yield document, content, split
+
+
+def build_cache(
+    folder: Path,
+    documents: Callable[[Counter[str]], Iterator[tuple[Document, int, str]]],
+    make_tokenizer: Callable[[Iterator[str]], PreTrainedTokenizerBase],
+    description: dict[str, Any],
+    report: Callable[[str], None],
+) -> TokenCache:
+    """Tokenises a corpus into `folder`, which appears only once it is whole.
+
+    Args:
+        folder: Where to put it; another process that makes the same at the same time does no harm.
+        documents: Starts a pass over the documents; takes a counter of what is dropped.
+        make_tokenizer: The tokeniser, from the texts of the training split.
+        description: Goes into the manifest.
+        report: Told in one line what was made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        started = time.perf_counter()
+        tokenizer = make_tokenizer(d.text for d, _, split in documents(Counter()) if split == "train")
+        tokenizer.save_pretrained(unfinished / "tokenizer")
+        dropped: Counter[str] = Counter()
+        writers = {name: _SplitWriter(unfinished, name, tokenizer) for name in SPLITS}
+        chunk: list[tuple[Document, int, str]] = []
+        size = 0
+        for item in documents(dropped):
+            chunk.append(item)
+            size += len(item[0].text)
+            if size >= CHUNK_BYTES:
+                _write(chunk, tokenizer, writers)
+                chunk, size = [], 0
+        _write(chunk, tokenizer, writers)
+        counts = {name: writer.finish() for name, writer in writers.items()}
+        manifest = {
+            **description,
+            "vocab_size": len(tokenizer),
+            "dtype": str(next(iter(writers.values())).dtype),
+            "splits": counts,
+            "dropped": dict(dropped),
+            "files": {p.name: p.stat().st_size for p in sorted(unfinished.iterdir()) if p.is_file()},
+        }
+        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        shutil.rmtree(folder, ignore_errors=True)  # one that `open` refused
+        try:
+            os.rename(unfinished, folder)
+        except OSError:
+            if TokenCache.open(folder) is None:  # not that another process was first
+                raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    tokens, size = (sum(c[key] for c in counts.values()) for key in ("tokens", "bytes"))
+    report(
+        f"Tokenised {sum(c['documents'] for c in counts.values()):,} documents, {size / 1e6:.1f} MB, into "
+        f"{tokens / 1e6:.2f} M tokens of {manifest['vocab_size']:,} kinds in {time.perf_counter() - started:.0f} s; "
+        f"kept in {folder}"
+    )
+    return TokenCache(folder, manifest)
+
+
+def _write(chunk: list[tuple[Document, int, str]], tokenizer: Any, writers: dict[str, _SplitWriter]) -> None:
+    for (document, content, split), ids in zip(
+        chunk, encode_documents(tokenizer, [document.text for document, _, _ in chunk]), strict=True
+    ):
+        writers[split].add(document, content, ids)
+
+
+class _SplitWriter:
+    def __init__(self, folder: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
+        self.boundary = boundary_id(tokenizer)
+        self.folder, self.name = folder, name
+        self.tokens = (folder / f"{name}.tokens").open("wb")
+        self.ids = (folder / f"{name}.ids").open("w", encoding="utf-8")
+        self.index: list[tuple[int, int, int]] = []
+        self.written = 0
+
+    def add(self, document: Document, content: int, ids: list[int]) -> None:
+        self.index.append((self.written, len(document.text.encode("utf-8", "surrogatepass")), content))
+        self.tokens.write(np.array([self.boundary, *ids], dtype=self.dtype).tobytes())
+        self.ids.write(document.id.replace("\n", " ") + "\n")
+        self.written += 1 + len(ids)
+
+    def finish(self) -> dict[str, int]:
+        self.tokens.write(np.array([self.boundary], dtype=self.dtype).tobytes())
+        self.tokens.close()
+        self.ids.close()
+        index = np.array(self.index, dtype=INDEX)
+        np.save(self.folder / f"{self.name}.documents.npy", index)
+        size = int(index["num_bytes"].sum())
+        return {"documents": len(index), "bytes": size, "tokens": self.written}

@@ -1,0 +1,133 @@
+"""Decoding with a key-value cache: several prompts at once, greedy or sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from lit_llm.models.attention import KVCache
+
+
+def choose(
+    logits: Float[Tensor, "batch vocab"],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    generator: torch.Generator | None = None,
+) -> Int[Tensor, " batch"]:
+    """Draws a token from each distribution.
+
+    Args:
+        logits: Unnormalised log-probabilities.
+        temperature: Divides the logits; 0 takes the likeliest token.
+        top_k: Keep only the likeliest tokens, this many.
+        top_p: Keep only the likeliest tokens that together have this probability (Holtzman et al., 2019,
+            arXiv:1904.09751); at least one stays.
+        generator: Source of chance.
+
+    Example:
+        >>> choose(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0).tolist()
+        [1]
+    """
+    if temperature == 0:
+        return logits.argmax(dim=-1)
+    logits = logits.float() / temperature
+    if top_k is not None and top_k < logits.shape[-1]:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    if top_p is not None and top_p < 1:
+        ordered, order = logits.sort(descending=True)
+        before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p)
+        logits = logits.masked_fill(dropped, -torch.inf)
+    return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
+
+
+@torch.inference_mode()
+def generate(
+    network: nn.Module,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: int | None = None,
+    on_tokens: Callable[[list[int | None]], None] | None = None,
+) -> list[list[int]]:
+    """Continues each prompt.
+
+    Prompts of unequal length are padded on the left, and the padding is never looked at.
+
+    Args:
+        network: A causal language model that takes `positions`, `mask` and `cache`.
+        prompts: Token ids, at least one each.
+        max_new_tokens: Most tokens added to each prompt.
+        temperature: As in `choose`.
+        top_k: As in `choose`.
+        top_p: As in `choose`.
+        seed: Of the draws; the same seed gives the same text.
+        stop: Token that ends a text; it is not part of the result.
+        on_tokens: Called after each step with the new token of each prompt, `None` for those that have ended.
+
+    Returns:
+        The new tokens of each prompt.
+
+    Raises:
+        ValueError: When a value is out of range, a prompt is empty, or prompt and new tokens outgrow the network.
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0, but is {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, but is {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], but is {top_p}")
+    if not all(prompts):
+        raise ValueError("prompt must hold at least one token, but is empty")
+    longest = max(map(len, prompts))
+    limit = getattr(network, "max_seq_len", None)
+    if limit and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens must be at most {max(limit - longest, 0)}, which is what the network's max_seq_len "
+            f"{limit} leaves after a prompt of {longest} tokens, but is {max_new_tokens}"
+        )
+    device = next(network.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
+    padding = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]
+    places = torch.arange(longest + max_new_tokens, device=device)
+    written = (places >= padding)[:, None, None, :]  # batch 1 1 seq
+    causal = (places <= places[:longest, None])[None, None]
+    cache = KVCache(len(prompts), longest + max_new_tokens)
+
+    was_training = network.training
+    network.eval()
+    try:
+        positions = (places[:longest] - padding).clamp(min=0)
+        # A padding position may look at itself: a row of a softmax must have something in it.
+        mask = (causal & written)[..., :longest] | torch.eye(longest, dtype=torch.bool, device=device)
+        logits = network(ids, positions=positions, mask=mask, cache=cache)[:, -1]
+        texts: list[list[int]] = [[] for _ in prompts]
+        ended = [False] * len(prompts)
+        for step in range(max_new_tokens):
+            chosen = choose(logits, temperature, top_k, top_p, generator)
+            new: list[int | None] = []
+            for index, token in enumerate(chosen.tolist()):
+                ended[index] = ended[index] or token == stop
+                new.append(None if ended[index] else token)
+                if not ended[index]:
+                    texts[index].append(token)
+            if on_tokens is not None:
+                on_tokens(new)
+            if all(ended) or step + 1 == max_new_tokens:
+                break
+            place = longest + step
+            logits = network(
+                chosen[:, None], positions=place - padding, mask=written[..., : place + 1], cache=cache
+            )[:, -1]
+        return texts
+    finally:
+        network.train(was_training)

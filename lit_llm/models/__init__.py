@@ -1,0 +1,1 @@
+"""Networks, plain torch: one architecture a file, over shared layers."""

@@ -1,0 +1,11 @@
+"""The unit of a network that is repeated."""
+
+from torch import nn
+
+
+class Block(nn.Module):
+    """Marks one repeated layer of a network.
+
+    It is the unit for sharding, activation checkpointing, freezing and distillation taps, so those work on every
+    architecture without knowing any: they look for instances of this class.
+    """

@@ -1,0 +1,249 @@
+"""The one base of all objectives: builds the network, groups its parameters, schedules, weighs, logs."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from lit_llm.optimizers import parameter_groups
+from lit_llm.schedulers import Constant, Schedule
+
+log = logging.getLogger(__name__)
+
+Loss = tuple[Float[Tensor, ""], Float[Tensor, ""]]
+"""A loss summed over a batch's targets, and how many those were."""
+
+PART_SCALE = 1024.0
+"""What summed losses are divided by until the step's targets are counted: a size that half precision can hold."""
+
+
+class Objective(LightningModule, ABC):
+    """What is minimised. A subclass writes `loss(batch)`, and names the fact about the data that sizes its network.
+
+    The network is built in `configure_model`, from a recipe rather than an object, so that the same config serves
+    construction on a GPU, on the meta device and from a checkpoint. Its first argument is decided by the data.
+
+    Losses are summed and divided by the number of targets in the whole step, over micro-batches and processes: eight
+    batches of one give the gradient of one batch of eight, whatever the rows' lengths.
+
+    Args:
+        network: Makes the network from its first argument.
+        optimizer: Makes the optimiser from parameter groups (`lit_llm.optimizers`); `None` is AdamW with a learning
+            rate of 1e-3, betas 0.9 and 0.95, weight decay 0.1.
+        schedule: Factor on the learning rates at each step; `None` is constant.
+        decay_embeddings: Let weight decay act on embeddings (it never does on norms and biases).
+    """
+
+    size_name: ClassVar[str]
+    """The argument, and the data module's attribute, that becomes the network's first argument."""
+
+    def __init__(
+        self,
+        network: Callable[..., nn.Module],
+        optimizer: OptimizerCallable | None = None,
+        schedule: Schedule | None = None,
+        decay_embeddings: bool = False,
+    ) -> None:
+        super().__init__()
+        self.make_network = network
+        self.make_optimizer = optimizer
+        self.schedule = schedule or Constant()
+        self.decay_embeddings = decay_embeddings
+        self.network: nn.Module | None = None
+        self.grad_norm: Tensor | None = None
+        self._step_targets: Tensor | float = 0.0
+        self._loss_sum: Tensor | float = 0.0
+        self._target_sum: Tensor | float = 0.0
+
+    @abstractmethod
+    def loss(self, batch: Any) -> Loss:
+        """The loss to be minimised, summed over the batch's targets, and their number."""
+
+    # Building.
+
+    def save_arguments(self) -> None:
+        """Keeps the constructor's arguments in the checkpoint, as plain values that are safe to load.
+
+        To be called by each subclass's constructor. The command line has plain values already; objects given in a
+        notebook are written down as class paths and arguments.
+        """
+        self.save_hyperparameters(frame=inspect.currentframe().f_back)
+        for name, value in self.hparams.items():
+            self.hparams[name] = described(name, value)
+        self.hparams.setdefault("_class_path", f"{type(self).__module__}.{type(self).__qualname__}")
+        self.hparams.setdefault("_instantiator", "lightning.pytorch.cli.instantiate_module")
+
+    def setup(self, stage: str) -> None:
+        """Takes from the data what sizes the network.
+
+        Raises:
+            ValueError: When the data needs more than the config allows.
+        """
+        name = self.size_name
+        needed = getattr(self.trainer.datamodule, name, None)
+        given = self.hparams.get(name)
+        if needed is None:
+            return
+        if given is None:
+            self.hparams[name] = needed
+        elif given < needed:
+            raise ValueError(f"model.{name} must be at least what the data has, {needed}, but is {given}")
+
+    def configure_model(self) -> None:
+        """Builds the network, once."""
+        if self.network is None:
+            size = self.hparams.get(self.size_name)
+            if size is None:
+                raise ValueError(f"model.{self.size_name} must be given where no data decides it, but is None")
+            self.network = self.make_network(size)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimiser over the groups that `optimizers.parameter_groups` makes, and its schedule by the step."""
+        groups = parameter_groups(self.network, self.decay_embeddings)
+        make = self.make_optimizer or functools.partial(
+            AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+        optimizer = make(groups)
+        total = self.trainer.estimated_stepping_batches
+        scheduler = LambdaLR(optimizer, functools.partial(self.schedule.factor, total_steps=total))
+        # What the config says, before a checkpoint's own values are loaded over it.
+        self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        log.info(groups_table(optimizer))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """After a checkpoint was loaded: state comes from the checkpoint, hyper-parameters from the config."""
+        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
+        factor = self.schedule.factor(self.trainer.global_step, self.trainer.estimated_stepping_batches)
+        for group, configured in zip(optimizer.param_groups, self._configured, strict=True):
+            group.update(configured)
+            group["lr"] = configured["initial_lr"] * factor
+        scheduler.base_lrs = [configured["initial_lr"] for configured in self._configured]
+
+    # Training.
+
+    def training_step(self, batch: Any, batch_idx: int) -> Float[Tensor, ""]:
+        """The mean loss of this batch, or, where a step has several, their share of the step's: see below."""
+        total, targets = self.loss(batch)
+        self._loss_sum = self._loss_sum + total.detach()
+        self._target_sum = self._target_sum + targets
+        if not self._step_has_parts:
+            return total / targets.clamp(min=1)
+        self._step_targets = self._step_targets + targets
+        return total / PART_SCALE
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Turns the gradient of the scaled sum into the gradient of the mean over all targets of the step."""
+        if not self._step_has_parts:
+            return
+        targets = self.trainer.strategy.reduce(self._step_targets, reduce_op="sum")
+        self._step_targets = 0.0
+        # Lightning has divided by the micro-batches, and data-parallel strategies average over processes.
+        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        torch._foreach_mul_(gradients, PART_SCALE * parts / targets.clamp(min=1))
+
+    @property
+    def _step_has_parts(self) -> bool:
+        return self.trainer.accumulate_grad_batches > 1 or self.trainer.world_size > 1
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips by the global norm, and keeps that norm for the logs.
+
+        Lightning's own refuses a fused optimiser under bf16-mixed, which needs no unscaling.
+        """
+        if getattr(self.trainer.precision_plugin, "scaler", None) or gradient_clip_algorithm == "value":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+
+    def take_train_loss(self) -> float:
+        """The mean loss over the targets since the last call: the one place that waits for the device.
+
+        Raises:
+            FloatingPointError: When it is not finite.
+        """
+        loss = self._mean_loss()
+        self._loss_sum = self._target_sum = 0.0
+        return loss
+
+    def _mean_loss(self) -> float:
+        loss = float(self._loss_sum) / max(float(self._target_sum), 1.0)
+        if loss != loss or loss in (float("inf"), float("-inf")):
+            raise FloatingPointError(
+                f"train/loss must be finite, but is {loss} at step {self.trainer.global_step}; lower the learning "
+                f"rate, lengthen the warm-up or clip gradients, and go on from the last good checkpoint with "
+                f"--ckpt_path last"
+            )
+        return loss
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds how to build the network; refuses to write weights that a non-finite loss has spoilt."""
+        if self.trainer.training:
+            self._mean_loss()
+        checkpoint["network"] = {**self.hparams["network"], "size": self.hparams[self.size_name]}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuses weights of another network in one line.
+
+        Raises:
+            ValueError: Naming the first parameter that differs.
+        """
+        own, stored = self.state_dict(), checkpoint["state_dict"]
+        for name in sorted(own.keys() | stored.keys()):
+            here, there = (tuple(d[name].shape) if name in d else "absent" for d in (own, stored))
+            if here != there:
+                raise ValueError(
+                    f"ckpt_path must be a checkpoint of this network, but its {name} is {there} where the network's "
+                    f"is {here}"
+                )
+
+
+def groups_table(optimizer: Optimizer) -> str:
+    """What each parameter group holds and how it is optimised, as lines of text."""
+    lines = [f"{type(optimizer).__name__}      tensors  parameters  learning rate  weight decay"]
+    for group in optimizer.param_groups:
+        count = sum(p.numel() for p in group["params"])
+        lines.append(
+            f"  {group.get('role', 'all'):<11}{len(group['params']):>6}{count:>12,}{group['initial_lr']:>15.3g}"
+            f"{group.get('weight_decay', 0.0):>14.3g}"
+        )
+    return "\n".join(lines)
+
+
+def described(name: str, value: Any) -> Any:
+    """A value that a checkpoint can hold without pickling: a class, partial or schedule becomes its path.
+
+    Raises:
+        TypeError: For a function, of which nothing could be rebuilt.
+    """
+    if isinstance(value, functools.partial):
+        return described(name, value.func) | {"init_args": dict(value.keywords)}
+    if isinstance(value, type):
+        return {"class_path": f"{value.__module__}.{value.__qualname__}"}
+    if isinstance(value, Schedule):
+        return described(name, type(value)) | {"init_args": vars(value)}
+    if callable(value):
+        raise TypeError(
+            f"{name} must be a class or a functools.partial of one, so that a checkpoint can rebuild it, but is {value}"
+        )
+    return value

@@ -1,0 +1,201 @@
+"""Parameter groups by role, and Muon for matrices with AdamW for the rest."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.adamw import adamw
+
+from lit_llm.models.block import Block
+
+ROLES = ("matrices", "embeddings", "head", "vectors")
+
+
+def parameter_groups(network: nn.Module, decay_embeddings: bool = False) -> list[dict[str, Any]]:
+    """Sorts the trainable parameters of a network into optimiser groups by what they do.
+
+    Args:
+        network: Any network.
+        decay_embeddings: Let weight decay act on embeddings too.
+
+    Returns:
+        One group for each role that occurs, with its name under `role`: `matrices` (two or more dimensions, inside a
+        `Block`), `embeddings`, `head` (other matrices) and `vectors` (norms and biases). Groups that weight decay must
+        not touch carry `weight_decay: 0.0`; the others take the optimiser's.
+
+    Raises:
+        ValueError: When nothing is trainable.
+
+    Source:
+        No decay on norms and biases: Loshchilov & Hutter's AdamW as practised since Radford et al., 2018.
+    """
+    in_block = {p for module in network.modules() if isinstance(module, Block) for p in module.parameters()}
+    embeddings = {p for module in network.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    by_role: dict[str, list[nn.Parameter]] = defaultdict(list)
+    for p in network.parameters():
+        if not p.requires_grad:
+            continue
+        if p.ndim < 2:
+            role = "vectors"
+        elif p in embeddings:
+            role = "embeddings"
+        else:
+            role = "matrices" if p in in_block else "head"
+        by_role[role].append(p)
+    if not by_role:
+        raise ValueError("network must have trainable parameters, but is frozen as a whole; unfreeze some of it")
+    undecayed = {"vectors"} if decay_embeddings else {"vectors", "embeddings"}
+    return [
+        {"params": by_role[role], "role": role} | ({"weight_decay": 0.0} if role in undecayed else {})
+        for role in ROLES
+        if role in by_role
+    ]
+
+
+def orthogonalize(matrices: Float[Tensor, "n rows cols"], steps: int = 5) -> Float[Tensor, "n rows cols"]:
+    """Moves all singular values of each matrix towards one (into about 0.7 to 1.2), keeping the singular vectors.
+
+    Args:
+        matrices: A stack of matrices of one shape.
+        steps: Newton–Schulz iterations of the quintic `a X + b (X Xᵀ) X + c (X Xᵀ)² X`.
+
+    Returns:
+        In bfloat16, which is precise enough for a direction and fast everywhere.
+
+    Source:
+        Jordan et al., 2024, "Muon", kellerjordan.github.io/posts/muon.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = matrices.bfloat16()
+    wide = x.shape[-2] <= x.shape[-1]
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x if wide else x.mT
+
+
+class Muon(Optimizer):
+    """Orthogonalised momentum for the matrices inside blocks, AdamW for embeddings, head and vectors.
+
+    Idea: a matrix's momentum has a few dominant directions; setting all its singular values to one makes every
+    direction learn at the same pace. Suggested: `lr` 0.02 to 0.1 for matrices whatever their size, with warm-up.
+
+    Args:
+        params: Groups from `parameter_groups`, or plain parameters (two dimensions and more are then matrices).
+        lr: Step of the matrices: the update has a root mean square near `lr / sqrt(max(rows, cols))`.
+        momentum: Of the matrices (Nesterov's form).
+        weight_decay: Decoupled, for the groups that do not say otherwise.
+        embedding_lr: AdamW's learning rate for embeddings.
+        head_lr: AdamW's learning rate for the output layer.
+        vector_lr: AdamW's learning rate for norms and biases.
+        betas: AdamW's averages.
+        eps: AdamW's epsilon.
+
+    Raises:
+        ValueError: When a value is out of range.
+
+    Source:
+        Jordan et al., 2024, "Muon", kellerjordan.github.io/posts/muon, with its scale `sqrt(max(1, rows / cols))`.
+        Matrices of one shape are orthogonalised together in one batched product.
+
+    Example:
+        >>> network = nn.Linear(4, 4)
+        >>> optimizer = Muon(network.parameters(), lr=0.1)
+        >>> network(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+    """
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        embedding_lr: float = 0.01,
+        head_lr: float = 0.002,
+        vector_lr: float = 0.01,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        for name, value in {"lr": lr, "embedding_lr": embedding_lr, "head_lr": head_lr, "vector_lr": vector_lr}.items():
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, but is {value}")
+        for name, value in {"momentum": momentum, "betas[0]": betas[0], "betas[1]": betas[1]}.items():
+            if not 0 <= value < 1:
+                raise ValueError(f"{name} must be in [0, 1), but is {value}")
+        groups = list(params)
+        if groups and not isinstance(groups[0], dict):
+            plain = {"matrices": [p for p in groups if p.ndim >= 2], "vectors": [p for p in groups if p.ndim < 2]}
+            groups = [{"params": members, "role": role} for role, members in plain.items() if members]
+        rates = {"matrices": lr, "embeddings": embedding_lr, "head": head_lr, "vectors": vector_lr}
+        for group in groups:
+            group["lr"] = rates[group["role"]] * group.get("lr_scale", 1.0)
+        super().__init__(
+            groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes one step; `closure` computes the loss and gradients first."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            (self._muon if group["role"] == "matrices" else self._adamw)(group)
+        return loss
+
+    def _muon(self, group: dict[str, Any]) -> None:
+        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        for p in group["params"]:
+            if p.grad is not None:
+                by_shape[p.shape].append(p)
+        for shape, members in by_shape.items():
+            grads = [p.grad for p in members]
+            for p in members:
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            buffers = [self.state[p]["momentum_buffer"] for p in members]
+            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+            nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
+            updates = orthogonalize(torch.stack([u.flatten(1) for u in nesterov]))
+            scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
+            if group["weight_decay"]:
+                torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
+            updates = [u.view(shape) for u in updates.to(members[0].dtype).unbind()]
+            torch._foreach_add_(members, updates, alpha=-group["lr"] * scale)
+
+    def _adamw(self, group: dict[str, Any]) -> None:
+        members = [p for p in group["params"] if p.grad is not None]
+        for p in members:
+            if not self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+                self.state[p]["exp_avg"] = torch.zeros_like(p)
+                self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
+        if not members:
+            return
+        states = [self.state[p] for p in members]
+        adamw(
+            members,
+            [p.grad for p in members],
+            [s["exp_avg"] for s in states],
+            [s["exp_avg_sq"] for s in states],
+            [],
+            [s["step"] for s in states],
+            fused=members[0].device.type in ("cpu", "cuda"),
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )

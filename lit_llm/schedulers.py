@@ -1,0 +1,106 @@
+"""Learning-rate schedules: pure functions of the step, so that a resumed run goes on where it was."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+
+
+class Schedule(ABC):
+    """A factor on every group's learning rate at each optimiser step.
+
+    Args:
+        warmup_steps: Steps over which the factor rises linearly to one.
+
+    Raises:
+        ValueError: When `warmup_steps` is negative.
+    """
+
+    def __init__(self, warmup_steps: int = 0) -> None:
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps must be at least 0, but is {warmup_steps}")
+        self.warmup_steps = warmup_steps
+
+    def factor(self, step: int, total_steps: int) -> float:
+        """The factor at `step` (from 0) of a run of `total_steps`."""
+        if step < self.warmup_steps:
+            return (step + 1) / self.warmup_steps
+        rest = max(1, total_steps - self.warmup_steps)
+        return self.after_warmup(min(1.0, (step - self.warmup_steps) / rest))
+
+    @abstractmethod
+    def after_warmup(self, progress: float) -> float:
+        """The factor when a fraction `progress` in [0, 1] of the steps after the warm-up is done."""
+
+
+class Constant(Schedule):
+    """Stays at one after the warm-up."""
+
+    def after_warmup(self, progress: float) -> float:
+        """Always one."""
+        return 1.0
+
+
+class _Decaying(Schedule):
+    """Falls from one to `final`.
+
+    Args:
+        warmup_steps: As in `Schedule`.
+        final: The factor reached at the last step, in [0, 1].
+    """
+
+    def __init__(self, warmup_steps: int = 0, final: float = 0.0) -> None:
+        super().__init__(warmup_steps)
+        if not 0 <= final <= 1:
+            raise ValueError(f"final must be in [0, 1], but is {final}")
+        self.final = final
+
+
+class Linear(_Decaying):
+    """Falls along a line.
+
+    Example:
+        >>> [Linear(warmup_steps=2).factor(step, total_steps=6) for step in range(6)]
+        [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]
+    """
+
+    def after_warmup(self, progress: float) -> float:
+        """`1 - progress`, scaled to end at `final`."""
+        return 1 - (1 - self.final) * progress
+
+
+class Cosine(_Decaying):
+    """Falls along half a cosine.
+
+    Source:
+        Loshchilov & Hutter, 2016, "SGDR", arXiv:1608.03983, eq. 5, without restarts.
+    """
+
+    def after_warmup(self, progress: float) -> float:
+        """Half a cosine period from one to `final`."""
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class WarmupStableDecay(_Decaying):
+    """Stays at one, then falls along a line over the last part: a run can be prolonged from before the fall.
+
+    Args:
+        warmup_steps: As in `Schedule`.
+        final: The factor reached at the last step, in [0, 1].
+        decay_fraction: Part of the steps after the warm-up over which it falls, in (0, 1].
+
+    Source:
+        Hu et al., 2024, "MiniCPM", arXiv:2404.06395, section 4; the linear fall of Hägele et al., 2024,
+        arXiv:2405.18392.
+    """
+
+    def __init__(self, warmup_steps: int = 0, final: float = 0.0, decay_fraction: float = 0.2) -> None:
+        super().__init__(warmup_steps, final)
+        if not 0 < decay_fraction <= 1:
+            raise ValueError(f"decay_fraction must be in (0, 1], but is {decay_fraction}")
+        self.decay_fraction = decay_fraction
+
+    def after_warmup(self, progress: float) -> float:
+        """One until the last `decay_fraction`, then a line to `final`."""
+        fallen = max(0.0, progress - (1 - self.decay_fraction)) / self.decay_fraction
+        return 1 - (1 - self.final) * fallen
