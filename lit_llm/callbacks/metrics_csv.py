@@ -26,7 +26,7 @@ class MetricsCSV(Logger):
         super().__init__()
         self.path = Path(folder) / "metrics.csv"
         self._columns = ["step"]
-        self._written = False
+        self._last_step: int | None = None
         self._pending: dict[str, Any] = {}
 
     @property
@@ -59,18 +59,25 @@ class MetricsCSV(Logger):
         if not self._pending:
             return
         row, self._pending = self._pending, {}
-        new_columns = [name for name in row if name not in self._columns]
-        if self._written and not new_columns:
+        if self._last_step is not None and row["step"] > self._last_step and set(row) <= set(self._columns):
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self._columns).writerow(row)
-            return
-        rows = [r for r in read_metrics(self.path) if self._written or r["step"] < row["step"]]
+        else:
+            self._rewrite_with(row)
+        self._last_step = row["step"]
+
+    def _rewrite_with(self, row: dict[str, Any]) -> None:
+        """For a new column, a step that already has a row, and the first row of a resumed run."""
+        rows = read_metrics(self.path)
+        if self._last_step is None:
+            rows = [r for r in rows if r["step"] < row["step"]]
+        elif rows and rows[-1]["step"] == row["step"]:
+            row = rows.pop() | row
         self._columns = list(dict.fromkeys([*self._columns, *(name for r in rows for name in r), *row]))
         with replacing(self.path) as new, new.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self._columns)
             writer.writeheader()
             writer.writerows([*rows, row])
-        self._written = True
 
     @rank_zero_only
     def finalize(self, status: str) -> None:
@@ -78,7 +85,7 @@ class MetricsCSV(Logger):
         self.save()
 
 
-def read_metrics(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The rows of a `metrics.csv`, each with the metrics that it has; none where there is no file."""
     if not path.exists():
         return []

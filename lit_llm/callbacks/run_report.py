@@ -39,6 +39,13 @@ class RunReport(Callback):
         self.monitor, self.mode = monitor, mode
         self.results: dict[str, Any] = {}
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Has the last step followed by a validation, wherever `val_check_interval` falls."""
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True
+
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remembers the metrics."""

@@ -40,7 +40,7 @@ class Samples(Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the samples."""
-        if trainer.sanity_checking or trainer.state.fn != "fit":
+        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":
             return
         tokenizer = trainer.datamodule.tokenizer
         boundary = boundary_id(tokenizer)

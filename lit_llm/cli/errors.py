@@ -9,67 +9,102 @@ from collections.abc import Iterable
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-GRAMMAR = re.compile(r"\bmust\b.*\bbut\b", re.DOTALL)
+MAIN_CONFIG = "configs/pretraining/llama_stdlib.yaml"
+GRAMMAR = re.compile(r"\bmust\b.*\bbut\b")
 """What every error raised on purpose in this package says: `<name> must <rule>, but is <value>[; <remedy>]`."""
 
 
 def one_line(error: BaseException) -> str | None:
     """What to tell the user; `None` for an error that is ours, whose traceback should be seen."""
-    text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"disk must have room to write, but is full at {error.filename}; free some, the last checkpoint is whole"
-    if isinstance(error, OSError) and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-        return f"{error.filename} must be writable, but is not: {error.strerror}"
-    if GRAMMAR.search(text) and isinstance(error, ValueError | TypeError | OSError | ArithmeticError | ImportError):
-        return text
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return f"{error.filename} must be readable and writable, but is not: {error.strerror}"
+    if isinstance(error, ValueError | TypeError | OSError | ArithmeticError | ImportError):
+        line = _in_grammar(str(error))
+        if line:
+            return line
     if isinstance(error, MisconfigurationException):
-        return text
+        return _flat(str(error))
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("lit_llm"):
         return f"package {error.name} must be installed for this, but is not; pip install {error.name}"
     return None
 
 
-def parser_line(message: str, known: Iterable[str] = ()) -> str:
+def parser_line(message: str, known: Iterable[str] = (), words: Iterable[str] = ()) -> str:
     """Says in our grammar, in one line, what jsonargparse found wrong.
 
     Args:
         message: Its message, of any length.
         known: All keys that the command has, to guess what a misspelt one was meant to be.
+        words: The command line, to name a nested key as the user did.
+
+    Example:
+        >>> parser_line("Parser key \"x\":\\n  Expected a <class 'int'>. Got value: abc", words=["--data.x", "abc"])
+        'data.x must be a whole number, but is abc'
     """
-    text = " ".join(message.split())
-    if match := re.search(r"[Kk]ey \"([\w.+]+)\".*?Expected an? (?:<class '([\w.]+)'>|([\w.]+)).*?Got value: (.+?)(?: - |$)", text):
-        key, kind, other, value = match.groups()
-        return f"{_short(key)} must be {_article(kind or other)}, but is {value.strip()}"
-    if match := re.search(r"Option '([\w.+]+)' is not accepted|does not accept option '([\w.+]+)'|[Kk]ey '([\w.+]+)' is not expected", text):
-        option = next(filter(None, match.groups()))
-        owner = re.search(r"class_path '([\w.]+)'", text)
-        where = f"an option of {owner[1]}" if owner else "an option"
-        return f"{option} must be {where}, but is none{_guess(option, known)}"
+    if line := _in_grammar(message):
+        return line
+    text = _flat(message)
+    if match := re.search(r"[Kk]ey \"(?P<key>[\w.+]+)\"", text):
+        key = _as_written(match["key"], words)
+        if found := re.search(r"File does not exist: '(.+?)'", text):
+            return f"{key} must be a file, but is {found[1]}, which does not exist"
+        value = re.search(r"(?:Got value|Given value): (.+)$", text)
+        path = re.search(r"(?:Expected a path but|import path format:|import path string:) (\S+)", text)
+        if path:
+            return f"{key} must be a class path or a YAML file, but is {path[1]}, which is neither"
+        kinds = _kinds(text)
+        if value and kinds:
+            return f"{key} must be {kinds}, but is {value[1].strip()}"
+    if match := re.search(r"(?:Option|accept option|Key|key) ['\"]([\w.+]+)['\"](?: is not (?:accepted|expected)|$)", text):
+        return f"{_as_written(match[1], words)} must be an option, but is none{_guess(match[1], known)}"
     if match := re.search(r"[Uu]nrecognized arguments?: (.+)", text):
-        option = match[1].split()[0].split("=")[0]
-        return f"{option} must be an option, but is none{_guess(option.lstrip('-'), known)}"
+        option = match[1].split()[0].split("=")[0].lstrip("-")
+        return f"{option} must be an option, but is none{_guess(option, known)}"
     if match := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
         return f"class_path must name a class, but {match[1]} has no {match[2]}"
     if match := re.search(r"No module named '([\w.]+)'", text):
         return f"class_path must name a class, but there is no module {match[1]}"
-    if match := re.search(r"Key \"([\w.]+)\" is required", text):
-        return f"{match[1]} must be given, but is not; start from a config, for example --config configs/pretraining/llama_stdlib.yaml"
+    if match := re.search(r"Problems parsing config: (.+)", text):
+        return f"config must be YAML, but is not: {match[1]}"
+    if match := re.search(r"(?:arguments are required:|[Kk]ey) (.+?)(?: is required.*)?$", text):
+        names = ", ".join(sorted(name.split(".", 1)[-1] for name in match[1].replace('"', "").split(", ")))
+        return f"{names} must be given, but are not; start from a run file, such as --config {MAIN_CONFIG}"
     return text
 
 
-def _short(key: str) -> str:
-    return re.sub(r"\.init_args\b", "", key)
+def _flat(text: str) -> str:
+    return " ".join(text.split())
 
 
-def _article(kind: str) -> str:
-    kind = kind.rsplit(".", 1)[-1]
-    return {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}.get(kind, f"a {kind}")
+def _in_grammar(message: str) -> str | None:
+    """The line of a message that one of our own errors is, however deep a library has wrapped it."""
+    for line in message.splitlines():
+        if GRAMMAR.search(line):
+            return line.strip(" -")
+    return None
+
+
+def _as_written(key: str, words: Iterable[str]) -> str:
+    """A nested key by the name that the user gave it, where it came from the command line."""
+    names = [word.split("=", 1)[0].lstrip("-") for word in words if word.startswith("--")]
+    return next((name for name in names if name == key or name.endswith("." + key)), key)
+
+
+def _kinds(text: str) -> str:
+    """What jsonargparse expected, as words."""
+    names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
+    found = re.findall(r"Expected an? <class '([\w.]+)'>", text)
+    choices = [choice for group in re.findall(r"Expected a typing\.Literal\[(.+?)\]", text) for choice in group.split(", ")]
+    words = ["one of " + ", ".join(dict.fromkeys(choice.strip("'") for choice in choices))] if choices else []
+    words += [names.get(kind, f"a {kind.rsplit('.', 1)[-1]}") for kind in found if kind != "NoneType" and not choices]
+    return " or ".join(dict.fromkeys(words))
 
 
 def _guess(option: str, known: Iterable[str]) -> str:
     known = list(known)
-    last = option.rsplit(".", 1)[-1]
     close = difflib.get_close_matches(option, known, n=1) or difflib.get_close_matches(
-        last, {key.rsplit(".", 1)[-1] for key in known}, n=1
+        option.rsplit(".", 1)[-1], {key.rsplit(".", 1)[-1] for key in known}, n=1
     )
     return f"; did you mean {close[0]}?" if close else ""

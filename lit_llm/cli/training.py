@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -68,8 +69,7 @@ def run(words: list[str]) -> None:
 
 def _quiet() -> None:
     """Leaves out what the libraries say at every start and nobody can act on."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero",
-                 "lightning.fabric.utilities.seed"):
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for text in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*Checkpoint directory.*",
                  ".*You are using `torch.load`.*", ".*LightningCLI's args parameter.*", ".*isinstance.treespec.*",
@@ -103,7 +103,7 @@ class OneLineParser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the line and exits with code 2."""
-        fail(parser_line(message, (action.dest for action in self._actions)))
+        fail(parser_line(message, [action.dest for action in self._actions], sys.argv))
         raise AssertionError
 
 
@@ -159,6 +159,18 @@ class TrainingCLI(LightningCLI):
         for subparser in self._subcommand_parsers.values():
             subparser.description = f"{subparser.description}{EXAMPLES}"
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, without the options that this command line decides."""
+        decided = {"weights_only", "verbose", "return_predictions"}
+        return {name: skipped | decided for name, skipped in LightningCLI.subcommands().items()}
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        decided = {"weights_only": True} | {
+            "validate": {"verbose": False}, "test": {"verbose": False}, "predict": {"return_predictions": False}
+        }.get(subcommand, {})
+        return super()._prepare_subcommand_kwargs(subcommand) | decided
+
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would let the checkpoint's stored values beat an explicit flag."""
 
@@ -180,6 +192,12 @@ class TrainingCLI(LightningCLI):
             raise ValueError(
                 f"ckpt_path must be last, best or a checkpoint file for `{self.subcommand}`, but is not given"
             )
+        try:
+            run_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(
+                f"run_dir must be a folder that can be written to, but is {run_dir}: {error.strerror}"
+            ) from error
         config["trainer"]["default_root_dir"] = str(run_dir)
         loggers = config["trainer"].get("logger")
         for logger in loggers if isinstance(loggers, list) else [loggers]:
@@ -247,6 +265,18 @@ class TrainingCLI(LightningCLI):
             )
         return standard
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit:
+            if self.trainer.interrupted and self.trainer.is_global_zero:
+                log.info(f"Stopped at step {self.trainer.global_step}. To go on: {self._go_on()}")
+                sys.exit(130)
+            raise
+
+    def _go_on(self) -> str:
+        return shlex.join(["lit-llm", "fit", "--run_dir", str(self.run_dir), "--ckpt_path", "last"])
+
     def before_fit(self) -> None:
         """Says where the run writes."""
         log.info(f"Run folder {self.run_dir}")
@@ -257,9 +287,20 @@ class TrainingCLI(LightningCLI):
             return
         best = self.run_dir / "checkpoints" / "best.ckpt"
         if self._get(self.config, "test_after_fit") and best.exists() and self._has_test():
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False)
+            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True)
         if self.trainer.is_global_zero:
             self._summary()
+
+    def after_validate(self) -> None:
+        """Says what was found."""
+        self._print_metrics(self.trainer.callback_metrics)
+
+    after_test = after_validate
+
+    def _print_metrics(self, metrics: dict[str, Any]) -> None:
+        if self.trainer.is_global_zero:
+            for name, value in metrics.items():
+                print(f"{name:<22}{float(value):.4f}")
 
     def _has_test(self) -> bool:
         loader = self.datamodule.test_dataloader()
@@ -267,9 +308,7 @@ class TrainingCLI(LightningCLI):
 
     def _summary(self) -> None:
         results = json.loads((self.run_dir / "results.json").read_text())
-        for name, value in results.items():
-            if isinstance(value, float) and not name.startswith("best/"):
-                print(f"{name:<22}{value:.4f}")
+        self._print_metrics({name: v for name, v in results.items() if name.startswith(("val/", "test/", "seconds"))})
         print(f"{'run folder':<22}{self.run_dir}")
         if (self.run_dir / "model").is_dir():
             print(f"{'model':<22}{self.run_dir / 'model'}")

@@ -129,7 +129,9 @@ def _pieces(path: Path) -> Iterator[Document]:
 
 
 def _table(path: str, files: list[Path], column: str) -> Corpus:
-    from datasets import load_dataset
+    from datasets import load_dataset, logging
+
+    logging.set_verbosity(logging.CRITICAL)  # errors are said once, by us
 
     def load() -> Any:
         options = {"sep": "\t"} if files[0].suffix == ".tsv" else {}
@@ -144,8 +146,9 @@ def _table(path: str, files: list[Path], column: str) -> Corpus:
 
 
 def _hub(path: str, subset: str | None, column: str, streaming: bool, identity: dict[str, Any]) -> Corpus:
-    from datasets import get_dataset_split_names, load_dataset
+    from datasets import get_dataset_split_names, load_dataset, logging
 
+    logging.set_verbosity(logging.CRITICAL)
     try:
         splits = get_dataset_split_names(path, subset)
     except Exception as error:  # the library raises dozens of kinds
@@ -173,21 +176,20 @@ def _hub(path: str, subset: str | None, column: str, streaming: bool, identity: 
 
 
 def _rows(rows: Any, column: str, path: str, prefix: str, split: str | None) -> Iterator[Document]:
-    from datasets.exceptions import DatasetGenerationError
-
-    try:
-        for number, row in enumerate(rows):
-            if column not in row:
-                names = ", ".join(row)
-                raise ValueError(f"data.column must be one of {names} in {path}, but is {column!r}")
-            text = row[column]
-            if text is None:
-                text = ""
-            if not isinstance(text, str):
-                raise TypeError(
-                    f"data.column must hold text, but {column!r} holds {type(text).__name__} in row {number} of {path}"
-                )
-            yield Document(f"{prefix}/{number}", text, split)
-    except (DatasetGenerationError, UnicodeDecodeError) as error:
-        cause = error.__cause__ or error
-        raise ValueError(f"data.path must be readable as a table, but {path} is not: {cause}") from error
+    remaining = enumerate(rows)
+    while True:
+        try:
+            number, row = next(remaining)
+        except StopIteration:
+            return
+        except Exception as error:  # each format's reader raises its own kinds
+            reason = " ".join(str(error.__cause__ or error).split())
+            raise ValueError(f"data.path must be a table that can be read, but {path} is not: {reason}") from error
+        if column not in row:
+            raise ValueError(f"data.column must be one of {', '.join(row)} in {path}, but is {column!r}")
+        text = "" if row[column] is None else row[column]
+        if not isinstance(text, str):
+            raise TypeError(
+                f"data.column must hold text, but {column!r} holds {type(text).__name__} in row {number} of {path}"
+            )
+        yield Document(f"{prefix}/{number}", text, split)

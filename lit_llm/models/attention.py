@@ -141,13 +141,10 @@ class Attention(nn.Module):
             cache: Where earlier keys and values are kept, and the new ones added.
             layer: Index of this layer in the cache.
         """
-        q, k, v = (
-            proj(x).unflatten(-1, (-1, self.d_head)).transpose(1, 2)
-            for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (proj(x).unflatten(-1, (-1, self.d_head)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, by), rotate(k, by)
+        q, k, v = rotate(q.transpose(1, 2), by), rotate(k.transpose(1, 2), by), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(layer, k, v)
         return self.o_proj(attend(q, k, v, mask).transpose(1, 2).flatten(2))

@@ -183,7 +183,7 @@ class Llama(nn.Module):
         """
         return self.lm_head(self.hidden(input_ids, document_ids, positions, mask, cache))
 
-    def flops_per_token(self, seq_len: int) -> float:
+    def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of one training step, forward and backward, per token of a row.
 
         Source:

@@ -95,7 +95,7 @@ class CausalLM(Objective):
         self._log(self.test_metric, "test")
 
     def _log(self, metric: LanguageModeling, split: str) -> None:
-        self.log_dict({f"{split}/{name}": value for name, value in metric.compute().items()})
+        self.report({f"{split}/{name}": value for name, value in metric.compute().items()})
         metric.reset()
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Any]:

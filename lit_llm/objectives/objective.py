@@ -174,6 +174,16 @@ class Objective(LightningModule, ABC):
         elif gradient_clip_val:
             self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
+    def report(self, metrics: dict[str, Tensor]) -> None:
+        """Logs the metrics of a whole evaluation: for callbacks, and at the step they were taken for the loggers.
+
+        (Lightning would log those of a validation one step too early.)
+        """
+        self.log_dict(metrics, logger=False)
+        if not self.trainer.sanity_checking:
+            for logger in self.trainer.loggers:
+                logger.log_metrics({name: float(v) for name, v in metrics.items()}, step=self.trainer.global_step)
+
     def take_train_loss(self) -> float:
         """The mean loss over the targets since the last call: the one place that waits for the device.
 
@@ -208,6 +218,8 @@ class Objective(LightningModule, ABC):
         Raises:
             ValueError: Naming the first parameter that differs.
         """
+        if self.hparams["network"] is None:
+            self.hparams.update(checkpoint["hyper_parameters"])
         own, stored = self.state_dict(), checkpoint["state_dict"]
         for name in sorted(own.keys() | stored.keys()):
             here, there = (tuple(d[name].shape) if name in d else "absent" for d in (own, stored))
@@ -242,6 +254,8 @@ def described(name: str, value: Any) -> Any:
         return {"class_path": f"{value.__module__}.{value.__qualname__}"}
     if isinstance(value, Schedule):
         return described(name, type(value)) | {"init_args": vars(value)}
+    if callable(value) and getattr(value, "__module__", "").startswith("jsonargparse"):
+        return None  # `load_from_checkpoint` at work; `on_load_checkpoint` knows what this was made from
     if callable(value):
         raise TypeError(
             f"{name} must be a class or a functools.partial of one, so that a checkpoint can rebuild it, but is {value}"

@@ -1,0 +1,33 @@
+PYTHON ?= python3
+BIN := .venv/bin
+RUN := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
+
+.PHONY: demo test lint
+
+demo: .venv/base  ## train the main config, generate, print what came out
+	$(BIN)/lit-llm fit --config configs/pretraining/llama_stdlib.yaml --run_dir $(RUN)
+	@echo; echo "What it writes:"; echo
+	@$(BIN)/lit-llm generate --model $(RUN)/model --prompt "def read_file(" --max_new_tokens 100 --seed 1
+	@echo
+	@echo "All of it lies in $(RUN):"
+	@echo "  model/               opens with transformers' AutoModelForCausalLM and AutoTokenizer"
+	@echo "  learning_curve.png   metrics.csv  tensorboard/  samples.txt  results.json"
+	@echo "  config.yaml          the run as one file     checkpoints/   best and last"
+	@echo "Try next (put .venv/bin on your PATH first):"
+	@echo "  lit-llm generate --model $(RUN)/model --prompt 'class Stack:'"
+	@echo "  lit-llm fit --config configs/pretraining/llama_stdlib.yaml --data.path YOUR_TEXTS/"
+	@echo
+	@$(BIN)/python -c "import json; print('val/bits_per_byte', round(json.load(open('$(RUN)/results.json'))['val/bits_per_byte'], 4))"
+
+test: .venv/dev  ## the whole suite, as CI runs it
+	$(BIN)/ruff check .
+	$(BIN)/pytest
+
+.venv/base: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet -c constraints.txt -e .
+	@touch $@
+
+.venv/dev: .venv/base
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	@touch $@

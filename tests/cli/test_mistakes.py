@@ -1,0 +1,252 @@
+"""Each mistake of a user is one line on the terminal, exit code 2, no traceback, and nothing lost."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+
+def said(outcome) -> str:
+    assert outcome.code == 2, outcome.err
+    assert "Traceback" not in outcome.err
+    assert outcome.last_line.startswith("lit-llm: error: ")
+    return outcome.last_line.removeprefix("lit-llm: error: ")
+
+
+FLAGS = {
+    "missing path": (
+        ["--data.path", "/nowhere/x.txt"],
+        "data.path must be a file, a folder, a hub data set or one of stdlib, stdlib-code, stdlib-prose, but is "
+        "/nowhere/x.txt, which does not exist",
+    ),
+    "vocabulary too small": (
+        ["--model.vocab_size", "100"],
+        "model.vocab_size must be at least what the data has, 257, but is 100",
+    ),
+    "heads that do not divide": (
+        ["--model.network.num_heads", "3"],
+        "num_heads must divide d_model, but is 3 with d_model 16",
+    ),
+    "unknown key at the top": (
+        ["--trainer.max_stepz", "3"],
+        "trainer.max_stepz must be an option, but is none; did you mean trainer.max_steps?",
+    ),
+    "unknown key inside a network": (
+        ["--model.network.d_modl", "3"],
+        "model.network.d_modl must be an option, but is none; did you mean d_model?",
+    ),
+    "wrong type": (["--trainer.max_steps", "abc"], "trainer.max_steps must be a whole number, but is abc"),
+    "wrong type inside": (["--data.batch_size", "1.5"], "data.batch_size must be a whole number, but is 1.5"),
+    "wrong choice": (
+        ["--trainer.precision", "bf17"],
+        "trainer.precision must be one of transformer-engine, transformer-engine-float16, 16-true, 16-mixed, "
+        "bf16-true, bf16-mixed, 32-true, 64-true, 64, 32, 16, bf16, but is bf17",
+    ),
+    "value out of range": (
+        ["--model.schedule.warmup_steps", "-1"],
+        "warmup_steps must be at least 0, but is -1",
+    ),
+    "no such class": (
+        ["--model.optimizer", "Nope"],
+        "model.optimizer must be a class path or a YAML file, but is Nope, which is neither",
+    ),
+    "rows longer than the network reads": (
+        ["--data.seq_len", "1024", "--data.batch_size", "1"],
+        re.compile(r"data.seq_len must be at most the network's max_seq_len, \d+, but is 1024"),
+    ),
+    "empty validation split": (
+        ["--data.validation_fraction", "0.000001"],
+        re.compile(
+            r"data.validation_fraction must leave a document to validate on, but is 1e-06, which takes none of the 80 "
+            r"of .*; raise it, or set it to 0 to go without"
+        ),
+    ),
+    "monitor that nothing logs": (
+        ["--checkpoint.monitor", "val/nope"],
+        "checkpoint.monitor must be a metric of the validation (val/bits_per_byte, val/loss, val/perplexity), but is "
+        "val/nope",
+    ),
+    "no such config": (["--config", "/nowhere.yaml"], "config must be a file, but is /nowhere.yaml, which does not exist"),
+    "no such checkpoint": (
+        ["--ckpt_path", "nowhere.ckpt"],
+        "ckpt_path must be last, best or a checkpoint file, but is nowhere.ckpt, which does not exist",
+    ),
+    "folder that cannot be": (
+        ["--run_dir", "/proc/nowhere"],
+        "run_dir must be a folder that can be written to, but is /proc/nowhere: No such file or directory",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FLAGS)
+def test_a_wrong_flag(lit_llm, tiny, tmp_path, case):
+    flags, wanted = FLAGS[case]
+    words = ["fit", *tiny, "--run_dir", tmp_path / "run", *flags]
+    line = said(lit_llm(*words))
+    assert re.fullmatch(wanted, line) if isinstance(wanted, re.Pattern) else line == wanted
+
+
+FILES = {
+    "empty file": ("empty.txt", b"", "data.path must hold text, but {path} has none (no documents)"),
+    "only white space": ("blank.txt", b"  \n ", "data.path must hold text, but {path} has none (1 empty)"),
+    "shorter than a row": (
+        "short.txt",
+        b"hello",
+        "data.seq_len must leave at least one row to train on, but is 32 where the training split of {path} has 7 "
+        "tokens; lower it or give more text",
+    ),
+    "invalid UTF-8": (
+        "latin.txt",
+        b"caf\xe9 " * 9,
+        "data.path must hold UTF-8 text, but {path} has byte 0xe9 at offset 3; convert it, for example with `iconv -f "
+        "latin1 -t utf-8`",
+    ),
+    "no such column": (
+        "table.jsonl",
+        b'{"body": "a"}\n' * 9,
+        "data.column must be one of body in {path}, but is 'text'",
+    ),
+    "column of numbers": (
+        "numbers.jsonl",
+        b'{"text": 1}\n' * 9,
+        "data.column must hold text, but 'text' holds int in row 0 of {path}",
+    ),
+    "broken table": (
+        "broken.jsonl",
+        b'{"text": "a"}\n{"text": \n',
+        "data.path must be a table that can be read, but {path} is not: JSON parse error: Invalid value. in row 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FILES)
+def test_a_wrong_file(lit_llm, tiny, tmp_path, case):
+    name, content, wanted = FILES[case]
+    path = tmp_path / name
+    path.write_bytes(content)
+    flags = ["--data.path", path, "--data.validation_fraction", "0", "--data.test_fraction", "0"]
+    assert said(lit_llm("fit", *tiny, *flags, "--run_dir", tmp_path / "run")) == wanted.format(path=path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(lit_llm, tiny, tmp_path):
+    run = tmp_path / "run"
+    words = [*tiny, "--run_dir", run, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr"]
+    assert lit_llm("fit", *words, "0.01").code == 0
+    good = (run / "checkpoints/last.ckpt").read_bytes()
+    line = said(lit_llm("fit", *words, "1e38", "--trainer.gradient_clip_val", "1e30", "--ckpt_path", "last",
+                        "--trainer.max_steps", "20", "--checkpoint.every_n_steps", "1", "--trainer.log_every_n_steps", "5"))
+    assert re.match(r"train/loss must be finite, but is (nan|inf) at step \d+; lower the learning rate", line)
+    stored = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert all(p.isfinite().all() for p in stored["state_dict"].values()) or good == (
+        run / "checkpoints/last.ckpt"
+    ).read_bytes()
+
+
+@pytest.fixture
+def run(lit_llm, tiny, tmp_path):
+    folder = tmp_path / "run"
+    assert lit_llm("fit", *tiny, "--run_dir", folder).code == 0
+    return folder
+
+
+def test_a_truncated_checkpoint_is_refused_and_the_other_one_named(lit_llm, run):
+    last = run / "checkpoints/last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    line = said(lit_llm("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", "9"))
+    assert line == (
+        f"ckpt_path must be a whole checkpoint, but {last} is not: File is not a zip file; {last.parent} also holds "
+        f"best.ckpt"
+    )
+    assert lit_llm("fit", "--run_dir", run, "--ckpt_path", "best", "--trainer.max_steps", "9").code == 0
+
+
+def test_a_checkpoint_of_another_architecture_is_refused(lit_llm, run):
+    words = ["--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", "9"]
+    line = said(lit_llm("fit", *words, "--model.network.d_model", "32"))
+    assert line == (
+        "ckpt_path must be a checkpoint of this network, but its network.embed_tokens.weight is (257, 16) where the "
+        "network's is (257, 32)"
+    )
+
+
+def test_a_checkpoint_of_another_tokeniser_is_refused(lit_llm, run):
+    line = said(lit_llm("validate", "--run_dir", run, "--ckpt_path", "last", "--data.tokenizer", "bpe-300"))
+    assert "must be" in line
+    assert "but" in line
+
+
+def test_a_full_disk_while_saving_spares_the_last_checkpoint(lit_llm, run, monkeypatch):
+    last = run / "checkpoints/last.ckpt"
+    good = last.read_bytes()
+
+    def full(checkpoint, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(torch, "save", full)
+    line = said(lit_llm("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", "9",
+                        "--checkpoint.every_n_steps", "1"))
+    assert re.fullmatch(r"disk must have room to write, but is full at .*; free some, the last checkpoint is whole", line)
+    assert last.read_bytes() == good
+    assert {path.name for path in last.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_a_missing_model_to_generate_from(lit_llm, tmp_path):
+    line = said(lit_llm("generate", "--model", tmp_path, "--prompt", "x"))
+    assert line == (
+        f"model must be a model directory, a run folder or a checkpoint file, but is {tmp_path}, which holds no config.json"
+    )
+
+
+def test_a_model_directory_with_a_missing_tensor(lit_llm, run):
+    from safetensors.torch import load_file, save_file
+
+    path = run / "model/model.safetensors"
+    tensors = load_file(path)
+    del tensors["model.norm.weight"]
+    save_file(tensors, path)
+    line = said(lit_llm("generate", "--model", run, "--prompt", "x"))
+    assert line == (
+        f"model must hold the network's tensors and no others, but {run / 'model'} lacks model.norm.weight"
+    )
+
+
+def test_an_unknown_command_and_a_command_without_its_options(lit_llm):
+    assert said(lit_llm("fitt")) == (
+        "command must be one of fit, validate, test, predict, generate, tokenizer, but is fitt; did you mean fit?"
+    )
+    assert "--model, --prompt" in said(lit_llm("generate"))
+    assert said(lit_llm("fit")) == (
+        "data, model must be given, but are not; start from a run file, such as --config "
+        "configs/pretraining/llama_stdlib.yaml"
+    )
+
+
+def test_an_error_of_ours_keeps_its_traceback(lit_llm, monkeypatch):
+    import lit_llm.cli.tokenizer as tokenizer
+
+    def broken(words):
+        raise ValueError("unpacked too much")
+
+    monkeypatch.setattr(tokenizer, "run", broken)
+    with pytest.raises(ValueError, match="unpacked"):
+        lit_llm("tokenizer", "--out", "x")
+
+
+@pytest.mark.parametrize("word", ["--help", "--version"])
+def test_help_and_version_import_nothing_heavy(word):
+    code = f"import sys; from lit_llm.cli import main; main([{word!r}]); print(json.dumps([m for m in ('torch', 'lightning', 'numpy') if m in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", "import json; " + code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == []
+
+
+def test_a_half_broken_run_folder_can_be_used_again(lit_llm, tiny, tmp_path):
+    assert lit_llm("fit", *tiny, "--run_dir", tmp_path / "run", "--data.path", "/nowhere.txt").code == 2
+    assert lit_llm("fit", *tiny, "--run_dir", tmp_path / "run").code == 0
+    shutil.rmtree(tmp_path / "run")

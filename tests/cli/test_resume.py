@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Callback
+
+from lit_llm.callbacks.metrics_csv import read_metrics
+
+STEPS = 14  # past the end of an epoch
+
+
+class Crash(Callback):
+    """Fails at a step, after the checkpoint of an earlier one."""
+
+    def __init__(self, step: int = 8) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            raise RuntimeError("crash")
+
+
+def losses(run: Path) -> dict[int, float]:
+    return {row["step"]: row["train/loss"] for row in read_metrics(run / "metrics.csv") if "train/loss" in row}
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "accumulate", "every"),
+    [
+        ("lit_llm.optimizers.Muon", 1, 5),
+        ("lit_llm.optimizers.Muon", 3, 6),  # a validation falls on step 6, too
+        ("torch.optim.AdamW", 3, 5),
+        ("torch.optim.SGD", 1, 6),
+    ],
+)
+def test_a_resumed_run_has_the_losses_of_one_never_stopped(lit_llm, tiny, tmp_path, accumulate, optimizer, every):
+    words = [
+        *tiny, "--trainer.max_steps", STEPS, "--model.optimizer", optimizer,
+        *(["--model.optimizer.lr", "0.01"] if optimizer.endswith("SGD") else []),
+        "--checkpoint.every_n_steps", every, "--trainer.accumulate_grad_batches", accumulate,
+        "--test_after_fit", "false",
+    ]
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--trainer.callbacks+=tests.cli.test_resume.Crash")
+    assert (tmp_path / "cut/checkpoints/last.ckpt").exists()
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
+    whole, cut = losses(tmp_path / "whole"), losses(tmp_path / "cut")
+    assert sorted(whole) == list(range(1, STEPS + 1))
+    assert cut == whole
+
+
+def start(words: list[str]) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment.pop("LIT_LLM_RUN_DIR", None)
+    return subprocess.Popen(
+        [sys.executable, "-m", "lit_llm", *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
+    until = time.monotonic() + 120
+    while max(losses(run), default=0) < step:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_a_killed_process_goes_on_from_its_last_checkpoint(lit_llm, tiny, tmp_path):
+    words = [*tiny, "--trainer.max_steps", "400", "--trainer.val_check_interval", "400",
+             "--checkpoint.every_n_steps", "10", "--test_after_fit", "false"]
+    process = start(["fit", *words, "--run_dir", str(tmp_path / "run")])
+    wait_for(tmp_path / "run", 25, process)
+    process.kill()
+    process.wait()
+    before = losses(tmp_path / "run")
+    outcome = lit_llm("fit", "--run_dir", tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "400")
+    assert outcome.code == 0, outcome.err
+    after = losses(tmp_path / "run")
+    assert max(after) == 400
+    shared = set(before) & set(after)
+    assert len(shared) > 20
+    assert all(before[step] == pytest.approx(after[step], abs=1e-5) for step in shared)
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
+    run = tmp_path / "run"
+    process = start(["fit", *tiny, "--trainer.max_steps", "100000", "--trainer.val_check_interval", "100000",
+                     "--checkpoint.every_n_steps", "100000", "--run_dir", str(run)])
+    wait_for(run, 5, process)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert "Traceback" not in err
+    assert f"To go on: lit-llm fit --run_dir {run} --ckpt_path last" in err
+    assert (run / "checkpoints/last.ckpt").exists()
+    assert (run / "learning_curve.png").exists()

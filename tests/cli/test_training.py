@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from lit_llm.callbacks.metrics_csv import read_metrics
+from tests.cli.conftest import REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def run(lit_llm, tiny, runs) -> Path:
+    """A finished run of the tiny config, made once."""
+    folder = runs / "finished"
+    if not folder.exists():
+        outcome = lit_llm("fit", *tiny, "--run_dir", folder)
+        assert outcome.code == 0, outcome.err
+    return folder
+
+
+def test_a_run_leaves_all_that_it_promises_and_nothing_elsewhere(run, runs):
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "config.yaml", "metrics.csv", "results.json", "learning_curve.png", "samples.txt", "checkpoints", "model",
+        "tensorboard",
+    }
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert {path.name for path in runs.iterdir()} == {"finished"}
+
+
+def test_results_hold_final_best_and_test_metrics_and_the_cost(run):
+    results = json.loads((run / "results.json").read_text())
+    for metric in ("loss", "perplexity", "bits_per_byte"):
+        assert results[f"best/val/{metric}"] <= results[f"val/{metric}"]
+        assert f"test/{metric}" in results
+    assert results["step"] == 6
+    assert results["tokens"] == 6 * 4 * 32
+    assert results["seconds"] > 0
+    assert {"commit", "command", "best/step"} <= results.keys()
+
+
+def test_metrics_of_a_validation_stand_at_its_step(run):
+    rows = {row["step"]: row for row in read_metrics(run / "metrics.csv")}
+    assert sorted(rows) == [1, 2, 3, 4, 5, 6]
+    assert [step for step, row in rows.items() if "val/bits_per_byte" in row] == [3, 6]
+    assert all({"train/loss", "train/tokens_per_second", "train/learning_rate", "train/mfu"} <= rows[s].keys() for s in rows)
+
+
+def test_the_model_directory_opens_in_transformers_with_the_same_logits(run):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lit_llm.checkpoints import load_model
+
+    theirs = AutoModelForCausalLM.from_pretrained(run / "model")
+    tokenizer = AutoTokenizer.from_pretrained(run / "model")
+    ours, _ = load_model(run)
+    ids = torch.tensor([tokenizer.encode("the 猫 sat")])
+    assert torch.allclose(theirs(ids).logits, ours(ids), atol=1e-5)
+    assert "validation" in (run / "model/README.md").read_text()
+
+
+def test_the_exported_model_is_that_of_the_best_validation(run):
+    from lit_llm.checkpoints import load_model
+
+    exported, _ = load_model(run / "model")
+    best, _ = load_model(run / "checkpoints/best.ckpt")
+    for name, p in exported.state_dict().items():
+        assert torch.equal(p, best.state_dict()[name])
+
+
+def test_the_saved_config_repeats_the_run(lit_llm, run, tmp_path):
+    assert lit_llm("fit", "--config", run / "config.yaml", "--run_dir", tmp_path / "again").code == 0
+    first, again = (json.loads((f / "results.json").read_text()) for f in (run, tmp_path / "again"))
+    assert {k: v for k, v in first.items() if k.startswith("val/")} == {
+        k: v for k, v in again.items() if k.startswith("val/")
+    }
+
+
+def test_a_run_folder_with_a_run_is_refused(lit_llm, tiny, run):
+    before = (run / "checkpoints/last.ckpt").read_bytes()
+    outcome = lit_llm("fit", *tiny, "--run_dir", run)
+    assert outcome.code == 2
+    assert outcome.last_line == (
+        f"lit-llm: error: run_dir must be a new folder, but {run} holds a run; go on with --ckpt_path last, or choose "
+        f"another"
+    )
+    assert (run / "checkpoints/last.ckpt").read_bytes() == before
+
+
+def test_going_on_with_more_steps_uses_the_runs_own_config(lit_llm, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    assert lit_llm("fit", "--run_dir", copy, "--ckpt_path", "last", "--trainer.max_steps", "8").code == 0
+    results = json.loads((copy / "results.json").read_text())
+    assert results["step"] == 8
+    assert results["tokens"] == 8 * 4 * 32
+    assert [row["step"] for row in read_metrics(copy / "metrics.csv")] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_an_explicit_flag_beats_what_a_checkpoint_stores(lit_llm, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    words = ["--run_dir", copy, "--ckpt_path", "last", "--trainer.max_steps", "7"]
+    assert lit_llm("fit", *words, "--model.optimizer.lr", "0.5", "--model.schedule", "lit_llm.schedulers.Constant",
+                   "--model.schedule.warmup_steps", "0").code == 0
+    rows = read_metrics(copy / "metrics.csv")
+    assert rows[-1]["train/learning_rate"] == 0.5
+
+
+@pytest.mark.parametrize(("command", "split"), [("validate", "val"), ("test", "test")])
+def test_a_checkpoint_is_measured_as_it_was_in_training(lit_llm, run, command, split, capsys):
+    outcome = lit_llm(command, "--run_dir", run, "--ckpt_path", "best")
+    assert outcome.code == 0, outcome.err
+    results = json.loads((run / "results.json").read_text())
+    wanted = results[f"best/{split}/loss" if split == "val" else "test/loss"]
+    assert f"{wanted:.4f}"[:5] in outcome.out
+
+
+def test_predict_scores_each_document_of_the_test_split(lit_llm, run):
+    import csv
+
+    assert lit_llm("predict", "--run_dir", run, "--ckpt_path", "best").code == 0
+    rows = list(csv.DictReader((run / "predictions.csv").open(encoding="utf-8")))
+    (run / "predictions.csv").unlink()
+    results = json.loads((run / "results.json").read_text())
+    size = sum(int(row["bytes"]) for row in rows)
+    bits = sum(float(row["bits_per_byte"]) * int(row["bytes"]) for row in rows)
+    assert bits / size == pytest.approx(results["test/bits_per_byte"], rel=1e-3)
+
+
+def test_print_config_shows_what_a_run_comes_to(lit_llm, tiny):
+    outcome = lit_llm("fit", *tiny, "--model.network.d_ff", "48", "--print_config")
+    assert outcome.code == 0
+    config = yaml.safe_load(outcome.out)
+    network = config["model"]["init_args"]["network"]
+    assert network["class_path"] == "lit_llm.models.llama.Llama"
+    assert network["init_args"]["d_ff"] == 48
+
+
+def test_a_second_config_is_laid_over_the_first(lit_llm, tiny, tmp_path):
+    (tmp_path / "over.yaml").write_text("trainer:\n  max_steps: 77\n")
+    outcome = lit_llm("fit", *tiny[:2], "--config", tmp_path / "over.yaml", "--print_config")
+    assert yaml.safe_load(outcome.out)["trainer"]["max_steps"] == 77
+
+
+def test_classes_of_the_working_directory_can_be_named(lit_llm, tiny, tmp_path, monkeypatch):
+    (tmp_path / "experiments").mkdir()
+    (tmp_path / "experiments/narrow.py").write_text(
+        "from lit_llm.models.llama import Llama\n\n\nclass Narrow(Llama):\n"
+        "    def __init__(self, vocab_size: int):\n        super().__init__(vocab_size, d_model=8, num_layers=1)\n"
+    )
+    words = [word.replace("configs/", f"{REPOSITORY}/configs/") if word.startswith("configs/") else word for word in tiny]
+    words = [w for i, w in enumerate(words) if not (w.startswith("--model.network") or words[i - 1].startswith("--model.network"))]
+    (tmp_path / "narrow.yaml").write_text("model:\n  init_args:\n    network: {class_path: experiments.narrow.Narrow}\n")
+    monkeypatch.chdir(tmp_path)
+    import sys
+
+    monkeypatch.delitem(sys.modules, "experiments", raising=False)
+    outcome = lit_llm("fit", *words, "--config", "narrow.yaml", "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_run_without_validation_still_ends_with_a_model(lit_llm, tiny, tmp_path):
+    outcome = lit_llm("fit", *tiny, "--data.validation_fraction", "0", "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "run/model/model.safetensors").exists()
+
+
+def test_the_last_step_is_validated_wherever_the_interval_falls(lit_llm, tiny, tmp_path):
+    words = [*tiny, "--trainer.max_steps", "5", "--trainer.val_check_interval", "4", "--run_dir", tmp_path / "run"]
+    assert lit_llm("fit", *words).code == 0
+    validated = [row["step"] for row in read_metrics(tmp_path / "run/metrics.csv") if "val/loss" in row]
+    assert validated == [4, 5]
+
+
+def test_fast_dev_run_writes_nothing_but_an_empty_folder(lit_llm, tiny, tmp_path):
+    assert lit_llm("fit", *tiny, "--trainer.fast_dev_run", "true", "--run_dir", tmp_path / "run").code == 0
+    assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "config.yaml"]
+
+
+def test_wandb_joins_by_one_overlay_and_stays_in_the_run_folder(lit_llm, tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    overlay = REPOSITORY / "configs/logging/wandb.yaml"
+    outcome = lit_llm("fit", *tiny, "--config", overlay, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert list((tmp_path / "run/wandb").glob("offline-run-*"))
+    assert (tmp_path / "run/metrics.csv").exists()

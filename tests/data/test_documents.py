@@ -1,0 +1,251 @@
+import json
+import os
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import exactly, prose
+
+from lit_llm.data.corpora import stdlib_prose
+from lit_llm.data.documents import Corpus, open_corpus
+
+TEXTS = ["first\n\nand more", "第二篇", 'third, with "quotes"\tand a tab', "fourth"]
+
+
+def read(path: Path | str, **options: object) -> list[str]:
+    return [document.text for document in open_corpus(str(path), **options).read()]
+
+
+def table(path: Path, texts: list[str], column: str = "text") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frame = pd.DataFrame({"number": range(len(texts)), column: texts})
+    if path.suffix == ".parquet":
+        frame.to_parquet(path)
+    elif path.suffix in (".csv", ".tsv"):
+        frame.to_csv(path, index=False, sep="\t" if path.suffix == ".tsv" else ",")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(frame.to_dict("records"), ensure_ascii=False), encoding="utf-8")
+    else:
+        path.write_text("".join(json.dumps(row) + "\n" for row in frame.to_dict("records")), encoding="utf-8")
+    return path
+
+
+def hub_layout(folder: Path) -> Path:
+    table(folder / "data/train-00000-of-00001.parquet", TEXTS[:2])
+    table(folder / "data/validation-00000-of-00001.parquet", TEXTS[2:3])
+    table(folder / "data/test-00000-of-00001.parquet", TEXTS[3:])
+    return folder
+
+
+def test_an_embedded_corpus_is_read_by_its_name() -> None:
+    assert list(open_corpus("stdlib-prose").read()) == list(stdlib_prose())
+
+
+def test_a_folder_holds_a_document_a_file_in_the_order_of_their_names(corpus: Path) -> None:
+    (corpus / "deeper").mkdir()
+    (corpus / "deeper/note.md").write_text("# note", encoding="utf-8")
+    (corpus / "deeper/code.py").write_text("x = 1", encoding="utf-8")
+    (corpus / "picture.png").write_bytes(b"\x89PNG")
+    (corpus / ".hidden.txt").write_text("hidden", encoding="utf-8")
+    documents = list(open_corpus(str(corpus)).read())
+    names = [f"{number:02}.txt" for number in range(60)] + ["deeper/code.py", "deeper/note.md"]
+    assert [document.id for document in documents] == names
+    assert [document.text for document in documents] == [*map(prose, range(60)), "x = 1", "# note"]
+    assert {document.split for document in documents} == {None}
+
+
+def test_a_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(prose(number) for number in range(400)), encoding="utf-8")
+    pieces = read(path)
+    assert "".join(pieces) == path.read_text(encoding="utf-8")
+    assert len(pieces) > 5
+    assert all(piece.endswith("\n\n") for piece in pieces[:-1])
+    assert all(8192 <= len(piece) < 9000 for piece in pieces[:-1])
+
+
+@pytest.mark.parametrize("line_end", ["\r\n", "\r"])
+def test_a_file_with_other_line_ends_is_cut_in_the_same_places(tmp_path: Path, line_end: str) -> None:
+    text = "\n\n".join(prose(number) for number in range(400))
+    (tmp_path / "unix.txt").write_bytes(text.encode())
+    (tmp_path / "other.txt").write_bytes(text.replace("\n", line_end).encode())
+    assert len(read(tmp_path / "other.txt")) == pytest.approx(len(read(tmp_path / "unix.txt")), abs=2)
+
+
+def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "marked.txt").write_bytes(b"\xef\xbb\xbfhello")
+    assert read(tmp_path / "marked.txt") == ["hello"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".parquet", ".csv", ".tsv"])
+@pytest.mark.parametrize("column", ["text", "内容"])
+def test_a_table_holds_a_document_a_row(tmp_path: Path, suffix: str, column: str) -> None:
+    path = table(tmp_path / f"table{suffix}", TEXTS, column)
+    assert read(path, column=column) == TEXTS
+
+
+def test_an_empty_cell_is_an_empty_document(tmp_path: Path) -> None:
+    path = tmp_path / "table.jsonl"
+    path.write_text('{"text": null}\n{"text": "x"}\n')
+    assert read(path) == ["", "x"]
+
+
+@pytest.mark.parametrize("word", ["NA", "None", "null", "nan", "12", "1.50", "true"])
+def test_a_csv_cell_is_text_whatever_it_says(tmp_path: Path, word: str) -> None:
+    path = tmp_path / "table.csv"
+    path.write_text(f"text\n{word}\n")
+    assert read(path) == [word]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_folder_in_hub_layout_keeps_its_splits_with_training_last(tmp_path: Path, streaming: bool) -> None:
+    corpus = open_corpus(str(hub_layout(tmp_path)), streaming=streaming)
+    documents = list(corpus.read())
+    assert (corpus.has_validation, corpus.has_test) == (True, True)
+    assert {(document.split, document.text) for document in documents} == {
+        ("train", TEXTS[0]), ("train", TEXTS[1]), ("validation", TEXTS[2]), ("test", TEXTS[3]),
+    }  # fmt: skip
+    assert [document.split for document in documents][-2:] == ["train", "train"]
+    assert len({document.id for document in documents}) == 4
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".tsv"])
+def test_a_folder_of_tables_is_one_corpus(tmp_path: Path, suffix: str) -> None:
+    table(tmp_path / f"one{suffix}", TEXTS[:2])
+    table(tmp_path / f"two{suffix}", TEXTS[2:])
+    (tmp_path / "README.md").write_text("# About\n")
+    corpus = open_corpus(str(tmp_path))
+    assert sorted(document.text for document in corpus.read()) == sorted(TEXTS)
+    assert (corpus.has_validation, corpus.has_test) == (False, False)
+
+
+def test_a_corpus_can_be_read_again_and_again(corpus: Path, tmp_path: Path) -> None:
+    for source in (corpus, table(tmp_path / "table.csv", TEXTS), hub_layout(tmp_path / "hub")):
+        opened = open_corpus(str(source))
+        assert list(opened.read()) == list(opened.read())
+
+
+def test_the_head_is_the_first_documents_and_another_corpus(corpus: Path) -> None:
+    whole = open_corpus(str(corpus))
+    head = whole.head(3)
+    assert list(head.read()) == list(whole.read())[:3]
+    assert head.identity != whole.identity
+
+
+def test_the_head_of_a_head_differs_from_the_head_of_the_whole(corpus: Path) -> None:
+    whole = open_corpus(str(corpus))
+    assert [len(list(c.read())) for c in (whole.head(3).head(50), whole.head(50))] == [3, 50]
+    assert whole.head(3).head(50).identity != whole.head(50).identity
+
+
+def test_the_identity_changes_with_a_files_content(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("one")
+    os.utime(path, ns=(1, 1))
+    before = open_corpus(str(path)).identity
+    assert open_corpus(str(path)).identity == before
+    os.utime(path, ns=(2, 2))
+    assert open_corpus(str(path)).identity != before
+    path.write_text("more")
+    os.utime(path, ns=(1, 1))
+    assert open_corpus(str(path)).identity != before
+
+
+def test_the_identity_changes_with_the_column_and_with_a_new_file(corpus: Path, tmp_path: Path) -> None:
+    path = table(tmp_path / "table.csv", TEXTS)
+    assert open_corpus(str(path)).identity != open_corpus(str(path), column="number").identity
+    before = open_corpus(str(corpus)).identity
+    (corpus / "new.txt").write_text("new")
+    assert open_corpus(str(corpus)).identity != before
+
+
+def test_the_identity_is_plain_enough_for_json(corpus: Path, tmp_path: Path) -> None:
+    for source in (corpus, table(tmp_path / "table.csv", TEXTS), hub_layout(tmp_path / "hub"), "stdlib-prose"):
+        opened = open_corpus(str(source))
+        assert isinstance(opened, Corpus)
+        assert json.loads(json.dumps(opened.identity)) == opened.identity
+
+
+# What is refused.
+
+NOT_THERE = (
+    "data.path must be a file, a folder, a hub data set or one of stdlib, stdlib-code, stdlib-prose, "
+    "but is {}, which does not exist"
+)
+
+
+@pytest.mark.parametrize("path", ["/no/such/folder", "missing.txt", "table.parquet", "a/b/c", "with space"])
+def test_a_missing_path_is_named(path: str) -> None:
+    with pytest.raises(FileNotFoundError, match=exactly(NOT_THERE.format(path))):
+        open_corpus(path)
+
+
+def test_a_name_that_is_not_on_the_hub_is_said_with_the_reason() -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        open_corpus("nobody/nothing-of-the-kind")
+    message = str(caught.value)
+    assert message.startswith(NOT_THERE.split("but is")[0] + "but is 'nobody/nothing-of-the-kind' (subset None): ")
+    assert "\n" not in message
+
+
+def test_a_folder_without_text_says_what_it_could_hold(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    message = (
+        f"data.path must hold files of text (.txt, .md, .py, .jsonl, .json, .parquet, .csv, .tsv), but is {tmp_path} "
+        f"with 1 other files"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        open_corpus(str(tmp_path))
+
+
+def test_bytes_that_are_not_utf8_are_located(tmp_path: Path) -> None:
+    path = tmp_path / "latin.txt"
+    path.write_bytes("plain then é".encode("latin-1"))
+    message = (
+        f"data.path must hold UTF-8 text, but {path} has byte 0xe9 at offset 11; "
+        f"convert it, for example with `iconv -f latin1 -t utf-8`"
+    )
+    for source in (path, tmp_path):
+        with pytest.raises(ValueError, match=exactly(message)):
+            read(source)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".csv", ".tsv"])
+def test_a_missing_column_is_said_with_those_there_are(tmp_path: Path, suffix: str) -> None:
+    path = table(tmp_path / f"table{suffix}", TEXTS, column="body")
+    with pytest.raises(ValueError, match=exactly(f"data.column must be one of number, body in {path}, but is 'text'")):
+        read(path)
+
+
+def test_a_column_of_numbers_is_refused(tmp_path: Path) -> None:
+    path = table(tmp_path / "table.parquet", TEXTS)
+    message = f"data.column must hold text, but 'number' holds int in row 0 of {path}"
+    with pytest.raises(TypeError, match=exactly(message)):
+        read(path, column="number")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("broken.jsonl", b'{"text": "a"}\n{"text": \n'),
+        ("latin.jsonl", b'{"text": "\xe9"}\n'),
+        ("latin.csv", b"text\n\xe9\n"),
+        ("empty.csv", b""),
+        ("broken.parquet", b"not a table at all"),
+    ],
+)
+def test_a_table_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, name: str, content: bytes) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"\Adata\.path must be a table that can be read, but [^\n]+\Z") as caught:
+        read(path)
+    assert f"{path} is not: " in str(caught.value)
+
+
+def test_an_empty_table_has_no_documents_or_is_refused_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "empty.jsonl"
+    path.write_bytes(b"")
+    try:
+        assert read(path) == []
+    except ValueError as error:
+        assert str(error).startswith("data.path must ")  # noqa: PT017 (either answer is right)

@@ -1,0 +1,200 @@
+import itertools
+import time
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_llm.data.sampling import BatchLoader, StreamLoader
+
+SIZES = st.tuples(st.integers(0, 40), st.integers(1, 6))  # rows, batch size
+
+
+def loader(num_rows: int, batch_size: int, seed: int | None = 0, rank: int = 0, world_size: int = 1) -> BatchLoader:
+    return BatchLoader(lambda rows: rows.tolist(), num_rows, batch_size, seed, rank, world_size)
+
+
+def flat(batches: Iterable[list[int]]) -> list[int]:
+    return list(itertools.chain.from_iterable(batches))
+
+
+def several_epochs(batches: BatchLoader, epochs: int) -> list[list[int]]:
+    return [batch for _ in range(epochs) for batch in batches]
+
+
+@given(SIZES)
+def test_in_order_every_row_comes_once(size: tuple[int, int]) -> None:
+    batches = list(loader(*size, seed=None))
+    assert flat(batches) == list(range(size[0]))
+    assert all(len(batch) == size[1] for batch in batches[:-1])
+
+
+@given(SIZES, st.integers(0, 3))
+def test_shuffled_no_row_comes_twice_in_an_epoch_and_only_the_rest_of_a_batch_is_left(size, seed) -> None:
+    rows, batch_size = size
+    batches = list(loader(rows, batch_size, seed))
+    drawn = flat(batches)
+    assert len(set(drawn)) == len(drawn) == rows // batch_size * batch_size
+    assert set(drawn) <= set(range(rows))
+    assert all(len(batch) == batch_size for batch in batches)
+
+
+@given(SIZES, st.integers(1, 4), st.sampled_from([None, 0]))
+def test_the_length_is_the_number_of_batches(size, world_size, seed) -> None:
+    for rank in range(world_size):
+        batches = loader(*size, seed, rank, world_size)
+        assert len(batches) == len(list(batches))
+
+
+def test_epochs_differ_in_order_and_share_no_prefix() -> None:
+    batches = loader(64, 4)
+    first, second = list(batches), list(batches)
+    assert sorted(flat(first)) == sorted(flat(second))
+    assert first[0] != second[0]
+
+
+def test_the_seed_alone_decides_the_order() -> None:
+    assert several_epochs(loader(30, 4, seed=5), 3) == several_epochs(loader(30, 4, seed=5), 3)
+    assert several_epochs(loader(30, 4, seed=5), 1) != several_epochs(loader(30, 4, seed=6), 1)
+
+
+@given(st.integers(1, 40), st.integers(1, 3), st.integers(1, 4))
+def test_ranks_share_out_a_global_batch_that_does_not_depend_on_their_number(rows, batch_size, world_size) -> None:
+    ranks = [list(loader(rows, batch_size, 3, rank, world_size)) for rank in range(world_size)]
+    together = [sorted(flat(parts)) for parts in zip(*ranks, strict=True)]
+    alone = [sorted(batch) for batch in loader(rows, batch_size * world_size, 3)]
+    assert together == alone
+
+
+@given(st.integers(0, 40), st.integers(1, 5), st.integers(1, 4))
+def test_ranks_share_out_evaluation_rows_without_overlap_or_loss(rows, batch_size, world_size) -> None:
+    parts = [flat(loader(rows, batch_size, None, rank, world_size)) for rank in range(world_size)]
+    assert sorted(flat(parts)) == list(range(rows))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@given(st.integers(4, 30), st.integers(1, 4), st.integers(0, 25))
+@settings(deadline=None, max_examples=40)
+def test_a_shuffled_loader_goes_on_from_any_batch_of_any_epoch(rows, batch_size, done) -> None:
+    uninterrupted = several_epochs(loader(rows, batch_size), done + 7)[: done + 7]
+    stopped, seen = loader(rows, batch_size), []
+    while len(seen) < done:
+        seen += itertools.islice(stopped, done - len(seen))
+    resumed = loader(rows, batch_size)
+    resumed.load_state_dict(stopped.state_dict())
+    assert seen + several_epochs(resumed, 8)[:7] == uninterrupted
+
+
+def test_the_position_is_that_of_the_next_batch_when_the_loop_stops_early() -> None:
+    batches = loader(12, 4)
+    assert batches.state_dict() == {"epoch": 0, "batch": 0}
+    running = iter(batches)
+    states = []
+    for _ in range(3):
+        next(running)
+        states.append(batches.state_dict())
+    assert states == [{"epoch": 0, "batch": 1}, {"epoch": 0, "batch": 2}, {"epoch": 1, "batch": 0}]
+
+
+def test_in_order_a_loader_begins_with_the_first_row_each_time() -> None:
+    batches = loader(10, 4, seed=None)
+    next(iter(batches))
+    assert list(batches) == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+
+
+def test_going_to_a_late_position_replays_nothing() -> None:
+    cut: list[int] = []
+    batches = BatchLoader(lambda rows: cut.append(len(rows)), 1000, 2, shuffle_seed=0)
+    batches.load_state_dict({"epoch": 10**9, "batch": 499})
+    started = time.perf_counter()
+    assert len(list(batches)) == 1
+    assert cut == [2]
+    assert time.perf_counter() - started < 1
+    assert batches.state_dict() == {"epoch": 10**9 + 1, "batch": 0}
+
+
+# Streams.
+
+SEQ_LEN, BATCH_SIZE = 4, 2
+
+
+def documents(count: int, length: int = 7) -> list[list[int]]:
+    return [[100 * number + place for place in range(length + number % 3)] for number in range(count)]
+
+
+def stream_loader(corpus: list[list[int]], rank: int = 0, world_size: int = 1) -> StreamLoader:
+    def start(skip: int) -> Iterator[list[int]]:
+        return itertools.islice(iter(corpus[rank::world_size]), skip, None)
+
+    def cut(tokens: np.ndarray, rows: np.ndarray) -> list[list[int]]:
+        return [tokens[row * SEQ_LEN : (row + 1) * SEQ_LEN + 1].tolist() for row in rows]
+
+    return StreamLoader(start, cut, SEQ_LEN, BATCH_SIZE)
+
+
+def first(batches: StreamLoader, count: int) -> list[list[list[int]]]:
+    return list(itertools.islice(batches, count))
+
+
+def predicted(batches: list[list[list[int]]]) -> list[int]:
+    return [token for batch in batches for row in batch for token in row[1:]]
+
+
+def test_a_stream_is_predicted_token_by_token_and_begins_anew_at_its_end() -> None:
+    corpus = documents(5)
+    endless = itertools.cycle(itertools.chain.from_iterable(corpus))
+    batches = first(stream_loader(corpus), 20)
+    assert predicted(batches) == list(itertools.islice(endless, 20 * SEQ_LEN * BATCH_SIZE + 1))[1:]
+
+
+def test_each_row_of_a_stream_reads_what_the_row_before_predicted_last() -> None:
+    rows = [row for batch in first(stream_loader(documents(9)), 10) for row in batch]
+    assert all(len(row) == SEQ_LEN + 1 for row in rows)
+    assert all(before[-1] == row[0] for before, row in itertools.pairwise(rows))
+
+
+@given(st.integers(1, 7), st.integers(1, 30), st.integers(0, 25))
+@settings(deadline=None)
+def test_a_stream_goes_on_exactly_where_it_was(count: int, length: int, done: int) -> None:
+    corpus = documents(count, length)
+    uninterrupted = first(stream_loader(corpus), done + 9)
+    stopped = stream_loader(corpus)
+    seen = first(stopped, done)
+    state = stopped.state_dict()
+    resumed = stream_loader(corpus)
+    resumed.load_state_dict(state)
+    assert seen + first(resumed, 9) == uninterrupted
+
+
+def test_the_position_of_a_stream_is_a_copy() -> None:
+    batches = stream_loader(documents(5))
+    running = iter(batches)
+    next(running)
+    state = batches.state_dict()
+    kept = {"documents": state["documents"], "left_over": list(state["left_over"])}
+    next(running)
+    assert state == kept
+    assert batches.state_dict() != kept
+
+
+def test_ranks_of_a_stream_read_different_documents_and_together_all() -> None:
+    corpus = documents(12)
+    read = []
+    for rank in range(3):
+        mine = corpus[rank::3]
+        enough = sum(map(len, mine)) // (SEQ_LEN * BATCH_SIZE)
+        read.append({token // 100 for token in predicted(first(stream_loader(corpus, rank, 3), enough))})
+    assert read[0] | read[1] | read[2] == set(range(12))
+    assert sum(map(len, read)) == 12
+
+
+def test_a_stream_without_documents_ends() -> None:
+    assert first(stream_loader([]), 1) == []
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_a_stream_shorter_than_a_batch_is_repeated_until_it_fills_one(length: int) -> None:
+    batches = first(stream_loader([list(range(length))]), 2)
+    assert predicted(batches) == [(1 + place) % length for place in range(16)]

@@ -1,0 +1,443 @@
+import itertools
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import exactly, prose
+
+from lit_llm.batch import IGNORE_INDEX
+from lit_llm.data import token_cache
+from lit_llm.data.cleaning import Cleaning, content_hash
+from lit_llm.data.text import TextData, read_texts
+from lit_llm.data.tokenizer import boundary_id, encode_documents, train_bpe
+
+SPLITS = ("train", "validation", "test")
+TEXTS = [prose(number) for number in range(60)]
+SMALL = {"tokenizer": "bytes", "seq_len": 16, "batch_size": 2, "validation_fraction": 0.2, "test_fraction": 0.2}
+
+
+def opened(path: Path | str, stage: str = "fit", **changes: Any) -> TextData:
+    data = TextData(path=str(path), **(SMALL | changes))
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def texts_of(data: TextData, name: str) -> list[str]:
+    split = data.cache.split(name)
+    edges = [*split.documents["start"].tolist(), len(split.tokens) - 1]
+    return [data.tokenizer.decode(split.tokens[a + 1 : b].tolist()) for a, b in itertools.pairwise(edges)]
+
+
+def by_split(data: TextData) -> dict[str, set[str]]:
+    return {name: set(texts_of(data, name)) for name in SPLITS}
+
+
+def labels_of(batches: Any) -> list[int]:
+    return [label for batch in batches for label in batch["labels"].flatten().tolist() if label != IGNORE_INDEX]
+
+
+# Sources.
+
+
+def as_folder(folder: Path) -> Path:
+    for number, text in enumerate(TEXTS):
+        (folder / f"{number:02}.md").write_text(text, encoding="utf-8")
+    return folder
+
+
+def as_table(suffix: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        path, frame = folder / f"table{suffix}", pd.DataFrame({"text": TEXTS})
+        if suffix == ".parquet":
+            frame.to_parquet(path)
+        elif suffix == ".jsonl":
+            path.write_text("".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in TEXTS), "utf-8")
+        else:
+            frame.to_csv(path, index=False, sep="\t" if suffix == ".tsv" else ",")
+        return path
+
+    return write
+
+
+def as_hub_folder(folder: Path) -> Path:
+    (folder / "data").mkdir()
+    pd.DataFrame({"text": TEXTS}).to_parquet(folder / "data/train-00000-of-00001.parquet")
+    return folder
+
+
+SOURCES = {
+    "folder": as_folder,
+    "jsonl": as_table(".jsonl"),
+    "parquet": as_table(".parquet"),
+    "csv": as_table(".csv"),
+    "tsv": as_table(".tsv"),
+    "hub folder": as_hub_folder,
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streaming"])
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_gives_every_text_to_one_split(tmp_path: Path, source: str, streaming: bool) -> None:
+    data = opened(SOURCES[source](tmp_path), streaming=streaming)
+    found = by_split(data)
+    assert set.union(*found.values()) == set(TEXTS)
+    assert sum(map(len, found.values())) == len(TEXTS)
+    assert all(found.values())
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_a_texts_split_does_not_depend_on_where_it_comes_from(tmp_path: Path, source: str, corpus: Path) -> None:
+    (tmp_path / "other").mkdir()
+    assert by_split(opened(SOURCES[source](tmp_path / "other"))) == by_split(opened(corpus))
+
+
+def test_a_file_is_read_whole(tmp_path: Path) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(prose(number) for number in range(1000)), encoding="utf-8")
+    data = opened(path)
+    pieces = [piece for name in SPLITS for piece in texts_of(data, name)]
+    assert sum(map(len, pieces)) == len(path.read_text(encoding="utf-8"))
+    assert all(piece in path.read_text(encoding="utf-8") for piece in pieces)
+
+
+@pytest.mark.parametrize("source", ["folder", "hub folder"])
+def test_a_stream_trains_on_the_training_documents_in_their_order(tmp_path: Path, source: str) -> None:
+    path = SOURCES[source](tmp_path)
+    data = opened(path, streaming=True)
+    training = by_split(data)["train"]
+    boundary = boundary_id(data.tokenizer)
+    encoded = encode_documents(data.tokenizer, [text for text in TEXTS if text in training])
+    expected = itertools.cycle([token for ids in encoded for token in [boundary, *ids]])
+    batches = list(itertools.islice(data.train_dataloader(), 400))
+    assert labels_of(batches) == list(itertools.islice(expected, 400 * 32 + 1))[1:]
+    assert sum(map(len, encoded)) < 400 * 32  # more than one epoch
+
+
+def test_chinese_survives_cleaning_tokenising_and_packing(tmp_path: Path) -> None:
+    text = "\n".join(text for text in TEXTS if "篇" in text)
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    data = opened(tmp_path, validation_fraction=0.0, test_fraction=0.0, seq_len=1)
+    loader = data.train_dataloader()
+    loader.shuffle_seed, loader.batch_size = None, loader.num_rows
+    [batch] = list(loader)
+    assert data.tokenizer.decode(batch["labels"].flatten().tolist(), skip_special_tokens=True) == text
+
+
+# Splits.
+
+
+def test_no_document_is_in_two_splits_even_when_it_is_there_twice(corpus: Path) -> None:
+    for number in range(60):
+        (corpus / f"copy-{number}.txt").write_text(prose(number), encoding="utf-8", newline="\r\n")
+    data = opened(corpus)
+    found = by_split(data)
+    assert sum(map(len, found.values())) == len(set.union(*found.values()))
+    assert data.manifest["dropped"] == {"duplicate": 60}
+
+
+def test_a_corpus_that_grows_keeps_its_documents_where_they_are(corpus: Path) -> None:
+    before = by_split(opened(corpus))
+    for number in range(60, 90):
+        (corpus / f"{number - 60:02}-new.txt").write_text(prose(number), encoding="utf-8")
+    after = by_split(opened(corpus))
+    assert all(before[name] < after[name] for name in SPLITS)
+
+
+def test_a_source_with_splits_of_its_own_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, texts in {"train": TEXTS[:40], "validation": TEXTS[40:50], "test": TEXTS[50:]}.items():
+        pd.DataFrame({"text": texts}).to_parquet(tmp_path / f"data/{name}-00000-of-00001.parquet")
+    found = by_split(opened(tmp_path))
+    assert found == {"train": set(TEXTS[:40]), "validation": set(TEXTS[40:50]), "test": set(TEXTS[50:])}
+
+
+def test_without_fractions_everything_is_for_training(corpus: Path) -> None:
+    data = opened(corpus, validation_fraction=0.0, test_fraction=0.0)
+    assert by_split(data) == {"train": set(TEXTS), "validation": set(), "test": set()}
+    assert list(data.val_dataloader()) == list(data.test_dataloader()) == []
+
+
+def test_only_the_first_documents_are_read_where_that_is_asked_for(corpus: Path) -> None:
+    assert set.union(*by_split(opened(corpus, max_documents=30)).values()) == set(TEXTS[:30])
+
+
+def test_a_limit_on_documents_is_not_forgotten_when_streaming(corpus: Path) -> None:
+    opened(corpus, streaming=True)
+    limited = opened(corpus, streaming=True, max_documents=30)
+    assert set.union(*by_split(limited).values()) == set(TEXTS[:30])
+
+
+# Batches.
+
+
+def test_batches_have_the_fields_and_types_of_the_contract(corpus: Path) -> None:
+    data = opened(corpus)
+    for loader, optional in (
+        (data.train_dataloader(), set()),
+        (data.val_dataloader(), {"num_bytes"}),
+        (data.test_dataloader(), {"num_bytes"}),
+        (data.predict_dataloader(), {"num_bytes", "documents"}),
+    ):
+        for batch in loader:
+            assert batch.keys() == {"input_ids", "labels"} | optional
+            rows = len(batch["input_ids"])
+            for name, value in batch.items():
+                assert value.dtype == (torch.float32 if name == "num_bytes" else torch.int64)
+                assert value.shape == ((rows,) if name == "num_bytes" else (rows, 16))
+            inside = batch["labels"][:, :-1] != IGNORE_INDEX
+            assert torch.equal(batch["input_ids"][:, 1:][inside], batch["labels"][:, :-1][inside])
+            assert 0 <= batch["input_ids"].min() <= batch["input_ids"].max() < data.vocab_size
+
+
+def test_training_rows_are_full_and_each_comes_once_an_epoch(corpus: Path) -> None:
+    data = opened(corpus, batch_size=1)
+    stream = data.cache.split("train").tokens.astype(np.int64)
+    rows = {tuple(batch["labels"][0].tolist()) for batch in data.train_dataloader()}
+    expected = {tuple(stream[s + 1 : s + 17].tolist()) for s in range(0, len(stream) - 16, 16)}
+    assert rows == expected
+
+
+@pytest.mark.parametrize("name", ["validation", "test"])
+def test_evaluation_counts_every_token_and_every_byte_of_its_split_once(corpus: Path, name: str) -> None:
+    data = opened(corpus, batch_size=3)
+    batches = list(data.val_dataloader() if name == "validation" else data.test_dataloader())
+    assert labels_of(batches) == data.cache.split(name).tokens[1:].tolist()
+    size = sum(len(text.encode()) for text in texts_of(data, name))
+    assert sum(batch["num_bytes"].sum().item() for batch in batches) == pytest.approx(size, rel=1e-6)
+    assert len(batches) == len(data.val_dataloader() if name == "validation" else data.test_dataloader())
+
+
+def test_prediction_knows_each_labels_document(corpus: Path) -> None:
+    data = opened(corpus)
+    labels: dict[int, list[int]] = {}
+    for batch in data.predict_dataloader():
+        for label, document in zip(batch["labels"].flatten().tolist(), batch["documents"].flatten().tolist()):
+            labels.setdefault(document, []).append(label)
+    texts = [data.tokenizer.decode([i for i in ids if i > 0]) for _, ids in sorted(labels.items())]
+    assert texts == texts_of(data, "test")
+    assert data.predict_split.name == "test"
+    assert opened(corpus, test_fraction=0.0).predict_split.name == "validation"
+
+
+def test_document_ids_come_when_attention_is_to_stay_inside_documents(corpus: Path) -> None:
+    data = opened(corpus, mask_documents=True, seq_len=300)
+    boundary = boundary_id(data.tokenizer)
+    for batch in itertools.chain(data.train_dataloader(), data.val_dataloader(), data.predict_dataloader()):
+        expected = [[row[: t + 1].count(boundary) for t in range(300)] for row in batch["input_ids"].tolist()]
+        assert batch["document_ids"].tolist() == expected
+    streamed = next(iter(opened(corpus, mask_documents=True, streaming=True).train_dataloader()))
+    assert streamed["document_ids"].shape == streamed["input_ids"].shape
+
+
+def test_the_seed_alone_decides_the_order(corpus: Path) -> None:
+    def order(seed: int) -> list[int]:
+        return labels_of(opened(corpus, seed=seed).train_dataloader())
+
+    assert order(1) == order(1)
+    assert order(1) != order(2)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_training_goes_on_where_it_stopped(corpus: Path, streaming: bool) -> None:
+    uninterrupted = labels_of(itertools.islice(opened(corpus, streaming=streaming).train_dataloader(), 12))
+    stopped = opened(corpus, streaming=streaming).train_dataloader()
+    seen = labels_of(itertools.islice(stopped, 5))
+    resumed = opened(corpus, streaming=streaming).train_dataloader()
+    resumed.load_state_dict(stopped.state_dict())
+    assert seen + labels_of(itertools.islice(resumed, 7)) == uninterrupted
+
+
+# The cache and the tokeniser.
+
+
+def test_a_second_run_tokenises_nothing(corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = opened(corpus, tokenizer="bpe-300")
+
+    def refuse(*args: object, **kwargs: object) -> None:
+        raise AssertionError("built again")
+
+    monkeypatch.setattr(token_cache, "encode_documents", refuse)
+    monkeypatch.setattr("lit_llm.data.text.train_bpe", refuse)
+    second = opened(corpus, tokenizer="bpe-300", seq_len=8, batch_size=1, seed=9)
+    assert second.cache.folder == first.cache.folder
+    assert by_split(second) == by_split(first)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"max_documents": 59},
+        {"cleaning": Cleaning(drop_duplicates=False)},
+        {"validation_fraction": 0.25},
+        {"test_fraction": 0.25},
+        {"tokenizer": "bpe-300"},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_whatever_changes_the_tokens_changes_the_cache(corpus: Path, change: dict[str, Any]) -> None:
+    assert opened(corpus, **change).cache.folder != opened(corpus).cache.folder
+
+
+def test_a_changed_file_is_tokenised_anew(corpus: Path) -> None:
+    opened(corpus)
+    (corpus / "00.txt").write_text("something else altogether\n")
+    assert "something else altogether\n" in set.union(*by_split(opened(corpus)).values())
+
+
+def test_a_trained_tokenizer_has_seen_training_documents_alone(corpus: Path) -> None:
+    data = opened(corpus, tokenizer="bpe-320")
+    again = train_bpe(texts_of(data, "train"), 320)
+    assert data.tokenizer.get_vocab() == again.get_vocab()
+    assert data.vocab_size == len(again)
+
+
+def test_a_saved_tokenizer_is_used_as_it_is(corpus: Path, tmp_path: Path) -> None:
+    own = train_bpe(TEXTS, 290)
+    own.save_pretrained(tmp_path / "own")
+    data = opened(corpus, tokenizer=str(tmp_path / "own"))
+    assert data.vocab_size == 290
+    texts = texts_of(data, "validation")
+    boundary = boundary_id(own)
+    expected = [token for ids in encode_documents(own, texts) for token in [boundary, *ids]] + [boundary]
+    assert data.cache.split("validation").tokens.tolist() == expected
+
+
+def test_a_checkpoint_of_other_tokens_is_refused(corpus: Path) -> None:
+    data, other = opened(corpus), opened(corpus, tokenizer="bpe-300")
+    data.load_state_dict(opened(corpus, seq_len=8).state_dict())
+    message = f"data.tokenizer must be the checkpoint's, but is bytes of {corpus}, which differs"
+    with pytest.raises(ValueError, match=exactly(message)):
+        data.load_state_dict(other.state_dict())
+
+
+def test_facts_are_there_without_calling_the_hooks(corpus: Path) -> None:
+    data = TextData(path=str(corpus), **SMALL)
+    assert data.vocab_size == 257
+    assert data.manifest["splits"]["train"]["documents"] > 0
+
+
+def test_texts_are_read_cleaned_and_whole(corpus: Path) -> None:
+    (corpus / "zz.txt").write_bytes(b"cafe\xcc\x81\r\n\x00")
+    (corpus / "zzz.txt").write_text(TEXTS[0], encoding="utf-8")
+    assert list(read_texts(str(corpus), None, "text", None, Cleaning())) == [*TEXTS, "café\n"]
+    assert list(read_texts(str(corpus), None, "text", 3, Cleaning())) == TEXTS[:3]
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 0}, "data.seq_len must be at least 1, but is 0"),
+        ({"batch_size": -1}, "data.batch_size must be at least 1, but is -1"),
+        (
+            {"validation_fraction": -0.1},
+            "data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, "
+            "but are -0.1 and 0.2",
+        ),
+        (
+            {"validation_fraction": 0.5, "test_fraction": 0.5},
+            "data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, "
+            "but are 0.5 and 0.5",
+        ),
+    ],
+)
+def test_values_out_of_range_are_refused_before_anything_is_read(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=exactly(message)):
+        TextData(path="/no/such/folder", **(SMALL | changes))
+
+
+def test_a_negative_number_of_documents_is_refused_in_the_grammar(corpus: Path) -> None:
+    with pytest.raises(ValueError, match=r"\Adata\.max_documents must .*, but is -1"):
+        opened(corpus, max_documents=-1)
+
+
+def test_a_missing_path_is_refused() -> None:
+    message = (
+        "data.path must be a file, a folder, a hub data set or one of stdlib, stdlib-code, stdlib-prose, "
+        "but is /no/such/folder, which does not exist"
+    )
+    with pytest.raises(FileNotFoundError, match=exactly(message)):
+        opened("/no/such/folder")
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"", "no documents"), (b" \n\t\n", "1 empty"), (b"\x00\x01", "1 empty")]
+)
+@pytest.mark.parametrize("tokenizer", ["bytes", "bpe-300"])
+def test_a_file_without_text_is_refused_with_the_reason(
+    tmp_path: Path, content: bytes, reason: str, tokenizer: str
+) -> None:
+    path = tmp_path / "empty.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=exactly(f"data.path must hold text, but {path} has none ({reason})")):
+        opened(path, tokenizer=tokenizer)
+
+
+def test_a_corpus_shorter_than_a_row_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "short.txt"
+    path.write_text("abc")
+    message = (
+        f"data.seq_len must leave at least one row to train on, but is 16 where the training split of {path} has "
+        f"5 tokens; lower it or give more text"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        opened(path, validation_fraction=0.0, test_fraction=0.0)
+    opened(path, validation_fraction=0.0, test_fraction=0.0, seq_len=4, batch_size=1)
+
+
+def test_an_empty_validation_split_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "one.txt"
+    path.write_text("one document and no more, long enough for a row or two")
+    assert content_hash(path.read_text()) / 2**64 > 0.5  # a training document
+    message = (
+        f"data.validation_fraction must leave a document to validate on, but is 0.2, which takes none of the 1 of "
+        f"{path}; raise it, or set it to 0 to go without"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        opened(path)
+    opened(path, validation_fraction=0.0)
+
+
+def test_a_batch_larger_than_the_rows_is_refused(corpus: Path) -> None:
+    tokens = len(opened(corpus).cache.split("train").tokens)
+    rows = (tokens - 1) // 16
+    message = (
+        f"data.batch_size must be at most the rows there are to train on, but is {rows + 1} on 1 devices where the "
+        f"training split of {corpus} has {rows} rows of 16 tokens; lower it or data.seq_len"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        opened(corpus, batch_size=rows + 1)
+    opened(corpus, batch_size=rows)
+    opened(corpus, batch_size=rows + 1, streaming=True)
+
+
+def test_a_missing_column_is_refused(tmp_path: Path) -> None:
+    path = as_table(".jsonl")(tmp_path)
+    with pytest.raises(ValueError, match=exactly(f"data.column must be one of text in {path}, but is 'body'")):
+        opened(path, column="body")
+
+
+def test_bytes_that_are_not_utf8_are_refused(corpus: Path) -> None:
+    (corpus / "10.txt").write_bytes(b"caf\xe9")
+    message = (
+        f"data.path must hold UTF-8 text, but {corpus / '10.txt'} has byte 0xe9 at offset 3; "
+        f"convert it, for example with `iconv -f latin1 -t utf-8`"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        opened(corpus)
+
+
+def test_a_refused_corpus_leaves_no_cache(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "cache"))
+    (corpus / "59.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=r"byte 0xff"):
+        opened(corpus)
+    assert list((tmp_path / "cache/tokens").iterdir()) == []

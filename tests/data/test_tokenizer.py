@@ -1,0 +1,152 @@
+from pathlib import Path
+
+import pytest
+from conftest import exactly, prose
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lit_llm.data.tokenizer import (
+    BOUNDARY,
+    boundary_id,
+    byte_tokenizer,
+    encode_documents,
+    fingerprint,
+    load_tokenizer,
+    train_bpe,
+    trained_vocab_size,
+)
+
+TEXTS = [prose(number) for number in range(60)]
+BYTES = byte_tokenizer()
+TRAINED = train_bpe(TEXTS, 400)
+ANY_TEXT = st.text(st.characters(codec="utf-8"))
+
+
+@given(ANY_TEXT)
+@settings(deadline=None)
+def test_a_byte_tokenizer_has_one_token_a_byte_and_loses_nothing(text: str) -> None:
+    [ids] = encode_documents(BYTES, [text])
+    assert len(ids) == len(text.encode())
+    assert BYTES.decode(ids) == text
+
+
+@given(ANY_TEXT)
+@settings(deadline=None)
+def test_a_trained_tokenizer_loses_nothing_even_of_what_it_never_saw(text: str) -> None:
+    [ids] = encode_documents(TRAINED, [text])
+    assert TRAINED.decode(ids) == text
+
+
+def test_bytes_and_boundary_are_all_the_tokens_of_the_byte_tokenizer() -> None:
+    assert len(BYTES) == 257
+    assert len({i for [i] in encode_documents(BYTES, [chr(n) for n in range(128)])}) == 128
+
+
+def test_training_shortens_the_text_it_was_trained_on() -> None:
+    encoded = encode_documents(TRAINED, TEXTS)
+    assert sum(map(len, encoded)) < 0.5 * sum(len(text.encode()) for text in TEXTS)
+    assert len(TRAINED) == 400
+
+
+@pytest.mark.parametrize("vocab_size", [257, 300])
+def test_the_vocabulary_has_the_size_asked_for(vocab_size: int) -> None:
+    assert len(train_bpe(TEXTS, vocab_size)) == vocab_size
+
+
+def test_a_small_corpus_yields_fewer_tokens_than_asked_for() -> None:
+    assert 257 < len(train_bpe(["ab ab ab"], 10_000)) < 270
+
+
+def test_training_twice_gives_the_same_tokenizer() -> None:
+    assert fingerprint(train_bpe(TEXTS, 300)) == fingerprint(train_bpe(iter(TEXTS), 300))
+
+
+def test_no_token_holds_more_than_two_digits_or_the_end_of_one_word_and_another() -> None:
+    numbers = train_bpe(["2024 2024 2024 the sea the sea the sea"] * 50, 400)
+    tokens = [numbers.decode([index]) for index in range(len(numbers))]
+    assert "20" in tokens
+    assert " sea" in tokens
+    assert not any(token.isdigit() and len(token) > 2 for token in tokens)
+    assert not any("e s" in token for token in tokens)
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, TRAINED], ids=["bytes", "trained"])
+def test_a_boundary_spelt_in_a_text_is_text(tokenizer) -> None:
+    text = f"a{BOUNDARY}b"
+    [ids] = encode_documents(tokenizer, [text])
+    assert boundary_id(tokenizer) not in ids
+    assert tokenizer.decode(ids) == text
+
+
+def test_encoding_documents_leaves_the_tokenizer_as_it_was() -> None:
+    before = TRAINED.encode(f"a{BOUNDARY}b")
+    encode_documents(TRAINED, [BOUNDARY])
+    assert TRAINED.encode(f"a{BOUNDARY}b") == before
+    assert boundary_id(TRAINED) in before
+
+
+def test_documents_are_encoded_whole_without_any_token_added() -> None:
+    text = "letter " * 5000
+    [ids, empty] = encode_documents(TRAINED, [text, ""])
+    assert TRAINED.decode(ids) == text
+    assert empty == []
+
+
+def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path: Path) -> None:
+    TRAINED.save_pretrained(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert fingerprint(loaded) == fingerprint(TRAINED)
+    assert encode_documents(loaded, TEXTS) == encode_documents(TRAINED, TEXTS)
+    assert boundary_id(loaded) == boundary_id(TRAINED)
+
+
+def test_the_fingerprint_tells_tokenizers_apart() -> None:
+    assert len({fingerprint(t) for t in (BYTES, TRAINED, train_bpe(TEXTS, 401))}) == 3
+    assert fingerprint(load_tokenizer("bytes")) == fingerprint(BYTES)
+
+
+@pytest.mark.parametrize(
+    ("spec", "size"), [("bpe-4096", 4096), ("bytes", None), ("bpe-", None), ("bpe-12x", None), ("my/bpe-12", None)]
+)
+def test_a_name_says_how_many_tokens_to_train(spec: str, size: int | None) -> None:
+    assert trained_vocab_size(spec) == size
+
+
+def test_the_boundary_is_the_first_there_is_of_eos_bos_and_sep() -> None:
+    tokenizer = byte_tokenizer()
+    names = ("eos_token", "bos_token", "sep_token")
+    for number, name in enumerate(names):
+        setattr(tokenizer, name, f"<{number}>")
+    tokenizer.add_tokens(["<0>", "<1>", "<2>"], special_tokens=True)
+    for number, name in enumerate(names):
+        assert boundary_id(tokenizer) == tokenizer.convert_tokens_to_ids(f"<{number}>")
+        setattr(tokenizer, name, None)
+
+
+def test_a_tokenizer_without_a_boundary_is_refused(tmp_path: Path) -> None:
+    bare = byte_tokenizer()
+    bare.eos_token = bare.bos_token = bare.pad_token = None
+    bare.save_pretrained(tmp_path)
+    message = "tokenizer must have an eos, bos or sep token to put between documents, but has none"
+    for refuse in (lambda: boundary_id(bare), lambda: load_tokenizer(tmp_path)):
+        with pytest.raises(ValueError, match=exactly(message)):
+            refuse()
+
+
+def test_too_small_a_vocabulary_is_refused() -> None:
+    message = "vocab_size must be at least 257 (the bytes and <|endoftext|>), but is 256"
+    with pytest.raises(ValueError, match=exactly(message)):
+        train_bpe(TEXTS, 256)
+
+
+@pytest.mark.parametrize("spec", ["nobody/nothing-of-the-kind", "bpe-many", "{empty}"])
+def test_a_tokenizer_that_is_not_there_is_said_in_one_line(tmp_path: Path, spec: str) -> None:
+    spec = spec.replace("{empty}", str(tmp_path))
+    start = (
+        f"tokenizer must be `bytes`, `bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on the hub, "
+        f"but is {spec!r}: "
+    )
+    with pytest.raises(FileNotFoundError) as caught:
+        load_tokenizer(spec)
+    assert str(caught.value).startswith(start)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,80 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lit_llm.batch import IGNORE_INDEX
+from lit_llm.objectives.losses import cross_entropy_sum, token_nats
+
+BATCH, SEQ, VOCAB = 3, 7, 11
+
+
+@pytest.fixture
+def logits() -> torch.Tensor:
+    return 3 * torch.randn(BATCH, SEQ, VOCAB)
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    labels = torch.randint(VOCAB, (BATCH, SEQ))
+    labels[0, 3:] = labels[2, 0] = IGNORE_INDEX
+    return labels
+
+
+def kept(logits: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return logits[labels != IGNORE_INDEX], labels[labels != IGNORE_INDEX]
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_the_sum_is_torchs_over_the_labels_that_count(logits, labels, smoothing: float) -> None:
+    expected = F.cross_entropy(*kept(logits, labels), reduction="sum", label_smoothing=smoothing)
+    torch.testing.assert_close(cross_entropy_sum(logits, labels, smoothing), expected)
+
+
+def test_smoothing_mixes_in_the_mean_over_all_tokens(logits, labels) -> None:
+    log_p, targets = kept(logits.log_softmax(-1), labels)
+    hard, soft = -log_p.gather(1, targets[:, None]).sum(), -log_p.mean(-1).sum()
+    torch.testing.assert_close(cross_entropy_sum(logits, labels, 0.2), 0.8 * hard + 0.2 * soft)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_z_loss_adds_the_squared_log_of_the_denominator(logits, labels, smoothing: float) -> None:
+    squares = kept(logits, labels)[0].exp().sum(-1).log().square()
+    found = cross_entropy_sum(logits, labels, smoothing, 0.01) - cross_entropy_sum(logits, labels, smoothing)
+    torch.testing.assert_close(found, 0.01 * squares.sum(), atol=1e-4, rtol=1e-4)
+
+
+def test_each_label_has_its_own_nats(logits, labels) -> None:
+    nats = token_nats(logits, labels)
+    assert nats.shape == labels.shape
+    assert (nats[labels == IGNORE_INDEX] == 0).all()
+    expected = F.cross_entropy(*kept(logits, labels), reduction="none")
+    torch.testing.assert_close(nats[labels != IGNORE_INDEX], expected)
+    torch.testing.assert_close(nats.sum(), cross_entropy_sum(logits, labels))
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+def test_ignored_positions_have_no_gradient(logits, labels, z_loss: float) -> None:
+    logits.requires_grad_()
+    cross_entropy_sum(logits, labels, 0.1, z_loss).backward()
+    touched = logits.grad.abs().sum(-1) > 0
+    assert torch.equal(touched, labels != IGNORE_INDEX)
+
+
+def test_labels_that_are_all_ignored_cost_nothing(logits) -> None:
+    nothing = torch.full((BATCH, SEQ), IGNORE_INDEX)
+    assert cross_entropy_sum(logits, nothing, 0.1, 0.1) == 0
+    assert (token_nats(logits, nothing) == 0).all()
+
+
+def test_eight_rows_cost_what_they_cost_one_by_one(logits, labels) -> None:
+    alone = sum(cross_entropy_sum(logits[i : i + 1], labels[i : i + 1], 0.1, 0.01) for i in range(BATCH))
+    torch.testing.assert_close(cross_entropy_sum(logits, labels, 0.1, 0.01), alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_types_are_computed_with_in_float32(logits, labels, dtype: torch.dtype) -> None:
+    small = logits.to(dtype)
+    for loss in (cross_entropy_sum, token_nats):
+        found = loss(small, labels)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, loss(small.float(), labels))

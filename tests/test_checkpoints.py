@@ -1,0 +1,381 @@
+import json
+import os
+import pickle
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import exactly
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import AutoTokenizer
+
+from lit_llm.checkpoints import AtomicCheckpointIO, load_model, read_checkpoint, replacing, save_model
+from lit_llm.data.tokenizer import byte_tokenizer, fingerprint
+from lit_llm.models.llama import Llama
+
+CHECKPOINT = {"step": 3, "state_dict": {"weight": torch.arange(50.0)}, "names": ["a", "b"]}
+ONE_LINE = r"\Ackpt_path must [^\n]+, but [^\n]+\Z"
+
+
+def same(one: Any, other: Any) -> bool:
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "run" / "last.ckpt"
+    AtomicCheckpointIO().save_checkpoint(CHECKPOINT, path)
+    return path
+
+
+# Replacing.
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("there_before", [False, True])
+def test_what_was_written_takes_the_place_of_the_old(tmp_path: Path, kind: str, there_before: bool) -> None:
+    path = tmp_path / "deep" / "place"
+
+    def write(text: str) -> None:
+        with replacing(path) as new:
+            if kind == "folder":
+                new.mkdir()
+                (new / text).write_text(text)
+            else:
+                new.write_text(text)
+
+    if there_before:
+        write("old")
+    write("new")
+    assert content(path.parent) == {"place/new" if kind == "folder" else "place": b"new"}
+    assert [p.name for p in path.parent.iterdir()] == ["place"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("moment", ["writing", "replacing"])
+def test_on_an_error_the_old_is_untouched_and_nothing_is_left(tmp_path, monkeypatch, kind, error, moment) -> None:
+    path = tmp_path / "place"
+    inside = path / "file" if kind == "folder" else path
+    inside.parent.mkdir(exist_ok=True)
+    inside.write_text("old")
+
+    def fail(*args: object) -> None:
+        raise error
+
+    def write() -> None:
+        with replacing(path) as new:
+            if kind == "folder":
+                new.mkdir()
+            (new / "file" if kind == "folder" else new).write_text("new")
+            if moment == "writing":
+                fail()
+            monkeypatch.setattr(os, "replace", fail)
+
+    with pytest.raises(error):
+        write()
+    assert inside.is_file()
+    assert inside.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["place"]
+
+
+# Checkpoint files.
+
+
+def test_a_checkpoint_is_read_as_it_was_saved(saved: Path) -> None:
+    assert same(AtomicCheckpointIO().load_checkpoint(saved), CHECKPOINT)
+    assert [p.name for p in saved.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint_and_no_litter(saved: Path, monkeypatch) -> None:
+    before = saved.read_bytes()
+
+    def write_half(checkpoint: Any, path: Path) -> None:
+        Path(path).write_bytes(before[: len(before) // 2])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", write_half)
+    with pytest.raises(OSError, match="No space left"):
+        AtomicCheckpointIO().save_checkpoint({"step": 4}, saved)
+    assert saved.read_bytes() == before
+    assert [p.name for p in saved.parent.iterdir()] == ["last.ckpt"]
+
+
+@pytest.mark.parametrize("kept", [0.0, 0.01, 0.5, 0.99, "all but one byte"])
+def test_a_truncated_checkpoint_is_refused(saved: Path, kept: float | str) -> None:
+    whole = saved.read_bytes()
+    saved.write_bytes(whole[: -1 if isinstance(kept, str) else int(kept * len(whole))])
+    with pytest.raises(ValueError, match=ONE_LINE) as caught:
+        read_checkpoint(saved)
+    assert str(caught.value).startswith(f"ckpt_path must be a whole checkpoint, but {saved} is ")
+
+
+def test_a_flipped_bit_is_either_harmless_or_refused(saved: Path) -> None:
+    whole, draw = saved.read_bytes(), random.Random(0)
+    refused: list[str] = []
+    for place in [*draw.sample(range(len(whole)), 250), *range(0, 64), *range(len(whole) - 400, len(whole))]:
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << draw.randrange(8)
+        saved.write_bytes(damaged)
+        try:
+            assert same(read_checkpoint(saved), CHECKPOINT), f"byte {place} changed what was read"
+        except ValueError as error:
+            refused.append(str(error))
+    assert len(refused) > 50
+    assert [line for line in refused if not re.match(ONE_LINE, line)] == []
+
+
+def test_a_flipped_bit_in_the_weights_is_named(saved: Path) -> None:
+    whole = bytearray(saved.read_bytes())
+    place = whole.index(torch.arange(50.0).numpy().tobytes())
+    whole[place + 17] ^= 4
+    saved.write_bytes(whole)
+    message = f"ckpt_path must be a whole checkpoint, but {saved} is damaged in last/data/0"
+    with pytest.raises(ValueError, match=exactly(message)):
+        read_checkpoint(saved)
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("form", ["zip", "old zip", "plain pickle"])
+def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(tmp_path: Path, form: str) -> None:
+    path, trap = tmp_path / "bad.ckpt", tmp_path / "trap"
+    if form == "plain pickle":
+        path.write_bytes(pickle.dumps({"state_dict": Malicious(trap)}))
+    else:
+        torch.save({"state_dict": Malicious(trap)}, path, _use_new_zipfile_serialization=form == "zip")
+    for read in (read_checkpoint, load_model, AtomicCheckpointIO().load_checkpoint):
+        with pytest.raises(ValueError, match=ONE_LINE):
+            read(path)
+    assert not trap.exists()
+    pickle.loads(pickle.dumps(Malicious(trap)))  # the trap itself works
+    assert trap.exists()
+
+
+def test_reading_cannot_be_talked_into_unpickling(tmp_path: Path) -> None:
+    path, trap = tmp_path / "bad.ckpt", tmp_path / "trap"
+    torch.save({"state_dict": Malicious(trap)}, path)
+    with pytest.raises(ValueError, match=ONE_LINE):
+        AtomicCheckpointIO().load_checkpoint(path, weights_only=False)
+    assert not trap.exists()
+
+
+def test_an_object_of_any_class_is_refused_in_one_line(tmp_path: Path) -> None:
+    torch.save({"network": nn.Linear(2, 2)}, tmp_path / "object.ckpt")
+    with pytest.raises(ValueError, match=ONE_LINE) as caught:
+        read_checkpoint(tmp_path / "object.ckpt")
+    assert "must hold plain values and tensors only" in str(caught.value)
+
+
+def test_a_damaged_checkpoint_is_said_with_those_beside_it(saved: Path) -> None:
+    (saved.parent / "best.ckpt").write_bytes(saved.read_bytes())
+    saved.write_bytes(b"")
+    message = f"ckpt_path must be a whole checkpoint, but {saved} is not: File is not a zip file"
+    with pytest.raises(ValueError, match=exactly(f"{message}; {saved.parent} also holds best.ckpt")):
+        read_checkpoint(saved)
+
+
+def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "no.ckpt"
+    message = f"ckpt_path must be a checkpoint file, but is {path}, which does not exist"
+    with pytest.raises(FileNotFoundError, match=exactly(message)):
+        read_checkpoint(path)
+
+
+# Model directories. (What the weights compute is compared in tests/models/.)
+
+
+@pytest.fixture
+def model(tiny_llama, tmp_path: Path) -> Path:
+    save_model(tmp_path / "model", tiny_llama(vocab_size=257), byte_tokenizer(), "# Card\n")
+    return tmp_path / "model"
+
+
+def edit_config(model: Path, **changes: Any) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | changes))
+
+
+def edit_weights(model: Path, edit: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    tensors = load_file(model / "model.safetensors")
+    edit(tensors)
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_model_comes_with_its_tokenizer_and_card(model: Path) -> None:
+    network, tokenizer = load_model(model)
+    assert isinstance(network, Llama)
+    assert not network.training
+    assert fingerprint(tokenizer) == fingerprint(byte_tokenizer()) == fingerprint(AutoTokenizer.from_pretrained(model))
+    assert (model / "README.md").read_text() == "# Card\n"
+    config = json.loads((model / "config.json").read_text())
+    assert {config[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {0}
+
+
+def test_a_run_folder_stands_for_the_model_in_it(model: Path) -> None:
+    assert load_model(model.parent)[0].to_hf_config() == load_model(str(model))[0].to_hf_config()
+
+
+def test_a_checkpoint_of_an_objective_is_a_model_too(tiny_llama, tmp_path: Path) -> None:
+    network = tiny_llama(vocab_size=257, tie_embeddings=True)
+    sizes = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48, "tie_embeddings": True}
+    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    files = {path.name: path.read_text(encoding="utf-8") for path in (tmp_path / "tokenizer").iterdir()}
+    checkpoint = {
+        "network": {"class_path": "lit_llm.models.llama.Llama", "init_args": sizes, "size": 257},
+        "state_dict": {f"network.{key}": value for key, value in network.state_dict().items()} | {"other": 1},
+        "TextData": {"tokenizer": files},
+    }
+    AtomicCheckpointIO().save_checkpoint(checkpoint, tmp_path / "best.ckpt")
+    again, tokenizer = load_model(tmp_path / "best.ckpt")
+    assert same(dict(again.state_dict()), dict(network.state_dict()))
+    assert again.lm_head.weight is again.embed_tokens.weight
+    assert fingerprint(tokenizer) == fingerprint(byte_tokenizer())
+
+
+def test_weights_are_exported_in_float32_whatever_they_were(tiny_llama, tmp_path: Path) -> None:
+    save_model(tmp_path / "model", tiny_llama().bfloat16())
+    assert {tensor.dtype for tensor in load_file(tmp_path / "model/model.safetensors").values()} == {torch.float32}
+
+
+def test_a_failed_export_leaves_the_old_model(model: Path, tiny_llama, monkeypatch) -> None:
+    before = content(model)
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lit_llm.checkpoints.save_file", fail)
+    with pytest.raises(OSError, match="No space left"):
+        save_model(model, tiny_llama(seed=1))
+    assert content(model) == before
+    assert [p.name for p in model.parent.iterdir()] == ["model"]
+
+
+def test_a_new_export_replaces_all_of_the_old(model: Path, tiny_llama) -> None:
+    (model / "leftover.txt").write_text("old")
+    save_model(model, tiny_llama(seed=1))
+    assert sorted(content(model)) == ["config.json", "model.safetensors"]
+
+
+def test_a_network_that_transformers_does_not_know_is_refused(tmp_path: Path) -> None:
+    message = "network must have a form that transformers knows, but is a Linear"
+    with pytest.raises(TypeError, match=exactly(message)):
+        save_model(tmp_path / "model", nn.Linear(2, 2))
+    assert list(tmp_path.iterdir()) == []
+
+
+NAMES = "model must hold the network's tensors and no others, but {} {}"
+
+
+def test_a_missing_tensor_is_named(model: Path) -> None:
+    edit_weights(model, lambda tensors: tensors.pop("model.norm.weight"))
+    with pytest.raises(ValueError, match=exactly(NAMES.format(model, "lacks model.norm.weight"))):
+        load_model(model)
+    edit_weights(model, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    with pytest.raises(ValueError, match=exactly(NAMES.format(model, "lacks model.embed_tokens.weight and 1 more"))):
+        load_model(model)
+
+
+def test_an_extra_tensor_is_named(model: Path) -> None:
+    edit_weights(model, lambda tensors: tensors.update({"model.layers.7.bias": torch.zeros(1)}))
+    with pytest.raises(ValueError, match=exactly(NAMES.format(model, "also has model.layers.7.bias"))):
+        load_model(model)
+
+
+def test_a_tied_matrix_may_be_there_twice(tiny_llama, tmp_path: Path) -> None:
+    network = tiny_llama(tie_embeddings=True)
+    save_model(tmp_path / "model", network)
+    twice = network.embed_tokens.weight.detach().clone()
+    edit_weights(tmp_path / "model", lambda tensors: tensors.update({"lm_head.weight": twice}))
+    assert torch.equal(load_model(tmp_path / "model")[0].lm_head.weight, twice)
+
+
+def test_a_wrong_shape_is_named(model: Path) -> None:
+    edit_weights(model, lambda tensors: tensors.update({"model.norm.weight": torch.zeros(31)}))
+    message = f"model.norm.weight must have the shape (32,) of the network, but has (31,) in {model}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        load_model(model)
+
+
+@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None])
+def test_an_unknown_architecture_is_said_with_those_there_are(model: Path, architectures: list[str] | None) -> None:
+    edit_config(model, architectures=architectures)
+    wanted = (architectures or [""])[0]
+    with pytest.raises(ValueError, match=r"\Aarchitectures in config\.json must be one of ") as caught:
+        load_model(model)
+    assert "LlamaForCausalLM, Qwen3ForCausalLM" in str(caught.value)
+    assert str(caught.value).endswith(f", but is {wanted!r}")
+
+
+@pytest.mark.parametrize("path", ["", "nothing/here"])
+def test_a_place_without_a_model_is_named(tmp_path: Path, path: str) -> None:
+    message = (
+        f"model must be a model directory, a run folder or a checkpoint file, but is {tmp_path / path}, which holds "
+        f"no config.json"
+    )
+    with pytest.raises(FileNotFoundError, match=exactly(message)):
+        load_model(tmp_path / path)
+
+
+def test_a_model_without_weights_is_refused(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    message = f"model must hold weights as .safetensors, but {model} has none"
+    with pytest.raises(FileNotFoundError, match=exactly(message)):
+        load_model(model)
+
+
+@pytest.mark.parametrize("kept", [0, 5, 1000, -1])
+def test_truncated_weights_are_refused_in_one_line(model: Path, kept: int) -> None:
+    path = model / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"\Amodel must hold whole weights, but [^\n]+\Z") as caught:
+        load_model(model)
+    assert f"but {path} does not: " in str(caught.value)
+
+
+@pytest.mark.parametrize("config", ["", "{", '{"architectures": ["LlamaForCausalLM"]}'])
+def test_a_config_that_is_not_whole_is_refused_in_the_grammar(model: Path, config: str) -> None:
+    (model / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"\A[^\n]*config\.json[^\n]* must [^\n]+ but [^\n]+\Z"):
+        load_model(model)
+
+
+def test_a_checkpoint_without_a_network_is_refused(saved: Path) -> None:
+    message = f"model must be a checkpoint of an objective of this package, but {saved} describes no network"
+    with pytest.raises(ValueError, match=exactly(message)):
+        load_model(saved)
+
+
+def test_a_checkpoint_cannot_name_anything_but_a_torch_module(tmp_path: Path) -> None:
+    trap = tmp_path / "trap"
+    recipe = {"class_path": "os.mkdir", "size": str(trap)}
+    AtomicCheckpointIO().save_checkpoint({"network": recipe, "state_dict": {}}, tmp_path / "bad.ckpt")
+    message = f"network in {tmp_path / 'bad.ckpt'} must be a torch module, but is os.mkdir"
+    with pytest.raises(ValueError, match=exactly(message)):
+        load_model(tmp_path / "bad.ckpt")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("class_path", ["no_such_module.Network", "lit_llm.models.llama.NoSuchNetwork", "Llama"])
+def test_a_checkpoint_that_names_no_class_is_refused_in_the_grammar(tmp_path: Path, class_path: str) -> None:
+    recipe = {"class_path": class_path, "size": 7}
+    AtomicCheckpointIO().save_checkpoint({"network": recipe, "state_dict": {}}, tmp_path / "bad.ckpt")
+    with pytest.raises(ValueError, match=r"\A[^\n]+ must [^\n]+ but [^\n]+\Z"):
+        load_model(tmp_path / "bad.ckpt")

@@ -1,0 +1,76 @@
+"""Every shipped config says what it is, keeps the house rules, and takes two steps."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.cli.conftest import REPOSITORY
+
+pytest_plugins = ["tests.cli.conftest"]
+
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+RUNS = [path for path in CONFIGS if path.parent.name in ("pretraining", "finetuning", "distillation")]
+OVERLAYS = [path for path in CONFIGS if path.parent.name in ("logging", "strategy")]
+
+
+def name(path: Path) -> str:
+    return path.relative_to(REPOSITORY / "configs").with_suffix("").as_posix()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_it_says_first_what_it_is_and_stays_short(path):
+    lines = path.read_text().splitlines()
+    assert re.match(r"# \w.{30,}", lines[0])
+    assert len(lines) <= 40
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=name)
+def test_it_writes_no_value_that_the_data_decides(path):
+    assert not re.search(r"^\s*(vocab_size|num_classes):", path.read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_a_run_file_states_what_it_reaches(path):
+    head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
+    assert re.search(r"\d\.\d+ (bits per byte|nats)", head)
+    assert re.search(r"\d+ (s|seconds|minutes)\b", head)
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=name)
+def test_an_overlay_adds_to_the_callbacks_and_does_not_replace_them(path):
+    trainer = yaml.safe_load(path.read_text()).get("trainer", {})
+    assert "callbacks" not in trainer
+
+
+SMALL_DATA = ["--data.tokenizer", "bytes", "--data.validation_fraction", "0.1", "--data.test_fraction", "0"]
+
+
+@pytest.mark.parametrize("path", RUNS, ids=name)
+def test_a_run_file_takes_two_steps(lit_llm, texts, tmp_path, path):
+    outcome = lit_llm(
+        "fit", "--config", path, "--data.path", texts, *SMALL_DATA, "--data.seq_len", "64", "--data.batch_size", "2",
+        "--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--run_dir", tmp_path / "run",
+    )
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "run/model/config.json").exists()
+
+
+@pytest.mark.parametrize("path", OVERLAYS, ids=name)
+def test_an_overlay_takes_two_steps_on_the_main_run(lit_llm, tiny, tmp_path, monkeypatch, path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    outcome = lit_llm("fit", *tiny, "--config", path, "--trainer.max_steps", "2", "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name in ("models", "data")], ids=name)
+def test_a_part_can_take_its_place_in_the_main_run(lit_llm, tiny, path):
+    key = "--model.network" if path.parent.name == "models" else "--data"
+    outcome = lit_llm("fit", *tiny[:2], key, path, "--print_config")
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load(outcome.out)
+    part = config["model"]["init_args"]["network"] if key == "--model.network" else config["data"]
+    assert part["class_path"] == yaml.safe_load(path.read_text())["class_path"]

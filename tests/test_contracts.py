@@ -1,0 +1,205 @@
+"""What every network, objective, data module and callback must keep to; found by walking the package."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import pkgutil
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from torch import nn
+from torch.utils.data import DataLoader
+
+import lit_llm
+from lit_llm.batch import IGNORE_INDEX
+from lit_llm.models.block import Block
+from lit_llm.objectives.objective import Objective
+
+
+def classes(package: str, base: type) -> list[type]:
+    module = importlib.import_module(package)
+    found = {}
+    for info in pkgutil.iter_modules(module.__path__, package + "."):
+        for value in vars(importlib.import_module(info.name)).values():
+            if inspect.isclass(value) and issubclass(value, base) and value.__module__ == info.name:
+                if not inspect.isabstract(value):
+                    found[value.__qualname__] = value
+    return list(found.values())
+
+
+LANGUAGE_MODELS = [c for c in classes("lit_llm.models", nn.Module) if hasattr(c, "to_hf_config")]
+OBJECTIVES = classes("lit_llm.objectives", Objective)
+DATA_MODULES = classes("lit_llm.data", LightningDataModule)
+CALLBACKS = classes("lit_llm.callbacks", Callback)
+SMALL = {"d_model": 16, "num_layers": 2, "num_heads": 2}
+VOCAB = 20
+
+
+def awake(network: nn.Module) -> nn.Module:
+    """Random weights everywhere, also where training starts from zero."""
+    for p in network.parameters():
+        nn.init.normal_(p, std=0.3)
+    return network
+
+
+@pytest.mark.parametrize("kind", LANGUAGE_MODELS)
+class TestLanguageModel:
+    def test_no_future_token_changes_a_past_logit(self, kind):
+        network = awake(kind(VOCAB, **SMALL)).eval()
+        ids = torch.randint(VOCAB, (2, 12))
+        changed = ids.clone()
+        changed[:, 7:] = (changed[:, 7:] + 1) % VOCAB
+        before, after = network(ids), network(changed)
+        assert torch.equal(before[:, :7], after[:, :7])
+        assert not torch.equal(before[:, 7:], after[:, 7:])
+
+    def test_the_loss_falls_on_one_repeated_batch(self, kind):
+        network = kind(VOCAB, **SMALL)
+        ids = torch.randint(VOCAB, (4, 13))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+        losses = []
+        for _ in range(40):
+            logits = network(ids[:, :-1])
+            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_the_state_dict_round_trips(self, kind):
+        network, other = awake(kind(VOCAB, **SMALL)), kind(VOCAB, **SMALL)
+        other.load_state_dict(network.state_dict())
+        ids = torch.randint(VOCAB, (1, 5))
+        assert torch.equal(network(ids), other(ids))
+
+    def test_its_layers_are_blocks(self, kind):
+        assert sum(isinstance(m, Block) for m in kind(VOCAB, **SMALL).modules()) == 2
+
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+        with torch.device("meta"):
+            network = kind(VOCAB, **SMALL)
+        network.to_empty(device="cpu").reset_parameters()
+        assert network(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
+
+
+def rows(lengths: list[int], width: int = 10) -> list[dict[str, torch.Tensor]]:
+    """One-row batches of which only the first labels count."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for length in lengths:
+        ids = torch.randint(VOCAB, (1, width + 1), generator=generator)
+        labels = ids[:, 1:].clone()
+        labels[:, length:] = IGNORE_INDEX
+        batches.append({"input_ids": ids[:, :-1], "labels": labels})
+    return batches
+
+
+def loader(batches: list) -> DataLoader:
+    return DataLoader(batches, batch_size=None)
+
+
+def gradients(made: Objective) -> dict[str, torch.Tensor]:
+    return {name: p.grad for name, p in made.network.named_parameters() if p.grad is not None}
+
+
+def objective(kind: type) -> Objective:
+    torch.manual_seed(0)
+    made = kind(functools.partial(LANGUAGE_MODELS[0], **SMALL), vocab_size=VOCAB)
+    made.configure_model()
+    awake(made.network)
+    return made
+
+
+def trainer(tmp_path, **options) -> Trainer:
+    return Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=tmp_path, max_steps=1, max_epochs=-1, **options,
+    )
+
+
+@pytest.mark.parametrize("kind", OBJECTIVES)
+class TestObjective:
+    def test_eight_batches_of_one_give_the_gradient_of_one_batch_of_eight(self, kind, tmp_path):
+        single = rows([1, 9, 3, 10, 2, 7, 5, 4])
+        together = {key: torch.cat([row[key] for row in single]) for key in single[0]}
+        eight, one = objective(kind), objective(kind)
+        trainer(tmp_path, accumulate_grad_batches=8).fit(eight, loader(single))
+        trainer(tmp_path).fit(one, loader([together]))
+        assert gradients(one)
+        for name, gradient in gradients(one).items():
+            torch.testing.assert_close(gradients(eight)[name], gradient, rtol=1e-4, atol=1e-6)
+
+    def test_gradients_reach_every_trainable_parameter_and_no_frozen_one(self, kind, tmp_path):
+        made = objective(kind)
+        frozen = next(name for name, _ in made.network.named_parameters())
+        made.network.get_parameter(frozen).requires_grad_(False)
+        trainer(tmp_path).fit(made, loader(rows([10])))
+        reached = gradients(made)
+        assert set(reached) == {name for name, p in made.network.named_parameters()} - {frozen}
+        assert all(gradient.abs().sum() > 0 for gradient in reached.values())
+
+    def test_a_checkpoint_rebuilds_the_objective_without_executing_anything(self, kind, tmp_path):
+        from lit_llm.checkpoints import read_checkpoint
+
+        made = objective(kind)
+        run = trainer(tmp_path)
+        run.fit(made, loader(rows([10])))
+        run.save_checkpoint(tmp_path / "x.ckpt")
+        read_checkpoint(tmp_path / "x.ckpt")
+        again = kind.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+        for name, p in made.network.state_dict().items():
+            assert torch.equal(p, again.network.state_dict()[name])
+        assert again.hparams == made.hparams
+
+    def test_a_function_that_no_checkpoint_could_rebuild_is_refused(self, kind):
+        with pytest.raises(TypeError, match=r"^network must be a class or a functools.partial of one, so that a "):
+            kind(lambda size: LANGUAGE_MODELS[0](size, **SMALL))
+
+
+@pytest.mark.parametrize("kind", DATA_MODULES)
+class TestDataModule:
+    def data(self, kind, corpus) -> LightningDataModule:
+        made = kind(path=str(corpus), tokenizer="bytes", seq_len=16, batch_size=3, validation_fraction=0.2)
+        made.prepare_data()
+        made.setup("fit")
+        return made
+
+    def test_batches_have_the_fields_of_the_contract(self, kind, corpus):
+        batch = next(iter(self.data(kind, corpus).train_dataloader()))
+        assert set(batch) <= set(lit_llm.batch.TokenBatch.__annotations__)
+        assert batch["input_ids"].shape == batch["labels"].shape == (3, 16)
+        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.long
+        assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
+
+    def test_the_same_seed_gives_the_same_order(self, kind, corpus):
+        first, second = (list(self.data(kind, corpus).train_dataloader()) for _ in range(2))
+        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))
+
+    def test_it_goes_on_where_it_stopped(self, kind, corpus):
+        whole = list(self.data(kind, corpus).train_dataloader())
+        loader = self.data(kind, corpus).train_dataloader()
+        reading = iter(loader)
+        for _ in range(4):
+            next(reading)
+        fresh = self.data(kind, corpus).train_dataloader()
+        fresh.load_state_dict(loader.state_dict())
+        rest = list(fresh)
+        assert len(rest) == len(whole) - 4
+        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(whole[4:], rest, strict=True))
+
+
+@pytest.mark.parametrize("kind", CALLBACKS)
+def test_a_callbacks_state_survives_saving_and_loading(kind):
+    needed = {"prompts": ["x"]} if "prompts" in inspect.signature(kind).parameters else {}
+    first, second = kind(**needed), kind(**needed)
+    if type(first).state_dict is Callback.state_dict:
+        assert type(first).load_state_dict is Callback.load_state_dict
+        return
+    for number, key in enumerate(first.state_dict()):
+        setattr(first, key, {"metric": 1.0} if isinstance(getattr(first, key), dict) else number + 7)
+    second.load_state_dict(first.state_dict())
+    assert second.state_dict() == first.state_dict()

@@ -1,0 +1,202 @@
+from collections import Counter
+
+import pytest
+import torch
+from conftest import exactly
+
+from lit_llm.generation import choose, generate
+
+PROMPTS = [[5], [3, 14, 15, 9, 2, 6], [1, 2, 3], [8, 8, 8, 8]]
+NEW = 9
+
+
+def greedy(network: torch.nn.Module, prompt: list[int], new: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        for _ in range(new):
+            ids.append(int(network(torch.tensor([ids]))[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+# Choosing.
+
+
+def drawn(logits: torch.Tensor, times: int = 3000, **options: object) -> Counter[int]:
+    generator = torch.Generator().manual_seed(0)
+    return Counter(choose(logits.expand(times, -1), generator=generator, **options).tolist())
+
+
+def test_temperature_zero_takes_the_likeliest_whatever_else_is_asked_for() -> None:
+    logits = torch.randn(5, 20)
+    expected = logits.argmax(-1)
+    assert torch.equal(choose(logits, temperature=0.0), expected)
+    assert torch.equal(choose(logits, temperature=0.0, top_k=3, top_p=0.5), expected)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_tokens_are_drawn_with_the_probability_that_they_have(temperature: float) -> None:
+    logits = torch.tensor([2.0, 1.0, 0.0, -1.0])
+    probabilities = (logits / temperature).softmax(-1).tolist()
+    counts = drawn(logits, 20_000, temperature=temperature)
+    assert [counts[token] / 20_000 for token in range(4)] == pytest.approx(probabilities, abs=0.015)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5, 100])
+def test_top_k_keeps_the_likeliest(top_k: int) -> None:
+    logits = torch.randn(8)
+    likeliest = sorted(range(8), key=lambda token: -logits[token])[:top_k]
+    assert set(drawn(logits, temperature=3.0, top_k=top_k)) == set(likeliest)
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.3, 0.62, 0.9, 1.0])
+def test_top_p_keeps_the_fewest_that_reach_the_probability(top_p: float) -> None:
+    logits = torch.tensor([0.1, 0.5, 0.05, 0.3, 0.05]).log()
+    kept, reached = set(), 0.0
+    for token in sorted(range(5), key=lambda token: -logits[token]):
+        if reached < top_p and (top_p == 1 or reached < top_p - 1e-6):
+            kept.add(token)
+            reached += logits[token].exp().item()
+    assert set(drawn(logits, top_p=top_p)) == kept
+
+
+def test_top_p_is_taken_of_what_temperature_and_top_k_leave() -> None:
+    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
+    assert set(drawn(logits, top_k=3, top_p=0.6)) == {0, 1}  # 4/9 and 3/9
+    assert set(drawn(logits, top_k=2, top_p=0.57)) == {0}  # 4/7
+    assert set(drawn(logits, temperature=0.5, top_p=0.5)) == {0}  # 16/30
+
+
+def test_each_row_is_cut_on_its_own() -> None:
+    logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]]).repeat(200, 1)
+    assert choose(logits, top_p=0.5).tolist() == [0, 2] * 200
+    assert choose(logits, top_k=1).tolist() == [0, 2] * 200
+
+
+# Generating.
+
+
+@pytest.mark.parametrize("variant", [{}, {"num_kv_heads": 2, "qk_norm": True, "tie_embeddings": True}], ids=str)
+def test_greedy_with_a_cache_is_greedy_without_and_prompts_do_not_disturb_each_other(tiny_llama, variant) -> None:
+    network = tiny_llama(**variant)
+    expected = [greedy(network, prompt, NEW) for prompt in PROMPTS]
+    assert generate(network, PROMPTS, NEW, temperature=0.0) == expected
+    assert [generate(network, [prompt], NEW, temperature=0.0)[0] for prompt in PROMPTS] == expected
+    assert len({tuple(text) for text in expected}) == len(PROMPTS)
+
+
+def test_the_seed_alone_decides_the_text(tiny_llama) -> None:
+    network, texts = tiny_llama(), []
+    for seed in (1, 1, 2):
+        torch.manual_seed(len(texts))  # must not matter
+        texts.append(generate(network, PROMPTS, NEW, seed=seed))
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_generating_with_a_seed_leaves_the_global_chance_alone(tiny_llama) -> None:
+    network = tiny_llama()
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    generate(network, PROMPTS, NEW, seed=1)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_without_a_seed_two_texts_differ(tiny_llama) -> None:
+    network = tiny_llama()
+    assert generate(network, PROMPTS, NEW, temperature=2.0) != generate(network, PROMPTS, NEW, temperature=2.0)
+
+
+def test_the_likeliest_of_one_is_greedy(tiny_llama) -> None:
+    network = tiny_llama()
+    expected = generate(network, PROMPTS, NEW, temperature=0.0)
+    assert generate(network, PROMPTS, NEW, top_k=1) == expected
+    assert generate(network, PROMPTS, NEW, top_p=1e-6) == expected
+
+
+def test_a_text_ends_before_the_stop_token_and_the_others_go_on(tiny_llama) -> None:
+    network = tiny_llama()
+    free = generate(network, PROMPTS, NEW, temperature=0.0)
+    stop = free[1][3]
+    expected = [text[: text.index(stop)] if stop in text else text for text in free]
+    assert generate(network, PROMPTS, NEW, temperature=0.0, stop=stop) == expected
+    assert {len(text) for text in expected} != {NEW}
+
+
+def test_when_all_texts_have_ended_nothing_more_is_computed(tiny_llama) -> None:
+    network, calls = tiny_llama(), []
+    network.register_forward_hook(lambda *args: calls.append(0))
+    stop = generate(network, PROMPTS[:1], 3, temperature=0.0)[0][0]
+    calls.clear()
+    assert generate(network, PROMPTS[:1], NEW, temperature=0.0, stop=stop) == [[]]
+    assert len(calls) == 1
+
+
+def test_tokens_are_handed_over_as_they_come(tiny_llama) -> None:
+    network = tiny_llama()
+    stop = generate(network, PROMPTS, NEW, temperature=0.0)[1][3]
+    steps: list[list[int | None]] = []
+    texts = generate(network, PROMPTS, NEW, temperature=0.0, stop=stop, on_tokens=steps.append)
+    assert [[token for token in column if token is not None] for column in zip(*steps)] == texts
+    for column in zip(*steps):
+        ended = [token is None for token in column]
+        assert ended == sorted(ended)
+    assert 1 <= len(steps) <= NEW
+
+
+def test_the_last_place_of_the_network_can_be_used_and_no_more(tiny_llama) -> None:
+    network = tiny_llama(max_seq_len=10)
+    assert generate(network, [[1, 2, 3]], 7, temperature=0.0) == [greedy(network, [1, 2, 3], 7)]
+    message = (
+        "max_new_tokens must be at most 7, which is what the network's max_seq_len 10 leaves after a prompt of "
+        "3 tokens, but is 8"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        generate(network, [[1, 2, 3], [1]], 8)
+
+
+def test_a_prompt_longer_than_the_network_reads_leaves_nothing(tiny_llama) -> None:
+    message = (
+        "max_new_tokens must be at most 0, which is what the network's max_seq_len 2 leaves after a prompt of "
+        "3 tokens, but is 1"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        generate(tiny_llama(max_seq_len=2), [[1, 2, 3]], 1)
+
+
+def test_no_new_tokens_are_no_tokens(tiny_llama) -> None:
+    assert generate(tiny_llama(), PROMPTS, 0) == [[], [], [], []]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_the_network_stays_in_the_mode_it_was_in(tiny_llama, training: bool) -> None:
+    network = tiny_llama().train(training)
+    generate(network, PROMPTS, 2)
+    assert network.training == training
+
+    def interrupt(new: list[int | None]) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(network, PROMPTS, 2, on_tokens=interrupt)
+    assert network.training == training
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": -0.5}, "temperature must be at least 0, but is -0.5"),
+        ({"top_k": 0}, "top_k must be at least 1, but is 0"),
+        ({"top_p": 0.0}, "top_p must be in (0, 1], but is 0.0"),
+        ({"top_p": 1.5}, "top_p must be in (0, 1], but is 1.5"),
+        ({"prompts": [[1], []]}, "prompt must hold at least one token, but is empty"),
+    ],
+)
+def test_values_out_of_range_are_refused(tiny_llama, changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=exactly(message)):
+        generate(tiny_llama(), **({"prompts": PROMPTS, "max_new_tokens": 2} | changes))
+
+
+@pytest.mark.parametrize("changes", [{"prompts": []}, {"max_new_tokens": -1}], ids=str)
+def test_nothing_to_continue_is_refused_in_the_grammar(tiny_llama, changes: dict) -> None:
+    with pytest.raises(ValueError, match=r"\A\w+ must .*, but is "):
+        generate(tiny_llama(), **({"prompts": PROMPTS, "max_new_tokens": 2} | changes))

@@ -1,0 +1,66 @@
+"""What the READMEs tell a reader to do is done here, on a small corpus."""
+
+from __future__ import annotations
+
+import re
+import shlex
+
+import pytest
+
+from tests.cli.conftest import REPOSITORY
+
+pytest_plugins = ["tests.cli.conftest"]
+READMES = ["README.md", "README.zh-CN.md"]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The `lit-llm` commands of all shell blocks."""
+    found = []
+    for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True)
+            if words[:1] == ["lit-llm"]:
+                found.append(words[1:])
+    return found
+
+
+def test_both_languages_show_the_same_commands_files_and_figures():
+    english, chinese = ((REPOSITORY / name).read_text(encoding="utf-8") for name in READMES)
+    assert commands(english) == commands(chinese)
+    assert re.findall(r"\]\((\S+?)\)", english.replace("README.zh-CN.md", "")) == re.findall(
+        r"\]\((\S+?)\)", chinese.replace("README.md", "")
+    )
+    assert sorted(re.findall(r"\d+\.\d+", english)) == sorted(re.findall(r"\d+\.\d+", chinese))
+    assert english.count("\n## ") == chinese.count("\n## ")
+
+
+@pytest.mark.parametrize("name", READMES)
+def test_every_file_that_is_linked_exists(name):
+    text = (REPOSITORY / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)(\S+?)\)", text):
+        assert (REPOSITORY / target.split("#")[0]).exists(), target
+    for config in re.findall(r"configs/\S+?\.yaml", text):
+        assert (REPOSITORY / config).exists(), config
+
+
+def test_every_command_runs(lit_llm, tiny, texts, tmp_path, monkeypatch):
+    """In order, in one folder; training commands are shrunk by further flags."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
+    (tmp_path / "my_texts").symlink_to(texts)
+    shrink = tiny[2:]
+    found = commands((REPOSITORY / "README.md").read_text(encoding="utf-8"))
+    assert len(found) >= 8
+    for words in found:
+        extra: list[str] = []
+        if words[0] == "fit" and "--print_config" not in words and "--help" not in words:
+            given = {word.split("=")[0] for word in words if word.startswith("--")}
+            extra = [w for flag, value in zip(shrink[::2], shrink[1::2], strict=True) for w in (flag, value)
+                     if flag not in given or flag in ("--trainer.max_steps", "--data.tokenizer")]
+            if "--ckpt_path" in words:
+                extra = ["--trainer.max_steps", "8"]
+        if words[0] == "generate":
+            extra = ["--max_new_tokens", "8"]
+        outcome = lit_llm(*words, *extra)
+        assert outcome.code == 0, (words, outcome.err)
