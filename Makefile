@@ -20,7 +20,7 @@ demo: .venv/base  ## train the main config, generate, print what came out
 	@$(BIN)/python -c "import json; print('val/bits_per_byte', round(json.load(open('$(RUN)/results.json'))['val/bits_per_byte'], 4))"
 
 test: .venv/dev  ## the whole suite, as CI runs it
-	$(BIN)/ruff check .
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/pytest
 
 .venv/base: pyproject.toml constraints.txt

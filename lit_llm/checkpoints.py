@@ -85,8 +85,9 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         ) from error
 
 
-def save_model(folder: Path, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None,
-               card: str | None = None) -> None:
+def save_model(
+    folder: Path, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, card: str | None = None
+) -> None:
     """Writes a directory that transformers opens with `AutoModelForCausalLM` and `AutoTokenizer`.
 
     Args:
@@ -184,7 +185,9 @@ def _fill(network: nn.Module, stored: dict[str, Tensor], source: Path, stored_na
     for what, names in (("lacks", missing), ("also has", extra)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(f"model must hold the network's tensors and no others, but {source} {what} {names[0]}{more}")
+            raise ValueError(
+                f"model must hold the network's tensors and no others, but {source} {what} {names[0]}{more}"
+            )
     with torch.no_grad():
         for name, p in own.items():
             if p.shape != stored[name].shape:

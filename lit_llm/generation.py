@@ -125,9 +125,9 @@ def generate(
             if all(ended) or step + 1 == max_new_tokens:
                 break
             place = longest + step
-            logits = network(
-                chosen[:, None], positions=place - padding, mask=written[..., : place + 1], cache=cache
-            )[:, -1]
+            logits = network(chosen[:, None], positions=place - padding, mask=written[..., : place + 1], cache=cache)[
+                :, -1
+            ]
         return texts
     finally:
         network.train(was_training)

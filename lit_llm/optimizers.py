@@ -137,7 +137,7 @@ class Muon(Optimizer):
             groups = [{"params": members, "role": role} for role, members in plain.items() if members]
         rates = {"matrices": lr, "embeddings": embedding_lr, "head": head_lr, "vectors": vector_lr}
         for group in groups:
-            group["lr"] = rates[group["role"]] * group.get("lr_scale", 1.0)
+            group["lr"] = rates[group["role"]]
         super().__init__(
             groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
         )

@@ -6,30 +6,13 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
 
-import random
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-ENGLISH = ["the", "sea", "keeps", "old", "letters", "under", "its", "green", "glass", "and", "reads", "them", "to", "the", "moon", "when", "no", "ship", "passes", "by"]
-CHINESE = "山高月小，水落石出。清风徐来，水波不兴。白露横江，水光接天。浩浩乎如冯虚御风，而不知其所止。"
-
-
-def prose(number: int) -> str:
-    """A short text that no other number gives, every fourth one in Chinese."""
-    draw = random.Random(number)
-    if number % 4 == 0:
-        return f"第{number}篇\n\n" + "".join(draw.choices(CHINESE, k=60)) + "\n"
-    return f"Letter {number}\n\n" + " ".join(draw.choices(ENGLISH, k=40)) + ".\n"
-
-
-def exactly(message: str) -> str:
-    """A pattern for `pytest.raises(match=…)` that the whole message must match."""
-    return rf"\A{re.escape(message)}\Z"
+from writing import prose
 
 
 @pytest.fixture(scope="session", autouse=True)

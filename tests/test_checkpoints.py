@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import exactly
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
+from writing import exactly
 
 from lit_llm.checkpoints import AtomicCheckpointIO, load_model, read_checkpoint, replacing, save_model
 from lit_llm.data.tokenizer import byte_tokenizer, fingerprint

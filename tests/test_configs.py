@@ -52,8 +52,22 @@ SMALL_DATA = ["--data.tokenizer", "bytes", "--data.validation_fraction", "0.1", 
 @pytest.mark.parametrize("path", RUNS, ids=name)
 def test_a_run_file_takes_two_steps(lit_llm, texts, tmp_path, path):
     outcome = lit_llm(
-        "fit", "--config", path, "--data.path", texts, *SMALL_DATA, "--data.seq_len", "64", "--data.batch_size", "2",
-        "--trainer.max_steps", "2", "--trainer.limit_val_batches", "1", "--run_dir", tmp_path / "run",
+        "fit",
+        "--config",
+        path,
+        "--data.path",
+        texts,
+        *SMALL_DATA,
+        "--data.seq_len",
+        "64",
+        "--data.batch_size",
+        "2",
+        "--trainer.max_steps",
+        "2",
+        "--trainer.limit_val_batches",
+        "1",
+        "--run_dir",
+        tmp_path / "run",
     )
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "run/model/config.json").exists()

@@ -24,9 +24,9 @@ def classes(package: str, base: type) -> list[type]:
     found = {}
     for info in pkgutil.iter_modules(module.__path__, package + "."):
         for value in vars(importlib.import_module(info.name)).values():
-            if inspect.isclass(value) and issubclass(value, base) and value.__module__ == info.name:
-                if not inspect.isabstract(value):
-                    found[value.__qualname__] = value
+            ours = inspect.isclass(value) and issubclass(value, base) and value.__module__ == info.name
+            if ours and not inspect.isabstract(value):
+                found[value.__qualname__] = value
     return list(found.values())
 
 
@@ -116,8 +116,15 @@ def objective(kind: type) -> Objective:
 
 def trainer(tmp_path, **options) -> Trainer:
     return Trainer(
-        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, default_root_dir=tmp_path, max_steps=1, max_epochs=-1, **options,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        max_steps=1,
+        max_epochs=-1,
+        **options,
     )
 
 

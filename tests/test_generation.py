@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 import torch
-from conftest import exactly
+from writing import exactly
 
 from lit_llm.generation import choose, generate
 

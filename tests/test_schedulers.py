@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from conftest import exactly
 from hypothesis import given
 from hypothesis import strategies as st
+from writing import exactly
 
 from lit_llm.schedulers import Constant, Cosine, Linear, Schedule, WarmupStableDecay
 

@@ -52,28 +52,24 @@ class Progress(ProgressBar):
         """Shows the bar."""
         self._started = self._last_line = time.perf_counter()
         self._first_step = trainer.global_step
-        console = Console(stderr=True)
-        if self._enabled and console.is_terminal:
-            columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[status]}")
-            self._bar = RichProgress(*columns, console=console, expand=True, refresh_per_second=4)
-            total = float(trainer.estimated_stepping_batches)
-            total = None if total == float("inf") else total
-            self._bar.add_task("training", total=total, completed=trainer.global_step, status="")
-            self._bar.start()
+        self._show("training", float(trainer.estimated_stepping_batches), trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Moves the bar; what it says changes with each report."""
         if self._bar is not None:
-            self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, status=self._status(trainer))
+            self._move(trainer.global_step, self._status(trainer))
         elif self._enabled and time.perf_counter() - self._last_line >= self.seconds_between_lines:
             self._last_line = time.perf_counter()
             self.print(self._status(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says what was found."""
-        if trainer.sanity_checking or not trainer.training and trainer.state.fn != "fit":
+        if trainer.sanity_checking:
+            return
+        if trainer.state.fn != "fit":
+            self._stop()
             return
         found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         self.print(f"step {trainer.global_step:>6}  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
@@ -85,6 +81,65 @@ class Progress(ProgressBar):
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Takes the bar away."""
         self._stop()
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows a bar of batches."""
+        self._show("testing", float(sum(trainer.num_test_batches)))
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Moves it."""
+        self._move(batch_idx + 1)
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes the bar away."""
+        self._stop()
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows a bar of batches."""
+        self._show("predicting", float(sum(trainer.num_predict_batches)))
+
+    on_predict_batch_end = on_test_batch_end
+    on_predict_end = on_test_end
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows a bar of batches, where validating is all there is to do."""
+        if trainer.state.fn != "fit":
+            self._show("validating", float(sum(trainer.num_val_batches)))
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Moves it; while training, says how far the validation is."""
+        if trainer.state.fn != "fit":
+            self._move(batch_idx + 1)
+        elif not trainer.sanity_checking:
+            self._move(trainer.global_step, f"validating {batch_idx + 1}/{sum(trainer.num_val_batches):.0f}")
+
+    def _show(self, what: str, total: float, completed: int = 0) -> None:
+        console = Console(stderr=True)
+        if self._enabled and console.is_terminal:
+            columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[status]}")
+            self._bar = RichProgress(*columns, console=console, expand=True, refresh_per_second=4)
+            self._bar.add_task(what, total=None if total == float("inf") else total, completed=completed, status="")
+            self._bar.start()
+
+    def _move(self, completed: int, status: str = "") -> None:
+        if self._bar is not None:
+            self._bar.update(self._bar.task_ids[0], completed=completed, status=status)
 
     def _stop(self) -> None:
         if self._bar is not None:

@@ -120,15 +120,18 @@ class RunReport(Callback):
 
 def commit() -> str | None:
     """The commit of this package's source, with a mark where files differ from it; `None` outside a repository."""
-    where = Path(lit_llm.__file__).parent
-    try:
-        found = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
-            cwd=where, capture_output=True, text=True, timeout=10, check=True,
+
+    def git(*words: str) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=Path(lit_llm.__file__).parent, capture_output=True, text=True, timeout=10, check=True
         )
+        return done.stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", "__init__.py")  # not installed into somebody else's repository
+        return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
-    return found.stdout.strip()
 
 
 def command() -> str:

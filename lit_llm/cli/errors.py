@@ -57,7 +57,7 @@ def parser_line(message: str, known: Iterable[str] = (), words: Iterable[str] = 
         kinds = _kinds(text)
         if value and kinds:
             return f"{key} must be {kinds}, but is {value[1].strip()}"
-    if match := re.search(r"(?:Option|accept option|Key|key) ['\"]([\w.+]+)['\"](?: is not (?:accepted|expected)|$)", text):
+    if match := re.search(r"(?:[Oo]ption|[Kk]ey) ['\"]([\w.+]+)['\"](?: is not (?:accepted|expected)|$)", text):
         return f"{_as_written(match[1], words)} must be an option, but is none{_guess(match[1], known)}"
     if match := re.search(r"[Uu]nrecognized arguments?: (.+)", text):
         option = match[1].split()[0].split("=")[0].lstrip("-")
@@ -96,8 +96,8 @@ def _kinds(text: str) -> str:
     """What jsonargparse expected, as words."""
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     found = re.findall(r"Expected an? <class '([\w.]+)'>", text)
-    choices = [choice for group in re.findall(r"Expected a typing\.Literal\[(.+?)\]", text) for choice in group.split(", ")]
-    words = ["one of " + ", ".join(dict.fromkeys(choice.strip("'") for choice in choices))] if choices else []
+    choices = ", ".join(re.findall(r"Expected a typing\.Literal\[(.+?)\]", text)).replace("'", "")
+    words = ["one of " + ", ".join(dict.fromkeys(choices.split(", ")))] if choices else []
     words += [names.get(kind, f"a {kind.rsplit('.', 1)[-1]}") for kind in found if kind != "NoneType" and not choices]
     return " or ".join(dict.fromkeys(words))
 

@@ -32,7 +32,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--top_k", type=int, help="draw only from this many of the likeliest tokens")
     parser.add_argument(
-        "--top_p", type=float, default=0.95, help="draw only from the likeliest that have this probability (default 0.95)"
+        "--top_p", type=float, default=0.95, help="draw only from the likeliest that share this probability (0.95)"
     )
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument(
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
         action=argparse.BooleanOptionalAction,
         help="write tokens as they come (default: with one prompt on a terminal)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda or another of torch's; default: the accelerator if any")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, …; by default the accelerator, if there is one")
     return parser
 
 

@@ -31,9 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def train(
-    path: str, subset: str | None, column: str, max_documents: int | None, vocab_size: int, out: Path
-) -> None:
+def train(path: str, subset: str | None, column: str, max_documents: int | None, vocab_size: int, out: Path) -> None:
     """Trains a tokeniser and says what it reaches; arguments as in `lit-llm tokenizer --help`.
 
     Raises:

@@ -71,9 +71,17 @@ def _quiet() -> None:
     """Leaves out what the libraries say at every start and nobody can act on."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*smaller than the logging interval.*", ".*Checkpoint directory.*",
-                 ".*You are using `torch.load`.*", ".*LightningCLI's args parameter.*", ".*isinstance.treespec.*",
-                 ".*is a boolean argument.*", ".*was deprecated in.*", ".*No positional arguments.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*smaller than the logging interval.*",
+        ".*Checkpoint directory.*",
+        ".*You are using `torch.load`.*",
+        ".*LightningCLI's args parameter.*",
+        ".*isinstance.treespec.*",
+        ".*is a boolean argument.*",
+        ".*was deprecated in.*",
+        ".*No positional arguments.*",
+    ):
         warnings.filterwarnings("ignore", message=text)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -167,7 +175,9 @@ class TrainingCLI(LightningCLI):
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         decided = {"weights_only": True} | {
-            "validate": {"verbose": False}, "test": {"verbose": False}, "predict": {"return_predictions": False}
+            "validate": {"verbose": False},
+            "test": {"verbose": False},
+            "predict": {"return_predictions": False},
         }.get(subcommand, {})
         return super()._prepare_subcommand_kwargs(subcommand) | decided
 
@@ -183,10 +193,13 @@ class TrainingCLI(LightningCLI):
         if ckpt_path in ("last", "best"):
             config["ckpt_path"] = str(_checkpoint(run_dir, ckpt_path))
         elif ckpt_path and not Path(ckpt_path).exists():
-            raise FileNotFoundError(f"ckpt_path must be last, best or a checkpoint file, but is {ckpt_path}, which does not exist")
+            raise FileNotFoundError(
+                f"ckpt_path must be last, best or a checkpoint file, but is {ckpt_path}, which does not exist"
+            )
         if self.subcommand == "fit" and not ckpt_path and list((run_dir / "checkpoints").glob("*.ckpt")):
             raise ValueError(
-                f"run_dir must be a new folder, but {run_dir} holds a run; go on with --ckpt_path last, or choose another"
+                f"run_dir must be a new folder, but {run_dir} holds a run; go on with --ckpt_path last, or choose "
+                f"another"
             )
         if self.subcommand != "fit" and not ckpt_path:
             raise ValueError(
@@ -207,9 +220,8 @@ class TrainingCLI(LightningCLI):
         self.run_dir = run_dir
 
     def _choose_run_dir(self, given: str | None, configs: Any, ckpt_path: str | None) -> Path:
-        if inherited := os.environ.get(RUN_DIR_VARIABLE):
-            if os.environ.get("LOCAL_RANK", "0") != "0":
-                return Path(inherited)
+        if RUN_DIR_VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+            return Path(os.environ[RUN_DIR_VARIABLE])
         if given:
             return Path(given).expanduser()
         first = configs[0] if configs else None
@@ -218,7 +230,9 @@ class TrainingCLI(LightningCLI):
         if ckpt_path in ("last", "best"):
             ran = sorted(p.parent.parent for p in family.glob("*/checkpoints/*.ckpt"))
             if not ran:
-                raise FileNotFoundError(f"ckpt_path must be in a run folder, but {family} holds none; name one with --run_dir")
+                raise FileNotFoundError(
+                    f"ckpt_path must be in a run folder, but {family} holds none; name one with --run_dir"
+                )
             return ran[-1]
         if ckpt_path and self.subcommand != "fit" and Path(ckpt_path).parent.name == "checkpoints":
             return Path(ckpt_path).parent.parent
@@ -231,9 +245,8 @@ class TrainingCLI(LightningCLI):
         checkpoint = self._get(self.config_init, "checkpoint")
         callbacks = list(options["callbacks"] or [])
         loggers = options["logger"]
-        validates = options["limit_val_batches"] != 0 and getattr(self.datamodule, "validation_fraction", 1) != 0
         if not options["fast_dev_run"]:
-            callbacks += self._standard_callbacks(checkpoint, validates, callbacks)
+            callbacks += self._standard_callbacks(checkpoint, callbacks)
             given = [] if loggers in (None, True, False) else loggers if isinstance(loggers, list) else [loggers]
             standard = [MetricsCSV(self.run_dir)]
             if loggers is not False:
@@ -243,27 +256,23 @@ class TrainingCLI(LightningCLI):
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
         return super().instantiate_trainer(callbacks=callbacks, logger=loggers, plugins=plugins, **kwargs)
 
-    def _standard_callbacks(self, checkpoint: CheckpointOptions, validates: bool, given: list[Callback]) -> list[Callback]:
-        standard: list[Callback] = [
+    def _standard_callbacks(self, checkpoint: CheckpointOptions, given: list[Callback]) -> list[Callback]:
+        progress = [] if any(isinstance(c, Progress | RichProgressBar) for c in given) else [Progress()]
+        return [
             Throughput(),
+            *progress,
             RunReport(checkpoint.monitor, checkpoint.mode),
             DocumentScores(),
             LastCheckpoint(checkpoint.every_n_steps),
+            ModelCheckpoint(
+                dirpath=self.run_dir / "checkpoints",
+                filename="best",
+                monitor=checkpoint.monitor,
+                mode=checkpoint.mode,
+                save_on_train_epoch_end=False,
+                enable_version_counter=False,
+            ),
         ]
-        if not any(isinstance(c, Progress | RichProgressBar) for c in given):
-            standard.insert(1, Progress())
-        if validates:
-            standard.append(
-                ModelCheckpoint(
-                    dirpath=self.run_dir / "checkpoints",
-                    filename="best",
-                    monitor=checkpoint.monitor,
-                    mode=checkpoint.mode,
-                    save_on_train_epoch_end=False,
-                    enable_version_counter=False,
-                )
-            )
-        return standard
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
@@ -287,7 +296,7 @@ class TrainingCLI(LightningCLI):
             return
         best = self.run_dir / "checkpoints" / "best.ckpt"
         if self._get(self.config, "test_after_fit") and best.exists() and self._has_test():
-            self.trainer.test(self.model, datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True)
+            self.trainer.test(datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True)
         if self.trainer.is_global_zero:
             self._summary()
 

@@ -32,23 +32,23 @@ class Corpus:
     Attributes:
         name: As the user wrote it.
         identity: What decides its content, plain enough for a hash: names, sizes and times, not the texts.
-        read: Starts reading; takes the number of documents to pass over.
+        read: Starts reading; takes the most documents wanted of each split of its own, `None` for all.
         has_validation: Whether the source has a validation split of its own.
         has_test: Whether the source has a test split of its own.
     """
 
     name: str
     identity: dict[str, Any]
-    read: Callable[[], Iterator[Document]]
+    read: Callable[[int | None], Iterator[Document]]
     has_validation: bool = False
     has_test: bool = False
 
     def head(self, max_documents: int) -> Corpus:
-        """The first documents of this corpus."""
+        """The first documents of each split of this corpus."""
         return replace(
             self,
             identity={**self.identity, "max_documents": max_documents},
-            read=lambda: itertools.islice(self.read(), max_documents),
+            read=lambda limit=None: self.read(min(limit or max_documents, max_documents)),
         )
 
 
@@ -67,13 +67,13 @@ def open_corpus(path: str, subset: str | None = None, column: str = "text", stre
         ValueError: When there is something, but no text in it.
     """
     if path in EMBEDDED:
-        return Corpus(path, {"embedded": path, "python": sys.version.split()[0], "files": _stamps(stdlib_files())},
-                      EMBEDDED[path])
+        identity = {"embedded": path, "python": sys.version.split()[0], "files": _stamps(stdlib_files())}
+        return Corpus(path, identity, lambda limit=None: itertools.islice(EMBEDDED[path](), limit))
     where = Path(path).expanduser()
     if where.is_file():
         if where.suffix in TABLE_FORMATS:
             return _table(path, [where], column)
-        return Corpus(path, {"text": _stamps([where])}, lambda: _pieces(where))
+        return Corpus(path, {"text": _stamps([where])}, lambda limit=None: itertools.islice(_pieces(where), limit))
     if where.is_dir():
         files = sorted(p for p in where.rglob("*") if p.is_file() and not p.name.startswith("."))
         texts = [p for p in files if p.suffix in TEXT_SUFFIXES]
@@ -81,7 +81,7 @@ def open_corpus(path: str, subset: str | None = None, column: str = "text", stre
         if tables and all(p.name == "README.md" for p in texts):
             return _hub(path, subset, column, streaming, {"tables": _stamps(tables)})
         if texts:
-            return Corpus(path, {"text": _stamps(texts)}, lambda: _whole(where, texts))
+            return Corpus(path, {"text": _stamps(texts)}, lambda limit=None: _whole(where, texts[:limit]))
         known = ", ".join([*TEXT_SUFFIXES, *TABLE_FORMATS])
         raise ValueError(f"data.path must hold files of text ({known}), but is {path} with {len(files)} other files")
     if where.is_absolute() or where.suffix in (*TEXT_SUFFIXES, *TABLE_FORMATS) or not HUB_NAME.fullmatch(path):
@@ -141,7 +141,7 @@ def _table(path: str, files: list[Path], column: str) -> Corpus:
     return Corpus(
         path,
         {"table": _stamps(files), "column": column},
-        lambda: _rows(load(), column, path, prefix=files[0].name, split=None),
+        lambda limit=None: itertools.islice(_rows(load(), column, path, prefix=files[0].name, split=None), limit),
     )
 
 
@@ -159,12 +159,12 @@ def _hub(path: str, subset: str | None, column: str, streaming: bool, identity: 
         ) from error
     local = Path(path).is_dir()
 
-    def read() -> Iterator[Document]:
+    def read(limit: int | None = None) -> Iterator[Document]:
         # Evaluation first: where a text stands in two splits, it is the one in training that goes.
         for split in sorted(splits, key=lambda s: s.startswith("train")):
             rows = load_dataset(path, subset, split=split, streaming=streaming or local)
             kind = next((k for k in ("train", "validation", "test") if split.startswith(k)), "train")
-            yield from _rows(rows, column, path, prefix=split, split=kind)
+            yield from itertools.islice(_rows(rows, column, path, prefix=split, split=kind), limit)
 
     return Corpus(
         path,

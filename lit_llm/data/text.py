@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
-
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import TokenBatch
@@ -271,9 +270,7 @@ class TextData(LightningDataModule):
 
         def documents(dropped: Counter[str]) -> Iterator[tuple[Document, int, str]]:
             found = False
-            for item in split_documents(
-                corpus, self.cleaning, self.validation_fraction, self.test_fraction, dropped
-            ):
+            for item in split_documents(corpus, self.cleaning, self.validation_fraction, self.test_fraction, dropped):
                 found = True
                 yield item
             if not found:
@@ -320,7 +317,5 @@ def read_texts(
     corpus = open_corpus(path, subset, column)
     if max_documents is not None:
         corpus = corpus.head(max_documents)
-    for document, _ in cleaning.documents(corpus.read(), Counter()):
+    for document, _ in cleaning.documents(corpus.read(None), Counter()):
         yield document.text
-
-

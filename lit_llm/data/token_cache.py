@@ -131,7 +131,7 @@ def split_documents(
     """
     validation_fraction = 0.0 if corpus.has_validation else validation_fraction
     test_fraction = 0.0 if corpus.has_test else test_fraction
-    for document, content in cleaning.documents(corpus.read(), dropped):
+    for document, content in cleaning.documents(corpus.read(None), dropped):
         split = document.split
         if split is None or split == "train":
             split = split_of(content, validation_fraction, test_fraction)

@@ -13,7 +13,8 @@ class _CPURMSNorm(torch.autograd.Function):
     """RMSNorm with a backward pass in one kernel: on the CPU torch has none and takes a dozen passes over memory.
 
     With the mean set to 0 the backward pass of LayerNorm is `(g - mean(g) - x̂ mean(g x̂)) / rms`, where `g` is the
-    gradient times the gain, and only lacks `mean(g) / rms`, one number a vector.
+    gradient times the gain, and only lacks `mean(g) / rms`, one number a vector (LayerNorm: Ba et al., 2016,
+    arXiv:1607.06450, eq. 4; the RMSNorm it becomes: Zhang & Sennrich, eq. 4).
     """
 
     @staticmethod

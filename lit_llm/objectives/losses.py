@@ -40,9 +40,7 @@ def cross_entropy_sum(
         1.3863
     """
     logits, labels = logits.flatten(0, 1).float(), labels.flatten()
-    total = F.cross_entropy(
-        logits, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing
-    )
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=label_smoothing)
     if z_loss:
         log_z = torch.logsumexp(logits, dim=-1)
         total = total + z_loss * (log_z.square() * (labels != IGNORE_INDEX)).sum()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -112,9 +113,7 @@ class Objective(LightningModule, ABC):
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser over the groups that `optimizers.parameter_groups` makes, and its schedule by the step."""
         groups = parameter_groups(self.network, self.decay_embeddings)
-        make = self.make_optimizer or functools.partial(
-            AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True
-        )
+        make = self.make_optimizer or functools.partial(AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         optimizer = make(groups)
         total = self.trainer.estimated_stepping_batches
         scheduler = LambdaLR(optimizer, functools.partial(self.schedule.factor, total_steps=total))
@@ -179,6 +178,8 @@ class Objective(LightningModule, ABC):
 
         (Lightning would log those of a validation one step too early.)
         """
+        if self.trainer.state.fn == "fit" and "val/loss" in metrics:
+            self._require_finite("val/loss", float(metrics["val/loss"]))
         self.log_dict(metrics, logger=False)
         if not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
@@ -196,20 +197,24 @@ class Objective(LightningModule, ABC):
 
     def _mean_loss(self) -> float:
         loss = float(self._loss_sum) / max(float(self._target_sum), 1.0)
-        if loss != loss or loss in (float("inf"), float("-inf")):
-            raise FloatingPointError(
-                f"train/loss must be finite, but is {loss} at step {self.trainer.global_step}; lower the learning "
-                f"rate, lengthen the warm-up or clip gradients, and go on from the last good checkpoint with "
-                f"--ckpt_path last"
-            )
+        self._require_finite("train/loss", loss)
         return loss
+
+    def _require_finite(self, name: str, value: float) -> None:
+        if not math.isfinite(value):
+            raise FloatingPointError(
+                f"{name} must be finite, but is {value} at step {self.trainer.global_step}; lower the learning rate, "
+                f"lengthen the warm-up or clip gradients, and go on from the last good checkpoint with --ckpt_path last"
+            )
 
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds how to build the network; refuses to write weights that a non-finite loss has spoilt."""
-        if self.trainer.training:
+        """Adds how to build the network; refuses to write weights that are spoilt over good ones."""
+        if self.trainer.state.fn == "fit":
             self._mean_loss()
+            norms = torch._foreach_norm([p.detach() for p in self.network.parameters()])
+            self._require_finite("the norm of the weights", float(torch.stack(norms).sum()))
         checkpoint["network"] = {**self.hparams["network"], "size": self.hparams[self.size_name]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -248,14 +253,15 @@ def described(name: str, value: Any) -> Any:
     Raises:
         TypeError: For a function, of which nothing could be rebuilt.
     """
+    made_from = value.func if isinstance(value, functools.partial) else value
+    if callable(made_from) and getattr(made_from, "__module__", "").startswith("jsonargparse"):
+        return None  # `load_from_checkpoint` at work; `on_load_checkpoint` knows what this was made from
     if isinstance(value, functools.partial):
         return described(name, value.func) | {"init_args": dict(value.keywords)}
     if isinstance(value, type):
         return {"class_path": f"{value.__module__}.{value.__qualname__}"}
     if isinstance(value, Schedule):
         return described(name, type(value)) | {"init_args": vars(value)}
-    if callable(value) and getattr(value, "__module__", "").startswith("jsonargparse"):
-        return None  # `load_from_checkpoint` at work; `on_load_checkpoint` knows what this was made from
     if callable(value):
         raise TypeError(
             f"{name} must be a class or a functools.partial of one, so that a checkpoint can rebuild it, but is {value}"

@@ -49,7 +49,26 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of eighty small texts."""
     folder = tmp_path_factory.mktemp("texts")
     chance = random.Random(0)
-    words = ["the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "red", "bird", "fly", "over", "猫", "坐", "在", "垫子", "上"]
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "and",
+        "saw",
+        "one",
+        "red",
+        "bird",
+        "fly",
+        "over",
+        "猫",
+        "坐",
+        "在",
+        "垫子",
+        "上",
+    ]
     for number in range(80):
         text = " ".join(chance.choices(words, k=40)) + f" {number}\n"
         (folder / f"{number:02d}.txt").write_text(text, encoding="utf-8")
@@ -60,7 +79,8 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(texts: Path) -> list[str]:
     """The main config, shrunk to a network and a corpus that train in a moment."""
     return [
-        "--config", str(REPOSITORY / "configs/pretraining/llama_stdlib.yaml"),
+        "--config",
+        str(REPOSITORY / "configs/pretraining/llama_stdlib.yaml"),
         *("--model.network.d_model", "16", "--model.network.num_layers", "1", "--model.network.num_heads", "2"),
         *("--data.path", str(texts), "--data.tokenizer", "bytes", "--data.seq_len", "32", "--data.batch_size", "4"),
         *("--data.validation_fraction", "0.1", "--data.test_fraction", "0.1"),

@@ -72,7 +72,10 @@ FLAGS = {
         "checkpoint.monitor must be a metric of the validation (val/bits_per_byte, val/loss, val/perplexity), but is "
         "val/nope",
     ),
-    "no such config": (["--config", "/nowhere.yaml"], "config must be a file, but is /nowhere.yaml, which does not exist"),
+    "no such config": (
+        ["--config", "/nowhere.yaml"],
+        "config must be a file, but is /nowhere.yaml, which does not exist",
+    ),
     "no such checkpoint": (
         ["--ckpt_path", "nowhere.ckpt"],
         "ckpt_path must be last, best or a checkpoint file, but is nowhere.ckpt, which does not exist",
@@ -138,14 +141,30 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(lit_l
     run = tmp_path / "run"
     words = [*tiny, "--run_dir", run, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr"]
     assert lit_llm("fit", *words, "0.01").code == 0
-    good = (run / "checkpoints/last.ckpt").read_bytes()
-    line = said(lit_llm("fit", *words, "1e38", "--trainer.gradient_clip_val", "1e30", "--ckpt_path", "last",
-                        "--trainer.max_steps", "20", "--checkpoint.every_n_steps", "1", "--trainer.log_every_n_steps", "5"))
-    assert re.match(r"train/loss must be finite, but is (nan|inf) at step \d+; lower the learning rate", line)
+    line = said(
+        lit_llm(
+            "fit",
+            *words,
+            "1e38",
+            "--trainer.gradient_clip_val",
+            "1e30",
+            "--ckpt_path",
+            "last",
+            "--trainer.max_steps",
+            "20",
+            "--checkpoint.every_n_steps",
+            "1",
+            "--trainer.log_every_n_steps",
+            "5",
+        )
+    )
+    assert re.match(
+        r"(train/loss|val/loss|the norm of the weights) must be finite, but is (nan|inf) at step \d+; lower the learning rate",
+        line,
+    )
     stored = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
-    assert all(p.isfinite().all() for p in stored["state_dict"].values()) or good == (
-        run / "checkpoints/last.ckpt"
-    ).read_bytes()
+    assert stored["global_step"] >= 6
+    assert all(p.isfinite().all() for p in stored["state_dict"].values())
 
 
 @pytest.fixture
@@ -190,9 +209,22 @@ def test_a_full_disk_while_saving_spares_the_last_checkpoint(lit_llm, run, monke
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(torch, "save", full)
-    line = said(lit_llm("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", "9",
-                        "--checkpoint.every_n_steps", "1"))
-    assert re.fullmatch(r"disk must have room to write, but is full at .*; free some, the last checkpoint is whole", line)
+    line = said(
+        lit_llm(
+            "fit",
+            "--run_dir",
+            run,
+            "--ckpt_path",
+            "last",
+            "--trainer.max_steps",
+            "9",
+            "--checkpoint.every_n_steps",
+            "1",
+        )
+    )
+    assert re.fullmatch(
+        r"disk must have room to write, but is full at .*; free some, the last checkpoint is whole", line
+    )
     assert last.read_bytes() == good
     assert {path.name for path in last.parent.iterdir()} == {"best.ckpt", "last.ckpt"}
 
@@ -212,9 +244,7 @@ def test_a_model_directory_with_a_missing_tensor(lit_llm, run):
     del tensors["model.norm.weight"]
     save_file(tensors, path)
     line = said(lit_llm("generate", "--model", run, "--prompt", "x"))
-    assert line == (
-        f"model must hold the network's tensors and no others, but {run / 'model'} lacks model.norm.weight"
-    )
+    assert line == (f"model must hold the network's tensors and no others, but {run / 'model'} lacks model.norm.weight")
 
 
 def test_an_unknown_command_and_a_command_without_its_options(lit_llm):

@@ -41,10 +41,18 @@ def losses(run: Path) -> dict[int, float]:
 )
 def test_a_resumed_run_has_the_losses_of_one_never_stopped(lit_llm, tiny, tmp_path, accumulate, optimizer, every):
     words = [
-        *tiny, "--trainer.max_steps", STEPS, "--model.optimizer", optimizer,
+        *tiny,
+        "--trainer.max_steps",
+        STEPS,
+        "--model.optimizer",
+        optimizer,
         *(["--model.optimizer.lr", "0.01"] if optimizer.endswith("SGD") else []),
-        "--checkpoint.every_n_steps", every, "--trainer.accumulate_grad_batches", accumulate,
-        "--test_after_fit", "false",
+        "--checkpoint.every_n_steps",
+        every,
+        "--trainer.accumulate_grad_batches",
+        accumulate,
+        "--test_after_fit",
+        "false",
     ]
     assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
     with pytest.raises(RuntimeError, match="crash"):
@@ -60,7 +68,10 @@ def start(words: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment.pop("LIT_LLM_RUN_DIR", None)
     return subprocess.Popen(
-        [sys.executable, "-m", "lit_llm", *words], env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE,
+        [sys.executable, "-m", "lit_llm", *words],
+        env=environment,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
     )
 
@@ -74,8 +85,17 @@ def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def test_a_killed_process_goes_on_from_its_last_checkpoint(lit_llm, tiny, tmp_path):
-    words = [*tiny, "--trainer.max_steps", "400", "--trainer.val_check_interval", "400",
-             "--checkpoint.every_n_steps", "10", "--test_after_fit", "false"]
+    words = [
+        *tiny,
+        "--trainer.max_steps",
+        "400",
+        "--trainer.val_check_interval",
+        "400",
+        "--checkpoint.every_n_steps",
+        "10",
+        "--test_after_fit",
+        "false",
+    ]
     process = start(["fit", *words, "--run_dir", str(tmp_path / "run")])
     wait_for(tmp_path / "run", 25, process)
     process.kill()
@@ -92,8 +112,20 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(lit_llm, tiny, tmp_pa
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     run = tmp_path / "run"
-    process = start(["fit", *tiny, "--trainer.max_steps", "100000", "--trainer.val_check_interval", "100000",
-                     "--checkpoint.every_n_steps", "100000", "--run_dir", str(run)])
+    process = start(
+        [
+            "fit",
+            *tiny,
+            "--trainer.max_steps",
+            "100000",
+            "--trainer.val_check_interval",
+            "100000",
+            "--checkpoint.every_n_steps",
+            "100000",
+            "--run_dir",
+            str(run),
+        ]
+    )
     wait_for(run, 5, process)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)

@@ -30,7 +30,13 @@ def run(lit_llm, tiny, runs) -> Path:
 def test_a_run_leaves_all_that_it_promises_and_nothing_elsewhere(run, runs):
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.yaml", "metrics.csv", "results.json", "learning_curve.png", "samples.txt", "checkpoints", "model",
+        "config.yaml",
+        "metrics.csv",
+        "results.json",
+        "learning_curve.png",
+        "samples.txt",
+        "checkpoints",
+        "model",
         "tensorboard",
     }
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
@@ -52,7 +58,9 @@ def test_metrics_of_a_validation_stand_at_its_step(run):
     rows = {row["step"]: row for row in read_metrics(run / "metrics.csv")}
     assert sorted(rows) == [1, 2, 3, 4, 5, 6]
     assert [step for step, row in rows.items() if "val/bits_per_byte" in row] == [3, 6]
-    assert all({"train/loss", "train/tokens_per_second", "train/learning_rate", "train/mfu"} <= rows[s].keys() for s in rows)
+    assert all(
+        {"train/loss", "train/tokens_per_second", "train/learning_rate", "train/mfu"} <= rows[s].keys() for s in rows
+    )
 
 
 def test_the_model_directory_opens_in_transformers_with_the_same_logits(run):
@@ -110,8 +118,19 @@ def test_an_explicit_flag_beats_what_a_checkpoint_stores(lit_llm, run, tmp_path)
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
     words = ["--run_dir", copy, "--ckpt_path", "last", "--trainer.max_steps", "7"]
-    assert lit_llm("fit", *words, "--model.optimizer.lr", "0.5", "--model.schedule", "lit_llm.schedulers.Constant",
-                   "--model.schedule.warmup_steps", "0").code == 0
+    assert (
+        lit_llm(
+            "fit",
+            *words,
+            "--model.optimizer.lr",
+            "0.5",
+            "--model.schedule",
+            "lit_llm.schedulers.Constant",
+            "--model.schedule.warmup_steps",
+            "0",
+        ).code
+        == 0
+    )
     rows = read_metrics(copy / "metrics.csv")
     assert rows[-1]["train/learning_rate"] == 0.5
 
@@ -158,9 +177,17 @@ def test_classes_of_the_working_directory_can_be_named(lit_llm, tiny, tmp_path, 
         "from lit_llm.models.llama import Llama\n\n\nclass Narrow(Llama):\n"
         "    def __init__(self, vocab_size: int):\n        super().__init__(vocab_size, d_model=8, num_layers=1)\n"
     )
-    words = [word.replace("configs/", f"{REPOSITORY}/configs/") if word.startswith("configs/") else word for word in tiny]
-    words = [w for i, w in enumerate(words) if not (w.startswith("--model.network") or words[i - 1].startswith("--model.network"))]
-    (tmp_path / "narrow.yaml").write_text("model:\n  init_args:\n    network: {class_path: experiments.narrow.Narrow}\n")
+    words = [
+        word.replace("configs/", f"{REPOSITORY}/configs/") if word.startswith("configs/") else word for word in tiny
+    ]
+    words = [
+        w
+        for i, w in enumerate(words)
+        if not (w.startswith("--model.network") or words[i - 1].startswith("--model.network"))
+    ]
+    (tmp_path / "narrow.yaml").write_text(
+        "model:\n  init_args:\n    network: {class_path: experiments.narrow.Narrow}\n"
+    )
     monkeypatch.chdir(tmp_path)
     import sys
 

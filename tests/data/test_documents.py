@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from conftest import exactly, prose
+from writing import exactly, prose
 
 from lit_llm.data.corpora import stdlib_prose
 from lit_llm.data.documents import Corpus, open_corpus
@@ -130,6 +130,13 @@ def test_the_head_is_the_first_documents_and_another_corpus(corpus: Path) -> Non
     head = whole.head(3)
     assert list(head.read()) == list(whole.read())[:3]
     assert head.identity != whole.identity
+
+
+def test_the_head_of_a_corpus_with_splits_is_the_first_documents_of_each(tmp_path: Path) -> None:
+    head = open_corpus(str(hub_layout(tmp_path))).head(1)
+    assert sorted((d.split, d.text) for d in head.read()) == [
+        ("test", TEXTS[3]), ("train", TEXTS[0]), ("validation", TEXTS[2]),
+    ]  # fmt: skip
 
 
 def test_the_head_of_a_head_differs_from_the_head_of_the_whole(corpus: Path) -> None:

@@ -80,7 +80,7 @@ def test_ranks_share_out_evaluation_rows_without_overlap_or_loss(rows, batch_siz
 def test_a_shuffled_loader_goes_on_from_any_batch_of_any_epoch(rows, batch_size, done) -> None:
     uninterrupted = several_epochs(loader(rows, batch_size), done + 7)[: done + 7]
     stopped, seen = loader(rows, batch_size), []
-    while len(seen) < done:
+    for _ in range(done):  # each epoch has a batch or more
         seen += itertools.islice(stopped, done - len(seen))
     resumed = loader(rows, batch_size)
     resumed.load_state_dict(stopped.state_dict())

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import exactly, prose
+from writing import exactly, prose
 
 from lit_llm.batch import IGNORE_INDEX
 from lit_llm.data import token_cache

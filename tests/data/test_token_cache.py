@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import prose
+from writing import prose
 
 from lit_llm.data.cleaning import Cleaning, content_hash
 from lit_llm.data.corpora import Document
@@ -250,7 +250,7 @@ def test_any_name_of_a_document_is_one_line_of_the_ids(tmp_path: Path, name: str
 
 
 def corpus(*documents: Document, **own: bool) -> Corpus:
-    return Corpus("test", {}, lambda: iter(documents), **own)
+    return Corpus("test", {}, lambda limit=None: iter(documents[:limit]), **own)
 
 
 def test_a_split_that_the_source_has_is_kept_and_one_that_it_lacks_is_cut_from_training() -> None:

@@ -1,9 +1,9 @@
 from pathlib import Path
 
 import pytest
-from conftest import exactly, prose
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from writing import exactly, prose
 
 from lit_llm.data.tokenizer import (
     BOUNDARY,

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import exactly
+from writing import exactly
 
 from lit_llm.models.attention import MAX_MATMUL_SEQ, Attention, KVCache, attend, document_mask
 from lit_llm.models.rotary import rotation

@@ -1,0 +1,22 @@
+"""What the tests write as documents and expect to read as errors."""
+
+from __future__ import annotations
+
+import random
+import re
+
+ENGLISH = ["the", "sea", "keeps", "old", "letters", "under", "its", "green", "glass", "and", "reads", "them", "to", "the", "moon", "when", "no", "ship", "passes", "by"]
+CHINESE = "山高月小，水落石出。清风徐来，水波不兴。白露横江，水光接天。浩浩乎如冯虚御风，而不知其所止。"
+
+
+def prose(number: int) -> str:
+    """A short text that no other number gives, every fourth one in Chinese."""
+    draw = random.Random(number)
+    if number % 4 == 0:
+        return f"第{number}篇\n\n" + "".join(draw.choices(CHINESE, k=60)) + "\n"
+    return f"Letter {number}\n\n" + " ".join(draw.choices(ENGLISH, k=40)) + ".\n"
+
+
+def exactly(message: str) -> str:
+    """A pattern for `pytest.raises(match=…)` that the whole message must match."""
+    return rf"\A{re.escape(message)}\Z"
