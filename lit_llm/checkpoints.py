@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
-import os
 import pkgutil
-import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,27 +20,10 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 import lit_llm.models
+from lit_llm.files import replacing
 
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` to write to, which takes its place once whole; on an error `path` is untouched.
-
-    Works for a file and for a folder.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
-    try:
-        new = scratch / path.name
-        yield new
-        if new.is_dir() and path.exists():
-            os.rename(path, scratch / "old")
-        elif new.is_file():
-            with new.open("rb") as file:
-                os.fsync(file.fileno())
-        os.replace(new, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+SEAL = b"lit-llm sha256:"
+"""Stands, before a hash of all that precedes it, at the end of our checkpoints; torch reads over it."""
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -52,6 +33,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """Saves, so that at every moment `path` is either the old checkpoint or the new one."""
         with replacing(Path(path)) as new:
             torch.save(checkpoint, new)
+            digest = _digest(new)
+            with new.open("ab") as file:
+                file.write(SEAL + digest)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
         """Loads plain values and tensors only."""
@@ -69,13 +53,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise FileNotFoundError(f"ckpt_path must be a checkpoint file, but is {path}, which does not exist")
     others = [p.name for p in sorted(path.parent.glob("*.ckpt")) if p.name != path.name]
     remedy = f"; {path.parent} also holds {', '.join(others)}" if others else ""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-    except (zipfile.BadZipFile, EOFError, OSError) as error:
-        raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} is not: {error}{remedy}") from error
-    if damaged:
-        raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} is damaged in {damaged}{remedy}")
+    if damage := _damage(path):
+        raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} {damage}{remedy}")
     try:
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:
@@ -83,6 +62,34 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         raise ValueError(
             f"ckpt_path must hold plain values and tensors only, but {path} does not: {reason}{remedy}"
         ) from error
+
+
+def _digest(path: Path, without: int = 0) -> bytes:
+    """A hash of a file up to its last bytes."""
+    digest, left = hashlib.sha256(), path.stat().st_size - without
+    with path.open("rb") as file:
+        while left > 0 and (block := file.read(min(left, 1 << 20))):
+            digest.update(block)
+            left -= len(block)
+    return digest.digest()
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint file; `None` for a whole one."""
+    length = len(SEAL) + hashlib.sha256().digest_size
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - length))
+        end = file.read()
+    if end.startswith(SEAL):
+        return None if end == SEAL + _digest(path, without=length) else "is damaged"
+    try:  # not one of ours: an archive has checksums of its own
+        with zipfile.ZipFile(path) as archive:
+            part = archive.testzip()
+    except Exception as error:  # damage shows in many ways
+        return f"is not: {error}"
+    if part:
+        return f"is damaged in {part}"
+    return None if end[-22:].startswith(b"PK\x05\x06") else "is cut short"  # that begins an archive's last record
 
 
 def save_model(
@@ -144,8 +151,11 @@ def load_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase | N
 
 
 def _from_directory(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
-    config = json.loads((folder / "config.json").read_text())
-    network = _architecture(config).from_hf_config(config)
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        network = _architecture(config).from_hf_config(config)
+    except (json.JSONDecodeError, KeyError) as error:
+        raise ValueError(f"config.json must describe a network, but in {folder} it does not: {error!r}") from error
     _fill(network, dict(_tensors(folder)), folder, network.hf_name)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return network, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
@@ -203,8 +213,11 @@ def _from_checkpoint(path: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | N
     recipe = checkpoint.get("network")
     if not isinstance(recipe, dict):
         raise ValueError(f"model must be a checkpoint of an objective of this package, but {path} describes no network")
-    module, _, name = recipe["class_path"].rpartition(".")
-    kind = getattr(importlib.import_module(module), name)
+    module, _, name = str(recipe.get("class_path")).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"network in {path} must be a class that can be imported, but is not: {error}") from error
     if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
         raise ValueError(f"network in {path} must be a torch module, but is {recipe['class_path']}")
     network = kind(recipe["size"], **recipe.get("init_args", {}))

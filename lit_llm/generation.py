@@ -29,7 +29,7 @@ def choose(
         generator: Source of chance.
 
     Example:
-        >>> choose(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0).tolist()
+        >>> choose(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0.0).tolist()
         [1]
     """
     if temperature == 0:
@@ -85,7 +85,9 @@ def generate(
         raise ValueError(f"top_k must be at least 1, but is {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"top_p must be in (0, 1], but is {top_p}")
-    if not all(prompts):
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, but is {max_new_tokens}")
+    if not prompts or not all(prompts):
         raise ValueError("prompt must hold at least one token, but is empty")
     longest = max(map(len, prompts))
     limit = getattr(network, "max_seq_len", None)

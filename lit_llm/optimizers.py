@@ -128,6 +128,9 @@ class Muon(Optimizer):
         for name, value in {"lr": lr, "embedding_lr": embedding_lr, "head_lr": head_lr, "vector_lr": vector_lr}.items():
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, but is {value}")
+        for name, value in {"weight_decay": weight_decay, "eps": eps}.items():
+            if value < 0:
+                raise ValueError(f"{name} must be at least 0, but is {value}")
         for name, value in {"momentum": momentum, "betas[0]": betas[0], "betas[1]": betas[1]}.items():
             if not 0 <= value < 1:
                 raise ValueError(f"{name} must be in [0, 1), but is {value}")

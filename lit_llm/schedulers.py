@@ -46,7 +46,7 @@ class _Decaying(Schedule):
 
     Args:
         warmup_steps: As in `Schedule`.
-        final: The factor reached at the last step, in [0, 1].
+        final: The factor reached after the last step, in [0, 1].
     """
 
     def __init__(self, warmup_steps: int = 0, final: float = 0.0) -> None:
@@ -86,7 +86,7 @@ class WarmupStableDecay(_Decaying):
 
     Args:
         warmup_steps: As in `Schedule`.
-        final: The factor reached at the last step, in [0, 1].
+        final: The factor reached after the last step, in [0, 1].
         decay_fraction: Part of the steps after the warm-up over which it falls, in (0, 1].
 
     Source:

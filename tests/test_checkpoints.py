@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoTokenizer
-from writing import exactly
 
-from lit_llm.checkpoints import AtomicCheckpointIO, load_model, read_checkpoint, replacing, save_model
+from lit_llm.checkpoints import AtomicCheckpointIO, load_model, read_checkpoint, save_model
 from lit_llm.data.tokenizer import byte_tokenizer, fingerprint
+from lit_llm.files import replacing
 from lit_llm.models.llama import Llama
+from tests.writing import exactly
 
 CHECKPOINT = {"step": 3, "state_dict": {"weight": torch.arange(50.0)}, "names": ["a", "b"]}
 ONE_LINE = r"\Ackpt_path must [^\n]+, but [^\n]+\Z"
@@ -141,7 +142,7 @@ def test_a_flipped_bit_in_the_weights_is_named(saved: Path) -> None:
     place = whole.index(torch.arange(50.0).numpy().tobytes())
     whole[place + 17] ^= 4
     saved.write_bytes(whole)
-    message = f"ckpt_path must be a whole checkpoint, but {saved} is damaged in last/data/0"
+    message = f"ckpt_path must be a whole checkpoint, but {saved} is damaged"
     with pytest.raises(ValueError, match=exactly(message)):
         read_checkpoint(saved)
 

@@ -8,9 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.cli.conftest import REPOSITORY
-
-pytest_plugins = ["tests.cli.conftest"]
+from tests.writing import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 RUNS = [path for path in CONFIGS if path.parent.name in ("pretraining", "finetuning", "distillation")]

@@ -2,9 +2,9 @@ from collections import Counter
 
 import pytest
 import torch
-from writing import exactly
 
 from lit_llm.generation import choose, generate
+from tests.writing import exactly
 
 PROMPTS = [[5], [3, 14, 15, 9, 2, 6], [1, 2, 3], [8, 8, 8, 8]]
 NEW = 9

@@ -3,10 +3,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from writing import exactly
 
 from lit_llm.models.block import Block
 from lit_llm.optimizers import Muon, orthogonalize, parameter_groups
+from tests.writing import exactly
 
 
 def ids_of(groups: list[dict], role: str) -> set[int]:

@@ -7,9 +7,8 @@ import shlex
 
 import pytest
 
-from tests.cli.conftest import REPOSITORY
+from tests.writing import REPOSITORY
 
-pytest_plugins = ["tests.cli.conftest"]
 READMES = ["README.md", "README.zh-CN.md"]
 
 

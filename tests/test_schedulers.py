@@ -4,9 +4,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from writing import exactly
 
 from lit_llm.schedulers import Constant, Cosine, Linear, Schedule, WarmupStableDecay
+from tests.writing import exactly
 
 WARMUP, TOTAL = 10, 110
 

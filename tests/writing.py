@@ -4,8 +4,32 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
-ENGLISH = ["the", "sea", "keeps", "old", "letters", "under", "its", "green", "glass", "and", "reads", "them", "to", "the", "moon", "when", "no", "ship", "passes", "by"]
+REPOSITORY = Path(__file__).parents[1]
+
+ENGLISH = [
+    "the",
+    "sea",
+    "keeps",
+    "old",
+    "letters",
+    "under",
+    "its",
+    "green",
+    "glass",
+    "and",
+    "reads",
+    "them",
+    "to",
+    "the",
+    "moon",
+    "when",
+    "no",
+    "ship",
+    "passes",
+    "by",
+]
 CHINESE = "山高月小，水落石出。清风徐来，水波不兴。白露横江，水光接天。浩浩乎如冯虚御风，而不知其所止。"
 
 

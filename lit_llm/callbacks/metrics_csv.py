@@ -9,7 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_llm.checkpoints import replacing
+from lit_llm.files import replacing
 
 
 class MetricsCSV(Logger):

@@ -12,7 +12,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_llm.batch import IGNORE_INDEX
-from lit_llm.checkpoints import replacing
+from lit_llm.files import replacing
 
 log = logging.getLogger(__name__)
 

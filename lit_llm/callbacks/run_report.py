@@ -16,7 +16,8 @@ from lightning.pytorch.utilities import rank_zero_only
 import lit_llm
 from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.throughput import Throughput
-from lit_llm.checkpoints import load_model, replacing, save_model
+from lit_llm.checkpoints import load_model, save_model
+from lit_llm.files import replacing
 
 log = logging.getLogger(__name__)
 

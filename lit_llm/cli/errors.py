@@ -40,8 +40,8 @@ def parser_line(message: str, known: Iterable[str] = (), words: Iterable[str] = 
         words: The command line, to name a nested key as the user did.
 
     Example:
-        >>> parser_line("Parser key \"x\":\\n  Expected a <class 'int'>. Got value: abc", words=["--data.x", "abc"])
-        'data.x must be a whole number, but is abc'
+        >>> parser_line("unrecognized arguments: --trainr.max_steps 3", known=["trainer.max_steps"])
+        'trainr.max_steps must be an option, but is none; did you mean trainer.max_steps?'
     """
     if line := _in_grammar(message):
         return line

@@ -37,10 +37,10 @@ def train(path: str, subset: str | None, column: str, max_documents: int | None,
     Raises:
         ValueError: When `out` exists, or the corpus is empty.
     """
-    from lit_llm.checkpoints import replacing
     from lit_llm.data.cleaning import Cleaning
     from lit_llm.data.text import read_texts
     from lit_llm.data.tokenizer import encode_documents, train_bpe
+    from lit_llm.files import replacing
 
     if out.exists():
         raise ValueError(f"--out must be a new folder, but {out} exists")

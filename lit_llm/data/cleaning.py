@@ -21,14 +21,14 @@ class Cleaning:
     """Which cleaning steps are taken, in this order.
 
     Attributes:
-        unicode_nfc: Compose characters (Unicode normal form C), so that one spelling has one form.
         strip_control: Remove control characters other than tab and line feed; every line end becomes a line feed.
+        unicode_nfc: Compose characters (Unicode normal form C), so that one spelling has one form.
         drop_empty: Leave out documents that hold nothing but white space.
         drop_duplicates: Leave out documents whose text has been seen; the first one stays.
     """
 
-    unicode_nfc: bool = True
     strip_control: bool = True
+    unicode_nfc: bool = True
     drop_empty: bool = True
     drop_duplicates: bool = True
 
@@ -39,10 +39,10 @@ class Cleaning:
             >>> Cleaning().text("cafe\\u0301\\x00\\r\\n")
             'café\\n'
         """
-        if self.unicode_nfc and not text.isascii():
-            text = unicodedata.normalize("NFC", text)
         if self.strip_control:
             text = CONTROL.sub("", LINE_END.sub("\n", text))
+        if self.unicode_nfc and not text.isascii():
+            text = unicodedata.normalize("NFC", text)
         return text
 
     def documents(self, documents: Iterable[Document], dropped: Counter[str]) -> Iterator[tuple[Document, int]]:

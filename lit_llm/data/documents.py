@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import itertools
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_llm.data.corpora import EMBEDDED, Document, stdlib_files
+
+log = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
 TABLE_FORMATS = {
@@ -45,9 +49,10 @@ class Corpus:
 
     def head(self, max_documents: int) -> Corpus:
         """The first documents of each split of this corpus."""
+        known = min(max_documents, self.identity.get("max_documents", max_documents))
         return replace(
             self,
-            identity={**self.identity, "max_documents": max_documents},
+            identity={**self.identity, "max_documents": known},
             read=lambda limit=None: self.read(min(limit or max_documents, max_documents)),
         )
 
@@ -79,8 +84,10 @@ def open_corpus(path: str, subset: str | None = None, column: str = "text", stre
         texts = [p for p in files if p.suffix in TEXT_SUFFIXES]
         tables = [p for p in files if p.suffix in TABLE_FORMATS]
         if tables and all(p.name == "README.md" for p in texts):
-            return _hub(path, subset, column, streaming, {"tables": _stamps(tables)})
+            return _hub(path, subset, column, streaming, {"tables": _stamps(tables)}, _reading(tables, column))
         if texts:
+            if tables:
+                log.info(f"Reading {len(texts)} text files of {path}; {len(tables)} tables beside them are left out")
             return Corpus(path, {"text": _stamps(texts)}, lambda limit=None: _whole(where, texts[:limit]))
         known = ", ".join([*TEXT_SUFFIXES, *TABLE_FORMATS])
         raise ValueError(f"data.path must hold files of text ({known}), but is {path} with {len(files)} other files")
@@ -119,7 +126,7 @@ def _whole(root: Path, files: list[Path]) -> Iterator[Document]:
 
 def _pieces(path: Path) -> Iterator[Document]:
     """One file, cut at blank lines into documents of about 8 KiB, so that there is something to split by."""
-    text = _utf8(path)
+    text = _utf8(path).replace("\r\n", "\n").replace("\r", "\n")
     start = number = 0
     while start < len(text):
         end = text.find("\n\n", start + PIECE_BYTES)
@@ -129,26 +136,42 @@ def _pieces(path: Path) -> Iterator[Document]:
 
 
 def _table(path: str, files: list[Path], column: str) -> Corpus:
-    from datasets import load_dataset, logging
+    from datasets import load_dataset
+    from datasets.utils.logging import set_verbosity
 
-    logging.set_verbosity(logging.CRITICAL)  # errors are said once, by us
+    set_verbosity(logging.CRITICAL)  # errors are said once, by us
 
     def load() -> Any:
-        options = {"sep": "\t"} if files[0].suffix == ".tsv" else {}
-        names = [str(p) for p in files]
-        return load_dataset(TABLE_FORMATS[files[0].suffix], data_files=names, split="train", streaming=True, **options)
+        kind, options = TABLE_FORMATS[files[0].suffix], _reading(files, column)
+        return load_dataset(kind, data_files=[str(p) for p in files], split="train", streaming=True, **options)
 
     return Corpus(
         path,
         {"table": _stamps(files), "column": column},
-        lambda limit=None: itertools.islice(_rows(load(), column, path, prefix=files[0].name, split=None), limit),
+        lambda limit=None: itertools.islice(_rows(load, column, path, prefix=files[0].name, split=None), limit),
     )
 
 
-def _hub(path: str, subset: str | None, column: str, streaming: bool, identity: dict[str, Any]) -> Corpus:
-    from datasets import get_dataset_split_names, load_dataset, logging
+def _reading(files: list[Path], column: str) -> dict[str, Any]:
+    """Options of pandas for CSV and TSV: text stays text, also where it spells a number or `NA`."""
+    suffixes = {path.suffix for path in files}
+    if not suffixes <= {".csv", ".tsv"}:
+        return {}
+    return {"sep": "\t" if ".tsv" in suffixes else ",", "converters": {column: str}, "keep_default_na": False}
 
-    logging.set_verbosity(logging.CRITICAL)
+
+def _hub(
+    path: str,
+    subset: str | None,
+    column: str,
+    streaming: bool,
+    identity: dict[str, Any],
+    options: dict[str, Any] | None = None,
+) -> Corpus:
+    from datasets import get_dataset_split_names, load_dataset
+    from datasets.utils.logging import set_verbosity
+
+    set_verbosity(logging.CRITICAL)
     try:
         splits = get_dataset_split_names(path, subset)
     except Exception as error:  # the library raises dozens of kinds
@@ -161,24 +184,32 @@ def _hub(path: str, subset: str | None, column: str, streaming: bool, identity: 
 
     def read(limit: int | None = None) -> Iterator[Document]:
         # Evaluation first: where a text stands in two splits, it is the one in training that goes.
-        for split in sorted(splits, key=lambda s: s.startswith("train")):
-            rows = load_dataset(path, subset, split=split, streaming=streaming or local)
-            kind = next((k for k in ("train", "validation", "test") if split.startswith(k)), "train")
-            yield from itertools.islice(_rows(rows, column, path, prefix=split, split=kind), limit)
+        for split in sorted(splits, key=lambda s: _kind(s) == "train"):
+            load = functools.partial(
+                load_dataset, path, subset, split=split, streaming=streaming or local, **(options or {})
+            )
+            yield from itertools.islice(_rows(load, column, path, split, _kind(split)), limit)
 
     return Corpus(
         path,
         {**identity, "subset": subset, "column": column},
         read,
-        has_validation=any(s.startswith("validation") for s in splits),
-        has_test=any(s.startswith("test") for s in splits),
+        has_validation="validation" in map(_kind, splits),
+        has_test="test" in map(_kind, splits),
     )
 
 
-def _rows(rows: Any, column: str, path: str, prefix: str, split: str | None) -> Iterator[Document]:
-    remaining = enumerate(rows)
+def _kind(split: str) -> str:
+    """What a split of a hub data set is for, from its name."""
+    kinds = {"val": "validation", "dev": "validation", "test": "test"}
+    return next((kind for start, kind in kinds.items() if split.startswith(start)), "train")
+
+
+def _rows(load: Callable[[], Any], column: str, path: str, prefix: str, split: str | None) -> Iterator[Document]:
+    remaining: Iterator[Any] | None = None
     while True:
         try:
+            remaining = remaining or enumerate(load())
             number, row = next(remaining)
         except StopIteration:
             return

@@ -98,7 +98,8 @@ class StreamLoader:
         self.tokens, self.cut = tokens, cut
         self.seq_len, self.batch_size = seq_len, batch_size
         self.documents = 0
-        self.left_over: list[int] = []
+        self._buffer: list[int] = []
+        self._start = 0  # what stands before it in the buffer has been used
 
     def __len__(self) -> int:
         """No end: a length at all keeps Lightning from reading a batch ahead, so that the position is exact."""
@@ -111,10 +112,10 @@ class StreamLoader:
             started = self.documents
             for ids in self.tokens(self.documents):
                 self.documents += 1
-                self.left_over += ids
-                while len(self.left_over) >= wanted:
-                    block = np.array(self.left_over[:wanted])
-                    self.left_over = self.left_over[wanted - 1 :]
+                self._buffer, self._start = self._buffer[self._start :] + ids, 0
+                while len(self._buffer) - self._start >= wanted:
+                    block = np.array(self._buffer[self._start : self._start + wanted])
+                    self._start += wanted - 1
                     yield self.cut(block, np.arange(self.batch_size))
             if started == 0 == self.documents:
                 return
@@ -122,8 +123,8 @@ class StreamLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """The position."""
-        return {"documents": self.documents, "left_over": list(self.left_over)}
+        return {"documents": self.documents, "left_over": self._buffer[self._start :]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a position."""
-        self.documents, self.left_over = state["documents"], list(state["left_over"])
+        self.documents, self._buffer, self._start = state["documents"], list(state["left_over"]), 0

@@ -88,8 +88,8 @@ class TextData(LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        for name, value in {"seq_len": seq_len, "batch_size": batch_size}.items():
-            if value < 1:
+        for name, value in {"seq_len": seq_len, "batch_size": batch_size, "max_documents": max_documents}.items():
+            if value is not None and value < 1:
                 raise ValueError(f"data.{name} must be at least 1, but is {value}")
         if validation_fraction < 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
             raise ValueError(

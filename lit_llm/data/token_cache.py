@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from lit_llm.data.cleaning import Cleaning, split_of
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus
 from lit_llm.data.tokenizer import boundary_id, encode_documents
+from lit_llm.files import replacing
 
 FORMAT = 1
 SPLITS = ("train", "validation", "test")
@@ -58,7 +58,8 @@ class TokenSplit:
     @cached_property
     def ids(self) -> list[str]:
         """Where each document came from."""
-        return (self.folder / f"{self.name}.ids").read_text(encoding="utf-8").splitlines()
+        with (self.folder / f"{self.name}.ids").open(encoding="ascii") as file:
+            return [json.loads(line) for line in file]
 
     @cached_property
     def num_bytes(self) -> int:
@@ -111,7 +112,7 @@ class TokenCache:
         try:
             manifest = json.loads((folder / "manifest.json").read_text())
             whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         return cls(folder, manifest) if whole else None
 
@@ -154,14 +155,13 @@ def build_cache(
         description: Goes into the manifest.
         report: Told in one line what was made.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
-    try:
-        started = time.perf_counter()
+    started = time.perf_counter()
+    with replacing(folder) as new:
+        new.mkdir()
         tokenizer = make_tokenizer(d.text for d, _, split in documents(Counter()) if split == "train")
-        tokenizer.save_pretrained(unfinished / "tokenizer")
+        tokenizer.save_pretrained(new / "tokenizer")
         dropped: Counter[str] = Counter()
-        writers = {name: _SplitWriter(unfinished, name, tokenizer) for name in SPLITS}
+        writers = {name: _SplitWriter(new, name, tokenizer) for name in SPLITS}
         chunk: list[tuple[Document, int, str]] = []
         size = 0
         for item in documents(dropped):
@@ -178,17 +178,11 @@ def build_cache(
             "dtype": str(next(iter(writers.values())).dtype),
             "splits": counts,
             "dropped": dict(dropped),
-            "files": {p.name: p.stat().st_size for p in sorted(unfinished.iterdir()) if p.is_file()},
+            "files": {str(p.relative_to(new)): p.stat().st_size for p in sorted(new.rglob("*")) if p.is_file()},
         }
-        (unfinished / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        shutil.rmtree(folder, ignore_errors=True)  # one that `open` refused
-        try:
-            os.rename(unfinished, folder)
-        except OSError:
-            if TokenCache.open(folder) is None:  # not that another process was first
-                raise
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        (new / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        if TokenCache.open(folder) is not None:  # another process was first, and may be reading it
+            shutil.rmtree(new)
     tokens, size = (sum(c[key] for c in counts.values()) for key in ("tokens", "bytes"))
     report(
         f"Tokenised {sum(c['documents'] for c in counts.values()):,} documents, {size / 1e6:.1f} MB, into "
@@ -211,14 +205,14 @@ class _SplitWriter:
         self.boundary = boundary_id(tokenizer)
         self.folder, self.name = folder, name
         self.tokens = (folder / f"{name}.tokens").open("wb")
-        self.ids = (folder / f"{name}.ids").open("w", encoding="utf-8")
+        self.ids = (folder / f"{name}.ids").open("w", encoding="ascii")
         self.index: list[tuple[int, int, int]] = []
         self.written = 0
 
     def add(self, document: Document, content: int, ids: list[int]) -> None:
         self.index.append((self.written, len(document.text.encode("utf-8", "surrogatepass")), content))
         self.tokens.write(np.array([self.boundary, *ids], dtype=self.dtype).tobytes())
-        self.ids.write(document.id.replace("\n", " ") + "\n")
+        self.ids.write(json.dumps(document.id) + "\n")
         self.written += 1 + len(ids)
 
     def finish(self) -> dict[str, int]:

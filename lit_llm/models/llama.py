@@ -95,10 +95,13 @@ class Llama(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        num_kv_heads = num_kv_heads or num_heads
+        for name, value in {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, but is {value}")
+        num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if d_head is None and d_model % num_heads:
             raise ValueError(f"num_heads must divide d_model, but is {num_heads} with d_model {d_model}")
-        if num_heads % num_kv_heads:
+        if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, but is {num_kv_heads} with num_heads {num_heads}")
         d_head = d_head or d_model // num_heads
         if d_head % 2:
@@ -156,7 +159,7 @@ class Llama(nn.Module):
         by = rotation(positions, self.d_head, self.rope_base)
         x = self.embed_tokens(input_ids)
         for index, block in enumerate(self.layers):
-            if self.activation_checkpointing and torch.is_grad_enabled():
+            if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
                 x = checkpoint(block, x, by, mask, use_reentrant=False)
             else:
                 x = block(x, by, mask, cache, index)

@@ -35,7 +35,7 @@ class _CPURMSNorm(torch.autograd.Function):
         grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(
             grad, x.contiguous(), [size], torch.zeros_like(scale), scale, weight, None, [True, True, False]
         )
-        mean = (grad.flatten(0, -2) @ weight.to(grad.dtype)).div_(size).view_as(scale)
+        mean = (grad.view(-1, size) @ weight.to(grad.dtype)).div_(size).view_as(scale)
         return grad_x.add_((mean * scale).to(grad_x.dtype)), grad_weight, None, None
 
 
@@ -61,9 +61,10 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Normalises the last axis; the output has the dtype that matrix products take here."""
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        if x.device.type == "cpu" and self.weight.dtype == torch.float32 and not torch.compiler.is_compiling():
+        kind = x.device.type
+        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
+        if kind == "cpu" and self.weight.dtype == torch.float32 and not torch.compiler.is_compiling():
             return _CPURMSNorm.apply(x, self.weight, self.eps, dtype)
         # The gain in the input's dtype: mixed dtypes would leave torch's fused kernel.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(dtype)

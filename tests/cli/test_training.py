@@ -9,7 +9,7 @@ import torch
 import yaml
 
 from lit_llm.callbacks.metrics_csv import read_metrics
-from tests.cli.conftest import REPOSITORY
+from tests.writing import REPOSITORY
 
 
 @pytest.fixture(scope="module")

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from writing import exactly, prose
 
 from lit_llm.data.corpora import stdlib_prose
 from lit_llm.data.documents import Corpus, open_corpus
+from tests.writing import exactly, prose
 
 TEXTS = ["first\n\nand more", "第二篇", 'third, with "quotes"\tand a tab', "fourth"]
 

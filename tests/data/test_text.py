@@ -8,13 +8,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from writing import exactly, prose
 
 from lit_llm.batch import IGNORE_INDEX
 from lit_llm.data import token_cache
 from lit_llm.data.cleaning import Cleaning, content_hash
 from lit_llm.data.text import TextData, read_texts
 from lit_llm.data.tokenizer import boundary_id, encode_documents, train_bpe
+from tests.writing import exactly, prose
 
 SPLITS = ("train", "validation", "test")
 TEXTS = [prose(number) for number in range(60)]

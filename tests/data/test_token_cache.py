@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from writing import prose
 
 from lit_llm.data.cleaning import Cleaning, content_hash
 from lit_llm.data.corpora import Document
@@ -22,6 +21,7 @@ from lit_llm.data.token_cache import (
     split_documents,
 )
 from lit_llm.data.tokenizer import byte_tokenizer, encode_documents, train_bpe
+from tests.writing import prose
 
 TEXTS = [prose(number) for number in range(30)]
 SPLIT_OF = [SPLITS[number % 3] for number in range(30)]

@@ -3,7 +3,6 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from writing import exactly, prose
 
 from lit_llm.data.tokenizer import (
     BOUNDARY,
@@ -15,6 +14,7 @@ from lit_llm.data.tokenizer import (
     train_bpe,
     trained_vocab_size,
 )
+from tests.writing import exactly, prose
 
 TEXTS = [prose(number) for number in range(60)]
 BYTES = byte_tokenizer()

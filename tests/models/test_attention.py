@@ -1,10 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from writing import exactly
 
 from lit_llm.models.attention import MAX_MATMUL_SEQ, Attention, KVCache, attend, document_mask
 from lit_llm.models.rotary import rotation
+from tests.writing import exactly
 
 BATCH, HEADS, D_HEAD = 2, 4, 16
 

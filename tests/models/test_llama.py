@@ -13,11 +13,11 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from writing import exactly
 
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.models.attention import KVCache
 from lit_llm.models.llama import Llama
+from tests.writing import exactly
 
 VARIANTS = [
     {"tie_embeddings": tied, "num_kv_heads": kv_heads, "qk_norm": qk_norm}

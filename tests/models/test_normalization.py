@@ -29,9 +29,7 @@ def test_output_and_gradients_are_those_of_torch(shape: tuple[int, ...]) -> None
     x, weights = torch.randn(shape, requires_grad=True), torch.randn(shape)
     outputs = [norm(x) for norm in (ours, theirs)]
     torch.testing.assert_close(*outputs)
-    gradients = [
-        torch.autograd.grad((y * weights).sum(), (x, norm.weight)) for y, norm in zip(outputs, (ours, theirs))
-    ]
+    gradients = [torch.autograd.grad((y * weights).sum(), (x, norm.weight)) for y, norm in zip(outputs, (ours, theirs))]
     torch.testing.assert_close(*gradients, atol=1e-5, rtol=1e-4)
 
 

@@ -1,0 +1,45 @@
+"""Files that are never half-written."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary neighbour of `path` to write to, which takes its place once whole.
+
+    Works for a file and for a folder. On an error, and where nothing was written, `path` stays as it is.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> with replacing(folder / "x.txt") as new:
+        ...     _ = new.write_text("whole")
+        >>> (folder / "x.txt").read_text()
+        'whole'
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}-", dir=path.parent))
+    new, old = scratch / path.name, scratch / "old"
+    try:
+        yield new
+        if new.is_file():
+            with new.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(new, path)
+        elif new.is_dir():
+            if path.exists():
+                os.replace(path, old)
+            try:
+                os.replace(new, path)
+            except BaseException:
+                if old.exists():
+                    os.replace(old, path)
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
