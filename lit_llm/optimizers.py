@@ -92,6 +92,8 @@ class Muon(Optimizer):
         params: Groups from `parameter_groups`, or plain parameters (two dimensions and more are then matrices).
         lr: Step of the matrices: the update has a root mean square near `lr / sqrt(max(rows, cols))`.
         momentum: Of the matrices (Nesterov's form).
+        momentum_warmup_steps: Steps over which the momentum rises to that from 0.85, so that the first, fast-changing
+            gradients are forgotten sooner; 0 for none.
         weight_decay: Decoupled, for the groups that do not say otherwise.
         embedding_lr: AdamW's learning rate for embeddings.
         head_lr: AdamW's learning rate for the output layer.
@@ -118,6 +120,7 @@ class Muon(Optimizer):
         params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
         lr: float = 0.02,
         momentum: float = 0.95,
+        momentum_warmup_steps: int = 0,
         weight_decay: float = 0.0,
         embedding_lr: float = 0.01,
         head_lr: float = 0.002,
@@ -128,7 +131,8 @@ class Muon(Optimizer):
         for name, value in {"lr": lr, "embedding_lr": embedding_lr, "head_lr": head_lr, "vector_lr": vector_lr}.items():
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, but is {value}")
-        for name, value in {"weight_decay": weight_decay, "eps": eps}.items():
+        least = {"weight_decay": weight_decay, "eps": eps, "momentum_warmup_steps": momentum_warmup_steps}
+        for name, value in least.items():
             if value < 0:
                 raise ValueError(f"{name} must be at least 0, but is {value}")
         for name, value in {"momentum": momentum, "betas[0]": betas[0], "betas[1]": betas[1]}.items():
@@ -142,7 +146,15 @@ class Muon(Optimizer):
         for group in groups:
             group["lr"] = rates[group["role"]]
         super().__init__(
-            groups, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": betas, "eps": eps}
+            groups,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "momentum_warmup_steps": momentum_warmup_steps,
+                "weight_decay": weight_decay,
+                "betas": betas,
+                "eps": eps,
+            },
         )
 
     @torch.no_grad()
@@ -165,10 +177,15 @@ class Muon(Optimizer):
             grads = [p.grad for p in members]
             for p in members:
                 if not self.state[p]:
-                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                    self.state[p] |= {"step": 0, "momentum_buffer": torch.zeros_like(p)}
             buffers = [self.state[p]["momentum_buffer"] for p in members]
-            torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
-            nesterov = torch._foreach_lerp(grads, buffers, group["momentum"])
+            momentum = group["momentum"]
+            if warmup := group["momentum_warmup_steps"]:
+                momentum += (0.85 - momentum) * max(0.0, 1 - self.state[members[0]]["step"] / warmup)
+            for p in members:
+                self.state[p]["step"] += 1
+            torch._foreach_lerp_(buffers, grads, 1 - momentum)
+            nesterov = torch._foreach_lerp(grads, buffers, momentum)
             updates = orthogonalize(torch.stack([u.flatten(1) for u in nesterov]))
             scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
             if group["weight_decay"]:

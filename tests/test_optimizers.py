@@ -279,3 +279,17 @@ def test_muon_learns(tiny_llama) -> None:
 def test_values_out_of_range_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ValueError, match=exactly(message)):
         Muon(nn.Linear(2, 2).parameters(), **changes)
+
+
+def test_momentum_rises_to_its_value_over_the_warm_up() -> None:
+    """The first step's buffer is `(1 - momentum)` times the gradient."""
+    for warmup, expected in ((0, 0.95), (10, 0.85)):
+        p = torch.nn.Parameter(torch.randn(4, 4))
+        optimizer = Muon([p], lr=0.1, momentum=0.95, momentum_warmup_steps=warmup)
+        p.grad = torch.ones(4, 4)
+        optimizer.step()
+        torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], torch.full((4, 4), 1 - expected))
+    for _ in range(10):
+        before = optimizer.state[p]["momentum_buffer"].clone()
+        optimizer.step()
+    torch.testing.assert_close(optimizer.state[p]["momentum_buffer"], 0.95 * before + 0.05)

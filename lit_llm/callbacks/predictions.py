@@ -28,6 +28,15 @@ class DocumentScores(Callback):
         self._nats: dict[int, float] = {}
         self._tokens: dict[int, int] = {}
 
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses several processes, of which none would see whole documents.
+
+        Raises:
+            ValueError: When there are several.
+        """
+        if trainer.world_size > 1:
+            raise ValueError(f"trainer.devices must be 1 to predict, but there are {trainer.world_size} processes")
+
     def on_predict_batch_end(
         self,
         trainer: Trainer,
@@ -50,7 +59,7 @@ class DocumentScores(Callback):
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the table."""
-        if not self._nats or trainer.world_size > 1:
+        if not self._nats:
             return
         split = trainer.datamodule.predict_split
         rows = []

@@ -26,7 +26,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--model", required=True, help="a model directory, a run folder or a checkpoint file")
     parser.add_argument("--prompt", required=True, action="append", help="text to continue; may be given many times")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="most tokens added to each (default 128)")
+    parser.add_argument(
+        "--max_new_tokens", type=int, help="most tokens added to each (default 128, or what the model has room for)"
+    )
     parser.add_argument(
         "--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (default 0.8)"
     )
@@ -47,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
 def generate(
     model: str,
     prompt: list[str],
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
@@ -74,6 +76,9 @@ def generate(
     network.to(device)
     boundary = boundary_id(tokenizer)
     prompts = [[boundary, *tokenizer.encode(text, add_special_tokens=False)] for text in prompt]
+    if max_new_tokens is None:
+        room = getattr(network, "max_seq_len", sys.maxsize) - max(map(len, prompts))
+        max_new_tokens = max(1, min(128, room))
     if stream is None:
         stream = len(prompt) == 1 and sys.stdout.isatty()
     if stream and len(prompt) > 1:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import shlex
 import sys
-import time
 import warnings
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,14 +25,13 @@ from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoints import AtomicCheckpointIO
-from lit_llm.cli import fail
+from lit_llm.cli import fail, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.errors import parser_line
 from lit_llm.files import replacing
 
 log = logging.getLogger(__name__)
 
-RUN_DIR_VARIABLE = "LIT_LLM_RUN_DIR"
 ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config"}
 EXAMPLES = """
 
@@ -45,7 +44,7 @@ examples:
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --config configs/logging/wandb.yaml --trainer.max_steps 100
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --data.path texts/ --data.tokenizer bpe-8192
   lit-llm fit --run_dir runs/llama_stdlib/2026-01-31_12-00-00 --ckpt_path last      # go on where it stopped
-  lit-llm test --run_dir runs/llama_stdlib/2026-01-31_12-00-00 --ckpt_path best
+  lit-llm test --run_dir runs/llama_stdlib/2026-01-31_12-00-00                      # its best checkpoint
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --print_config         # what the run file comes to"""
 
 
@@ -152,8 +151,8 @@ class TrainingCLI(LightningCLI):
             "--run_dir",
             type=str | None,
             default=None,
-            help="The only folder that the run writes to; default: runs/<config name>/<time>. With --ckpt_path and no "
-            "--config, the run's own config is used.",
+            help="The only folder that the run writes to; default: runs/<config name>/<time>. Where no --config is "
+            "given, the folder's own is used.",
         )
         parser.add_argument(
             "--test_after_fit",
@@ -188,57 +187,18 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Decides on the run folder, finds the checkpoint in it, and points all that writes there."""
         config = self.config[self.subcommand]
-        ckpt_path = config.get("ckpt_path")
-        run_dir = self._choose_run_dir(config.get("run_dir"), config.get("config"), ckpt_path)
-        os.environ[RUN_DIR_VARIABLE] = str(run_dir)  # for the processes that a strategy starts
-        if ckpt_path in ("last", "best"):
-            config["ckpt_path"] = str(_checkpoint(run_dir, ckpt_path))
-        elif ckpt_path and not Path(ckpt_path).exists():
-            raise FileNotFoundError(
-                f"ckpt_path must be last, best or a checkpoint file, but is {ckpt_path}, which does not exist"
-            )
-        if self.subcommand == "fit" and not ckpt_path and list((run_dir / "checkpoints").glob("*.ckpt")):
-            raise ValueError(
-                f"run_dir must be a new folder, but {run_dir} holds a run; go on with --ckpt_path last, or choose "
-                f"another"
-            )
-        if self.subcommand != "fit" and not ckpt_path:
-            raise ValueError(
-                f"ckpt_path must be last, best or a checkpoint file for `{self.subcommand}`, but is not given"
-            )
-        try:
-            run_dir.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(
-                f"run_dir must be a folder that can be written to, but is {run_dir}: {error.strerror}"
-            ) from error
-        config["trainer"]["default_root_dir"] = str(run_dir)
+        configs = [Path(str(getattr(path, "relative", path))) for path in config.get("config") or []]
+        ckpt_path = config.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
+        self.run_dir = run_folder.choose(self.subcommand, config.get("run_dir"), next(iter(configs), None), ckpt_path)
+        if ckpt_path:
+            config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
+        run_folder.make(self.run_dir, starts_anew=not ckpt_path)
+        config["trainer"]["default_root_dir"] = str(self.run_dir)
         loggers = config["trainer"].get("logger")
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             options = getattr(logger, "init_args", None)
             if options is not None and "save_dir" in options and options["save_dir"] in (None, "."):
-                options["save_dir"] = str(run_dir)
-        self.run_dir = run_dir
-
-    def _choose_run_dir(self, given: str | None, configs: Any, ckpt_path: str | None) -> Path:
-        if RUN_DIR_VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
-            return Path(os.environ[RUN_DIR_VARIABLE])
-        if given:
-            return Path(given).expanduser()
-        first = configs[0] if configs else None
-        name = Path(str(getattr(first, "relative", first))).stem if first else self.subcommand
-        family = Path("runs") / name
-        if ckpt_path in ("last", "best"):
-            ran = sorted(p.parent.parent for p in family.glob("*/checkpoints/*.ckpt"))
-            if not ran:
-                raise FileNotFoundError(
-                    f"ckpt_path must be in a run folder, but {family} holds none; name one with --run_dir"
-                )
-            return ran[-1]
-        if ckpt_path and self.subcommand != "fit" and Path(ckpt_path).parent.name == "checkpoints":
-            return Path(ckpt_path).parent.parent
-        job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
-        return family / (job if job and job != "none" else time.strftime("%Y-%m-%d_%H-%M-%S"))
+                options["save_dir"] = str(self.run_dir)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""
@@ -278,6 +238,10 @@ class TrainingCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except Exception:
+            with contextlib.suppress(OSError):
+                self.run_dir.rmdir()  # a run that never started leaves nothing
+            raise
         except SystemExit:
             if self.trainer.interrupted and self.trainer.is_global_zero:
                 log.info(f"Stopped at step {self.trainer.global_step}. To go on: {self._go_on()}")
@@ -322,11 +286,3 @@ class TrainingCLI(LightningCLI):
         print(f"{'run folder':<22}{self.run_dir}")
         if (self.run_dir / "model").is_dir():
             print(f"{'model':<22}{self.run_dir / 'model'}")
-
-
-def _checkpoint(run_dir: Path, which: str) -> Path:
-    path = run_dir / "checkpoints" / f"{which}.ckpt"
-    if not path.exists():
-        found = ", ".join(p.stem for p in sorted(path.parent.glob("*.ckpt"))) or "none"
-        raise FileNotFoundError(f"ckpt_path must be a checkpoint in {path.parent} (there: {found}), but is {which}")
-    return path

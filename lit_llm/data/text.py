@@ -149,7 +149,7 @@ class TextData(LightningDataModule):
         """Rows in an order drawn anew each epoch, or as the stream brings them."""
         rank, world_size = self._place
         if self.streaming:
-            return StreamLoader(self._stream, self._cut_stream, self.seq_len, self.batch_size)
+            return StreamLoader(self._stream, self._batch, self.seq_len, self.batch_size)
         split = self._cache.split("train")
         rows = (len(split.tokens) - 1) // self.seq_len  # a row that is not full waits for more text
         return self._loader(split, rows, self.seed, rank, world_size)
@@ -225,9 +225,6 @@ class TextData(LightningDataModule):
         if self.mask_documents:
             batch["document_ids"] = document_ids(ids, boundary_id(self.tokenizer))
         return batch
-
-    def _cut_stream(self, tokens: np.ndarray, rows: np.ndarray) -> TokenBatch:
-        return self._batch(tokens, rows)
 
     def _stream(self, skip: int) -> Iterator[list[int]]:
         """Token lists of this rank's training documents, without the first `skip` of them."""

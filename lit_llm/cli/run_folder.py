@@ -1,0 +1,89 @@
+"""The one folder that a run writes to: where it is, and which checkpoint of it is meant."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+VARIABLE = "LIT_LLM_RUN_DIR"
+"""Tells the processes that a strategy starts where the first one writes."""
+
+
+def choose(command: str, given: str | None, config: Path | None, ckpt_path: str | None) -> Path:
+    """Decides on the run folder.
+
+    Args:
+        command: The sub-command.
+        given: What `--run_dir` says.
+        config: The first run file; gives the default folder its name.
+        ckpt_path: What `--ckpt_path` says: `last` and `best` without a folder mean the newest run of that name.
+
+    Raises:
+        FileNotFoundError: When there is no such run.
+    """
+    if VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
+        return Path(os.environ[VARIABLE])
+    if given:
+        return Path(given).expanduser()
+    if ckpt_path not in (None, "last", "best") and Path(ckpt_path).parent.name == "checkpoints" and command != "fit":
+        return Path(ckpt_path).parent.parent
+    family = Path("runs") / _name(command, config)
+    if ckpt_path in ("last", "best"):
+        ran = sorted(path.parent.parent for path in family.glob("*/checkpoints/*.ckpt"))
+        if not ran:
+            raise FileNotFoundError(
+                f"ckpt_path must be in a run folder, but {family} holds none; name one with --run_dir"
+            )
+        return ran[-1]
+    job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
+    return family / (job if job and job != "none" else time.strftime("%Y-%m-%d_%H-%M-%S"))
+
+
+def _name(command: str, config: Path | None) -> str:
+    if config is None:
+        return command
+    # A run's own config.yaml lies in runs/<name>/<time>/.
+    return config.parent.parent.name if config.stem == "config" else config.stem
+
+
+def find_checkpoint(folder: Path, ckpt_path: str) -> Path:
+    """The file that `last`, `best` or a path means.
+
+    Raises:
+        FileNotFoundError: When there is none.
+    """
+    if ckpt_path not in ("last", "best"):
+        if not Path(ckpt_path).exists():
+            raise FileNotFoundError(
+                f"ckpt_path must be last, best or a checkpoint file, but is {ckpt_path}, which does not exist"
+            )
+        return Path(ckpt_path)
+    path = folder / "checkpoints" / f"{ckpt_path}.ckpt"
+    if not path.exists():
+        found = ", ".join(p.stem for p in sorted(path.parent.glob("*.ckpt"))) or "none"
+        raise FileNotFoundError(f"ckpt_path must be a checkpoint in {path.parent} (there: {found}), but is {ckpt_path}")
+    return path
+
+
+def make(folder: Path, starts_anew: bool) -> None:
+    """Makes the folder.
+
+    Args:
+        folder: The run folder.
+        starts_anew: Whether a run begins in it, rather than goes on or is looked at.
+
+    Raises:
+        ValueError: When it cannot be written to, or a new run would overwrite another's checkpoints.
+    """
+    if starts_anew and list((folder / "checkpoints").glob("*.ckpt")):
+        raise ValueError(
+            f"run_dir must be a new folder, but {folder} holds a run; go on with --ckpt_path last, or choose another"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(
+            f"run_dir must be a folder that can be written to, but is {folder}: {error.strerror}"
+        ) from error
+    os.environ[VARIABLE] = str(folder)

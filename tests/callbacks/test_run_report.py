@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+import lit_llm
+from lit_llm.callbacks import run_report
+from lit_llm.callbacks.metrics_csv import MetricsCSV
+from lit_llm.callbacks.run_report import RunReport, commit, draw_learning_curve
+
+
+def test_a_mode_that_is_none_is_refused():
+    with pytest.raises(ValueError, match=r"^checkpoint.mode must be min or max, but is 'least'$"):
+        RunReport(mode="least")
+
+
+def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
+    package = tmp_path / "repository" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    monkeypatch.setattr(lit_llm, "__file__", str(package / "__init__.py"))
+    assert commit() is None
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(["git", *identity, *words], cwd=package.parent, check=True, capture_output=True).stdout
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "somebody else's repository")
+    assert commit() is None
+    git("add", ".")
+    git("commit", "-m", "the package's own")
+    assert git("rev-parse", "HEAD").decode().startswith(commit())
+    (package / "__init__.py").write_text("changed")
+    assert commit().endswith("-dirty")
+
+
+def test_the_learning_curve_is_a_picture_of_what_was_logged(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(run_report, "replacing", lambda path: drawn.append(path) or run_report_replacing(path))
+    logger = MetricsCSV(tmp_path)
+    for step in range(1, 9):
+        logger.log_metrics({"train/loss": 1 / step} | ({"val/loss": 2 / step} if step % 4 == 0 else {}), step)
+    logger.save()
+    draw_learning_curve(tmp_path)
+    assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert drawn == [tmp_path / "learning_curve.png"]
+
+
+run_report_replacing = run_report.replacing
+
+
+def test_nothing_logged_is_no_picture(tmp_path: Path):
+    draw_learning_curve(tmp_path)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from lit_llm.cli import run_folder
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch, tmp_path):
+    for name in (run_folder.VARIABLE, "LOCAL_RANK", "TORCHELASTIC_RUN_ID", "SLURM_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_run_is_named_by_its_config_and_the_time():
+    folder = run_folder.choose("fit", None, Path("configs/pretraining/x.yaml"), None)
+    assert re.fullmatch(r"runs/x/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", str(folder))
+
+
+def test_a_repeated_run_has_the_name_of_the_first():
+    folder = run_folder.choose("fit", None, Path("runs/x/2026-01-31_12-00-00/config.yaml"), None)
+    assert folder.parent == Path("runs/x")
+
+
+def test_last_without_a_folder_is_the_newest_run_of_that_config():
+    for time in ("2026-01-02_00-00-00", "2026-01-03_00-00-00", "2026-01-01_00-00-00"):
+        (Path("runs/x") / time / "checkpoints").mkdir(parents=True)
+        (Path("runs/x") / time / "checkpoints/last.ckpt").touch()
+    assert run_folder.choose("fit", None, Path("x.yaml"), "last") == Path("runs/x/2026-01-03_00-00-00")
+    with pytest.raises(FileNotFoundError, match=r"^ckpt_path must be in a run folder, but runs/y holds none; name one"):
+        run_folder.choose("fit", None, Path("y.yaml"), "last")
+
+
+def test_processes_of_one_job_share_a_folder(monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "77")
+    assert run_folder.choose("fit", None, Path("x.yaml"), None) == Path("runs/x/77")
+    monkeypatch.setenv(run_folder.VARIABLE, "elsewhere")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert run_folder.choose("fit", None, Path("x.yaml"), None) == Path("elsewhere")
+
+
+def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are():
+    Path("run/checkpoints").mkdir(parents=True)
+    Path("run/checkpoints/last.ckpt").touch()
+    assert run_folder.find_checkpoint(Path("run"), "last") == Path("run/checkpoints/last.ckpt")
+    message = "ckpt_path must be a checkpoint in run/checkpoints (there: last), but is best"
+    with pytest.raises(FileNotFoundError, match=re.escape(message)):
+        run_folder.find_checkpoint(Path("run"), "best")
+    os.environ.pop(run_folder.VARIABLE, None)

@@ -1,0 +1,26 @@
+from __future__ import annotations
+
+from transformers import AutoTokenizer
+
+
+def test_a_trained_tokeniser_opens_in_transformers_and_holds_any_text(lit_llm, texts, tmp_path):
+    outcome = lit_llm("tokenizer", "--path", texts, "--vocab_size", "300", "--out", tmp_path / "made")
+    assert outcome.code == 0, outcome.err
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert len(tokenizer) == 300
+    assert tokenizer.decode(tokenizer.encode("the cat, 猫 坐 🐈")) == "the cat, 猫 坐 🐈"
+    assert "300 tokens from 80 documents" in outcome.out
+
+
+def test_a_folder_that_exists_is_not_overwritten(lit_llm, texts, tmp_path):
+    outcome = lit_llm("tokenizer", "--path", texts, "--out", tmp_path)
+    assert outcome.code == 2
+    assert outcome.last_line == f"lit-llm: error: --out must be a new folder, but {tmp_path} exists"
+
+
+def test_no_room_for_the_bytes_is_said(lit_llm, texts, tmp_path):
+    outcome = lit_llm("tokenizer", "--path", texts, "--vocab_size", "100", "--out", tmp_path / "made")
+    assert outcome.last_line == (
+        "lit-llm: error: vocab_size must be at least 257 (the bytes and <|endoftext|>), but is 100"
+    )
+    assert not (tmp_path / "made").exists()
