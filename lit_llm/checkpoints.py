@@ -9,6 +9,7 @@ import pkgutil
 import tempfile
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,26 @@ SEAL = b"lit-llm sha256:"
 """Stands, before a hash of all that precedes it, at the end of our checkpoints; torch reads over it."""
 
 
+@contextmanager
+def _plain_errors(path: Path) -> Iterator[None]:
+    """A disk that is full reaches us through the writers' own C++ and Rust as anything but that."""
+    try:
+        yield
+    except (RuntimeError, SafetensorError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise OSError(
+            f"disk must have room to write {path}, but writing failed: {reason}; the last checkpoint is whole"
+        ) from error
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint beside its place and renames it; reads one without executing anything in it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Saves, so that at every moment `path` is either the old checkpoint or the new one."""
         with replacing(Path(path)) as new:
-            torch.save(checkpoint, new)
+            with _plain_errors(Path(path)):
+                torch.save(checkpoint, new)
             digest = _digest(new)
             with new.open("ab") as file:
                 file.write(SEAL + digest)
@@ -117,7 +131,8 @@ def save_model(
     with replacing(folder) as new:
         new.mkdir()
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file(named, new / "model.safetensors", metadata={"format": "pt"})
+        with _plain_errors(folder):
+            save_file(named, new / "model.safetensors", metadata={"format": "pt"})
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         if card is not None:

@@ -17,7 +17,8 @@ class LanguageModeling(Metric):
 
     `compute` gives `loss` (nats per token, at least 0; `log(vocab)` knows nothing), `perplexity` (its exponential) and,
     where the data says how many bytes its labels stand for, `bits_per_byte` (the same nats per byte of text, in bits:
-    comparable between tokenisers; 8 knows nothing). Sums are kept in double precision and over all processes.
+    comparable between tokenisers; 8 knows nothing). Sums are kept in double precision where the device has it, and over
+    all processes.
 
     Example:
         >>> metric = LanguageModeling()
@@ -30,8 +31,9 @@ class LanguageModeling(Metric):
 
     def __init__(self) -> None:
         super().__init__()
+        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64  # MPS has no doubles
         for name in ("nats", "tokens", "bytes"):
-            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
 
     def update(
         self,
@@ -40,10 +42,10 @@ class LanguageModeling(Metric):
         num_bytes: Float[Tensor, " batch"] | None = None,
     ) -> None:
         """Adds a batch: the cross-entropy of each label, the labels, and the bytes that each row stands for."""
-        self.nats += nats.sum(dtype=torch.float64)
+        self.nats += nats.sum(dtype=self.nats.dtype)
         self.tokens += (labels != IGNORE_INDEX).sum()
         if num_bytes is not None:
-            self.bytes += num_bytes.sum(dtype=torch.float64)
+            self.bytes += num_bytes.sum(dtype=self.bytes.dtype)
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics so far."""

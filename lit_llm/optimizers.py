@@ -90,7 +90,7 @@ class Muon(Optimizer):
 
     Args:
         params: Groups from `parameter_groups`, or plain parameters (two dimensions and more are then matrices).
-        lr: Step of the matrices: the update has a root mean square near `lr / sqrt(max(rows, cols))`.
+        lr: Step of the matrices: the update has a root mean square near `lr / sqrt(cols)`.
         momentum: Of the matrices (Nesterov's form).
         momentum_warmup_steps: Steps over which the momentum rises to that from 0.85, so that the first, fast-changing
             gradients are forgotten sooner; 0 for none.
@@ -202,6 +202,8 @@ class Muon(Optimizer):
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         if not members:
             return
+        for p in members:  # a checkpoint is loaded on the CPU, and Lightning leaves `step` there
+            self.state[p]["step"] = self.state[p]["step"].to(p.device)
         states = [self.state[p] for p in members]
         adamw(
             members,

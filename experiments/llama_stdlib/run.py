@@ -18,7 +18,7 @@ ADAMW = ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.betas", "[
 ADAMW += ["--model.optimizer.weight_decay", "0.1"]
 VARIANTS: dict[str, list[str]] = {
     "the recipe": [],
-    "another seed": ["--seed_everything", "1"],
+    "another seed": ["--seed_everything", "1", "--data.seed", "1"],
     "AdamW 1e-3 for Muon": [*ADAMW, "--model.optimizer.lr", "0.001"],
     "AdamW 3e-3 for Muon": [*ADAMW, "--model.optimizer.lr", "0.003"],
     "AdamW 1e-2 for Muon": [*ADAMW, "--model.optimizer.lr", "0.01"],
@@ -27,8 +27,8 @@ VARIANTS: dict[str, list[str]] = {
     "no normalised queries and keys": ["--model.network.qk_norm", "false"],
     "tied embeddings": ["--model.network.tie_embeddings", "true"],
     "attention within documents": ["--data.mask_documents", "true"],
-    "2,048 tokens in the vocabulary": ["--data.tokenizer", "bpe-2048"],
-    "8,192 tokens in the vocabulary": ["--data.tokenizer", "bpe-8192"],
+    "1,024 tokens in the vocabulary": ["--data.tokenizer", "bpe-1024"],
+    "4,096 tokens in the vocabulary": ["--data.tokenizer", "bpe-4096"],
 }
 
 

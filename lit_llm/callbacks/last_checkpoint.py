@@ -23,7 +23,7 @@ class LastCheckpoint(Checkpoint):
         every_n_steps: How often.
     """
 
-    def __init__(self, every_n_steps: int = 500) -> None:
+    def __init__(self, every_n_steps: int = 100) -> None:
         if every_n_steps < 1:
             raise ValueError(f"checkpoint.every_n_steps must be at least 1, but is {every_n_steps}")
         self.every_n_steps = every_n_steps
@@ -52,6 +52,8 @@ class LastCheckpoint(Checkpoint):
         Raises:
             KeyboardInterrupt: After saving, when the run was interrupted.
         """
+        if trainer.world_size > 1:  # all ranks save, or none
+            self._interrupted = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
         step = trainer.global_step
         if step == self._saved_step:
             return
@@ -59,6 +61,11 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
         if self._interrupted:
             raise KeyboardInterrupt
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves once more where a validation followed: going on from there, it is not done again."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step == self._saved_step:
+            self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the end."""
@@ -78,5 +85,7 @@ class LastCheckpoint(Checkpoint):
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:
             return
+        for logger in trainer.loggers:
+            logger.save()
         trainer.save_checkpoint(Path(trainer.default_root_dir) / "checkpoints" / "last.ckpt")
         self._saved_step = trainer.global_step

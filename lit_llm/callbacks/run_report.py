@@ -40,6 +40,11 @@ class RunReport(Callback):
         self.monitor, self.mode = monitor, mode
         self.results: dict[str, Any] = {}
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forgets what was best in another folder, whose `best.ckpt` is not here."""
+        if not (Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt").exists():
+            self.results = {name: v for name, v in self.results.items() if not name.startswith("best/")}
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -19,7 +20,7 @@ class Samples(Callback):
 
     Args:
         prompts: Texts to continue; an empty one starts a document.
-        max_new_tokens: Most tokens added.
+        max_new_tokens: Most tokens added; fewer where the network has no room for them.
         temperature: As in `generation.choose`.
         top_p: As in `generation.choose`.
         seed: Of the draws, so that samples of two steps differ by what was learnt.
@@ -40,21 +41,23 @@ class Samples(Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the samples."""
-        if trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":
+        if not self.prompts or trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":
             return
         tokenizer = trainer.datamodule.tokenizer
         boundary = boundary_id(tokenizer)
+        ids = [[boundary, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in self.prompts]
+        room = getattr(pl_module.network, "max_seq_len", sys.maxsize) - max(map(len, ids))
         texts = generate(
             pl_module.network,
-            [[boundary, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in self.prompts],
-            self.max_new_tokens,
+            ids,
+            max(0, min(self.max_new_tokens, room)),
             self.temperature,
             top_p=self.top_p,
             seed=self.seed,
             stop=boundary,
         )
         lines = [f"--- step {trainer.global_step}"]
-        lines += [prompt + tokenizer.decode(text) + "\n" for prompt, text in zip(self.prompts, texts, strict=True)]
+        lines += [tokenizer.decode(prompt[1:] + text) + "\n" for prompt, text in zip(ids, texts, strict=True)]
         with (Path(trainer.default_root_dir) / "samples.txt").open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
         log.info("\n".join("  | " + line for line in lines[1].rstrip().splitlines()))

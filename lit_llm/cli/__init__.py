@@ -66,7 +66,7 @@ def main(args: list[str] | None = None) -> None:
         remedy = f"did you mean {guess[0]}?" if guess else "see lit-llm --help"
         fail(f"command must be one of {', '.join(COMMANDS)}, but is {words[0]}; {remedy}")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # classes of the working directory can be named in configs
+        sys.path.append(os.getcwd())  # classes of the working directory can be named in configs
     _speak()
     module = importlib.import_module(COMMANDS[words[0]][0])
     try:

@@ -16,6 +16,8 @@ GRAMMAR = re.compile(r"\bmust\b.*\bbut\b")
 
 def one_line(error: BaseException) -> str | None:
     """What to tell the user; `None` for an error that is ours, whose traceback should be seen."""
+    if type(error).__name__ == "OutOfMemoryError":
+        return "device memory must hold a step, but is full; lower data.batch_size or set activation_checkpointing"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return f"disk must have room to write, but is full at {error.filename}; free some, the last checkpoint is whole"
     if isinstance(error, OSError) and error.errno and error.filename:
@@ -82,7 +84,7 @@ def _in_grammar(message: str) -> str | None:
     """The line of a message that one of our own errors is, however deep a library has wrapped it."""
     for line in message.splitlines():
         if GRAMMAR.search(line):
-            return line.strip(" -")
+            return re.sub(r"^\s*- ", "", line).strip()
     return None
 
 

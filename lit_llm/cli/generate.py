@@ -73,7 +73,10 @@ def generate(
         raise ValueError(f"model must come with a tokeniser to read prompts, but {model} has none")
     if device == "auto":
         device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    network.to(device)
+    try:
+        network.to(torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be one that torch finds here, but is {device}: {error}") from error
     boundary = boundary_id(tokenizer)
     prompts = [[boundary, *tokenizer.encode(text, add_special_tokens=False)] for text in prompt]
     if max_new_tokens is None:
@@ -83,33 +86,34 @@ def generate(
         stream = len(prompt) == 1 and sys.stdout.isatty()
     if stream and len(prompt) > 1:
         raise ValueError(f"--stream must be given with one prompt, but there are {len(prompt)}")
-    writer = _Writer(tokenizer) if stream else None
-    if writer:
-        print(prompt[0], end="", flush=True)
+    writer = _Writer(tokenizer, prompts[0][1:]) if stream else None
     texts = continue_prompts(
         network, prompts, max_new_tokens, temperature, top_k, top_p, seed, boundary, writer and writer.write
     )
     if writer:
         print()
         return
-    for number, (text, new) in enumerate(zip(prompt, texts, strict=True)):
+    for number, (ids, new) in enumerate(zip(prompts, texts, strict=True)):
         if len(prompt) > 1:
             print(f"--- {number + 1}")
-        print(text + tokenizer.decode(new))
+        print(tokenizer.decode(ids[1:] + new))
 
 
 class _Writer:
     """Prints a text as its tokens come, holding back bytes that are not yet a whole character."""
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
         self.tokenizer = tokenizer
-        self.tokens: list[int] = []
+        self.tokens = list(prompt)
         self.written = 0
+        self._print()
 
     def write(self, new: list[int | None]) -> None:
-        if new[0] is None:
-            return
-        self.tokens.append(new[0])
+        if new[0] is not None:
+            self.tokens.append(new[0])
+            self._print()
+
+    def _print(self) -> None:
         text = self.tokenizer.decode(self.tokens)
         if not text.endswith("\ufffd"):
             print(text[self.written :], end="", flush=True)

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
+from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -99,7 +100,9 @@ def _option(words: list[str], name: str) -> str | None:
 
 def _with_the_runs_config(words: list[str]) -> list[str]:
     """Where no config is named but a run folder is, the run's own config comes first."""
-    run_dir = _option(words, "--run_dir")
+    run_dir, ckpt_path = _option(words, "--run_dir"), Path(_option(words, "--ckpt_path") or "")
+    if run_dir is None and ckpt_path.parent.name == "checkpoints":
+        run_dir = str(ckpt_path.parent.parent)
     if run_dir is None or _option(words, "--config") or _option(words, "-c"):
         return words
     config = Path(run_dir) / "config.yaml"
@@ -113,6 +116,13 @@ class OneLineParser(LightningArgumentParser):
         """Prints the line and exits with code 2."""
         fail(parser_line(message, [action.dest for action in self._actions], sys.argv))
         raise AssertionError
+
+
+class ParagraphHelp(DefaultHelpFormatter):
+    """Leaves the lines of a description as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
 class RunConfig(SaveConfigCallback):
@@ -138,7 +148,7 @@ class CheckpointOptions:
         every_n_steps: How often `last.ckpt` is written; also at the end, and on Ctrl-C.
     """
 
-    def __init__(self, monitor: str = "val/loss", mode: str = "min", every_n_steps: int = 500) -> None:
+    def __init__(self, monitor: str = "val/loss", mode: str = "min", every_n_steps: int = 100) -> None:
         self.monitor, self.mode, self.every_n_steps = monitor, mode, every_n_steps
 
 
@@ -166,6 +176,7 @@ class TrainingCLI(LightningCLI):
         super()._add_subcommands(parser, **kwargs)
         for subparser in self._subcommand_parsers.values():
             subparser.description = f"{subparser.description}{EXAMPLES}"
+            subparser.formatter_class = ParagraphHelp
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -189,7 +200,8 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         configs = [Path(str(getattr(path, "relative", path))) for path in config.get("config") or []]
         ckpt_path = config.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
-        self.run_dir = run_folder.choose(self.subcommand, config.get("run_dir"), next(iter(configs), None), ckpt_path)
+        given = config.get("run_dir") or config["trainer"].get("default_root_dir")
+        self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
             config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
         run_folder.make(self.run_dir, starts_anew=not ckpt_path)
@@ -218,13 +230,14 @@ class TrainingCLI(LightningCLI):
         return super().instantiate_trainer(callbacks=callbacks, logger=loggers, plugins=plugins, **kwargs)
 
     def _standard_callbacks(self, checkpoint: CheckpointOptions, given: list[Callback]) -> list[Callback]:
-        progress = [] if any(isinstance(c, Progress | RichProgressBar) for c in given) else [Progress()]
+        options = self._get(self.config_init, "trainer")
+        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode), DocumentScores()]
+        if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
+            standard.insert(1, Progress())
+        if options["enable_checkpointing"] is False:
+            return standard
         return [
-            Throughput(),
-            *progress,
-            RunReport(checkpoint.monitor, checkpoint.mode),
-            DocumentScores(),
-            LastCheckpoint(checkpoint.every_n_steps),
+            *standard,
             ModelCheckpoint(
                 dirpath=self.run_dir / "checkpoints",
                 filename="best",
@@ -233,6 +246,7 @@ class TrainingCLI(LightningCLI):
                 save_on_train_epoch_end=False,
                 enable_version_counter=False,
             ),
+            LastCheckpoint(checkpoint.every_n_steps),
         ]
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -244,7 +258,8 @@ class TrainingCLI(LightningCLI):
             raise
         except SystemExit:
             if self.trainer.interrupted and self.trainer.is_global_zero:
-                log.info(f"Stopped at step {self.trainer.global_step}. To go on: {self._go_on()}")
+                saved = (self.run_dir / "checkpoints" / "last.ckpt").exists()
+                log.info(f"Stopped at step {self.trainer.global_step}." + (f" To go on: {self._go_on()}" * saved))
                 sys.exit(130)
             raise
 

@@ -46,7 +46,7 @@ class Cleaning:
         return text
 
     def documents(self, documents: Iterable[Document], dropped: Counter[str]) -> Iterator[tuple[Document, int]]:
-        """Cleans a corpus in one pass, remembering 8 bytes a document.
+        """Cleans a corpus in one pass, remembering a hash of each document (about 100 bytes).
 
         Args:
             documents: The corpus.

@@ -25,7 +25,7 @@ TABLE_FORMATS = {
     ".csv": "csv",
     ".tsv": "csv",
 }
-PIECE_BYTES = 8192
+PIECE_CHARACTERS = 8192
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -80,7 +80,8 @@ def open_corpus(path: str, subset: str | None = None, column: str = "text", stre
             return _table(path, [where], column)
         return Corpus(path, {"text": _stamps([where])}, lambda limit=None: itertools.islice(_pieces(where), limit))
     if where.is_dir():
-        files = sorted(p for p in where.rglob("*") if p.is_file() and not p.name.startswith("."))
+        visible = (p for p in where.rglob("*") if not any(x.startswith(".") for x in p.relative_to(where).parts))
+        files = sorted(p for p in visible if p.is_file())
         texts = [p for p in files if p.suffix in TEXT_SUFFIXES]
         tables = [p for p in files if p.suffix in TABLE_FORMATS]
         if tables and all(p.name == "README.md" for p in texts):
@@ -125,12 +126,16 @@ def _whole(root: Path, files: list[Path]) -> Iterator[Document]:
 
 
 def _pieces(path: Path) -> Iterator[Document]:
-    """One file, cut at blank lines into documents of about 8 KiB, so that there is something to split by."""
+    """One file, cut into documents of about 8,192 characters, so that there is something to split by.
+
+    At blank lines, or where there are none for long at line ends.
+    """
     text = _utf8(path).replace("\r\n", "\n").replace("\r", "\n")
     start = number = 0
     while start < len(text):
-        end = text.find("\n\n", start + PIECE_BYTES)
-        end = len(text) if end < 0 else end + 2
+        least = start + PIECE_CHARACTERS
+        ends = text.find("\n\n", least, least + PIECE_CHARACTERS), text.find("\n", least)
+        end = ends[0] + 2 if ends[0] >= 0 else ends[1] + 1 if ends[1] >= 0 else len(text)
         yield Document(f"{path.name}#{number}", text[start:end])
         start, number = end, number + 1
 
@@ -185,9 +190,8 @@ def _hub(
     def read(limit: int | None = None) -> Iterator[Document]:
         # Evaluation first: where a text stands in two splits, it is the one in training that goes.
         for split in sorted(splits, key=lambda s: _kind(s) == "train"):
-            load = functools.partial(
-                load_dataset, path, subset, split=split, streaming=streaming or local, **(options or {})
-            )
+            stream = streaming or local or limit is not None
+            load = functools.partial(load_dataset, path, subset, split=split, streaming=stream, **(options or {}))
             yield from itertools.islice(_rows(load, column, path, split, _kind(split)), limit)
 
     return Corpus(
@@ -201,7 +205,7 @@ def _hub(
 
 def _kind(split: str) -> str:
     """What a split of a hub data set is for, from its name."""
-    kinds = {"val": "validation", "dev": "validation", "test": "test"}
+    kinds = {"val": "validation", "dev": "validation", "eval": "validation", "test": "test"}
     return next((kind for start, kind in kinds.items() if split.startswith(start)), "train")
 
 

@@ -67,12 +67,16 @@ class BatchLoader:
         return order.reshape(len(self), self.batch_size, self.world_size)[:, :, self.rank].ravel()
 
     def state_dict(self) -> dict[str, int]:
-        """The position: the next batch."""
-        return {"epoch": self.epoch, "batch": self.batch}
+        """The position: the rows of its epoch that were read, by all ranks."""
+        return {"epoch": self.epoch, "row": self.batch * self.batch_size * self.world_size, "num_rows": self.num_rows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to a position."""
-        self.epoch, self.batch = state["epoch"], state["batch"]
+        """Goes to a position, also where the batch size or the number of ranks has changed since; other data begins."""
+        self.epoch, self.batch = state["epoch"], state["row"] // (self.batch_size * self.world_size)
+        if state["num_rows"] != self.num_rows:
+            self.epoch = self.batch = 0
+        elif self.batch >= len(self):
+            self.epoch, self.batch = self.epoch + 1, 0
 
 
 class StreamLoader:
@@ -86,6 +90,7 @@ class StreamLoader:
         cut: Makes a batch out of a stream of tokens and the indices of its rows.
         seq_len: Tokens in a row.
         batch_size: Rows in a batch of one rank.
+        world_size: All processes.
     """
 
     def __init__(
@@ -94,8 +99,10 @@ class StreamLoader:
         cut: Callable[[np.ndarray, np.ndarray], Any],
         seq_len: int,
         batch_size: int,
+        world_size: int = 1,
     ) -> None:
         self.tokens, self.cut = tokens, cut
+        self.world_size = world_size
         self.seq_len, self.batch_size = seq_len, batch_size
         self.documents = 0
         self._buffer: list[int] = []
@@ -126,5 +133,14 @@ class StreamLoader:
         return {"documents": self.documents, "left_over": self._buffer[self._start :]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position."""
+        """Goes to a position.
+
+        Raises:
+            ValueError: With several ranks, of which a checkpoint holds only the first one's position.
+        """
+        if self.world_size > 1:
+            raise ValueError(
+                f"trainer.devices must be 1 to resume a stream, but there are {self.world_size} processes; "
+                f"tokenise the corpus first, without data.streaming"
+            )
         self.documents, self._buffer, self._start = state["documents"], list(state["left_over"]), 0

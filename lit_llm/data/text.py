@@ -149,7 +149,7 @@ class TextData(LightningDataModule):
         """Rows in an order drawn anew each epoch, or as the stream brings them."""
         rank, world_size = self._place
         if self.streaming:
-            return StreamLoader(self._stream, self._batch, self.seq_len, self.batch_size)
+            return StreamLoader(self._stream, self._batch, self.seq_len, self.batch_size, world_size)
         split = self._cache.split("train")
         rows = (len(split.tokens) - 1) // self.seq_len  # a row that is not full waits for more text
         return self._loader(split, rows, self.seed, rank, world_size)

@@ -66,17 +66,21 @@ class TokenSplit:
         """UTF-8 bytes of all documents."""
         return int(self.documents["num_bytes"].sum())
 
+    @cached_property
+    def _bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        starts = self.documents["start"].astype(np.int64)
+        ends = np.append(starts[1:], len(self.tokens) - 1)
+        return starts, ends, np.concatenate([[0], np.cumsum(self.documents["num_bytes"].astype(np.int64))])
+
     def bytes_before(self, places: np.ndarray) -> np.ndarray:
         """Bytes of text that the labels at places `1 … place` of the stream stand for.
 
         A document's bytes are spread evenly over its labels, which needs nothing from the tokeniser and is exact over
         whole documents: summed over a split it is the split's size.
         """
-        starts = self.documents["start"].astype(np.int64)
+        starts, ends, bytes_at_start = self._bounds
         if not len(starts):
             return np.zeros(len(places))
-        ends = np.append(starts[1:], len(self.tokens) - 1)
-        bytes_at_start = np.concatenate([[0], np.cumsum(self.documents["num_bytes"].astype(np.int64))])
         places = np.minimum(places, len(self.tokens) - 1)
         d = np.maximum(np.searchsorted(starts, places, side="left") - 1, 0)
         part = (places - starts[d]) / np.maximum(ends[d] - starts[d], 1)

@@ -167,9 +167,18 @@ class Objective(LightningModule, ABC):
         """Clips by the global norm, and keeps that norm for the logs.
 
         Lightning's own refuses a fused optimiser under bf16-mixed, which needs no unscaling.
+
+        Raises:
+            ValueError: With a fused optimiser under 16-mixed, which unscales gradients only after they were clipped.
         """
-        if getattr(self.trainer.precision_plugin, "scaler", None) or gradient_clip_algorithm == "value":
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if gradient_clip_val and scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
+            raise ValueError(
+                "trainer.gradient_clip_val must be None with a fused optimiser under 16-mixed, but is "
+                f"{gradient_clip_val}; train in bf16-mixed, or set the optimiser's fused to false"
+            )
+        if gradient_clip_algorithm == "value" and gradient_clip_val:
+            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
         elif gradient_clip_val:
             self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
@@ -180,8 +189,9 @@ class Objective(LightningModule, ABC):
         """
         if self.trainer.state.fn == "fit" and "val/loss" in metrics:
             self._require_finite("val/loss", float(metrics["val/loss"]))
-        self.log_dict(metrics, logger=False)
-        if not self.trainer.sanity_checking:
+        self.log_dict(metrics, logger=False, sync_dist=True)
+        # Outside a fit there is no step that a row could stand at.
+        if self.trainer.global_step and not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
                 logger.log_metrics({name: float(v) for name, v in metrics.items()}, step=self.trainer.global_step)
 
@@ -196,7 +206,11 @@ class Objective(LightningModule, ABC):
         return loss
 
     def _mean_loss(self) -> float:
-        loss = float(self._loss_sum) / max(float(self._target_sum), 1.0)
+        loss_sum, target_sum = (
+            self.trainer.strategy.reduce(torch.as_tensor(x, device=self.device).clone(), reduce_op="sum")
+            for x in (self._loss_sum, self._target_sum)
+        )
+        loss = float(loss_sum) / max(float(target_sum), 1.0)
         self._require_finite("train/loss", loss)
         return loss
 
@@ -213,6 +227,7 @@ class Objective(LightningModule, ABC):
         """Adds how to build the network; refuses to write weights that are spoilt over good ones."""
         if self.trainer.state.fn == "fit":
             self._mean_loss()
+            checkpoint["unreported_loss"] = [float(self._loss_sum), float(self._target_sum)]
             norms = torch._foreach_norm([p.detach() for p in self.network.parameters()])
             self._require_finite("the norm of the weights", float(torch.stack(norms).sum()))
         checkpoint["network"] = {**self.hparams["network"], "size": self.hparams[self.size_name]}
@@ -225,6 +240,7 @@ class Objective(LightningModule, ABC):
         """
         if self.hparams["network"] is None:
             self.hparams.update(checkpoint["hyper_parameters"])
+        self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0))
         own, stored = self.state_dict(), checkpoint["state_dict"]
         for name in sorted(own.keys() | stored.keys()):
             here, there = (tuple(d[name].shape) if name in d else "absent" for d in (own, stored))

@@ -221,3 +221,55 @@ def test_wandb_joins_by_one_overlay_and_stays_in_the_run_folder(lit_llm, tiny, t
     assert outcome.code == 0, outcome.err
     assert list((tmp_path / "run/wandb").glob("offline-run-*"))
     assert (tmp_path / "run/metrics.csv").exists()
+
+
+@pytest.mark.parametrize("command", ["test", "validate"])
+def test_measuring_a_run_leaves_its_metrics_alone(lit_llm, run, command):
+    before = (run / "metrics.csv").read_bytes()
+    assert lit_llm(command, "--ckpt_path", run / "checkpoints/best.ckpt").code == 0
+    assert (run / "metrics.csv").read_bytes() == before
+
+
+def test_going_on_with_another_batch_size(lit_llm, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    words = ["--run_dir", copy, "--ckpt_path", "last", "--trainer.max_steps", "8", "--data.batch_size", "40"]
+    outcome = lit_llm("fit", *words)
+    assert outcome.code == 0, outcome.err
+    assert read_metrics(copy / "metrics.csv")[-1]["step"] == 8
+
+
+@pytest.mark.parametrize("flag", ["enable_progress_bar", "enable_checkpointing"])
+def test_the_trainers_own_switches_are_obeyed(lit_llm, tiny, tmp_path, flag):
+    outcome = lit_llm("fit", *tiny, f"--trainer.{flag}", "false", "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "run/checkpoints").exists() == (flag == "enable_progress_bar")
+
+
+def test_help_keeps_its_examples_on_lines_of_their_own(lit_llm):
+    outcome = lit_llm("fit", "--help")
+    assert "\n  lit-llm fit --config configs/pretraining/llama_stdlib.yaml\n" in outcome.out
+
+
+def test_two_processes_take_the_steps_of_one(lit_llm, tiny, tmp_path):
+    """The same rows a step, shared out, give the same losses; each validation row is counted once."""
+    import os
+    import subprocess
+    import sys
+
+    assert lit_llm("fit", *tiny, "--run_dir", tmp_path / "one").code == 0
+    words = [*tiny, "--data.batch_size", "2", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "lit_llm", "fit", *words, "--trainer.strategy", "ddp", "--run_dir", tmp_path / "two"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
+    assert len(one) == len(two)
+    for mine, theirs in zip(one, two, strict=True):
+        for metric in ("train/loss", "val/loss", "val/bits_per_byte"):
+            assert (metric in mine) == (metric in theirs)
+            assert mine.get(metric, 0.0) == pytest.approx(theirs.get(metric, 0.0), rel=1e-4), metric

@@ -89,13 +89,25 @@ def test_a_shuffled_loader_goes_on_from_any_batch_of_any_epoch(rows, batch_size,
 
 def test_the_position_is_that_of_the_next_batch_when_the_loop_stops_early() -> None:
     batches = loader(12, 4)
-    assert batches.state_dict() == {"epoch": 0, "batch": 0}
+    assert batches.state_dict() == {"epoch": 0, "row": 0, "num_rows": 12}
     running = iter(batches)
     states = []
     for _ in range(3):
         next(running)
         states.append(batches.state_dict())
-    assert states == [{"epoch": 0, "batch": 1}, {"epoch": 0, "batch": 2}, {"epoch": 1, "batch": 0}]
+    assert [(state["epoch"], state["row"]) for state in states] == [(0, 4), (0, 8), (1, 0)]
+
+
+def test_a_changed_batch_size_goes_on_at_the_same_row_and_other_data_begins() -> None:
+    position = {"epoch": 1, "row": 8, "num_rows": 40}
+    for rows, size, wanted in ((40, 2, (1, 4)), (40, 8, (1, 1)), (40, 40, (1, 0)), (30, 4, (0, 0))):
+        batches = loader(rows, size)
+        batches.load_state_dict(position)
+        assert (batches.epoch, batches.batch) == wanted
+        assert list(batches)
+    batches = loader(40, 30)
+    batches.load_state_dict({"epoch": 1, "row": 36, "num_rows": 40})
+    assert (batches.epoch, batches.batch) == (2, 0)
 
 
 def test_in_order_a_loader_begins_with_the_first_row_each_time() -> None:
@@ -107,12 +119,12 @@ def test_in_order_a_loader_begins_with_the_first_row_each_time() -> None:
 def test_going_to_a_late_position_replays_nothing() -> None:
     cut: list[int] = []
     batches = BatchLoader(lambda rows: cut.append(len(rows)), 1000, 2, shuffle_seed=0)
-    batches.load_state_dict({"epoch": 10**9, "batch": 499})
+    batches.load_state_dict({"epoch": 10**9, "row": 998, "num_rows": 1000})
     started = time.perf_counter()
     assert len(list(batches)) == 1
     assert cut == [2]
     assert time.perf_counter() - started < 1
-    assert batches.state_dict() == {"epoch": 10**9 + 1, "batch": 0}
+    assert batches.state_dict() == {"epoch": 10**9 + 1, "row": 0, "num_rows": 1000}
 
 
 # Streams.

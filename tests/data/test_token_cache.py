@@ -169,7 +169,7 @@ def test_a_power_cut_while_building_leaves_nothing_that_is_opened(tmp_path: Path
     def stop(*args: object) -> None:
         raise OSError("no power")
 
-    monkeypatch.setattr("os.rename", stop)
+    monkeypatch.setattr("os.replace", stop)
     with pytest.raises(OSError, match="no power"):
         build(tmp_path / "cache")
     assert TokenCache.open(tmp_path / "cache") is None
