@@ -96,7 +96,7 @@ def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
-def test_a_killed_process_goes_on_from_its_last_checkpoint(lit_llm, tiny, tmp_path):
+def test_a_killed_process_goes_on_with_the_losses_it_would_have_had(tiny, tmp_path):
     words = [
         *tiny,
         "--trainer.max_steps",
@@ -113,13 +113,12 @@ def test_a_killed_process_goes_on_from_its_last_checkpoint(lit_llm, tiny, tmp_pa
     process.kill()
     process.wait()
     before = losses(tmp_path / "run")
-    outcome = lit_llm("fit", "--run_dir", tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "400")
-    assert outcome.code == 0, outcome.err
+    again = start(["fit", "--run_dir", str(tmp_path / "run"), "--ckpt_path", "last"])
+    _, err = again.communicate(timeout=200)
+    assert again.returncode == 0, err
     after = losses(tmp_path / "run")
     assert max(after) == 400
-    shared = set(before) & set(after)
-    assert len(shared) > 20
-    assert all(before[step] == pytest.approx(after[step], abs=1e-5) for step in shared)
+    assert before == {step: after[step] for step in before}
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
