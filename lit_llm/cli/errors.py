@@ -19,7 +19,8 @@ def one_line(error: BaseException) -> str | None:
     if type(error).__name__ == "OutOfMemoryError":
         return "device memory must hold a step, but is full; lower data.batch_size or set activation_checkpointing"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"disk must have room to write, but is full at {error.filename}; free some, the last checkpoint is whole"
+        where = f" at {error.filename}" if error.filename else ""
+        return f"disk must have room to write, but is full{where}; free some, the last checkpoint is whole"
     if isinstance(error, OSError) and error.errno and error.filename:
         return f"{error.filename} must be readable and writable, but is not: {error.strerror}"
     if isinstance(error, ValueError | TypeError | OSError | ArithmeticError | ImportError):
