@@ -23,6 +23,7 @@ class TokenBatch(TypedDict):
             token `t + 1`), or `IGNORE_INDEX`.
         document_ids: Which document of its row a position belongs to, counted from 0; present when attention must not
             cross documents.
+        positions: Index of each token in its own document, from 0; where absent, in its row.
         num_bytes: UTF-8 bytes of text that each row's labels stand for: the denominator of bits per byte.
         documents: Index, within the split, of the document that each label belongs to; present when predicting.
     """
@@ -30,5 +31,6 @@ class TokenBatch(TypedDict):
     input_ids: Int[Tensor, "batch seq"]
     labels: Int[Tensor, "batch seq"]
     document_ids: NotRequired[Int[Tensor, "batch seq"]]
+    positions: NotRequired[Int[Tensor, "batch seq"]]
     num_bytes: NotRequired[Float[Tensor, " batch"]]
     documents: NotRequired[Int[Tensor, "batch seq"]]

@@ -22,7 +22,7 @@ class CausalLM(Objective):
     `test/`. `predict` gives the nats of each label.
 
     Args:
-        network: Makes a language model from its number of tokens: `network(input_ids, document_ids) -> logits`.
+        network: Makes a language model from its number of tokens: `network(input_ids, document_ids, positions) -> logits`.
         optimizer: As in `Objective`.
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
@@ -68,7 +68,9 @@ class CausalLM(Objective):
 
     def logits(self, batch: TokenBatch) -> Any:
         """What the network says of each next token."""
-        return self.network(batch["input_ids"], document_ids=batch.get("document_ids"))
+        return self.network(
+            batch["input_ids"], document_ids=batch.get("document_ids"), positions=batch.get("positions")
+        )
 
     def loss(self, batch: TokenBatch) -> Loss:
         """Cross-entropy in nats with its regularisers, summed over the labels."""
