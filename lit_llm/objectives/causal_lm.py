@@ -10,7 +10,7 @@ from torch import nn
 
 from lit_llm.batch import IGNORE_INDEX, TokenBatch
 from lit_llm.metrics import LanguageModeling
-from lit_llm.objectives.losses import cross_entropy_sum, token_nats
+from lit_llm.objectives.losses import cross_entropy_sum, linear_cross_entropy_sum, token_nats
 from lit_llm.objectives.objective import Loss, Objective
 from lit_llm.schedulers import Schedule
 
@@ -22,7 +22,8 @@ class CausalLM(Objective):
     `test/`. `predict` gives the nats of each label.
 
     Args:
-        network: Makes a language model from its number of tokens: `network(input_ids, document_ids, positions) -> logits`.
+        network: Makes a language model from its number of tokens. Called with `input_ids`, `document_ids` and
+            `positions` it gives logits; `hidden` gives what its `lm_head` makes them from, where that can be had.
         optimizer: As in `Objective`.
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
@@ -68,14 +69,19 @@ class CausalLM(Objective):
 
     def logits(self, batch: TokenBatch) -> Any:
         """What the network says of each next token."""
-        return self.network(
-            batch["input_ids"], document_ids=batch.get("document_ids"), positions=batch.get("positions")
-        )
+        return self.network(**_inputs(batch))
 
     def loss(self, batch: TokenBatch) -> Loss:
-        """Cross-entropy in nats with its regularisers, summed over the labels."""
-        targets = (batch["labels"] != IGNORE_INDEX).sum().float()
-        return cross_entropy_sum(self.logits(batch), batch["labels"], self.label_smoothing, self.z_loss), targets
+        """Cross-entropy in nats with its regularisers, summed over the labels.
+
+        A network that has its output layer apart, as `hidden` and `lm_head`, never holds all its logits.
+        """
+        labels = batch["labels"]
+        targets = (labels != IGNORE_INDEX).sum().float()
+        if hasattr(self.network, "hidden"):
+            hidden, weight = self.network.hidden(**_inputs(batch)), self.network.lm_head.weight
+            return linear_cross_entropy_sum(hidden, weight, labels, self.label_smoothing, self.z_loss), targets
+        return cross_entropy_sum(self.logits(batch), labels, self.label_smoothing, self.z_loss), targets
 
     def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
         """Adds a batch to the validation sums."""
@@ -107,3 +113,7 @@ class CausalLM(Objective):
             "labels": batch["labels"],
             "documents": batch["documents"],
         }
+
+
+def _inputs(batch: TokenBatch) -> dict[str, Any]:
+    return {name: batch[name] for name in ("input_ids", "document_ids", "positions") if name in batch}

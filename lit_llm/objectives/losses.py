@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from lit_llm.batch import IGNORE_INDEX
 
@@ -45,3 +46,99 @@ def cross_entropy_sum(
         log_z = torch.logsumexp(logits, dim=-1)
         total = total + z_loss * (log_z.square() * (labels != IGNORE_INDEX)).sum()
     return total
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Makes the gradients of a chunk while its logits are at hand, so that the backward pass only scales them."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float, z_loss: float
+    ) -> Tensor:
+        """Loops over chunks of tokens."""
+        vocab, d_model = weight.shape
+        head, kept, targets = weight.to(hidden.dtype), (labels != IGNORE_INDEX)[:, None], labels.clamp(min=0)[:, None]
+        wanted = any(ctx.needs_input_grad)
+        total = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.empty_like(hidden) if wanted else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        step = 2 * d_model  # with fewer tokens a chunk, adding up the weight's gradient would cost more than the logits
+        for first in range(0, len(hidden), step):
+            here = slice(first, first + step)
+            h, keep, target = hidden[here], kept[here], targets[here]
+            logits = h @ head.T
+            log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+            nats = -log_p.gather(1, target)
+            loss = (1 - label_smoothing) * nats
+            if label_smoothing:
+                loss -= label_smoothing * log_p.mean(dim=1, keepdim=True)
+            if z_loss:
+                log_z = logits.gather(1, target) + nats
+                loss += z_loss * log_z.square()
+            total += loss.where(keep, 0).sum()
+            if not wanted:
+                continue
+            grad = log_p.exp_()  # in place: log-probabilities become probabilities, then the gradient of the logits
+            if z_loss:
+                grad.mul_(1 + 2 * z_loss * log_z)
+            if label_smoothing:
+                grad.sub_(label_smoothing / vocab)
+            grad.scatter_add_(1, target, torch.full_like(nats, label_smoothing - 1))
+            grad = grad.to(h.dtype)
+            torch.mm(grad, head, out=grad_hidden[here]).mul_(keep)
+            if h.dtype == torch.float32:
+                grad_weight.addmm_(grad.T, h * keep)
+            else:
+                grad_weight += grad.T @ (h * keep)
+        ctx.gradients = grad_hidden, grad_weight
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Scales, in place: the gradients are used once."""
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None
+
+
+def linear_cross_entropy_sum(
+    hidden: Float[Tensor, "batch seq d_model"],
+    weight: Float[Tensor, "vocab d_model"],
+    labels: Int[Tensor, "batch seq"],
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+) -> Float[Tensor, ""]:
+    """What `cross_entropy_sum` gives for the logits `hidden @ weight.T`, which are never held all at once.
+
+    They are made, used and forgotten for `2 * d_model` tokens at a time, so what the loss needs of memory is about
+    three times the head's own gradient, whatever the batch. Labels to be ignored cost nothing on a CPU.
+
+    Args:
+        hidden: What the output layer reads.
+        weight: The output layer's matrix.
+        labels: As in `cross_entropy_sum`.
+        label_smoothing: As in `cross_entropy_sum`.
+        z_loss: As in `cross_entropy_sum`.
+
+    Source:
+        Wijmans et al., 2024, "Cut Your Losses", arXiv:2411.09009, and Hsu et al., 2024, "Liger Kernel",
+        arXiv:2410.10989, section 3.2, whose chunking over tokens, with gradients made in the forward pass, this is.
+
+    Example:
+        >>> hidden, weight = torch.randn(1, 3, 4), torch.randn(5, 4)
+        >>> labels = torch.tensor([[1, IGNORE_INDEX, 4]])
+        >>> plain = cross_entropy_sum(hidden @ weight.T, labels)
+        >>> torch.allclose(linear_cross_entropy_sum(hidden, weight, labels), plain)
+        True
+    """
+    kind = hidden.device.type
+    hidden, labels = hidden.flatten(0, 1), labels.flatten()
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    if (
+        kind == "cpu" and not (kept := labels != IGNORE_INDEX).all()
+    ):  # elsewhere counting them would wait for the device
+        hidden, labels = hidden[kept], labels[kept]
+    with torch.autocast(kind, enabled=False):
+        return _LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, z_loss)

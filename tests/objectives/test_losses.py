@@ -1,9 +1,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from lit_llm.batch import IGNORE_INDEX
-from lit_llm.objectives.losses import cross_entropy_sum, token_nats
+from lit_llm.objectives.losses import _LinearCrossEntropy, cross_entropy_sum, linear_cross_entropy_sum, token_nats
 
 BATCH, SEQ, VOCAB = 3, 7, 11
 
@@ -78,3 +80,74 @@ def test_small_types_are_computed_with_in_float32(logits, labels, dtype: torch.d
         found = loss(small, labels)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, loss(small.float(), labels))
+
+
+def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
+    """The loss and its gradients, of a mean, so that the backward pass has something to scale by."""
+    return [loss.detach(), *torch.autograd.grad(loss / 3, leaves)]
+
+
+@pytest.fixture
+def hidden() -> torch.Tensor:
+    """So narrow that the tokens make several chunks, the last of them smaller."""
+    return torch.randn(BATCH, SEQ, 2, requires_grad=True)
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(VOCAB, 2, requires_grad=True)
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 0.01])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("counted", ["some", "all", "none"])
+def test_a_loss_in_chunks_is_that_of_all_logits_at_once(hidden, weight, labels, counted, smoothing, z_loss) -> None:
+    labels = {"some": labels, "all": labels.clamp(min=0), "none": torch.full_like(labels, IGNORE_INDEX)}[counted]
+    expected = gradients(cross_entropy_sum(hidden @ weight.T, labels, smoothing, z_loss), hidden, weight)
+    found = gradients(linear_cross_entropy_sum(hidden, weight, labels, smoothing, z_loss), hidden, weight)
+    for ours, plain in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, plain)
+
+
+def test_under_autocast_a_loss_in_chunks_differs_from_the_plain_one_by_rounding(hidden, weight, labels) -> None:
+    exact = gradients(cross_entropy_sum(hidden @ weight.T, labels), hidden, weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = gradients(cross_entropy_sum(F.linear(hidden, weight), labels), hidden, weight)
+        chunked = gradients(linear_cross_entropy_sum(hidden, weight, labels), hidden, weight)
+    for ours, theirs, true in zip(chunked, plain, exact, strict=True):
+        assert ours.dtype == true.dtype
+        assert (ours - true).norm() <= 1.5 * (theirs - true).norm() + 1e-6
+
+
+def test_ignored_labels_are_masked_where_they_are_not_left_out(hidden, weight, labels) -> None:
+    plain = gradients(cross_entropy_sum(hidden @ weight.T, labels, 0.1, 0.01), hidden, weight)
+    loss = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), 0.1, 0.01)  # as on an accelerator
+    for ours, theirs in zip(gradients(loss, hidden, weight), plain, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_no_step_of_a_loss_in_chunks_holds_the_logits_of_all_tokens() -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.numel = max([self.numel, *(x.numel() for x in tree_leaves(out) if isinstance(x, torch.Tensor))])
+            return out
+
+    tokens, vocab, d_model = 1024, 1000, 16
+    hidden = torch.randn(1, tokens, d_model, requires_grad=True)
+    weight = torch.randn(vocab, d_model, requires_grad=True)
+    labels = torch.randint(vocab, (1, tokens))
+    with Largest() as chunked:
+        linear_cross_entropy_sum(hidden, weight, labels).backward()
+    with Largest() as plain:
+        cross_entropy_sum(hidden @ weight.T, labels).backward()
+    assert chunked.numel <= 2 * d_model * vocab < plain.numel == tokens * vocab
+
+
+def test_a_loss_in_chunks_without_gradients_makes_none(hidden, weight, labels) -> None:
+    with torch.no_grad():
+        loss = linear_cross_entropy_sum(hidden, weight, labels)
+    torch.testing.assert_close(loss, cross_entropy_sum(hidden @ weight.T, labels).detach())
+    assert not loss.requires_grad
