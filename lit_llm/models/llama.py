@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -77,6 +77,8 @@ class Llama(nn.Module):
     """
 
     hf_architectures = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    hf_buffers: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
+    """Ends of the names of tensors in older directories that are no parameters."""
 
     def __init__(
         self,
@@ -185,6 +187,10 @@ class Llama(nn.Module):
             cache: Keys and values of earlier tokens; the new ones are added to it.
         """
         return self.lm_head(self.hidden(input_ids, document_ids, positions, mask, cache))
+
+    def new_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
+        """An empty cache for `forward`, with room for that many sequences of that many tokens."""
+        return KVCache(batch_size, max_seq_len)
 
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of one training step, forward and backward, per token of a row.

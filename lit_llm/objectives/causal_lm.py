@@ -22,7 +22,8 @@ class CausalLM(Objective):
     `test/`. `predict` gives the nats of each label.
 
     Args:
-        network: Makes a language model from its number of tokens: `network(input_ids, document_ids, positions) -> logits`.
+        network: Makes a language model from its number of tokens: `network(input_ids, document_ids, positions)` gives
+            logits.
         optimizer: As in `Objective`.
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
