@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import json
@@ -271,19 +272,29 @@ def _from_checkpoint(path: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | N
     recipe = checkpoint.get("network")
     if not isinstance(recipe, dict):
         raise ValueError(f"model must be a checkpoint of an objective of this package, but {path} describes no network")
-    module, _, name = str(recipe.get("class_path")).rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"network in {path} must be a class that can be imported, but is not: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise ValueError(f"network in {path} must be a torch module, but is {recipe['class_path']}")
-    network = kind(recipe["size"], **recipe.get("init_args", {}))
+    network = _built(recipe, path, recipe["size"])
     prefix = "network."
     state = checkpoint["state_dict"]
     stored = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     _fill(dict(network.named_parameters()), stored, path, dict(network.named_parameters(remove_duplicate=False)))
     return network, _tokenizer_of(checkpoint)
+
+
+def _built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:
+    """What a class path and arguments describe: a network, or a plain value among its arguments."""
+    module, _, name = str(recipe.get("class_path")).rpartition(".")
+    try:
+        kind = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"network in {path} must be a class that can be imported, but is not: {error}") from error
+    # Nothing else is called, so that no checkpoint can have it executed.
+    if not (isinstance(kind, type) and (issubclass(kind, nn.Module) or dataclasses.is_dataclass(kind))):
+        raise ValueError(f"network in {path} must be a torch module, but is {recipe['class_path']}")
+    arguments = {
+        name: _built(value, path) if isinstance(value, dict) and "class_path" in value else value
+        for name, value in recipe.get("init_args", {}).items()
+    }
+    return kind(*first, **arguments)
 
 
 def _tokenizer_of(checkpoint: dict[str, Any]) -> PreTrainedTokenizerBase | None:
