@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib
 import json
 import pkgutil
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,8 @@ def save_model(
 
     Args:
         folder: Where; an earlier one is replaced only once the new one is whole.
-        network: A network with `to_hf_config` and `hf_name`.
+        network: A network with `to_hf_config` and `hf_name`, and, where its parameters differ from transformers' by
+            more than their names, `hf_view` or `hf_zeros` (see `models.gpt2`).
         tokenizer: Goes beside the weights.
         card: Markdown about the model; becomes its `README.md`.
 
@@ -127,7 +129,8 @@ def save_model(
         tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
         config |= {f"{name}_token_id": token for name, token in tokens.items()}
     # A tied matrix is one tensor under its first name.
-    named = {network.hf_name(name): p.detach().float().contiguous().cpu() for name, p in network.named_parameters()}
+    named = {name: p.detach().float().contiguous().cpu() for name, p in _as_transformers(network).items()}
+    named |= {name: torch.zeros(shape) for name, shape in _zeros(network).items()}
     with replacing(folder) as new:
         new.mkdir()
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -171,7 +174,7 @@ def _from_directory(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | 
         network = _architecture(config).from_hf_config(config)
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"config.json must describe a network, but in {folder} it does not: {error!r}") from error
-    _fill(network, dict(_tensors(folder)), folder, network.hf_name)
+    _fill_from_directory(network, folder)
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return network, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
 
@@ -189,10 +192,7 @@ def _architecture(config: dict[str, Any]) -> Any:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(f"model must hold weights as .safetensors, but {folder} has none")
-    for file in files:
+    for file in _weight_files(folder):
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (no dict)
@@ -201,12 +201,56 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise ValueError(f"model must hold whole weights, but {file} does not: {error}") from error
 
 
-def _fill(network: nn.Module, stored: dict[str, Tensor], source: Path, stored_name: Any = lambda name: name) -> None:
-    """Copies weights by name; every one must be there, fit, and be used."""
-    own = {stored_name(name): p for name, p in network.named_parameters()}
-    # Some directories hold a tied matrix twice.
-    tied = {stored_name(n) for n, _ in network.named_parameters(remove_duplicate=False)} - own.keys()
-    missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys() - tied)
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of weights, in transformers' order of preference; a folder may hold copies in another form."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        files = sorted({folder / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"model must hold all files that {index} names, but lacks {', '.join(absent)}")
+        return files
+    remedy = "; pickles are not read, save them as safetensors" if any(folder.glob("*.bin")) else ""
+    raise FileNotFoundError(f"model must hold weights as .safetensors, but {folder} has none{remedy}")
+
+
+def _as_transformers(network: nn.Module) -> dict[str, Tensor]:
+    """The parameters by the names, and in the shapes, that transformers gives them."""
+    view = getattr(network, "hf_view", lambda name, parameter: parameter)
+    return {network.hf_name(name): view(name, p) for name, p in network.named_parameters()}
+
+
+def _zeros(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What transformers' network has and this one does without."""
+    return dict(network.hf_zeros()) if hasattr(network, "hf_zeros") else {}
+
+
+def _fill_from_directory(network: nn.Module, folder: Path) -> None:
+    """Copies the weights of a directory of transformers, or one in its form."""
+    stored = {name: t for name, t in _tensors(folder) if not name.endswith(getattr(network, "hf_buffers", ()))}
+    base = network.hf_name("")
+    if not any(name.startswith(base) for name in stored):  # saved without its head
+        stored = {name if name.startswith("lm_head.") else base + name: t for name, t in stored.items()}
+    for name in _zeros(network):
+        if name in stored and stored.pop(name).any():
+            raise ValueError(
+                f"{name} must be zero for a network without biases, but is not in {folder}; give the network biases"
+            )
+    tied = {network.hf_name(name) for name, _ in network.named_parameters(remove_duplicate=False)}
+    _fill(_as_transformers(network), stored, folder, tied)
+
+
+def _fill(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied: Iterable[str] = ()) -> None:
+    """Copies weights by name; every one must be there, fit, and be used.
+
+    Args:
+        own: The network's.
+        stored: What is copied into them.
+        source: Where that is from.
+        tied: Names under which a matrix may be there twice.
+    """
+    missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys() - set(tied))
     for what, names in (("lacks", missing), ("also has", extra)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
@@ -228,18 +272,29 @@ def _from_checkpoint(path: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | N
     recipe = checkpoint.get("network")
     if not isinstance(recipe, dict):
         raise ValueError(f"model must be a checkpoint of an objective of this package, but {path} describes no network")
+    network = _built(recipe, path, recipe["size"])
+    prefix = "network."
+    state = checkpoint["state_dict"]
+    stored = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    _fill(dict(network.named_parameters()), stored, path, dict(network.named_parameters(remove_duplicate=False)))
+    return network, _tokenizer_of(checkpoint)
+
+
+def _built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:
+    """What a class path and arguments describe: a network, or a plain value among its arguments."""
     module, _, name = str(recipe.get("class_path")).rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"network in {path} must be a class that can be imported, but is not: {error}") from error
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+    # Nothing else is called, so that no checkpoint can have it executed.
+    if not (isinstance(kind, type) and (issubclass(kind, nn.Module) or dataclasses.is_dataclass(kind))):
         raise ValueError(f"network in {path} must be a torch module, but is {recipe['class_path']}")
-    network = kind(recipe["size"], **recipe.get("init_args", {}))
-    prefix = "network."
-    state = checkpoint["state_dict"]
-    _fill(network, {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}, path)
-    return network, _tokenizer_of(checkpoint)
+    arguments = {
+        name: _built(value, path) if isinstance(value, dict) and "class_path" in value else value
+        for name, value in recipe.get("init_args", {}).items()
+    }
+    return kind(*first, **arguments)
 
 
 def _tokenizer_of(checkpoint: dict[str, Any]) -> PreTrainedTokenizerBase | None:

@@ -1,4 +1,4 @@
-"""Decoding with a key-value cache: several prompts at once, greedy or sampled."""
+"""Decoding with a cache: several prompts at once, greedy or sampled."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-
-from lit_llm.models.attention import KVCache
 
 
 def choose(
@@ -63,7 +61,7 @@ def generate(
     Prompts of unequal length are padded on the left, and the padding is never looked at.
 
     Args:
-        network: A causal language model that takes `positions`, `mask` and `cache`.
+        network: A causal language model with `new_cache`, that takes `positions`, `mask` and `cache`.
         prompts: Token ids, at least one each.
         max_new_tokens: Most tokens added to each prompt.
         temperature: As in `choose`.
@@ -103,7 +101,7 @@ def generate(
     places = torch.arange(longest + max_new_tokens, device=device)
     written = (places >= padding)[:, None, None, :]  # batch 1 1 seq
     causal = (places <= places[:longest, None])[None, None]
-    cache = KVCache(len(prompts), longest + max_new_tokens)
+    cache = network.new_cache(len(prompts), longest + max_new_tokens)
 
     was_training = network.training
     network.eval()

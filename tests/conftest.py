@@ -6,6 +6,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
 
+import functools
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -51,17 +52,26 @@ def tiny_llama() -> Callable[..., Any]:
     """
     from lit_llm.models.llama import Llama
 
-    def make(seed: int = 0, **changes: Any) -> Llama:
-        size = {"vocab_size": 37, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48, "max_seq_len": 64}
-        network = Llama(**(size | changes))
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for p in network.parameters():
-                noise = torch.randn(p.shape, generator=generator)
-                p.copy_(1 + 0.2 * noise if p.ndim == 1 else noise * p.shape[-1] ** -0.5)
-        return network.eval()
+    return functools.partial(awake, Llama)
 
-    return make
+
+@pytest.fixture
+def tiny_gpt2() -> Callable[..., Any]:
+    """As `tiny_llama`."""
+    from lit_llm.models.gpt2 import GPT2
+
+    return functools.partial(awake, GPT2)
+
+
+def awake(kind: type, seed: int = 0, **changes: Any) -> torch.nn.Module:
+    size = {"vocab_size": 37, "d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48, "max_seq_len": 64}
+    network = kind(**(size | changes))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in network.parameters():
+            noise = torch.randn(p.shape, generator=generator)
+            p.copy_(1 + 0.2 * noise if p.ndim == 1 else noise * p.shape[-1] ** -0.5)
+    return network.eval()
 
 
 @dataclass

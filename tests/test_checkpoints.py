@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import pickle
@@ -11,12 +12,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_llm.checkpoints import AtomicCheckpointIO, load_model, read_checkpoint, save_model
 from lit_llm.data.tokenizer import byte_tokenizer, fingerprint
 from lit_llm.files import replacing
 from lit_llm.models.llama import Llama
+from lit_llm.models.rotary import YaRN
+from lit_llm.objectives.objective import described
 from tests.writing import exactly
 
 CHECKPOINT = {"step": 3, "state_dict": {"weight": torch.arange(50.0)}, "names": ["a", "b"]}
@@ -251,6 +254,20 @@ def test_a_checkpoint_of_an_objective_is_a_model_too(tiny_llama, tmp_path: Path)
     assert fingerprint(tokenizer) == fingerprint(byte_tokenizer())
 
 
+def test_a_checkpoint_knows_the_plain_values_its_network_was_made_from(tiny_llama, tmp_path: Path) -> None:
+    make = functools.partial(Llama, d_model=16, num_layers=1, num_heads=2, rope_scaling=YaRN(4.0, 64))
+    recipe = described("network", make)
+    assert json.loads(json.dumps(recipe)) == recipe
+    state = {f"network.{key}": value for key, value in make(9).state_dict().items()}
+    AtomicCheckpointIO().save_checkpoint({"network": recipe | {"size": 9}, "state_dict": state}, tmp_path / "x.ckpt")
+    assert load_model(tmp_path / "x.ckpt")[0].rope_scaling == YaRN(4.0, 64)
+    recipe["init_args"]["rope_scaling"] = {"class_path": "os.mkdir", "init_args": {"path": str(tmp_path / "trap")}}
+    AtomicCheckpointIO().save_checkpoint({"network": recipe | {"size": 9}, "state_dict": state}, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError, match=r" must be a torch module, but is os\.mkdir$"):
+        load_model(tmp_path / "x.ckpt")
+    assert not (tmp_path / "trap").exists()
+
+
 def test_weights_are_exported_in_float32_whatever_they_were(tiny_llama, tmp_path: Path) -> None:
     save_model(tmp_path / "model", tiny_llama().bfloat16())
     assert {tensor.dtype for tensor in load_file(tmp_path / "model/model.safetensors").values()} == {torch.float32}
@@ -315,13 +332,13 @@ def test_a_wrong_shape_is_named(model: Path) -> None:
         load_model(model)
 
 
-@pytest.mark.parametrize("architectures", [["GPT2LMHeadModel"], [], None])
+@pytest.mark.parametrize("architectures", [["BertForMaskedLM"], [], None])
 def test_an_unknown_architecture_is_said_with_those_there_are(model: Path, architectures: list[str] | None) -> None:
     edit_config(model, architectures=architectures)
     wanted = (architectures or [""])[0]
     with pytest.raises(ValueError, match=r"\Aarchitectures in config\.json must be one of ") as caught:
         load_model(model)
-    assert "LlamaForCausalLM, Qwen3ForCausalLM" in str(caught.value)
+    assert "GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM" in str(caught.value)
     assert str(caught.value).endswith(f", but is {wanted!r}")
 
 
@@ -340,6 +357,29 @@ def test_a_model_without_weights_is_refused(model: Path) -> None:
     message = f"model must hold weights as .safetensors, but {model} has none"
     with pytest.raises(FileNotFoundError, match=exactly(message)):
         load_model(model)
+
+
+def test_weights_as_a_pickle_are_not_read(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": torch.ones(32)}, model / "pytorch_model.bin")
+    message = f"model must hold weights as .safetensors, but {model} has none"
+    with pytest.raises(FileNotFoundError, match=exactly(f"{message}; pickles are not read, save them as safetensors")):
+        load_model(model)
+
+
+def test_weights_in_several_files_are_read_and_a_missing_one_is_named(tiny_llama, tmp_path: Path) -> None:
+    network, folder = tiny_llama(), tmp_path / "sharded"
+    save_model(tmp_path / "model", network)
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model").save_pretrained(folder, max_shard_size="20KB")
+    shards = sorted(folder.glob("*.safetensors"))
+    assert len(shards) > 2
+    save_file({"other": torch.zeros(1)}, folder / "consolidated.safetensors")  # as some directories have
+    assert same(dict(load_model(folder)[0].state_dict()), dict(network.state_dict()))
+    shards[1].unlink()
+    index = folder / "model.safetensors.index.json"
+    message = f"model must hold all files that {index} names, but lacks {shards[1].name}"
+    with pytest.raises(FileNotFoundError, match=exactly(message)):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("kept", [0, 5, 1000, -1])

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import lit_llm
 from lit_llm.batch import IGNORE_INDEX
+from lit_llm.generation import generate
 from lit_llm.models.block import Block
 from lit_llm.objectives.objective import Objective
 
@@ -30,7 +31,11 @@ def classes(package: str, base: type) -> list[type]:
     return list(found.values())
 
 
-LANGUAGE_MODELS = [c for c in classes("lit_llm.models", nn.Module) if hasattr(c, "to_hf_config")]
+def first_argument(kind: type) -> str | None:
+    return next(iter(inspect.signature(kind).parameters), None)
+
+
+LANGUAGE_MODELS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "vocab_size"]
 OBJECTIVES = classes("lit_llm.objectives", Objective)
 DATA_MODULES = classes("lit_llm.data", LightningDataModule)
 CALLBACKS = classes("lit_llm.callbacks", Callback)
@@ -38,17 +43,23 @@ SMALL = {"d_model": 16, "num_layers": 2, "num_heads": 2}
 VOCAB = 20
 
 
+def small(kind: type) -> dict[str, int]:
+    return {name: value for name, value in SMALL.items() if name in inspect.signature(kind).parameters}
+
+
 def awake(network: nn.Module) -> nn.Module:
     """Random weights everywhere, also where training starts from zero."""
-    for p in network.parameters():
-        nn.init.normal_(p, std=0.3)
+    with torch.no_grad():
+        for p in network.parameters():
+            noise = torch.randn_like(p)
+            p.copy_(p + 0.1 * noise if p.ndim == 1 else 0.3 * noise)
     return network
 
 
 @pytest.mark.parametrize("kind", LANGUAGE_MODELS)
 class TestLanguageModel:
     def test_no_future_token_changes_a_past_logit(self, kind):
-        network = awake(kind(VOCAB, **SMALL)).eval()
+        network = awake(kind(VOCAB, **small(kind))).eval()
         ids = torch.randint(VOCAB, (2, 12))
         changed = ids.clone()
         changed[:, 7:] = (changed[:, 7:] + 1) % VOCAB
@@ -57,7 +68,7 @@ class TestLanguageModel:
         assert not torch.equal(before[:, 7:], after[:, 7:])
 
     def test_the_loss_falls_on_one_repeated_batch(self, kind):
-        network = kind(VOCAB, **SMALL)
+        network = kind(VOCAB, **small(kind))
         ids = torch.randint(VOCAB, (4, 13))
         optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
         losses = []
@@ -70,18 +81,54 @@ class TestLanguageModel:
             losses.append(loss.item())
         assert losses[-1] < 0.5 * losses[0]
 
+    def test_its_head_reads_what_is_hidden(self, kind):
+        network, ids = awake(kind(VOCAB, **small(kind))).eval(), torch.randint(VOCAB, (2, 5))
+        assert type(network.lm_head) is nn.Linear
+        assert torch.equal(network(ids), network.lm_head(network.hidden(ids)))
+
+    def test_documents_packed_into_a_row_are_read_as_if_each_were_alone(self, kind):
+        network, ids = awake(kind(VOCAB, **small(kind))).eval(), torch.randint(VOCAB, (2, 12))
+        documents = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3, [0] + [1] * 11])
+        positions = torch.tensor([[*range(5), *range(4), *range(3)], [0, *range(11)]])
+        packed = network(ids, document_ids=documents, positions=positions)
+        for row in range(2):
+            for number in documents[row].unique():
+                here = documents[row] == number
+                alone = network(ids[row, here][None])[0]
+                torch.testing.assert_close(packed[row, here], alone, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(packed[:, 5:], network(ids)[:, 5:], atol=1e-2)
+
+    def test_prompts_of_different_length_continue_together_as_alone_and_as_without_a_cache(self, kind):
+        network = awake(kind(VOCAB, **small(kind))).eval()
+        prompts, alone = [[5], [3, 14, 15, 9, 2, 6], [1, 2, 3]], []
+        for prompt in prompts:
+            ids = list(prompt)
+            for _ in range(6):
+                ids.append(int(network(torch.tensor([ids]))[0, -1].argmax()))
+            alone.append(ids[len(prompt) :])
+        assert generate(network, prompts, 6, temperature=0.0) == alone
+        assert [generate(network, [prompt], 6, temperature=0.0)[0] for prompt in prompts] == alone
+        assert len({tuple(text) for text in alone}) == 3
+
+    def test_reading_with_a_cache_step_by_step_is_reading_at_once(self, kind):
+        network, ids = awake(kind(VOCAB, **small(kind))).eval(), torch.randint(VOCAB, (2, 12))
+        cache = network.new_cache(2, 12)
+        with torch.no_grad():
+            pieces = [network(piece, cache=cache) for piece in ids.split((5, 1, 1, 4, 1), dim=1)]
+            torch.testing.assert_close(torch.cat(pieces, dim=1), network(ids), atol=1e-5, rtol=1e-5)
+
     def test_the_state_dict_round_trips(self, kind):
-        network, other = awake(kind(VOCAB, **SMALL)), kind(VOCAB, **SMALL)
+        network, other = awake(kind(VOCAB, **small(kind))), kind(VOCAB, **small(kind))
         other.load_state_dict(network.state_dict())
         ids = torch.randint(VOCAB, (1, 5))
         assert torch.equal(network(ids), other(ids))
 
     def test_its_layers_are_blocks(self, kind):
-        assert sum(isinstance(m, Block) for m in kind(VOCAB, **SMALL).modules()) == 2
+        assert sum(isinstance(m, Block) for m in kind(VOCAB, **small(kind)).modules()) == 2
 
     def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
         with torch.device("meta"):
-            network = kind(VOCAB, **SMALL)
+            network = kind(VOCAB, **small(kind))
         network.to_empty(device="cpu").reset_parameters()
         assert network(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,7 +13,7 @@ from lit_llm.models.attention import Attention, KVCache, document_mask
 from lit_llm.models.block import Block
 from lit_llm.models.feed_forward import SwiGLU
 from lit_llm.models.normalization import RMSNorm
-from lit_llm.models.rotary import Rotation, rotation
+from lit_llm.models.rotary import RopeScaling, Rotation, rope_from_hf, rotation
 
 
 class LlamaBlock(Block):
@@ -54,6 +54,8 @@ class Llama(nn.Module):
         d_ff: Width inside the feed-forward layers; `None` is 8/3 of `d_model`, rounded up to a multiple of 64.
         max_seq_len: Longest sequence the model is meant for; written into the exported config.
         rope_base: Base of the rotary wavelengths.
+        rope_scaling: How rotary positions reach further than the sequences trained on (`models.rotary`); `None` is
+            not.
         norm_eps: Epsilon of every RMSNorm.
         qk_norm: Normalise queries and keys (then it is Qwen3's network rather than Llama's).
         tie_embeddings: Use one matrix for reading and predicting tokens.
@@ -77,6 +79,8 @@ class Llama(nn.Module):
     """
 
     hf_architectures = ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    hf_buffers: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
+    """Ends of the names of tensors in older directories that are no parameters."""
 
     def __init__(
         self,
@@ -89,6 +93,7 @@ class Llama(nn.Module):
         d_ff: int | None = None,
         max_seq_len: int = 2048,
         rope_base: float = 10_000.0,
+        rope_scaling: RopeScaling | None = None,
         norm_eps: float = 1e-6,
         qk_norm: bool = False,
         tie_embeddings: bool = False,
@@ -109,7 +114,8 @@ class Llama(nn.Module):
         d_ff = d_ff or -(-8 * d_model // 3 // 64) * 64
         self.vocab_size, self.d_model, self.num_layers = vocab_size, d_model, num_layers
         self.num_heads, self.num_kv_heads, self.d_head, self.d_ff = num_heads, num_kv_heads, d_head, d_ff
-        self.max_seq_len, self.rope_base, self.norm_eps = max_seq_len, rope_base, norm_eps
+        self.max_seq_len, self.norm_eps = max_seq_len, norm_eps
+        self.rope_base, self.rope_scaling = rope_base, rope_scaling
         self.qk_norm, self.tie_embeddings = qk_norm, tie_embeddings
         self.activation_checkpointing = activation_checkpointing
 
@@ -156,7 +162,7 @@ class Llama(nn.Module):
             positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
         if document_ids is not None:
             mask = document_mask(document_ids)
-        by = rotation(positions, self.d_head, self.rope_base)
+        by = rotation(positions, self.d_head, self.rope_base, self.rope_scaling)
         x = self.embed_tokens(input_ids)
         for index, block in enumerate(self.layers):
             if self.activation_checkpointing and cache is None and torch.is_grad_enabled():
@@ -186,6 +192,10 @@ class Llama(nn.Module):
         """
         return self.lm_head(self.hidden(input_ids, document_ids, positions, mask, cache))
 
+    def new_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
+        """An empty cache for `forward`, with room for that many sequences of that many tokens."""
+        return KVCache(batch_size, max_seq_len)
+
     def flops_per_token(self, seq_len: int) -> int:
         """Floating-point operations of one training step, forward and backward, per token of a row.
 
@@ -210,7 +220,10 @@ class Llama(nn.Module):
             "num_key_value_heads": self.num_kv_heads,
             "head_dim": self.d_head,
             "max_position_embeddings": self.max_seq_len,
-            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_base},
+            "rope_parameters": {
+                **(self.rope_scaling.to_hf() if self.rope_scaling else {"rope_type": "default"}),
+                "rope_theta": self.rope_base,
+            },
             "rms_norm_eps": self.norm_eps,
             "tie_word_embeddings": self.tie_embeddings,
             "hidden_act": "silu",
@@ -224,29 +237,31 @@ class Llama(nn.Module):
         Raises:
             ValueError: When the config asks for what this network does not have.
         """
-        rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
         unsupported = {
-            "rope_type": rope.get("rope_type", "default") != "default" and rope.get("rope_type"),
             "hidden_act": config.get("hidden_act", "silu") != "silu" and config["hidden_act"],
             "attention_bias": config.get("attention_bias"),
+            "attention_dropout": config.get("attention_dropout"),
             "mlp_bias": config.get("mlp_bias"),
             "use_sliding_window": config.get("use_sliding_window"),
         }
         for key, value in unsupported.items():
             if value:
                 raise ValueError(f"{key} in config.json must be the default of plain Llama or Qwen3, but is {value!r}")
+        rope_base, rope_scaling = rope_from_hf(config)
+        qwen = config["model_type"] == "qwen3"
         return cls(
             vocab_size=config["vocab_size"],
             d_model=config["hidden_size"],
             num_layers=config["num_hidden_layers"],
             num_heads=config["num_attention_heads"],
             num_kv_heads=config.get("num_key_value_heads"),
-            d_head=config.get("head_dim"),
+            d_head=config.get("head_dim") or (128 if qwen else None),
             d_ff=config["intermediate_size"],
             max_seq_len=config["max_position_embeddings"],
-            rope_base=float(rope.get("rope_theta", config.get("rope_theta", 10_000.0))),
-            norm_eps=config["rms_norm_eps"],
-            qk_norm=config["model_type"] == "qwen3",
+            rope_base=rope_base,
+            rope_scaling=rope_scaling,
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+            qk_norm=qwen,
             tie_embeddings=config.get("tie_word_embeddings", False),
         )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import logging
@@ -273,11 +274,11 @@ def described(name: str, value: Any) -> Any:
     if callable(made_from) and getattr(made_from, "__module__", "").startswith("jsonargparse"):
         return None  # `load_from_checkpoint` at work; `on_load_checkpoint` knows what this was made from
     if isinstance(value, functools.partial):
-        return described(name, value.func) | {"init_args": dict(value.keywords)}
+        return described(name, value.func) | {"init_args": {n: described(n, v) for n, v in value.keywords.items()}}
     if isinstance(value, type):
         return {"class_path": f"{value.__module__}.{value.__qualname__}"}
-    if isinstance(value, Schedule):
-        return described(name, type(value)) | {"init_args": vars(value)}
+    if isinstance(value, Schedule) or dataclasses.is_dataclass(value):
+        return described(name, type(value)) | {"init_args": dict(vars(value))}
     if callable(value):
         raise TypeError(
             f"{name} must be a class or a functools.partial of one, so that a checkpoint can rebuild it, but is {value}"

@@ -13,10 +13,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.models.attention import KVCache
 from lit_llm.models.llama import Llama
+from lit_llm.models.rotary import Llama3Scaling, PositionInterpolation, YaRN, rotation
 from tests.writing import exactly
 
 VARIANTS = [
@@ -251,13 +253,104 @@ def test_sizes_that_do_not_fit_are_refused(changes: dict[str, int], message: str
         ({"attention_bias": True}, "attention_bias", "True"),
         ({"mlp_bias": True}, "mlp_bias", "True"),
         ({"use_sliding_window": True}, "use_sliding_window", "True"),
-        ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rope_type", "'llama3'"),
+        ({"attention_dropout": 0.1}, "attention_dropout", "0.1"),
     ],
 )
 def test_a_config_that_asks_for_another_network_is_refused(tiny_llama, changes, key: str, value: str) -> None:
     message = f"{key} in config.json must be the default of plain Llama or Qwen3, but is {value}"
     with pytest.raises(ValueError, match=exactly(message)):
         Llama.from_hf_config(tiny_llama().to_hf_config() | changes)
+
+
+SCALINGS = [
+    PositionInterpolation(4.0),
+    Llama3Scaling(8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_seq_len=20),
+    YaRN(4.0, original_max_seq_len=40, beta_fast=4.0),
+    YaRN(2.0, original_max_seq_len=16, attention_factor=1.5),
+]
+scalings = pytest.mark.parametrize("scaling", SCALINGS, ids=str)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@scalings
+def test_scaled_positions_go_out_to_transformers_and_come_back(tiny_llama, tmp_path, scaling, qk_norm) -> None:
+    network, ids = tiny_llama(rope_base=500.0, rope_scaling=scaling, d_head=16, qk_norm=qk_norm), tokens(seq=64)
+    save_model(tmp_path / "model", network)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    again, _ = load_model(tmp_path / "model")
+    theirs.save_pretrained(tmp_path / "theirs")
+    back, _ = load_model(tmp_path / "theirs")
+    assert again.rope_scaling == scaling
+    assert back.rope_scaling.scaled(torch.ones(8), 500.0).equal(scaling.scaled(torch.ones(8), 500.0))
+    with torch.no_grad():
+        expected = theirs(ids).logits
+        for ours in (network, again, back):
+            torch.testing.assert_close(ours(ids), expected, atol=1e-5, rtol=1e-5)
+        plain = tiny_llama(rope_base=500.0, d_head=16, qk_norm=qk_norm)
+        assert not torch.allclose(plain(ids), expected, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_theta": 777.0}, (777.0, None)),
+        ({"rope_theta": 777, "rope_scaling": None}, (777.0, None)),
+        ({"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2}}, (5e5, PositionInterpolation(2.0))),
+        (
+            {
+                "rope_theta": 500_000.0,
+                "rope_scaling": {
+                    "factor": 32.0,
+                    "high_freq_factor": 4.0,
+                    "low_freq_factor": 1.0,
+                    "original_max_position_embeddings": 8192,
+                    "rope_type": "llama3",
+                },
+            },
+            (500_000.0, Llama3Scaling(32.0)),
+        ),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, (10_000.0, YaRN(4.0, original_max_seq_len=64))),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}}, (10_000.0, None)),
+    ],
+    ids=str,
+)
+def test_positions_are_read_from_configs_old_and_new_as_transformers_reads_them(tiny_llama, rope, expected) -> None:
+    config = {k: v for k, v in tiny_llama().to_hf_config().items() if k != "rope_parameters"} | rope
+    network = Llama.from_hf_config(config)
+    assert (network.rope_base, network.rope_scaling) == expected
+    theirs = LlamaRotaryEmbedding(LlamaConfig(**config))
+    found = rotation(torch.arange(9)[None], network.d_head, *expected)
+    for ours, their in zip(found, theirs(torch.zeros(1), torch.arange(9)[None]), strict=True):
+        torch.testing.assert_close(ours[:, 0], their[..., : network.d_head // 2], atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
+def test_a_config_that_leaves_out_the_width_of_a_head_means_what_it_means_to_transformers(tiny_llama, kind) -> None:
+    config = tiny_llama(qk_norm=kind is Qwen3Config).to_hf_config()
+    del config["head_dim"]
+    assert Llama.from_hf_config(config).d_head == kind(**config).head_dim
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (
+            {"rope_type": "longrope", "factor": 2.0},
+            "rope_type in config.json must be one of default, linear, llama3, yarn, but is 'longrope'",
+        ),
+        (
+            {"rope_type": "yarn", "factor": 2.0, "mscale": 0.7},
+            "rope_parameters in config.json must have no mscale with rope_type yarn, but it is 0.7",
+        ),
+        (
+            {"rope_type": "default", "partial_rotary_factor": 0.5},
+            "rope_parameters in config.json must have no partial_rotary_factor with rope_type default, but it is 0.5",
+        ),
+    ],
+)
+def test_positions_of_another_kind_are_refused(tiny_llama, rope, message: str) -> None:
+    with pytest.raises(ValueError, match=exactly(message)):
+        Llama.from_hf_config(tiny_llama().to_hf_config() | {"rope_parameters": rope})
 
 
 def test_a_network_without_memory_knows_its_shapes() -> None:

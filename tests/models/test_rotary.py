@@ -3,7 +3,8 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from lit_llm.models.rotary import rotate, rotation
+from lit_llm.models.rotary import Llama3Scaling, PositionInterpolation, YaRN, rotate, rotation
+from tests.writing import exactly
 
 
 def places(*positions: int) -> torch.Tensor:
@@ -47,6 +48,52 @@ def test_rotation_is_that_of_transformers_llama(base: float, d_head: int) -> Non
     expected = apply_rotary_pos_emb(q, k, cos, sin)
     by = rotation(positions, d_head, base)
     torch.testing.assert_close((rotate(q, by), rotate(k, by)), expected, atol=1e-4, rtol=1e-4)
+
+
+SCALINGS = [
+    (PositionInterpolation(3.0), {"rope_type": "linear", "factor": 3.0}),
+    (
+        Llama3Scaling(8.0, 1.0, 4.0, 512),
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+    ),
+    (YaRN(4.0, 512), {"rope_type": "yarn", "factor": 4.0}),
+    (YaRN(4.0, 512, 20.0, 2.0), {"rope_type": "yarn", "factor": 4.0, "beta_fast": 20.0, "beta_slow": 2.0}),
+    (YaRN(1.0, 512), {"rope_type": "yarn", "factor": 1.0}),
+    (YaRN(4.0, 512, attention_factor=0.5), {"rope_type": "yarn", "factor": 4.0, "attention_factor": 0.5}),
+]
+
+
+@pytest.mark.parametrize(("scaling", "theirs"), SCALINGS, ids=str)
+def test_scaled_rotation_is_that_of_transformers(scaling, theirs: dict) -> None:
+    rope = {**theirs, "rope_theta": 5000.0, "original_max_position_embeddings": 512}
+    config = LlamaConfig(hidden_size=4 * 64, num_attention_heads=4, max_position_embeddings=4096, rope_parameters=rope)
+    q, positions = torch.randn(2, 4, 9, 64), torch.randint(0, 2000, (2, 9))
+    cos, sin = LlamaRotaryEmbedding(config)(q, positions)
+    expected, _ = apply_rotary_pos_emb(q, q, cos, sin)
+    torch.testing.assert_close(rotate(q, rotation(positions, 64, 5000.0, scaling)), expected, atol=2e-3, rtol=1e-3)
+    unscaled = rotate(q, rotation(positions, 64, 5000.0))
+    assert torch.allclose(unscaled, expected, atol=0.1) == (scaling.factor == 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: YaRN(0.5), "rope_scaling.factor must be at least 1, but is 0.5"),
+        (
+            lambda: Llama3Scaling(2.0, 4.0, 4.0),
+            "rope_scaling.high_freq_factor must be greater than low_freq_factor, 4.0, but is 4.0",
+        ),
+    ],
+)
+def test_scalings_that_are_none_are_refused(make, message: str) -> None:
+    with pytest.raises(ValueError, match=exactly(message)):
+        make()
+
+
+def test_gradients_of_a_lengthening_rotation_are_those_of_the_formula() -> None:
+    by = tuple(part.double() for part in rotation(torch.arange(3)[None], 4, 100.0, YaRN(4.0, 64, 2.0, 1.0)))
+    x = torch.randn(2, 2, 3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, by), x)
 
 
 def test_each_row_may_have_positions_of_its_own() -> None:
