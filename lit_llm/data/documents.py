@@ -57,7 +57,9 @@ class Corpus:
         )
 
 
-def open_corpus(path: str, subset: str | None = None, column: str = "text", streaming: bool = False) -> Corpus:
+def open_corpus(
+    path: str, subset: str | None = None, column: str = "text", streaming: bool = False, in_pieces: bool = True
+) -> Corpus:
     """Finds out what `path` is and how to read it.
 
     Args:
@@ -66,6 +68,7 @@ def open_corpus(path: str, subset: str | None = None, column: str = "text", stre
         subset: Configuration of a hub data set, or of a folder in its layout.
         column: Where a table keeps the text.
         streaming: Read a hub data set as it comes, without downloading all of it first.
+        in_pieces: Cut a single file of text into documents of about 8,192 characters; otherwise it is one document.
 
     Raises:
         FileNotFoundError: When there is nothing at `path`.
@@ -78,7 +81,8 @@ def open_corpus(path: str, subset: str | None = None, column: str = "text", stre
     if where.is_file():
         if where.suffix in TABLE_FORMATS:
             return _table(path, [where], column)
-        return Corpus(path, {"text": _stamps([where])}, lambda limit=None: itertools.islice(_pieces(where), limit))
+        documents = _pieces if in_pieces else lambda file: _whole(file.parent, [file])
+        return Corpus(path, {"text": _stamps([where])}, lambda limit=None: itertools.islice(documents(where), limit))
     if where.is_dir():
         visible = (p for p in where.rglob("*") if not any(x.startswith(".") for x in p.relative_to(where).parts))
         files = sorted(p for p in visible if p.is_file())

@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,14 +20,21 @@ from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, open_corpus
 from lit_llm.data.packing import cut_rows, document_ids, label_documents, num_rows
 from lit_llm.data.sampling import BatchLoader, StreamLoader
-from lit_llm.data.token_cache import TokenCache, TokenSplit, build_cache, cache_folder, cache_name, split_documents
+from lit_llm.data.token_cache import (
+    TokenCache,
+    TokenSplit,
+    build_cache,
+    cache_folder,
+    cache_name,
+    cut_documents,
+    split_documents,
+)
 from lit_llm.data.tokenizer import (
     boundary_id,
     encode_documents,
     fingerprint,
     load_tokenizer,
-    train_bpe,
-    trained_vocab_size,
+    training_of,
 )
 
 log = logging.getLogger(__name__)
@@ -40,7 +47,8 @@ class TextData(LightningDataModule):
 
     Documents are cleaned, put into a split by a hash of their content (so that none is in two splits, and one stays
     where it is when the corpus grows), tokenised once into a cache that later runs map into memory, and laid end to
-    end in rows of `seq_len` tokens. A split that the source itself has is used as it is.
+    end in rows of `seq_len` tokens. A split that the source itself has is used as it is. A single file is cut into
+    documents of about 8,192 characters, so that there is something to split.
 
     Args:
         path: The name of an embedded corpus (`stdlib`, `stdlib-code`, `stdlib-prose`), a file or folder of `.txt`,
@@ -54,7 +62,10 @@ class TextData(LightningDataModule):
         cleaning: Which cleaning steps are taken.
         validation_fraction: Part of the documents to validate on; 0 for none.
         test_fraction: Part of the documents to test on; 0 for none.
-        tokenizer: `bytes`; `bpe-<size>`, trained on this corpus's training documents; a folder with a
+        split_by: `document` puts whole documents into splits. `position` cuts each one instead, a single file as one
+            document: its first characters train, the next validate, the last test. So nanoGPT splits Shakespeare's
+            text (`validation_fraction: 0.1`, `test_fraction: 0`): the last tenth of its characters validates.
+        tokenizer: `bytes`; `characters` or `bpe-<size>`, from this corpus's training documents; a folder with a
             `tokenizer.json`; or a name on the hub.
         seq_len: Tokens in a row.
         batch_size: Rows in a batch of one device.
@@ -81,6 +92,7 @@ class TextData(LightningDataModule):
         cleaning: Cleaning = Cleaning(),  # noqa: B008 (frozen)
         validation_fraction: float = 0.02,
         test_fraction: float = 0.02,
+        split_by: Literal["document", "position"] = "document",
         tokenizer: str = "bpe-4096",
         seq_len: int = 256,
         batch_size: int = 16,
@@ -100,6 +112,7 @@ class TextData(LightningDataModule):
         self.max_documents, self.streaming = max_documents, streaming
         self.cleaning = cleaning
         self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
+        self.split_by = split_by
         self.tokenizer_spec = tokenizer
         self.seq_len, self.batch_size, self.mask_documents = seq_len, batch_size, mask_documents
         self.seed = seed
@@ -229,8 +242,7 @@ class TextData(LightningDataModule):
     def _stream(self, skip: int) -> Iterator[list[int]]:
         """Token lists of this rank's training documents, without the first `skip` of them."""
         rank, world_size = self._place
-        corpus = self._corpus()
-        documents = split_documents(corpus, self.cleaning, self.validation_fraction, self.test_fraction, Counter())
+        documents = self._split(self._corpus(), Counter())
         mine = itertools.islice(
             (document.text for document, _, split in documents if split == "train"), rank, None, world_size
         )
@@ -243,15 +255,20 @@ class TextData(LightningDataModule):
     # How the cache is made.
 
     def _corpus(self) -> Corpus:
-        corpus = open_corpus(self.path, self.subset, self.column, self.streaming)
+        in_pieces = self.split_by == "document"
+        corpus = open_corpus(self.path, self.subset, self.column, self.streaming, in_pieces)
         return corpus if self.max_documents is None else corpus.head(self.max_documents)
+
+    def _split(self, corpus: Corpus, dropped: Counter[str]) -> Iterator[tuple[Document, int, str]]:
+        split = split_documents if self.split_by == "document" else cut_documents
+        return split(corpus, self.cleaning, self.validation_fraction, self.test_fraction, dropped)
 
     def _open_cache(self) -> TokenCache:
         corpus = self._corpus()
         if self.streaming:
             corpus = corpus.head(10_000)
-        size = trained_vocab_size(self.tokenizer_spec)
-        ready = None if size else load_tokenizer(self.tokenizer_spec)
+        train = training_of(self.tokenizer_spec)
+        ready = None if train else load_tokenizer(self.tokenizer_spec)
         description = {
             "corpus": corpus.name,
             "identity": corpus.identity,
@@ -260,6 +277,8 @@ class TextData(LightningDataModule):
             "test_fraction": self.test_fraction,
             "tokenizer": self.tokenizer_spec,
         }
+        if self.split_by != "document":  # what was made before there was a choice keeps its name
+            description["split_by"] = self.split_by
         name = cache_name(**description, fingerprint=fingerprint(ready) if ready else None)
         folder = cache_folder() / "tokens" / name
         if cache := TokenCache.open(folder):
@@ -267,20 +286,14 @@ class TextData(LightningDataModule):
 
         def documents(dropped: Counter[str]) -> Iterator[tuple[Document, int, str]]:
             found = False
-            for item in split_documents(corpus, self.cleaning, self.validation_fraction, self.test_fraction, dropped):
+            for item in self._split(corpus, dropped):
                 found = True
                 yield item
             if not found:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no documents"
                 raise ValueError(f"data.path must hold text, but {self.path} has none ({reasons})")
 
-        return build_cache(
-            folder,
-            documents,
-            lambda texts: train_bpe(texts, size) if size else ready,
-            description,
-            log.info,
-        )
+        return build_cache(folder, documents, train or (lambda texts: ready), description, log.info)
 
     def _check_train(self) -> None:
         tokens = len(self._cache.split("train").tokens)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from lit_llm.data.cleaning import Cleaning, split_of
+from lit_llm.data.cleaning import Cleaning, content_hash, split_of
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus
 from lit_llm.data.tokenizer import boundary_id, encode_documents
@@ -141,6 +142,30 @@ def split_documents(
         if split is None or split == "train":
             split = split_of(content, validation_fraction, test_fraction)
         yield document, content, split
+
+
+def cut_documents(
+    corpus: Corpus, cleaning: Cleaning, validation_fraction: float, test_fraction: float, dropped: Counter[str]
+) -> Iterator[tuple[Document, int, str]]:
+    """Parts of cleaned documents with their content hash and split: the first train, the next validate, the last test.
+
+    Of `n` characters the first `int(n * (1 - validation_fraction - test_fraction))` train and the last of
+    `int(n * (1 - test_fraction))` on test; a part without any is left out. A part is named after its document and the
+    characters that it holds, as in `book.txt[900:1000]`. A document that the source has in another split than
+    training stays whole, and nothing is cut for a split that the source has.
+    """
+    for document, content, _ in split_documents(corpus, cleaning, 0.0, 0.0, dropped):
+        if document.split in ("validation", "test"):
+            yield document, content, document.split
+            continue
+        test = 0.0 if corpus.has_test else test_fraction
+        held_out = test + (0.0 if corpus.has_validation else validation_fraction)
+        n = len(document.text)
+        edges = [0, int(n * (1 - held_out)), int(n * (1 - test)), n]
+        for split, (start, end) in zip(SPLITS, itertools.pairwise(edges)):
+            if start < end:
+                part = document._replace(id=f"{document.id}[{start}:{end}]", text=document.text[start:end])
+                yield part, content_hash(part.text), split
 
 
 def build_cache(

@@ -1,10 +1,11 @@
-"""Tokenisers: bytes, byte-pair encodings trained here, and any of Hugging Face's, all as one transformers class."""
+"""Tokenisers: bytes, characters, byte-pair encodings trained here and any on the hub, all as one transformers class."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -12,6 +13,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 BOUNDARY = "<|endoftext|>"
 """Opens every document in the tokenisers made here, and so ends the one before."""
+
+UNKNOWN = "<unk>"
+"""What a character tokeniser makes of each character that it has not seen."""
 
 WORDS = (
     r"'(?:[sdmt]|ll|ve|re)"
@@ -40,7 +44,32 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.add_special_tokens([BOUNDARY])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    return _dressed(tokenizer)
+    return _dressed(tokenizer, decoders.ByteLevel())
+
+
+def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """One token for each Unicode character that occurs, after the boundary and the unknown token.
+
+    Text of these characters is decoded as it was. Any other character becomes one unknown token and is lost, which
+    keeps the vocabulary at that of the corpus, as in nanoGPT (and lets bits per byte look too good on text with many
+    of them); `bytes` and `bpe-<size>` hold any text.
+
+    Args:
+        texts: Where the characters come from.
+
+    Source:
+        Karpathy, nanoGPT, `data/shakespeare_char/prepare.py` (65 characters, neither boundary nor unknown token).
+
+    Example:
+        >>> tokenizer = character_tokenizer(["好, ab"])
+        >>> tokenizer.encode("b好é"), tokenizer.decode(tokenizer.encode("b好"))
+        ([5, 6, 1], 'b好')
+    """
+    characters = sorted(set().union(*texts))
+    vocab = {token: index for index, token in enumerate([BOUNDARY, UNKNOWN, *characters])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token=UNKNOWN))
+    tokenizer.add_special_tokens([BOUNDARY, UNKNOWN])
+    return _dressed(tokenizer, decoders.Fuse(), unk_token=UNKNOWN)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -70,24 +99,27 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _dressed(tokenizer)
+    return _dressed(tokenizer, decoders.ByteLevel())
 
 
-def _dressed(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
-    tokenizer.decoder = decoders.ByteLevel()
+def _dressed(tokenizer: Tokenizer, decoder: decoders.Decoder, **tokens: str) -> PreTrainedTokenizerFast:
+    tokenizer.decoder = decoder
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token=BOUNDARY,
         eos_token=BOUNDARY,
         pad_token=BOUNDARY,
         clean_up_tokenization_spaces=False,
+        **tokens,
     )
 
 
-def trained_vocab_size(spec: str) -> int | None:
-    """The vocabulary size in a name like `bpe-4096`; `None` for any other tokeniser."""
+def training_of(spec: str) -> Callable[[Iterable[str]], PreTrainedTokenizerFast] | None:
+    """What makes a tokeniser from texts, for `characters` and `bpe-<size>`; `None` for one that is ready."""
+    if spec == "characters":
+        return character_tokenizer
     match = TRAINED.fullmatch(spec)
-    return int(match[1]) if match else None
+    return partial(train_bpe, vocab_size=int(match[1])) if match else None
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
@@ -107,8 +139,8 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"tokenizer must be `bytes`, `bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on the hub, "
-            f"but is {str(spec)!r}: {reason}"
+            f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on "
+            f"the hub, but is {str(spec)!r}: {reason}"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer must have a tokenizer.json, but {spec} is a {type(tokenizer).__name__}")

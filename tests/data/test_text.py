@@ -12,6 +12,7 @@ import torch
 from lit_llm.batch import IGNORE_INDEX
 from lit_llm.data import token_cache
 from lit_llm.data.cleaning import Cleaning, content_hash
+from lit_llm.data.documents import PIECE_CHARACTERS
 from lit_llm.data.text import TextData, read_texts
 from lit_llm.data.tokenizer import boundary_id, encode_documents, train_bpe
 from tests.writing import exactly, prose
@@ -173,6 +174,59 @@ def test_a_limit_on_documents_is_not_forgotten_when_streaming(corpus: Path) -> N
     assert set.union(*by_split(limited).values()) == set(TEXTS[:30])
 
 
+@pytest.mark.parametrize("tokenizer", ["bytes", "characters"])
+def test_by_position_a_file_is_one_text_whose_end_is_held_out(tmp_path: Path, tokenizer: str) -> None:
+    path = tmp_path / "book.txt"
+    path.write_text("\n\n".join(prose(number) for number in range(1, 400, 4)), encoding="ascii")
+    text = path.read_text()
+    data = opened(path, tokenizer=tokenizer, split_by="position", validation_fraction=0.1, test_fraction=0.0)
+    n = len(text)
+    assert n > 2 * PIECE_CHARACTERS
+    assert {name: texts_of(data, name) for name in SPLITS} == {
+        "train": [text[: int(n * 0.9)]],
+        "validation": [text[int(n * 0.9) :]],
+        "test": [],
+    }
+    nano = np.array([data.tokenizer.get_vocab().get(c, -1) for c in text[int(n * 0.9) :]])
+    if tokenizer == "characters":
+        assert np.array_equal(data.cache.split("validation").tokens[1:-1], nano)
+        assert data.vocab_size == 2 + len(set(text[: int(n * 0.9)]))
+    assert data.cache.split("validation").ids == [f"book.txt[{int(n * 0.9)}:{n}]"]
+    assert data.cache.split("train").documents["content"].tolist() == [content_hash(text[: int(n * 0.9)])]
+
+
+def test_by_position_each_document_gives_its_end_to_validation_and_test(corpus: Path) -> None:
+    (corpus / "copy.txt").write_text(prose(0), encoding="utf-8")
+    (corpus / "short.txt").write_text("ab", encoding="utf-8")
+    data = opened(corpus, split_by="position", validation_fraction=0.25, test_fraction=0.25)
+    found = {name: texts_of(data, name) for name in SPLITS}
+    assert found["train"] == [text[: int(len(text) * 0.5)] for text in [*TEXTS, "ab"]]
+    assert found["validation"] == [text[int(len(text) * 0.5) : int(len(text) * 0.75)] for text in TEXTS]
+    assert found["test"] == [text[int(len(text) * 0.75) :] for text in [*TEXTS, "ab"]]
+    assert data.manifest["dropped"] == {"duplicate": 1}
+
+
+def test_by_position_a_source_with_splits_of_its_own_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for name, texts in {"train": TEXTS[:40], "validation": TEXTS[40:]}.items():
+        pd.DataFrame({"text": texts}).to_parquet(tmp_path / f"data/{name}-00000-of-00001.parquet")
+    data = opened(tmp_path, split_by="position", validation_fraction=0.5, test_fraction=0.2)
+    assert texts_of(data, "train") == [text[: int(len(text) * 0.8)] for text in TEXTS[:40]]
+    assert texts_of(data, "test") == [text[int(len(text) * 0.8) :] for text in TEXTS[:40]]
+    assert texts_of(data, "validation") == TEXTS[40:]
+
+
+def test_by_position_a_stream_trains_on_the_beginnings(corpus: Path) -> None:
+    data = opened(corpus, split_by="position", streaming=True)
+    expected = data.cache.split("train").tokens[1:]
+    assert labels_of(itertools.islice(data.train_dataloader(), 400))[: len(expected)] == expected.tolist()
+
+
+def test_a_cache_made_before_there_was_a_choice_of_splits_is_still_found(corpus: Path) -> None:
+    assert "split_by" not in opened(corpus).manifest
+    assert opened(corpus, split_by="position").manifest["split_by"] == "position"
+
+
 # Batches.
 
 
@@ -263,7 +317,7 @@ def test_a_second_run_tokenises_nothing(corpus: Path, monkeypatch: pytest.Monkey
         raise AssertionError("built again")
 
     monkeypatch.setattr(token_cache, "encode_documents", refuse)
-    monkeypatch.setattr("lit_llm.data.text.train_bpe", refuse)
+    monkeypatch.setattr("lit_llm.data.tokenizer.train_bpe", refuse)
     second = opened(corpus, tokenizer="bpe-300", seq_len=8, batch_size=1, seed=9)
     assert second.cache.folder == first.cache.folder
     assert by_split(second) == by_split(first)
@@ -277,6 +331,8 @@ def test_a_second_run_tokenises_nothing(corpus: Path, monkeypatch: pytest.Monkey
         {"validation_fraction": 0.25},
         {"test_fraction": 0.25},
         {"tokenizer": "bpe-300"},
+        {"tokenizer": "characters"},
+        {"split_by": "position"},
     ],
     ids=lambda change: next(iter(change)),
 )

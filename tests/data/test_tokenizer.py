@@ -6,19 +6,22 @@ from hypothesis import strategies as st
 
 from lit_llm.data.tokenizer import (
     BOUNDARY,
+    UNKNOWN,
     boundary_id,
     byte_tokenizer,
+    character_tokenizer,
     encode_documents,
     fingerprint,
     load_tokenizer,
     train_bpe,
-    trained_vocab_size,
+    training_of,
 )
 from tests.writing import exactly, prose
 
 TEXTS = [prose(number) for number in range(60)]
 BYTES = byte_tokenizer()
 TRAINED = train_bpe(TEXTS, 400)
+CHARACTERS = character_tokenizer(TEXTS)
 ANY_TEXT = st.text(st.characters(codec="utf-8"))
 
 
@@ -40,6 +43,23 @@ def test_a_trained_tokenizer_loses_nothing_even_of_what_it_never_saw(text: str) 
 def test_bytes_and_boundary_are_all_the_tokens_of_the_byte_tokenizer() -> None:
     assert len(BYTES) == 257
     assert len({i for [i] in encode_documents(BYTES, [chr(n) for n in range(128)])}) == 128
+
+
+def test_a_character_tokenizer_has_one_token_for_each_character_there_is_boundary_and_unknown_aside() -> None:
+    characters = sorted(set("".join(TEXTS)))
+    assert len(CHARACTERS) == 2 + len(characters)
+    ids = encode_documents(CHARACTERS, TEXTS)
+    assert ids == [[2 + characters.index(character) for character in text] for text in TEXTS]
+    assert [CHARACTERS.decode(document) for document in ids] == TEXTS
+
+
+@given(st.text(st.sampled_from("sea 山\n!é\u0301\U0001f600<unk>|")))
+@settings(deadline=None)
+def test_a_character_that_was_not_seen_is_one_unknown_token(text: str) -> None:
+    [ids] = encode_documents(CHARACTERS, [text])
+    seen = set("".join(TEXTS))
+    assert [index == CHARACTERS.unk_token_id for index in ids] == [character not in seen for character in text]
+    assert CHARACTERS.decode(ids) == "".join(c if c in seen else UNKNOWN for c in text)
 
 
 def test_training_shortens_the_text_it_was_trained_on() -> None:
@@ -92,12 +112,14 @@ def test_documents_are_encoded_whole_without_any_token_added() -> None:
     assert empty == []
 
 
-def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path: Path) -> None:
-    TRAINED.save_pretrained(tmp_path)
+@pytest.mark.parametrize("made", [TRAINED, CHARACTERS], ids=["trained", "characters"])
+def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path: Path, made) -> None:
+    made.save_pretrained(tmp_path)
     loaded = load_tokenizer(tmp_path)
-    assert fingerprint(loaded) == fingerprint(TRAINED)
-    assert encode_documents(loaded, TEXTS) == encode_documents(TRAINED, TEXTS)
-    assert boundary_id(loaded) == boundary_id(TRAINED)
+    assert fingerprint(loaded) == fingerprint(made)
+    assert encode_documents(loaded, TEXTS) == encode_documents(made, TEXTS)
+    assert loaded.decode(made.encode(TEXTS[4])) == TEXTS[4]
+    assert (boundary_id(loaded), loaded.unk_token_id) == (boundary_id(made), made.unk_token_id)
 
 
 def test_the_fingerprint_tells_tokenizers_apart() -> None:
@@ -105,11 +127,14 @@ def test_the_fingerprint_tells_tokenizers_apart() -> None:
     assert fingerprint(load_tokenizer("bytes")) == fingerprint(BYTES)
 
 
-@pytest.mark.parametrize(
-    ("spec", "size"), [("bpe-4096", 4096), ("bytes", None), ("bpe-", None), ("bpe-12x", None), ("my/bpe-12", None)]
-)
-def test_a_name_says_how_many_tokens_to_train(spec: str, size: int | None) -> None:
-    assert trained_vocab_size(spec) == size
+def test_a_name_says_what_to_train_and_how_large() -> None:
+    assert len(training_of("bpe-300")(TEXTS)) == 300
+    assert fingerprint(training_of("characters")(TEXTS)) == fingerprint(CHARACTERS)
+
+
+@pytest.mark.parametrize("spec", ["bytes", "bpe-", "bpe-12x", "my/bpe-12", "my/characters"])
+def test_any_other_name_is_of_a_tokenizer_that_is_ready(spec: str) -> None:
+    assert training_of(spec) is None
 
 
 def test_the_boundary_is_the_first_there_is_of_eos_bos_and_sep() -> None:
@@ -143,7 +168,7 @@ def test_too_small_a_vocabulary_is_refused() -> None:
 def test_a_tokenizer_that_is_not_there_is_said_in_one_line(tmp_path: Path, spec: str) -> None:
     spec = spec.replace("{empty}", str(tmp_path))
     start = (
-        f"tokenizer must be `bytes`, `bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on the hub, "
+        f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on the hub, "
         f"but is {spec!r}: "
     )
     with pytest.raises(FileNotFoundError) as caught:
