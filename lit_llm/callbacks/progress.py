@@ -17,6 +17,8 @@ from lit_llm.callbacks.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
+SECONDS_BETWEEN_MOVES = 0.1
+
 
 class Progress(ProgressBar):
     """One bar for the whole run, with loss, tokens a second, share of peak and time left; a line at each validation.
@@ -58,10 +60,13 @@ class Progress(ProgressBar):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Moves the bar; what it says changes with each report."""
+        now = time.perf_counter()
+        if now - self._last_line < (SECONDS_BETWEEN_MOVES if self._bar is not None else self.seconds_between_lines):
+            return
+        self._last_line = now
         if self._bar is not None:
             self._move(trainer.global_step, self._status(trainer))
-        elif self._enabled and time.perf_counter() - self._last_line >= self.seconds_between_lines:
-            self._last_line = time.perf_counter()
+        elif self._enabled:
             self.print(self._status(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -18,6 +18,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.profilers import PassThroughProfiler
 
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
 from lit_llm.callbacks.metrics_csv import MetricsCSV
@@ -139,6 +140,16 @@ class RunConfig(SaveConfigCallback):
             new.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
 
 
+class NoProfiler(PassThroughProfiler):
+    """Lightning's profiler of nothing, without the generator that it makes some seventy times a step."""
+
+    _nothing = contextlib.nullcontext()
+
+    def profile(self, action_name: str) -> contextlib.AbstractContextManager[Any]:
+        """A context that does nothing."""
+        return self._nothing
+
+
 class CheckpointOptions:
     """When checkpoints are written.
 
@@ -227,11 +238,16 @@ class TrainingCLI(LightningCLI):
             loggers = [*given, *standard]
         plugins = options["plugins"] or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
-        return super().instantiate_trainer(callbacks=callbacks, logger=loggers, plugins=plugins, **kwargs)
+        profiler = options["profiler"] or NoProfiler()
+        return super().instantiate_trainer(
+            callbacks=callbacks, logger=loggers, plugins=plugins, profiler=profiler, **kwargs
+        )
 
     def _standard_callbacks(self, checkpoint: CheckpointOptions, given: list[Callback]) -> list[Callback]:
         options = self._get(self.config_init, "trainer")
-        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode), DocumentScores()]
+        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
+        if self.subcommand == "predict":
+            standard.append(DocumentScores())
         if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
             standard.insert(1, Progress())
         if options["enable_checkpointing"] is False:

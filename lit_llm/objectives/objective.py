@@ -30,6 +30,8 @@ Loss = tuple[Float[Tensor, ""], Float[Tensor, ""]]
 PART_SCALE = 1024.0
 """What summed losses are divided by until the step's targets are counted: a size that half precision can hold."""
 
+SET_OFTEN = frozenset({"_current_fx_name", "_loss_sum", "_target_sum", "_step_targets", "grad_norm"})
+
 
 class Objective(LightningModule, ABC):
     """What is minimised. A subclass writes `loss(batch)`, and names the fact about the data that sizes its network.
@@ -72,6 +74,16 @@ class Objective(LightningModule, ABC):
     @abstractmethod
     def loss(self, batch: Any) -> Loss:
         """The loss to be minimised, summed over the batch's targets, and their number."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As torch's, but for what is set many times a step: that never is a parameter, which torch takes time to see.
+
+        Lightning notes at every hook which one it is in.
+        """
+        if name in SET_OFTEN:
+            self.__dict__[name] = value
+        else:
+            super().__setattr__(name, value)
 
     # Building.
 
