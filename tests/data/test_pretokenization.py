@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from lit_llm.data import pretokenization
 from lit_llm.data.corpora import stdlib_code, stdlib_prose
 from lit_llm.data.pretokenization import DocumentEncoder
-from lit_llm.data.tokenizer import BOUNDARY, byte_tokenizer, character_tokenizer, encode_documents, train_bpe
+from lit_llm.data.tokenizer import BOUNDARY, WORDS, byte_tokenizer, character_tokenizer, encode_documents, train_bpe
 from tests.writing import prose
 
 TEXTS = [prose(number) for number in range(40)] + [d.text for d in itertools.islice(stdlib_prose(), 8)]
@@ -135,10 +135,25 @@ def test_the_ids_of_code_and_prose_are_the_tokenizers_own(name: str) -> None:
     assert sum(map(len, texts)) > 300_000
 
 
+PATTERNS = {"words": WORDS, "gpt2": pretokenization.GPT2, "llama 3": LLAMA3[LLAMA3.index("|[") + 1 :]}
+
+
+def pieces(pattern: str, text: str) -> list[str]:
+    return [piece for piece, _ in pre_tokenizers.Split(Regex(pattern), "isolated").pre_tokenize_str(text)]
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+@given(text=ANY_TEXT)
+@settings(deadline=None, max_examples=300)
+def test_any_text_is_split_as_the_tokenizers_engine_splits_it(name: str, text: str) -> None:
+    if pretokenization.BEYOND.search(text) is None:
+        assert pretokenization._translated(PATTERNS[name]).findall(text) == pieces(PATTERNS[name], text)
+
+
 def test_every_character_is_in_the_category_that_the_tokenizers_engine_puts_it_in() -> None:
     characters = [chr(c) for c in (*range(0xD800), *range(0xE000, 0x10000), *range(0x1F000, 0x20000))]
     text = "".join(f"a{c} {c}1" for c in characters)
-    assert encoded("bpe", [text]) == encode_documents(KNOWN["bpe"], [text])
+    assert pretokenization._translated(WORDS).findall(text) == pieces(WORDS, text)
 
 
 @pytest.mark.parametrize("name", KNOWN.keys() - {"a pattern with holes"})
