@@ -38,8 +38,9 @@ def train(path: str, subset: str | None, column: str, max_documents: int | None,
         ValueError: When `out` exists, or the corpus is empty.
     """
     from lit_llm.data.cleaning import Cleaning
+    from lit_llm.data.pretokenization import DocumentEncoder
     from lit_llm.data.text import read_texts
-    from lit_llm.data.tokenizer import encode_documents, train_bpe
+    from lit_llm.data.tokenizer import train_bpe
     from lit_llm.files import replacing
 
     if out.exists():
@@ -52,7 +53,7 @@ def train(path: str, subset: str | None, column: str, max_documents: int | None,
     with replacing(out) as new:
         tokenizer.save_pretrained(new)
     size = sum(len(text.encode()) for text in texts)
-    tokens = sum(map(len, encode_documents(tokenizer, texts)))
+    tokens = sum(map(len, DocumentEncoder(tokenizer).encode(texts)))
     print(
         f"{len(tokenizer):,} tokens from {len(texts):,} documents, {size / 1e6:.1f} MB, in "
         f"{time.perf_counter() - started:.0f} s: {size / tokens:.2f} bytes a token; written to {out}"

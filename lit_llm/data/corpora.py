@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import sysconfig
 import tokenize
 from collections.abc import Iterator
@@ -27,8 +28,10 @@ class Document(NamedTuple):
 def stdlib_files() -> list[Path]:
     """Every source file of the running Python's standard library, without installed packages, sorted by path."""
     root = Path(sysconfig.get_path("stdlib"))
-    foreign = {"site-packages", "dist-packages", "__pycache__"}
-    files = (path for path in root.rglob("*.py") if not foreign & set(path.relative_to(root).parts))
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = set(folders) - {"site-packages", "dist-packages", "__pycache__"}  # not walked through
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 

@@ -19,6 +19,7 @@ from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, open_corpus
 from lit_llm.data.packing import cut_rows, document_ids, label_documents, num_rows
+from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.sampling import BatchLoader, StreamLoader
 from lit_llm.data.token_cache import (
     TokenCache,
@@ -31,7 +32,6 @@ from lit_llm.data.token_cache import (
 )
 from lit_llm.data.tokenizer import (
     boundary_id,
-    encode_documents,
     fingerprint,
     load_tokenizer,
     training_of,
@@ -247,10 +247,10 @@ class TextData(LightningDataModule):
             (document.text for document, _, split in documents if split == "train"), rank, None, world_size
         )
         mine = itertools.islice(mine, skip, None)
-        boundary = boundary_id(self.tokenizer)
+        boundary, encoder = boundary_id(self.tokenizer), DocumentEncoder(self.tokenizer)
         while chunk := list(itertools.islice(mine, STREAM_CHUNK)):
-            for ids in encode_documents(self.tokenizer, chunk):
-                yield [boundary, *ids]
+            for ids in encoder.encode(chunk):
+                yield [boundary, *ids.tolist()]
 
     # How the cache is made.
 

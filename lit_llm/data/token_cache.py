@@ -21,7 +21,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from lit_llm.data.cleaning import Cleaning, content_hash, split_of
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus
-from lit_llm.data.tokenizer import boundary_id, encode_documents
+from lit_llm.data.pretokenization import DocumentEncoder
+from lit_llm.data.tokenizer import boundary_id
 from lit_llm.files import replacing
 
 FORMAT = 1
@@ -190,21 +191,22 @@ def build_cache(
         tokenizer = make_tokenizer(d.text for d, _, split in documents(Counter()) if split == "train")
         tokenizer.save_pretrained(new / "tokenizer")
         dropped: Counter[str] = Counter()
-        writers = {name: _SplitWriter(new, name, tokenizer) for name in SPLITS}
+        encoder = DocumentEncoder(tokenizer)
+        writers = {name: _SplitWriter(new, name, encoder.dtype, boundary_id(tokenizer)) for name in SPLITS}
         chunk: list[tuple[Document, int, str]] = []
         size = 0
         for item in documents(dropped):
             chunk.append(item)
             size += len(item[0].text)
             if size >= CHUNK_BYTES:
-                _write(chunk, tokenizer, writers)
+                _write(chunk, encoder, writers)
                 chunk, size = [], 0
-        _write(chunk, tokenizer, writers)
+        _write(chunk, encoder, writers)
         counts = {name: writer.finish() for name, writer in writers.items()}
         manifest = {
             **description,
             "vocab_size": len(tokenizer),
-            "dtype": str(next(iter(writers.values())).dtype),
+            "dtype": str(encoder.dtype),
             "splits": counts,
             "dropped": dict(dropped),
             "files": {str(p.relative_to(new)): p.stat().st_size for p in sorted(new.rglob("*")) if p.is_file()},
@@ -221,31 +223,29 @@ def build_cache(
     return TokenCache(folder, manifest)
 
 
-def _write(chunk: list[tuple[Document, int, str]], tokenizer: Any, writers: dict[str, _SplitWriter]) -> None:
-    for (document, content, split), ids in zip(
-        chunk, encode_documents(tokenizer, [document.text for document, _, _ in chunk]), strict=True
-    ):
+def _write(chunk: list[tuple[Document, int, str]], encoder: DocumentEncoder, writers: dict[str, _SplitWriter]) -> None:
+    encoded = encoder.encode([document.text for document, _, _ in chunk])
+    for (document, content, split), ids in zip(chunk, encoded, strict=True):
         writers[split].add(document, content, ids)
 
 
 class _SplitWriter:
-    def __init__(self, folder: Path, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.dtype = np.dtype(np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        self.boundary = boundary_id(tokenizer)
+    def __init__(self, folder: Path, name: str, dtype: np.dtype, boundary: int) -> None:
+        self.boundary = np.array([boundary], dtype=dtype).tobytes()
         self.folder, self.name = folder, name
         self.tokens = (folder / f"{name}.tokens").open("wb")
         self.ids = (folder / f"{name}.ids").open("w", encoding="ascii")
         self.index: list[tuple[int, int, int]] = []
         self.written = 0
 
-    def add(self, document: Document, content: int, ids: list[int]) -> None:
+    def add(self, document: Document, content: int, ids: np.ndarray) -> None:
         self.index.append((self.written, len(document.text.encode("utf-8", "surrogatepass")), content))
-        self.tokens.write(np.array([self.boundary, *ids], dtype=self.dtype).tobytes())
+        self.tokens.write(self.boundary + ids.tobytes())
         self.ids.write(json.dumps(document.id) + "\n")
         self.written += 1 + len(ids)
 
     def finish(self) -> dict[str, int]:
-        self.tokens.write(np.array([self.boundary], dtype=self.dtype).tobytes())
+        self.tokens.write(self.boundary)
         self.tokens.close()
         self.ids.close()
         index = np.array(self.index, dtype=INDEX)

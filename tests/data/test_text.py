@@ -316,7 +316,7 @@ def test_a_second_run_tokenises_nothing(corpus: Path, monkeypatch: pytest.Monkey
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("built again")
 
-    monkeypatch.setattr(token_cache, "encode_documents", refuse)
+    monkeypatch.setattr(token_cache.DocumentEncoder, "encode", refuse)
     monkeypatch.setattr("lit_llm.data.tokenizer.train_bpe", refuse)
     second = opened(corpus, tokenizer="bpe-300", seq_len=8, batch_size=1, seed=9)
     assert second.cache.folder == first.cache.folder
