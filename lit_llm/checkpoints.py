@@ -154,6 +154,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase | N
         ValueError: When weights and config do not belong together, or the architecture is not known.
     """
     path = Path(path).expanduser()
+    if not (path / "model").is_dir() and (path / "checkpoints" / "best.ckpt").is_file():
+        path = path / "checkpoints" / "best.ckpt"  # a run of a network that transformers has no class for
     if path.is_file():
         network, tokenizer = _from_checkpoint(path)
     else:

@@ -52,7 +52,7 @@ def awake(network: nn.Module) -> nn.Module:
     with torch.no_grad():
         for p in network.parameters():
             noise = torch.randn_like(p)
-            p.copy_(p + 0.1 * noise if p.ndim == 1 else 0.3 * noise)
+            p.copy_(p + 0.1 * noise if p.ndim == 1 else 0.4 * noise)
     return network
 
 
@@ -70,7 +70,7 @@ class TestLanguageModel:
     def test_the_loss_falls_on_one_repeated_batch(self, kind):
         network = kind(VOCAB, **small(kind))
         ids = torch.randint(VOCAB, (4, 13))
-        optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.03)
         losses = []
         for _ in range(40):
             logits = network(ids[:, :-1])
@@ -126,11 +126,18 @@ class TestLanguageModel:
     def test_its_layers_are_blocks(self, kind):
         assert sum(isinstance(m, Block) for m in kind(VOCAB, **small(kind)).modules()) == 2
 
-    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind, tied):
         with torch.device("meta"):
-            network = kind(VOCAB, **small(kind))
-        network.to_empty(device="cpu").reset_parameters()
+            network = kind(VOCAB, **small(kind), tie_embeddings=tied)
+        network.to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*network.parameters(), *network.buffers()):
+                tensor.fill_(torch.nan)
+        network.reset_parameters()
         assert network(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
+        embedding = next(m for m in network.modules() if isinstance(m, nn.Embedding))
+        assert (network.lm_head.weight is embedding.weight) == tied
 
 
 def rows(lengths: list[int], width: int = 10) -> list[dict[str, torch.Tensor]]:

@@ -195,13 +195,13 @@ class GPT2(nn.Module):
         )
         self.ln_f = nn.LayerNorm(d_model, norm_eps, bias=bias)
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
-        if tie_embeddings:
-            self.lm_head.weight = self.wte.weight
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the initial weights stated in the class's `Source`."""
+        if self.tie_embeddings:  # here, since leaving the meta device unties
+            self.lm_head.weight = self.wte.weight
         for name, module in self.named_modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()

@@ -131,13 +131,13 @@ class Llama(nn.Module):
         )
         self.norm = RMSNorm(d_model, norm_eps)
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
-        if tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the initial weights stated in the class's `Source`."""
+        if self.tie_embeddings:  # here, since leaving the meta device unties
+            self.lm_head.weight = self.embed_tokens.weight
         nn.init.normal_(self.embed_tokens.weight, std=0.02 if self.tie_embeddings else 1.0)
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm):
