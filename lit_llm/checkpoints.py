@@ -7,12 +7,13 @@ import hashlib
 import importlib
 import json
 import pkgutil
+import re
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
@@ -20,10 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import lit_llm.models
 from lit_llm.files import replacing
+from lit_llm.models.pretrained import PretrainedCausalLM
 
+ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 SEAL = b"lit-llm sha256:"
 """Stands, before a hash of all that precedes it, at the end of our checkpoints; torch reads over it."""
 
@@ -115,7 +119,7 @@ def save_model(
     Args:
         folder: Where; an earlier one is replaced only once the new one is whole.
         network: A network with `to_hf_config` and `hf_name`, and, where its parameters differ from transformers' by
-            more than their names, `hf_view` or `hf_zeros` (see `models.gpt2`).
+            more than their names, `hf_view` or `hf_zeros` (see `models.gpt2`); or with `save_weights`.
         tokenizer: Goes beside the weights.
         card: Markdown about the model; becomes its `README.md`.
 
@@ -128,34 +132,66 @@ def save_model(
     if tokenizer is not None:
         tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
         config |= {f"{name}_token_id": token for name, token in tokens.items()}
-    # A tied matrix is one tensor under its first name.
-    named = {name: p.detach().float().contiguous().cpu() for name, p in _as_transformers(network).items()}
-    named |= {name: torch.zeros(shape) for name, shape in _zeros(network).items()}
     with replacing(folder) as new:
         new.mkdir()
-        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         with _plain_errors(folder):
-            save_file(named, new / "model.safetensors", metadata={"format": "pt"})
+            _write_weights(network, new)
+        (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
         if card is not None:
             (new / "README.md").write_text(card, encoding="utf-8")
 
 
+def _write_weights(network: nn.Module, folder: Path) -> None:
+    if hasattr(network, "save_weights"):
+        network.save_weights(folder)
+        return
+    # A tied matrix is one tensor under its first name.
+    named = {name: p.detach().float().contiguous().cpu() for name, p in _as_transformers(network).items()}
+    named |= {name: torch.zeros(shape) for name, shape in _zeros(network).items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+class Model(NamedTuple):
+    """What is read of a model.
+
+    Attributes:
+        network: In evaluation mode.
+        tokenizer: Where one comes with it.
+        recipe: `class_path` and `init_args` of the network and, as `size`, its first argument: plain values.
+        folder: The directory it is in; `None` for a checkpoint file.
+    """
+
+    network: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    recipe: dict[str, Any]
+    folder: Path | None
+
+
 def load_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
     """Reads a network, in evaluation mode, and its tokeniser.
 
     Args:
-        path: A model directory (ours, or transformers' of an architecture that we have), a run folder, or a
-            checkpoint file.
+        path: A model directory (ours, or transformers' of any causal language model), a run folder, a checkpoint file,
+            or, as `owner/name`, a model on the hub.
 
     Raises:
         FileNotFoundError: When there is no model at `path`.
         ValueError: When weights and config do not belong together, or the architecture is not known.
     """
-    path = Path(path).expanduser()
+    return read_model(path)[:2]
+
+
+def read_model(path: str | Path) -> Model:
+    """As `load_model`, with how the network is made."""
+    name, path = str(path), Path(path).expanduser()
+    if not path.exists() and ON_THE_HUB.fullmatch(name):
+        path = _download(name)
+    if not (path / "model").is_dir() and (path / "checkpoints" / "best.ckpt").is_file():
+        path = path / "checkpoints" / "best.ckpt"  # a run of a network that transformers has no class for
     if path.is_file():
-        network, tokenizer = _from_checkpoint(path)
+        model = _from_checkpoint(path)
     else:
         if not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
             path = path / "model"
@@ -164,19 +200,69 @@ def load_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase | N
                 f"model must be a model directory, a run folder or a checkpoint file, but is {path}, which holds no "
                 f"config.json"
             )
-        network, tokenizer = _from_directory(path)
-    return network.eval(), tokenizer
+        model = _from_directory(path)
+    model.network.eval()
+    return model
 
 
-def _from_directory(folder: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except Exception as error:  # no connection, no such model, no right to it
+        reason = str(error).strip().splitlines()[0]
+        raise FileNotFoundError(
+            f"model must be a model directory, a run folder, a checkpoint file or a name on the hub, but {name} is no "
+            f"such place here, and from the hub: {reason}"
+        ) from error
+
+
+def copy_weights(source: nn.Module, target: nn.Module, where: Path | str) -> None:
+    """Copies all parameters of one network into another of the same form.
+
+    Raises:
+        ValueError: When a parameter is missing, left over or of another shape; `where` names the source.
+    """
+    _fill(
+        dict(target.named_parameters()),
+        dict(source.named_parameters()),
+        Path(where),
+        dict(target.named_parameters(remove_duplicate=False)),
+    )
+
+
+def _from_directory(folder: Path) -> Model:
     try:
         config = json.loads((folder / "config.json").read_text())
-        network = _architecture(config).from_hf_config(config)
+        kind = _architecture(config)
+        arguments = kind.hf_arguments(config)
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"config.json must describe a network, but in {folder} it does not: {error!r}") from error
-    _fill_from_directory(network, folder)
+    size = arguments.pop("vocab_size")
+    if hasattr(kind, "load_weights"):
+        _require_whole(folder)
+        with torch.device("meta"):
+            network = kind(size, **arguments)
+        network.load_weights(folder)
+    else:
+        network = kind(size, **arguments)
+        _fill_from_directory(network, folder)
+    recipe = {**class_path(kind), "init_args": {n: plain(v) for n, v in arguments.items()}, "size": size}
     has_tokenizer = (folder / "tokenizer.json").is_file()
-    return network, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None
+    return Model(network, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None, recipe, folder)
+
+
+def class_path(kind: type) -> dict[str, Any]:
+    """A class as a config names it."""
+    return {"class_path": f"{kind.__module__}.{kind.__qualname__}"}
+
+
+def plain(value: Any) -> Any:
+    """A dataclass as a class path and arguments; any other value as it is."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return class_path(type(value)) | {"init_args": dict(vars(value))}
+    return value
 
 
 def _architecture(config: dict[str, Any]) -> Any:
@@ -186,19 +272,36 @@ def _architecture(config: dict[str, Any]) -> Any:
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, type):
                 known |= dict.fromkeys(getattr(value, "hf_architectures", ()), value)
-    if wanted not in known:
-        raise ValueError(f"architectures in config.json must be one of {', '.join(sorted(known))}, but is {wanted!r}")
-    return known[wanted]
+    if wanted in known:
+        return known[wanted]
+    if wanted in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return PretrainedCausalLM
+    raise ValueError(
+        f"architectures in config.json must be one of {', '.join(sorted(known))} or another causal language model of "
+        f"transformers, but is {wanted!r}"
+    )
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in _weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118 (no dict)
-                    yield name, tensors.get_tensor(name)
-        except SafetensorError as error:
-            raise ValueError(f"model must hold whole weights, but {file} does not: {error}") from error
+        with _whole(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no dict)
+                yield name, tensors.get_tensor(name)
+
+
+def _require_whole(folder: Path) -> None:
+    for file in _weight_files(folder):
+        with _whole(file):
+            pass
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"model must hold whole weights, but {file} does not: {error}") from error
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -267,7 +370,7 @@ def _fill(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied:
             p.copy_(stored[name])
 
 
-def _from_checkpoint(path: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | None]:
+def _from_checkpoint(path: Path) -> Model:
     checkpoint = read_checkpoint(path)
     recipe = checkpoint.get("network")
     if not isinstance(recipe, dict):
@@ -277,7 +380,7 @@ def _from_checkpoint(path: Path) -> tuple[nn.Module, PreTrainedTokenizerBase | N
     state = checkpoint["state_dict"]
     stored = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     _fill(dict(network.named_parameters()), stored, path, dict(network.named_parameters(remove_duplicate=False)))
-    return network, _tokenizer_of(checkpoint)
+    return Model(network, _tokenizer_of(checkpoint), recipe, None)
 
 
 def _built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:

@@ -233,6 +233,23 @@ def test_a_model_comes_with_its_tokenizer_and_card(model: Path) -> None:
     assert {config[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {0}
 
 
+def test_a_name_on_the_hub_stands_for_the_model_there(model: Path, monkeypatch) -> None:
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(model))
+    assert load_model("someone/some-model.v1")[0].to_hf_config() == load_model(model)[0].to_hf_config()
+    assert asked == ["someone/some-model.v1"]
+
+
+def test_a_name_that_is_neither_here_nor_on_the_hub_is_said_in_one_line() -> None:
+    line = (
+        r"\Amodel must be [^\n]+ or a name on the hub, but no/where is no such place here, and from the hub: [^\n]+\Z"
+    )
+    with pytest.raises(FileNotFoundError, match=line):
+        load_model("no/where")
+
+
 def test_a_run_folder_stands_for_the_model_in_it(model: Path) -> None:
     assert load_model(model.parent)[0].to_hf_config() == load_model(str(model))[0].to_hf_config()
 
@@ -338,8 +355,8 @@ def test_an_unknown_architecture_is_said_with_those_there_are(model: Path, archi
     wanted = (architectures or [""])[0]
     with pytest.raises(ValueError, match=r"\Aarchitectures in config\.json must be one of ") as caught:
         load_model(model)
-    assert "GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM" in str(caught.value)
-    assert str(caught.value).endswith(f", but is {wanted!r}")
+    known = "GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM or another causal language model of transformers"
+    assert str(caught.value).endswith(f" must be one of {known}, but is {wanted!r}")
 
 
 @pytest.mark.parametrize("path", ["", "nothing/here"])

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lit_llm.checkpoints import save_model
+from lit_llm.data.tokenizer import byte_tokenizer
 from tests.writing import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
@@ -48,11 +50,16 @@ SMALL_DATA = ["--data.tokenizer", "bytes", "--data.validation_fraction", "0.1", 
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
-def test_a_run_file_takes_two_steps(lit_llm, texts, tmp_path, path):
+def test_a_run_file_takes_two_steps(lit_llm, tiny_llama, texts, tmp_path, path):
+    start = []
+    if "weights" in yaml.safe_load(path.read_text())["model"]["init_args"]:
+        save_model(tmp_path / "start", tiny_llama(vocab_size=257), byte_tokenizer())
+        start = ["--model.weights", tmp_path / "start"]
     outcome = lit_llm(
         "fit",
         "--config",
         path,
+        *start,
         "--data.path",
         texts,
         *SMALL_DATA,

@@ -6,6 +6,7 @@ import functools
 import importlib
 import inspect
 import pkgutil
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lit_llm.batch import IGNORE_INDEX
 from lit_llm.generation import generate
 from lit_llm.models.block import Block
 from lit_llm.objectives.objective import Objective
+from lit_llm.optimizers import parameter_groups
 
 
 def classes(package: str, base: type) -> list[type]:
@@ -40,11 +42,22 @@ OBJECTIVES = classes("lit_llm.objectives", Objective)
 DATA_MODULES = classes("lit_llm.data", LightningDataModule)
 CALLBACKS = classes("lit_llm.callbacks", Callback)
 SMALL = {"d_model": 16, "num_layers": 2, "num_heads": 2}
+MISTRAL = {
+    "model_type": "mistral",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "sliding_window": 4,
+}
 VOCAB = 20
 
 
-def small(kind: type) -> dict[str, int]:
-    return {name: value for name, value in SMALL.items() if name in inspect.signature(kind).parameters}
+def small(kind: type, tied: bool = False) -> dict[str, Any]:
+    """Arguments for two small layers."""
+    known = SMALL | {"tie_embeddings": tied, "config": MISTRAL | {"tie_word_embeddings": tied}}
+    return {name: value for name, value in known.items() if name in inspect.signature(kind).parameters}
 
 
 def awake(network: nn.Module) -> nn.Module:
@@ -52,7 +65,7 @@ def awake(network: nn.Module) -> nn.Module:
     with torch.no_grad():
         for p in network.parameters():
             noise = torch.randn_like(p)
-            p.copy_(p + 0.1 * noise if p.ndim == 1 else 0.3 * noise)
+            p.copy_(p + 0.1 * noise if p.ndim == 1 else 0.4 * noise)
     return network
 
 
@@ -70,7 +83,7 @@ class TestLanguageModel:
     def test_the_loss_falls_on_one_repeated_batch(self, kind):
         network = kind(VOCAB, **small(kind))
         ids = torch.randint(VOCAB, (4, 13))
-        optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.03)
         losses = []
         for _ in range(40):
             logits = network(ids[:, :-1])
@@ -126,11 +139,25 @@ class TestLanguageModel:
     def test_its_layers_are_blocks(self, kind):
         assert sum(isinstance(m, Block) for m in kind(VOCAB, **small(kind)).modules()) == 2
 
-    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+    def test_only_what_is_in_its_blocks_counts_as_their_matrices(self, kind):
+        network = kind(VOCAB, **small(kind))
+        roles = {group["role"]: group["params"] for group in parameter_groups(network)}
+        inside = {p for m in network.modules() if isinstance(m, Block) for p in m.parameters() if p.ndim > 1}
+        assert set(roles["matrices"]) == inside
+        assert {*roles["embeddings"], *roles["head"]}.isdisjoint(inside)
+
+    @pytest.mark.parametrize("tied", [False, True])
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind, tied):
         with torch.device("meta"):
-            network = kind(VOCAB, **small(kind))
-        network.to_empty(device="cpu").reset_parameters()
+            network = kind(VOCAB, **small(kind, tied))
+        network.to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*network.parameters(), *network.buffers()):
+                tensor.fill_(torch.nan)
+        network.reset_parameters()
         assert network(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
+        embedding = next(m for m in network.modules() if isinstance(m, nn.Embedding))
+        assert (network.lm_head.weight is embedding.weight) == tied
 
 
 def rows(lengths: list[int], width: int = 10) -> list[dict[str, torch.Tensor]]:

@@ -223,6 +223,17 @@ class TrainingCLI(LightningCLI):
             if options is not None and "save_dir" in options and options["save_dir"] in (None, "."):
                 options["save_dir"] = str(self.run_dir)
 
+    def instantiate_classes(self) -> None:
+        """Instantiates; what a run started from gives way to the checkpoint to go on from, and need not be there."""
+        config = self.config[self.subcommand]
+        options = config["model"].get("init_args") or {}
+        weights = options.get("weights")
+        if weights and config.get("ckpt_path"):
+            options["weights"] = config["ckpt_path"]
+        super().instantiate_classes()
+        if weights:
+            options["weights"] = weights  # as the run's config says it
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""
         options = self._get(self.config_init, "trainer")

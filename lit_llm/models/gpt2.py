@@ -195,13 +195,13 @@ class GPT2(nn.Module):
         )
         self.ln_f = nn.LayerNorm(d_model, norm_eps, bias=bias)
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
-        if tie_embeddings:
-            self.lm_head.weight = self.wte.weight
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the initial weights stated in the class's `Source`."""
+        if self.tie_embeddings:  # here, since leaving the meta device unties
+            self.lm_head.weight = self.wte.weight
         for name, module in self.named_modules():
             if isinstance(module, nn.LayerNorm):
                 module.reset_parameters()
@@ -295,9 +295,9 @@ class GPT2(nn.Module):
             "bias": self.bias,  # transformers has no such key and keeps it
         }
 
-    @classmethod
-    def from_hf_config(cls, config: dict[str, Any]) -> GPT2:
-        """The network that a `config.json` of transformers describes, with fresh weights.
+    @staticmethod
+    def hf_arguments(config: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that make the network that a `config.json` of transformers describes.
 
         Raises:
             ValueError: When the config asks for what this network does not have.
@@ -318,19 +318,24 @@ class GPT2(nn.Module):
             raise ValueError(
                 f"embd_pdrop, attn_pdrop and resid_pdrop in config.json must be one number, but are {dropouts}"
             )
-        return cls(
-            vocab_size=config["vocab_size"],
-            d_model=config["n_embd"],
-            num_layers=config["n_layer"],
-            num_heads=config["n_head"],
-            d_ff=config.get("n_inner"),
-            max_seq_len=config["n_positions"],
-            norm_eps=config.get("layer_norm_epsilon", 1e-5),
-            dropout=dropouts[0],
-            bias=config.get("bias", True),
-            tie_embeddings=config.get("tie_word_embeddings", True),
-            activation=activation,
-        )
+        return {
+            "vocab_size": config["vocab_size"],
+            "d_model": config["n_embd"],
+            "num_layers": config["n_layer"],
+            "num_heads": config["n_head"],
+            "d_ff": config.get("n_inner"),
+            "max_seq_len": config["n_positions"],
+            "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+            "dropout": dropouts[0],
+            "bias": config.get("bias", True),
+            "tie_embeddings": config.get("tie_word_embeddings", True),
+            "activation": activation,
+        }
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]) -> GPT2:
+        """That network, with fresh weights."""
+        return cls(**cls.hf_arguments(config))
 
     @staticmethod
     def hf_name(name: str) -> str:

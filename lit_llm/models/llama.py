@@ -131,13 +131,13 @@ class Llama(nn.Module):
         )
         self.norm = RMSNorm(d_model, norm_eps)
         self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
-        if tie_embeddings:
-            self.lm_head.weight = self.embed_tokens.weight
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the initial weights stated in the class's `Source`."""
+        if self.tie_embeddings:  # here, since leaving the meta device unties
+            self.lm_head.weight = self.embed_tokens.weight
         nn.init.normal_(self.embed_tokens.weight, std=0.02 if self.tie_embeddings else 1.0)
         for name, module in self.named_modules():
             if isinstance(module, RMSNorm):
@@ -230,9 +230,9 @@ class Llama(nn.Module):
             "attention_bias": False,
         }
 
-    @classmethod
-    def from_hf_config(cls, config: dict[str, Any]) -> Llama:
-        """The network that a `config.json` of transformers describes, with fresh weights.
+    @staticmethod
+    def hf_arguments(config: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that make the network that a `config.json` of transformers describes.
 
         Raises:
             ValueError: When the config asks for what this network does not have.
@@ -249,21 +249,26 @@ class Llama(nn.Module):
                 raise ValueError(f"{key} in config.json must be the default of plain Llama or Qwen3, but is {value!r}")
         rope_base, rope_scaling = rope_from_hf(config)
         qwen = config["model_type"] == "qwen3"
-        return cls(
-            vocab_size=config["vocab_size"],
-            d_model=config["hidden_size"],
-            num_layers=config["num_hidden_layers"],
-            num_heads=config["num_attention_heads"],
-            num_kv_heads=config.get("num_key_value_heads"),
-            d_head=config.get("head_dim") or (128 if qwen else None),
-            d_ff=config["intermediate_size"],
-            max_seq_len=config["max_position_embeddings"],
-            rope_base=rope_base,
-            rope_scaling=rope_scaling,
-            norm_eps=config.get("rms_norm_eps", 1e-6),
-            qk_norm=qwen,
-            tie_embeddings=config.get("tie_word_embeddings", False),
-        )
+        return {
+            "vocab_size": config["vocab_size"],
+            "d_model": config["hidden_size"],
+            "num_layers": config["num_hidden_layers"],
+            "num_heads": config["num_attention_heads"],
+            "num_kv_heads": config.get("num_key_value_heads"),
+            "d_head": config.get("head_dim") or (128 if qwen else None),
+            "d_ff": config["intermediate_size"],
+            "max_seq_len": config["max_position_embeddings"],
+            "rope_base": rope_base,
+            "rope_scaling": rope_scaling,
+            "norm_eps": config.get("rms_norm_eps", 1e-6),
+            "qk_norm": qwen,
+            "tie_embeddings": config.get("tie_word_embeddings", False),
+        }
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]) -> Llama:
+        """That network, with fresh weights."""
+        return cls(**cls.hf_arguments(config))
 
     @staticmethod
     def hf_name(name: str) -> str:

@@ -24,9 +24,11 @@ class CausalLM(Objective):
     Args:
         network: Makes a language model from its number of tokens. Called with `input_ids`, `document_ids` and
             `positions` it gives logits; `hidden` gives what its `lm_head` makes them from, where that can be had.
+            `None` is the network that `weights` are of.
         optimizer: As in `Objective`.
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
+        weights: As in `Objective`.
         vocab_size: Tokens that the network has; `None` is as many as the tokeniser, more is room or alignment.
         label_smoothing: Probability spread over all tokens, in [0, 1).
         z_loss: Weight of the squared log-normaliser; 0 for none, 1e-4 is usual.
@@ -42,15 +44,16 @@ class CausalLM(Objective):
 
     def __init__(
         self,
-        network: Callable[..., nn.Module],
+        network: Callable[..., nn.Module] | None = None,
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule | None = None,
         decay_embeddings: bool = False,
+        weights: str | None = None,
         vocab_size: int | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> None:
-        super().__init__(network, optimizer, schedule, decay_embeddings)
+        super().__init__(network, optimizer, schedule, decay_embeddings, weights)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"model.label_smoothing must be in [0, 1), but is {label_smoothing}")
         if z_loss < 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import inspect
 import logging
@@ -19,6 +18,8 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lit_llm.checkpoints import Model, class_path, copy_weights, plain, read_model
+from lit_llm.data.tokenizer import fingerprint
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule
 
@@ -43,11 +44,16 @@ class Objective(LightningModule, ABC):
     batches of one give the gradient of one batch of eight, whatever the rows' lengths.
 
     Args:
-        network: Makes the network from its first argument.
+        network: Makes the network from its first argument; `None` is the network that `weights` are of.
         optimizer: Makes the optimiser from parameter groups (`lit_llm.optimizers`); `None` is AdamW with a learning
             rate of 1e-3, betas 0.9 and 0.95, weight decay 0.1.
         schedule: Factor on the learning rates at each step; `None` is constant.
         decay_embeddings: Let weight decay act on embeddings (it never does on norms and biases).
+        weights: What to start from instead of fresh weights: a model directory (ours or transformers'), a run folder, a
+            checkpoint file or a name on the hub. Read once, before the first step: checkpoints do without it.
+
+    Raises:
+        ValueError: When there is neither a network nor weights.
     """
 
     size_name: ClassVar[str]
@@ -55,12 +61,15 @@ class Objective(LightningModule, ABC):
 
     def __init__(
         self,
-        network: Callable[..., nn.Module],
+        network: Callable[..., nn.Module] | None = None,
         optimizer: OptimizerCallable | None = None,
         schedule: Schedule | None = None,
         decay_embeddings: bool = False,
+        weights: str | None = None,
     ) -> None:
         super().__init__()
+        if network is None and weights is None:
+            raise ValueError("model.network must be given where there are no model.weights to start from, but is None")
         self.make_network = network
         self.make_optimizer = optimizer
         self.schedule = schedule or Constant()
@@ -116,12 +125,52 @@ class Objective(LightningModule, ABC):
             raise ValueError(f"model.{name} must be at least what the data has, {needed}, but is {given}")
 
     def configure_model(self) -> None:
-        """Builds the network, once."""
+        """Builds the network, once, and gives it the weights to start from.
+
+        Raises:
+            ValueError: When nothing says how large it is, or the weights are not for this data or this network.
+        """
+        if self.network is not None:
+            return
+        name = self.size_name
+        source = read_model(self.hparams["weights"]) if self.hparams.get("weights") else None
+        if source is not None:
+            self._require_same_data(source)
+            self.hparams[name] = source.recipe["size"]
+        if self.hparams.get(name) is None:
+            raise ValueError(f"model.{name} must be given where no data decides it, but is None")
+        if self.make_network is not None:
+            self.network = self.make_network(self.hparams[name])
+        if source is not None:
+            self._start_from(source)
+
+    def _require_same_data(self, source: Model) -> None:
+        """Refuses data that means something else by its numbers than what the weights were trained on."""
+        data, weights, name = getattr(self._trainer, "datamodule", None), self.hparams["weights"], self.size_name
+        tokenizer = getattr(data, "tokenizer", None)
+        both = tokenizer is not None and source.tokenizer is not None
+        if both and fingerprint(tokenizer) != fingerprint(source.tokenizer):
+            remedy = f"; set data.tokenizer to {source.folder}" if source.folder else ""
+            raise ValueError(
+                f"data.tokenizer must be the one that model.weights were trained with, but is another than that of "
+                f"{weights}{remedy}"
+            )
+        size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
+        if needed is not None and size < needed:
+            raise ValueError(
+                f"model.weights must have at least the {name} of the data, {needed}, but {weights} has {size}"
+            )
+        if given not in (None, needed, size):
+            raise ValueError(f"model.{name} must be that of model.weights, {size}, but is {given}")
+
+    def _start_from(self, source: Model) -> None:
         if self.network is None:
-            size = self.hparams.get(self.size_name)
-            if size is None:
-                raise ValueError(f"model.{self.size_name} must be given where no data decides it, but is None")
-            self.network = self.make_network(size)
+            self.network = source.network.train()
+            self.hparams["network"] = {key: source.recipe[key] for key in ("class_path", "init_args")}
+        else:
+            copy_weights(source.network, self.network, self.hparams["weights"])
+        log.info(f"Starting from the weights of {self.hparams['weights']}")
+        self.hparams["weights"] = None  # a checkpoint has weights of its own
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser over the groups that `optimizers.parameter_groups` makes, and its schedule by the step."""
@@ -288,11 +337,11 @@ def described(name: str, value: Any) -> Any:
     if isinstance(value, functools.partial):
         return described(name, value.func) | {"init_args": {n: described(n, v) for n, v in value.keywords.items()}}
     if isinstance(value, type):
-        return {"class_path": f"{value.__module__}.{value.__qualname__}"}
-    if isinstance(value, Schedule) or dataclasses.is_dataclass(value):
-        return described(name, type(value)) | {"init_args": dict(vars(value))}
+        return class_path(value)
+    if isinstance(value, Schedule):
+        return class_path(type(value)) | {"init_args": vars(value)}
     if callable(value):
         raise TypeError(
             f"{name} must be a class or a functools.partial of one, so that a checkpoint can rebuild it, but is {value}"
         )
-    return value
+    return plain(value)

@@ -273,3 +273,14 @@ def test_two_processes_take_the_steps_of_one(lit_llm, tiny, tmp_path):
         for metric in ("train/loss", "val/loss", "val/bits_per_byte"):
             assert (metric in mine) == (metric in theirs)
             assert mine.get(metric, 0.0) == pytest.approx(theirs.get(metric, 0.0), rel=1e-4), metric
+
+
+def test_a_run_of_a_network_that_transformers_does_not_know_leaves_all_but_a_model_directory(lit_llm, tiny, tmp_path):
+    run = tmp_path / "run"
+    network = ("--model.network", "lit_llm.models.recurrent.LSTM", "--model.network.d_model", "16")
+    outcome = lit_llm("fit", *tiny, *network, "--trainer.max_steps", "2", "--run_dir", run)
+    assert outcome.code == 0, outcome.err
+    assert "No model directory: transformers has no class for a LSTM" in outcome.err
+    assert {"results.json", "learning_curve.png", "samples.txt"} <= {path.name for path in run.iterdir()}
+    assert not (run / "model").exists()
+    assert lit_llm("generate", "--model", run, "--prompt", "the", "--max_new_tokens", "2").code == 0

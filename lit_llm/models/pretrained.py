@@ -1,0 +1,288 @@
+"""Any causal language model of transformers under this package's contract: the one module here that knows it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from lit_llm.models.attention import document_mask
+from lit_llm.models.block import Block
+
+if TYPE_CHECKING:
+    from transformers import DynamicCache, PretrainedConfig
+
+ATTENTION = {"full_attention", "sliding_attention"}
+"""The kinds of layers that a mask tells all there is to know about what they may look at."""
+
+
+class PretrainedCausalLM(nn.Module):
+    """A causal language model of transformers, made from its config with fresh weights.
+
+    Its weights come from a checkpoint with `checkpoints.load_model` or an objective's `weights`. Its repeated layers
+    count as blocks. `hidden` and `lm_head` are there where the logits are what the head says and nothing else, so not
+    with scaled or capped logits. No code that comes with a checkpoint is run, and no pickle is read.
+
+    Args:
+        vocab_size: Number of tokens; decided by the data, and takes the place of the config's.
+        config: The content of a `config.json`, or a directory or a name on the hub that has one.
+        activation_checkpointing: Compute each block again in the backward pass: less memory for more computation.
+
+    Raises:
+        FileNotFoundError: When there is no such config.
+        ValueError: When it does not describe a causal language model.
+
+    Source:
+        Wolf et al., 2019, "HuggingFace's Transformers", arXiv:1910.03771.
+
+    Example:
+        >>> size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> network = PretrainedCausalLM(10, {"model_type": "mistral", "num_key_value_heads": 1, **size})
+        >>> network(torch.zeros(1, 3, dtype=torch.long)).shape
+        torch.Size([1, 3, 10])
+    """
+
+    def __init__(self, vocab_size: int, config: str | dict[str, Any], activation_checkpointing: bool = False) -> None:
+        super().__init__()
+        from transformers import AutoModelForCausalLM
+
+        self.vocab_size, self.activation_checkpointing = vocab_size, activation_checkpointing
+        self.config = read_config(config)
+        self.config.get_text_config().vocab_size = vocab_size
+        plain = copy.deepcopy(self.config)
+        # Rows here have no padding, and transformers would freeze the embedding of what is a boundary to us.
+        plain.get_text_config().pad_token_id = None
+        self.model = AutoModelForCausalLM.from_config(plain, dtype=torch.get_default_dtype(), trust_remote_code=False)
+        self._adopt()
+
+    def _adopt(self) -> None:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        for kind in {type(m) for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)}:
+            Block.register(kind)
+        if self.activation_checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.max_seq_len = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        self._head_is_all = self._finds_nothing_but_the_head()
+
+    @torch.no_grad()
+    def _finds_nothing_but_the_head(self) -> bool:
+        """Whether the head reads just what the decoder gives, and its output is left as it is: by looking, once."""
+        head, base = self.model.get_output_embeddings(), self.model.base_model
+        if type(head) is not nn.Linear or base is self.model:
+            return False
+        seen: dict[str, Any] = dict.fromkeys(("decoder", "read"))
+        hooks = [
+            base.register_forward_hook(lambda module, args, out: seen.update(decoder=out[0])),
+            head.register_forward_hook(lambda module, args, out: seen.update(read=args[0], said=out)),
+        ]
+        mode = self.model.training
+        try:
+            logits = self.model.eval()(torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)).logits
+        except (NotImplementedError, RuntimeError):  # a network without memory that must look at its values
+            return False
+        finally:
+            self.model.train(mode)
+            for hook in hooks:
+                hook.remove()
+        given, read = seen["decoder"], seen["read"]
+        if given is None or read is None or given.shape != read.shape:
+            return False
+        same = (given if given._base is None else given._base) is (read if read._base is None else read._base)
+        return same and logits is seen["said"]
+
+    def reset_parameters(self) -> None:
+        """Draws the initial weights of the architecture."""
+        for module in self.model.modules():
+            module._is_hf_initialized = False
+        for p in self.model.parameters():
+            p._is_hf_initialized = False
+        self.model.tie_weights()
+        self.model.initialize_weights()
+        self._head_is_all = self._finds_nothing_but_the_head()
+
+    @property
+    def lm_head(self) -> nn.Linear:
+        """What turns `hidden` into logits; absent where that is not all there is to it."""
+        if not self._head_is_all:
+            raise AttributeError("lm_head")
+        return self.model.get_output_embeddings()
+
+    @property
+    def hidden(self) -> Any:
+        """What the head reads, as a function with the arguments of `forward`; absent where `lm_head` is."""
+        if not self._head_is_all:
+            raise AttributeError("hidden")
+        return self._hidden
+
+    def _hidden(self, *args: Any, **kwargs: Any) -> Float[Tensor, "batch new d_model"]:
+        return self.model.base_model(**self._translated(*args, **kwargs))[0]
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch new"],
+        document_ids: Int[Tensor, "batch new"] | None = None,
+        positions: Int[Tensor, "#batch new"] | None = None,
+        mask: Bool[Tensor, "#batch 1 new seq"] | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Float[Tensor, "batch new vocab"]:
+        """Logits of the token that follows each position.
+
+        Args:
+            input_ids: Tokens.
+            document_ids: Where given, a position looks only at positions with its own id.
+            positions: Index of each token in its sequence; counted from the cache's length where not given.
+            mask: True where a query may look; `None` is causal.
+            cache: What was kept of earlier tokens; the new ones are added to it.
+
+        Raises:
+            ValueError: When documents are to be kept apart, or there is a cache, and the network is not made of
+                attention over positions that can be given.
+        """
+        return self.model(**self._translated(input_ids, document_ids, positions, mask, cache)).logits
+
+    def _translated(
+        self,
+        input_ids: Tensor,
+        document_ids: Tensor | None = None,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: DynamicCache | None = None,
+    ) -> dict[str, Any]:
+        """The arguments as transformers takes them."""
+        if document_ids is not None:
+            mask = document_mask(document_ids)
+        words: dict[str, Any] = {"input_ids": input_ids, "use_cache": cache is not None}
+        if positions is not None:
+            words["position_ids"] = positions.expand_as(input_ids)
+        if cache is not None:
+            words["past_key_values"] = cache
+        if mask is not None or cache is not None:
+            self._require_attention()
+        if mask is not None:
+            words["attention_mask"] = self._masks(mask.expand(len(input_ids), -1, -1, -1))
+        return words
+
+    def _require_attention(self) -> None:
+        config = self.config.get_text_config()
+        others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION)
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            others.append("no positions that can be given")
+        if others:
+            raise ValueError(
+                f"network must be made of attention over given positions to keep documents apart or to decode with a "
+                f"cache, but a {type(self.model).__name__} has {', '.join(others)}"
+            )
+
+    def _masks(self, mask: Bool[Tensor, "batch 1 new seq"]) -> Any:
+        """The mask of each kind of layer, in the form that the attention in use takes."""
+        config = self.config.get_text_config()
+        kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
+        if window and (kinds is None or "sliding_attention" in kinds) and getattr(config, "use_sliding_window", True):
+            new, seq = mask.shape[-2:]
+            near = torch.ones(new, seq, dtype=torch.bool, device=mask.device).triu(seq - new - window + 1)
+            sliding = self._form(mask & near)
+            return {"full_attention": self._form(mask), "sliding_attention": sliding} if kinds else sliding
+        return self._form(mask)
+
+    def _form(self, mask: Tensor) -> Tensor:
+        if self.model.config._attn_implementation == "eager":  # added to the scores
+            dtype = next(self.model.parameters()).dtype
+            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask
+
+    def new_cache(self, batch_size: int, max_seq_len: int) -> DynamicCache:
+        """An empty cache for `forward`, which grows as it is filled."""
+        from transformers import DynamicCache
+
+        self._require_attention()
+        return DynamicCache()  # without a config: a layer with a window would drop what a mask still speaks of
+
+    def to_hf_config(self) -> dict[str, Any]:
+        """The `config.json` with which transformers builds the same network."""
+        return {**self.config.to_dict(), "architectures": [type(self.model).__name__]}
+
+    @staticmethod
+    def hf_arguments(config: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that make the network that a `config.json` of transformers describes."""
+        return {"vocab_size": read_config(config).get_text_config().vocab_size, "config": config}
+
+    @classmethod
+    def from_hf_config(cls, config: dict[str, Any]) -> PretrainedCausalLM:
+        """The network that a `config.json` of transformers describes, with fresh weights."""
+        return cls(**cls.hf_arguments(config))
+
+    def save_weights(self, folder: Path) -> None:
+        """Writes the weights by the names under which transformers reads them."""
+        self.model.save_pretrained(folder)
+
+    def load_weights(self, folder: Path) -> None:
+        """Takes the weights of a directory of transformers in place of its own.
+
+        Raises:
+            ValueError: When a tensor is missing, left over or of another shape.
+        """
+        from transformers import AutoModelForCausalLM
+
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=self.model.config,
+                dtype=torch.get_default_dtype(),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+        except RuntimeError as error:
+            raise ValueError(
+                f"model must hold the network's tensors, but {folder} does not: {_first(error)}"
+            ) from error
+        for what, names in (("lacks", found["missing_keys"]), ("also has", found["unexpected_keys"])):
+            if names:
+                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+                raise ValueError(
+                    f"model must hold the network's tensors and no others, but {folder} {what} {min(names)}{more}"
+                )
+        self.model = model
+        self._adopt()
+
+
+def read_config(config: str | dict[str, Any]) -> PretrainedConfig:
+    """The config of a causal language model of transformers, from a `config.json`'s content or a place that has one.
+
+    Raises:
+        FileNotFoundError: When there is no such place.
+        ValueError: When it does not describe a causal language model.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    try:
+        if isinstance(config, str):
+            made = AutoConfig.from_pretrained(str(Path(config).expanduser()), trust_remote_code=False)
+        else:
+            made = AutoConfig.for_model(**copy.deepcopy(config))
+    except Exception as error:  # each architecture checks its own in its own way
+        if isinstance(config, str):
+            raise FileNotFoundError(
+                f"config must be a directory with a config.json or a name on the hub, but is {config}: {_first(error)}"
+            ) from error
+        raise ValueError(f"config must describe a network of transformers, but does not: {_first(error)}") from error
+    if made.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise ValueError(f"model_type must be that of a causal language model, but is {made.model_type}")
+    if made.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(made, "is_decoder", True) is False:
+        raise ValueError(f"is_decoder must be true in the config of a causal {made.model_type}, but is false")
+    return made
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

@@ -1,0 +1,252 @@
+"""Recurrent language models: RNN, LSTM, GRU. Transformers has no class for them, so they are not exported."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from lit_llm.models.block import Block
+
+State = tuple[Float[Tensor, "1 _ d_model"], ...]
+"""What one layer remembers of each sequence: its output and, with an LSTM, its cell."""
+
+
+class StateCache:
+    """What each layer remembers of the tokens already read: of the same size however many those were."""
+
+    def __init__(self) -> None:
+        self.layers: dict[int, State] = {}
+
+
+class Pieces:
+    """Rows cut where a document begins, so that each is read from an empty memory, all of them at once.
+
+    Args:
+        document_ids: Which document of its row a position belongs to.
+    """
+
+    def __init__(self, document_ids: Int[Tensor, "batch seq"]) -> None:
+        begins = torch.ones_like(document_ids, dtype=torch.bool)
+        begins[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+        self.shape = document_ids.shape
+        starts = begins.flatten().nonzero()[:, 0]
+        lengths = torch.diff(starts, append=starts.new_tensor([begins.numel()]))
+        # A packed sequence holds the first tokens of all pieces, longest piece first, then the second ones, …
+        order = lengths.argsort(descending=True, stable=True)
+        rank = order.argsort()
+        piece = begins.flatten().cumsum(0) - 1
+        step = torch.arange(begins.numel(), device=starts.device) - starts[piece]
+        self.places = (step * len(starts) + rank[piece]).argsort()
+        self.batch_sizes = step.bincount().cpu()
+        self.first, self.last = rank[piece.view(self.shape)[:, 0]], rank[piece.view(self.shape)[:, -1]]
+        self.count = len(starts)
+
+    def pack(self, x: Float[Tensor, "batch seq d_model"]) -> PackedSequence:
+        """The pieces of rows."""
+        return PackedSequence(x.flatten(0, 1)[self.places], self.batch_sizes)
+
+    def unpack(self, pieces: PackedSequence) -> Float[Tensor, "batch seq d_model"]:
+        """The rows of pieces."""
+        flat = torch.empty_like(pieces.data).index_copy(0, self.places, pieces.data)
+        return flat.unflatten(0, self.shape)
+
+    def begin(self, state: State) -> State:
+        """The memory before each piece: that of its row for a row's first, empty for the others."""
+        return tuple(part.new_zeros(1, self.count, part.shape[2]).index_copy(1, self.first, part) for part in state)
+
+    def end(self, state: State) -> State:
+        """The memory after each row's last piece."""
+        return tuple(part[:, self.last] for part in state)
+
+
+class RecurrentBlock(Block):
+    """One recurrent layer.
+
+    Args:
+        cell: A layer of torch's, of one level.
+    """
+
+    def __init__(self, cell: nn.RNNBase) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(
+        self, x: Float[Tensor, "batch new d_model"], state: State | None = None, pieces: Pieces | None = None
+    ) -> tuple[Float[Tensor, "batch new d_model"], State]:
+        """Reads on.
+
+        Args:
+            x: The new positions.
+            state: The memory before them; `None` is empty.
+            pieces: Where in the rows the memory is emptied.
+
+        Returns:
+            The output at each position, and the memory after the last.
+        """
+        before = pieces.begin(state) if pieces and state else state
+        given = before[0] if before and not isinstance(self.cell, nn.LSTM) else before
+        out, after = self.cell(pieces.pack(x) if pieces else x, given)
+        after = after if isinstance(after, tuple) else (after,)
+        return (pieces.unpack(out), pieces.end(after)) if pieces else (out, after)
+
+
+class Recurrent(nn.Module, ABC):
+    """What the recurrent language models share: embeddings, a stack of layers, a head.
+
+    Args:
+        vocab_size: Number of tokens; decided by the data.
+        d_model: Width of embeddings and memories.
+        num_layers: Number of recurrent layers.
+        dropout: Probability of dropping, in training, components of what enters each layer and the head; in [0, 1).
+        tie_embeddings: Use one matrix for reading and predicting tokens.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int = 512,
+        num_layers: int = 2,
+        dropout: float = 0.0,
+        tie_embeddings: bool = False,
+    ) -> None:
+        super().__init__()
+        for name, value in {"d_model": d_model, "num_layers": num_layers}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, but is {value}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), but is {dropout}")
+        self.vocab_size, self.tie_embeddings = vocab_size, tie_embeddings
+        self.embed_tokens = nn.Embedding(vocab_size, d_model)
+        self.drop = nn.Dropout(dropout)
+        self.layers = nn.ModuleList(RecurrentBlock(self.cell(d_model)) for _ in range(num_layers))
+        self.lm_head = nn.Linear(d_model, vocab_size, bias=False)
+        self.reset_parameters()
+
+    @staticmethod
+    @abstractmethod
+    def cell(d_model: int) -> nn.RNNBase:
+        """One layer, rows first."""
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws initial weights: uniform within ±0.1 where tokens are read and predicted, torch's own in between."""
+        if self.tie_embeddings:  # here, since leaving the meta device unties
+            self.lm_head.weight = self.embed_tokens.weight
+        for layer in self.layers:
+            layer.cell.reset_parameters()
+        for weight in (self.embed_tokens.weight, self.lm_head.weight):
+            nn.init.uniform_(weight, -0.1, 0.1)
+
+    def hidden(
+        self,
+        input_ids: Int[Tensor, "batch new"],
+        document_ids: Int[Tensor, "batch new"] | None = None,
+        positions: Int[Tensor, "#batch new"] | None = None,
+        mask: Bool[Tensor, "#batch 1 new seq"] | None = None,
+        cache: StateCache | None = None,
+    ) -> Float[Tensor, "batch new d_model"]:
+        """What the head reads: the last layer's output. Arguments as in `forward`."""
+        if document_ids is None and mask is not None:
+            document_ids = mask[:, 0, -1, -input_ids.shape[1] :].long().expand_as(input_ids)
+        pieces = Pieces(document_ids) if document_ids is not None else None
+        states = cache.layers if cache is not None else {}
+        x = self.embed_tokens(input_ids)
+        for index, layer in enumerate(self.layers):
+            x, states[index] = layer(self.drop(x), states.get(index), pieces)
+        return self.drop(x)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch new"],
+        document_ids: Int[Tensor, "batch new"] | None = None,
+        positions: Int[Tensor, "#batch new"] | None = None,
+        mask: Bool[Tensor, "#batch 1 new seq"] | None = None,
+        cache: StateCache | None = None,
+    ) -> Float[Tensor, "batch new vocab"]:
+        """Logits of the token that follows each position.
+
+        Args:
+            input_ids: Tokens.
+            document_ids: Where given, the memory is emptied wherever a new one begins.
+            positions: Of no effect: the order of the tokens is all that is read.
+            mask: What the last position may not look at is padding on the left, and leaves no trace in the memory.
+            cache: The memory of earlier tokens; it is replaced by that after the new ones.
+        """
+        return self.lm_head(self.hidden(input_ids, document_ids, positions, mask, cache))
+
+    def new_cache(self, batch_size: int, max_seq_len: int) -> StateCache:
+        """An empty memory for `forward`, which needs to know neither size."""
+        return StateCache()
+
+    def flops_per_token(self, seq_len: int) -> int:
+        """Floating-point operations of one training step, forward and backward, per token: six for each weight."""
+        used = sum(p.numel() for p in self.parameters())
+        return 6 * (used - (0 if self.tie_embeddings else self.embed_tokens.weight.numel()))
+
+
+class RNN(Recurrent):
+    """A language model with simple recurrent layers, `h = tanh(W x + U h + b)`; arguments as in `Recurrent`.
+
+    Source:
+        Elman, 1990, "Finding Structure in Time"; as a language model: Mikolov et al., 2010, "Recurrent neural network
+        based language model", eq. 1 to 3. Differs in the tanh, and in dropout, which is that of `LSTM`.
+
+    Example:
+        >>> RNN(vocab_size=10, d_model=16)(torch.zeros(1, 3, dtype=torch.long)).shape
+        torch.Size([1, 3, 10])
+    """
+
+    @staticmethod
+    def cell(d_model: int) -> nn.RNN:
+        """One layer, rows first."""
+        return nn.RNN(d_model, d_model, batch_first=True)
+
+
+class LSTM(Recurrent):
+    """A language model with long short-term memory; arguments as in `Recurrent`.
+
+    Source:
+        Hochreiter & Schmidhuber, 1997, "Long Short-Term Memory", with forget gates (Gers et al., 2000), whose biases
+        start at one (Jozefowicz et al., 2015, "An Empirical Exploration of Recurrent Network Architectures", section
+        2.2); dropout on what is not recurrent: Zaremba et al., 2014, arXiv:1409.2329, section 3.2.
+
+    Example:
+        >>> LSTM(vocab_size=10, d_model=16)(torch.zeros(1, 3, dtype=torch.long)).shape
+        torch.Size([1, 3, 10])
+    """
+
+    @staticmethod
+    def cell(d_model: int) -> nn.LSTM:
+        """One layer, rows first."""
+        return nn.LSTM(d_model, d_model, batch_first=True)
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """As in `Recurrent`, and the biases of the forget gates start at one."""
+        super().reset_parameters()
+        for layer in self.layers:
+            _, forget, _, _ = layer.cell.bias_ih_l0.chunk(4)
+            forget.fill_(1.0)
+            layer.cell.bias_hh_l0.chunk(4)[1].zero_()  # torch adds the two
+
+
+class GRU(Recurrent):
+    """A language model with gated recurrent units; arguments as in `Recurrent`.
+
+    Source:
+        Cho et al., 2014, arXiv:1406.1078, section 2.3; the reset gate acts after the product with the memory, as in
+        torch and cuDNN. Dropout is that of `LSTM`.
+
+    Example:
+        >>> GRU(vocab_size=10, d_model=16)(torch.zeros(1, 3, dtype=torch.long)).shape
+        torch.Size([1, 3, 10])
+    """
+
+    @staticmethod
+    def cell(d_model: int) -> nn.GRU:
+        """One layer, rows first."""
+        return nn.GRU(d_model, d_model, batch_first=True)

@@ -1,0 +1,178 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from lit_llm.checkpoints import load_model, save_model
+from lit_llm.data.tokenizer import byte_tokenizer
+from lit_llm.generation import generate
+from lit_llm.models.pretrained import PretrainedCausalLM
+from tests.writing import exactly
+
+SIZE = {
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 64,
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "mistral": SIZE | {"sliding_window": 4},
+    "gemma2": SIZE | {"sliding_window": 4, "query_pre_attn_scalar": 8},  # two kinds of layers; eager; capped logits
+    "granite": SIZE | {"logits_scaling": 3.0},
+    "mixtral": SIZE | {"num_local_experts": 4},
+    "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "n_positions": 64},  # a head with biases
+}
+SCALED = {"gemma2", "granite"}
+kinds = pytest.mark.parametrize("kind", CONFIGS)
+
+
+def config(kind: str, **changes: Any) -> dict[str, Any]:
+    return {"model_type": kind, **CONFIGS[kind], **changes}
+
+
+def awake(kind: str, vocab_size: int = 37, **changes: Any) -> PretrainedCausalLM:
+    network = PretrainedCausalLM(vocab_size, config(kind, **changes)).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(p + 0.1 * torch.randn_like(p) if p.ndim == 1 else 0.4 * torch.randn_like(p))
+    return network
+
+
+def tokens(batch: int = 2, seq: int = 12) -> torch.Tensor:
+    return torch.randint(37, (batch, seq), generator=torch.Generator().manual_seed(1))
+
+
+@kinds
+@torch.no_grad()
+def test_a_directory_of_transformers_is_read_and_written_without_a_change(kind: str, tmp_path: Path) -> None:
+    theirs = awake(kind).model
+    theirs.save_pretrained(tmp_path / "theirs")
+    network, _ = load_model(tmp_path / "theirs")
+    assert type(network) is PretrainedCausalLM
+    save_model(tmp_path / "ours", network, byte_tokenizer())
+    again, found = AutoModelForCausalLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not found["missing_keys"]
+    assert not found["unexpected_keys"]
+    expected = theirs(tokens()).logits
+    for logits in (network(tokens()), load_model(tmp_path / "ours")[0](tokens()), again(tokens()).logits):
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
+    assert json.loads((tmp_path / "ours/config.json").read_text())["eos_token_id"] == 0
+
+
+@kinds
+@torch.no_grad()
+def test_documents_are_kept_apart_and_prompts_too_by_every_attention(kind: str) -> None:
+    network, ids = awake(kind), tokens()
+    documents = torch.tensor([[0] * 5 + [1] * 7] * 2)
+    positions = torch.tensor([[*range(5), *range(7)]])
+    packed = network(ids, document_ids=documents, positions=positions)
+    alone = torch.cat([network(ids[:, :5]), network(ids[:, 5:])], dim=1)
+    torch.testing.assert_close(packed, alone, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(packed[:, 5:], network(ids)[:, 5:], atol=1e-2)
+    prompts = [[5], [3, 14, 15, 9, 2, 6], [1, 2, 3]]
+    each = [generate(network, [prompt], 7, temperature=0.0)[0] for prompt in prompts]
+    assert generate(network, prompts, 7, temperature=0.0) == each
+
+
+@kinds
+@torch.no_grad()
+def test_it_has_a_head_of_its_own_only_where_nothing_else_is_done_to_the_logits(kind: str) -> None:
+    network, ids = awake(kind), tokens()
+    assert hasattr(network, "hidden") == hasattr(network, "lm_head") == (kind not in SCALED)
+    if kind not in SCALED:
+        torch.testing.assert_close(network.lm_head(network.hidden(ids)), network(ids))
+    else:
+        head = network.model.get_output_embeddings()
+        assert not torch.allclose(head(network.model.base_model(ids)[0]), network(ids), atol=1e-2)
+
+
+def test_the_vocabulary_is_that_of_the_data() -> None:
+    network = PretrainedCausalLM(11, config("mistral", vocab_size=32_000, pad_token_id=31_999))
+    assert network(tokens() % 11).shape == (2, 12, 11)
+    assert network.to_hf_config()["vocab_size"] == 11
+
+
+def test_the_embedding_of_the_boundary_learns_though_it_pads() -> None:
+    network = PretrainedCausalLM(11, config("mistral", pad_token_id=0))
+    network(torch.zeros(1, 3, dtype=torch.long)).square().sum().backward()
+    assert network.model.get_input_embeddings().weight.grad[0].abs().sum() > 0
+    assert network.to_hf_config()["pad_token_id"] == 0
+
+
+def test_activation_checkpointing_gives_the_same_gradients() -> None:
+    gradients = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        network = PretrainedCausalLM(37, config("mistral"), activation_checkpointing=checkpointing).train()
+        network(tokens(), document_ids=torch.tensor([[0] * 5 + [1] * 7] * 2)).square().sum().backward()
+        gradients.append([p.grad for p in network.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_network_that_is_not_all_attention_is_refused_where_that_matters() -> None:
+    network = PretrainedCausalLM(
+        37, {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    )
+    assert network(tokens()).shape == (2, 12, 37)
+    line = r"\Anetwork must be made of attention [^\n]+, but a MambaForCausalLM has linear_attention, [^\n]+\Z"
+    for use in (
+        lambda: network(tokens(), document_ids=torch.zeros(2, 12, dtype=torch.long)),
+        lambda: network.new_cache(2, 12),
+    ):
+        with pytest.raises(ValueError, match=line):
+            use()
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"model_type": "bert"}, "is_decoder must be true in the config of a causal bert, but is false"),
+        ({"model_type": "vit"}, "model_type must be that of a causal language model, but is vit"),
+    ],
+)
+def test_what_is_no_causal_language_model_is_refused(config: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=exactly(message)):
+        PretrainedCausalLM(10, config)
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "no such"}, config("mistral", hidden_size="wide")], ids=str)
+def test_a_config_of_nothing_is_refused_in_one_line(config: dict) -> None:
+    with pytest.raises(ValueError, match=r"\Aconfig must describe a network of transformers, but does not: [^\n]+\Z"):
+        PretrainedCausalLM(10, config)
+
+
+def test_a_place_without_a_config_is_refused_in_one_line(tmp_path: Path) -> None:
+    line = r"\Aconfig must be a directory with a config\.json or a name on the hub, but is [^\n]+\Z"
+    with pytest.raises(FileNotFoundError, match=line):
+        PretrainedCausalLM(10, str(tmp_path))
+
+
+def test_missing_extra_and_misshapen_tensors_truncated_files_and_pickles_are_refused(tmp_path: Path) -> None:
+    awake("mistral").model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    name = "model.layers.1.mlp.up_proj.weight"
+
+    def refused(tensors: dict[str, torch.Tensor], line: str) -> None:
+        save_file(tensors, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=line):
+            load_model(tmp_path)
+
+    refused({n: t for n, t in whole.items() if n != name}, rf" no others, but {tmp_path} lacks {name}\Z")
+    refused(whole | {"model.layers.1.bias": torch.ones(1)}, r" also has model\.layers\.1\.bias\Z")
+    refused(whole | {name: torch.ones(3, 3)}, r"\Amodel must hold the network's tensors, but [^\n]+\Z")
+    save_file(whole, file, metadata={"format": "pt"})
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match=r"\Amodel must hold whole weights, but [^\n]+\Z"):
+        load_model(tmp_path)
+    file.unlink()
+    torch.save(whole, tmp_path / "pytorch_model.bin")
+    with pytest.raises(FileNotFoundError, match=r"; pickles are not read, save them as safetensors\Z"):
+        load_model(tmp_path)

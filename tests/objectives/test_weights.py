@@ -1,0 +1,162 @@
+"""Training that starts from a checkpoint."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import nn
+
+from lit_llm.checkpoints import load_model, read_checkpoint, save_model
+from lit_llm.data.text import TextData
+from lit_llm.data.tokenizer import byte_tokenizer, train_bpe
+from lit_llm.models.llama import Llama
+from lit_llm.models.pretrained import PretrainedCausalLM
+from lit_llm.models.recurrent import LSTM
+from lit_llm.models.rotary import YaRN
+from lit_llm.objectives.causal_lm import CausalLM
+from tests.writing import exactly
+
+SIZE = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48, "max_seq_len": 64}
+
+
+@pytest.fixture
+def model(tiny_llama, tmp_path: Path) -> Path:
+    """A model of 300 tokens, more than its tokeniser has."""
+    network = tiny_llama(vocab_size=300, rope_scaling=YaRN(2.0, 32), tie_embeddings=True)
+    save_model(tmp_path / "model", network, byte_tokenizer())
+    return tmp_path / "model"
+
+
+def fit(objective: CausalLM, corpus: Path, tmp_path: Path, steps: int = 1, **changes) -> Trainer:
+    data = TextData(**({"path": str(corpus), "tokenizer": "bytes", "seq_len": 16, "batch_size": 2} | changes))
+    trainer = Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=tmp_path,
+        max_steps=steps,
+        limit_val_batches=0,
+    )
+    trainer.fit(objective, data)
+    return trainer
+
+
+def still(objective: type = CausalLM, **arguments) -> CausalLM:
+    """An objective whose steps change nothing."""
+    return objective(optimizer=functools.partial(torch.optim.SGD, lr=0.0), **arguments)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    return all(torch.equal(p, q) for p, q in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_it_starts_from_the_weights_and_its_checkpoints_do_without_them(model, corpus, tmp_path, given) -> None:
+    before, _ = load_model(model)
+    scaling = {"rope_scaling": YaRN(2.0, 32), "tie_embeddings": True}
+    network = functools.partial(Llama, **SIZE, **scaling) if given else None
+    made = still(network=network, weights=str(model))
+    trainer = fit(made, corpus, tmp_path)
+    assert same(made.network, before)
+    assert made.network.training
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    shutil.rmtree(model)
+    again, tokenizer = load_model(tmp_path / "x.ckpt")
+    assert same(again, before)
+    assert again.to_hf_config() == before.to_hf_config()
+    assert tokenizer is not None
+    assert same(CausalLM.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True).network, before)
+    assert read_checkpoint(tmp_path / "x.ckpt")["network"]["class_path"] == "lit_llm.models.llama.Llama"
+
+
+def test_it_starts_from_any_network_of_transformers(corpus, tmp_path) -> None:
+    config = {"model_type": "mistral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+    before = PretrainedCausalLM(257, config | {"num_attention_heads": 2, "num_key_value_heads": 1})
+    save_model(tmp_path / "model", before, byte_tokenizer())
+    made = still(weights=str(tmp_path / "model"))
+    fit(made, corpus, tmp_path).save_checkpoint(tmp_path / "x.ckpt")
+    shutil.rmtree(tmp_path / "model")
+    again, _ = load_model(tmp_path / "x.ckpt")
+    assert same(made.network, before)
+    assert same(again, before)
+
+
+def test_it_starts_from_a_checkpoint_of_a_network_that_is_not_exported(corpus, tmp_path) -> None:
+    first = still(network=functools.partial(LSTM, d_model=16))
+    fit(first, corpus, tmp_path).save_checkpoint(tmp_path / "x.ckpt")
+    second = still(weights=str(tmp_path / "x.ckpt"))
+    fit(second, corpus, tmp_path)
+    assert same(second.network, first.network)
+
+
+def test_a_checkpoint_to_go_on_from_beats_the_weights(model, corpus, tmp_path) -> None:
+    first = CausalLM(weights=str(model))
+    trainer = fit(first, corpus, tmp_path, steps=2)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    second = CausalLM(weights=str(model))
+    data = TextData(path=str(corpus), tokenizer="bytes", seq_len=16, batch_size=2)
+    Trainer(
+        accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False, max_steps=2,
+        limit_val_batches=0, default_root_dir=tmp_path,
+    ).fit(second, data, ckpt_path=tmp_path / "x.ckpt")  # fmt: skip
+    assert same(second.network, first.network)
+    assert not same(second.network, load_model(model)[0])
+
+
+def test_another_tokenizer_is_refused_with_the_one_to_take(model, corpus, tmp_path) -> None:
+    message = (
+        "data.tokenizer must be the one that model.weights were trained with, but is another than that of "
+        f"{model}; set data.tokenizer to {model}"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        fit(still(weights=str(model)), corpus, tmp_path, tokenizer="bpe-280")
+    fit(still(weights=str(model)), corpus, tmp_path, tokenizer=str(model))
+
+
+def test_more_tokens_than_the_weights_have_are_refused(tiny_llama, corpus, tmp_path) -> None:
+    save_model(tmp_path / "model", tiny_llama(vocab_size=100))  # without a tokeniser
+    message = f"model.weights must have at least the vocab_size of the data, 257, but {tmp_path / 'model'} has 100"
+    with pytest.raises(ValueError, match=exactly(message)):
+        fit(still(weights=str(tmp_path / "model")), corpus, tmp_path)
+
+
+def test_a_vocabulary_that_is_neither_the_datas_nor_the_weights_is_refused(model, corpus, tmp_path) -> None:
+    with pytest.raises(ValueError, match=exactly("model.vocab_size must be that of model.weights, 300, but is 512")):
+        fit(still(weights=str(model), vocab_size=512), corpus, tmp_path)
+
+
+def test_weights_of_another_network_are_refused(model, corpus, tmp_path) -> None:
+    message = rf"\Amodel must hold the network's tensors and no others, but {model} also has [^\n]+\Z"
+    network = functools.partial(Llama, **SIZE | {"num_layers": 1, "tie_embeddings": True})
+    with pytest.raises(ValueError, match=message):
+        fit(still(network=network, weights=str(model)), corpus, tmp_path)
+
+
+def test_neither_network_nor_weights_is_refused() -> None:
+    message = "model.network must be given where there are no model.weights to start from, but is None"
+    with pytest.raises(ValueError, match=exactly(message)):
+        CausalLM()
+
+
+def test_a_run_goes_on_without_what_it_started_from(lit_llm, tiny_llama, tiny, texts, tmp_path) -> None:
+    tokenizer = train_bpe((path.read_text(encoding="utf-8") for path in texts.iterdir()), 280)
+    save_model(tmp_path / "start", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
+    words = ("--model.weights", tmp_path / "start", "--data.tokenizer", tmp_path / "start")
+    options = tiny[:2] + tiny[8:]  # without the network's
+    outcome = lit_llm("fit", *options, "--model.network", "null", *words, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "Starting from the weights of" in outcome.err
+    config = (tmp_path / "run/config.yaml").read_text()
+    (tmp_path / "start/model.safetensors").unlink()
+    go_on = ("--run_dir", tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "8")
+    outcome = lit_llm("fit", *go_on)
+    assert outcome.code == 0, outcome.err
+    assert f"weights: {tmp_path / 'start'}" in config
+    assert f"weights: {tmp_path / 'start'}" in (tmp_path / "run/config.yaml").read_text()
