@@ -84,7 +84,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max_wait", type=float, default=120.0, help="seconds to wait for a quiet machine, each time")
-    parser.add_argument("--peers_python", default=sys.executable, help="the interpreter that has hf's and litgpt's")
+    parser.add_argument("--peers_python", default="runs/peers/bin/python", help="interpreter that has hf and litgpt")
     parser.add_argument("--work", type=Path, default=Path("runs/throughput"), help="corpora, logs, measurements")
     parser.add_argument("--no_table", dest="table", action="store_false", help="leave README.md alone")
     options = parser.parse_args(words)
@@ -115,6 +115,9 @@ def cuda() -> bool:
 def available(peer: str, peers_python: str) -> bool:
     """Whether a peer's packages are there; says so where they are not."""
     for package in NEEDS.get(peer, "").split():
+        if shutil.which(peers_python) is None:
+            print(f"{peer} left out: there is no {peers_python} (see README.md)", flush=True)
+            return False
         code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec('{package}') is None)"
         if subprocess.run([peers_python, "-c", code], stderr=subprocess.DEVNULL).returncode:
             print(f"{peer} left out: {peers_python} has no {package} (see README.md)", flush=True)
