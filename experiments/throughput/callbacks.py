@@ -1,0 +1,95 @@
+"""What the experiment attaches to `lit-llm fit` to see its steps."""
+
+from __future__ import annotations
+
+import cProfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from experiments.throughput.clock import Clock
+
+
+class StepClock(Callback):
+    """Hands every step to a `Clock`.
+
+    Args:
+        path: As in `Clock`.
+        steps: As in `Clock`.
+        warmup: As in `Clock`.
+        tokens_per_step: As in `Clock`.
+        compile: Compile the network first.
+    """
+
+    def __init__(self, path: str, steps: int, warmup: int, tokens_per_step: int, compile: bool = False) -> None:
+        self.clock = Clock(path, steps, warmup, tokens_per_step)
+        self.compile = compile
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Compiles."""
+        if self.compile:
+            compile_network(pl_module.network)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Ticks."""
+        self.clock.tick(outputs["loss"], pl_module.network)
+
+
+def compile_network(network: torch.nn.Module) -> None:
+    """Compiles what an objective calls of a network: its forward, or all but its head, which the loss then applies."""
+    network.compile()
+    if hasattr(network, "hidden"):
+        network.hidden = torch.compile(network.hidden)
+
+
+class Stamp(Callback):
+    """Writes the seconds that the steps after a warm-up took; two looks at the clock in all.
+
+    Args:
+        path: File to write.
+        steps: Steps of the run.
+        warmup: Steps before the clock starts.
+        profile: File for cProfile's statistics of those steps.
+    """
+
+    def __init__(self, path: str, steps: int, warmup: int, profile: str | None = None) -> None:
+        self.path, self.steps, self.warmup, self.profile = path, steps, warmup, profile
+        self.profiler = cProfile.Profile()
+        self.started = 0.0
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Looks."""
+        if batch_idx == self.warmup - 1:
+            self.started = time.perf_counter()
+            if self.profile:
+                self.profiler.enable()
+        elif batch_idx == self.steps - 1:
+            if self.profile:
+                self.profiler.disable()
+                self.profiler.dump_stats(self.profile)
+            Path(self.path).write_text(str(time.perf_counter() - self.started))
+
+
+class FirstStep(Callback):
+    """Writes the time of day at which the first step was done.
+
+    Args:
+        path: File to write.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Looks."""
+        if not Path(self.path).exists():
+            Path(self.path).write_text(str(time.time()))
