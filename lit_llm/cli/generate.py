@@ -60,7 +60,7 @@ def generate(
     """Prints each prompt with its continuation; arguments as in `lit-llm generate --help`.
 
     Raises:
-        ValueError: When the model has no tokeniser, or an option is out of range.
+        ValueError: When the model has no tokeniser, or one that is not its own, or an option is out of range.
     """
     import torch
 
@@ -79,6 +79,9 @@ def generate(
         raise ValueError(f"--device must be one that torch finds here, but is {device}: {error}") from error
     boundary = boundary_id(tokenizer)
     prompts = [[boundary, *tokenizer.encode(text, add_special_tokens=False)] for text in prompt]
+    largest, size = max(map(max, prompts)), getattr(network, "vocab_size", sys.maxsize)
+    if largest >= size:
+        raise ValueError(f"tokenizer must be the network's, of {size} tokens, but in {model} it makes token {largest}")
     if max_new_tokens is None:
         room = getattr(network, "max_seq_len", sys.maxsize) - max(map(len, prompts))
         max_new_tokens = max(1, min(128, room))

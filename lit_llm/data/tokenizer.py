@@ -136,8 +136,8 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(spec))
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # the library beneath raises nothing narrower for a file that is no tokeniser
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
             f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on "
             f"the hub, but is {str(spec)!r}: {reason}"

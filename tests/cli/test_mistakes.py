@@ -194,10 +194,26 @@ def test_a_checkpoint_of_another_architecture_is_refused(lit_llm, run):
     )
 
 
-def test_a_checkpoint_of_another_tokeniser_is_refused(lit_llm, run):
-    line = said(lit_llm("validate", "--run_dir", run, "--ckpt_path", "last", "--data.tokenizer", "bpe-300"))
-    assert "must be" in line
-    assert "but" in line
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_checkpoint_of_another_tokeniser_is_refused(lit_llm, run, texts, command):
+    words = [command, "--run_dir", run, "--ckpt_path", "last", "--data.tokenizer"]
+    assert said(lit_llm(*words, "bpe-257")) == (
+        f"data.tokenizer must be the checkpoint's, but is bpe-257 of {texts}, which differs"
+    )
+    assert said(lit_llm(*words, "bpe-300")) == (
+        "ckpt_path must be a checkpoint of this network, but its network.embed_tokens.weight is (257, 16) where the "
+        "network's is (300, 16)"
+    )
+
+
+def test_a_model_directory_with_a_larger_tokeniser_is_refused(lit_llm, run, texts, tmp_path):
+    assert lit_llm("tokenizer", "--path", texts, "--vocab_size", "300", "--out", tmp_path / "made").code == 0
+    for file in (tmp_path / "made").iterdir():
+        shutil.copy(file, run / "model")
+    line = said(lit_llm("generate", "--model", run, "--prompt", "the cat sat on a mat"))
+    assert re.fullmatch(
+        f"tokenizer must be the network's, of 257 tokens, but in {run} it makes token 2[5-9][0-9]", line
+    )
 
 
 def test_a_full_disk_while_saving_spares_the_last_checkpoint(lit_llm, run, monkeypatch):

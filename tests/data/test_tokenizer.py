@@ -175,3 +175,11 @@ def test_a_tokenizer_that_is_not_there_is_said_in_one_line(tmp_path: Path, spec:
         load_tokenizer(spec)
     assert str(caught.value).startswith(start)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", "[]", '{"added_tokens": []}', '{"added_tokens": [], "model": {}}'])
+def test_a_file_that_is_no_tokenizer_is_said_in_one_line(tmp_path: Path, content: str) -> None:
+    BYTES.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(FileNotFoundError, match=r"\Atokenizer must be [^\n]+, but is [^\n]+\Z"):
+        load_tokenizer(tmp_path)
