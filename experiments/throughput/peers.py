@@ -137,7 +137,8 @@ def hf(setting: Setting) -> None:
         )
     )
     tokens = torch.from_numpy(np.load(Path(setting.folder) / "tokens.npy").astype(np.int64))
-    rows = tokens[: len(tokens) // setting.seq_len * setting.seq_len].view(-1, setting.seq_len)
+    count = (len(tokens) - 1) // setting.seq_len
+    rows = tokens[: count * setting.seq_len].view(count, -1)[np.random.default_rng((0, 0)).permutation(count)]
 
     class Rows(torch.utils.data.Dataset):
         def __len__(self) -> int:
@@ -170,6 +171,7 @@ def hf(setting: Setting) -> None:
         bf16=setting.dtype == "bf16",
         use_cpu=setting.device == "cpu",
         torch_compile=setting.compile,
+        train_sampling_strategy="sequential",  # `rows` are in the others' order already
         logging_steps=10,
         save_strategy="no",
         report_to="none",
