@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -219,7 +221,8 @@ class PretrainedCausalLM(nn.Module):
 
     def save_weights(self, folder: Path) -> None:
         """Writes the weights by the names under which transformers reads them."""
-        self.model.save_pretrained(folder)
+        with _without_bars():
+            self.model.save_pretrained(folder)
 
     def load_weights(self, folder: Path) -> None:
         """Takes the weights of a directory of transformers in place of its own.
@@ -230,15 +233,16 @@ class PretrainedCausalLM(nn.Module):
         from transformers import AutoModelForCausalLM
 
         try:
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder,
-                config=self.model.config,
-                dtype=torch.get_default_dtype(),
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            with _without_bars():
+                model, found = AutoModelForCausalLM.from_pretrained(
+                    folder,
+                    config=self.model.config,
+                    dtype=torch.get_default_dtype(),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
         except RuntimeError as error:
             raise ValueError(
                 f"model must hold the network's tensors, but {folder} does not: {_first(error)}"
@@ -282,6 +286,19 @@ def read_config(config: str | dict[str, Any]) -> PretrainedConfig:
     if made.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(made, "is_decoder", True) is False:
         raise ValueError(f"is_decoder must be true in the config of a causal {made.model_type}, but is false")
     return made
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _first(error: Exception) -> str:

@@ -310,6 +310,13 @@ def test_scaled_positions_go_out_to_transformers_and_come_back(tiny_llama, tmp_p
             (500_000.0, Llama3Scaling(32.0)),
         ),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, (10_000.0, YaRN(4.0, original_max_seq_len=64))),
+        (
+            {
+                "original_max_position_embeddings": 32,
+                "rope_parameters": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+            },
+            (10_000.0, YaRN(4.0, original_max_seq_len=32)),
+        ),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}}, (10_000.0, None)),
     ],
     ids=str,
