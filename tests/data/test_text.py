@@ -263,7 +263,7 @@ def test_a_second_run_tokenises_nothing(corpus: Path, monkeypatch: pytest.Monkey
         raise AssertionError("built again")
 
     monkeypatch.setattr(token_cache, "encode_documents", refuse)
-    monkeypatch.setattr("lit_llm.data.text.train_bpe", refuse)
+    monkeypatch.setattr("lit_llm.data.token_data.train_bpe", refuse)
     second = opened(corpus, tokenizer="bpe-300", seq_len=8, batch_size=1, seed=9)
     assert second.cache.folder == first.cache.folder
     assert by_split(second) == by_split(first)
