@@ -48,13 +48,14 @@ SMALL_DATA = ["--data.tokenizer", "bytes", "--data.validation_fraction", "0.1", 
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
-def test_a_run_file_takes_two_steps(lit_llm, texts, tmp_path, path):
+def test_a_run_file_takes_two_steps(lit_llm, texts, chats, tmp_path, path):
+    of_chats = "InstructionData" in path.read_text()
     outcome = lit_llm(
         "fit",
         "--config",
         path,
         "--data.path",
-        texts,
+        chats if of_chats else texts,
         *SMALL_DATA,
         "--data.seq_len",
         "64",

@@ -62,7 +62,7 @@ class InstructionData(TokenData):
         ValueError: When a row is no conversation, or there are too few for a batch, or to validate on.
 
     Example:
-        >>> data = InstructionData(tokenizer="bytes", max_documents=50, validation_fraction=0.2, seq_len=512, batch_size=2)
+        >>> data = InstructionData(tokenizer="bytes", max_documents=50, validation_fraction=0.2, batch_size=2)
         >>> data.prepare_data(); data.setup("fit")
         >>> sorted(next(iter(data.train_dataloader())))
         ['document_ids', 'input_ids', 'labels', 'positions']

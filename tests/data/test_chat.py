@@ -179,7 +179,10 @@ def test_what_follows_the_last_answer_is_left_out_and_messages_are_cleaned() -> 
 
 UNANSWERED = "set data.unanswered to drop to leave such rows out"
 BAD = [
-    (messages(("user", "a")), f"messages must hold an assistant's turn, but those in {{place}} have none; {UNANSWERED}"),
+    (
+        messages(("user", "a")),
+        f"messages must hold an assistant's turn, but those in {{place}} have none; {UNANSWERED}",
+    ),
     ({"messages": []}, f"messages must hold an assistant's turn, but those in {{place}} have none; {UNANSWERED}"),
     (
         {"prompt": "a", "response": " \n"},

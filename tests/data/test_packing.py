@@ -145,7 +145,9 @@ EXAMPLES = st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=2, max_size=8
 
 @given(EXAMPLES, st.integers(0, 5))
 def test_laid_examples_are_documents_that_keep_their_labels_to_themselves(examples, spare: int) -> None:
-    row = [(np.array(ids, dtype=np.uint16), np.array([bits >> k & 1 for k in range(len(ids))])) for ids, bits in examples]
+    row = [
+        (np.array(ids, dtype=np.uint16), np.array([bits >> k & 1 for k in range(len(ids))])) for ids, bits in examples
+    ]
     seq_len = sum(len(ids) - 1 for ids, _ in row) + spare
     batch = lay_rows([row], seq_len, padding=0)
     assert all(value.shape == (1, seq_len) and value.dtype == torch.long for value in batch.values())
