@@ -190,7 +190,9 @@ class Examples:
 
     Attributes:
         overlong: How many of those there were, by what was done with them.
-        num_rows: Rows that the others are laid into.
+        documents: Index, in the split, of each of the others.
+        lengths: Places that each of those takes in a row.
+        num_rows: Rows that they are laid into.
 
     Raises:
         ValueError: When one is too long, and that is refused.
@@ -216,9 +218,10 @@ class Examples:
         self.overlong = {what: count for what, count in counts.items() if count}
         self.documents = np.flatnonzero(kept)
         self.starts, self.ends = starts[kept], ends[kept]
+        self.lengths = self.ends - self.starts - 1
         self.num_bytes = split.documents["num_bytes"][kept] * labels[kept] / np.maximum(in_all[kept], 1)
         alone = np.arange(len(self.documents)), np.arange(len(self.documents) + 1)
-        self._order, self._edges = pack(self.ends - self.starts - 1, seq_len) if packed else alone
+        self._order, self._edges = pack(self.lengths, seq_len) if packed else alone
         self.num_rows = len(self._edges) - 1
 
     def _labels(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
@@ -227,6 +230,10 @@ class Examples:
             return np.zeros(0, dtype=np.int64)
         sums = np.add.reduceat(self.split.learnt, np.stack([starts + 1, ends], axis=1).ravel(), dtype=np.int64)[::2]
         return np.where(ends - starts > 1, sums, 0)
+
+    def held(self, row: int) -> np.ndarray:
+        """Which of the conversations a row holds."""
+        return self._order[self._edges[row] : self._edges[row + 1]]
 
     def batch(self, rows: np.ndarray, padding: int, with_bytes: bool, with_documents: bool) -> TokenBatch:
         """Lays some of the rows.
@@ -237,8 +244,8 @@ class Examples:
             with_bytes: Add the bytes of the answers.
             with_documents: Add which conversation of the split a label belongs to.
         """
-        held = [self._order[self._edges[row] : self._edges[row + 1]] for row in rows]
-        width = self.seq_len if self.packed else int(max(self.ends[x][0] - self.starts[x][0] for x in held)) - 1
+        held = [self.held(row) for row in rows]
+        width = self.seq_len if self.packed else max(int(self.lengths[x].sum()) for x in held)
         tokens, learnt = self.split.tokens, self.split.learnt
         laid = lay_rows(
             [[(tokens[a:b], learnt[a:b]) for a, b in zip(self.starts[x], self.ends[x], strict=True)] for x in held],
