@@ -44,7 +44,7 @@ def opened(packed: bool) -> InstructionData:
 def batches(examples: Examples, width: int | None) -> list[tuple[dict[str, Tensor], int]]:
     """Batches of as many rows as the budget holds, `width` or the longest of them wide, and their useful tokens."""
     made, rows, longest = [], [], 0
-    for row in np.random.default_rng(0).permutation(examples.num_rows):
+    for row in np.random.default_rng(0).permutation(examples.num_rows).tolist():
         length = width or int(examples.lengths[examples.held(row)].sum())
         if max(longest, length) * (len(rows) + 1) > options.tokens:
             batch = dict(examples.batch(np.array(rows), PADDING, with_bytes=False, with_documents=False))

@@ -244,7 +244,7 @@ class Examples:
             with_bytes: Add the bytes of the answers.
             with_documents: Add which conversation of the split a label belongs to.
         """
-        held = [self.held(row) for row in rows]
+        held = [self.held(row) for row in rows.tolist()]
         width = self.seq_len if self.packed else max(int(self.lengths[x].sum()) for x in held)
         tokens, learnt = self.split.tokens, self.split.learnt
         laid = lay_rows(
