@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jinja2.exceptions import TemplateError
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -184,23 +185,8 @@ def encode_conversation(
         '2<|endoftext|>'
     """
     text, spans = _turns(tokenizer, messages, name)
-    encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids = encoding["input_ids"]
-    starts, ends = np.array(encoding["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
-    special = np.isin(ids, list(_special(tokenizer)))
-    learnt = np.zeros(len(ids), dtype=bool)
-    for start, end in spans:
-        inside = np.flatnonzero((starts < end) & (ends > start))
-        if not len(inside):
-            continue
-        last = inside[-1]
-        if special[inside].any():  # white space after the turn's end is the template's, not the assistant's
-            closing = inside[special[inside]][-1]
-            last = last if text[ends[closing] : end].strip() else closing
-        elif last + 1 < len(ids) and special[last + 1]:  # the mark leaves out the token that ends the turn
-            last += 1
-        learnt[inside[0] : last + 1] = True
-    return ids, learnt
+    [encoding] = _tokens(tokenizer, [text])
+    return encoding.ids, _learnt(encoding, text, spans, _special(tokenizer))
 
 
 def encode_conversations(
@@ -210,21 +196,46 @@ def encode_conversations(
 
     A message that spells a special token would end a turn, or begin one; its conversation is left out.
     """
-    spelt, encoded = list(_special(tokenizer).values()), []
-    for document in documents:
-        messages = json.loads(document.text)
-        if any(token in message["content"] for message in messages for token in spelt):
-            dropped["special token in a message"] += 1
-            encoded.append(None)
-            continue
-        ids, learnt = encode_conversation(tokenizer, messages, document.id)
+    special = _special(tokenizer)
+    conversations = [json.loads(document.text) for document in documents]
+    spelt = [any(token in m["content"] for m in messages for token in special.values()) for messages in conversations]
+    if any(spelt):
+        dropped["special token in a message"] += sum(spelt)
+    kept = [(document.id, messages) for document, messages, no in zip(documents, conversations, spelt) if not no]
+    turns = [_turns(tokenizer, messages, name) for name, messages in kept]
+    encoded = []
+    for (name, messages), (text, spans), tokens in zip(kept, turns, _tokens(tokenizer, [text for text, _ in turns])):
+        learnt = _learnt(tokens, text, spans, special)
         if not learnt.any():
-            raise ValueError(
-                f"data.chat_template must render what the assistant says, but nothing of it is in {document.id}"
-            )
+            raise ValueError(f"data.chat_template must render what the assistant says, but nothing of it is in {name}")
         said = sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
-        encoded.append(Encoded(ids, said, learnt))
-    return encoded
+        encoded.append(Encoded(tokens.ids, said, learnt))
+    rest = iter(encoded)
+    return [None if no else next(rest) for no in spelt]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Encoding]:
+    """Texts with special tokens in them as tokens, on all cores."""
+    return tokenizer(texts, add_special_tokens=False).encodings if texts else []
+
+
+def _learnt(tokens: Encoding, text: str, spans: list[tuple[int, int]], special: dict[int, str]) -> np.ndarray:
+    """Which tokens lie in the spans of text, with what ends each."""
+    starts, ends = np.array(tokens.offsets, dtype=np.int64).reshape(-1, 2).T
+    is_special = np.isin(tokens.ids, list(special))
+    learnt = np.zeros(len(tokens.ids), dtype=bool)
+    for start, end in spans:
+        inside = np.flatnonzero((starts < end) & (ends > start))
+        if not len(inside):
+            continue
+        last = inside[-1]
+        if is_special[inside].any():  # white space after the turn's end is the template's, not the assistant's
+            closing = inside[is_special[inside]][-1]
+            last = last if text[ends[closing] : end].strip() else closing
+        elif last + 1 < len(learnt) and is_special[last + 1]:  # the mark leaves out the token that ends the turn
+            last += 1
+        learnt[inside[0] : last + 1] = True
+    return learnt
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -245,6 +245,8 @@ def test_the_template_goes_with_the_tokeniser_into_checkpoints(chat: Path, tmp_p
     other = opened(chat, chat_template=str(tmp_path / "other.jinja"))
     assert other.tokenizer.chat_template != CHAT_TEMPLATE
     assert other.cache.folder != data.cache.folder
+    (tmp_path / "other.jinja").write_text("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}")
+    assert opened(chat, chat_template=str(tmp_path / "other.jinja")).cache.folder != other.cache.folder
 
 
 def test_a_tokeniser_is_trained_on_the_training_conversations(chat: Path) -> None:
