@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 import torch
 from jaxtyping import Float, Int
@@ -53,7 +53,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     seed: int | None = None,
-    stop: int | None = None,
+    stop: int | Collection[int] = (),
     on_tokens: Callable[[list[int | None]], None] | None = None,
 ) -> list[list[int]]:
     """Continues each prompt.
@@ -68,7 +68,7 @@ def generate(
         top_k: As in `choose`.
         top_p: As in `choose`.
         seed: Of the draws; the same seed gives the same text.
-        stop: Token that ends a text; it is not part of the result.
+        stop: Token, or any of several, that ends a text; it is not part of the result.
         on_tokens: Called after each step with the new token of each prompt, `None` for those that have ended.
 
     Returns:
@@ -94,6 +94,7 @@ def generate(
             f"max_new_tokens must be at most {max(limit - longest, 0)}, which is what the network's max_seq_len "
             f"{limit} leaves after a prompt of {longest} tokens, but is {max_new_tokens}"
         )
+    stops = {stop} if isinstance(stop, int) else set(stop)
     device = next(network.parameters()).device
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
@@ -116,7 +117,7 @@ def generate(
             chosen = choose(logits, temperature, top_k, top_p, generator)
             new: list[int | None] = []
             for index, token in enumerate(chosen.tolist()):
-                ended[index] = ended[index] or token == stop
+                ended[index] = ended[index] or token in stops
                 new.append(None if ended[index] else token)
                 if not ended[index]:
                     texts[index].append(token)

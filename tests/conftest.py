@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
 
 import functools
+import json
 import random
 import sys
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.writing import REPOSITORY, prose
+from tests.writing import REPOSITORY, pairs, prose
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -135,6 +136,14 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = " ".join(chance.choices(words, k=40)) + f" {number}\n"
         (folder / f"{number:02d}.txt").write_text(text, encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of eighty small conversations."""
+    path = tmp_path_factory.mktemp("chats") / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs(80)), encoding="utf-8")
+    return path
 
 
 @pytest.fixture

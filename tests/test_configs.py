@@ -50,7 +50,8 @@ SMALL_DATA = ["--data.tokenizer", "bytes", "--data.validation_fraction", "0.1", 
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
-def test_a_run_file_takes_two_steps(lit_llm, tiny_llama, texts, tmp_path, path):
+def test_a_run_file_takes_two_steps(lit_llm, tiny_llama, texts, chats, tmp_path, path):
+    of_chats = "InstructionData" in path.read_text()
     start = []
     if "weights" in yaml.safe_load(path.read_text())["model"]["init_args"]:
         save_model(tmp_path / "start", tiny_llama(vocab_size=257), byte_tokenizer())
@@ -61,7 +62,7 @@ def test_a_run_file_takes_two_steps(lit_llm, tiny_llama, texts, tmp_path, path):
         path,
         *start,
         "--data.path",
-        texts,
+        chats if of_chats else texts,
         *SMALL_DATA,
         "--data.seq_len",
         "64",

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import json
 import pkgutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -243,34 +245,51 @@ class TestObjective:
 
 @pytest.mark.parametrize("kind", DATA_MODULES)
 class TestDataModule:
-    def data(self, kind, corpus) -> LightningDataModule:
-        made = kind(path=str(corpus), tokenizer="bytes", seq_len=16, batch_size=3, validation_fraction=0.2)
-        made.prepare_data()
-        made.setup("fit")
-        return made
+    @pytest.fixture
+    def data(self, kind, corpus, chats) -> Callable[[], LightningDataModule]:
+        """Makes one of what it reads: texts or conversations."""
+        path = chats if "messages" in inspect.signature(kind).parameters else corpus
 
-    def test_batches_have_the_fields_of_the_contract(self, kind, corpus):
-        batch = next(iter(self.data(kind, corpus).train_dataloader()))
+        def make() -> LightningDataModule:
+            made = kind(path=str(path), tokenizer="bytes", seq_len=128, batch_size=3, validation_fraction=0.2)
+            made.prepare_data()
+            made.setup("fit")
+            return made
+
+        return make
+
+    def test_batches_have_the_fields_of_the_contract(self, kind, data):
+        batch = next(iter(data().train_dataloader()))
         assert set(batch) <= set(lit_llm.batch.TokenBatch.__annotations__)
-        assert batch["input_ids"].shape == batch["labels"].shape == (3, 16)
-        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.long
-        assert torch.equal(batch["input_ids"][:, 1:], batch["labels"][:, :-1])
+        ids, labels = batch["input_ids"], batch["labels"]
+        assert ids.shape == labels.shape == (3, 128)
+        assert ids.dtype == labels.dtype == torch.long
+        documents = batch.get("document_ids", torch.zeros_like(ids))
+        inside = (labels[:, :-1] != IGNORE_INDEX) & (documents[:, :-1] == documents[:, 1:])
+        assert inside.any()
+        assert torch.equal(ids[:, 1:][inside], labels[:, :-1][inside])
 
-    def test_the_same_seed_gives_the_same_order(self, kind, corpus):
-        first, second = (list(self.data(kind, corpus).train_dataloader()) for _ in range(2))
+    def test_the_facts_that_others_ask_for_are_there(self, kind, data):
+        made = data()
+        assert (made.vocab_size, made.seq_len) == (257, 128)
+        assert json.loads(json.dumps(made.manifest))["splits"]["train"]["documents"] > 0
+        data().load_state_dict(made.state_dict())
+
+    def test_the_same_seed_gives_the_same_order(self, kind, data):
+        first, second = (list(data().train_dataloader()) for _ in range(2))
         assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))
 
-    def test_it_goes_on_where_it_stopped(self, kind, corpus):
-        whole = list(self.data(kind, corpus).train_dataloader())
-        loader = self.data(kind, corpus).train_dataloader()
+    def test_it_goes_on_where_it_stopped(self, kind, data):
+        whole = list(data().train_dataloader())
+        loader = data().train_dataloader()
         reading = iter(loader)
-        for _ in range(4):
+        for _ in range(2):
             next(reading)
-        fresh = self.data(kind, corpus).train_dataloader()
+        fresh = data().train_dataloader()
         fresh.load_state_dict(loader.state_dict())
         rest = list(fresh)
-        assert len(rest) == len(whole) - 4
-        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(whole[4:], rest, strict=True))
+        assert len(rest) == len(whole) - 2 > 0
+        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(whole[2:], rest, strict=True))
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)

@@ -41,6 +41,16 @@ def prose(number: int) -> str:
     return f"Letter {number}\n\n" + " ".join(draw.choices(ENGLISH, k=40)) + ".\n"
 
 
+def pairs(count: int) -> list[dict[str, str]]:
+    """Questions and answers, no two alike, of 40 to 110 bytes with the template of a tokeniser without one."""
+    draw = random.Random(0)
+    lengths = [draw.randint(1, 12) for _ in range(count)]
+    return [
+        {"prompt": f"{n} {' '.join(draw.choices(ENGLISH, k=2))}?", "response": " ".join(draw.choices(ENGLISH, k=k))}
+        for n, k in enumerate(lengths)
+    ]
+
+
 def exactly(message: str) -> str:
     """A pattern for `pytest.raises(match=…)` that the whole message must match."""
     return rf"\A{re.escape(message)}\Z"

@@ -1,17 +1,24 @@
-"""`lit-llm generate`: continue prompts with a trained language model."""
+"""`lit-llm generate`: continue prompts with a trained language model, or converse with one."""
 
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from lit_llm.cli.parser import OneLineArguments
 
+log = logging.getLogger(__name__)
+
 
 def run(words: list[str]) -> None:
     """Runs the command; `words` begins with its name."""
-    options = vars(_parser().parse_args(words[1:]))
+    parser = _parser()
+    options = vars(parser.parse_args(words[1:]))
+    if not options["prompt"] and not options["chat"]:
+        parser.error("the following arguments are required: --prompt, or --chat")
     from lit_llm.cli.allocator import keep_freed_memory
 
     keep_freed_memory()
@@ -21,11 +28,16 @@ def run(words: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineArguments(
         prog="lit-llm generate",
-        description="Continue prompts with a trained language model. Several prompts are continued together.",
-        epilog='example: lit-llm generate --model runs/llama_stdlib/<time>/model --prompt "def main(" --seed 1',
+        description="Continue prompts with a trained language model. Several prompts are continued together. With "
+        "--chat a prompt is what a user says, and only the reply is printed; without one, lines are read until the "
+        "input ends, as one conversation.",
+        epilog='examples: lit-llm generate --model runs/llama_stdlib/<time>/model --prompt "def main(" --seed 1; '
+        "lit-llm generate --model runs/llama_instructions/<time> --chat",
     )
     parser.add_argument("--model", required=True, help="a model directory, a run folder or a checkpoint file")
-    parser.add_argument("--prompt", required=True, action="append", help="text to continue; may be given many times")
+    parser.add_argument("--prompt", action="append", help="text to continue; may be given many times")
+    parser.add_argument("--chat", action="store_true", help="converse, by the chat template of the model's tokeniser")
+    parser.add_argument("--system", help="with --chat: what the model is told before the conversation")
     parser.add_argument(
         "--max_new_tokens", type=int, help="most tokens added to each (default 128, or what the model has room for)"
     )
@@ -48,7 +60,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def generate(
     model: str,
-    prompt: list[str],
+    prompt: list[str] | None,
+    chat: bool,
+    system: str | None,
     max_new_tokens: int | None,
     temperature: float,
     top_k: int | None,
@@ -57,49 +71,98 @@ def generate(
     stream: bool | None,
     device: str,
 ) -> None:
-    """Prints each prompt with its continuation; arguments as in `lit-llm generate --help`.
+    """Prints each prompt with its continuation, or the replies; arguments as in `lit-llm generate --help`.
 
     Raises:
-        ValueError: When the model has no tokeniser, or one that is not its own, or an option is out of range.
+        ValueError: When the model has no tokeniser, one that is not its own or, to chat, no template, or an option is
+            out of range.
     """
     import torch
 
     from lit_llm.checkpoints import load_model
+    from lit_llm.data.chat import prompt_ids, turn_ends
     from lit_llm.data.tokenizer import boundary_id
     from lit_llm.generation import generate as continue_prompts
 
+    if system is not None and not chat:
+        raise ValueError("--system must be given with --chat, but is given without")
     network, tokenizer = load_model(model)
     if tokenizer is None:
         raise ValueError(f"model must come with a tokeniser to read prompts, but {model} has none")
+    if chat and not tokenizer.chat_template:
+        raise ValueError(
+            f"model must have a chat template for --chat, but {model} has none; tune it on conversations, as "
+            f"configs/finetuning/llama_instructions.yaml does, or leave --chat out"
+        )
     if device == "auto":
         device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     try:
         network.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be one that torch finds here, but is {device}: {error}") from error
+    limit = getattr(network, "max_seq_len", sys.maxsize)
     boundary = boundary_id(tokenizer)
-    prompts = [[boundary, *tokenizer.encode(text, add_special_tokens=False)] for text in prompt]
-    largest, size = max(map(max, prompts)), getattr(network, "vocab_size", sys.maxsize)
-    if largest >= size:
-        raise ValueError(f"tokenizer must be the network's, of {size} tokens, but in {model} it makes token {largest}")
-    if max_new_tokens is None:
-        room = getattr(network, "max_seq_len", sys.maxsize) - max(map(len, prompts))
-        max_new_tokens = max(1, min(128, room))
+    stop = turn_ends(tokenizer) if chat else {boundary}
+
+    def write(prompts: list[list[int]], writer: _Writer | None) -> list[list[int]]:
+        largest, size = max(map(max, prompts)), getattr(network, "vocab_size", sys.maxsize)
+        if largest >= size:
+            raise ValueError(
+                f"tokenizer must be the network's, of {size} tokens, but in {model} it makes token {largest}"
+            )
+        new = max(1, min(128, limit - max(map(len, prompts)))) if max_new_tokens is None else max_new_tokens
+        on_tokens = writer and writer.write
+        return continue_prompts(network, prompts, new, temperature, top_k, top_p, seed, stop, on_tokens)
+
+    told = [{"role": "system", "content": system}] if system is not None else []
+    if not prompt:
+        wanted = min(128, limit // 4) if max_new_tokens is None else max_new_tokens
+        _converse(tokenizer, told, limit - wanted, lambda ids: write([ids], _Writer(tokenizer, []))[0])
+        return
+    if chat:
+        prompts = [prompt_ids(tokenizer, [*told, {"role": "user", "content": text}]) for text in prompt]
+        shown: list[list[int]] = [[] for _ in prompt]
+    else:
+        shown = [tokenizer.encode(text, add_special_tokens=False) for text in prompt]
+        prompts = [[boundary, *ids] for ids in shown]
     if stream is None:
         stream = len(prompt) == 1 and sys.stdout.isatty()
     if stream and len(prompt) > 1:
         raise ValueError(f"--stream must be given with one prompt, but there are {len(prompt)}")
-    writer = _Writer(tokenizer, prompts[0][1:]) if stream else None
-    texts = continue_prompts(
-        network, prompts, max_new_tokens, temperature, top_k, top_p, seed, boundary, writer and writer.write
-    )
-    if writer:
+    texts = write(prompts, _Writer(tokenizer, shown[0]) if stream else None)
+    if stream:
         print()
         return
-    for number, (ids, new) in enumerate(zip(prompts, texts, strict=True)):
+    for number, (ids, new) in enumerate(zip(shown, texts, strict=True)):
         if len(prompt) > 1:
             print(f"--- {number + 1}")
-        print(tokenizer.decode(ids[1:] + new))
+        print(tokenizer.decode(ids + new))
+
+
+def _converse(
+    tokenizer: Any, messages: list[dict[str, str]], max_prompt: int, reply: Callable[[list[int]], list[int]]
+) -> None:
+    """Answers each line of the input, with what was said before it, as far back as the network reads."""
+    from lit_llm.data.chat import prompt_ids
+
+    first = len(messages)
+    cue = "> " if sys.stdin.isatty() else ""
+    while True:
+        try:
+            said = input(cue)
+        except EOFError:
+            return
+        if not said.strip():
+            continue
+        messages.append({"role": "user", "content": said})
+        ids = prompt_ids(tokenizer, messages)
+        while len(ids) > max_prompt and len(messages) > first + 1:
+            del messages[first : first + 2]
+            ids = prompt_ids(tokenizer, messages)
+            log.info("(The oldest question and answer are forgotten: the model reads no more.)")
+        answer = tokenizer.decode(reply(ids), skip_special_tokens=True)
+        print(flush=True)
+        messages.append({"role": "assistant", "content": answer})
 
 
 class _Writer:

@@ -1,11 +1,14 @@
-"""The corpora every machine already has: Python's own standard library as code, and its manual's topics as prose."""
+"""The corpora every machine already has: Python's library as code, its manual as prose, its docstrings as answers."""
 
 from __future__ import annotations
 
+import ast
 import io
+import json
 import os
 import sysconfig
 import tokenize
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -68,3 +71,30 @@ def stdlib() -> Iterator[Document]:
 
 EMBEDDED = {"stdlib": stdlib, "stdlib-code": stdlib_code, "stdlib-prose": stdlib_prose}
 """Names that a data module's `path` understands besides files and hub data sets."""
+
+
+def stdlib_instructions() -> Iterator[Document]:
+    """About 6,100 conversations of 140 characters: what does this function do? Its docstring's first paragraph.
+
+    Each is a list of messages in JSON. Tests and the programs that come with the library are left out.
+    """
+    foreign = {"test", "tests", "idlelib", "lib2to3", "turtledemo"}
+    for document in stdlib_code():
+        if foreign & set(document.id.split("/")):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):
+                tree = ast.parse(document.text)
+        except SyntaxError:
+            continue
+        module = document.id.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for node in ast.walk(tree):
+            answer = isinstance(node, ast.FunctionDef) and (ast.get_docstring(node) or "").partition("\n\n")[0].strip()
+            if answer:
+                question = f"What does this function of {module} do?\n\ndef {node.name}({ast.unparse(node.args)}):"
+                messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+                yield Document(f"{document.id}:{node.lineno}", json.dumps(messages, ensure_ascii=False))
+
+
+INSTRUCTIONS = {"stdlib-instructions": stdlib_instructions}
+"""The same for conversations."""

@@ -8,10 +8,11 @@ import itertools
 import logging
 import re
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lit_llm.data.corpora import EMBEDDED, Document, stdlib_files
 
@@ -27,6 +28,55 @@ TABLE_FORMATS = {
 }
 PIECE_CHARACTERS = 8192
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+class Rows(ABC):
+    """What is made of the rows of a table. A subclass is a frozen dataclass: its fields are part of an identity."""
+
+    embedded: ClassVar[dict[str, Callable[[], Iterator[Document]]]]
+    """The corpora that have such rows and need no file."""
+
+    text_files: ClassVar[bool]
+    """Whether files of text will do as well."""
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """Those that stay text, also where a CSV file spells a number or `NA` in them."""
+
+    @abstractmethod
+    def text(self, row: dict[str, Any], number: int, path: str) -> str:
+        """The text of a row's document; `number` and `path` say which row of what it is."""
+
+
+@dataclass(frozen=True)
+class TextColumn(Rows):
+    """Rows whose text is one column."""
+
+    column: str = "text"
+    embedded = EMBEDDED
+    text_files = True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The one."""
+        return (self.column,)
+
+    def text(self, row: dict[str, Any], number: int, path: str) -> str:
+        """What stands in the column; nothing where it is null.
+
+        Raises:
+            ValueError: When there is no such column.
+            TypeError: When it holds something else.
+        """
+        if self.column not in row:
+            raise ValueError(f"data.column must be one of {', '.join(row)} in {path}, but is {self.column!r}")
+        text = "" if row[self.column] is None else row[self.column]
+        if not isinstance(text, str):
+            raise TypeError(
+                f"data.column must hold text, but {self.column!r} holds {type(text).__name__} in row {number} of {path}"
+            )
+        return text
 
 
 @dataclass(frozen=True)
@@ -58,7 +108,11 @@ class Corpus:
 
 
 def open_corpus(
-    path: str, subset: str | None = None, column: str = "text", streaming: bool = False, in_pieces: bool = True
+    path: str,
+    subset: str | None = None,
+    column: str | Rows = "text",
+    streaming: bool = False,
+    in_pieces: bool = True,
 ) -> Corpus:
     """Finds out what `path` is and how to read it.
 
@@ -66,7 +120,7 @@ def open_corpus(
         path: The name of an embedded corpus (`stdlib`, `stdlib-code`, `stdlib-prose`), a file (`.txt`, `.md`, `.py`,
             `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of such files, or a data set on the hub.
         subset: Configuration of a hub data set, or of a folder in its layout.
-        column: Where a table keeps the text.
+        column: Where a table keeps the text, or what else is made of its rows.
         streaming: Read a hub data set as it comes, without downloading all of it first.
         in_pieces: Cut a single file of text into documents of about 8,192 characters; otherwise it is one document.
 
@@ -74,13 +128,16 @@ def open_corpus(
         FileNotFoundError: When there is nothing at `path`.
         ValueError: When there is something, but no text in it.
     """
-    if path in EMBEDDED:
+    rows: Rows = TextColumn(column) if isinstance(column, str) else column
+    if path in rows.embedded:
         identity = {"embedded": path, "python": sys.version.split()[0], "files": _stamps(stdlib_files())}
-        return Corpus(path, identity, lambda limit=None: itertools.islice(EMBEDDED[path](), limit))
+        return Corpus(path, identity, lambda limit=None: itertools.islice(rows.embedded[path](), limit))
     where = Path(path).expanduser()
     if where.is_file():
         if where.suffix in TABLE_FORMATS:
-            return _table(path, [where], column)
+            return _table(path, [where], rows)
+        if not rows.text_files:
+            raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but is {path}")
         documents = _pieces if in_pieces else lambda file: _whole(file.parent, [file])
         return Corpus(path, {"text": _stamps([where])}, lambda limit=None: itertools.islice(documents(where), limit))
     if where.is_dir():
@@ -88,20 +145,20 @@ def open_corpus(
         files = sorted(p for p in visible if p.is_file())
         texts = [p for p in files if p.suffix in TEXT_SUFFIXES]
         tables = [p for p in files if p.suffix in TABLE_FORMATS]
-        if tables and all(p.name == "README.md" for p in texts):
-            return _hub(path, subset, column, streaming, {"tables": _stamps(tables)}, _reading(tables, column))
-        if texts:
+        if tables and (not rows.text_files or all(p.name == "README.md" for p in texts)):
+            return _hub(path, subset, rows, streaming, {"tables": _stamps(tables)}, _reading(tables, rows))
+        if texts and rows.text_files:
             if tables:
                 log.info(f"Reading {len(texts)} text files of {path}; {len(tables)} tables beside them are left out")
             return Corpus(path, {"text": _stamps(texts)}, lambda limit=None: _whole(where, texts[:limit]))
-        known = ", ".join([*TEXT_SUFFIXES, *TABLE_FORMATS])
+        known = ", ".join([*(TEXT_SUFFIXES if rows.text_files else ()), *TABLE_FORMATS])
         raise ValueError(f"data.path must hold files of text ({known}), but is {path} with {len(files)} other files")
     if where.is_absolute() or where.suffix in (*TEXT_SUFFIXES, *TABLE_FORMATS) or not HUB_NAME.fullmatch(path):
         raise FileNotFoundError(
-            f"data.path must be a file, a folder, a hub data set or one of {', '.join(EMBEDDED)}, "
+            f"data.path must be a file, a folder, a hub data set or one of {', '.join(rows.embedded)}, "
             f"but is {path}, which does not exist"
         )
-    return _hub(path, subset, column, streaming, {"hub": path})
+    return _hub(path, subset, rows, streaming, {"hub": path})
 
 
 def _stamps(files: list[Path]) -> str:
@@ -144,35 +201,39 @@ def _pieces(path: Path) -> Iterator[Document]:
         start, number = end, number + 1
 
 
-def _table(path: str, files: list[Path], column: str) -> Corpus:
+def _table(path: str, files: list[Path], rows: Rows) -> Corpus:
     from datasets import load_dataset
     from datasets.utils.logging import set_verbosity
 
     set_verbosity(logging.CRITICAL)  # errors are said once, by us
 
     def load() -> Any:
-        kind, options = TABLE_FORMATS[files[0].suffix], _reading(files, column)
+        kind, options = TABLE_FORMATS[files[0].suffix], _reading(files, rows)
         return load_dataset(kind, data_files=[str(p) for p in files], split="train", streaming=True, **options)
 
     return Corpus(
         path,
-        {"table": _stamps(files), "column": column},
-        lambda limit=None: itertools.islice(_rows(load, column, path, prefix=files[0].name, split=None), limit),
+        {"table": _stamps(files), **asdict(rows)},
+        lambda limit=None: itertools.islice(_documents(load, rows, path, prefix=files[0].name, split=None), limit),
     )
 
 
-def _reading(files: list[Path], column: str) -> dict[str, Any]:
+def _reading(files: list[Path], rows: Rows) -> dict[str, Any]:
     """Options of pandas for CSV and TSV: text stays text, also where it spells a number or `NA`."""
     suffixes = {path.suffix for path in files}
     if not suffixes <= {".csv", ".tsv"}:
         return {}
-    return {"sep": "\t" if ".tsv" in suffixes else ",", "converters": {column: str}, "keep_default_na": False}
+    return {
+        "sep": "\t" if ".tsv" in suffixes else ",",
+        "converters": dict.fromkeys(rows.columns, str),
+        "keep_default_na": False,
+    }
 
 
 def _hub(
     path: str,
     subset: str | None,
-    column: str,
+    rows: Rows,
     streaming: bool,
     identity: dict[str, Any],
     options: dict[str, Any] | None = None,
@@ -186,7 +247,7 @@ def _hub(
     except Exception as error:  # the library raises dozens of kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
-            f"data.path must be a file, a folder, a hub data set or one of {', '.join(EMBEDDED)}, "
+            f"data.path must be a file, a folder, a hub data set or one of {', '.join(rows.embedded)}, "
             f"but is {path!r} (subset {subset!r}): {reason}"
         ) from error
     local = Path(path).is_dir()
@@ -196,11 +257,11 @@ def _hub(
         for split in sorted(splits, key=lambda s: _kind(s) == "train"):
             stream = streaming or local or limit is not None
             load = functools.partial(load_dataset, path, subset, split=split, streaming=stream, **(options or {}))
-            yield from itertools.islice(_rows(load, column, path, split, _kind(split)), limit)
+            yield from itertools.islice(_documents(load, rows, path, split, _kind(split)), limit)
 
     return Corpus(
         path,
-        {**identity, "subset": subset, "column": column},
+        {**identity, "subset": subset, **asdict(rows)},
         read,
         has_validation="validation" in map(_kind, splits),
         has_test="test" in map(_kind, splits),
@@ -213,7 +274,7 @@ def _kind(split: str) -> str:
     return next((kind for start, kind in kinds.items() if split.startswith(start)), "train")
 
 
-def _rows(load: Callable[[], Any], column: str, path: str, prefix: str, split: str | None) -> Iterator[Document]:
+def _documents(load: Callable[[], Any], rows: Rows, path: str, prefix: str, split: str | None) -> Iterator[Document]:
     remaining: Iterator[Any] | None = None
     while True:
         try:
@@ -224,11 +285,4 @@ def _rows(load: Callable[[], Any], column: str, path: str, prefix: str, split: s
         except Exception as error:  # each format's reader raises its own kinds
             reason = " ".join(str(error.__cause__ or error).split())
             raise ValueError(f"data.path must be a table that can be read, but {path} is not: {reason}") from error
-        if column not in row:
-            raise ValueError(f"data.column must be one of {', '.join(row)} in {path}, but is {column!r}")
-        text = "" if row[column] is None else row[column]
-        if not isinstance(text, str):
-            raise TypeError(
-                f"data.column must hold text, but {column!r} holds {type(text).__name__} in row {number} of {path}"
-            )
-        yield Document(f"{prefix}/{number}", text, split)
+        yield Document(f"{prefix}/{number}", rows.text(row, number, path), split)

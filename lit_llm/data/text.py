@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import logging
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import TokenBatch
@@ -21,28 +18,14 @@ from lit_llm.data.documents import Corpus, open_corpus
 from lit_llm.data.packing import cut_rows, document_ids, label_documents, num_rows
 from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.sampling import BatchLoader, StreamLoader
-from lit_llm.data.token_cache import (
-    TokenCache,
-    TokenSplit,
-    build_cache,
-    cache_folder,
-    cache_name,
-    cut_documents,
-    split_documents,
-)
-from lit_llm.data.tokenizer import (
-    boundary_id,
-    fingerprint,
-    load_tokenizer,
-    training_of,
-)
-
-log = logging.getLogger(__name__)
+from lit_llm.data.token_cache import TokenSplit, cut_documents, split_documents
+from lit_llm.data.token_data import TokenData
+from lit_llm.data.tokenizer import boundary_id
 
 STREAM_CHUNK = 64
 
 
-class TextData(LightningDataModule):
+class TextData(TokenData):
     """Rows of tokens from any text.
 
     Documents are cleaned, put into a split by a hash of their content (so that none is in two splits, and one stays
@@ -99,64 +82,22 @@ class TextData(LightningDataModule):
         mask_documents: bool = False,
         seed: int = 0,
     ) -> None:
-        super().__init__()
-        for name, value in {"seq_len": seq_len, "batch_size": batch_size, "max_documents": max_documents}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be at least 1, but is {value}")
-        if validation_fraction < 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, "
-                f"but are {validation_fraction} and {test_fraction}"
-            )
-        self.path, self.subset, self.column = path, subset, column
-        self.max_documents, self.streaming = max_documents, streaming
-        self.cleaning = cleaning
-        self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
+        super().__init__(
+            path,
+            subset,
+            max_documents,
+            cleaning,
+            validation_fraction,
+            test_fraction,
+            tokenizer,
+            seq_len,
+            batch_size,
+            seed,
+        )
+        self.column, self.streaming, self.mask_documents = column, streaming, mask_documents
         self.split_by = split_by
-        self.tokenizer_spec = tokenizer
-        self.seq_len, self.batch_size, self.mask_documents = seq_len, batch_size, mask_documents
-        self.seed = seed
-        self.cache: TokenCache | None = None
 
-    # Facts that objectives and model directories ask for.
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokeniser; there from `setup` on."""
-        return self._cache.tokenizer
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens; there from `setup` on."""
-        return self._cache.manifest["vocab_size"]
-
-    @property
-    def manifest(self) -> dict[str, Any]:
-        """What the data is and how it was made; there from `setup` on."""
-        return self._cache.manifest
-
-    @property
-    def _cache(self) -> TokenCache:
-        if self.cache is None:
-            self.prepare_data()
-            self.setup("fit")
-        assert self.cache is not None
-        return self.cache
-
-    # Lightning's hooks.
-
-    def prepare_data(self) -> None:
-        """Makes the token cache where there is none yet."""
-        self._open_cache()
-
-    def setup(self, stage: str) -> None:
-        """Maps the cache into memory and refuses data that cannot do what `stage` needs."""
-        if self.cache is None:
-            self.cache = self._open_cache()
-        if stage == "fit":
-            self._check_train()
-        if stage in ("fit", "validate") and self.validation_fraction > 0:
-            self._check_validation()
+    # How rows are made.
 
     def train_dataloader(self) -> BatchLoader | StreamLoader:
         """Rows in an order drawn anew each epoch, or as the stream brings them."""
@@ -167,50 +108,9 @@ class TextData(LightningDataModule):
         rows = (len(split.tokens) - 1) // self.seq_len  # a row that is not full waits for more text
         return self._loader(split, rows, self.seed, rank, world_size)
 
-    def val_dataloader(self) -> BatchLoader | list[Any]:
-        """All rows of the validation split, in order, each once whatever the number of processes."""
-        return self._evaluation_loader("validation")
-
-    def test_dataloader(self) -> BatchLoader | list[Any]:
-        """All rows of the test split, as in validation."""
-        return self._evaluation_loader("test")
-
-    def predict_dataloader(self) -> BatchLoader | list[Any]:
-        """The test split, or where there is none the validation split, with each label's document."""
-        return self._evaluation_loader(self.predict_split.name, with_documents=True)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The tokeniser's files, so that a checkpoint can read and write text on its own."""
-        folder = self._cache.folder / "tokenizer"
-        return {"tokenizer": {path.name: path.read_text(encoding="utf-8") for path in sorted(folder.iterdir())}}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose tokens mean something else.
-
-        Raises:
-            ValueError: When the checkpoint's tokeniser is not this data's.
-        """
-        if state_dict["tokenizer"]["tokenizer.json"] != self.state_dict()["tokenizer"]["tokenizer.json"]:
-            raise ValueError(
-                f"data.tokenizer must be the checkpoint's, but is {self.tokenizer_spec} of {self.path}, which differs"
-            )
-
-    # How rows are made.
-
-    @property
-    def predict_split(self) -> TokenSplit:
-        """The split that `predict` reads."""
-        return self._cache.split("test" if self.split_rows("test") else "validation")
-
     def split_rows(self, name: str) -> int:
         """Rows of a split, a last and partly filled one included."""
         return num_rows(len(self._cache.split(name).tokens), self.seq_len)
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
 
     def _evaluation_loader(self, name: str, with_documents: bool = False) -> BatchLoader | list[Any]:
         rows = self.split_rows(name)
@@ -259,41 +159,16 @@ class TextData(LightningDataModule):
         corpus = open_corpus(self.path, self.subset, self.column, self.streaming, in_pieces)
         return corpus if self.max_documents is None else corpus.head(self.max_documents)
 
+    def _corpus_to_tokenize(self) -> Corpus:
+        return self._corpus().head(10_000) if self.streaming else self._corpus()
+
     def _split(self, corpus: Corpus, dropped: Counter[str]) -> Iterator[tuple[Document, int, str]]:
         split = split_documents if self.split_by == "document" else cut_documents
         return split(corpus, self.cleaning, self.validation_fraction, self.test_fraction, dropped)
 
-    def _open_cache(self) -> TokenCache:
-        corpus = self._corpus()
-        if self.streaming:
-            corpus = corpus.head(10_000)
-        train = training_of(self.tokenizer_spec)
-        ready = None if train else load_tokenizer(self.tokenizer_spec)
-        description = {
-            "corpus": corpus.name,
-            "identity": corpus.identity,
-            "cleaning": asdict(self.cleaning),
-            "validation_fraction": self.validation_fraction,
-            "test_fraction": self.test_fraction,
-            "tokenizer": self.tokenizer_spec,
-        }
-        if self.split_by != "document":  # what was made before there was a choice keeps its name
-            description["split_by"] = self.split_by
-        name = cache_name(**description, fingerprint=fingerprint(ready) if ready else None)
-        folder = cache_folder() / "tokens" / name
-        if cache := TokenCache.open(folder):
-            return cache
-
-        def documents(dropped: Counter[str]) -> Iterator[tuple[Document, int, str]]:
-            found = False
-            for item in self._split(corpus, dropped):
-                found = True
-                yield item
-            if not found:
-                reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no documents"
-                raise ValueError(f"data.path must hold text, but {self.path} has none ({reasons})")
-
-        return build_cache(folder, documents, train or (lambda texts: ready), description, log.info)
+    def _recipe(self, ready: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+        # What was made before there was a choice keeps its name.
+        return {} if self.split_by == "document" else {"split_by": self.split_by}
 
     def _check_train(self) -> None:
         tokens = len(self._cache.split("train").tokens)
@@ -303,21 +178,8 @@ class TextData(LightningDataModule):
                 f"data.seq_len must leave at least one row to train on, but is {self.seq_len} where the training "
                 f"split of {self.path} has {tokens:,} tokens; lower it or give more text"
             )
-        needed = self.batch_size * self._place[1]
-        if rows < needed and not self.streaming:
-            raise ValueError(
-                f"data.batch_size must be at most the rows there are to train on, but is {self.batch_size} on "
-                f"{self._place[1]} devices where the training split of {self.path} has {rows} rows of {self.seq_len} "
-                f"tokens; lower it or data.seq_len"
-            )
-
-    def _check_validation(self) -> None:
-        if not self.split_rows("validation"):
-            total = sum(split["documents"] for split in self.manifest["splits"].values())
-            raise ValueError(
-                f"data.validation_fraction must leave a document to validate on, but is {self.validation_fraction}, "
-                f"which takes none of the {total} of {self.path}; raise it, or set it to 0 to go without"
-            )
+        if not self.streaming:
+            self._check_batch(rows, "lower it or data.seq_len")
 
 
 def read_texts(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -38,6 +38,31 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-llm"
 
 
+class Encoded(NamedTuple):
+    """A document as tokens.
+
+    Attributes:
+        ids: Its tokens, without the boundary.
+        num_bytes: UTF-8 bytes of text that are to be predicted.
+        learnt: For each token whether it is to be predicted; `None` where all are.
+    """
+
+    ids: list[int] | np.ndarray
+    num_bytes: int
+    learnt: np.ndarray | None = None
+
+
+Encode = Callable[[DocumentEncoder, list[Document], Counter[str]], list[Encoded | None]]
+"""Makes tokens of documents, `None` of one that is left out, whose reason it counts."""
+
+
+def encode_texts(encoder: DocumentEncoder, documents: list[Document], dropped: Counter[str]) -> list[Encoded | None]:
+    """Plain texts, of which every token is predicted."""
+    texts = [document.text for document in documents]
+    sizes = (len(text.encode("utf-8", "surrogatepass")) for text in texts)
+    return [Encoded(ids, size) for ids, size in zip(encoder.encode(texts), sizes, strict=True)]
+
+
 @dataclass(frozen=True)
 class TokenSplit:
     """The tokens of one split and where its documents lie in them.
@@ -47,7 +72,8 @@ class TokenSplit:
 
     Attributes:
         tokens: The stream, memory-mapped.
-        documents: For each document the place of the boundary before it, its UTF-8 bytes and its content hash.
+        documents: For each document the place of the boundary before it, the UTF-8 bytes of what is predicted of it (of
+            a text, all), and its content hash.
         folder: Where it lies.
         name: `train`, `validation` or `test`.
     """
@@ -62,6 +88,17 @@ class TokenSplit:
         """Where each document came from."""
         with (self.folder / f"{self.name}.ids").open(encoding="ascii") as file:
             return [json.loads(line) for line in file]
+
+    @cached_property
+    def learnt(self) -> np.ndarray:
+        """For each token of the stream whether it is to be predicted, memory-mapped; only where some are not."""
+        return np.memmap(self.folder / f"{self.name}.learnt", dtype=bool, mode="r")
+
+    @property
+    def edges(self) -> tuple[np.ndarray, np.ndarray]:
+        """For each document the place of its first token, and that of the boundary after its last."""
+        starts, ends, _ = self._bounds
+        return starts + 1, ends
 
     @cached_property
     def num_bytes(self) -> int:
@@ -175,6 +212,7 @@ def build_cache(
     make_tokenizer: Callable[[Iterator[str]], PreTrainedTokenizerBase],
     description: dict[str, Any],
     report: Callable[[str], None],
+    encode: Encode = encode_texts,
 ) -> TokenCache:
     """Tokenises a corpus into `folder`, which appears only once it is whole.
 
@@ -184,6 +222,7 @@ def build_cache(
         make_tokenizer: The tokeniser, from the texts of the training split.
         description: Goes into the manifest.
         report: Told in one line what was made.
+        encode: Makes tokens of documents.
     """
     started = time.perf_counter()
     with replacing(folder) as new:
@@ -199,9 +238,9 @@ def build_cache(
             chunk.append(item)
             size += len(item[0].text)
             if size >= CHUNK_BYTES:
-                _write(chunk, encoder, writers)
+                _write(chunk, encode(encoder, [document for document, _, _ in chunk], dropped), writers)
                 chunk, size = [], 0
-        _write(chunk, encoder, writers)
+        _write(chunk, encode(encoder, [document for document, _, _ in chunk], dropped), writers)
         counts = {name: writer.finish() for name, writer in writers.items()}
         manifest = {
             **description,
@@ -223,10 +262,12 @@ def build_cache(
     return TokenCache(folder, manifest)
 
 
-def _write(chunk: list[tuple[Document, int, str]], encoder: DocumentEncoder, writers: dict[str, _SplitWriter]) -> None:
-    encoded = encoder.encode([document.text for document, _, _ in chunk])
-    for (document, content, split), ids in zip(chunk, encoded, strict=True):
-        writers[split].add(document, content, ids)
+def _write(
+    chunk: list[tuple[Document, int, str]], encoded: list[Encoded | None], writers: dict[str, _SplitWriter]
+) -> None:
+    for (document, content, split), tokens in zip(chunk, encoded, strict=True):
+        if tokens is not None:
+            writers[split].add(document, content, tokens)
 
 
 class _SplitWriter:
@@ -235,19 +276,26 @@ class _SplitWriter:
         self.folder, self.name = folder, name
         self.tokens = (folder / f"{name}.tokens").open("wb")
         self.ids = (folder / f"{name}.ids").open("w", encoding="ascii")
+        self.learnt: BinaryIO | None = None
         self.index: list[tuple[int, int, int]] = []
         self.written = 0
 
-    def add(self, document: Document, content: int, ids: np.ndarray) -> None:
-        self.index.append((self.written, len(document.text.encode("utf-8", "surrogatepass")), content))
-        self.tokens.write(self.boundary + ids.tobytes())
+    def add(self, document: Document, content: int, encoded: Encoded) -> None:
+        self.index.append((self.written, encoded.num_bytes, content))
+        self.tokens.write(self.boundary + np.asarray(encoded.ids, dtype=self.dtype).tobytes())
         self.ids.write(json.dumps(document.id) + "\n")
-        self.written += 1 + len(ids)
+        self.written += 1 + len(encoded.ids)
+        if encoded.learnt is not None:
+            self.learnt = self.learnt or (self.folder / f"{self.name}.learnt").open("wb")
+            self.learnt.write(np.concatenate([[False], encoded.learnt]).tobytes())
 
     def finish(self) -> dict[str, int]:
         self.tokens.write(self.boundary)
         self.tokens.close()
         self.ids.close()
+        if self.learnt is not None:
+            self.learnt.write(bytes(1))
+            self.learnt.close()
         index = np.array(self.index, dtype=INDEX)
         np.save(self.folder / f"{self.name}.documents.npy", index)
         size = int(index["num_bytes"].sum())

@@ -1,9 +1,16 @@
 from __future__ import annotations
 
+import io
+
 import pytest
+import torch
+from transformers import AutoTokenizer
 
 from lit_llm.checkpoints import save_model
+from lit_llm.data.chat import CHAT_TEMPLATE, encode_conversation, prompt_ids, with_template
 from lit_llm.data.tokenizer import byte_tokenizer
+from lit_llm.models.llama import Llama
+from tests.writing import REPOSITORY
 
 
 @pytest.fixture
@@ -56,3 +63,101 @@ def test_a_wrong_option_is_said_in_one_line(lit_llm, model, flags, message):
     outcome = lit_llm("generate", "--model", model, "--prompt", "x", *flags)
     assert outcome.code == 2
     assert outcome.last_line == f"lit-llm: error: {message}"
+
+
+# Chat.
+
+WORDS = ["--temperature", "0", "--max_new_tokens", "12"]
+
+
+@pytest.fixture(scope="module")
+def chatty(tmp_path_factory):
+    """A model that has learnt four conversations by heart."""
+    torch.manual_seed(0)
+    tokenizer = with_template(byte_tokenizer())
+    network = Llama(vocab_size=257, d_model=32, num_layers=2, num_heads=4, d_ff=48, max_seq_len=128)
+    talks = [question("1", "one"), question("2", "two"), [*question("1", "one"), *question("2", "two")]]
+    talks.append([{"role": "system", "content": "x"}, *question("1", "uno")])
+    optimizer = torch.optim.AdamW(network.parameters(), lr=3e-3)
+    for _ in range(150):
+        losses = []
+        for talk in talks:
+            ids, learnt = encode_conversation(tokenizer, talk)
+            ids, learnt = torch.tensor(ids), torch.from_numpy(learnt)
+            logits = network(ids[None, :-1])[0]
+            losses.append(torch.nn.functional.cross_entropy(logits[learnt[1:]], ids[1:][learnt[1:]]))
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.05:
+            break
+    folder = tmp_path_factory.mktemp("chatty") / "model"
+    save_model(folder, network, tokenizer)
+    return folder
+
+
+def question(said: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": said}, {"role": "assistant", "content": answer}]
+
+
+def test_chat_prints_the_reply_alone_and_ends_with_the_turn(lit_llm, chatty):
+    words = ["generate", "--model", chatty, "--chat", *WORDS]
+    assert lit_llm(*words, "--prompt", "1").out == "one\n"
+    assert lit_llm(*words, "--prompt", "1", "--stream").out == "one\n"
+    assert lit_llm(*words, "--prompt", "1", "--prompt", "2").out == "--- 1\none\n--- 2\ntwo\n"
+    assert lit_llm(*words, "--prompt", "1", "--system", "x").out == "uno\n"
+
+
+def test_without_a_prompt_lines_are_answered_until_the_input_ends(lit_llm, chatty, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n\n2\n"))
+    heard = []
+    monkeypatch.setattr("lit_llm.data.chat.prompt_ids", lambda t, m: heard.append(list(m)) or prompt_ids(t, m))
+    outcome = lit_llm("generate", "--model", chatty, "--chat", *WORDS)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == "one\ntwo\n"
+    assert heard == [question("1", "")[:1], [*question("1", "one"), *question("2", "")[:1]]]
+
+
+def test_a_conversation_that_outgrows_the_model_forgets_its_beginning(lit_llm, chatty, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n2\n" * 8))
+    outcome = lit_llm("generate", "--model", chatty, "--chat", "--system", "x", *WORDS)
+    assert outcome.code == 0, outcome.err
+    assert len(outcome.out.splitlines()) == 16
+    assert outcome.err.count("forgotten") > 8
+    monkeypatch.setattr("sys.stdin", io.StringIO("1" * 200))
+    outcome = lit_llm("generate", "--model", chatty, "--chat", *WORDS)
+    assert outcome.code == 2
+    assert outcome.last_line.startswith("lit-llm: error: max_new_tokens must be at most 0, which is what the network's")
+
+
+def test_a_run_folder_and_a_checkpoint_can_be_talked_to(lit_llm, chats, tmp_path):
+    small = ["--model.network.d_model", "16", "--model.network.num_layers", "1", "--model.network.num_heads", "2"]
+    small += ["--data.path", chats, "--data.tokenizer", "bytes", "--data.batch_size", "4", "--trainer.max_steps", "2"]
+    config = REPOSITORY / "configs/finetuning/llama_instructions.yaml"
+    assert lit_llm("fit", "--config", config, *small, "--run_dir", tmp_path / "run").code == 0
+    outs = [
+        lit_llm("generate", "--model", tmp_path / "run" / part, "--chat", "--prompt", "hi", "--seed", "1")
+        for part in ("", "model", "checkpoints/best.ckpt")
+    ]
+    assert outs[0].code == 0, outs[0].err
+    assert outs[0].out == outs[1].out == outs[2].out
+    assert AutoTokenizer.from_pretrained(tmp_path / "run/model").chat_template == CHAT_TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--chat", "--prompt", "x"],
+            "model must have a chat template for --chat, but {model} has none; tune it on conversations, as "
+            "configs/finetuning/llama_instructions.yaml does, or leave --chat out",
+        ),
+        (["--prompt", "x", "--system", "y"], "--system must be given with --chat, but is given without"),
+        ([], "the following arguments are required: --prompt, or --chat; see lit-llm generate --help"),
+    ],
+)
+def test_what_is_missing_to_chat_is_said_in_one_line(lit_llm, model, words, message):
+    outcome = lit_llm("generate", "--model", model, *words)
+    assert outcome.code == 2
+    assert outcome.err.strip() == f"lit-llm: error: {message.format(model=model)}"

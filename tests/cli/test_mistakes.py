@@ -267,7 +267,7 @@ def test_an_unknown_command_and_a_command_without_its_options(lit_llm):
     assert said(lit_llm("fitt")) == (
         "command must be one of fit, validate, test, predict, generate, tokenizer, but is fitt; did you mean fit?"
     )
-    assert "--model, --prompt" in said(lit_llm("generate"))
+    assert "--model" in said(lit_llm("generate"))
     assert said(lit_llm("fit")) == (
         "data, model must be given, but are not; start from a run file, such as --config "
         "configs/pretraining/llama_stdlib.yaml"

@@ -1,11 +1,21 @@
 import ast
+import json
 import sysconfig
 from pathlib import Path
 
 import pytest
 
 from lit_llm.data import corpora
-from lit_llm.data.corpora import EMBEDDED, Document, stdlib, stdlib_code, stdlib_files, stdlib_prose
+from lit_llm.data.corpora import (
+    EMBEDDED,
+    INSTRUCTIONS,
+    Document,
+    stdlib,
+    stdlib_code,
+    stdlib_files,
+    stdlib_instructions,
+    stdlib_prose,
+)
 
 
 @pytest.fixture
@@ -64,9 +74,40 @@ def test_stdlib_is_the_prose_and_then_the_code() -> None:
     assert len({document.id for document in parts}) == len(parts)
 
 
-@pytest.mark.parametrize("name", EMBEDDED)
+@pytest.mark.parametrize("name", EMBEDDED | INSTRUCTIONS)
 def test_an_embedded_corpus_has_documents_without_a_split(name: str) -> None:
-    first = next(EMBEDDED[name]())
+    first = next((EMBEDDED | INSTRUCTIONS)[name]())
     assert isinstance(first, Document)
     assert first.text
     assert first.split is None
+
+
+def test_instructions_ask_what_documented_functions_do(library: Path) -> None:
+    source = b'''
+def plain(a): return a
+def empty(): """  """
+class Heap:
+    def push(self, item, *, key=None):
+        """Put it in.
+
+        More of it.
+        """
+'''
+    write(library, "a/b.py", source)
+    write(library, "test/c.py", source)
+    write(library, "d.py", b"def broken(")
+    write(library, "e/__init__.py", b"def f(x, /): '\\d'")
+    found = {document.id: json.loads(document.text) for document in stdlib_instructions()}
+    assert found == {
+        "a/b.py:5": [
+            {
+                "role": "user",
+                "content": "What does this function of a.b do?\n\ndef push(self, item, *, key=None):",
+            },
+            {"role": "assistant", "content": "Put it in."},
+        ],
+        "e/__init__.py:1": [
+            {"role": "user", "content": "What does this function of e do?\n\ndef f(x, /):"},
+            {"role": "assistant", "content": "\\d"},
+        ],
+    }

@@ -1,10 +1,14 @@
+import itertools
+
 import numpy as np
+import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_llm.batch import IGNORE_INDEX
-from lit_llm.data.packing import cut_rows, document_ids, label_documents, num_rows
+from lit_llm.data.packing import cut_rows, document_ids, label_documents, lay_rows, num_rows, pack
+from tests.writing import exactly
 
 BOUNDARY = 0
 STREAMS = st.lists(st.integers(0, 9), min_size=2, max_size=60)
@@ -77,3 +81,83 @@ def test_each_label_belongs_to_the_document_that_it_is_part_of(documents: list[l
     _, labels = cut_all(stream, seq_len)
     found = torch.from_numpy(label_documents(starts, rows, seq_len))
     assert found[labels != IGNORE_INDEX].tolist() == owners
+
+
+def held(lengths: list[int], capacity: int) -> list[list[int]]:
+    order, edges = pack(np.array(lengths, dtype=np.int64), capacity)
+    assert edges[0] == 0
+    assert edges[-1] == len(order)
+    return [order[a:b].tolist() for a, b in itertools.pairwise(edges)]
+
+
+@given(st.lists(st.integers(1, 20), max_size=60), st.integers(20, 40))
+def test_every_example_is_packed_once_and_fits(lengths: list[int], capacity: int) -> None:
+    rows = held(lengths, capacity)
+    assert sorted(example for row in rows for example in row) == list(range(len(lengths)))
+    assert all(row and sum(lengths[example] for example in row) <= capacity for row in rows)
+
+
+def fewest_rows(lengths: list[int], capacity: int) -> int:
+    """By trying all orders: the best (rows, tokens in the last) of each set of examples."""
+    best = {0: (1, 0)}
+    for chosen in range(1, 1 << len(lengths)):
+        options = []
+        for example, length in enumerate(lengths):
+            if chosen >> example & 1:
+                rows, used = best[chosen ^ 1 << example]
+                options.append((rows, used + length) if used + length <= capacity else (rows + 1, length))
+        best[chosen] = min(options)
+    return best[len(best) - 1][0]
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.integers(1, 20), min_size=1, max_size=8), st.integers(20, 30))
+def test_packing_keeps_to_the_bound_of_its_algorithm(lengths: list[int], capacity: int) -> None:
+    assert len(held(lengths, capacity)) <= 11 / 9 * fewest_rows(lengths, capacity) + 6 / 9
+
+
+def test_rows_are_nearly_full_where_examples_are_short() -> None:
+    lengths = np.random.default_rng(0).integers(5, 60, 3000)
+    rows = held(lengths.tolist(), 256)
+    assert lengths.sum() / (256 * len(rows)) > 0.995
+
+
+def test_the_best_fit_is_taken() -> None:
+    # After 6, 5, 4 (which joins the 6) and 3: the 2 fits only beside 5 and 3.
+    assert [sorted(row) for row in held([6, 5, 4, 3, 2], 10)] == [[0, 2], [1, 3, 4]]
+    assert [sorted(row) for row in held([7, 6, 3, 4], 10)] == [[0, 2], [1, 3]]
+
+
+def test_nothing_packs_into_no_rows() -> None:
+    assert held([], 5) == []
+
+
+@pytest.mark.parametrize("length", [0, 11])
+def test_what_does_not_fit_is_refused(length: int) -> None:
+    low, high = min(length, 3), max(length, 3)
+    message = f"lengths must be from 1 to the row's 10, but are from {low} to {high}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        pack(np.array([3, length]), 10)
+
+
+EXAMPLES = st.lists(st.tuples(st.lists(st.integers(1, 9), min_size=2, max_size=8), st.integers(0, 255)), max_size=5)
+
+
+@given(EXAMPLES, st.integers(0, 5))
+def test_laid_examples_are_documents_that_keep_their_labels_to_themselves(examples, spare: int) -> None:
+    row = [
+        (np.array(ids, dtype=np.uint16), np.array([bits >> k & 1 for k in range(len(ids))])) for ids, bits in examples
+    ]
+    seq_len = sum(len(ids) - 1 for ids, _ in row) + spare
+    batch = lay_rows([row], seq_len, padding=0)
+    assert all(value.shape == (1, seq_len) and value.dtype == torch.long for value in batch.values())
+    ids, labels, documents, positions = (batch[k][0] for k in ("input_ids", "labels", "document_ids", "positions"))
+    for number, (tokens, learnt) in enumerate(row):
+        here = documents == number
+        assert ids[here].tolist() == tokens[:-1].tolist()
+        assert labels[here].tolist() == [t if m else IGNORE_INDEX for t, m in zip(tokens[1:].tolist(), learnt[1:])]
+        assert positions[here].tolist() == list(range(len(tokens) - 1))
+    rest = documents == len(row)
+    assert rest.sum() == spare
+    assert (labels[rest] == IGNORE_INDEX).all()
+    assert positions[rest].tolist() == list(range(spare))

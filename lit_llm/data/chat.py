@@ -1,0 +1,285 @@
+"""Conversations: read from the rows of a table, rendered by a chat template, as tokens of which some are learnt."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from jinja2.exceptions import TemplateError
+from tokenizers import Encoding
+from transformers import PreTrainedTokenizerBase
+from transformers.utils.chat_template_utils import render_jinja_template
+
+from lit_llm.data.cleaning import Cleaning
+from lit_llm.data.corpora import INSTRUCTIONS, Document
+from lit_llm.data.documents import Rows
+from lit_llm.data.pretokenization import DocumentEncoder
+from lit_llm.data.token_cache import Encoded
+
+Message = dict[str, str]
+ROLES = ("system", "user", "assistant")
+GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+CHAT_TEMPLATE = """\
+{%- set boundary = eos_token or bos_token or sep_token -%}
+{%- for message in messages -%}
+    {%- if loop.first or loop.previtem['role'] != 'assistant' -%}{{ boundary }}{%- endif -%}
+    {{- message['role'] + '\\n' -}}
+    {%- if message['role'] == 'assistant' -%}
+        {%- generation -%}{{- message['content'] + boundary -}}{%- endgeneration -%}
+    {%- else -%}
+        {{- message['content'] -}}
+    {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+    {%- if not messages or messages[-1]['role'] != 'assistant' -%}{{ boundary }}{%- endif -%}
+    {{- 'assistant\\n' -}}
+{%- endif -%}"""
+"""For tokenisers without a template of their own: ChatML with the one token that they all have.
+
+A turn is the boundary, the role, a line's end and what is said; the boundary that ends an assistant's turn opens the
+next. No token is added, and no text can spell a turn's beginning.
+"""
+
+
+@dataclass(frozen=True)
+class Conversations(Rows):
+    """Rows that hold a prompt and a response, or a list of messages; the text is the messages as JSON.
+
+    Attributes:
+        prompt: Column of what the user says.
+        response: Column of what the assistant answers.
+        messages: Column of whole conversations: a list of `{"role": …, "content": …}`.
+        unanswered: Whether a row without an assistant's turn, or with an empty one, is an error or left out.
+        cleaning: What is done to each message.
+    """
+
+    prompt: str = "prompt"
+    response: str = "response"
+    messages: str = "messages"
+    unanswered: Literal["refuse", "drop"] = "refuse"
+    cleaning: Cleaning = field(default_factory=Cleaning)
+
+    embedded: ClassVar[dict[str, Callable[[], Iterator[Document]]]] = INSTRUCTIONS
+    text_files: ClassVar[bool] = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Prompt and response; a table of text has no messages."""
+        return self.prompt, self.response
+
+    def text(self, row: dict[str, Any], number: int, path: str) -> str:
+        """The messages as JSON, up to the assistant's last; empty for a row that is left out.
+
+        Raises:
+            ValueError: When the columns are not there, a role is none of the three, or an answer is missing.
+            TypeError: When there is something else than text.
+        """
+        place = f"row {number} of {path}"
+        messages = self._messages(row, place)
+        while messages and messages[-1]["role"] != "assistant":
+            messages.pop()
+        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        if answers and all(answer.strip() for answer in answers):
+            return json.dumps(messages, ensure_ascii=False)
+        if self.unanswered == "drop":
+            return ""
+        remedy = "set data.unanswered to drop to leave such rows out"
+        if not answers:
+            raise ValueError(f"messages must hold an assistant's turn, but those in {place} have none; {remedy}")
+        raise ValueError(f"an assistant's turn must say something, but is empty in {place}; {remedy}")
+
+    def _messages(self, row: dict[str, Any], place: str) -> list[Message]:
+        if row.get(self.messages) is not None:
+            said = row[self.messages]
+            if not isinstance(said, list) or not all(isinstance(message, dict) for message in said):
+                raise TypeError(f"messages must be a list of role and content, but are {said!r:.60} in {place}")
+        elif {self.prompt, self.response} <= row.keys():
+            said = [
+                {"role": "user", "content": row[self.prompt]},
+                {"role": "assistant", "content": row[self.response] or ""},
+            ]
+        else:
+            raise ValueError(
+                f"data.path must hold rows with {self.messages}, or with {self.prompt} and {self.response}, but "
+                f"{place} has the columns {', '.join(row)}; name yours with data.prompt and data.response"
+            )
+        for message in said:
+            if message.get("role") not in ROLES:
+                raise ValueError(f"role must be one of {', '.join(ROLES)}, but is {message.get('role')!r} in {place}")
+            if not isinstance(message.get("content"), str):
+                kind = type(message.get("content")).__name__
+                raise TypeError(f"content must be text, but is {kind} for the {message['role']} in {place}")
+        return [{"role": m["role"], "content": self.cleaning.text(m["content"])} for m in said]
+
+
+def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokeniser with a chat template: that of the file, or its own, or else `CHAT_TEMPLATE`.
+
+    Raises:
+        FileNotFoundError: When there is no such file.
+    """
+    if path is not None:
+        if not Path(path).expanduser().is_file():
+            raise FileNotFoundError(f"data.chat_template must be a file, but is {path}, which does not exist")
+        tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
+    elif not tokenizer.chat_template:
+        tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
+    """The tokens after which the assistant speaks.
+
+    Raises:
+        ValueError: When the template refuses the messages.
+    """
+    return tokenizer(
+        _render(tokenizer, messages, "the conversation", add_generation_prompt=True), add_special_tokens=False
+    )["input_ids"]
+
+
+def turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """The tokens that end an assistant's turn: the template's, and the end of text."""
+    ids, learnt = encode_conversation(
+        tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    )
+    last = [token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt][-1:]
+    return (set(last) & _special(tokenizer).keys()) | ({tokenizer.eos_token_id} - {None})
+
+
+def encode_conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str = "the conversation"
+) -> tuple[list[int], np.ndarray]:
+    """Tokens of a conversation, as transformers' `apply_chat_template` gives them, and which of them are learnt.
+
+    Learnt is what the assistant says in all its turns, and the token that ends each. Where a template marks that with
+    `{% generation %}` it is believed; for any other, a turn is what a rendering up to and with it has more than one up
+    to it that ends with the assistant's cue.
+
+    Args:
+        tokenizer: Has a chat template.
+        messages: Who says what.
+        name: What an error calls the conversation.
+
+    Returns:
+        The tokens, and for each whether it is learnt.
+
+    Raises:
+        ValueError: When the template refuses the messages, or marks nothing and renders a beginning otherwise than as
+            the beginning of the whole.
+
+    Example:
+        >>> from lit_llm.data.tokenizer import byte_tokenizer
+        >>> tokenizer = with_template(byte_tokenizer())
+        >>> say = [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "2"}]
+        >>> ids, learnt = encode_conversation(tokenizer, say)
+        >>> tokenizer.decode(ids)
+        '<|endoftext|>user\\n1+1<|endoftext|>assistant\\n2<|endoftext|>'
+        >>> tokenizer.decode([token for token, is_learnt in zip(ids, learnt) if is_learnt])
+        '2<|endoftext|>'
+    """
+    text, spans = _turns(tokenizer, messages, name)
+    [encoding] = _tokens(tokenizer, [text])
+    return encoding.ids, _learnt(encoding, text, spans, _special(tokenizer))
+
+
+def encode_conversations(
+    encoder: DocumentEncoder, documents: list[Document], dropped: Counter[str]
+) -> list[Encoded | None]:
+    """Tokens of conversations in JSON, for `build_cache`.
+
+    A message that spells a special token would end a turn, or begin one; its conversation is left out.
+    """
+    tokenizer = encoder.tokenizer
+    special = _special(tokenizer)
+    conversations = [json.loads(document.text) for document in documents]
+    spelt = [any(token in m["content"] for m in messages for token in special.values()) for messages in conversations]
+    if any(spelt):
+        dropped["special token in a message"] += sum(spelt)
+    kept = [(document.id, messages) for document, messages, no in zip(documents, conversations, spelt) if not no]
+    turns = [_turns(tokenizer, messages, name) for name, messages in kept]
+    encoded = []
+    for (name, messages), (text, spans), tokens in zip(kept, turns, _tokens(tokenizer, [text for text, _ in turns])):
+        learnt = _learnt(tokens, text, spans, special)
+        if not learnt.any():
+            raise ValueError(f"data.chat_template must render what the assistant says, but nothing of it is in {name}")
+        said = sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
+        encoded.append(Encoded(tokens.ids, said, learnt))
+    rest = iter(encoded)
+    return [None if no else next(rest) for no in spelt]
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Encoding]:
+    """Texts with special tokens in them as tokens, on all cores."""
+    return tokenizer(texts, add_special_tokens=False).encodings if texts else []
+
+
+def _learnt(tokens: Encoding, text: str, spans: list[tuple[int, int]], special: dict[int, str]) -> np.ndarray:
+    """Which tokens lie in the spans of text, with what ends each."""
+    starts, ends = np.array(tokens.offsets, dtype=np.int64).reshape(-1, 2).T
+    is_special = np.isin(tokens.ids, list(special))
+    learnt = np.zeros(len(tokens.ids), dtype=bool)
+    for start, end in spans:
+        inside = np.flatnonzero((starts < end) & (ends > start))
+        if not len(inside):
+            continue
+        last = inside[-1]
+        if is_special[inside].any():  # white space after the turn's end is the template's, not the assistant's
+            closing = inside[is_special[inside]][-1]
+            last = last if text[ends[closing] : end].strip() else closing
+        elif last + 1 < len(learnt) and is_special[last + 1]:  # the mark leaves out the token that ends the turn
+            last += 1
+        learnt[inside[0] : last + 1] = True
+    return learnt
+
+
+def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The tokens that stand for no text."""
+    added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
+
+
+def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> tuple[str, list[tuple[int, int]]]:
+    """A conversation as text, and where in it the assistant speaks."""
+    template = tokenizer.get_chat_template()
+    if GENERATION.search(template):
+        try:
+            texts, spans = render_jinja_template(
+                [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+            )
+        except TemplateError as error:
+            raise _refusal(name, error) from error
+        return texts[0], spans[0]
+    text, spans = _render(tokenizer, messages, name), []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            before = _render(tokenizer, messages[:number], name, add_generation_prompt=True)
+            after = _render(tokenizer, messages[: number + 1], name)
+            if not (text.startswith(after) and after.startswith(before)):
+                raise ValueError(
+                    "data.chat_template must mark with {% generation %} what the assistant says, or render the "
+                    f"beginning of a conversation as it renders it in the whole, but does neither with {name}"
+                )
+            spans.append((len(before), len(after)))
+    return text, spans
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str, add_generation_prompt: bool = False
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
+    except (TemplateError, ValueError) as error:
+        raise _refusal(name, error) from error
+
+
+def _refusal(name: str, error: Exception) -> ValueError:
+    reason = str(error).strip().splitlines()[0]
+    return ValueError(f"{name} must be such as the chat template renders, but it refuses: {reason}")

@@ -1,0 +1,239 @@
+"""What data modules over a token cache share: their facts, their checks, and how the cache is found or made."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from transformers import PreTrainedTokenizerBase
+
+from lit_llm.data.cleaning import Cleaning
+from lit_llm.data.corpora import Document
+from lit_llm.data.documents import Corpus
+from lit_llm.data.sampling import BatchLoader
+from lit_llm.data.token_cache import (
+    Encode,
+    TokenCache,
+    TokenSplit,
+    build_cache,
+    cache_folder,
+    cache_name,
+    encode_texts,
+    split_documents,
+)
+from lit_llm.data.tokenizer import fingerprint, load_tokenizer, training_of
+
+log = logging.getLogger(__name__)
+
+
+class TokenData(LightningDataModule, ABC):
+    """Rows of tokens from documents that are cleaned, split by a hash of their content, and tokenised once.
+
+    A subclass says how the corpus is read, how its documents become tokens, and how tokens become rows. Arguments are
+    explained where it names them.
+    """
+
+    encode: Encode = staticmethod(encode_texts)
+    wanted = "text"
+    """What `path` must hold, in words."""
+
+    def __init__(
+        self,
+        path: str,
+        subset: str | None,
+        max_documents: int | None,
+        cleaning: Cleaning,
+        validation_fraction: float,
+        test_fraction: float,
+        tokenizer: str,
+        seq_len: int,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        for name, value in {"seq_len": seq_len, "batch_size": batch_size, "max_documents": max_documents}.items():
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be at least 1, but is {value}")
+        if validation_fraction < 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
+            raise ValueError(
+                f"data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, "
+                f"but are {validation_fraction} and {test_fraction}"
+            )
+        self.path, self.subset, self.max_documents = path, subset, max_documents
+        self.cleaning = cleaning
+        self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
+        self.tokenizer_spec = tokenizer
+        self.seq_len, self.batch_size = seq_len, batch_size
+        self.seed = seed
+        self.cache: TokenCache | None = None
+
+    # Facts that objectives and model directories ask for.
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokeniser; there from `setup` on."""
+        return self._cache.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; there from `setup` on."""
+        return self._cache.manifest["vocab_size"]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the data is and how it was made; there from `setup` on."""
+        return self._cache.manifest
+
+    @property
+    def _cache(self) -> TokenCache:
+        if self.cache is None:
+            self.prepare_data()
+            self.setup("fit")
+        assert self.cache is not None
+        return self.cache
+
+    # Lightning's hooks.
+
+    def prepare_data(self) -> None:
+        """Makes the token cache where there is none yet."""
+        self._open_cache()
+
+    def setup(self, stage: str) -> None:
+        """Maps the cache into memory and refuses data that cannot do what `stage` needs."""
+        if self.cache is None:
+            self.cache = self._open_cache()
+        if stage == "fit":
+            self._check_train()
+        if stage in ("fit", "validate") and self.validation_fraction > 0:
+            self._check_validation()
+
+    def val_dataloader(self) -> BatchLoader | list[Any]:
+        """All rows of the validation split, in order, each once whatever the number of processes."""
+        return self._evaluation_loader("validation")
+
+    def test_dataloader(self) -> BatchLoader | list[Any]:
+        """All rows of the test split, as in validation."""
+        return self._evaluation_loader("test")
+
+    def predict_dataloader(self) -> BatchLoader | list[Any]:
+        """The test split, or where there is none the validation split, with each label's document."""
+        return self._evaluation_loader(self.predict_split.name, with_documents=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tokeniser's files, so that a checkpoint can read and write text on its own."""
+        files = (path for path in sorted((self._cache.folder / "tokenizer").iterdir()) if path.is_file())
+        return {"tokenizer": {path.name: path.read_text(encoding="utf-8") for path in files}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose tokens mean something else.
+
+        Raises:
+            ValueError: When the checkpoint's tokeniser is not this data's.
+        """
+        if state_dict["tokenizer"]["tokenizer.json"] != self.state_dict()["tokenizer"]["tokenizer.json"]:
+            raise ValueError(
+                f"data.tokenizer must be the checkpoint's, but is {self.tokenizer_spec} of {self.path}, which differs"
+            )
+
+    # How rows are made.
+
+    @property
+    def predict_split(self) -> TokenSplit:
+        """The split that `predict` reads."""
+        return self._cache.split("test" if self.split_rows("test") else "validation")
+
+    @abstractmethod
+    def split_rows(self, name: str) -> int:
+        """Rows of a split that are evaluated."""
+
+    @abstractmethod
+    def _evaluation_loader(self, name: str, with_documents: bool = False) -> BatchLoader | list[Any]: ...
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        if self.trainer is None:
+            return 0, 1
+        return self.trainer.global_rank, self.trainer.world_size
+
+    @abstractmethod
+    def _check_train(self) -> None: ...
+
+    def _check_batch(self, rows: int, remedy: str) -> None:
+        if rows < self.batch_size * self._place[1]:
+            raise ValueError(
+                f"data.batch_size must be at most the rows there are to train on, but is {self.batch_size} on "
+                f"{self._place[1]} devices where the training split of {self.path} has {rows} rows of {self.seq_len} "
+                f"tokens; {remedy}"
+            )
+
+    def _check_validation(self) -> None:
+        if not self.split_rows("validation"):
+            total = sum(split["documents"] for split in self.manifest["splits"].values())
+            raise ValueError(
+                f"data.validation_fraction must leave a document to validate on, but is {self.validation_fraction}, "
+                f"which takes none of the {total} of {self.path}; raise it, or set it to 0 to go without"
+            )
+
+    # How the cache is made.
+
+    @abstractmethod
+    def _corpus(self) -> Corpus: ...
+
+    def _corpus_to_tokenize(self) -> Corpus:
+        return self._corpus()
+
+    def _split(self, corpus: Corpus, dropped: Counter[str]) -> Iterator[tuple[Document, int, str]]:
+        """One pass over the documents."""
+        return split_documents(corpus, self.cleaning, self.validation_fraction, self.test_fraction, dropped)
+
+    def _dress(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """What a tokeniser needs before it is used and saved."""
+        return tokenizer
+
+    def _texts_to_learn_tokens_from(self, documents: Iterable[str]) -> Iterable[str]:
+        return documents
+
+    def _recipe(self, ready: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+        """What decides the cache beside corpus, cleaning, splits and tokens; `ready` is no tokeniser to be trained."""
+        return {}
+
+    def _open_cache(self) -> TokenCache:
+        corpus = self._corpus_to_tokenize()
+        train = training_of(self.tokenizer_spec)
+        ready = None if train else self._dress(load_tokenizer(self.tokenizer_spec))
+        description = {
+            "corpus": corpus.name,
+            "identity": corpus.identity,
+            "cleaning": asdict(self.cleaning),
+            "validation_fraction": self.validation_fraction,
+            "test_fraction": self.test_fraction,
+            "tokenizer": self.tokenizer_spec,
+            **self._recipe(ready),
+        }
+        name = cache_name(**description, fingerprint=fingerprint(ready) if ready else None)
+        folder = cache_folder() / "tokens" / name
+        if cache := TokenCache.open(folder):
+            return cache
+
+        def documents(dropped: Counter[str]) -> Iterator[tuple[Document, int, str]]:
+            found = False
+            for item in self._split(corpus, dropped):
+                found = True
+                yield item
+            if not found:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no documents"
+                raise ValueError(f"data.path must hold {self.wanted}, but {self.path} has none ({reasons})")
+
+        return build_cache(
+            folder,
+            documents,
+            lambda texts: ready or self._dress(train(self._texts_to_learn_tokens_from(texts))),
+            description,
+            log.info,
+            self.encode,
+        )

@@ -1,0 +1,248 @@
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from lit_llm.data.chat import (
+    CHAT_TEMPLATE,
+    Conversations,
+    encode_conversation,
+    encode_conversations,
+    prompt_ids,
+    turn_ends,
+    with_template,
+)
+from lit_llm.data.corpora import Document
+from lit_llm.data.tokenizer import byte_tokenizer, train_bpe
+from tests.writing import exactly, prose
+
+END = "<|endoftext|>"
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "你好"},
+    {"role": "assistant", "content": "好"},
+    {"role": "user", "content": "1+1?\n"},
+    {"role": "assistant", "content": "  2\n\n"},
+]
+
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+MARKED = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] }}{% endgeneration %}"
+    "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+PLAIN = (  # without a token of its own for the end of a turn
+    "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
+)
+FORGETFUL = "{% for message in messages %}{{ loop.revindex ~ message['content'] }}{% endfor %}"
+
+
+def dressed(template: str, kind: str = "bytes") -> PreTrainedTokenizerBase:
+    tokenizer = byte_tokenizer() if kind == "bytes" else train_bpe([prose(n) for n in range(20)], 300)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def learnt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]]) -> str:
+    ids, learnt = encode_conversation(tokenizer, messages)
+    return tokenizer.decode(np.array(ids)[learnt].tolist())
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize(
+    ("template", "learnt"),
+    [
+        (CHAT_TEMPLATE, f"好{END}  2\n\n{END}"),
+        (CHATML, "好<|im_end|>  2\n\n<|im_end|>"),
+        (MARKED, "好<|im_end|>  2\n\n<|im_end|>"),
+        (PLAIN, "好\n  2\n\n\n"),
+    ],
+    ids=["ours", "chatml", "marked", "plain"],
+)
+def test_all_that_the_assistant_says_is_learnt_with_what_ends_its_turn(kind: str, template: str, learnt: str) -> None:
+    tokenizer = dressed(template, kind)
+    found = learnt_text(tokenizer, TALK)
+    if kind == "bytes":
+        assert found == learnt
+    else:  # a merge may reach over the edge between cue and answer
+        assert found.replace("\n", "").replace(" ", "") == learnt.replace("\n", "").replace(" ", "")
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHATML, MARKED, PLAIN], ids=["ours", "chatml", "marked", "plain"])
+def test_the_tokens_are_those_of_transformers(template: str, kind: str) -> None:
+    tokenizer = dressed(template, kind)
+    theirs = tokenizer.apply_chat_template(TALK, return_dict=True)["input_ids"]
+    assert encode_conversation(tokenizer, TALK)[0] == theirs
+    cue = tokenizer.apply_chat_template(TALK[:2], add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert prompt_ids(tokenizer, TALK[:2]) == cue
+    if kind == "bytes":
+        assert theirs[: len(cue)] == cue
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_what_is_learnt_is_what_transformers_marks_in_a_template_that_marks_whole_turns(kind: str) -> None:
+    tokenizer = dressed(CHAT_TEMPLATE, kind)
+    theirs = tokenizer.apply_chat_template(TALK, return_dict=True, return_assistant_tokens_mask=True)
+    ids, learnt = encode_conversation(tokenizer, TALK)
+    assert ids == theirs["input_ids"]
+    assert learnt.astype(int).tolist() == theirs["assistant_masks"]
+
+
+def test_of_a_mark_that_leaves_out_the_end_that_token_is_learnt_too() -> None:
+    tokenizer = dressed(MARKED)
+    ascii_talk = [TALK[0], {"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
+    theirs = tokenizer.apply_chat_template(ascii_talk, return_dict=True, return_assistant_tokens_mask=True)
+    _, learnt = encode_conversation(tokenizer, ascii_talk)
+    [more] = np.flatnonzero(learnt != np.array(theirs["assistant_masks"], dtype=bool))
+    assert tokenizer.convert_ids_to_tokens(theirs["input_ids"][more]) == "<|im_end|>"
+    assert learnt[more]
+
+
+def test_our_template_is_written_out_as_expected() -> None:
+    tokenizer = dressed(CHAT_TEMPLATE)
+    assert tokenizer.apply_chat_template(TALK, tokenize=False) == (
+        f"{END}system\nBe brief.{END}user\n你好{END}assistant\n好{END}user\n1+1?\n{END}assistant\n  2\n\n{END}"
+    )
+    asked = f"{END}user\n你好{END}assistant\n"
+    assert tokenizer.apply_chat_template(TALK[1:2], tokenize=False, add_generation_prompt=True) == asked
+    answered = tokenizer.apply_chat_template(TALK[1:3], tokenize=False, add_generation_prompt=True)
+    assert answered == f"{asked}好{END}assistant\n"
+
+
+def test_a_template_that_renders_beginnings_otherwise_is_refused() -> None:
+    message = (
+        "data.chat_template must mark with {% generation %} what the assistant says, or render the beginning of a "
+        "conversation as it renders it in the whole, but does neither with chat.jsonl/3"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        encode_conversation(dressed(FORGETFUL), TALK, "chat.jsonl/3")
+
+
+@pytest.mark.parametrize("mark", ["", "{% generation %}{% endgeneration %}"])
+def test_a_conversation_that_the_template_refuses_is_said_in_one_line(mark: str) -> None:
+    message = "chat.jsonl/3 must be such as the chat template renders, but it refuses: no system turns here"
+    tokenizer = dressed("{{ raise_exception('no system turns here') }}" + mark)
+    with pytest.raises(ValueError, match=exactly(message)):
+        encode_conversation(tokenizer, TALK, "chat.jsonl/3")
+
+
+def test_what_ends_a_turn_is_found_in_the_template() -> None:
+    for template, ends in ((CHAT_TEMPLATE, {END}), (CHATML, {END, "<|im_end|>"}), (PLAIN, {END})):
+        tokenizer = dressed(template)
+        assert turn_ends(tokenizer) == set(tokenizer.convert_tokens_to_ids(sorted(ends)))
+
+
+def test_a_template_is_given_kept_or_made(tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_text(PLAIN, encoding="utf-8")
+    assert with_template(byte_tokenizer()).chat_template == CHAT_TEMPLATE
+    assert with_template(dressed(CHATML)).chat_template == CHATML
+    assert with_template(dressed(CHATML), str(tmp_path / "chat.jinja")).chat_template == PLAIN
+    message = f"data.chat_template must be a file, but is {tmp_path / 'none'}, which does not exist"
+    with pytest.raises(FileNotFoundError, match=exactly(message)):
+        with_template(byte_tokenizer(), str(tmp_path / "none"))
+
+
+# Rows.
+
+
+def messages(*said: tuple[Any, Any]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in said]}
+
+
+def read(row: dict[str, Any], **options: Any) -> str:
+    return Conversations(**options).text(row, 3, "chat.jsonl")
+
+
+def test_a_pair_is_a_conversation_of_two_turns() -> None:
+    pair, whole = read({"prompt": "é", "response": "b"}), read(messages(("user", "é"), ("assistant", "b")))
+    assert pair == whole
+    assert json.loads(pair) == messages(("user", "é"), ("assistant", "b"))["messages"]
+    assert read({"q": "é", "a": "b", "id": 1}, prompt="q", response="a") == pair
+    assert read({"messages": None, "prompt": "é", "response": "b"}) == pair  # a table that holds both kinds
+
+
+def test_what_follows_the_last_answer_is_left_out_and_messages_are_cleaned() -> None:
+    row = messages(("system", "s\x00"), ("user", "cafe\u0301\r\n"), ("assistant", "a"), ("user", "thanks"))
+    assert json.loads(read(row)) == messages(("system", "s"), ("user", "café\n"), ("assistant", "a"))["messages"]
+
+
+UNANSWERED = "set data.unanswered to drop to leave such rows out"
+BAD = [
+    (
+        messages(("user", "a")),
+        f"messages must hold an assistant's turn, but those in {{place}} have none; {UNANSWERED}",
+    ),
+    ({"messages": []}, f"messages must hold an assistant's turn, but those in {{place}} have none; {UNANSWERED}"),
+    (
+        {"prompt": "a", "response": " \n"},
+        f"an assistant's turn must say something, but is empty in {{place}}; {UNANSWERED}",
+    ),
+    (
+        {"prompt": "a", "response": None},
+        f"an assistant's turn must say something, but is empty in {{place}}; {UNANSWERED}",
+    ),
+    (
+        messages(("user", "a"), ("assistant", ""), ("assistant", "b")),
+        f"an assistant's turn must say something, but is empty in {{place}}; {UNANSWERED}",
+    ),
+    (messages(("human", "a")), "role must be one of system, user, assistant, but is 'human' in {place}"),
+    (messages(("user", "a"), ("assistant", 3)), "content must be text, but is int for the assistant in {place}"),
+    ({"messages": [{"role": "user"}]}, "content must be text, but is NoneType for the user in {place}"),
+    ({"prompt": 3, "response": "b"}, "content must be text, but is int for the user in {place}"),
+    ({"messages": "hi"}, "messages must be a list of role and content, but are 'hi' in {place}"),
+    ({"messages": ["hi"]}, "messages must be a list of role and content, but are ['hi'] in {place}"),
+    (
+        {"instruction": "a", "output": "b"},
+        "data.path must hold rows with messages, or with prompt and response, but {place} has the columns instruction, "
+        "output; name yours with data.prompt and data.response",
+    ),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD)
+def test_a_row_that_is_no_conversation_is_refused_in_one_line(row: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=exactly(message.format(place="row 3 of chat.jsonl"))):
+        read(row)
+
+
+def test_unanswered_rows_can_be_left_out_and_others_not() -> None:
+    for row, message in BAD:
+        if UNANSWERED in message:
+            assert read(row, unanswered="drop") == ""
+        else:
+            with pytest.raises((ValueError, TypeError)):
+                read(row, unanswered="drop")
+
+
+# Documents.
+
+
+def test_a_conversation_that_spells_a_special_token_is_left_out_and_counted() -> None:
+    dropped: Counter[str] = Counter()
+    texts = [read({"prompt": "a", "response": f"b{more}"}) for more in ("", END, "<|im_end|>", "<|")]
+    found = encode_conversations(dressed(CHATML), [Document(str(n), text) for n, text in enumerate(texts)], dropped)
+    assert [one is None for one in found] == [False, True, True, False]
+    assert dropped == {"special token in a message": 2}
+
+
+def test_bytes_are_counted_of_the_answers() -> None:
+    [found] = encode_conversations(dressed(CHATML), [Document("0", json.dumps(TALK))], Counter())
+    assert found.num_bytes == len("好".encode()) + len("  2\n\n")
+
+
+def test_a_template_that_leaves_the_answer_out_is_refused() -> None:
+    message = "data.chat_template must render what the assistant says, but nothing of it is in chat.jsonl/3"
+    tokenizer = dressed("{{ messages[0]['content'] }}")
+    with pytest.raises(ValueError, match=exactly(message)):
+        encode_conversations(tokenizer, [Document("chat.jsonl/3", json.dumps(TALK))], Counter())
