@@ -272,6 +272,7 @@ def _write(
 
 class _SplitWriter:
     def __init__(self, folder: Path, name: str, dtype: np.dtype, boundary: int) -> None:
+        self.dtype = dtype
         self.boundary = np.array([boundary], dtype=dtype).tobytes()
         self.folder, self.name = folder, name
         self.tokens = (folder / f"{name}.tokens").open("wb")

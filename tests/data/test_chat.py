@@ -17,6 +17,7 @@ from lit_llm.data.chat import (
     with_template,
 )
 from lit_llm.data.corpora import Document
+from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.tokenizer import byte_tokenizer, train_bpe
 from tests.writing import exactly, prose
 
@@ -231,13 +232,15 @@ def test_unanswered_rows_can_be_left_out_and_others_not() -> None:
 def test_a_conversation_that_spells_a_special_token_is_left_out_and_counted() -> None:
     dropped: Counter[str] = Counter()
     texts = [read({"prompt": "a", "response": f"b{more}"}) for more in ("", END, "<|im_end|>", "<|")]
-    found = encode_conversations(dressed(CHATML), [Document(str(n), text) for n, text in enumerate(texts)], dropped)
+    found = encode_conversations(
+        DocumentEncoder(dressed(CHATML)), [Document(str(n), text) for n, text in enumerate(texts)], dropped
+    )
     assert [one is None for one in found] == [False, True, True, False]
     assert dropped == {"special token in a message": 2}
 
 
 def test_bytes_are_counted_of_the_answers() -> None:
-    [found] = encode_conversations(dressed(CHATML), [Document("0", json.dumps(TALK))], Counter())
+    [found] = encode_conversations(DocumentEncoder(dressed(CHATML)), [Document("0", json.dumps(TALK))], Counter())
     assert found.num_bytes == len("好".encode()) + len("  2\n\n")
 
 
@@ -245,4 +248,4 @@ def test_a_template_that_leaves_the_answer_out_is_refused() -> None:
     message = "data.chat_template must render what the assistant says, but nothing of it is in chat.jsonl/3"
     tokenizer = dressed("{{ messages[0]['content'] }}")
     with pytest.raises(ValueError, match=exactly(message)):
-        encode_conversations(tokenizer, [Document("chat.jsonl/3", json.dumps(TALK))], Counter())
+        encode_conversations(DocumentEncoder(tokenizer), [Document("chat.jsonl/3", json.dumps(TALK))], Counter())
