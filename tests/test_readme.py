@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from pathlib import Path
 
 import pytest
 
@@ -41,7 +42,7 @@ def test_every_file_that_is_linked_exists(name):
         assert (REPOSITORY / config).exists(), config
 
 
-def test_every_command_runs(lit_llm, tiny, texts, tmp_path, monkeypatch):
+def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
     """In order, in one folder; training commands are shrunk by further flags."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -60,6 +61,15 @@ def test_every_command_runs(lit_llm, tiny, texts, tmp_path, monkeypatch):
                 for w in (flag, value)
                 if flag not in given or flag == "--trainer.max_steps"
             ]
+            config = Path(words[words.index("--config") + 1]) if "--config" in words else None
+            from_weights = config is not None and "weights:" in config.read_text()
+            if from_weights or "--model.network" in words:
+                pairs = zip(extra[::2], extra[1::2], strict=True)
+                extra = [w for flag, value in pairs for w in (flag, value) if not flag.startswith("--model.network.")]
+            if from_weights:
+                extra[extra.index("--data.tokenizer") + 1] = "runs/first/model"
+            if config is not None and "InstructionData" in config.read_text():
+                extra[extra.index("--data.path") + 1] = str(chats)
             if "--ckpt_path" in words:
                 extra = ["--trainer.max_steps", "8"]
         if words[0] == "generate":
