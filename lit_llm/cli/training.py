@@ -89,6 +89,7 @@ def _quiet() -> None:
         ".*LightningCLI's args parameter.*",
         ".*isinstance.treespec.*",
         ".*is a boolean argument.*",
+        ".*across ranks is zero.*",
         ".*was deprecated in.*",
         ".*No positional arguments.*",
     ):
