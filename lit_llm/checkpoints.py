@@ -20,10 +20,11 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import lit_llm.models
+from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
 from lit_llm.models.pretrained import PretrainedCausalLM
 
@@ -209,7 +210,7 @@ def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except Exception as error:  # no connection, no such model, no right to it
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
@@ -250,7 +251,7 @@ def _from_directory(folder: Path) -> Model:
         _fill_from_directory(network, folder)
     recipe = {**class_path(kind), "init_args": {n: plain(v) for n, v in arguments.items()}, "size": size}
     has_tokenizer = (folder / "tokenizer.json").is_file()
-    return Model(network, AutoTokenizer.from_pretrained(folder) if has_tokenizer else None, recipe, folder)
+    return Model(network, open_tokenizer(folder) if has_tokenizer else None, recipe, folder)
 
 
 def class_path(kind: type) -> dict[str, Any]:
@@ -390,8 +391,8 @@ def _built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"network in {path} must be a class that can be imported, but is not: {error}") from error
-    # Nothing else is called, so that no checkpoint can have it executed.
-    if not (isinstance(kind, type) and (issubclass(kind, nn.Module) or dataclasses.is_dataclass(kind))):
+    # Nothing else is called: a network, with its size, or among its arguments a plain value.
+    if not (isinstance(kind, type) and (issubclass(kind, nn.Module) if first else dataclasses.is_dataclass(kind))):
         raise ValueError(f"network in {path} must be a torch module, but is {recipe['class_path']}")
     arguments = {
         name: _built(value, path) if isinstance(value, dict) and "class_path" in value else value
@@ -407,5 +408,5 @@ def _tokenizer_of(checkpoint: dict[str, Any]) -> PreTrainedTokenizerBase | None:
             with tempfile.TemporaryDirectory() as folder:
                 for name, text in files.items():
                     (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-                return AutoTokenizer.from_pretrained(folder)
+                return open_tokenizer(Path(folder))
     return None

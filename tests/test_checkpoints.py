@@ -237,7 +237,14 @@ def test_a_name_on_the_hub_stands_for_the_model_there(model: Path, monkeypatch) 
     import huggingface_hub
 
     asked = []
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: asked.append(name) or str(model))
+
+    def download(name: str, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        wanted = {path.name for pattern in allow_patterns for path in model.glob(pattern)}
+        assert {path.name for path in model.iterdir()} - wanted <= {"README.md"}
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert load_model("someone/some-model.v1")[0].to_hf_config() == load_model(model)[0].to_hf_config()
     assert asked == ["someone/some-model.v1"]
 

@@ -81,7 +81,7 @@ def last_words(log: Path) -> str:
 
 def command_line() -> str:
     """The command that is running, as a reader would repeat it."""
-    return " ".join(["python", "-m", f"experiments.throughput.{Path(sys.argv[0]).stem}", *sys.argv[1:]])
+    return " ".join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
 
 
 def write_table(name: str, lines: list[str], readme: Path = HERE / "README.md") -> None:

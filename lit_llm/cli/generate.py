@@ -100,7 +100,7 @@ def generate(
         network.to(torch.device(device))
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device must be one that torch finds here, but is {device}: {error}") from error
-    limit = getattr(network, "max_seq_len", sys.maxsize)
+    limit = getattr(network, "max_seq_len", None) or sys.maxsize
     boundary = boundary_id(tokenizer)
     stop = turn_ends(tokenizer) if chat else {boundary}
 

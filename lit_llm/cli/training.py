@@ -165,7 +165,7 @@ def skip_empty_hooks(owner: Any, base: type) -> None:
     With eight callbacks that is a third of what a step costs beside the network.
     """
     for name in HOOKS_OF_A_STEP:
-        if getattr(type(owner), name) is getattr(base, name):
+        if name not in vars(owner) and getattr(type(owner), name) is getattr(base, name):
             setattr(owner, name, None)
 
 
@@ -243,7 +243,10 @@ class TrainingCLI(LightningCLI):
                 options["save_dir"] = str(self.run_dir)
 
     def instantiate_classes(self) -> None:
-        """Instantiates; what a run started from gives way to the checkpoint to go on from, and need not be there."""
+        """Instantiates; what a run started from gives way to the checkpoint to go on from.
+
+        So its weights need not be there any more; a tokeniser that the data name must.
+        """
         config = self.config[self.subcommand]
         options = config["model"].get("init_args") or {}
         weights = options.get("weights")

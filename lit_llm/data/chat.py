@@ -44,7 +44,7 @@ CHAT_TEMPLATE = """\
 """For tokenisers without a template of their own: ChatML with the one token that they all have.
 
 A turn is the boundary, the role, a line's end and what is said; the boundary that ends an assistant's turn opens the
-next. No token is added, and no text can spell a turn's beginning.
+next. No token is added. Messages that spell the boundary are refused.
 """
 
 
@@ -138,8 +138,12 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
     """The tokens after which the assistant speaks.
 
     Raises:
-        ValueError: When the template refuses the messages.
+        ValueError: When the template refuses the messages, or one spells a special token, which could end its turn.
     """
+    for message in messages:
+        for token in _special(tokenizer).values():
+            if token in message["content"]:
+                raise ValueError(f"prompt must spell no special token, but holds {token}")
     return tokenizer(
         _render(tokenizer, messages, "the conversation", add_generation_prompt=True), add_special_tokens=False
     )["input_ids"]

@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lit_llm.data.cleaning import Cleaning, content_hash, split_of
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus
 from lit_llm.data.pretokenization import DocumentEncoder
-from lit_llm.data.tokenizer import boundary_id
+from lit_llm.data.tokenizer import boundary_id, open_tokenizer
 from lit_llm.files import replacing
 
 FORMAT = 1
@@ -141,7 +141,7 @@ class TokenCache:
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokeniser that made it."""
-        return AutoTokenizer.from_pretrained(self.folder / "tokenizer")
+        return open_tokenizer(self.folder / "tokenizer")
 
     def split(self, name: str) -> TokenSplit:
         """Maps one split into memory."""

@@ -135,7 +135,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
     if str(spec) == "bytes":
         return byte_tokenizer()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(spec))
+        tokenizer = open_tokenizer(spec)
     except Exception as error:  # the library beneath raises nothing narrower for a file that is no tokeniser
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
@@ -146,6 +146,11 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
         raise ValueError(f"tokenizer must have a tokenizer.json, but {spec} is a {type(tokenizer).__name__}")
     boundary_id(tokenizer)
     return tokenizer
+
+
+def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
+    """The tokeniser of a folder or of a name on the hub, without running any code that comes with it."""
+    return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
 
 
 def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -76,7 +76,7 @@ class PretrainedCausalLM(nn.Module):
     def _finds_nothing_but_the_head(self) -> bool:
         """Whether the head reads just what the decoder gives, and its output is left as it is: by looking, once."""
         head, base = self.model.get_output_embeddings(), self.model.base_model
-        if type(head) is not nn.Linear or base is self.model:
+        if type(head) is not nn.Linear or head.bias is not None or base is self.model:
             return False
         seen: dict[str, Any] = dict.fromkeys(("decoder", "read"))
         hooks = [
@@ -233,7 +233,7 @@ class PretrainedCausalLM(nn.Module):
         from transformers import AutoModelForCausalLM
 
         try:
-            with _without_bars():
+            with _without_bars(), torch.device("cpu"):  # under another device transformers would place the weights
                 model, found = AutoModelForCausalLM.from_pretrained(
                     folder,
                     config=self.model.config,

@@ -140,5 +140,7 @@ def linear_cross_entropy_sum(
         kind == "cpu" and not (kept := labels != IGNORE_INDEX).all()
     ):  # elsewhere counting them would wait for the device
         hidden, labels = hidden[kept], labels[kept]
+    if not torch.is_grad_enabled():  # which the function cannot see
+        hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(kind, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, z_loss)

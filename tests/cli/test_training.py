@@ -284,3 +284,18 @@ def test_a_run_of_a_network_that_transformers_does_not_know_leaves_all_but_a_mod
     assert {"results.json", "learning_curve.png", "samples.txt"} <= {path.name for path in run.iterdir()}
     assert not (run / "model").exists()
     assert lit_llm("generate", "--model", run, "--prompt", "the", "--max_new_tokens", "2").code == 0
+
+
+def test_only_hooks_that_do_nothing_are_passed_over_in_a_step() -> None:
+    from lightning.pytorch.callbacks import Callback, LambdaCallback
+
+    from lit_llm.cli.training import HOOKS_OF_A_STEP, skip_empty_hooks
+
+    class Counting(Callback):
+        def on_train_batch_end(self, *args: object) -> None: ...
+
+    own, given = Counting(), LambdaCallback(on_after_backward=print)
+    for callback in (own, given):
+        skip_empty_hooks(callback, Callback)
+    kept = [{name for name in HOOKS_OF_A_STEP if getattr(callback, name)} for callback in (own, given)]
+    assert kept == [{"on_train_batch_end"}, {"on_after_backward"}]

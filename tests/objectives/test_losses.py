@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,7 +149,18 @@ def test_no_step_of_a_loss_in_chunks_holds_the_logits_of_all_tokens() -> None:
 
 
 def test_a_loss_in_chunks_without_gradients_makes_none(hidden, weight, labels) -> None:
-    with torch.no_grad():
+    class Operations(TorchDispatchMode):
+        names: ClassVar[set[str]] = set()
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.names.add(func._overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    with torch.no_grad(), Operations() as without:
         loss = linear_cross_entropy_sum(hidden, weight, labels)
+    assert "scatter_add_" not in without.names
+    with Operations() as learning:
+        linear_cross_entropy_sum(hidden, weight, labels)
+    assert "scatter_add_" in learning.names
     torch.testing.assert_close(loss, cross_entropy_sum(hidden @ weight.T, labels).detach())
     assert not loss.requires_grad
