@@ -205,6 +205,11 @@ class PretrainedCausalLM(nn.Module):
         self._require_attention()
         return DynamicCache()  # without a config: a layer with a window would drop what a mask still speaks of
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The constructor's, with the config itself in place of where it came from: what a checkpoint needs."""
+        return {"config": self.to_hf_config(), "activation_checkpointing": self.activation_checkpointing}
+
     def to_hf_config(self) -> dict[str, Any]:
         """The `config.json` with which transformers builds the same network."""
         return {**self.config.to_dict(), "architectures": [type(self.model).__name__]}

@@ -293,6 +293,8 @@ class Objective(LightningModule, ABC):
             norms = torch._foreach_norm([p.detach() for p in self.network.parameters()])
             self._require_finite("the norm of the weights", float(torch.stack(norms).sum()))
         checkpoint["network"] = {**self.hparams["network"], "size": self.hparams[self.size_name]}
+        if hasattr(self.network, "arguments"):  # they say what a path or a name stood for
+            checkpoint["network"]["init_args"] = self.network.arguments
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights of another network in one line.

@@ -132,7 +132,8 @@ def test_a_conversation_that_outgrows_the_model_forgets_its_beginning(lit_llm, c
 
 
 def test_a_run_folder_and_a_checkpoint_can_be_talked_to(lit_llm, chats, tmp_path):
-    small = ["--model.network.d_model", "16", "--model.network.num_layers", "1", "--model.network.num_heads", "2"]
+    small = ["--model.weights", "null", "--model.network", REPOSITORY / "configs/models/llama_3m.yaml"]
+    small += ["--model.network.d_model", "16", "--model.network.num_layers", "1", "--model.network.num_heads", "2"]
     small += ["--data.path", chats, "--data.tokenizer", "bytes", "--data.batch_size", "4", "--trainer.max_steps", "2"]
     config = REPOSITORY / "configs/finetuning/llama_instructions.yaml"
     assert lit_llm("fit", "--config", config, *small, "--run_dir", tmp_path / "run").code == 0

@@ -21,6 +21,8 @@ from lit_llm.models.rotary import YaRN
 from lit_llm.objectives.causal_lm import CausalLM
 from tests.writing import exactly
 
+MISTRAL = {"model_type": "mistral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
+MISTRAL |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 SIZE = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48, "max_seq_len": 64}
 
 
@@ -77,8 +79,7 @@ def test_it_starts_from_the_weights_and_its_checkpoints_do_without_them(model, c
 
 
 def test_it_starts_from_any_network_of_transformers(corpus, tmp_path) -> None:
-    config = {"model_type": "mistral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
-    before = PretrainedCausalLM(257, config | {"num_attention_heads": 2, "num_key_value_heads": 1})
+    before = PretrainedCausalLM(257, MISTRAL)
     save_model(tmp_path / "model", before, byte_tokenizer())
     made = still(weights=str(tmp_path / "model"))
     fit(made, corpus, tmp_path).save_checkpoint(tmp_path / "x.ckpt")
@@ -86,6 +87,15 @@ def test_it_starts_from_any_network_of_transformers(corpus, tmp_path) -> None:
     again, _ = load_model(tmp_path / "x.ckpt")
     assert same(made.network, before)
     assert same(again, before)
+
+
+def test_a_checkpoint_does_without_the_place_that_a_config_came_from(corpus, tmp_path) -> None:
+    PretrainedCausalLM(257, MISTRAL).config.save_pretrained(tmp_path / "config")
+    made = functools.partial(PretrainedCausalLM, config=str(tmp_path / "config"))
+    objective = still(network=made)
+    fit(objective, corpus, tmp_path).save_checkpoint(tmp_path / "x.ckpt")
+    shutil.rmtree(tmp_path / "config")
+    assert same(load_model(tmp_path / "x.ckpt")[0], objective.network)
 
 
 def test_it_starts_from_a_checkpoint_of_a_network_that_is_not_exported(corpus, tmp_path) -> None:
