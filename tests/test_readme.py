@@ -70,6 +70,7 @@ def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
                 extra[extra.index("--data.tokenizer") + 1] = "runs/first/model"
             if config is not None and "InstructionData" in config.read_text():
                 extra[extra.index("--data.path") + 1] = str(chats)
+                extra[extra.index("--data.seq_len") + 1] = "128"
             if "--ckpt_path" in words:
                 extra = ["--trainer.max_steps", "8"]
         if words[0] == "generate":

@@ -81,7 +81,8 @@ def last_words(log: Path) -> str:
 
 def command_line() -> str:
     """The command that is running, as a reader would repeat it."""
-    return " ".join(["python", "-m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]])
+    spec = sys.modules["__main__"].__spec__
+    return " ".join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *sys.argv[1:]])
 
 
 def write_table(name: str, lines: list[str], readme: Path = HERE / "README.md") -> None:
