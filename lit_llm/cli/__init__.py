@@ -12,6 +12,7 @@ import os
 import sys
 
 from lit_llm import __version__
+from lit_llm.cli.lean_import import import_torchmetrics
 
 COMMANDS = {
     "fit": ("lit_llm.cli.training", "train a network: pre-train, fine-tune"),
@@ -68,6 +69,7 @@ def main(args: list[str] | None = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the working directory can be named in configs
     _speak()
+    import_torchmetrics()
     module = importlib.import_module(COMMANDS[words[0]][0])
     try:
         module.run(words)

@@ -202,12 +202,11 @@ def _pieces(path: Path) -> Iterator[Document]:
 
 
 def _table(path: str, files: list[Path], rows: Rows) -> Corpus:
-    from datasets import load_dataset
-    from datasets.utils.logging import set_verbosity
-
-    set_verbosity(logging.CRITICAL)  # errors are said once, by us
-
     def load() -> Any:
+        from datasets import load_dataset  # where the tokens are cached, a run does without these 85 MB
+        from datasets.utils.logging import set_verbosity
+
+        set_verbosity(logging.CRITICAL)  # errors are said once, by us
         kind, options = TABLE_FORMATS[files[0].suffix], _reading(files, rows)
         return load_dataset(kind, data_files=[str(p) for p in files], split="train", streaming=True, **options)
 

@@ -1,0 +1,26 @@
+"""What a start does without, and that it is there for whoever wants it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+SCRIPT = """
+import sys
+from lit_llm.cli.lean_import import import_torchmetrics
+import_torchmetrics()
+assert "transformers" not in sys.modules
+import lit_llm.cli.training
+assert "scipy" not in sys.modules
+from torchmetrics.text.bert import BERTScore
+from torchmetrics.functional.text.bert import AutoModel
+from torchmetrics.text import infolm
+from torchmetrics.utilities.imports import _SCIPY_AVAILABLE
+from torchmetrics.regression import SpearmanCorrCoef
+from importlib.util import find_spec
+assert bool(_SCIPY_AVAILABLE) == (find_spec("scipy") is not None)
+"""
+
+
+def test_a_start_leaves_out_what_no_run_needs_and_hides_nothing():
+    subprocess.run([sys.executable, "-c", SCRIPT], check=True)
