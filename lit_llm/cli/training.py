@@ -207,9 +207,9 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, without the options that this command line decides."""
-        decided = {"weights_only", "verbose", "return_predictions"}
-        return {name: skipped | decided for name, skipped in LightningCLI.subcommands().items()}
+        """The one that is asked for, since each costs time to prepare, without the options that are decided here."""
+        decided, asked = {"weights_only", "verbose", "return_predictions"}, sys.argv[1]
+        return {asked: LightningCLI.subcommands()[asked] | decided}
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         decided = {"weights_only": True} | {
