@@ -3,7 +3,8 @@
     python -m experiments.throughput.loader
 
 Reading: `TextData`'s training loader against nanoGPT's `get_batch` (github.com/karpathy/nanoGPT, train.py), 12 rows of
-256 tokens, once from a file that the page cache has let go and once more. Writing: the standard library's text
+256 tokens, once from a file that the page cache has let go and once more. Resuming: from a loader's state to its next
+batch, at step 100 and at step 1,000,000. Writing: the standard library's text
 through one byte-pair encoding of 8,192 tokens: building `lit-llm fit`'s cache, `datasets.map` into a flat file, and
 the tokeniser alone.
 """
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from lit_llm.data.text import TextData
 
 SEQ_LEN, BATCH_SIZE = 256, 12
+RESUMED = (100, 1_000_000)
 READERS = ("TextData", "nanoGPT's get_batch")
 WRITERS = ("lit-llm fit's cache", "datasets.map, num_proc=2", "encode_batch_fast alone")
 
@@ -49,6 +51,8 @@ def main() -> None:
         return
     options.work.mkdir(parents=True, exist_ok=True)
     child(options, "prepare")
+    if options.table:
+        write_table("resuming", resuming(child(options, "resume")))
     reading: dict[str, list[dict[str, float]]] = {}
     writing: dict[str, list[dict[str, float]]] = {}
     busiest = 0.0
@@ -77,6 +81,8 @@ def one(options: argparse.Namespace) -> dict[str, float]:
     if options.one == "prepare":
         prepare(options)
         return {}
+    if options.one == "resume":
+        return resume(options)
     return read(options) if options.one in READERS else write(options)
 
 
@@ -137,6 +143,29 @@ def read(options: argparse.Namespace) -> dict[str, float]:
                 get_batch()
         found[state] = options.batches * BATCH_SIZE * SEQ_LEN / (time.perf_counter() - started)
     return found
+
+
+def resume(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds to the next batch of a new loader that was given the state of one so many steps on: median of 9."""
+    module = data(options)
+    module.setup("test")
+    found: dict[int, list[float]] = {step: [] for step in RESUMED}
+    for _ in range(9):
+        for step in RESUMED:
+            loader = module.train_dataloader()
+            epoch, batch = divmod(step, len(loader))
+            state = loader.state_dict() | {"epoch": epoch, "row": batch * BATCH_SIZE}
+            started = time.perf_counter()
+            loader.load_state_dict(state)
+            next(iter(loader))
+            found[step].append(time.perf_counter() - started)
+    return {str(step): statistics.median(seconds) for step, seconds in found.items()}
+
+
+def resuming(found: dict[str, float]) -> list[str]:
+    """The table of `resume`."""
+    rows = [f"| {int(step):,} | {1000 * seconds:.1f} |" for step, seconds in found.items()]
+    return ["| step | ms to the next batch |", "| ---: | ---: |", *rows]
 
 
 def forget(path: Path) -> None:
