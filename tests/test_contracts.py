@@ -226,7 +226,7 @@ class TestObjective:
         assert all(gradient.abs().sum() > 0 for gradient in reached.values())
 
     def test_a_checkpoint_rebuilds_the_objective_without_executing_anything(self, kind, tmp_path):
-        from lit_llm.checkpoints import read_checkpoint
+        from lit_llm.checkpoint_files import read_checkpoint
 
         made = objective(kind)
         run = trainer(tmp_path)

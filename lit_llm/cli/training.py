@@ -26,7 +26,7 @@ from lit_llm.callbacks.predictions import DocumentScores
 from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
 from lit_llm.callbacks.throughput import Throughput
-from lit_llm.checkpoints import AtomicCheckpointIO
+from lit_llm.checkpoint_files import AtomicCheckpointIO
 from lit_llm.cli import fail, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.errors import parser_line
