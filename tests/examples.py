@@ -42,17 +42,22 @@ def together(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 
 class Examples(LightningDataModule):
-    """Twenty-four examples of as many classes, or of values; eleven to validate on."""
+    """Twenty-four examples of as many classes, or of values; eleven to validate on; or of what only a checkpoint knows."""
 
     submission: Submission | None = None
     predict_split = "test"
 
-    def __init__(self, num_classes: int | None = 3, counts: list[int] | None = None, test_labels: bool = True) -> None:
+    def __init__(
+        self, num_classes: int | None = 3, counts: list[int] | None = None, test_labels: bool = True, known: bool = True
+    ) -> None:
         super().__init__()
         self.num_classes, self.num_targets = num_classes, None if num_classes else 1
         self.class_names = [f"class {index}" for index in range(num_classes or 0)]
         self.class_counts = counts or [8] * (num_classes or 0)
         self.test_labels = test_labels
+        if not known:
+            self.num_classes = self.num_targets = None
+            self.class_names = []
 
     def _batches(self, rows: range, size: int, labelled: bool = True) -> DataLoader:
         singles = [example(row, self.num_classes, labelled) for row in rows]
@@ -69,6 +74,12 @@ class Examples(LightningDataModule):
 
     def predict_dataloader(self) -> DataLoader:
         return self._batches(range(7), 4, self.test_labels)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"class_names": self.class_names}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.class_names = state_dict["class_names"]
 
     def texts(self, split: str, rows: list[int]) -> list[dict[str, Any]]:
         return [{"sentence": f"{split} {row}, said twice", "label": -1} for row in rows]

@@ -20,9 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 
+from lit_llm.callbacks.confusion import ConfusionMatrix
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
 from lit_llm.callbacks.metrics_csv import MetricsCSV
-from lit_llm.callbacks.predictions import DocumentScores
+from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions
 from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
 from lit_llm.callbacks.throughput import Throughput
@@ -288,9 +289,9 @@ class TrainingCLI(LightningCLI):
 
     def _standard_callbacks(self, checkpoint: CheckpointOptions, given: list[Callback]) -> list[Callback]:
         options = self._get(self.config_init, "trainer")
-        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
+        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode), ConfusionMatrix()]
         if self.subcommand == "predict":
-            standard.append(DocumentScores())
+            standard += [DocumentScores(), ExamplePredictions()]
         if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
             standard.insert(1, Progress())
         if options["enable_checkpointing"] is False:
