@@ -7,7 +7,20 @@ import math
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import (
+    Accuracy,
+    F1Score,
+    MatthewsCorrCoef,
+    MeanAbsoluteError,
+    MeanMetric,
+    MeanSquaredError,
+    Metric,
+    MetricCollection,
+    PearsonCorrCoef,
+    Precision,
+    Recall,
+    SpearmanCorrCoef,
+)
 
 from lit_llm.batch import IGNORE_INDEX
 
@@ -31,9 +44,8 @@ class LanguageModeling(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64  # MPS has no doubles
         for name in ("nats", "tokens", "bytes"):
-            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=_wide()), dist_reduce_fx="sum")
 
     def update(
         self,
@@ -54,3 +66,73 @@ class LanguageModeling(Metric):
         if self.bytes > 0:
             metrics["bits_per_byte"] = self.nats / self.bytes / math.log(2)
         return {name: value.float() for name, value in metrics.items()}
+
+
+def classification_metrics(num_classes: int) -> MetricCollection:
+    """What is said of a classifier, over all examples of a split and all processes.
+
+    `accuracy`, `precision`, `recall`, `f1` (fractions; of two classes those of the second, of more the mean over the
+    classes that occur), `mcc` (Matthews' correlation, -1 to 1, 0 for guessing or always the same class) and `loss`
+    (nats per example; `log(num_classes)` knows nothing). Updated with `preds`, `target` (classes) and `value` (nats).
+
+    Source:
+        Matthews, 1975; Gorodkin, 2004, for more than two classes.
+
+    Example:
+        >>> metrics = classification_metrics(2)
+        >>> metrics.update(preds=torch.tensor([1, 1, 0]), target=torch.tensor([1, 0, 0]), value=torch.ones(3))
+        >>> {name: round(value.item(), 3) for name, value in sorted(metrics.compute().items())}
+        {'accuracy': 0.667, 'f1': 0.667, 'loss': 1.0, 'mcc': 0.5, 'precision': 0.5, 'recall': 1.0}
+    """
+    task = {"task": "multiclass", "num_classes": num_classes, "validate_args": False}
+    each = {"task": "binary", "validate_args": False} if num_classes == 2 else {**task, "average": "macro"}
+    metrics = {
+        "accuracy": Accuracy(**task, average="micro"),
+        "precision": Precision(**each),
+        "recall": Recall(**each),
+        "f1": F1Score(**each),
+        "mcc": MatthewsCorrCoef(**task),
+        "loss": MeanMetric(),
+    }
+    return MetricCollection(metrics).set_dtype(_wide())
+
+
+class RegressionMetrics(MetricCollection):
+    """What is said of predicted values, over all examples of a split and all processes.
+
+    `rmse` and `mae` (in the labels' unit), `pearson` and `spearman` (correlation of values and of ranks, -1 to 1; 0
+    where one side is constant, which correlates with nothing) and `loss` (mean squared error). Updated with `preds` and
+    `target`.
+
+    Example:
+        >>> metrics = RegressionMetrics()
+        >>> metrics.update(preds=torch.tensor([1.0, 2.0, 5.0]), target=torch.tensor([1.0, 3.0, 4.0]))
+        >>> {name: round(value.item(), 3) for name, value in sorted(metrics.compute().items())}
+        {'loss': 0.667, 'mae': 0.667, 'pearson': 0.891, 'rmse': 0.816, 'spearman': 1.0}
+    """
+
+    def __init__(self) -> None:
+        metrics = {
+            "rmse": MeanSquaredError(squared=False),
+            "mae": MeanAbsoluteError(),
+            "pearson": PearsonCorrCoef(),
+            "spearman": SpearmanCorrCoef(),
+            "loss": MeanSquaredError(),
+        }
+        super().__init__(metrics)
+        self.set_dtype(_wide())
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Adds a batch of values and labels."""
+        super().update(preds=preds.to(_wide()), target=target.to(_wide()))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics so far."""
+        found = super().compute()
+        undefined = 0.0 if found["loss"].isfinite() else math.nan
+        return found | {name: found[name].nan_to_num(undefined) for name in ("pearson", "spearman")}
+
+
+def _wide() -> torch.dtype:
+    """What sums are kept in: double precision, where the device has it."""
+    return torch.float32 if torch.backends.mps.is_available() else torch.float64

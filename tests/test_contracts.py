@@ -17,11 +17,12 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lit_llm
-from lit_llm.batch import IGNORE_INDEX
+from lit_llm.batch import IGNORE_INDEX, inputs
 from lit_llm.generation import generate
 from lit_llm.models.block import Block
 from lit_llm.objectives.objective import Objective
 from lit_llm.optimizers import parameter_groups
+from tests.examples import BERT, example, together
 
 
 def classes(package: str, base: type) -> list[type]:
@@ -39,6 +40,7 @@ def first_argument(kind: type) -> str | None:
     return next(iter(inspect.signature(kind).parameters), None)
 
 
+CLASSIFIERS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "num_classes"]
 LANGUAGE_MODELS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "vocab_size"]
 OBJECTIVES = classes("lit_llm.objectives", Objective)
 DATA_MODULES = classes("lit_llm.data", LightningDataModule)
@@ -162,8 +164,48 @@ class TestLanguageModel:
         assert (network.lm_head.weight is embedding.weight) == tied
 
 
-def rows(lengths: list[int], width: int = 10) -> list[dict[str, torch.Tensor]]:
-    """One-row batches of which only the first labels count."""
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+class TestClassifier:
+    def test_the_loss_falls_on_one_repeated_batch(self, kind):
+        network, batch = kind(3, config=BERT), together([example(row, 3) for row in range(6)])
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+        losses = []
+        for _ in range(30):
+            loss = nn.functional.cross_entropy(network(**inputs(batch)), batch["labels"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_the_state_dict_round_trips(self, kind):
+        network, other, batch = awake(kind(3, config=BERT)).eval(), kind(3, config=BERT).eval(), inputs(example(0, 3))
+        other.load_state_dict(network.state_dict())
+        assert torch.equal(network(**batch), other(**batch))
+
+    def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
+        network = kind(3, config=BERT)
+        again = kind(3, **json.loads(json.dumps(network.arguments)))
+        assert again.to_hf_config() == network.to_hf_config()
+
+    def test_its_layers_are_blocks(self, kind):
+        assert sum(isinstance(m, Block) for m in kind(3, config=BERT).modules()) == 2
+
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+        with torch.device("meta"):
+            network = kind(3, config=BERT)
+        network.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in network.parameters():
+                p.fill_(torch.nan)
+        network.reset_parameters()
+        assert all(p.isfinite().all() for p in network.parameters())
+
+
+def rows(lengths: list[int], kind: type | None = None, width: int = 10) -> list[dict[str, torch.Tensor]]:
+    """Batches of one: rows of tokens of which only the first labels count, or examples for what has no such rows."""
+    if kind is not None and kind.size_name != "vocab_size":
+        return [example(length, 3 if kind.size_name == "num_classes" else None) for length in lengths]
     generator = torch.Generator().manual_seed(0)
     batches = []
     for length in lengths:
@@ -184,7 +226,11 @@ def gradients(made: Objective) -> dict[str, torch.Tensor]:
 
 def objective(kind: type) -> Objective:
     torch.manual_seed(0)
-    made = kind(functools.partial(LANGUAGE_MODELS[0], **SMALL), vocab_size=VOCAB)
+    if kind.size_name == "vocab_size":
+        made = kind(functools.partial(LANGUAGE_MODELS[0], **SMALL), vocab_size=VOCAB)
+    else:
+        size = {"num_classes": 3} if kind.size_name == "num_classes" else {}
+        made = kind(functools.partial(CLASSIFIERS[0], config=BERT), **size)
     made.configure_model()
     awake(made.network)
     made.optimizer_zero_grad = lambda *args: None  # the gradients are what is looked at
@@ -208,11 +254,10 @@ def trainer(tmp_path, **options) -> Trainer:
 @pytest.mark.parametrize("kind", OBJECTIVES)
 class TestObjective:
     def test_eight_batches_of_one_give_the_gradient_of_one_batch_of_eight(self, kind, tmp_path):
-        single = rows([1, 9, 3, 10, 2, 7, 5, 4])
-        together = {key: torch.cat([row[key] for row in single]) for key in single[0]}
+        single = rows([1, 9, 3, 10, 2, 7, 5, 4], kind)
         eight, one = objective(kind), objective(kind)
         trainer(tmp_path, accumulate_grad_batches=8).fit(eight, loader(single))
-        trainer(tmp_path).fit(one, loader([together]))
+        trainer(tmp_path).fit(one, loader([together(single)]))
         assert gradients(one)
         for name, gradient in gradients(one).items():
             torch.testing.assert_close(gradients(eight)[name], gradient, rtol=1e-4, atol=1e-6)
@@ -221,23 +266,25 @@ class TestObjective:
         made = objective(kind)
         frozen = next(name for name, _ in made.network.named_parameters())
         made.network.get_parameter(frozen).requires_grad_(False)
-        trainer(tmp_path).fit(made, loader(rows([10])))
+        trainer(tmp_path).fit(made, loader(rows([10], kind)))
         reached = gradients(made)
         assert set(reached) == {name for name, p in made.network.named_parameters()} - {frozen}
         assert all(gradient.abs().sum() > 0 for gradient in reached.values())
 
     def test_a_checkpoint_rebuilds_the_objective_without_executing_anything(self, kind, tmp_path):
-        from lit_llm.checkpoints import read_checkpoint
+        from lit_llm.checkpoint_files import read_checkpoint
 
         made = objective(kind)
         run = trainer(tmp_path)
-        run.fit(made, loader(rows([10])))
+        run.fit(made, loader(rows([10], kind)))
         run.save_checkpoint(tmp_path / "x.ckpt")
         read_checkpoint(tmp_path / "x.ckpt")
         again = kind.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
         for name, p in made.network.state_dict().items():
             assert torch.equal(p, again.network.state_dict()[name])
-        assert again.hparams == made.hparams
+        network = again.hparams.pop("network")
+        assert network.get("class_path") == made.hparams["network"].get("class_path")
+        assert again.hparams == {name: value for name, value in made.hparams.items() if name != "network"}
 
     def test_a_function_that_no_checkpoint_could_rebuild_is_refused(self, kind):
         with pytest.raises(TypeError, match=r"^network must be a class or a functools.partial of one, so that a "):

@@ -20,13 +20,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 
+from lit_llm.callbacks.confusion import ConfusionMatrix
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
 from lit_llm.callbacks.metrics_csv import MetricsCSV
-from lit_llm.callbacks.predictions import DocumentScores
+from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions
 from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
 from lit_llm.callbacks.throughput import Throughput
-from lit_llm.checkpoints import AtomicCheckpointIO
+from lit_llm.checkpoint_files import AtomicCheckpointIO, read_checkpoint
 from lit_llm.cli import fail, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.errors import parser_line
@@ -247,11 +248,24 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         options = config["model"].get("init_args") or {}
         weights = options.get("weights")
+        if config.get("ckpt_path"):
+            self._complete(options, read_checkpoint(Path(config["ckpt_path"])))
         if weights and config.get("ckpt_path"):
             options["weights"] = config["ckpt_path"]
         super().instantiate_classes()
         if weights:
             options["weights"] = weights  # as the run's config says it
+
+    @staticmethod
+    def _complete(options: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds what data decided when a checkpoint was made: data to predict may not be able to say it again."""
+        for name, value in checkpoint.get("hyper_parameters", {}).items():
+            if isinstance(value, int) and options.get(name, value) is None:
+                options[name] = value
+        made = getattr(options.get("network"), "init_args", None)
+        stored = (checkpoint.get("network") or {}).get("init_args", {}).get("config")
+        if stored is not None and made is not None and made.get("config") is not None:
+            made["config"] = stored
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""
@@ -275,9 +289,9 @@ class TrainingCLI(LightningCLI):
 
     def _standard_callbacks(self, checkpoint: CheckpointOptions, given: list[Callback]) -> list[Callback]:
         options = self._get(self.config_init, "trainer")
-        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
+        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode), ConfusionMatrix()]
         if self.subcommand == "predict":
-            standard.append(DocumentScores())
+            standard += [DocumentScores(), ExamplePredictions()]
         if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
             standard.insert(1, Progress())
         if options["enable_checkpointing"] is False:

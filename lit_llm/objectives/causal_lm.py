@@ -62,14 +62,6 @@ class CausalLM(Objective):
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.val_metric, self.test_metric = LanguageModeling(), LanguageModeling()
 
-    def configure_model(self) -> None:
-        """Builds the network and checks that it reads rows as long as the data's."""
-        super().configure_model()
-        longest = getattr(self.network, "max_seq_len", None)
-        seq_len = getattr(getattr(self._trainer, "datamodule", None), "seq_len", None)
-        if longest and seq_len and seq_len > longest:
-            raise ValueError(f"data.seq_len must be at most the network's max_seq_len, {longest}, but is {seq_len}")
-
     def logits(self, batch: TokenBatch) -> Any:
         """What the network says of each next token."""
         return self.network(**_inputs(batch))
@@ -86,28 +78,9 @@ class CausalLM(Objective):
             return linear_cross_entropy_sum(hidden, weight, labels, self.label_smoothing, self.z_loss), targets
         return cross_entropy_sum(self.logits(batch), labels, self.label_smoothing, self.z_loss), targets
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Adds a batch to the validation sums."""
-        self._evaluate(self.val_metric, batch)
-
-    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Adds a batch to the test sums."""
-        self._evaluate(self.test_metric, batch)
-
-    def _evaluate(self, metric: LanguageModeling, batch: TokenBatch) -> None:
+    def measure(self, metric: LanguageModeling, batch: TokenBatch) -> None:
+        """Adds the nats of each label, and the bytes that its row stands for."""
         metric.update(token_nats(self.logits(batch), batch["labels"]), batch["labels"], batch.get("num_bytes"))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the metrics of the whole split."""
-        self._log(self.val_metric, "val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the metrics of the whole split."""
-        self._log(self.test_metric, "test")
-
-    def _log(self, metric: LanguageModeling, split: str) -> None:
-        self.report({f"{split}/{name}": value for name, value in metric.compute().items()})
-        metric.reset()
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Any]:
         """The nats of each label and the document it belongs to; see `callbacks.predictions`."""

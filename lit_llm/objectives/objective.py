@@ -17,8 +17,9 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric, MetricCollection
 
-from lit_llm.checkpoints import Model, class_path, copy_weights, plain, read_model
+from lit_llm.checkpoints import Model, class_path, copy_weights, first_argument, plain, read_model
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule
@@ -59,6 +60,13 @@ class Objective(LightningModule, ABC):
     size_name: ClassVar[str]
     """The argument, and the data module's attribute, that becomes the network's first argument."""
 
+    monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
+    """The metric that says which validation is best, where the data names none, and whether its `min` or `max` is."""
+
+    val_metric: Metric | MetricCollection
+    test_metric: Metric | MetricCollection
+    """What adds up over a split; a subclass makes them, at the latest with the network."""
+
     def __init__(
         self,
         network: Callable[..., nn.Module] | None = None,
@@ -83,6 +91,10 @@ class Objective(LightningModule, ABC):
     @abstractmethod
     def loss(self, batch: Any) -> Loss:
         """The loss to be minimised, summed over the batch's targets, and their number."""
+
+    @abstractmethod
+    def measure(self, metric: Any, batch: Any) -> dict[str, Tensor] | None:
+        """Adds a batch to `val_metric` or `test_metric`; what it gives is for callbacks."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As torch's, but for what is set many times a step: that never is a parameter, which torch takes time to see.
@@ -141,8 +153,21 @@ class Objective(LightningModule, ABC):
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
         if self.make_network is not None:
             self.network = self.make_network(self.hparams[name])
+            if hasattr(self.network, "read_tokens_of") and self._trainer and self.trainer.state.fn == "fit":
+                tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
+                if tokenizer is not None:
+                    self.network.read_tokens_of(tokenizer)
         if source is not None:
             self._start_from(source)
+        self._require_room()
+
+    def _require_room(self) -> None:
+        """Sees that the network reads rows as long as the data's."""
+        longest, data = getattr(self.network, "max_seq_len", None), getattr(self._trainer, "datamodule", None)
+        for name in ("seq_len", "max_seq_len"):
+            length = getattr(data, name, None)
+            if longest and length and length > longest:
+                raise ValueError(f"data.{name} must be at most the network's max_seq_len, {longest}, but is {length}")
 
     def _require_same_data(self, source: Model) -> None:
         """Refuses data that means something else by its numbers than what the weights were trained on."""
@@ -154,6 +179,13 @@ class Objective(LightningModule, ABC):
             raise ValueError(
                 f"data.tokenizer must be the one that model.weights were trained with, but is another than that of "
                 f"{weights}{remedy}"
+            )
+        sized_by = first_argument(type(source.network))
+        if (sized_by == "vocab_size") != (name == "vocab_size"):
+            kind = type(source.network).__name__
+            raise ValueError(
+                f"model.weights must be of a network sized by {name}, but {weights} is a {kind}, sized by {sized_by}; "
+                f"a backbone can be named as model.network.path"
             )
         size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
         if needed is not None and size < needed:
@@ -257,13 +289,35 @@ class Objective(LightningModule, ABC):
         elif gradient_clip_val:
             self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
+    # Measuring.
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        """Adds a batch to the metrics of the validation."""
+        return self.measure(self.val_metric, batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        """Adds a batch to the metrics of the test."""
+        return self.measure(self.test_metric, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics of the whole split."""
+        self._report_split("val", self.val_metric)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics of the whole split."""
+        self._report_split("test", self.test_metric)
+
+    def _report_split(self, split: str, metric: Metric | MetricCollection) -> None:
+        self.report({f"{split}/{name}": value for name, value in metric.compute().items()})
+        metric.reset()
+
     def report(self, metrics: dict[str, Tensor]) -> None:
         """Logs the metrics of a whole evaluation: for callbacks, and at the step they were taken for the loggers.
 
         (Lightning would log those of a validation one step too early.)
         """
-        if self.trainer.state.fn == "fit" and "val/loss" in metrics:
-            self._require_finite("val/loss", float(metrics["val/loss"]))
+        for name in {"val/loss", "test/loss"} & metrics.keys():
+            self._require_finite(name, float(metrics[name]))
         self.log_dict(metrics, logger=False, sync_dist=True)
         # Outside a fit there is no step that a row could stand at.
         if self.trainer.global_step and not self.trainer.sanity_checking:
@@ -296,6 +350,15 @@ class Objective(LightningModule, ABC):
                 f"lengthen the warm-up or clip gradients, and go on from the last good checkpoint with --ckpt_path last"
             )
 
+    def require_numbers(self, predictions: Tensor) -> None:
+        """Refuses predictions that say nothing.
+
+        Raises:
+            FloatingPointError: When one is not finite.
+        """
+        if not predictions.isfinite().all():
+            raise FloatingPointError("predictions must be finite, but are not; take a checkpoint from before")
+
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -308,6 +371,8 @@ class Objective(LightningModule, ABC):
         checkpoint["network"] = {**self.hparams["network"], "size": self.hparams[self.size_name]}
         if hasattr(self.network, "arguments"):  # they say what a path or a name stood for
             checkpoint["network"]["init_args"] = self.network.arguments
+            network = {key: checkpoint["network"][key] for key in ("class_path", "init_args")}
+            checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "network": network}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights of another network in one line.
