@@ -5,6 +5,7 @@ A batch is a plain dict, so that every strategy, device transfer and collate fun
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NotRequired, TypedDict
 
 from jaxtyping import Float, Int
@@ -34,3 +35,28 @@ class TokenBatch(TypedDict):
     positions: NotRequired[Int[Tensor, "batch seq"]]
     num_bytes: NotRequired[Float[Tensor, " batch"]]
     documents: NotRequired[Int[Tensor, "batch seq"]]
+
+
+class ExampleBatch(TypedDict):
+    """Examples, each with one label: what a classifier or a regression reads.
+
+    All fields but `labels` and `rows` are what the network is called with, by name.
+
+    Attributes:
+        input_ids: Tokens of a text, or of two with the tokeniser's marks between them; padded on the right.
+        attention_mask: 1 on tokens, 0 on padding.
+        token_type_ids: 0 on the first text, 1 on the second; where the tokeniser makes them.
+        labels: Index of the class, or the value; absent where the split has none.
+        rows: Index of each example in its split.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"]
+    token_type_ids: NotRequired[Int[Tensor, "batch seq"]]
+    labels: NotRequired[Int[Tensor, " batch"] | Float[Tensor, " batch"]]
+    rows: Int[Tensor, " batch"]
+
+
+def inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What the network is called with: all but labels and rows."""
+    return {name: value for name, value in batch.items() if name not in ("labels", "rows")}

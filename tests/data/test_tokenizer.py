@@ -168,7 +168,7 @@ def test_too_small_a_vocabulary_is_refused() -> None:
 def test_a_tokenizer_that_is_not_there_is_said_in_one_line(tmp_path: Path, spec: str) -> None:
     spec = spec.replace("{empty}", str(tmp_path))
     start = (
-        f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on the hub, "
+        f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, `bert-bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on the hub, "
         f"but is {spec!r}: "
     )
     with pytest.raises(FileNotFoundError) as caught:
