@@ -116,7 +116,12 @@ def _load_files(files: list[Path], path: str) -> Dataset:
         if kind == "csv":
             separator = "\t" if files[0].suffix == ".tsv" else ","
             with files[0].open(newline="", encoding="utf-8-sig") as file:
-                names = next(csv.reader(file, delimiter=separator), [])
+                reader = csv.reader(file, delimiter=separator)
+                names, first = next(reader, []), next(reader, [])
+            if len(first) > len(names):  # pandas would take what is too many for names of rows
+                raise ValueError(
+                    f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
+                )
             features = Features(dict.fromkeys(names, Value("string")))
             options = {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
         return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
