@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from datasets import ClassLabel, Dataset, Features, Value, load_dataset
+from datasets import ClassLabel, Dataset, Features, Value, disable_progress_bars, load_dataset
 
 from lit_llm.data.cleaning import content_hash, split_of
 from lit_llm.data.corpora import Document, stdlib_code, stdlib_files
@@ -87,6 +87,7 @@ def docmatch_rows() -> Iterator[dict[str, Any]]:
 
 def open_docmatch() -> dict[str, Dataset]:
     """The splits of the task; made once for a Python and kept as a table in the cache folder."""
+    disable_progress_bars()
     name = cache_name(table=NAME, version=1, python=sys.version, files=stamps(stdlib_files()))
     path = cache_folder() / "tables" / f"{name}.parquet"
     if not path.is_file():
