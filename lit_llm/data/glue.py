@@ -292,11 +292,13 @@ class GLUEData(LightningDataModule):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokeniser."""
+        """The tokeniser; of a table without labels that is predicted, the checkpoint's, once that is read."""
         spec = str(self._tokenizer_spec)
         train = training_of(spec)
         if train is None:
             return load_tokenizer(spec)
+        if "train" not in self.splits:
+            raise AttributeError("tokenizer")  # so that who asks what data has finds none
         split, columns = self.splits["train"], (self.columns.text, self.columns.text_pair)
         texts = [text for name in columns if name for text in split.column(name)]
         folder = cache_folder() / "tokenizers" / cache_name(spec=spec, texts=content_hash("\0".join(texts)))

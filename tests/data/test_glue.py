@@ -234,6 +234,7 @@ def test_a_table_without_labels_is_predicted_whole_with_what_the_checkpoint_know
     new.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"), global_rank=0, world_size=1)
     new.prepare_data()
     new.setup("predict")
+    assert getattr(new, "tokenizer", None) is None
     new.load_state_dict(state)
     [batch] = new.predict_dataloader()
     assert batch["rows"].tolist() == [0, 1]
