@@ -63,3 +63,9 @@ def test_augmentation_depends_on_seed_epoch_and_row_alone_and_keeps_the_types() 
     first_end = int((ids == TOKENIZER.sep_token_id).nonzero()[0])
     assert types.tolist() == [0] * (first_end + 1) + [1] * (length - first_end - 1)
     assert alone["labels"].tolist() == [5]
+
+
+def test_equal_texts_are_changed_in_different_ways() -> None:
+    split = Collation([TEXTS[5] * 3] * 2, None, None, TOKENIZER, 60)
+    one, other = (split.batch(np.array([row]), TextAugmentation(deletion=0.3))["input_ids"] for row in (0, 1))
+    assert not torch.equal(one, other)
