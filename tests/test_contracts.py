@@ -291,21 +291,50 @@ class TestObjective:
             kind(lambda size: LANGUAGE_MODELS[0](size, **SMALL))
 
 
-@pytest.mark.parametrize("kind", DATA_MODULES)
-class TestDataModule:
-    @pytest.fixture
-    def data(self, kind, corpus, chats) -> Callable[[], LightningDataModule]:
-        """Makes one of what it reads: texts or conversations."""
-        path = chats if "messages" in inspect.signature(kind).parameters else corpus
+def of_tokens(kind: type) -> bool:
+    """Whether a data module gives rows for language models; others give examples with a label."""
+    return "seq_len" in inspect.signature(kind).parameters
 
-        def make() -> LightningDataModule:
-            made = kind(path=str(path), tokenizer="bytes", seq_len=128, batch_size=3, validation_fraction=0.2)
-            made.prepare_data()
-            made.setup("fit")
-            return made
 
-        return make
+@pytest.fixture
+def data(kind, corpus, chats, reviews) -> Callable[[], LightningDataModule]:
+    """Makes a data module of what it reads: texts, conversations or labelled texts."""
+    path = chats if "messages" in inspect.signature(kind).parameters else corpus if of_tokens(kind) else reviews
+    size = {"seq_len": 128} if of_tokens(kind) else {}
 
+    def make() -> LightningDataModule:
+        made = kind(path=str(path), tokenizer="bytes", batch_size=3, validation_fraction=0.2, **size)
+        made.prepare_data()
+        made.setup("fit")
+        return made
+
+    return make
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if not of_tokens(kind)])
+class TestExampleData:
+    def test_batches_have_the_fields_of_the_contract(self, kind, data):
+        made = data()
+        for batch in (next(iter(made.train_dataloader())), next(iter(made.val_dataloader()))):
+            assert set(batch) <= set(lit_llm.batch.ExampleBatch.__annotations__)
+            assert {"labels", "rows"} == set(batch) - set(lit_llm.batch.inputs(batch))
+            assert len(batch["labels"]) == len(batch["rows"]) == 3
+            assert batch["labels"].dtype == batch["rows"].dtype == torch.long
+
+    def test_the_facts_that_others_ask_for_are_there(self, kind, data):
+        made = data()
+        assert made.num_classes == len(made.class_names) == len(made.class_counts) == 2
+        assert made.num_targets is None
+        assert made.label_name(1) == made.class_names[1]
+        assert sum(made.class_counts) == made.manifest["splits"]["train"]["examples"]
+        batch = next(iter(made.predict_dataloader()))
+        assert len(made.texts(made.predict_split, batch["rows"].tolist())) == 3
+        json.dumps(made.manifest)
+        data().load_state_dict(made.state_dict())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if of_tokens(kind)])
+class TestTokenData:
     def test_batches_have_the_fields_of_the_contract(self, kind, data):
         batch = next(iter(data().train_dataloader()))
         assert set(batch) <= set(lit_llm.batch.TokenBatch.__annotations__)
@@ -323,6 +352,9 @@ class TestDataModule:
         assert json.loads(json.dumps(made.manifest))["splits"]["train"]["documents"] > 0
         data().load_state_dict(made.state_dict())
 
+
+@pytest.mark.parametrize("kind", DATA_MODULES)
+class TestDataModule:
     def test_the_same_seed_gives_the_same_order(self, kind, data):
         first, second = (list(data().train_dataloader()) for _ in range(2))
         assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))
