@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
 import lit_llm.models
+from lit_llm.adaptation import Adaptation
 from lit_llm.checkpoint_files import plain_errors, read_checkpoint
 from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
@@ -303,17 +304,32 @@ def _fill(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied:
             p.copy_(stored[name])
 
 
+def read_adapted(path: Path) -> tuple[nn.Module, Adaptation | None]:
+    """The network of a checkpoint as it was trained, with what its adaptation had made of it."""
+    return _as_trained(path, read_checkpoint(path))
+
+
 def _from_checkpoint(path: Path) -> Model:
     checkpoint = read_checkpoint(path)
+    network, adaptation = _as_trained(path, checkpoint)
+    if adaptation is not None:
+        adaptation.finish(network)
+    return Model(network, _tokenizer_of(checkpoint), checkpoint["network"], None)
+
+
+def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adaptation | None]:
     recipe = checkpoint.get("network")
     if not isinstance(recipe, dict):
         raise ValueError(f"model must be a checkpoint of an objective of this package, but {path} describes no network")
     network = _built(recipe, path, recipe["size"])
+    adaptation = _built(checkpoint["adaptation"], path) if checkpoint.get("adaptation") else None
+    if adaptation is not None:
+        adaptation.prepare(network)
     prefix = "network."
     state = checkpoint["state_dict"]
     stored = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     _fill(_own(network), stored, path, network.state_dict())
-    return Model(network, _tokenizer_of(checkpoint), recipe, None)
+    return network, adaptation
 
 
 def _built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:

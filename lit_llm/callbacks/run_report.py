@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import lit_llm
 from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.throughput import Throughput
-from lit_llm.checkpoints import load_model, save_model
+from lit_llm.checkpoints import read_adapted, save_model
 from lit_llm.files import replacing
 
 log = logging.getLogger(__name__)
@@ -106,9 +107,17 @@ class RunReport(Callback):
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
-        network, best = pl_module.network, folder / "checkpoints" / "best.ckpt"
+        best, adaptation = folder / "checkpoints" / "best.ckpt", getattr(pl_module, "adaptation", None)
         if best.exists():
-            network, _ = load_model(best)
+            network, _ = read_adapted(best)
+        else:
+            network = copy.deepcopy(pl_module.network) if adaptation is not None else pl_module.network
+        if adaptation is not None:
+            if adaptation.adds:
+                with replacing(folder / "adapter") as new:
+                    new.mkdir()
+                    adaptation.save(network, new)
+            adaptation.finish(network)
         if not hasattr(network, "to_hf_config"):
             log.info(f"No model directory: transformers has no class for a {type(network).__name__}")
             return

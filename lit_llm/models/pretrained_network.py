@@ -64,6 +64,12 @@ class Pretrained(nn.Module):
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self.max_seq_len = getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
+    @property
+    def backbone(self) -> nn.Module | None:
+        """What is below the head; `None` where transformers does not keep them apart."""
+        base = self.model.base_model
+        return None if base is self.model else base
+
     def reset_parameters(self) -> None:
         """Draws the initial weights of the architecture."""
         for module in self.model.modules():

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
+from lit_llm.adaptation import Adaptation
 from lit_llm.batch import IGNORE_INDEX, TokenBatch
 from lit_llm.metrics import LanguageModeling
 from lit_llm.objectives.losses import cross_entropy_sum, linear_cross_entropy_sum, token_nats
@@ -29,6 +30,7 @@ class CausalLM(Objective):
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
         weights: As in `Objective`.
+        adaptation: As in `Objective`.
         vocab_size: Tokens that the network has; `None` is as many as the tokeniser, more is room or alignment.
         label_smoothing: Probability spread over all tokens, in [0, 1).
         z_loss: Weight of the squared log-normaliser; 0 for none, 1e-4 is usual.
@@ -49,11 +51,12 @@ class CausalLM(Objective):
         schedule: Schedule | None = None,
         decay_embeddings: bool = False,
         weights: str | None = None,
+        adaptation: Adaptation | None = None,
         vocab_size: int | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> None:
-        super().__init__(network, optimizer, schedule, decay_embeddings, weights)
+        super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"model.label_smoothing must be in [0, 1), but is {label_smoothing}")
         if z_loss < 0:

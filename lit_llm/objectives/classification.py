@@ -12,6 +12,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
+from lit_llm.adaptation import Adaptation
 from lit_llm.batch import inputs
 from lit_llm.metrics import classification_metrics
 from lit_llm.objectives.objective import Loss, Objective
@@ -31,6 +32,7 @@ class Classification(Objective):
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
         weights: As in `Objective`.
+        adaptation: As in `Objective`.
         num_classes: Classes that the network tells apart; `None` is as many as the data has.
         label_smoothing: Probability spread over all classes, in [0, 1); 0.1 is usual.
         class_weights: `balanced` weighs each example by the inverse of its class's share of the training split, so that
@@ -54,11 +56,12 @@ class Classification(Objective):
         schedule: Schedule | None = None,
         decay_embeddings: bool = False,
         weights: str | None = None,
+        adaptation: Adaptation | None = None,
         num_classes: int | None = None,
         label_smoothing: float = 0.0,
         class_weights: Literal["balanced"] | None = None,
     ) -> None:
-        super().__init__(network, optimizer, schedule, decay_embeddings, weights)
+        super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"model.label_smoothing must be in [0, 1), but is {label_smoothing}")
         self.save_arguments()

@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 
+from lit_llm.adaptation import Adaptation
 from lit_llm.checkpoints import Model, class_path, copy_weights, first_argument, plain, read_model
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.optimizers import parameter_groups
@@ -52,6 +53,7 @@ class Objective(LightningModule, ABC):
         decay_embeddings: Let weight decay act on embeddings (it never does on norms and biases).
         weights: What to start from instead of fresh weights: a model directory (ours or transformers'), a run folder, a
             checkpoint file or a name on the hub. Read once, before the first step: checkpoints do without it.
+        adaptation: Which parameters learn, from when on and how fast; `None` is all of them alike.
 
     Raises:
         ValueError: When there is neither a network nor weights.
@@ -74,6 +76,7 @@ class Objective(LightningModule, ABC):
         schedule: Schedule | None = None,
         decay_embeddings: bool = False,
         weights: str | None = None,
+        adaptation: Adaptation | None = None,
     ) -> None:
         super().__init__()
         if network is None and weights is None:
@@ -82,11 +85,13 @@ class Objective(LightningModule, ABC):
         self.make_optimizer = optimizer
         self.schedule = schedule or Constant()
         self.decay_embeddings = decay_embeddings
+        self.adaptation = adaptation
         self.network: nn.Module | None = None
         self.grad_norm: Tensor | None = None
         self._step_targets: Tensor | float = 0.0
         self._loss_sum: Tensor | float = 0.0
         self._target_sum: Tensor | float = 0.0
+        self._waiting: list[dict[str, Any]] = []
 
     @abstractmethod
     def loss(self, batch: Any) -> Loss:
@@ -160,6 +165,8 @@ class Objective(LightningModule, ABC):
         if source is not None:
             self._start_from(source)
         self._require_room()
+        if self.adaptation is not None:
+            self.adaptation.prepare(self.network)
 
     def _require_room(self) -> None:
         """Sees that the network reads rows as long as the data's."""
@@ -204,26 +211,55 @@ class Objective(LightningModule, ABC):
         log.info(f"Starting from the weights of {self.hparams['weights']}")
         self.hparams["weights"] = None  # a checkpoint has weights of its own
 
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Where the tokeniser of what the network starts from is: for data that names none."""
+        options = (self.hparams.get("network") or {}).get("init_args") or {}
+        return options.get("path") or self.hparams.get("weights")
+
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser over the groups that `optimizers.parameter_groups` makes, and its schedule by the step."""
         groups = parameter_groups(self.network, self.decay_embeddings)
+        if self.adaptation is not None:
+            groups = self.adaptation.groups(groups, self.network)
         make = self.make_optimizer or functools.partial(AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         optimizer = make(groups)
-        total = self.trainer.estimated_stepping_batches
-        scheduler = LambdaLR(optimizer, functools.partial(self.schedule.factor, total_steps=total))
+        scheduler = LambdaLR(optimizer, [self._factor_of(group) for group in optimizer.param_groups])
         # What the config says, before a checkpoint's own values are loaded over it.
         self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         log.info(groups_table(optimizer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _factor_of(self, group: dict[str, Any]) -> Callable[[int], float]:
+        """Factor on a group's learning rate at each step: the schedule's, slower in some layers, 0 until they learn."""
+        total = self.trainer.estimated_stepping_batches
+        rate, first = group.get("rate", 1.0), first_step(group, total)
+        return lambda step: rate * self.schedule.factor(step, total) if step >= first else 0.0
+
     def on_train_start(self) -> None:
         """After a checkpoint was loaded: state comes from the checkpoint, hyper-parameters from the config."""
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-        factor = self.schedule.factor(self.trainer.global_step, self.trainer.estimated_stepping_batches)
         for group, configured in zip(optimizer.param_groups, self._configured, strict=True):
             group.update(configured)
-            group["lr"] = configured["initial_lr"] * factor
+            group["lr"] = configured["initial_lr"] * self._factor_of(configured)(self.trainer.global_step)
         scheduler.base_lrs = [configured["initial_lr"] for configured in self._configured]
+        self._waiting = [group for group in optimizer.param_groups if group.get("start")]
+        self._wake(optimizer, self.trainer.global_step)
+
+    def _wake(self, optimizer: Optimizer, step: int) -> None:
+        """Has the groups learn whose turn it is at a step; those that wait cost no backward pass.
+
+        Data-parallel processes agree beforehand on which gradients they exchange, so there it costs one, for nothing.
+        """
+        total = self.trainer.estimated_stepping_batches
+        self._waiting = [group for group in self._waiting if step < first_step(group, total)]
+        if self.trainer.world_size > 1:
+            return
+        asleep = {id(group) for group in self._waiting}
+        for group in optimizer.param_groups:
+            if group.get("start"):
+                for p in group["params"]:
+                    p.requires_grad_(id(group) not in asleep)
 
     # Training.
 
@@ -241,6 +277,9 @@ class Objective(LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turns the gradient of the scaled sum into the gradient of the mean over all targets of the step."""
+        for group in self._waiting:
+            for p in group["params"]:
+                p.grad = None
         if not self._step_has_parts:
             return
         targets = self.trainer.strategy.reduce(self._step_targets, reduce_op="sum")
@@ -254,6 +293,8 @@ class Objective(LightningModule, ABC):
         """Steps, and lets go of the gradients at once: Lightning would hold them through the next forward pass."""
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         self.optimizer_zero_grad(epoch, batch_idx, optimizer)
+        if self._waiting:
+            self._wake(optimizer, self.trainer.global_step + 1)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Lets go of all gradients; as torch's, without the profiler's mark that costs more than the work."""
@@ -374,6 +415,9 @@ class Objective(LightningModule, ABC):
             network = {key: checkpoint["network"][key] for key in ("class_path", "init_args")}
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "network": network}
 
+        if self.adaptation is not None:
+            checkpoint["adaptation"] = described("adaptation", self.adaptation)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights of another network in one line.
 
@@ -393,14 +437,20 @@ class Objective(LightningModule, ABC):
                 )
 
 
+def first_step(group: dict[str, Any], total_steps: int) -> int:
+    """The step from which a parameter group learns."""
+    return math.ceil(group.get("start", 0.0) * total_steps)
+
+
 def groups_table(optimizer: Optimizer) -> str:
     """What each parameter group holds and how it is optimised, as lines of text."""
     lines = [f"{type(optimizer).__name__}      tensors  parameters  learning rate  weight decay"]
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
+        later = f"  from {group['start']:.0%} on" if group.get("start") else ""
         lines.append(
-            f"  {group.get('role', 'all'):<11}{len(group['params']):>6}{count:>12,}{group['initial_lr']:>15.3g}"
-            f"{group.get('weight_decay', 0.0):>14.3g}"
+            f"  {group.get('role', 'all'):<11}{len(group['params']):>6}{count:>12,}"
+            f"{group['initial_lr'] * group.get('rate', 1.0):>15.3g}{group.get('weight_decay', 0.0):>14.3g}{later}"
         )
     return "\n".join(lines)
 

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
+from lit_llm.adaptation import Adaptation
 from lit_llm.batch import inputs
 from lit_llm.metrics import RegressionMetrics
 from lit_llm.objectives.objective import Loss, Objective
@@ -28,6 +29,7 @@ class Regression(Objective):
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
         weights: As in `Objective`.
+        adaptation: As in `Objective`.
         num_targets: Values of each example; one.
 
     Raises:
@@ -47,9 +49,10 @@ class Regression(Objective):
         schedule: Schedule | None = None,
         decay_embeddings: bool = False,
         weights: str | None = None,
+        adaptation: Adaptation | None = None,
         num_targets: int = 1,
     ) -> None:
-        super().__init__(network, optimizer, schedule, decay_embeddings, weights)
+        super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation)
         if num_targets != 1:
             raise ValueError(f"model.num_targets must be 1, but is {num_targets}")
         self.save_arguments()
