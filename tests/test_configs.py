@@ -10,6 +10,8 @@ import yaml
 
 from lit_llm.checkpoints import save_model
 from lit_llm.data.tokenizer import byte_tokenizer
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from tests.examples import BERT
 from tests.writing import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
@@ -36,7 +38,9 @@ def test_it_writes_no_value_that_the_data_decides(path):
 @pytest.mark.parametrize("path", RUNS, ids=name)
 def test_a_run_file_states_what_it_reaches(path):
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert re.search(r"\d\.\d+ (bits per byte|nats)", head)
+    assert re.search(
+        r"\d\.\d+ (bits per byte|nats|accuracy|of the .{1,60}right)|(accuracy|MCC|F1|Pearson)( of)? \d\.\d+", head
+    )
     assert re.search(r"\d+ (s|seconds|minutes)\b", head)
 
 
@@ -46,26 +50,41 @@ def test_an_overlay_adds_to_the_callbacks_and_does_not_replace_them(path):
     assert "callbacks" not in trainer
 
 
-SMALL_DATA = ["--data.tokenizer", "bytes", "--data.validation_fraction", "0.1", "--data.test_fraction", "0"]
+TEXTS = ["--data.tokenizer", "bytes", "--data.validation_fraction", "0.1", "--data.test_fraction", "0"]
+TEXTS += ["--data.seq_len", "64"]
+EXAMPLES = ["--data.tokenizer", "bert-bpe-300", "--data.validation_fraction", "0.1", "--data.max_seq_len", "64"]
+
+
+@pytest.fixture
+def small(tmp_path, tiny_llama, texts, chats):
+    """Options that give a run file little data, and something small to start from where it starts from something."""
+
+    def options(path: Path) -> list[object]:
+        content, init_args = path.read_text(), yaml.safe_load(path.read_text())["model"]["init_args"]
+        if "objectives.causal_lm" in content:
+            found = ["--data.path", chats if "InstructionData" in content else texts, *TEXTS]
+            if "weights" in init_args:
+                save_model(tmp_path / "start", tiny_llama(vocab_size=257), byte_tokenizer())
+                found += ["--model.weights", tmp_path / "start"]
+            return found
+        lines = [f"{row} {'good' if row % 2 else 'bad'},{'yes' if row % 2 else 'no'}" for row in range(60)]
+        (tmp_path / "table.csv").write_text("\n".join(["text,label", *lines]))
+        found = ["--data.path", tmp_path / "table.csv", *EXAMPLES]
+        if "init_args" not in (init_args["network"] if isinstance(init_args["network"], dict) else {"init_args": 0}):
+            save_model(tmp_path / "start", PretrainedClassifier(3, config=BERT | {"vocab_size": 300}))
+            found += ["--model.network.path", tmp_path / "start"]
+        return found
+
+    return options
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
-def test_a_run_file_takes_two_steps(lit_llm, tiny_llama, texts, chats, tmp_path, path):
-    of_chats = "InstructionData" in path.read_text()
-    start = []
-    if "weights" in yaml.safe_load(path.read_text())["model"]["init_args"]:
-        save_model(tmp_path / "start", tiny_llama(vocab_size=257), byte_tokenizer())
-        start = ["--model.weights", tmp_path / "start"]
+def test_a_run_file_takes_two_steps(lit_llm, small, tmp_path, path):
     outcome = lit_llm(
         "fit",
         "--config",
         path,
-        *start,
-        "--data.path",
-        chats if of_chats else texts,
-        *SMALL_DATA,
-        "--data.seq_len",
-        "64",
+        *small(path),
         "--data.batch_size",
         "2",
         "--trainer.max_steps",

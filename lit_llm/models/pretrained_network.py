@@ -57,7 +57,7 @@ class Pretrained(nn.Module):
     def _adopt(self, model: PreTrainedModel) -> None:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        self.model = model
+        self.model = model.train()  # from a directory it comes as for evaluation, without dropout
         for kind in {type(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}:
             Block.register(kind)
         if self.activation_checkpointing:

@@ -190,6 +190,7 @@ def test_a_backbone_is_taken_and_that_the_head_is_new_is_said_in_one_line(source
     assert line.startswith(f"The head is new, {tmp_path} has {has}: ")
     assert line.endswith("classifier.bias, classifier.weight")
     assert network(**inputs("bert")).shape == (4, 3)
+    assert all(module.training for module in network.modules())
     message = f"path must hold a head of 3 classes with strict, but {tmp_path} has {has}"
     with pytest.raises(ValueError, match=exactly(message)):
         PretrainedClassifier(3, str(tmp_path), strict=True)
