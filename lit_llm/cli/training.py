@@ -10,7 +10,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import DefaultHelpFormatter
@@ -172,12 +172,21 @@ class CheckpointOptions:
 
     Args:
         monitor: Metric that decides which validation is best; `best.ckpt` and the exported model are of that step.
-        mode: Whether its `min` or its `max` is best.
+            `None` is the headline metric of the data's task, or else the objective's.
+        mode: Whether its `min` or its `max` is best; `None` is the headline metric's own, `min` for any other.
         every_n_steps: How often `last.ckpt` is written; also at the end, and on Ctrl-C.
     """
 
-    def __init__(self, monitor: str = "val/loss", mode: str = "min", every_n_steps: int = 100) -> None:
+    def __init__(
+        self, monitor: str | None = None, mode: Literal["min", "max"] | None = None, every_n_steps: int = 100
+    ) -> None:
         self.monitor, self.mode, self.every_n_steps = monitor, mode, every_n_steps
+
+    def decided(self, headline: tuple[str, str]) -> CheckpointOptions:
+        """What is left open taken from the headline metric and its mode."""
+        monitor = self.monitor or headline[0]
+        mode = self.mode or (headline[1] if monitor == headline[0] else "min")
+        return CheckpointOptions(monitor, mode, self.every_n_steps)
 
 
 class TrainingCLI(LightningCLI):
@@ -270,7 +279,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""
         options = self._get(self.config_init, "trainer")
-        checkpoint = self._get(self.config_init, "checkpoint")
+        headline = getattr(self.datamodule, "monitor", None) or getattr(self.model, "monitor", ("val/loss", "min"))
+        checkpoint = self._get(self.config_init, "checkpoint").decided(headline)
         callbacks = list(options["callbacks"] or [])
         loggers = options["logger"]
         if not options["fast_dev_run"]:

@@ -210,16 +210,20 @@ class GLUEData(LightningDataModule):
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the validation split, the longest first, each once whatever the number of processes."""
-        return self._loader("validation") if "validation" in self.splits else []
+        return self.ordered_dataloader("validation")
+
+    def ordered_dataloader(self, split: str) -> BatchLoader | list[Any]:
+        """All examples of any split, the longest first and as they are."""
+        return self._loader(split) if split in self.splits else []
 
     def test_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the test split, as in validation; none where it has no labels."""
         labelled = "test" in self.splits and self.splits["test"].labels is not None
-        return self._loader("test") if labelled else []
+        return self.ordered_dataloader("test") if labelled else []
 
     def predict_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the split to predict, with labels or without."""
-        return self._loader(self.predict_split) if self.predict_split in self.splits else []
+        return self.ordered_dataloader(self.predict_split)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to read texts and to name classes on its own."""

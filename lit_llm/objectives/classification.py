@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lit_llm.adaptation import Adaptation
-from lit_llm.batch import inputs
 from lit_llm.metrics import classification_metrics
 from lit_llm.objectives.objective import Loss, Objective
 from lit_llm.schedulers import Schedule
@@ -99,7 +98,7 @@ class Classification(Objective):
 
     def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
         """What the network says of each example, in fp32."""
-        return self.network(**inputs(batch)).float()
+        return self.read(batch).float()
 
     def loss(self, batch: Mapping[str, Tensor]) -> Loss:
         """Cross-entropy in nats, summed over the examples with their weights, and the sum of those."""

@@ -6,22 +6,26 @@ import functools
 import inspect
 import logging
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 
 from lit_llm.adaptation import Adaptation
+from lit_llm.batch import inputs
 from lit_llm.checkpoints import Model, class_path, copy_weights, first_argument, plain, read_model
 from lit_llm.data.tokenizer import fingerprint
+from lit_llm.objectives.features import FeatureCache
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule
 
@@ -92,6 +96,7 @@ class Objective(LightningModule, ABC):
         self._loss_sum: Tensor | float = 0.0
         self._target_sum: Tensor | float = 0.0
         self._waiting: list[dict[str, Any]] = []
+        self._features: dict[RunningStage, FeatureCache] = {}
 
     @abstractmethod
     def loss(self, batch: Any) -> Loss:
@@ -245,6 +250,29 @@ class Objective(LightningModule, ABC):
         scheduler.base_lrs = [configured["initial_lr"] for configured in self._configured]
         self._waiting = [group for group in optimizer.param_groups if group.get("start")]
         self._wake(optimizer, self.trainer.global_step)
+        if self.adaptation is not None and self.adaptation.cache_features:
+            self._cache_features()
+
+    def _cache_features(self) -> None:
+        """Has a frozen backbone read each example once, where network and data can do with that."""
+        data = self.trainer.datamodule
+        if not hasattr(self.network, "features") or not hasattr(data, "ordered_dataloader"):
+            return
+        if getattr(data, "augmentation", None) is not None:
+            raise ValueError(
+                "model.adaptation.cache_features must be false where training examples are augmented, but is true"
+            )
+        started = time.perf_counter()
+        for stage, split in ((RunningStage.TRAINING, "train"), (RunningStage.VALIDATING, "validation")):
+            if loader := data.ordered_dataloader(split):
+                with self.trainer.precision_plugin.forward_context():
+                    self._features[stage] = FeatureCache(self.network, loader, loader.num_rows)
+        log.info(f"The frozen backbone has read all examples once, in {time.perf_counter() - started:.0f} s")
+
+    def read(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the network says of a batch; where its backbone is frozen, of features made before."""
+        features = self._features.get(self.trainer.state.stage) if self._features else None
+        return self.network(**inputs(batch)) if features is None else self.network.classify(features(batch["rows"]))
 
     def _wake(self, optimizer: Optimizer, step: int) -> None:
         """Has the groups learn whose turn it is at a step; those that wait cost no backward pass.

@@ -10,7 +10,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lit_llm.adaptation import Adaptation
-from lit_llm.batch import inputs
 from lit_llm.metrics import RegressionMetrics
 from lit_llm.objectives.objective import Loss, Objective
 from lit_llm.schedulers import Schedule
@@ -70,7 +69,7 @@ class Regression(Objective):
 
     def values(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
         """What the network says of each example, in fp32."""
-        return self.network(**inputs(batch)).float().squeeze(-1)
+        return self.read(batch).float().squeeze(-1)
 
     def loss(self, batch: Mapping[str, Tensor]) -> Loss:
         """Squared error, summed over the examples, and their number."""
