@@ -10,7 +10,6 @@ from torch import Tensor
 from torchmetrics import (
     Accuracy,
     F1Score,
-    MatthewsCorrCoef,
     MeanAbsoluteError,
     MeanMetric,
     MeanSquaredError,
@@ -21,6 +20,7 @@ from torchmetrics import (
     Recall,
     SpearmanCorrCoef,
 )
+from torchmetrics.classification import MulticlassConfusionMatrix
 
 from lit_llm.batch import IGNORE_INDEX
 
@@ -91,10 +91,28 @@ def classification_metrics(num_classes: int) -> MetricCollection:
         "precision": Precision(**each),
         "recall": Recall(**each),
         "f1": F1Score(**each),
-        "mcc": MatthewsCorrCoef(**task),
+        "mcc": Matthews(num_classes, validate_args=False),
         "loss": MeanMetric(),
     }
     return MetricCollection(metrics).set_dtype(_wide())
+
+
+class Matthews(MulticlassConfusionMatrix):
+    """Matthews' correlation of classes and predictions, -1 to 1, and 0 where either is always the same.
+
+    As scikit-learn's `matthews_corrcoef`, which GLUE takes; torchmetrics' own is something above 0 there.
+
+    Source:
+        Gorodkin, 2004, "Comparing two K-category assignments by a K-category correlation coefficient", eq. 8.
+    """
+
+    def compute(self) -> Tensor:
+        """The correlation so far."""
+        counts = super().compute().to(_wide())
+        total, true, predicted = counts.sum(), counts.sum(dim=1), counts.sum(dim=0)
+        together = counts.trace() * total - true @ predicted
+        apart = ((total**2 - predicted @ predicted) * (total**2 - true @ true)).sqrt()
+        return torch.where(apart > 0, together / apart.clamp(min=1e-12), 0.0)
 
 
 class RegressionMetrics(MetricCollection):
