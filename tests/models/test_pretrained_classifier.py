@@ -38,7 +38,7 @@ ATTENTION_FREE = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": SIZE,
-    "roberta": SIZE | {"type_vocab_size": 1},
+    "roberta": SIZE | {"type_vocab_size": 1, "pad_token_id": 1},
     "electra": SIZE | {"embedding_size": 8},
     "modernbert": SIZE | {"classifier_pooling": "mean", "global_attn_every_n_layers": 2, "local_attention": 8},
     "distilbert": {"vocab_size": 37, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "pad_token_id": 0},
