@@ -38,9 +38,7 @@ def test_it_writes_no_value_that_the_data_decides(path):
 @pytest.mark.parametrize("path", RUNS, ids=name)
 def test_a_run_file_states_what_it_reaches(path):
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert re.search(
-        r"\d\.\d+ (bits per byte|nats|accuracy|of the .{1,60}right)|(accuracy|MCC|F1|Pearson)( of)? \d\.\d+", head
-    )
+    assert re.search(r"\d\.\d+ (bits per byte|nats)|(accuracy|MCC) (of )?0\.\d+", head)
     assert re.search(r"\d+ (s|seconds|minutes)\b", head)
 
 
@@ -70,7 +68,7 @@ def small(tmp_path, tiny_llama, texts, chats):
         lines = [f"{row} {'good' if row % 2 else 'bad'},{'yes' if row % 2 else 'no'}" for row in range(60)]
         (tmp_path / "table.csv").write_text("\n".join(["text,label", *lines]))
         found = ["--data.path", tmp_path / "table.csv", *EXAMPLES]
-        if "init_args" not in (init_args["network"] if isinstance(init_args["network"], dict) else {"init_args": 0}):
+        if isinstance(init_args["network"], dict):  # rather than a file with all there is to it
             save_model(tmp_path / "start", PretrainedClassifier(3, config=BERT | {"vocab_size": 300}))
             found += ["--model.network.path", tmp_path / "start"]
         return found

@@ -38,7 +38,7 @@ ATTENTION_FREE = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": SIZE,
-    "roberta": SIZE,
+    "roberta": SIZE | {"type_vocab_size": 1, "pad_token_id": 1},
     "electra": SIZE | {"embedding_size": 8},
     "modernbert": SIZE | {"classifier_pooling": "mean", "global_attn_every_n_layers": 2, "local_attention": 8},
     "distilbert": {"vocab_size": 37, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "pad_token_id": 0},
@@ -142,10 +142,12 @@ def test_a_head_of_zeros_is_still_found_to_read_what_it_reads() -> None:
 
 
 def test_only_the_head_gets_gradients_from_features() -> None:
-    network, batch = awake("bert").train(), inputs("bert")
+    network, batch = awake("bert", classifier_dropout=0.5).train(), inputs("bert")
+    network.model.base_model.eval()
     modes = {name: module.training for name, module in network.named_modules()}
     with torch.no_grad():
         found = network.features(**batch)
+    assert set(found) == {"pooler_output"}
     assert {name: module.training for name, module in network.named_modules()} == modes
     network.classify(found).sum().backward()
     reached = {name for name, p in network.named_parameters() if p.grad is not None}
