@@ -265,11 +265,10 @@ class TrainingCLI(LightningCLI):
         if weights:
             options["weights"] = weights  # as the run's config says it
 
-    @staticmethod
-    def _complete(options: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds what data decided when a checkpoint was made: data to predict may not be able to say it again."""
-        for name, value in checkpoint.get("hyper_parameters", {}).items():
-            if isinstance(value, int) and options.get(name, value) is None:
+    def _complete(self, options: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds what data decided when a checkpoint was made: data without labels cannot say again what those are."""
+        for name, value in checkpoint.get("hyper_parameters", {}).items() if self.subcommand == "predict" else ():
+            if name.startswith("num_") and options.get(name, value) is None:
                 options[name] = value
         made = getattr(options.get("network"), "init_args", None)
         stored = (checkpoint.get("network") or {}).get("init_args", {}).get("config")
