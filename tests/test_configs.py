@@ -16,6 +16,7 @@ from tests.writing import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 RUNS = [path for path in CONFIGS if path.parent.name in ("pretraining", "finetuning", "distillation")]
+ADAPTATIONS = [path for path in CONFIGS if path.parent.name == "adaptation"]
 OVERLAYS = [path for path in CONFIGS if path.parent.name in ("logging", "strategy")]
 
 
@@ -42,7 +43,7 @@ def test_a_run_file_states_what_it_reaches(path):
     assert re.search(r"\d+ (s|seconds|minutes)\b", head)
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=name)
+@pytest.mark.parametrize("path", [*OVERLAYS, *ADAPTATIONS], ids=name)
 def test_an_overlay_adds_to_the_callbacks_and_does_not_replace_them(path):
     trainer = yaml.safe_load(path.read_text()).get("trainer", {})
     assert "callbacks" not in trainer
@@ -101,6 +102,16 @@ def test_an_overlay_takes_two_steps_on_the_main_run(lit_llm, tiny, tmp_path, mon
     monkeypatch.setenv("WANDB_MODE", "offline")
     outcome = lit_llm("fit", *tiny, "--config", path, "--trainer.max_steps", "2", "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("path", ADAPTATIONS, ids=name)
+def test_a_way_to_fine_tune_takes_two_steps_on_an_encoder(lit_llm, small, tmp_path, path):
+    base = REPOSITORY / "configs/finetuning/encoder_docmatch.yaml"
+    options = ["--data.batch_size", "2", "--trainer.max_steps", "2", "--run_dir", tmp_path / "run"]
+    outcome = lit_llm("fit", "--config", base, "--config", path, *small(base), *options)
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "run/model/config.json").exists()
+    assert (tmp_path / "run/adapter/adapter_config.json").exists() == ("lora" in path.stem or "dora" in path.stem)
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name in ("models", "data")], ids=name)
