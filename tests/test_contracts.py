@@ -41,7 +41,9 @@ def first_argument(kind: type) -> str | None:
 
 
 CLASSIFIERS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "num_classes"]
-LANGUAGE_MODELS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "vocab_size"]
+OF_TOKENS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "vocab_size"]
+LANGUAGE_MODELS = [c for c in OF_TOKENS if hasattr(c, "new_cache")]
+ENCODERS = [c for c in OF_TOKENS if hasattr(c, "logits_at")]
 OBJECTIVES = classes("lit_llm.objectives", Objective)
 DATA_MODULES = classes("lit_llm.data", LightningDataModule)
 CALLBACKS = classes("lit_llm.callbacks", Callback)
@@ -162,6 +164,51 @@ class TestLanguageModel:
         assert network(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
         embedding = next(m for m in network.modules() if isinstance(m, nn.Embedding))
         assert (network.lm_head.weight is embedding.weight) == tied
+
+
+@pytest.mark.parametrize("kind", ENCODERS)
+class TestEncoder:
+    def test_every_logit_depends_on_what_comes_before_and_after(self, kind):
+        network, ids = awake(kind(VOCAB, config=BERT)).eval(), torch.randint(VOCAB, (1, 9))
+        for place in (0, 8):
+            changed = ids.clone()
+            changed[:, place] = (changed[:, place] + 1) % VOCAB
+            assert (network(ids) != network(changed)).any(dim=-1).all()
+
+    def test_the_loss_falls_on_one_repeated_batch(self, kind):
+        network, ids = kind(VOCAB, config=BERT), torch.randint(1, VOCAB, (4, 12))
+        hidden = torch.rand(ids.shape) < 0.3
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.03)
+        losses = []
+        for _ in range(40):
+            logits = network.logits_at(hidden, ids.masked_fill(hidden, 0))
+            loss = nn.functional.cross_entropy(logits, ids[hidden])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
+        network = awake(kind(VOCAB, config=BERT)).eval()
+        again = kind(VOCAB, **json.loads(json.dumps(network.arguments))).eval()
+        again.load_state_dict(network.state_dict())
+        ids = torch.randint(VOCAB, (1, 5))
+        assert torch.equal(network(ids), again(ids))
+        assert again.to_hf_config() == network.to_hf_config()
+
+    def test_its_layers_are_blocks(self, kind):
+        assert sum(isinstance(m, Block) for m in kind(VOCAB, config=BERT).modules()) == 2
+
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+        with torch.device("meta"):
+            network = kind(VOCAB, config=BERT)
+        network.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in network.parameters():
+                p.fill_(torch.nan)
+        network.reset_parameters()
+        assert all(p.isfinite().all() for p in network.parameters())
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
