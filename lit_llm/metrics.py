@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import (
     Accuracy,
@@ -65,6 +65,40 @@ class LanguageModeling(Metric):
         metrics = {"loss": loss, "perplexity": loss.exp()}
         if self.bytes > 0:
             metrics["bits_per_byte"] = self.nats / self.bytes / math.log(2)
+        return {name: value.float() for name, value in metrics.items()}
+
+
+class TokenPrediction(Metric):
+    """How well tokens are told that a network is asked for: hidden ones, or those of a text to be written.
+
+    `compute` gives `loss` (nats per token; `log(vocab)` knows nothing), `perplexity` (its exponential) and `accuracy`
+    (the fraction of tokens that are the most probable one). Sums are kept in double precision where the device has it,
+    and over all processes.
+
+    Example:
+        >>> metric = TokenPrediction()
+        >>> metric.update(torch.full((4,), math.log(2)), torch.tensor([True, True, True, False]))
+        >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
+        {'loss': 0.693, 'perplexity': 2.0, 'accuracy': 0.75}
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nats", "hits", "tokens"):
+            self.add_state(name, torch.zeros((), dtype=_wide()), dist_reduce_fx="sum")
+
+    def update(self, nats: Float[Tensor, " n"], hits: Bool[Tensor, " n"]) -> None:
+        """Adds tokens: the cross-entropy of each, and whether it is the most probable one."""
+        self.nats += nats.sum(dtype=self.nats.dtype)
+        self.hits += hits.sum()
+        self.tokens += len(hits)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics so far."""
+        loss = self.nats / self.tokens
+        metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.hits / self.tokens}
         return {name: value.float() for name, value in metrics.items()}
 
 

@@ -46,12 +46,13 @@ def test_an_overlay_adds_to_the_callbacks_and_does_not_replace_them(path):
     assert "callbacks" not in trainer
 
 
-SMALL_DATA = ["--data.tokenizer", "bytes", "--data.validation_fraction", "0.1", "--data.test_fraction", "0"]
+SMALL_DATA = ["--data.validation_fraction", "0.1", "--data.test_fraction", "0"]
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
 def test_a_run_file_takes_two_steps(lit_llm, tiny_llama, texts, chats, tmp_path, path):
     of_chats = "InstructionData" in path.read_text()
+    tokenizer = "bert-bpe-300" if "MaskedLM" in path.read_text() else "bytes"
     start = []
     if "weights" in yaml.safe_load(path.read_text())["model"]["init_args"]:
         save_model(tmp_path / "start", tiny_llama(vocab_size=257), byte_tokenizer())
@@ -64,6 +65,8 @@ def test_a_run_file_takes_two_steps(lit_llm, tiny_llama, texts, chats, tmp_path,
         "--data.path",
         chats if of_chats else texts,
         *SMALL_DATA,
+        "--data.tokenizer",
+        tokenizer,
         "--data.seq_len",
         "64",
         "--data.batch_size",

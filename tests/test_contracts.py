@@ -22,7 +22,7 @@ from lit_llm.generation import generate
 from lit_llm.models.block import Block
 from lit_llm.objectives.objective import Objective
 from lit_llm.optimizers import parameter_groups
-from tests.examples import BERT, example, together
+from tests.examples import BERT, example, together, twenty_tokens
 
 
 def classes(package: str, base: type) -> list[type]:
@@ -273,7 +273,10 @@ def gradients(made: Objective) -> dict[str, torch.Tensor]:
 
 def objective(kind: type) -> Objective:
     torch.manual_seed(0)
-    if kind.size_name == "vocab_size":
+    if hasattr(kind, "read_tokens_of"):
+        made = kind(functools.partial(ENCODERS[0], config=BERT), vocab_size=VOCAB, mask_ratio=0.5)
+        made.read_tokens_of(twenty_tokens())
+    elif kind.size_name == "vocab_size":
         made = kind(functools.partial(LANGUAGE_MODELS[0], **SMALL), vocab_size=VOCAB)
     else:
         size = {"num_classes": 3} if kind.size_name == "num_classes" else {}
