@@ -21,6 +21,8 @@ from torchmetrics import (
     Recall,
     SpearmanCorrCoef,
 )
+from torchmetrics.text import BLEUScore, CHRFScore
+from torchmetrics.text.rouge import ROUGEScore
 
 from lit_llm.batch import IGNORE_INDEX
 
@@ -100,6 +102,58 @@ class TokenPrediction(Metric):
         loss = self.nats / self.tokens
         metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.hits / self.tokens}
         return {name: value.float() for name, value in metrics.items()}
+
+
+class GeneratedText(Metric):
+    """How well a network writes: tokens that it is asked for one by one (`tokens`), and texts of its own.
+
+    `compute` gives what `TokenPrediction` does and, where texts were added, `exact_match` (fraction of them that are
+    the wanted one), `rouge_l` (mean F1 of the longest common subsequence of words, in lower case), `bleu` (up to four
+    words, all texts together) and `chrf` (up to six characters and two words); each from 0 to 1.
+
+    Source:
+        Lin, 2004, "ROUGE"; Papineni et al., 2002, "BLEU"; Popović, 2017, "chrF++"; by torchmetrics.
+
+    Example:
+        >>> metric = GeneratedText()
+        >>> metric.tokens.update(torch.zeros(2), torch.ones(2, dtype=torch.bool))
+        >>> metric.update(["the cat sat on the mat", "no"], ["the cat sat on a mat", "no"])
+        >>> {name: round(value.item(), 2) for name, value in metric.compute().items() if name[0] in "er"}
+        {'exact_match': 0.5, 'rouge_l': 0.92}
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = TokenPrediction()
+        self.exact = MeanMetric()
+        self.rouge, self.bleu, self.chrf = ROUGEScore(rouge_keys="rougeL"), BLEUScore(), CHRFScore()
+
+    def update(self, written: list[str], wanted: list[str]) -> None:
+        """Adds texts, and what they should be."""
+        self.exact.update([float(mine == its) for mine, its in zip(written, wanted, strict=True)])
+        self.rouge.update(written, wanted)
+        self.bleu.update(written, [[text] for text in wanted])
+        self.chrf.update(written, [[text] for text in wanted])
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics so far."""
+        metrics = self.tokens.compute()
+        if self.exact.update_called:
+            metrics |= {
+                "exact_match": self.exact.compute(),
+                "rouge_l": self.rouge.compute()["rougeL_fmeasure"],
+                "bleu": self.bleu.compute(),
+                "chrf": self.chrf.compute(),
+            }
+        return metrics
+
+    def reset(self) -> None:
+        """Forgets all of it."""
+        super().reset()
+        for metric in self.children():
+            metric.reset()
 
 
 def classification_metrics(num_classes: int) -> MetricCollection:

@@ -52,7 +52,8 @@ SMALL_DATA = ["--data.validation_fraction", "0.1", "--data.test_fraction", "0"]
 @pytest.mark.parametrize("path", RUNS, ids=name)
 def test_a_run_file_takes_two_steps(lit_llm, tiny_llama, texts, chats, tmp_path, path):
     of_chats = "InstructionData" in path.read_text()
-    tokenizer = "bert-bpe-300" if "MaskedLM" in path.read_text() else "bytes"
+    special = {"MaskedLM": "bert-bpe-300", "SpanCorruption": "t5-bpe-400", "Seq2Seq": "t5-bpe-400"}
+    tokenizer = next((spec for kind, spec in special.items() if f".{kind}\n" in path.read_text()), "bytes")
     start = []
     if "weights" in yaml.safe_load(path.read_text())["model"]["init_args"]:
         save_model(tmp_path / "start", tiny_llama(vocab_size=257), byte_tokenizer())

@@ -22,7 +22,7 @@ from lit_llm.generation import generate
 from lit_llm.models.block import Block
 from lit_llm.objectives.objective import Objective
 from lit_llm.optimizers import parameter_groups
-from tests.examples import BERT, example, together, twenty_tokens
+from tests.examples import BERT, T5, example, together, twenty_tokens
 
 
 def classes(package: str, base: type) -> list[type]:
@@ -44,6 +44,7 @@ CLASSIFIERS = [c for c in classes("lit_llm.models", nn.Module) if first_argument
 OF_TOKENS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "vocab_size"]
 LANGUAGE_MODELS = [c for c in OF_TOKENS if hasattr(c, "new_cache")]
 ENCODERS = [c for c in OF_TOKENS if hasattr(c, "logits_at")]
+ENCODER_DECODERS = [c for c in OF_TOKENS if hasattr(c, "generate")]
 OBJECTIVES = classes("lit_llm.objectives", Objective)
 DATA_MODULES = classes("lit_llm.data", LightningDataModule)
 CALLBACKS = classes("lit_llm.callbacks", Callback)
@@ -255,11 +256,14 @@ def rows(lengths: list[int], kind: type | None = None, width: int = 10) -> list[
         return [example(length, 3 if kind.size_name == "num_classes" else None) for length in lengths]
     generator = torch.Generator().manual_seed(0)
     batches = []
-    for length in lengths:
+    for row, length in enumerate(lengths):
         ids = torch.randint(VOCAB, (1, width + 1), generator=generator)
         labels = ids[:, 1:].clone()
         labels[:, length:] = IGNORE_INDEX
-        batches.append({"input_ids": ids[:, :-1], "labels": labels})
+        batch = {"input_ids": ids[:, :-1], "labels": labels}
+        if hasattr(kind, "write"):  # a text to read and one to write
+            batch |= {"attention_mask": torch.ones_like(labels), "rows": torch.tensor([row])}
+        batches.append(batch)
     return batches
 
 
@@ -273,9 +277,12 @@ def gradients(made: Objective) -> dict[str, torch.Tensor]:
 
 def objective(kind: type) -> Objective:
     torch.manual_seed(0)
-    if hasattr(kind, "read_tokens_of"):
-        made = kind(functools.partial(ENCODERS[0], config=BERT), vocab_size=VOCAB, mask_ratio=0.5)
-        made.read_tokens_of(twenty_tokens())
+    if hasattr(kind, "read_tokens_of") or hasattr(kind, "texts"):
+        hides = {"mask_ratio": 0.5} if hasattr(kind, "read_tokens_of") else {}
+        network, config = (ENCODER_DECODERS[0], T5) if hasattr(kind, "texts") else (ENCODERS[0], BERT)
+        made = kind(functools.partial(network, config=config), vocab_size=VOCAB, **hides)
+        if hides:
+            made.read_tokens_of(twenty_tokens())
     elif kind.size_name == "vocab_size":
         made = kind(functools.partial(LANGUAGE_MODELS[0], **SMALL), vocab_size=VOCAB)
     else:

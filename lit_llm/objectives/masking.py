@@ -130,3 +130,46 @@ def word_starts(input_ids: Int[Tensor, "batch seq"], edges: Bool[Tensor, "2 voca
     goes_on[:, 0] = False
     places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
     return places.masked_fill(goes_on, 0).cummax(dim=1).values
+
+
+def noise_spans(
+    chance: Float[Tensor, "2 batch seq"], num_hidden: int, num_spans: int
+) -> tuple[Bool[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+    """Spans to be left out of each row: the same number of tokens and of spans in all rows, at random places.
+
+    A row begins with what is kept, and ends with a span; spans do not touch. Both what is kept and what is left out are
+    cut into as many pieces, every cut being as likely as any other.
+
+    Args:
+        chance: Two random numbers for each position.
+        num_hidden: Tokens that are left out.
+        num_spans: Spans that they form.
+
+    Returns:
+        Which positions are left out, and which of these are the first of their span.
+
+    Source:
+        Raffel et al., 2020, arXiv:1910.10683, section 3.1.4; `random_spans_noise_mask` of their `preprocessors.py`.
+
+    Example:
+        >>> hidden, first = noise_spans(torch.rand(2, 3, 20), num_hidden=6, num_spans=2)
+        >>> hidden.sum(dim=1).tolist(), first.sum(dim=1).tolist()
+        ([6, 6, 6], [2, 2, 2])
+    """
+    seq = chance.shape[-1]
+    kept, left_out = (
+        _pieces(part[:, :size], num_spans) for part, size in zip(chance, (seq - num_hidden, num_hidden), strict=True)
+    )
+    ends = torch.stack([kept, left_out], dim=-1).flatten(1).cumsum(dim=1)
+    places = torch.arange(seq, device=chance.device)
+    piece = torch.searchsorted(ends, places.expand(len(ends), seq).contiguous(), right=True)
+    hidden = piece % 2 == 1
+    return hidden, hidden & ~hidden.roll(1, dims=1)
+
+
+def _pieces(chance: Float[Tensor, "batch seq"], count: int) -> Int[Tensor, "batch count"]:
+    """Lengths, 1 at least, of so many pieces of each row."""
+    size = chance.shape[1]
+    cuts = chance[:, 1:].argsort(dim=1)[:, : count - 1].sort(dim=1).values + 1
+    edges = torch.nn.functional.pad(torch.nn.functional.pad(cuts, (1, 0)), (0, 1), value=size)
+    return edges.diff(dim=1)
