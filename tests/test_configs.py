@@ -51,7 +51,9 @@ SMALL_DATA = ["--data.validation_fraction", "0.1", "--data.test_fraction", "0"]
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
 def test_a_run_file_takes_two_steps(lit_llm, tiny_llama, texts, chats, tmp_path, path):
-    of_chats = "InstructionData" in path.read_text()
+    of_pairs = "Seq2SeqData" in path.read_text()
+    of_chats = of_pairs or "InstructionData" in path.read_text()
+    size = [] if of_pairs else ["--data.seq_len", "64"]
     special = {"MaskedLM": "bert-bpe-300", "SpanCorruption": "t5-bpe-400", "Seq2Seq": "t5-bpe-400"}
     tokenizer = next((spec for kind, spec in special.items() if f".{kind}\n" in path.read_text()), "bytes")
     start = []
@@ -68,8 +70,7 @@ def test_a_run_file_takes_two_steps(lit_llm, tiny_llama, texts, chats, tmp_path,
         *SMALL_DATA,
         "--data.tokenizer",
         tokenizer,
-        "--data.seq_len",
-        "64",
+        *size,
         "--data.batch_size",
         "2",
         "--trainer.max_steps",

@@ -212,6 +212,38 @@ class TestEncoder:
         assert all(p.isfinite().all() for p in network.parameters())
 
 
+@pytest.mark.parametrize("kind", ENCODER_DECODERS)
+class TestEncoderDecoder:
+    def test_it_learns_to_write_what_it_reads(self, kind):
+        network, ids = kind(VOCAB, config=T5), torch.randint(2, VOCAB, (4, 6))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.03)
+        losses = []
+        for _ in range(40):
+            loss = nn.functional.cross_entropy(network(ids, ids).flatten(0, 1), ids.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
+        network, ids = awake(kind(VOCAB, config=T5)).eval(), torch.randint(2, VOCAB, (2, 6))
+        again = kind(VOCAB, **json.loads(json.dumps(network.arguments))).eval()
+        again.load_state_dict(network.state_dict())
+        assert torch.equal(network(ids, ids), again(ids, ids))
+        assert again.to_hf_config() == network.to_hf_config()
+
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+        with torch.device("meta"):
+            network = kind(VOCAB, config=T5)
+        network.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in network.parameters():
+                p.fill_(torch.nan)
+        network.reset_parameters()
+        assert all(p.isfinite().all() for p in network.parameters())
+
+
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 class TestClassifier:
     def test_the_loss_falls_on_one_repeated_batch(self, kind):
@@ -356,11 +388,14 @@ def of_tokens(kind: type) -> bool:
 @pytest.fixture
 def data(kind, corpus, chats, reviews) -> Callable[[], LightningDataModule]:
     """Makes a data module of what it reads: texts, conversations or labelled texts."""
-    path = chats if "messages" in inspect.signature(kind).parameters else corpus if of_tokens(kind) else reviews
+    asked = inspect.signature(kind).parameters
+    of_chats = "messages" in asked or "target" in asked  # whose prompts are read, and responses written
+    path = chats if of_chats else corpus if of_tokens(kind) else reviews
     size = {"seq_len": 128} if of_tokens(kind) else {}
+    tokenizer = "t5-bpe-400" if "target" in asked else "bytes"
 
     def make() -> LightningDataModule:
-        made = kind(path=str(path), tokenizer="bytes", batch_size=3, validation_fraction=0.2, **size)
+        made = kind(path=str(path), tokenizer=tokenizer, batch_size=3, validation_fraction=0.2, **size)
         made.prepare_data()
         made.setup("fit")
         return made
@@ -368,7 +403,31 @@ def data(kind, corpus, chats, reviews) -> Callable[[], LightningDataModule]:
     return make
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if not of_tokens(kind)])
+def of_labels(kind: type) -> bool:
+    """Whether a data module gives examples with a label."""
+    return "label" in inspect.signature(kind).parameters
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if "target" in inspect.signature(kind).parameters])
+class TestPairData:
+    def test_batches_have_the_fields_of_the_contract(self, kind, data):
+        made = data()
+        for batch in (next(iter(made.train_dataloader())), next(iter(made.val_dataloader()))):
+            assert set(batch) == set(lit_llm.batch.Seq2SeqBatch.__annotations__)
+            assert {len(tensor) for tensor in batch.values()} == {3}
+            assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+            assert batch["input_ids"].shape == batch["attention_mask"].shape
+
+    def test_the_facts_that_others_ask_for_are_there(self, kind, data):
+        made = data()
+        assert made.vocab_size == len(made.tokenizer)
+        batch = next(iter(made.predict_dataloader()))
+        assert len(made.texts(made.predict_split, batch["rows"].tolist())) == 3
+        json.dumps(made.manifest)
+        data().load_state_dict(made.state_dict())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if of_labels(kind)])
 class TestExampleData:
     def test_batches_have_the_fields_of_the_contract(self, kind, data):
         made = data()
