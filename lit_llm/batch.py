@@ -57,6 +57,23 @@ class ExampleBatch(TypedDict):
     rows: Int[Tensor, " batch"]
 
 
+class Seq2SeqBatch(TypedDict):
+    """Examples, each a text to read and one to write.
+
+    Attributes:
+        input_ids: Tokens of the text to read; padded on the right.
+        attention_mask: 1 on tokens, 0 on padding.
+        labels: Tokens of the text to write, the end token included, and `IGNORE_INDEX` after it. They are not shifted:
+            a network reads those before a token to tell it.
+        rows: Index of each example in its split.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch new"]
+    rows: Int[Tensor, " batch"]
+
+
 def inputs(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """What the network is called with: all but labels and rows."""
     return {name: value for name, value in batch.items() if name not in ("labels", "rows")}

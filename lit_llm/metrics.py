@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torchmetrics import (
     Accuracy,
@@ -21,6 +21,8 @@ from torchmetrics import (
     SpearmanCorrCoef,
 )
 from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.text import BLEUScore, CHRFScore
+from torchmetrics.text.rouge import ROUGEScore
 
 from lit_llm.batch import IGNORE_INDEX
 
@@ -66,6 +68,92 @@ class LanguageModeling(Metric):
         if self.bytes > 0:
             metrics["bits_per_byte"] = self.nats / self.bytes / math.log(2)
         return {name: value.float() for name, value in metrics.items()}
+
+
+class TokenPrediction(Metric):
+    """How well tokens are told that a network is asked for: hidden ones, or those of a text to be written.
+
+    `compute` gives `loss` (nats per token; `log(vocab)` knows nothing), `perplexity` (its exponential) and `accuracy`
+    (the fraction of tokens that are the most probable one). Sums are kept in double precision where the device has it,
+    and over all processes.
+
+    Example:
+        >>> metric = TokenPrediction()
+        >>> metric.update(torch.full((4,), math.log(2)), torch.tensor([True, True, True, False]))
+        >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
+        {'loss': 0.693, 'perplexity': 2.0, 'accuracy': 0.75}
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nats", "hits", "tokens"):
+            self.add_state(name, torch.zeros((), dtype=_wide()), dist_reduce_fx="sum")
+
+    def update(self, nats: Float[Tensor, " n"], hits: Bool[Tensor, " n"]) -> None:
+        """Adds tokens: the cross-entropy of each, and whether it is the most probable one."""
+        self.nats += nats.sum(dtype=self.nats.dtype)
+        self.hits += hits.sum()
+        self.tokens += len(hits)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics so far."""
+        loss = self.nats / self.tokens
+        metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.hits / self.tokens}
+        return {name: value.float() for name, value in metrics.items()}
+
+
+class GeneratedText(Metric):
+    """How well a network writes: tokens that it is asked for one by one (`tokens`), and texts of its own.
+
+    `compute` gives what `TokenPrediction` does and, where texts were added, `exact_match` (fraction of them that are
+    the wanted one), `rouge_l` (mean F1 of the longest common subsequence of words, in lower case), `bleu` (up to four
+    words, all texts together) and `chrf` (up to six characters and two words); each from 0 to 1.
+
+    Source:
+        Lin, 2004, "ROUGE"; Papineni et al., 2002, "BLEU"; Popović, 2017, "chrF++"; by torchmetrics.
+
+    Example:
+        >>> metric = GeneratedText()
+        >>> metric.tokens.update(torch.zeros(2), torch.ones(2, dtype=torch.bool))
+        >>> metric.update(["the cat sat on the mat", "no"], ["the cat sat on a mat", "no"])
+        >>> {name: round(value.item(), 2) for name, value in metric.compute().items() if name[0] in "er"}
+        {'exact_match': 0.5, 'rouge_l': 0.92}
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = TokenPrediction()
+        self.exact = MeanMetric()
+        self.rouge, self.bleu, self.chrf = ROUGEScore(rouge_keys="rougeL"), BLEUScore(), CHRFScore()
+
+    def update(self, written: list[str], wanted: list[str]) -> None:
+        """Adds texts, and what they should be."""
+        self.exact.update([float(mine == its) for mine, its in zip(written, wanted, strict=True)])
+        self.rouge.update(written, wanted)
+        self.bleu.update(written, [[text] for text in wanted])
+        self.chrf.update(written, [[text] for text in wanted])
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics so far."""
+        metrics = self.tokens.compute()
+        if self.exact.update_called:
+            metrics |= {
+                "exact_match": self.exact.compute(),
+                "rouge_l": self.rouge.compute()["rougeL_fmeasure"],
+                "bleu": self.bleu.compute(),
+                "chrf": self.chrf.compute(),
+            }
+        return metrics
+
+    def reset(self) -> None:
+        """Forgets all of it."""
+        super().reset()
+        for metric in self.children():
+            metric.reset()
 
 
 def classification_metrics(num_classes: int) -> MetricCollection:

@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
+from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerFast
 
 BERT = {
     "model_type": "bert",
@@ -19,6 +21,27 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+
+
+T5 = {
+    "model_type": "t5",
+    "d_model": 16,
+    "d_kv": 8,
+    "d_ff": 32,
+    "num_layers": 1,
+    "num_heads": 2,
+    "dropout_rate": 0.0,
+}
+
+
+def twenty_tokens() -> PreTrainedTokenizerFast:
+    """A tokeniser of an encoder's four marks, twelve words and four sentinels; `[SEP]` is also its end token."""
+    marks, sentinels = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"], [f"<extra_id_{number}>" for number in range(4)]
+    words = [*marks, *"abcdefghijkl", *sentinels]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", **names)
 
 
 class Submission(NamedTuple):

@@ -49,8 +49,8 @@ def test_an_overlay_adds_to_the_callbacks_and_does_not_replace_them(path):
     assert "callbacks" not in trainer
 
 
-TEXTS = ["--data.tokenizer", "bytes", "--data.validation_fraction", "0.1", "--data.test_fraction", "0"]
-TEXTS += ["--data.seq_len", "64"]
+SPLITS = ["--data.validation_fraction", "0.1", "--data.test_fraction", "0"]
+TOKENIZERS = {"MaskedLM": "bert-bpe-300", "SpanCorruption": "t5-bpe-400", "Seq2Seq": "t5-bpe-400"}
 EXAMPLES = ["--data.tokenizer", "bert-bpe-300", "--data.validation_fraction", "0.1", "--data.max_seq_len", "64"]
 
 
@@ -60,8 +60,11 @@ def small(tmp_path, tiny_llama, texts, chats):
 
     def options(path: Path) -> list[object]:
         content, init_args = path.read_text(), yaml.safe_load(path.read_text())["model"]["init_args"]
-        if "objectives.causal_lm" in content:
-            found = ["--data.path", chats if "InstructionData" in content else texts, *TEXTS]
+        if ".Classification\n" not in content:
+            tokenizer = next((spec for kind, spec in TOKENIZERS.items() if f".{kind}\n" in content), "bytes")
+            of_pairs = "Seq2SeqData" in content
+            found = ["--data.path", chats if of_pairs or "InstructionData" in content else texts, *SPLITS]
+            found += ["--data.tokenizer", tokenizer, *([] if of_pairs else ["--data.seq_len", "64"])]
             if "weights" in init_args:
                 save_model(tmp_path / "start", tiny_llama(vocab_size=257), byte_tokenizer())
                 found += ["--model.weights", tmp_path / "start"]

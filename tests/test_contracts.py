@@ -22,7 +22,7 @@ from lit_llm.generation import generate
 from lit_llm.models.block import Block
 from lit_llm.objectives.objective import Objective
 from lit_llm.optimizers import parameter_groups
-from tests.examples import BERT, example, together
+from tests.examples import BERT, T5, example, together, twenty_tokens
 
 
 def classes(package: str, base: type) -> list[type]:
@@ -41,7 +41,10 @@ def first_argument(kind: type) -> str | None:
 
 
 CLASSIFIERS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "num_classes"]
-LANGUAGE_MODELS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "vocab_size"]
+OF_TOKENS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "vocab_size"]
+LANGUAGE_MODELS = [c for c in OF_TOKENS if hasattr(c, "new_cache")]
+ENCODERS = [c for c in OF_TOKENS if hasattr(c, "logits_at")]
+ENCODER_DECODERS = [c for c in OF_TOKENS if hasattr(c, "generate")]
 OBJECTIVES = classes("lit_llm.objectives", Objective)
 DATA_MODULES = classes("lit_llm.data", LightningDataModule)
 CALLBACKS = classes("lit_llm.callbacks", Callback)
@@ -164,6 +167,83 @@ class TestLanguageModel:
         assert (network.lm_head.weight is embedding.weight) == tied
 
 
+@pytest.mark.parametrize("kind", ENCODERS)
+class TestEncoder:
+    def test_every_logit_depends_on_what_comes_before_and_after(self, kind):
+        network, ids = awake(kind(VOCAB, config=BERT)).eval(), torch.randint(VOCAB, (1, 9))
+        for place in (0, 8):
+            changed = ids.clone()
+            changed[:, place] = (changed[:, place] + 1) % VOCAB
+            assert (network(ids) != network(changed)).any(dim=-1).all()
+
+    def test_the_loss_falls_on_one_repeated_batch(self, kind):
+        network, ids = kind(VOCAB, config=BERT), torch.randint(1, VOCAB, (4, 12))
+        hidden = torch.rand(ids.shape) < 0.3
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.03)
+        losses = []
+        for _ in range(40):
+            logits = network.logits_at(hidden, ids.masked_fill(hidden, 0))
+            loss = nn.functional.cross_entropy(logits, ids[hidden])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
+        network = awake(kind(VOCAB, config=BERT)).eval()
+        again = kind(VOCAB, **json.loads(json.dumps(network.arguments))).eval()
+        again.load_state_dict(network.state_dict())
+        ids = torch.randint(VOCAB, (1, 5))
+        assert torch.equal(network(ids), again(ids))
+        assert again.to_hf_config() == network.to_hf_config()
+
+    def test_its_layers_are_blocks(self, kind):
+        assert sum(isinstance(m, Block) for m in kind(VOCAB, config=BERT).modules()) == 2
+
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+        with torch.device("meta"):
+            network = kind(VOCAB, config=BERT)
+        network.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in network.parameters():
+                p.fill_(torch.nan)
+        network.reset_parameters()
+        assert all(p.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("kind", ENCODER_DECODERS)
+class TestEncoderDecoder:
+    def test_it_learns_to_write_what_it_reads(self, kind):
+        network, ids = kind(VOCAB, config=T5), torch.randint(2, VOCAB, (4, 6))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.03)
+        losses = []
+        for _ in range(40):
+            loss = nn.functional.cross_entropy(network(ids, ids).flatten(0, 1), ids.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
+        network, ids = awake(kind(VOCAB, config=T5)).eval(), torch.randint(2, VOCAB, (2, 6))
+        again = kind(VOCAB, **json.loads(json.dumps(network.arguments))).eval()
+        again.load_state_dict(network.state_dict())
+        assert torch.equal(network(ids, ids), again(ids, ids))
+        assert again.to_hf_config() == network.to_hf_config()
+
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+        with torch.device("meta"):
+            network = kind(VOCAB, config=T5)
+        network.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in network.parameters():
+                p.fill_(torch.nan)
+        network.reset_parameters()
+        assert all(p.isfinite().all() for p in network.parameters())
+
+
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 class TestClassifier:
     def test_the_loss_falls_on_one_repeated_batch(self, kind):
@@ -208,11 +288,14 @@ def rows(lengths: list[int], kind: type | None = None, width: int = 10) -> list[
         return [example(length, 3 if kind.size_name == "num_classes" else None) for length in lengths]
     generator = torch.Generator().manual_seed(0)
     batches = []
-    for length in lengths:
+    for row, length in enumerate(lengths):
         ids = torch.randint(VOCAB, (1, width + 1), generator=generator)
         labels = ids[:, 1:].clone()
         labels[:, length:] = IGNORE_INDEX
-        batches.append({"input_ids": ids[:, :-1], "labels": labels})
+        batch = {"input_ids": ids[:, :-1], "labels": labels}
+        if hasattr(kind, "write"):  # a text to read and one to write
+            batch |= {"attention_mask": torch.ones_like(labels), "rows": torch.tensor([row])}
+        batches.append(batch)
     return batches
 
 
@@ -226,7 +309,13 @@ def gradients(made: Objective) -> dict[str, torch.Tensor]:
 
 def objective(kind: type) -> Objective:
     torch.manual_seed(0)
-    if kind.size_name == "vocab_size":
+    if hasattr(kind, "read_tokens_of") or hasattr(kind, "texts"):
+        hides = {"mask_ratio": 0.5} if hasattr(kind, "read_tokens_of") else {}
+        network, config = (ENCODER_DECODERS[0], T5) if hasattr(kind, "texts") else (ENCODERS[0], BERT)
+        made = kind(functools.partial(network, config=config), vocab_size=VOCAB, **hides)
+        if hides:
+            made.read_tokens_of(twenty_tokens())
+    elif kind.size_name == "vocab_size":
         made = kind(functools.partial(LANGUAGE_MODELS[0], **SMALL), vocab_size=VOCAB)
     else:
         size = {"num_classes": 3} if kind.size_name == "num_classes" else {}
@@ -299,11 +388,14 @@ def of_tokens(kind: type) -> bool:
 @pytest.fixture
 def data(kind, corpus, chats, reviews) -> Callable[[], LightningDataModule]:
     """Makes a data module of what it reads: texts, conversations or labelled texts."""
-    path = chats if "messages" in inspect.signature(kind).parameters else corpus if of_tokens(kind) else reviews
+    asked = inspect.signature(kind).parameters
+    of_chats = "messages" in asked or "target" in asked  # whose prompts are read, and responses written
+    path = chats if of_chats else corpus if of_tokens(kind) else reviews
     size = {"seq_len": 128} if of_tokens(kind) else {}
+    tokenizer = "t5-bpe-400" if "target" in asked else "bytes"
 
     def make() -> LightningDataModule:
-        made = kind(path=str(path), tokenizer="bytes", batch_size=3, validation_fraction=0.2, **size)
+        made = kind(path=str(path), tokenizer=tokenizer, batch_size=3, validation_fraction=0.2, **size)
         made.prepare_data()
         made.setup("fit")
         return made
@@ -311,7 +403,31 @@ def data(kind, corpus, chats, reviews) -> Callable[[], LightningDataModule]:
     return make
 
 
-@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if not of_tokens(kind)])
+def of_labels(kind: type) -> bool:
+    """Whether a data module gives examples with a label."""
+    return "label" in inspect.signature(kind).parameters
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if "target" in inspect.signature(kind).parameters])
+class TestPairData:
+    def test_batches_have_the_fields_of_the_contract(self, kind, data):
+        made = data()
+        for batch in (next(iter(made.train_dataloader())), next(iter(made.val_dataloader()))):
+            assert set(batch) == set(lit_llm.batch.Seq2SeqBatch.__annotations__)
+            assert {len(tensor) for tensor in batch.values()} == {3}
+            assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+            assert batch["input_ids"].shape == batch["attention_mask"].shape
+
+    def test_the_facts_that_others_ask_for_are_there(self, kind, data):
+        made = data()
+        assert made.vocab_size == len(made.tokenizer)
+        batch = next(iter(made.predict_dataloader()))
+        assert len(made.texts(made.predict_split, batch["rows"].tolist())) == 3
+        json.dumps(made.manifest)
+        data().load_state_dict(made.state_dict())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if of_labels(kind)])
 class TestExampleData:
     def test_batches_have_the_fields_of_the_contract(self, kind, data):
         made = data()

@@ -106,7 +106,7 @@ class ExamplePredictions(PredictionTable):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps what was said of a batch."""
-        if not isinstance(outputs, dict) or "rows" not in outputs:
+        if not isinstance(outputs, dict) or not {"probabilities", "values"} & outputs.keys():
             return
         self._of_classes = "probabilities" in outputs
         said = outputs["probabilities"] if self._of_classes else outputs["values"][:, None]
@@ -140,6 +140,41 @@ class ExamplePredictions(PredictionTable):
             says = {"index": best, "name": map(name, best), "value": (f"{value:.3f}" for value in best)}
             write_table(path, ["index", "prediction"], list(zip(rows, says[submission.labels])), delimiter="\t")
             log.info(f"For the board: {path}")
+
+
+class GeneratedTexts(PredictionTable):
+    """What was written for each example of the split, beside all the source says of it.
+
+    A row for each example in the order of the split: the source's columns and `predicted`. Acts on predictions that
+    carry `rows` and `texts`; leaves others alone.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[int, str] = {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps what was written for a batch."""
+        if isinstance(outputs, dict) and "texts" in outputs:
+            self._written |= zip(outputs["rows"].tolist(), outputs["texts"], strict=True)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the table."""
+        if not self._written:
+            return
+        data, rows = trainer.datamodule, sorted(self._written)
+        table = [
+            line | {"predicted": self._written[row]}
+            for line, row in zip(data.texts(data.predict_split, rows), rows, strict=True)
+        ]
+        self.write(trainer, list(table[0]), [list(line.values()) for line in table], "examples")
 
 
 def write_table(path: Path, columns: list[str], rows: Iterable[Iterable[Any]], delimiter: str = ",") -> None:

@@ -23,7 +23,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lit_llm.callbacks.confusion import ConfusionMatrix
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
 from lit_llm.callbacks.metrics_csv import MetricsCSV
-from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions
+from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions, GeneratedTexts
 from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
 from lit_llm.callbacks.throughput import Throughput
@@ -300,7 +300,7 @@ class TrainingCLI(LightningCLI):
         options = self._get(self.config_init, "trainer")
         standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode), ConfusionMatrix()]
         if self.subcommand == "predict":
-            standard += [DocumentScores(), ExamplePredictions()]
+            standard += [DocumentScores(), ExamplePredictions(), GeneratedTexts()]
         if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
             standard.insert(1, Progress())
         if options["enable_checkpointing"] is False:

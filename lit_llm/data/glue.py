@@ -15,16 +15,14 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import ExampleBatch
 from lit_llm.data.augmentation import TextAugmentation
-from lit_llm.data.cleaning import content_hash
 from lit_llm.data.collation import Collation
 from lit_llm.data.docmatch import NAME, open_docmatch
 from lit_llm.data.glue_tasks import DOCMATCH, TASKS, Submission
 from lit_llm.data.labels import LabelReader, labelled_splits, require_seen, some_of
 from lit_llm.data.sampling import BatchLoader
+from lit_llm.data.table_tokenizer import tokenizer_files, trained_tokenizer
 from lit_llm.data.tables import Split, check_texts, choose_splits, find_columns, open_table
-from lit_llm.data.token_cache import cache_folder, cache_name
 from lit_llm.data.tokenizer import load_tokenizer, training_of
-from lit_llm.files import replacing
 
 
 class GLUEData(LightningDataModule):
@@ -268,7 +266,7 @@ class GLUEData(LightningDataModule):
             given["label"] = None
         self.columns = find_columns(first, self.path, **given)
         for name, rows in found.items():
-            check_texts(rows, self.columns, self.path, name)
+            check_texts(rows, self.columns.texts, self.path, name)
         if self._predicting and self.columns.label is None:
             return {"test": Split(next(reversed(found.values())), None)}
         names, fractions = self.task.class_names if self.task else (), (self.validation_fraction, self.test_fraction)
@@ -298,24 +296,16 @@ class GLUEData(LightningDataModule):
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokeniser; of a table without labels that is predicted, the checkpoint's, once that is read."""
         spec = str(self._tokenizer_spec)
-        train = training_of(spec)
-        if train is None:
+        if training_of(spec) is None:
             return load_tokenizer(spec)
         if "train" not in self.splits:
             raise AttributeError("tokenizer")  # so that who asks what data has finds none
         split, columns = self.splits["train"], (self.columns.text, self.columns.text_pair)
-        texts = [text for name in columns if name for text in split.column(name)]
-        folder = cache_folder() / "tokenizers" / cache_name(spec=spec, texts=content_hash("\0".join(texts)))
-        if not (folder / "tokenizer.json").is_file():
-            with replacing(folder) as new:
-                train(texts).save_pretrained(new)
-        return load_tokenizer(folder)
+        return trained_tokenizer(spec, [text for name in columns if name for text in split.column(name)])
 
     @cached_property
     def _tokenizer_files(self) -> dict[str, str]:
-        with tempfile.TemporaryDirectory() as folder:
-            self.tokenizer.save_pretrained(folder)
-            return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}
+        return tokenizer_files(self.tokenizer)
 
     def _require_marks(self) -> None:
         pair = self.columns.text_pair is not None

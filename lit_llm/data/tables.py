@@ -42,6 +42,11 @@ class Columns:
     text_pair: str | None
     label: str | None
 
+    @property
+    def texts(self) -> dict[str, str | None]:
+        """Where the texts are, by what an error calls them."""
+        return {"text": self.text, "text_pair": self.text_pair}
+
 
 @dataclass(frozen=True)
 class Split:
@@ -189,14 +194,20 @@ def _is_text(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
 
 
-def check_texts(rows: Dataset, columns: Columns, path: str, split: str) -> None:
+def check_texts(rows: Dataset, columns: dict[str, str | None], path: str, split: str) -> None:
     """Refuses texts that are not there; an empty cell of a CSV or TSV file is none.
+
+    Args:
+        rows: A split of a table.
+        columns: Where the texts should be, by what an error calls them.
+        path: Where the table is from.
+        split: Its name.
 
     Raises:
         ValueError: When there is none in a row.
         TypeError: When the column holds something else.
     """
-    for role, name in {"text": columns.text, "text_pair": columns.text_pair}.items():
+    for role, name in columns.items():
         if name is None:
             continue
         if name not in rows.column_names:

@@ -32,7 +32,10 @@ standard library gives 6 % more bytes a token at a vocabulary of 4,096."""
 MARKS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 """What an encoder's tokeniser has instead of the boundary: `[CLS]` opens an example, `[SEP]` ends each text in it."""
 
-TRAINED = re.compile(r"(bert-)?bpe-(\d+)")
+SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
+"""What an encoder-decoder's tokeniser has to stand for spans that are left out of a text."""
+
+TRAINED = re.compile(r"(bert-|t5-)?bpe-(\d+)")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -130,10 +133,45 @@ def train_bert_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
     )
 
 
+def train_t5_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains the same for an encoder-decoder: with T5's `<pad>`, `</s>` and 100 sentinels from `<extra_id_0>` on.
+
+    A text ends with `</s>`, and so does each of two.
+
+    Args:
+        texts: What to train on.
+        vocab_size: Tokens wanted, the 256 bytes and the 102 others included; a small corpus may yield fewer.
+
+    Raises:
+        ValueError: When `vocab_size` has no room for the bytes and the others.
+
+    Source:
+        Raffel et al., 2020, arXiv:1910.10683, sections 2.2 and 3.1.4; bytes instead of SentencePiece, so there is no
+        `<unk>`.
+
+    Example:
+        >>> tokenizer = train_t5_bpe(["ab ab"], 360)
+        >>> tokenizer.convert_ids_to_tokens(tokenizer("a").input_ids), tokenizer.convert_tokens_to_ids("<extra_id_0>")
+        (['a', '</s>'], 2)
+    """
+    padding, end = "<pad>", "</s>"
+    tokenizer = _trained(texts, vocab_size, [padding, end, *SENTINELS])
+    ended = [(end, tokenizer.token_to_id(end))]
+    tokenizer.post_processor = processors.TemplateProcessing(f"$A {end}", f"$A {end} $B {end}", ended)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=padding,
+        eos_token=end,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
 def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -> Tokenizer:
     least = 256 + len(special_tokens)
     if vocab_size < least:
-        names = ", ".join(special_tokens)
+        names = ", ".join(special_tokens[:4]) + (" …" if len(special_tokens) > 4 else "")
         raise ValueError(f"vocab_size must be at least {least} (the bytes and {names}), but is {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
@@ -163,11 +201,12 @@ def _dressed(tokenizer: Tokenizer, decoder: decoders.Decoder, **tokens: str) -> 
 
 
 def training_of(spec: str) -> Callable[[Iterable[str]], PreTrainedTokenizerFast] | None:
-    """What makes a tokeniser from texts, for `characters`, `bpe-<size>`, `bert-bpe-<size>`; `None` for a ready one."""
+    """What makes a tokeniser from texts, for `characters` and `bpe-<size>` and its kin; `None` for a ready one."""
     if spec == "characters":
         return character_tokenizer
     match = TRAINED.fullmatch(spec)
-    return partial(train_bert_bpe if match[1] else train_bpe, vocab_size=int(match[2])) if match else None
+    train = {None: train_bpe, "bert-": train_bert_bpe, "t5-": train_t5_bpe}
+    return partial(train[match[1]], vocab_size=int(match[2])) if match else None
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
@@ -187,8 +226,8 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the library beneath raises nothing narrower for a file that is no tokeniser
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, `bert-bpe-<size>`, a folder made by "
-            f"`lit-llm tokenizer` or a name on the hub, but is {str(spec)!r}: {reason}"
+            f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, `bert-bpe-<size>`, `t5-bpe-<size>`, a folder made "
+            f"by `lit-llm tokenizer` or a name on the hub, but is {str(spec)!r}: {reason}"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer must have a tokenizer.json, but {spec} is a {type(tokenizer).__name__}")

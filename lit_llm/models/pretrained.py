@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lit_llm.models.attention import document_mask
-from lit_llm.models.pretrained_network import Pretrained
+from lit_llm.models.pretrained_network import PretrainedLanguageModel
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
@@ -20,7 +20,7 @@ ATTENTION = {"full_attention", "sliding_attention"}
 """The kinds of layers that a mask tells all there is to know about what they may look at."""
 
 
-class PretrainedCausalLM(Pretrained):
+class PretrainedCausalLM(PretrainedLanguageModel):
     """A causal language model of transformers, made from its config with fresh weights.
 
     Its weights come from a checkpoint with `checkpoints.load_model` or an objective's `weights`. Its repeated layers
@@ -48,16 +48,6 @@ class PretrainedCausalLM(Pretrained):
 
     tasks: ClassVar[dict[str, str]] = {"AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"}
     description = "a causal language model"
-
-    def __init__(self, vocab_size: int, config: str | dict[str, Any], activation_checkpointing: bool = False) -> None:
-        made = self.read_config(config)
-        made.get_text_config().vocab_size = vocab_size
-        super().__init__(made, activation_checkpointing)
-
-    @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-        return self.config.get_text_config().vocab_size
 
     def _plain_config(self) -> PretrainedConfig:
         # Rows here have no padding, and transformers would freeze the embedding of what is a boundary to us.
@@ -194,20 +184,9 @@ class PretrainedCausalLM(Pretrained):
             return {"full_attention": self._form(mask), "sliding_attention": sliding} if kinds else sliding
         return self._form(mask)
 
-    def _form(self, mask: Tensor) -> Tensor:
-        if self.model.config._attn_implementation == "eager":  # added to the scores
-            dtype = next(self.model.parameters()).dtype
-            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-        return mask
-
     def new_cache(self, batch_size: int, max_seq_len: int) -> DynamicCache:
         """An empty cache for `forward`, which grows as it is filled."""
         from transformers import DynamicCache
 
         self._require_attention()
         return DynamicCache()  # without a config: a layer with a window would drop what a mask still speaks of
-
-    @classmethod
-    def hf_arguments(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that make the network that a `config.json` of transformers describes."""
-        return {"vocab_size": cls.read_config(config).get_text_config().vocab_size, "config": config}

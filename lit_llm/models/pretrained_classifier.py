@@ -5,16 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
-from lit_llm.models.pretrained_network import Pretrained
+from lit_llm.models.pretrained_network import Pretrained, answering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -232,7 +230,7 @@ class PretrainedClassifier(Pretrained):
         inputs = {name: tensor for name, tensor in features.items() if name not in {*given, "first_hidden_state"}}
         if not inputs:  # the head does without, but its network passes something on
             inputs[self.model.main_input_name] = torch.zeros(len(some), 2, dtype=torch.long, device=some.device)
-        with _answering(self.model.base_model, given):
+        with answering(self.model.base_model, given):
             return self.model(**inputs).logits
 
 
@@ -244,19 +242,6 @@ class _Output(dict):
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
-
-
-@contextmanager
-def _answering(module: nn.Module, answer: Any) -> Iterator[None]:
-    """Has a module give `answer` to whatever it is asked."""
-    before = vars(module).get("forward")
-    module.forward = lambda *args, **kwargs: answer
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before
 
 
 def _place(path: str) -> str:

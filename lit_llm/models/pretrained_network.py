@@ -6,6 +6,7 @@ This module and its neighbours named `pretrained…` are the only ones that know
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from lit_llm.models.block import Block
 
@@ -62,7 +63,11 @@ class Pretrained(nn.Module):
             Block.register(kind)
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.max_seq_len = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        # RoBERTa's kin count positions from the one after the padding token's id.
+        kin = hasattr(getattr(model.base_model, "embeddings", None), "create_position_ids_from_inputs_embeds")
+        self.first_position = model.base_model.embeddings.padding_idx + 1 if kin else 0
+        longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        self.max_seq_len = longest and longest - self.first_position
 
     @property
     def backbone(self) -> nn.Module | None:
@@ -172,6 +177,55 @@ class Pretrained(nn.Module):
             raise ValueError(
                 f"model must hold the network's tensors as .safetensors, but {source} does not: {first_line(error)}"
             ) from error
+
+
+class PretrainedLanguageModel(Pretrained, ABC):
+    """A network of transformers that gives logits of tokens; its vocabulary is decided by the data.
+
+    Args:
+        vocab_size: Number of tokens; takes the place of the config's.
+        config: The content of a `config.json`, or a directory or a name on the hub that has one.
+        activation_checkpointing: Compute each block again in the backward pass: less memory for more computation.
+    """
+
+    def __init__(self, vocab_size: int, config: str | dict[str, Any], activation_checkpointing: bool = False) -> None:
+        made = self.read_config(config)
+        made.get_text_config().vocab_size = vocab_size
+        super().__init__(made, activation_checkpointing)
+
+    @abstractmethod
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Logits."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        return self.config.get_text_config().vocab_size
+
+    @classmethod
+    def hf_arguments(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that make the network that a `config.json` of transformers describes."""
+        return {"vocab_size": cls.read_config(config).get_text_config().vocab_size, "config": config}
+
+    def _form(self, mask: Tensor) -> Tensor:
+        """A mask, true where a query may look, in the form that the attention in use takes."""
+        if self.model.config._attn_implementation == "eager":  # added to the scores
+            dtype = next(self.model.parameters()).dtype
+            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
+        return mask
+
+
+@contextmanager
+def answering(module: nn.Module, answer: Any) -> Iterator[None]:
+    """Has a module give `answer` to whatever it is asked."""
+    before = vars(module).get("forward")
+    module.forward = lambda *args, **kwargs: answer
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
 def read_config(config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:

@@ -112,7 +112,7 @@ def test_a_text_that_is_missing_is_said_with_its_row(tmp_path, suffix) -> None:
     rows = open_table(str(path))["train"]
     message = "data.text must hold a text in every row, but 'text' has none in row 1 of the train split of x; leave such rows out"
     with pytest.raises(ValueError, match=exactly(message)):
-        check_texts(rows, Columns("text", None, "label"), "x", "train")
+        check_texts(rows, Columns("text", None, "label").texts, "x", "train")
 
 
 def test_numbers_are_no_texts() -> None:
@@ -121,7 +121,7 @@ def test_numbers_are_no_texts() -> None:
     )
     message = "data.text_pair must hold text, but 'other' holds float64 in the test split of x"
     with pytest.raises(TypeError, match=exactly(message)):
-        check_texts(rows, Columns("text", "other", None), "x", "test")
+        check_texts(rows, Columns("text", "other", None).texts, "x", "test")
 
 
 def test_what_is_no_table_is_said_in_one_line(tmp_path) -> None:

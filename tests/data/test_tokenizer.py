@@ -16,6 +16,7 @@ from lit_llm.data.tokenizer import (
     opening_ids,
     train_bert_bpe,
     train_bpe,
+    train_t5_bpe,
     training_of,
 )
 from tests.writing import exactly, prose
@@ -187,10 +188,26 @@ def test_a_tokenizer_without_a_boundary_is_refused(tmp_path: Path) -> None:
             refuse()
 
 
+def test_an_encoder_decoders_tokenizer_ends_each_text_and_has_sentinels(tmp_path: Path) -> None:
+    training_of("t5-bpe-400")(TEXTS).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer) == 400
+    ids = tokenizer("sea 水").input_ids
+    assert ids[-1] == tokenizer.eos_token_id == boundary_id(tokenizer)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "sea 水"
+    assert tokenizer("a", "b").input_ids == tokenizer("a").input_ids + tokenizer("b").input_ids
+    assert tokenizer.convert_tokens_to_ids([f"<extra_id_{number}>" for number in range(100)]) == list(range(2, 102))
+    assert encode_documents(tokenizer, ["<extra_id_3></s>"])[0][0] > 101
+    assert opening_ids(tokenizer) == []
+
+
 def test_too_small_a_vocabulary_is_refused() -> None:
     message = "vocab_size must be at least 257 (the bytes and <|endoftext|>), but is 256"
     with pytest.raises(ValueError, match=exactly(message)):
         train_bpe(TEXTS, 256)
+    message = "vocab_size must be at least 358 (the bytes and <pad>, </s>, <extra_id_0>, <extra_id_1> …), but is 300"
+    with pytest.raises(ValueError, match=exactly(message)):
+        train_t5_bpe(["a"], 300)
     message = "vocab_size must be at least 260 (the bytes and [PAD], [CLS], [SEP], [MASK]), but is 259"
     with pytest.raises(ValueError, match=exactly(message)):
         train_bert_bpe(TEXTS, 259)
@@ -200,8 +217,8 @@ def test_too_small_a_vocabulary_is_refused() -> None:
 def test_a_tokenizer_that_is_not_there_is_said_in_one_line(tmp_path: Path, spec: str) -> None:
     spec = spec.replace("{empty}", str(tmp_path))
     start = (
-        f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, `bert-bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on the hub, "
-        f"but is {spec!r}: "
+        f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, `bert-bpe-<size>`, `t5-bpe-<size>`, a folder made by "
+        f"`lit-llm tokenizer` or a name on the hub, but is {spec!r}: "
     )
     with pytest.raises(FileNotFoundError) as caught:
         load_tokenizer(spec)
