@@ -36,6 +36,7 @@ class TeacherForcing(Objective):
         schedule: Schedule | None,
         decay_embeddings: bool,
         weights: str | None,
+        adaptation: Adaptation | None,
         label_smoothing: float,
     ) -> None:
         super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation)
@@ -121,7 +122,7 @@ class Seq2Seq(TeacherForcing):
         max_new_tokens: int = 48,
         num_beams: int = 1,
     ) -> None:
-        super().__init__(network, optimizer, schedule, decay_embeddings, weights, label_smoothing)
+        super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation, label_smoothing)
         for name, value in (
             ("num_generated", num_generated),
             ("max_new_tokens", max_new_tokens),

@@ -64,7 +64,7 @@ class SpanCorruption(TeacherForcing):
         mean_span: float = 3.0,
         mask_seed: int = 0,
     ) -> None:
-        super().__init__(network, optimizer, schedule, decay_embeddings, weights, label_smoothing=0.0)
+        super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation, label_smoothing=0.0)
         if not 0 < mask_ratio < 1:
             raise ValueError(f"model.mask_ratio must be in (0, 1), but is {mask_ratio}")
         if mean_span < 1:
