@@ -56,11 +56,13 @@ class Adaptation(ABC):
     def groups(self, groups: list[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:
         """Splits an optimiser's groups where depths start or step differently, and says how, as `start` and `rate`."""
         found, top = depths(network)
+        # A head that is tied to the embeddings starts with them: then what starts first starts at once.
+        earliest = min(self.start(found[p], top) or 0.0 for group in groups for p in group["params"])
         split = []
         for group in groups:
             members: dict[tuple[float, float], list[nn.Parameter]] = {}
             for p in group["params"]:
-                key = self.start(found[p], top) or 0.0, self.rate(found[p], top)
+                key = (self.start(found[p], top) or 0.0) - earliest, self.rate(found[p], top)
                 members.setdefault(key, []).append(p)
             split += [{**group, "params": members[key], "start": key[0], "rate": key[1]} for key in sorted(members)]
         return split
@@ -268,7 +270,7 @@ class LoRA(Adaptation):
         name_of = getattr(network, "hf_name", lambda name: name.removeprefix("model."))
         config = self._config([name_of(n) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)])
         learnt = {name_of(name): p for name, p in network.named_parameters() if p.requires_grad}
-        config.modules_to_save = sorted({name.split(".")[0] for name in learnt if "lora_" not in name}) or None
+        config.modules_to_save = sorted({name.rpartition(".")[0] for name in learnt if "lora_" not in name}) or None
         config.inference_mode = True
         config.save_pretrained(folder)
         tensors = {f"base_model.model.{_saved(name)}": p.detach().cpu().contiguous() for name, p in learnt.items()}

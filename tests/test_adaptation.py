@@ -24,6 +24,7 @@ from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.regression import Regression
+from lit_llm.optimizers import parameter_groups
 from tests.examples import BERT, Examples, example, together
 from tests.writing import exactly
 
@@ -41,7 +42,9 @@ class Ordered(Examples):
     def train_dataloader(self) -> BatchLoader:
         return self.ordered_dataloader("train", 8, 0)
 
-    def ordered_dataloader(self, split: str, batch_size: int = 5, seed: int | None = None) -> BatchLoader | list[Any]:
+    def ordered_dataloader(
+        self, split: str, batch_size: int = 5, seed: int | None = None, share: bool = True
+    ) -> BatchLoader | list[Any]:
         def cut(rows: np.ndarray) -> dict[str, torch.Tensor]:
             return together([example(int(row), self.num_classes) for row in rows])
 
@@ -101,12 +104,24 @@ def test_depths_rise_from_the_embeddings_to_the_head(kind: type, tied: bool) -> 
     assert by_depth == [embeddings, {blocks}, {blocks, norm}, set() if tied else {"lm_head"}]
 
 
-def test_a_pooler_is_below_the_head() -> None:
+def test_a_pooler_belongs_to_the_head() -> None:
     network = NETWORK(3)
     found, top = depths(network)
-    head = {name for name, p in network.named_parameters() if found[p] == top}
-    assert head == {"model.classifier.weight", "model.classifier.bias"}
-    assert {found[p] for p in network.backbone.pooler.parameters()} == {TOP - 1}
+    head = {name.rpartition(".")[0] for name, p in network.named_parameters() if found[p] == top}
+    assert head == {"model.classifier", "model.bert.pooler.dense"}
+
+
+def test_what_starts_first_starts_at_once_where_the_head_is_tied_to_the_embeddings() -> None:
+    network = GPT2(20, d_model=16, num_layers=2, num_heads=2)
+    groups = GradualUnfreezing(until=0.5).groups(parameter_groups(network), network)
+    starts = {found: group["start"] for group in groups for found in {depths(network)[0][p] for p in group["params"]}}
+    assert starts == pytest.approx({2: 0, 1: 1 / 6, 0: 1 / 3})
+
+
+def test_features_are_forgotten_after_training(tmp_path: Path) -> None:
+    made = objective(HeadOnly())
+    trainer(tmp_path).fit(made, datamodule=Ordered())
+    assert not made._features
 
 
 @pytest.mark.parametrize(
@@ -194,7 +209,7 @@ class TestAdapter:
         kind(rank=2).prepare(network)
         torch.testing.assert_close(network(input_ids=batch["input_ids"]), before)
         learning = {name for name, p in network.named_parameters() if p.requires_grad}
-        assert all("lora_" in name or ".classifier." in name for name in learning)
+        assert all(any(part in name for part in ("lora_", ".classifier.", ".pooler.")) for name in learning)
         assert {"lora_A", "lora_B", "classifier"} <= {part for name in learning for part in name.split(".")}
 
     def test_a_run_gives_merged_weights_and_adapters_that_peft_reads(self, kind, tmp_path):

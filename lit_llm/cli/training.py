@@ -43,6 +43,9 @@ HOOKS_OF_A_STEP = (
     "on_before_optimizer_step",
     "on_train_batch_end",
 )
+FALLING = {"loss", "perplexity", "bits_per_byte", "rmse", "mae"}
+"""Metrics of which less is better."""
+
 ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config"}
 EXAMPLES = """
 
@@ -173,7 +176,7 @@ class CheckpointOptions:
     Args:
         monitor: Metric that decides which validation is best; `best.ckpt` and the exported model are of that step.
             `None` is the headline metric of the data's task, or else the objective's.
-        mode: Whether its `min` or its `max` is best; `None` is the headline metric's own, `min` for any other.
+        mode: Whether its `min` or its `max` is best; `None` is `min` for losses and errors, `max` for other metrics.
         every_n_steps: How often `last.ckpt` is written; also at the end, and on Ctrl-C.
     """
 
@@ -185,7 +188,8 @@ class CheckpointOptions:
     def decided(self, headline: tuple[str, str]) -> CheckpointOptions:
         """What is left open taken from the headline metric and its mode."""
         monitor = self.monitor or headline[0]
-        mode = self.mode or (headline[1] if monitor == headline[0] else "min")
+        falls = monitor.rpartition("/")[2] in FALLING
+        mode = self.mode or (headline[1] if monitor == headline[0] else "min" if falls else "max")
         return CheckpointOptions(monitor, mode, self.every_n_steps)
 
 

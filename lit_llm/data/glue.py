@@ -210,9 +210,9 @@ class GLUEData(LightningDataModule):
         """All examples of the validation split, the longest first, each once whatever the number of processes."""
         return self.ordered_dataloader("validation")
 
-    def ordered_dataloader(self, split: str) -> BatchLoader | list[Any]:
-        """All examples of any split, the longest first and as they are."""
-        return self._loader(split) if split in self.splits else []
+    def ordered_dataloader(self, split: str, share: bool = True) -> BatchLoader | list[Any]:
+        """All examples of any split, the longest first and as they are; shared out among the processes, or not."""
+        return self._loader(split, share=share) if split in self.splits else []
 
     def test_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the test split, as in validation; none where it has no labels."""
@@ -333,7 +333,7 @@ class GLUEData(LightningDataModule):
     def _place(self) -> tuple[int, int]:
         return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
 
-    def _loader(self, name: str, seed: int | None = None) -> BatchLoader:
+    def _loader(self, name: str, seed: int | None = None, share: bool = True) -> BatchLoader:
         collation = self._collation(name)
         augmentation = None if seed is None else self.augmentation
 
@@ -342,5 +342,6 @@ class GLUEData(LightningDataModule):
 
         lengths = collation.lengths if self.length_grouping else None
         classes = collation.labels if self.balance_classes and seed is not None else None
-        loader = BatchLoader(cut, len(collation), self.batch_size, seed, *self._place, lengths, classes)
+        place = self._place if share else (0, 1)
+        loader = BatchLoader(cut, len(collation), self.batch_size, seed, *place, lengths, classes)
         return loader

@@ -213,7 +213,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
     """Loads a tokeniser that needs no training.
 
     Args:
-        spec: `bytes`, a folder with `tokenizer.json`, or a name on the hub.
+        spec: `bytes`, a folder with `tokenizer.json`, a run folder, or a name on the hub.
 
     Raises:
         FileNotFoundError: When there is no such tokeniser.
@@ -236,7 +236,10 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
 
 
 def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokeniser of a folder or of a name on the hub, without running any code that comes with it."""
+    """The tokeniser of a folder, of a run or of a name on the hub, without running any code that comes with it."""
+    folder = Path(source).expanduser()
+    if not (folder / "tokenizer.json").is_file() and (folder / "model" / "tokenizer.json").is_file():
+        source = folder / "model"
     return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
 
 

@@ -18,8 +18,9 @@ def depths(network: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
     """How deep in a network each of its parameters is, from the input up, and how deep its head.
 
     0 is what comes before the first block (embeddings), 1 to `n` are the blocks, the last of them with what comes
-    between it and the head (a norm, a pooler), and `n + 1` is the head: all that is not `network.backbone` where there
-    is such, else the last layer with parameters. An embedding that is the head's matrix too is at 0. The order is that
+    between it and the head (a norm), and `n + 1` is the head: all that is not `network.backbone` where there is such,
+    with the backbone's pooler, which is as good as new after pre-training without it; else the last layer with
+    parameters. An embedding that is the head's matrix too is at 0. The order is that
     in which layers were made; without any blocks what is below the head is at 0, and the head at 1.
 
     Example:
@@ -32,7 +33,8 @@ def depths(network: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
     within = {p: index for index, block in enumerate(blocks, 1) for p in block.parameters()}
     backbone = getattr(network, "backbone", None)
     if backbone is not None:
-        below = set(backbone.parameters())
+        pooler = getattr(backbone, "pooler", None)
+        below = set(backbone.parameters()) - set(pooler.parameters() if pooler is not None else ())
         head = {p for p in network.parameters() if p not in below}
     else:
         head = set([m for m in network.modules() if any(True for _ in m.parameters(recurse=False))][-1].parameters())

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Float
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_llm.models.pretrained_network import Pretrained, answering
 
@@ -171,6 +171,12 @@ class PretrainedClassifier(Pretrained):
 
     # The backbone and the head apart, so that a frozen backbone need read each example once.
 
+    @property
+    def _learning_pooler(self) -> nn.Module | None:
+        """What pools, where it has parameters."""
+        pooler = getattr(self.model.base_model, "pooler", None)
+        return pooler if pooler is not None and any(True for _ in pooler.parameters()) else None
+
     def features(self, **inputs: Tensor) -> dict[str, Tensor]:
         """What the backbone gives and the head reads: `classify` makes of it what `forward` makes of the inputs.
 
@@ -194,6 +200,8 @@ class PretrainedClassifier(Pretrained):
         given = base(**inputs)
         whole = {**inputs, "last_hidden_state": given[0]}
         pooled = {"pooler_output": given["pooler_output"]} if given.get("pooler_output") is not None else {}
+        if self._learning_pooler is not None:  # belongs to the head, which it is run with
+            pooled = {}
         first = {"first_hidden_state": given[0][:, :1]}
         if self._kept is None:
             if given[0].shape[1] == 1:  # here the first position is all of them
@@ -226,7 +234,10 @@ class PretrainedClassifier(Pretrained):
             hidden = torch.cat([first, torch.full_like(first, torch.nan)], dim=1)
         else:
             hidden = features.get("last_hidden_state", unknown)
-        given = _Output(last_hidden_state=hidden, pooler_output=features.get("pooler_output", unknown))
+        pooled = features.get("pooler_output", unknown)
+        if self._learning_pooler is not None:
+            pooled = self._learning_pooler(hidden)
+        given = _Output(last_hidden_state=hidden, pooler_output=pooled)
         inputs = {name: tensor for name, tensor in features.items() if name not in {*given, "first_hidden_state"}}
         if not inputs:  # the head does without, but its network passes something on
             inputs[self.model.main_input_name] = torch.zeros(len(some), 2, dtype=torch.long, device=some.device)

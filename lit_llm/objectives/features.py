@@ -42,7 +42,7 @@ class FeatureCache:
                     )
                 for name, part in given.items():
                     if name not in self._features:
-                        self._features[name] = part.new_empty(num_rows, *part.shape[1:])
+                        self._features[name] = part.new_full((num_rows, *part.shape[1:]), torch.nan)
                     self._features[name][batch["rows"].to(device)] = part
         network.train(training)
 

@@ -220,7 +220,8 @@ class Objective(LightningModule, ABC):
     def tokenizer_path(self) -> str | None:
         """Where the tokeniser of what the network starts from is: for data that names none."""
         options = (self.hparams.get("network") or {}).get("init_args") or {}
-        return options.get("path") or self.hparams.get("weights")
+        place = options.get("path") or self.hparams.get("weights")
+        return None if str(place).endswith(".ckpt") else place  # a checkpoint brings its own
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser over the groups that `optimizers.parameter_groups` makes, and its schedule by the step."""
@@ -264,10 +265,15 @@ class Objective(LightningModule, ABC):
             )
         started = time.perf_counter()
         for stage, split in ((RunningStage.TRAINING, "train"), (RunningStage.VALIDATING, "validation")):
-            if loader := data.ordered_dataloader(split):
+            # Each process reads all of it, since what it trains on comes from all of it.
+            if loader := data.ordered_dataloader(split, share=False):
                 with self.trainer.precision_plugin.forward_context():
                     self._features[stage] = FeatureCache(self.network, loader, loader.num_rows)
         log.info(f"The frozen backbone has read all examples once, in {time.perf_counter() - started:.0f} s")
+
+    def on_train_end(self) -> None:
+        """Forgets the features: other data may be evaluated next."""
+        self._features = {}
 
     def read(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the network says of a batch; where its backbone is frozen, of features made before."""
