@@ -248,6 +248,8 @@ class Objective(LightningModule, ABC):
             group.update(configured)
             group["lr"] = configured["initial_lr"] * self._factor_of(configured)(self.trainer.global_step)
         scheduler.base_lrs = [configured["initial_lr"] for configured in self._configured]
+        # Where epochs set the length, the schedule had the loaders made before there was a position to give them.
+        self.trainer.fit_loop._load_combined_loader_states()
         self._waiting = [group for group in optimizer.param_groups if group.get("start")]
         self._wake(optimizer, self.trainer.global_step)
         if self.adaptation is not None and self.adaptation.cache_features:

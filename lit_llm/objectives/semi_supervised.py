@@ -64,6 +64,7 @@ class SemiSupervised(Classification):
         for name, value in {"unlabelled_weight": unlabelled_weight, "ramp_up_steps": ramp_up_steps}.items():
             if value < 0:
                 raise ValueError(f"model.{name} must be at least 0, but is {value}")
+        self.save_arguments()
         self.threshold, self.unlabelled_weight, self.ramp_up_steps = threshold, unlabelled_weight, ramp_up_steps
         self.decay = decay
         # Confident examples, all; right ones among the confident of known label, all those. Since the last report.
@@ -125,7 +126,7 @@ class SemiSupervised(Classification):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Steps, and moves the average."""
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
-        self._move_average(self.trainer.global_step)
+        self._move_average(self.trainer.global_step + 1)  # Lightning counts the step after this hook
 
     @torch.no_grad()
     def _move_average(self, step: int) -> None:
