@@ -325,7 +325,7 @@ def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adap
     adaptation = _built(checkpoint["adaptation"], path) if checkpoint.get("adaptation") else None
     if adaptation is not None:
         adaptation.prepare(network)
-    prefix = "network."
+    prefix = checkpoint.get("evaluated", "network") + "."
     state = checkpoint["state_dict"]
     stored = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
     _fill(_own(network), stored, path, network.state_dict())

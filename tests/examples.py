@@ -60,8 +60,21 @@ def example(row: int, num_classes: int | None, labelled: bool = True) -> dict[st
     return batch
 
 
-def together(batches: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+def together(batches: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        name: together([batch[name] for batch in batches])
+        if isinstance(batches[0][name], dict)
+        else torch.cat([batch[name] for batch in batches])
+        for name in batches[0]
+    }
+
+
+def partly_labelled(row: int, num_classes: int, unlabelled: int = 2) -> dict[str, Any]:
+    """A labelled example with others whose labels are to be found; augmented ones differ in their last token."""
+    weak = together([example(1000 + row * unlabelled + n, num_classes) for n in range(unlabelled)])
+    strong = weak | {"input_ids": weak["input_ids"].clone()}
+    strong["input_ids"][:, -1] = 8
+    return example(row, num_classes) | {"unlabelled": weak, "unlabelled_strong": strong}
 
 
 class Examples(LightningDataModule):

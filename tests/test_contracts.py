@@ -21,8 +21,9 @@ from lit_llm.batch import IGNORE_INDEX, inputs
 from lit_llm.generation import generate
 from lit_llm.models.block import Block
 from lit_llm.objectives.objective import Objective
+from lit_llm.objectives.semi_supervised import SemiSupervised
 from lit_llm.optimizers import parameter_groups
-from tests.examples import BERT, T5, example, together, twenty_tokens
+from tests.examples import BERT, T5, example, partly_labelled, together, twenty_tokens
 
 
 def classes(package: str, base: type) -> list[type]:
@@ -284,6 +285,8 @@ class TestClassifier:
 
 def rows(lengths: list[int], kind: type | None = None, width: int = 10) -> list[dict[str, torch.Tensor]]:
     """Batches of one: rows of tokens of which only the first labels count, or examples for what has no such rows."""
+    if kind is not None and issubclass(kind, SemiSupervised):
+        return [partly_labelled(length, 3) for length in lengths]
     if kind is not None and kind.size_name != "vocab_size":
         return [example(length, 3 if kind.size_name == "num_classes" else None) for length in lengths]
     generator = torch.Generator().manual_seed(0)

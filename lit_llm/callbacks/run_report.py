@@ -111,7 +111,7 @@ class RunReport(Callback):
         if best.exists():
             network, _ = read_adapted(best)
         else:
-            network = copy.deepcopy(pl_module.network) if adaptation is not None else pl_module.network
+            network = copy.deepcopy(pl_module.evaluated) if adaptation is not None else pl_module.evaluated
         if adaptation is not None:
             if adaptation.adds:
                 with replacing(folder / "adapter") as new:

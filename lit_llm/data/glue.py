@@ -18,10 +18,10 @@ from lit_llm.data.augmentation import TextAugmentation
 from lit_llm.data.collation import Collation
 from lit_llm.data.docmatch import NAME, open_docmatch
 from lit_llm.data.glue_tasks import DOCMATCH, TASKS, Submission
-from lit_llm.data.labels import LabelReader, labelled_splits, require_seen, some_of
+from lit_llm.data.labels import LabelReader, few_of, labelled_splits, require_seen, some_of
 from lit_llm.data.sampling import BatchLoader
 from lit_llm.data.table_tokenizer import tokenizer_files, trained_tokenizer
-from lit_llm.data.tables import Split, check_texts, choose_splits, find_columns, open_table
+from lit_llm.data.tables import Split, both, check_texts, choose_splits, find_columns, open_table
 from lit_llm.data.tokenizer import load_tokenizer, training_of
 
 
@@ -49,8 +49,14 @@ class GLUEData(LightningDataModule):
             each class the same, by a hash of the texts. 0 for none.
         test_fraction: The same for a test split.
         max_examples: Train on at most so many, drawn with the seed in the proportions of the classes.
+        labels_per_class: Train on so many of each class as labelled, drawn with the seed; the others of the training
+            split become unlabelled, as those of a split called `unlabelled` or `unsupervised` are.
+        unlabelled_ratio: For semi-supervised training: so many unlabelled examples in a batch for each labelled one,
+            as they are and augmented; labelled ones are then not augmented. An epoch is one pass over the unlabelled
+            ones; labelled ones come again as often as is needed. 0 leaves the unlabelled ones out.
         balance_classes: Draw each class equally often.
-        length_grouping: Put examples of about one length into a batch.
+        length_grouping: Put examples of about one length into a batch; not the few of `labels_per_class`, which would
+            then always come in the same company.
         augmentation: Changes training examples, anew in each epoch.
         seed: Of the order in which examples are drawn, and of the augmentation.
 
@@ -80,6 +86,8 @@ class GLUEData(LightningDataModule):
         validation_fraction: float = 0.1,
         test_fraction: float = 0.0,
         max_examples: int | None = None,
+        labels_per_class: int | None = None,
+        unlabelled_ratio: int = 0,
         balance_classes: bool = False,
         length_grouping: bool = True,
         augmentation: TextAugmentation | None = None,
@@ -89,9 +97,12 @@ class GLUEData(LightningDataModule):
         if task is not None and task not in TASKS:
             raise ValueError(f"data.task must be one of {', '.join(TASKS)}, but is {task!r}")
         counts = {"max_seq_len": max_seq_len, "batch_size": batch_size, "max_examples": max_examples}
+        counts["labels_per_class"] = labels_per_class
         for name, value in counts.items():
             if value is not None and value < 1:
                 raise ValueError(f"data.{name} must be at least 1, but is {value}")
+        if unlabelled_ratio < 0:
+            raise ValueError(f"data.unlabelled_ratio must be at least 0, but is {unlabelled_ratio}")
         if validation_fraction < 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
             raise ValueError(
                 f"data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, "
@@ -106,6 +117,7 @@ class GLUEData(LightningDataModule):
         self.max_seq_len, self.batch_size = max_seq_len, batch_size
         self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
         self.max_examples, self.balance_classes, self.length_grouping = max_examples, balance_classes, length_grouping
+        self.labels_per_class, self.unlabelled_ratio = labels_per_class, unlabelled_ratio
         self.augmentation, self.seed = augmentation, seed
         self.reader: LabelReader | None = None
         self._collations: dict[str, Collation] = {}
@@ -139,7 +151,7 @@ class GLUEData(LightningDataModule):
 
     @property
     def class_counts(self) -> list[int]:
-        """Training examples of each class."""
+        """Labelled training examples of each class."""
         return np.bincount(self.splits["train"].labels, minlength=len(self.class_names)).tolist()
 
     @property
@@ -194,6 +206,14 @@ class GLUEData(LightningDataModule):
                 f"data.batch_size must be at most the examples there are to train on, but is {self.batch_size} on "
                 f"{devices} devices where {self.path} has {rows}; lower it"
             )
+        if self.unlabelled_ratio:
+            unlabelled = len(self.splits["unlabelled"]) if "unlabelled" in self.splits else 0
+            if unlabelled < self.unlabelled_ratio * self.batch_size * devices:
+                raise ValueError(
+                    f"data.unlabelled_ratio must leave a batch of data.batch_size within the unlabelled examples, but "
+                    f"is {self.unlabelled_ratio} with batches of {self.batch_size} on {devices} devices where "
+                    f"{self.path} has {unlabelled}; lower one, or set data.labels_per_class"
+                )
         if self.balance_classes and not self.class_names:
             raise ValueError("data.balance_classes must be false where labels are real numbers, but is true")
         if self.validation_fraction and "validation" not in self.splits:
@@ -204,7 +224,20 @@ class GLUEData(LightningDataModule):
 
     def train_dataloader(self) -> BatchLoader:
         """Examples in an order drawn anew each epoch."""
-        return self._loader("train", self.seed)
+        labelled = self._loader("train", self.seed)
+        if not self.unlabelled_ratio:
+            return labelled
+        read, unlabelled = self._collation("train"), self._collation("unlabelled")
+
+        def cut(rows: np.ndarray) -> ExampleBatch:
+            batch = read.batch(labelled.rows(loader.epoch * len(loader) + loader.batch))
+            batch["unlabelled"] = unlabelled.batch(rows)
+            batch["unlabelled_strong"] = unlabelled.batch(rows, self.augmentation, (self.seed, loader.epoch))
+            return batch
+
+        size, lengths = self.batch_size * self.unlabelled_ratio, unlabelled.lengths if self.length_grouping else None
+        loader = BatchLoader(cut, len(unlabelled), size, self.seed, *self._place, lengths)
+        return loader
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the validation split, the longest first, each once whatever the number of processes."""
@@ -256,6 +289,7 @@ class GLUEData(LightningDataModule):
     def splits(self) -> dict[str, Split]:
         """The examples: `train`, `validation` and `test`, as far as there are such."""
         found = self._open()
+        unlabelled = found.pop("unlabelled", None) if "train" in found else None
         if not found:
             raise ValueError(f"data.path must hold a split to read, but {self.path} has none")
         first = found["train"] if "train" in found else next(iter(found.values()))
@@ -265,7 +299,7 @@ class GLUEData(LightningDataModule):
         if self._predicting and given["label"] not in first.column_names:
             given["label"] = None
         self.columns = find_columns(first, self.path, **given)
-        for name, rows in found.items():
+        for name, rows in [*found.items(), *([("unlabelled", unlabelled)] if unlabelled is not None else [])]:
             check_texts(rows, self.columns.texts, self.path, name)
         if self._predicting and self.columns.label is None:
             return {"test": Split(next(reversed(found.values())), None)}
@@ -274,6 +308,11 @@ class GLUEData(LightningDataModule):
         if self.max_examples is not None:
             splits["train"] = some_of(splits["train"], self.max_examples, self.seed)
             require_seen(splits, self.reader)
+        if unlabelled is not None:
+            splits["unlabelled"] = Split(unlabelled, None)
+        if self.labels_per_class is not None:
+            splits["train"], rest = few_of(splits["train"], self.labels_per_class, self.seed, self.path)
+            splits["unlabelled"] = rest if unlabelled is None else both(rest, splits["unlabelled"])
         return splits
 
     def _open(self) -> dict[str, Dataset]:
@@ -300,8 +339,10 @@ class GLUEData(LightningDataModule):
             return load_tokenizer(spec)
         if "train" not in self.splits:
             raise AttributeError("tokenizer")  # so that who asks what data has finds none
-        split, columns = self.splits["train"], (self.columns.text, self.columns.text_pair)
-        return trained_tokenizer(spec, [text for name in columns if name for text in split.column(name)])
+        splits, columns = [self.splits["train"]], (self.columns.text, self.columns.text_pair)
+        splits += [self.splits["unlabelled"]] if "unlabelled" in self.splits else []
+        texts = [text for split in splits for name in columns if name for text in split.column(name)]
+        return trained_tokenizer(spec, texts)
 
     @cached_property
     def _tokenizer_files(self) -> dict[str, str]:
@@ -340,7 +381,8 @@ class GLUEData(LightningDataModule):
         def cut(rows: np.ndarray) -> ExampleBatch:
             return collation.batch(rows, augmentation, (self.seed, loader.epoch))
 
-        lengths = collation.lengths if self.length_grouping else None
+        few = name == "train" and self.labels_per_class is not None
+        lengths = collation.lengths if self.length_grouping and not few else None
         classes = collation.labels if self.balance_classes and seed is not None else None
         place = self._place if share else (0, 1)
         loader = BatchLoader(cut, len(collation), self.batch_size, seed, *place, lengths, classes)

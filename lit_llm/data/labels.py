@@ -190,6 +190,26 @@ def some_of(split: Split, count: int, seed: int) -> Split:
     return split.select(np.sort(np.lexsort((keys, before / sizes))[:count]))
 
 
+def few_of(split: Split, labels_per_class: int, seed: int, path: str) -> tuple[Split, Split]:
+    """So many rows of each class, drawn by the seed, and all others; more with the same seed hold those of fewer.
+
+    Raises:
+        ValueError: When labels are real numbers, or a class has fewer rows.
+    """
+    if split.labels.dtype != np.int64:
+        raise ValueError(
+            f"data.labels_per_class must be None where labels are real numbers, but is {labels_per_class} for {path}"
+        )
+    before, sizes = standing(split.labels, np.random.default_rng(seed).permutation(len(split)))
+    if sizes.min() < labels_per_class:
+        raise ValueError(
+            f"data.labels_per_class must be at most the rows of the smallest class, {sizes.min()}, but is "
+            f"{labels_per_class} for {path}"
+        )
+    few = before < labels_per_class
+    return split.select(np.flatnonzero(few)), split.select(np.flatnonzero(~few))
+
+
 def labelled_splits(
     found: dict[str, Dataset],
     columns: Columns,

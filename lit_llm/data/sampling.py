@@ -47,6 +47,7 @@ class BatchLoader:
         self.rank, self.world_size = rank, world_size
         self.lengths, self.classes = lengths, classes
         self.epoch = self.batch = 0
+        self._drawn: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         """Batches of one epoch, for this rank."""
@@ -57,7 +58,7 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Goes on from the current position to the end of its epoch; in order, always from the first row."""
-        order = self._order()
+        order = self._order(self.epoch)
         first = self.batch if self.shuffle_seed is not None else 0
         for batch in range(first, len(self)):
             cut = self.cut(order[batch * self.batch_size : (batch + 1) * self.batch_size])  # `epoch` is still its own
@@ -65,11 +66,18 @@ class BatchLoader:
             self.epoch, self.batch = (self.epoch, batch + 1) if batch + 1 < len(self) else (self.epoch + 1, 0)
             yield cut
 
-    def _order(self) -> np.ndarray:
+    def rows(self, number: int) -> np.ndarray:
+        """The rows of a batch that is counted from the first epoch on; the position stays as it is."""
+        epoch, batch = divmod(number, len(self))
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, self._order(epoch)
+        return self._drawn[1][batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def _order(self, epoch: int) -> np.ndarray:
         if self.shuffle_seed is None:
             order = np.arange(self.num_rows) if self.lengths is None else np.argsort(-self.lengths, kind="stable")
             return order[self.rank :: self.world_size]
-        chance = np.random.default_rng((self.shuffle_seed, self.epoch))
+        chance = np.random.default_rng((self.shuffle_seed, epoch))
         order = chance.permutation(self.num_rows) if self.classes is None else balanced(self.classes, chance)
         # Batch by batch, so that a global batch holds the same rows however many ranks share it.
         order = order[: len(self) * self.batch_size * self.world_size]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import ClassLabel, Dataset, Features, Value, disable_progress_bars, load_dataset
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
 from datasets.utils.logging import set_verbosity
 
 from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind
@@ -71,6 +71,12 @@ class Split:
     def select(self, rows: np.ndarray) -> Split:
         """Some of them, in that order."""
         return Split(self.rows.select(rows), None if self.labels is None else self.labels[rows])
+
+
+def both(first: Split, second: Split) -> Split:
+    """The rows of two splits as one without labels, with the columns that both have."""
+    shared = [name for name in first.rows.column_names if first.rows.features[name] == second.rows.features.get(name)]
+    return Split(concatenate_datasets([split.rows.select_columns(shared) for split in (first, second)]), None)
 
 
 def open_table(path: str, subset: str | None = None) -> dict[str, Dataset]:
@@ -148,11 +154,14 @@ def choose_splits(found: dict[str, Dataset], suffix: str = "") -> dict[str, Data
         >>> found = dict.fromkeys(["train", "dev", "test_matched", "test_mismatched"], Dataset.from_dict({}))
         >>> {name: list(found) for name in choose_splits(found, "_mismatched")}.keys()
         dict_keys(['train', 'validation', 'test'])
+
+    A split called `unlabelled` or `unsupervised` is for semi-supervised training.
     """
     chosen: dict[str, Dataset] = {}
     for name in sorted(found, key=lambda name: not (suffix and name.endswith(suffix))):
-        chosen.setdefault(split_kind(name), found[name])
-    return {name: chosen[name] for name in ("train", "validation", "test") if name in chosen}
+        kind = "unlabelled" if name.startswith(("unlabel", "unsupervised")) else split_kind(name)
+        chosen.setdefault(kind, found[name])
+    return {name: chosen[name] for name in ("unlabelled", "train", "validation", "test") if name in chosen}
 
 
 def column_values(rows: Dataset, name: str) -> list[Any]:

@@ -249,6 +249,8 @@ class Objective(LightningModule, ABC):
             group.update(configured)
             group["lr"] = configured["initial_lr"] * self._factor_of(configured)(self.trainer.global_step)
         scheduler.base_lrs = [configured["initial_lr"] for configured in self._configured]
+        # Where epochs set the length, the schedule had the loaders made before there was a position to give them.
+        self.trainer.fit_loop._load_combined_loader_states()
         self._waiting = [group for group in optimizer.param_groups if group.get("start")]
         self._wake(optimizer, self.trainer.global_step)
         if self.adaptation is not None and self.adaptation.cache_features:
@@ -277,8 +279,14 @@ class Objective(LightningModule, ABC):
 
     def read(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the network says of a batch; where its backbone is frozen, of features made before."""
+        network = self.network if self.training else self.evaluated
         features = self._features.get(self.trainer.state.stage) if self._features else None
-        return self.network(**inputs(batch)) if features is None else self.network.classify(features(batch["rows"]))
+        return network(**inputs(batch)) if features is None else network.classify(features(batch["rows"]))
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and exported: the one that learns, where an objective has no other."""
+        return self.network
 
     def _wake(self, optimizer: Optimizer, step: int) -> None:
         """Has the groups learn whose turn it is at a step; those that wait cost no backward pass.
@@ -408,6 +416,10 @@ class Objective(LightningModule, ABC):
         loss = self._mean_loss()
         self._loss_sum = self._target_sum = 0.0
         return loss
+
+    def take_train_metrics(self) -> dict[str, float]:
+        """What else there is to say of the steps since the last call, by name; asked for after the loss."""
+        return {}
 
     def _mean_loss(self) -> float:
         loss_sum, target_sum = (

@@ -195,6 +195,81 @@ def test_fewer_training_examples_leave_the_validation_split_as_it_is(table) -> N
     assert some.splits["validation"].column("text") == whole.splits["validation"].column("text")
 
 
+# Few labels, and many examples without.
+
+
+def test_so_many_of_each_class_are_labelled_and_the_others_are_not(table) -> None:
+    whole, few, fewer = (made(path=table, labels_per_class=count) for count in (None, 5, 3))
+    assert few.class_counts == [5, 5]
+    texts = {name: split.column("text") for name, split in few.splits.items()}
+    assert sorted(texts["train"] + texts["unlabelled"]) == sorted(whole.splits["train"].column("text"))
+    assert texts["validation"] == whole.splits["validation"].column("text")
+    assert set(fewer.splits["train"].column("text")) < set(texts["train"])
+    assert set(made(path=table, labels_per_class=5, seed=1).splits["train"].column("text")) != set(texts["train"])
+    assert few.manifest["splits"]["unlabelled"] == {"examples": 44}
+    assert set(next(iter(few.train_dataloader()))) == set(next(iter(whole.train_dataloader())))
+
+
+def test_an_epoch_reads_each_unlabelled_example_once_as_it_is_and_augmented_and_the_labelled_again_and_again(
+    table,
+) -> None:
+    augmentation = TextAugmentation(dropout=0.3)
+    data = made(path=table, labels_per_class=5, unlabelled_ratio=2, batch_size=3, augmentation=augmentation)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 44 // 6
+    weak, strong = ([batch[name] for batch in batches] for name in ("unlabelled", "unlabelled_strong"))
+    rows = torch.cat([batch["rows"] for batch in weak]).tolist()
+    assert len(set(rows)) == len(rows) == 42
+    mask = data.tokenizer.mask_token_id
+    for plain, changed in zip(weak, strong, strict=True):
+        assert torch.equal(plain["rows"], changed["rows"])
+        same = plain["input_ids"] == changed["input_ids"]
+        assert (changed["input_ids"][~same] == mask).all()
+        for raw, label, ids in zip(
+            data.texts("unlabelled", plain["rows"].tolist()), plain["labels"], plain["input_ids"], strict=True
+        ):
+            assert data.tokenizer.decode(ids, skip_special_tokens=True) == raw["text"]
+            assert data.label_name(int(label)) == raw["label"]
+    assert any((w["input_ids"] != s["input_ids"]).any() for w, s in zip(weak, strong, strict=True))
+    labelled = torch.cat([batch["rows"] for batch in batches])
+    assert sorted(labelled[:9].tolist()) != sorted(labelled[9:18].tolist())  # of ten, nine a round
+    assert labelled[:9].unique().numel() == labelled[9:18].unique().numel() == 9
+    assert not any((batch["input_ids"] == mask).any() for batch in batches)
+
+
+def test_it_goes_on_with_labelled_and_unlabelled_examples_where_it_stopped(table) -> None:
+    def loader():
+        given = {"labels_per_class": 5, "unlabelled_ratio": 2, "batch_size": 3}
+        return made(path=table, augmentation=TextAugmentation(dropout=0.3), **given).train_dataloader()
+
+    def flat(batch) -> list:
+        return [flat(part) if isinstance(part, dict) else part.tolist() for part in batch.values()]
+
+    first, again = loader(), loader()
+    whole = [flat(batch) for _ in range(2) for batch in first]
+    reading = iter(again)
+    for _ in range(7 + 2):
+        reading = iter(again) if again.batch == 0 else reading
+        next(reading)
+    fresh = loader()
+    fresh.load_state_dict(again.state_dict())
+    assert [flat(batch) for batch in fresh] == whole[9:]
+
+
+def test_a_split_without_labels_is_unlabelled_as_is_what_is_left(tmp_path) -> None:
+    (tmp_path / "x").mkdir()
+    write_csv(tmp_path / "x/train.csv", rows(60))
+    write_csv(tmp_path / "x/unlabelled.csv", [(f"new {n}",) for n in range(12)], "text")
+    data = made(path=str(tmp_path / "x"), unlabelled_ratio=2)
+    assert len(data.splits["train"]) == 54
+    batch = next(iter(data.train_dataloader()))
+    assert "labels" not in batch["unlabelled"]
+    assert data.texts("unlabelled", [3]) == [{"text": "new 3"}]
+    data = made(path=str(tmp_path / "x"), unlabelled_ratio=2, labels_per_class=5)
+    assert len(data.splits["unlabelled"]) == 44 + 12
+    assert "labels" not in next(iter(data.train_dataloader()))["unlabelled"]
+
+
 # The tokeniser.
 
 
@@ -262,6 +337,9 @@ def test_an_unknown_task_is_said_with_those_there_are() -> None:
         ({"validation_fraction": 0.001}, "data.validation_fraction must leave an example to validate on, but is 0.001, which takes none of the 60 of {path}; raise it, or set it to 0 to go without"),
         ({"text_pair": "label", "tokenizer": "bytes"}, "data.tokenizer must put a mark between two texts, but bytes has none; bert-bpe-4096 is one that does"),
         ({"max_seq_len": 2}, "data.max_seq_len must leave room for text beside 2 special tokens, but is 2"),
+        ({"labels_per_class": 28}, "data.labels_per_class must be at most the rows of the smallest class, 27, but is 28 for {path}"),
+        ({"unlabelled_ratio": -1}, "data.unlabelled_ratio must be at least 0, but is -1"),
+        ({"unlabelled_ratio": 2}, "data.unlabelled_ratio must leave a batch of data.batch_size within the unlabelled examples, but is 2 with batches of 4 on 1 devices where {path} has 0; lower one, or set data.labels_per_class"),
         ({"max_examples": 0}, "data.max_examples must be at least 1, but is 0"),
         ({"validation_fraction": 0.6, "test_fraction": 0.4}, "data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, but are 0.6 and 0.4"),
     ],
@@ -276,6 +354,9 @@ def test_values_cannot_be_balanced(tmp_path) -> None:
     message = "data.balance_classes must be false where labels are real numbers, but is true"
     with pytest.raises(ValueError, match=exactly(message)):
         made(path=table, balance_classes=True)
+    message = f"data.labels_per_class must be None where labels are real numbers, but is 3 for {table}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        made(path=table, labels_per_class=3)
 
 
 def test_a_network_learns_from_it(tmp_path) -> None:
