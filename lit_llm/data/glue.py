@@ -279,7 +279,7 @@ class GLUEData(LightningDataModule):
     def _open(self) -> dict[str, Dataset]:
         if self.path == NAME:
             return open_docmatch()
-        return choose_splits(open_table(self.path, self.subset), self.task.splits if self.task else "")
+        return choose_splits(open_table(self.path, self.subset), self.path, self.task.splits if self.task else "")
 
     @property
     def _predicting(self) -> bool:

@@ -15,6 +15,8 @@ from datasets.utils.logging import set_verbosity
 
 from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind
 
+log = logging.getLogger(__name__)
+
 LABELS = ("label", "labels", "target", "class", "category", "score")
 PAIRS = (
     ("text", "text_pair"),
@@ -77,8 +79,9 @@ def open_table(path: str, subset: str | None = None) -> dict[str, Dataset]:
     """The splits of a table, by the names that they have there; the one of a single file is `train`.
 
     Args:
-        path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of them whose names begin with `train`,
-            `validation` (`val`, `dev`, `eval`) or `test`, a folder in the hub's layout, or a data set on the hub.
+        path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of them with `train`,
+            `validation` (`val`, `dev`, `eval`) or `test` in the names, a folder in the hub's layout, or a data set on
+            the hub.
         subset: Configuration of a hub data set, or folder beneath `path`.
 
     Raises:
@@ -141,18 +144,31 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
 
 
-def choose_splits(found: dict[str, Dataset], suffix: str = "") -> dict[str, Dataset]:
+def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dict[str, Dataset]:
     """Which of the splits trains, validates and tests: the first of each kind, or the one that ends in `suffix`.
+
+    The kind is in the name; a name that says none is `train` where it is the only one, and left out beside a `train`.
+
+    Raises:
+        ValueError: When the names do not say which one trains.
 
     Example:
         >>> found = dict.fromkeys(["train", "dev", "test_matched", "test_mismatched"], Dataset.from_dict({}))
-        >>> {name: list(found) for name in choose_splits(found, "_mismatched")}.keys()
+        >>> {name: list(found) for name in choose_splits(found, "x", "_mismatched")}.keys()
         dict_keys(['train', 'validation', 'test'])
     """
-    chosen: dict[str, Dataset] = {}
+    if len(found) == 1:
+        [(name, rows)] = found.items()
+        return {split_kind(name) or "train": rows}
+    chosen: dict[str | None, str] = {}
     for name in sorted(found, key=lambda name: not (suffix and name.endswith(suffix))):
-        chosen.setdefault(split_kind(name), found[name])
-    return {name: chosen[name] for name in ("train", "validation", "test") if name in chosen}
+        chosen.setdefault(split_kind(name), name)
+    if None in chosen and "train" not in chosen:
+        raise ValueError(f"data.path must say in a name which table is train, but {path} has {', '.join(found)}")
+    taken = {kind: chosen[kind] for kind in ("train", "validation", "test") if kind in chosen}
+    if left := [name for name in found if name not in taken.values()]:
+        log.info(f"Reading {', '.join(taken.values())} of {path}; {', '.join(left)} left out")
+    return {kind: found[name] for kind, name in taken.items()}
 
 
 def column_values(rows: Dataset, name: str) -> list[Any]:
