@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from datasets import ClassLabel, Dataset
 
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tables import Columns, Split, column_values
+
+log = logging.getLogger(__name__)
 
 WHOLE = re.compile(r"[+-]?\d+")
 REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -122,10 +125,15 @@ def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] =
         )
     feature = rows.features[column]
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else names
-    if isinstance(found[0], float):
-        return LabelReader(path, column)
     if names and kinds <= set(range(len(names))):
         return LabelReader(path, column, tuple(range(len(names))), list(names))
+    if isinstance(found[0], float):
+        if all(value.is_integer() for value in kinds):
+            log.warning(
+                f"{column!r} of {path} holds real numbers, so labels are values, though all are whole "
+                f"({listed(sorted(kinds))}); write them as whole numbers (1, not 1.0) to have classes"
+            )
+        return LabelReader(path, column)
     if names and kinds <= set(names):
         return LabelReader(path, column, names, list(names))
     values = tuple(sorted(kinds))

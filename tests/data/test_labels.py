@@ -43,6 +43,18 @@ def test_classes_are_called_what_is_known_of_them() -> None:
     assert learn_labels(table([0, 1], features), "x", "label").class_names == ["z", "a"]
 
 
+def test_whole_numbers_written_as_real_ones_are_classes_where_those_are_known() -> None:
+    assert read([1.0, 0.0], ("no", "yes")) == ([1, 0], ["no", "yes"])
+    assert read(["0.0", "1.0"], ("no", "yes")) == ([0, 1], ["no", "yes"])
+
+
+def test_whole_numbers_written_as_real_ones_are_values_with_a_warning_where_classes_are_unknown(caplog) -> None:
+    assert read([1.0, 0.5]) == ([1.0, 0.5], [])
+    assert not caplog.text
+    assert read([1.0, 0.0]) == ([1.0, 0.0], [])
+    assert "write them as whole numbers (1, not 1.0) to have classes" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("labels", "kind", "message"),
     [
