@@ -71,8 +71,8 @@ class Classification(Objective):
         data = self.trainer.datamodule
         if getattr(data, "num_classes", None) is None and getattr(data, "num_targets", None) is not None:
             raise ValueError(
-                "data must have classes as labels for Classification, but has real numbers; write classes as whole "
-                "numbers (1, not 1.0), or set model to lit_llm.objectives.regression.Regression"
+                "data must have classes as labels for Classification, but has real numbers; set model to "
+                "lit_llm.objectives.regression.Regression, or write classes as whole numbers (1, not 1.0)"
             )
         super().setup(stage)
 
