@@ -111,7 +111,7 @@ def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] =
             knows by itself. Otherwise they are in the order of their values.
 
     Raises:
-        ValueError: When all labels are one.
+        ValueError: When all labels are one, or one is a number beyond the known classes.
         TypeError: When they are of several types.
     """
     found = plain_labels(column_values(rows, column), path, "training")
@@ -127,6 +127,12 @@ def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] =
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else names
     if names and kinds <= set(range(len(names))):
         return LabelReader(path, column, tuple(range(len(names))), list(names))
+    if names and isinstance(found[0], int | float):
+        odd = next(value for value in found if value not in range(len(names)))
+        raise ValueError(
+            f"data.label must be a class from 0 to {len(names) - 1} ({', '.join(names)}), but {column!r} is {odd!r} in "
+            f"row {found.index(odd)} of the training split of {path}; leave such rows out"
+        )
     if isinstance(found[0], float):
         if all(value.is_integer() for value in kinds):
             log.warning(

@@ -48,6 +48,13 @@ def test_whole_numbers_written_as_real_ones_are_classes_where_those_are_known() 
     assert read(["0.0", "1.0"], ("no", "yes")) == ([0, 1], ["no", "yes"])
 
 
+@pytest.mark.parametrize(("labels", "odd"), [([0, -1, 1], "-1"), (["0", "1", "2"], "2"), ([1.0, 0.5], "0.5")])
+def test_a_number_beyond_the_known_classes_is_no_further_class(labels, odd) -> None:
+    message = rf"\Adata.label must be a class from 0 to 1 \(no, yes\), but 'label' is {odd} in row \d of .+; leave such"
+    with pytest.raises(ValueError, match=message):
+        read(labels, ("no", "yes"))
+
+
 def test_whole_numbers_written_as_real_ones_are_values_with_a_warning_where_classes_are_unknown(caplog) -> None:
     assert read([1.0, 0.5]) == ([1.0, 0.5], [])
     assert not caplog.text
