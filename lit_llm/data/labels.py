@@ -215,7 +215,7 @@ def labelled_splits(
     """Reads the labels of all splits, and cuts those that are missing out of the training split.
 
     Raises:
-        ValueError: When there is no training split or no label column, or a label is missing or new.
+        ValueError: When there is no training split, a split but `test` has no labels, or a label is missing or new.
     """
     if "train" not in found:
         raise ValueError(f"data.path must hold a training split, but {path} has only {', '.join(found)}")
@@ -229,7 +229,13 @@ def labelled_splits(
         if name == "train" or not is_hidden(rows, column):
             splits[name] = Split(rows, reader.read(column_values(rows, column), name))
         elif name == "test":
+            log.info(f"The test split of {path} has no labels, so it can only be predicted")
             splits[name] = Split(rows, None)
+        else:
+            raise ValueError(
+                f"data.label must be in the {name} split of {path}, but {column!r} is missing or empty there; leave "
+                f"that split out to cut one from training"
+            )
     validation_fraction = 0.0 if "validation" in splits else validation_fraction
     test_fraction = 0.0 if "test" in splits else test_fraction
     if validation_fraction or test_fraction:

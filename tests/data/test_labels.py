@@ -138,6 +138,16 @@ def test_a_test_split_with_hidden_labels_has_none(labels) -> None:
     assert is_hidden(Dataset.from_dict({"text": ["a"]}), "label")
 
 
+@pytest.mark.parametrize("hidden", [table([-1, -1]), Dataset.from_dict({"text": ["a"]})])
+def test_only_a_test_split_may_be_without_labels_and_that_is_said(hidden, caplog) -> None:
+    message = r"\Adata.label must be in the validation split of x, but 'label' is missing or empty there; leave"
+    with pytest.raises(ValueError, match=message):
+        labelled_splits({"train": table([1, 0]), "validation": hidden}, COLUMNS, "x", (), 0.0, 0.0)
+    with caplog.at_level("INFO", logger="lit_llm"):
+        labelled_splits({"train": table([1, 0]), "test": hidden}, COLUMNS, "x", (), 0.0, 0.0)
+    assert "The test split of x has no labels" in caplog.text
+
+
 def test_a_table_without_labels_or_without_training_rows_is_said() -> None:
     with pytest.raises(ValueError, match=exactly("data.path must hold a training split, but x has only test")):
         labelled_splits({"test": table([1])}, COLUMNS, "x", (), 0.0, 0.0)
