@@ -26,7 +26,8 @@ PAIRS = (
     ("question", "sentence"),
 )
 SINGLES = ("text", "sentence")
-NUMBERS = ("idx", "id", "index")
+NUMBERS = ("idx", "id", "index", "Unnamed: 0")
+QUOTED_CELL = re.compile(r'(?<![^\t\n])"[^"]*(?:""[^"]*)*"(?![^\t\n])')
 SHARD = re.compile(r"-\d+-of-\d+$")
 
 
@@ -123,21 +124,29 @@ def _load_files(files: list[Path], path: str) -> Dataset:
     try:
         if kind == "csv":
             separator = "\t" if files[0].suffix == ".tsv" else ","
+            quoting = csv.QUOTE_NONE if separator == "\t" and not all(map(_is_quoted, files)) else csv.QUOTE_MINIMAL
             with files[0].open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.reader(file, delimiter=separator)
+                reader = csv.reader(file, delimiter=separator, quoting=quoting)
                 names, first = next(reader, []), next(reader, [])
+            names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]  # as pandas calls them
             if len(first) > len(names):  # pandas would take what is too many for names of rows
                 raise ValueError(
                     f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
                 )
             features = Features(dict.fromkeys(names, Value("string")))
-            options = {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
+            options = {"sep": separator, "quoting": quoting, "features": features}
+            options |= {"keep_default_na": False, "na_values": [""]}
         return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     except Exception as error:  # each format's reader raises its own kinds
         raise ValueError(
             f"data.path must be a table that can be read, but {files[0] if len(files) == 1 else path} is not: "
             f"{_reason(error)}"
         ) from error
+
+
+def _is_quoted(file: Path) -> bool:
+    """Whether quotes in a TSV file enclose cells, as its readers take them; in GLUE's own files they are text."""
+    return '"' not in QUOTED_CELL.sub("", file.read_text(encoding="utf-8-sig"))
 
 
 def _reason(error: Exception) -> str:

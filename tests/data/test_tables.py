@@ -30,6 +30,23 @@ def test_a_file_of_any_kind_is_read_word_for_word(tmp_path, suffix) -> None:
     assert list(rows) == ROWS
 
 
+def test_a_csv_file_with_a_nameless_index_is_read_and_its_text_found(tmp_path) -> None:
+    Dataset.from_list(ROWS).to_csv(tmp_path / "x.csv", index=True)
+    rows = open_table(str(tmp_path / "x.csv"))["train"]
+    assert rows.column_names == ["Unnamed: 0", "text", "label"]
+    assert rows["text"][:] == [row["text"] for row in ROWS]
+    rows = rows.rename_column("text", "review")
+    assert find_columns(rows, "x.csv", None, None, None) == Columns("review", None, "label")
+
+
+def test_quotes_that_enclose_no_cell_of_a_tsv_file_are_text_and_merge_no_rows(tmp_path) -> None:
+    cells = ['"Open', 'He said "no".', 'never" closed', '"all" and "more"', '"whole"']
+    (tmp_path / "x.tsv").write_text("text\tlabel\n" + "".join(f"{cell}\t{n}\n" for n, cell in enumerate(cells)))
+    rows = open_table(str(tmp_path / "x.tsv"))["train"]
+    assert rows["text"][:] == cells
+    assert rows["label"][:] == list("01234")
+
+
 def test_a_folder_has_the_splits_that_its_files_are_called_after_also_of_different_columns(tmp_path) -> None:
     write(tmp_path / "train-00000-of-00002.csv", ROWS)
     write(tmp_path / "train-00001-of-00002.csv", ROWS)
