@@ -27,6 +27,7 @@ TABLE_FORMATS = {
     ".tsv": "csv",
 }
 PIECE_CHARACTERS = 8192
+SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id(ation)?|uation|el(opment)?)?(set)?(?![a-z])")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -253,10 +254,10 @@ def _hub(
 
     def read(limit: int | None = None) -> Iterator[Document]:
         # Evaluation first: where a text stands in two splits, it is the one in training that goes.
-        for split in sorted(splits, key=lambda s: split_kind(s) == "train"):
+        for split in sorted(splits, key=lambda s: split_kind(s) not in ("validation", "test")):
             stream = streaming or local or limit is not None
             load = functools.partial(load_dataset, path, subset, split=split, streaming=stream, **(options or {}))
-            yield from itertools.islice(_documents(load, rows, path, split, split_kind(split)), limit)
+            yield from itertools.islice(_documents(load, rows, path, split, split_kind(split) or "train"), limit)
 
     return Corpus(
         path,
@@ -267,10 +268,15 @@ def _hub(
     )
 
 
-def split_kind(split: str) -> str:
-    """What a split of a hub data set is for, from its name."""
-    kinds = {"val": "validation", "dev": "validation", "eval": "validation", "test": "test"}
-    return next((kind for start, kind in kinds.items() if split.startswith(start)), "train")
+def split_kind(split: str) -> str | None:
+    """What a split is for, from a word in its name; `None` where there is none.
+
+    Example:
+        >>> [split_kind(name) for name in ("Train", "sst2_dev", "valid.matched", "latest")]
+        ['train', 'validation', 'validation', None]
+    """
+    found = SPLIT_WORD.search(split.lower())
+    return found and {"train": "train", "test": "test"}.get(found[1], "validation")
 
 
 def _documents(load: Callable[[], Any], rows: Rows, path: str, prefix: str, split: str | None) -> Iterator[Document]:

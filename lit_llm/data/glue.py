@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from dataclasses import asdict
 from functools import cached_property
@@ -18,11 +19,13 @@ from lit_llm.data.augmentation import TextAugmentation
 from lit_llm.data.collation import Collation
 from lit_llm.data.docmatch import NAME, open_docmatch
 from lit_llm.data.glue_tasks import DOCMATCH, TASKS, Submission
-from lit_llm.data.labels import LabelReader, few_of, labelled_splits, require_seen, some_of
+from lit_llm.data.labels import LabelReader, few_of, is_hidden, labelled_splits, require_seen, some_of
 from lit_llm.data.sampling import BatchLoader
 from lit_llm.data.table_tokenizer import tokenizer_files, trained_tokenizer
-from lit_llm.data.tables import Split, both, check_texts, choose_splits, find_columns, open_table
+from lit_llm.data.tables import Split, both, check_texts, choose_splits, column_values, find_columns, open_table
 from lit_llm.data.tokenizer import load_tokenizer, training_of
+
+log = logging.getLogger(__name__)
 
 
 class GLUEData(LightningDataModule):
@@ -174,7 +177,10 @@ class GLUEData(LightningDataModule):
 
     @property
     def predict_split(self) -> str:
-        """The split that `predict` reads: the test split, or where there is none the validation split."""
+        """The split that `predict` reads: the test split, or where there is none the validation split.
+
+        All of a single table, or of one without labels, is a test split then.
+        """
         return "test" if "test" in self.splits else "validation"
 
     def label_name(self, index: int) -> str:
@@ -196,8 +202,13 @@ class GLUEData(LightningDataModule):
         """Refuses data that cannot do what `stage` needs.
 
         Raises:
-            ValueError: When there is too little to train on, or nothing to validate on.
+            ValueError: When there is too little to train on, or nothing to validate or to test on.
         """
+        if stage == "test" and not self._testable:
+            raise ValueError(
+                f"data.path must hold a test split with labels to test on, but {self.path} has none; raise "
+                f"data.test_fraction where the checkpoint was trained, or predict"
+            )
         if stage != "fit":
             return
         rows, devices = len(self.splits["train"]), self._place[1]
@@ -249,8 +260,7 @@ class GLUEData(LightningDataModule):
 
     def test_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the test split, as in validation; none where it has no labels."""
-        labelled = "test" in self.splits and self.splits["test"].labels is not None
-        return self.ordered_dataloader("test") if labelled else []
+        return self.ordered_dataloader("test") if self._testable else []
 
     def predict_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the split to predict, with labels or without."""
@@ -261,7 +271,7 @@ class GLUEData(LightningDataModule):
         return {"tokenizer": self._tokenizer_files, "labels": [list(self.reader.values), list(self.class_names)]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose tokens or classes mean something else; a table without labels takes both.
+        """Refuses a checkpoint whose tokens or classes mean something else; a table to predict as a whole takes both.
 
         Raises:
             ValueError: When the checkpoint's tokeniser or classes are not this data's.
@@ -272,7 +282,10 @@ class GLUEData(LightningDataModule):
                 for name, text in state_dict["tokenizer"].items():
                     (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
                 self.tokenizer = load_tokenizer(folder)
-            self.reader = LabelReader(self.path, "", tuple(values), names)
+            rows, column = self.splits["test"].rows, self.columns.label
+            self.reader = LabelReader(self.path, column or "", tuple(values), names)
+            if column is not None and not is_hidden(rows, column):
+                self.splits["test"] = Split(rows, self.reader.read(column_values(rows, column), "test"))
         elif self.class_names != names:
             raise ValueError(
                 f"data.label must have the checkpoint's classes, {', '.join(names) or 'none'}, but has "
@@ -301,8 +314,10 @@ class GLUEData(LightningDataModule):
         self.columns = find_columns(first, self.path, **given)
         for name, rows in [*found.items(), *([("unlabelled", unlabelled)] if unlabelled is not None else [])]:
             check_texts(rows, self.columns.texts, self.path, name)
-        if self._predicting and self.columns.label is None:
-            return {"test": Split(next(reversed(found.values())), None)}
+        if self._predicting and (len(found) == 1 or self.columns.label is None):
+            rows = next(reversed(found.values()))
+            log.info(f"Predicting all {len(rows):,} rows of {self.path}")
+            return {"test": Split(rows, None)}  # what its labels mean, the checkpoint says
         names, fractions = self.task.class_names if self.task else (), (self.validation_fraction, self.test_fraction)
         splits, self.reader = labelled_splits(found, self.columns, self.path, names, *fractions)
         if self.max_examples is not None:
@@ -318,7 +333,11 @@ class GLUEData(LightningDataModule):
     def _open(self) -> dict[str, Dataset]:
         if self.path == NAME:
             return open_docmatch()
-        return choose_splits(open_table(self.path, self.subset), self.task.splits if self.task else "")
+        return choose_splits(open_table(self.path, self.subset), self.path, self.task.splits if self.task else "")
+
+    @property
+    def _testable(self) -> bool:
+        return "test" in self.splits and self.splits["test"].labels is not None
 
     @property
     def _predicting(self) -> bool:

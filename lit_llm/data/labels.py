@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -12,6 +13,8 @@ from datasets import ClassLabel, Dataset
 
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tables import Columns, Split, column_values
+
+log = logging.getLogger(__name__)
 
 WHOLE = re.compile(r"[+-]?\d+")
 REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
@@ -108,7 +111,7 @@ def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] =
             knows by itself. Otherwise they are in the order of their values.
 
     Raises:
-        ValueError: When all labels are one.
+        ValueError: When all labels are one, or one is a number beyond the known classes.
         TypeError: When they are of several types.
     """
     found = plain_labels(column_values(rows, column), path, "training")
@@ -122,10 +125,21 @@ def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] =
         )
     feature = rows.features[column]
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else names
-    if isinstance(found[0], float):
-        return LabelReader(path, column)
     if names and kinds <= set(range(len(names))):
         return LabelReader(path, column, tuple(range(len(names))), list(names))
+    if names and isinstance(found[0], int | float):
+        odd = next(value for value in found if value not in range(len(names)))
+        raise ValueError(
+            f"data.label must be a class from 0 to {len(names) - 1} ({', '.join(names)}), but {column!r} is {odd!r} in "
+            f"row {found.index(odd)} of the training split of {path}; leave such rows out"
+        )
+    if isinstance(found[0], float):
+        if all(value.is_integer() for value in kinds):
+            log.warning(
+                f"{column!r} of {path} holds real numbers, so labels are values, though all are whole "
+                f"({listed(sorted(kinds))}); write them as whole numbers (1, not 1.0) to have classes"
+            )
+        return LabelReader(path, column)
     if names and kinds <= set(names):
         return LabelReader(path, column, names, list(names))
     values = tuple(sorted(kinds))
@@ -221,7 +235,7 @@ def labelled_splits(
     """Reads the labels of all splits, and cuts those that are missing out of the training split.
 
     Raises:
-        ValueError: When there is no training split or no label column, or a label is missing or new.
+        ValueError: When there is no training split, a split but `test` has no labels, or a label is missing or new.
     """
     if "train" not in found:
         raise ValueError(f"data.path must hold a training split, but {path} has only {', '.join(found)}")
@@ -235,7 +249,13 @@ def labelled_splits(
         if name == "train" or not is_hidden(rows, column):
             splits[name] = Split(rows, reader.read(column_values(rows, column), name))
         elif name == "test":
+            log.info(f"The test split of {path} has no labels, so it can only be predicted")
             splits[name] = Split(rows, None)
+        else:
+            raise ValueError(
+                f"data.label must be in the {name} split of {path}, but {column!r} is missing or empty there; leave "
+                f"that split out to cut one from training"
+            )
     validation_fraction = 0.0 if "validation" in splits else validation_fraction
     test_fraction = 0.0 if "test" in splits else test_fraction
     if validation_fraction or test_fraction:

@@ -204,7 +204,7 @@ class Seq2SeqData(LightningDataModule):
     @cached_property
     def splits(self) -> dict[str, Split]:
         """The examples: `train`, `validation` and `test`, as far as there are such."""
-        found = _docstrings() if self.path == NAME else choose_splits(open_table(self.path, self.subset))
+        found = _docstrings() if self.path == NAME else choose_splits(open_table(self.path, self.subset), self.path)
         if "train" not in found:
             raise ValueError(f"data.path must hold a training split, but {self.path} has only {', '.join(found)}")
         self.columns = _find_columns(found["train"], self.path, **self.given)

@@ -15,6 +15,8 @@ from datasets.utils.logging import set_verbosity
 
 from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind
 
+log = logging.getLogger(__name__)
+
 LABELS = ("label", "labels", "target", "class", "category", "score")
 PAIRS = (
     ("text", "text_pair"),
@@ -24,7 +26,8 @@ PAIRS = (
     ("question", "sentence"),
 )
 SINGLES = ("text", "sentence")
-NUMBERS = ("idx", "id", "index")
+NUMBERS = ("idx", "id", "index", "Unnamed: 0")
+QUOTED_CELL = re.compile(r'(?<![^\t\n])"[^"]*(?:""[^"]*)*"(?![^\t\n])')
 SHARD = re.compile(r"-\d+-of-\d+$")
 
 
@@ -83,8 +86,9 @@ def open_table(path: str, subset: str | None = None) -> dict[str, Dataset]:
     """The splits of a table, by the names that they have there; the one of a single file is `train`.
 
     Args:
-        path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of them whose names begin with `train`,
-            `validation` (`val`, `dev`, `eval`) or `test`, a folder in the hub's layout, or a data set on the hub.
+        path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of them with `train`,
+            `validation` (`val`, `dev`, `eval`) or `test` in the names, a folder in the hub's layout, or a data set on
+            the hub.
         subset: Configuration of a hub data set, or folder beneath `path`.
 
     Raises:
@@ -126,15 +130,18 @@ def _load_files(files: list[Path], path: str) -> Dataset:
     try:
         if kind == "csv":
             separator = "\t" if files[0].suffix == ".tsv" else ","
+            quoting = csv.QUOTE_NONE if separator == "\t" and not all(map(_is_quoted, files)) else csv.QUOTE_MINIMAL
             with files[0].open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.reader(file, delimiter=separator)
+                reader = csv.reader(file, delimiter=separator, quoting=quoting)
                 names, first = next(reader, []), next(reader, [])
+            names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]  # as pandas calls them
             if len(first) > len(names):  # pandas would take what is too many for names of rows
                 raise ValueError(
                     f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
                 )
             features = Features(dict.fromkeys(names, Value("string")))
-            options = {"sep": separator, "features": features, "keep_default_na": False, "na_values": [""]}
+            options = {"sep": separator, "quoting": quoting, "features": features}
+            options |= {"keep_default_na": False, "na_values": [""]}
         return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     except Exception as error:  # each format's reader raises its own kinds
         raise ValueError(
@@ -143,25 +150,43 @@ def _load_files(files: list[Path], path: str) -> Dataset:
         ) from error
 
 
+def _is_quoted(file: Path) -> bool:
+    """Whether quotes in a TSV file enclose cells, as its readers take them; in GLUE's own files they are text."""
+    return '"' not in QUOTED_CELL.sub("", file.read_text(encoding="utf-8-sig"))
+
+
 def _reason(error: Exception) -> str:
     return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
 
 
-def choose_splits(found: dict[str, Dataset], suffix: str = "") -> dict[str, Dataset]:
+def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dict[str, Dataset]:
     """Which of the splits trains, validates and tests: the first of each kind, or the one that ends in `suffix`.
+
+    The kind is in the name; a name that says none is `train` where it is the only one, and left out beside a `train`.
+
+    Raises:
+        ValueError: When the names do not say which one trains.
 
     Example:
         >>> found = dict.fromkeys(["train", "dev", "test_matched", "test_mismatched"], Dataset.from_dict({}))
-        >>> {name: list(found) for name in choose_splits(found, "_mismatched")}.keys()
+        >>> {name: list(found) for name in choose_splits(found, "x", "_mismatched")}.keys()
         dict_keys(['train', 'validation', 'test'])
 
     A split called `unlabelled` or `unsupervised` is for semi-supervised training.
     """
-    chosen: dict[str, Dataset] = {}
+    if len(found) == 1:
+        [(name, rows)] = found.items()
+        return {split_kind(name) or "train": rows}
+    chosen: dict[str | None, str] = {}
     for name in sorted(found, key=lambda name: not (suffix and name.endswith(suffix))):
-        kind = "unlabelled" if name.startswith(("unlabel", "unsupervised")) else split_kind(name)
-        chosen.setdefault(kind, found[name])
-    return {name: chosen[name] for name in ("unlabelled", "train", "validation", "test") if name in chosen}
+        unlabelled = name.startswith(("unlabel", "unsupervised"))
+        chosen.setdefault("unlabelled" if unlabelled else split_kind(name), name)
+    if None in chosen and "train" not in chosen:
+        raise ValueError(f"data.path must say in a name which table is train, but {path} has {', '.join(found)}")
+    taken = {kind: chosen[kind] for kind in ("unlabelled", "train", "validation", "test") if kind in chosen}
+    if left := [name for name in found if name not in taken.values()]:
+        log.info(f"Reading {', '.join(taken.values())} of {path}; {', '.join(left)} left out")
+    return {kind: found[name] for kind, name in taken.items()}
 
 
 def column_values(rows: Dataset, name: str) -> list[Any]:

@@ -72,7 +72,7 @@ class Classification(Objective):
         if getattr(data, "num_classes", None) is None and getattr(data, "num_targets", None) is not None:
             raise ValueError(
                 "data must have classes as labels for Classification, but has real numbers; set model to "
-                "lit_llm.objectives.regression.Regression"
+                "lit_llm.objectives.regression.Regression, or write classes as whole numbers (1, not 1.0)"
             )
         super().setup(stage)
 

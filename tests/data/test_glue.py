@@ -318,7 +318,33 @@ def test_a_table_without_labels_is_predicted_whole_with_what_the_checkpoint_know
     assert new.tokenizer.get_vocab() == made(path=table).tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize("labels", [[0, 1, 0], [1, 1, 1], [-1, -1, -1]])
+def test_a_single_table_is_predicted_whole_whichever_labels_it_has(table, tmp_path, labels) -> None:
+    state = made(path=table).state_dict()
+    path = write_csv(tmp_path / "new.csv", [(f"ab {n}", label) for n, label in enumerate(labels)])
+    new = GLUEData(path=path, tokenizer=TOKENIZER)
+    new.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"), global_rank=0, world_size=1)
+    new.prepare_data()
+    new.setup("predict")
+    new.load_state_dict(state)
+    [batch] = new.predict_dataloader()
+    assert sorted(batch["rows"].tolist()) == [0, 1, 2]
+    assert ("labels" in batch) == (-1 not in labels)
+    assert [labels[row] for row in batch["rows"]] == batch.get("labels", torch.tensor([-1] * 3)).tolist()
+    assert new.class_names == ["0", "1"]
+
+
 # Mistakes.
+
+
+def test_a_table_with_nothing_to_test_on_is_refused(table) -> None:
+    made("test", path=table, test_fraction=0.1)
+    message = (
+        f"data.path must hold a test split with labels to test on, but {table} has none; raise data.test_fraction "
+        f"where the checkpoint was trained, or predict"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        made("test", path=table)
 
 
 def test_an_unknown_task_is_said_with_those_there_are() -> None:

@@ -43,6 +43,25 @@ def test_classes_are_called_what_is_known_of_them() -> None:
     assert learn_labels(table([0, 1], features), "x", "label").class_names == ["z", "a"]
 
 
+def test_whole_numbers_written_as_real_ones_are_classes_where_those_are_known() -> None:
+    assert read([1.0, 0.0], ("no", "yes")) == ([1, 0], ["no", "yes"])
+    assert read(["0.0", "1.0"], ("no", "yes")) == ([0, 1], ["no", "yes"])
+
+
+@pytest.mark.parametrize(("labels", "odd"), [([0, -1, 1], "-1"), (["0", "1", "2"], "2"), ([1.0, 0.5], "0.5")])
+def test_a_number_beyond_the_known_classes_is_no_further_class(labels, odd) -> None:
+    message = rf"\Adata.label must be a class from 0 to 1 \(no, yes\), but 'label' is {odd} in row \d of .+; leave such"
+    with pytest.raises(ValueError, match=message):
+        read(labels, ("no", "yes"))
+
+
+def test_whole_numbers_written_as_real_ones_are_values_with_a_warning_where_classes_are_unknown(caplog) -> None:
+    assert read([1.0, 0.5]) == ([1.0, 0.5], [])
+    assert not caplog.text
+    assert read([1.0, 0.0]) == ([1.0, 0.0], [])
+    assert "write them as whole numbers (1, not 1.0) to have classes" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("labels", "kind", "message"),
     [
@@ -117,6 +136,16 @@ def test_a_test_split_with_hidden_labels_has_none(labels) -> None:
     assert reader.class_names == ["-1", "0", "1"]
     assert not is_hidden(table([-1, 1]), "label")
     assert is_hidden(Dataset.from_dict({"text": ["a"]}), "label")
+
+
+@pytest.mark.parametrize("hidden", [table([-1, -1]), Dataset.from_dict({"text": ["a"]})])
+def test_only_a_test_split_may_be_without_labels_and_that_is_said(hidden, caplog) -> None:
+    message = r"\Adata.label must be in the validation split of x, but 'label' is missing or empty there; leave"
+    with pytest.raises(ValueError, match=message):
+        labelled_splits({"train": table([1, 0]), "validation": hidden}, COLUMNS, "x", (), 0.0, 0.0)
+    with caplog.at_level("INFO", logger="lit_llm"):
+        labelled_splits({"train": table([1, 0]), "test": hidden}, COLUMNS, "x", (), 0.0, 0.0)
+    assert "The test split of x has no labels" in caplog.text
 
 
 def test_a_table_without_labels_or_without_training_rows_is_said() -> None:

@@ -30,12 +30,29 @@ def test_a_file_of_any_kind_is_read_word_for_word(tmp_path, suffix) -> None:
     assert list(rows) == ROWS
 
 
+def test_a_csv_file_with_a_nameless_index_is_read_and_its_text_found(tmp_path) -> None:
+    Dataset.from_list(ROWS).to_csv(tmp_path / "x.csv", index=True)
+    rows = open_table(str(tmp_path / "x.csv"))["train"]
+    assert rows.column_names == ["Unnamed: 0", "text", "label"]
+    assert rows["text"][:] == [row["text"] for row in ROWS]
+    rows = rows.rename_column("text", "review")
+    assert find_columns(rows, "x.csv", None, None, None) == Columns("review", None, "label")
+
+
+def test_quotes_that_enclose_no_cell_of_a_tsv_file_are_text_and_merge_no_rows(tmp_path) -> None:
+    cells = ['"Open', 'He said "no".', 'never" closed', '"all" and "more"', '"whole"']
+    (tmp_path / "x.tsv").write_text("text\tlabel\n" + "".join(f"{cell}\t{n}\n" for n, cell in enumerate(cells)))
+    rows = open_table(str(tmp_path / "x.tsv"))["train"]
+    assert rows["text"][:] == cells
+    assert rows["label"][:] == list("01234")
+
+
 def test_a_folder_has_the_splits_that_its_files_are_called_after_also_of_different_columns(tmp_path) -> None:
     write(tmp_path / "train-00000-of-00002.csv", ROWS)
     write(tmp_path / "train-00001-of-00002.csv", ROWS)
     write(tmp_path / "dev.tsv", ROWS[:1])
     write(tmp_path / "test.jsonl", [{"text": "unlabelled"}])
-    splits = choose_splits(open_table(str(tmp_path)))
+    splits = choose_splits(open_table(str(tmp_path)), "x")
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 4, "validation": 1, "test": 1}
 
 
@@ -63,12 +80,34 @@ def test_of_several_splits_of_a_kind_the_one_asked_for_is_chosen() -> None:
     names = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
     found = DatasetDict({name: Dataset.from_dict({"name": [name]}) for name in names})
     for suffix in ("_matched", "_mismatched"):
-        chosen = choose_splits(found, suffix)
+        chosen = choose_splits(found, "x", suffix)
         assert {kind: rows[0]["name"] for kind, rows in chosen.items()} == {
             "train": "train",
             "validation": f"validation{suffix}",
             "test": f"test{suffix}",
         }
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        ("Test Train Valid", {"train": "Train", "validation": "Valid", "test": "Test"}),
+        ("sst2_test sst2_train", {"train": "sst2_train", "test": "sst2_test"}),
+        ("diagnostic sample_submission train", {"train": "train"}),
+        ("latest", {"train": "latest"}),
+        ("test", {"test": "test"}),
+    ],
+)
+def test_the_split_is_the_word_in_the_name_wherever_it_stands(names, kinds) -> None:
+    found = {name: Dataset.from_dict({"name": [name]}) for name in names.split()}
+    assert {kind: rows[0]["name"] for kind, rows in choose_splits(found, "x").items()} == kinds
+
+
+def test_names_that_do_not_say_which_table_trains_are_refused() -> None:
+    found = {name: Dataset.from_dict({"name": [name]}) for name in ("a", "test")}
+    message = "data.path must say in a name which table is train, but x has a, test"
+    with pytest.raises(ValueError, match=exactly(message)):
+        choose_splits(found, "x")
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,7 @@ def test_labels_of_the_other_kind_are_refused_with_the_objective_for_them(kind: 
     message = (
         f"data must have {wanted} as labels for {kind.__name__}, but has {has}; set model to lit_llm.objectives.{other}"
     )
+    message += ", or write classes as whole numbers (1, not 1.0)" * (kind is Classification)
     with pytest.raises(ValueError, match=exactly(message)):
         trainer(tmp_path, max_steps=1).fit(kind(NETWORK), datamodule=Examples(None if kind is Classification else 3))
 
