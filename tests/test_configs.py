@@ -73,7 +73,9 @@ def small(tmp_path, tiny_llama, texts, chats):
         (tmp_path / "table.csv").write_text("\n".join(["text,label", *lines]))
         found = ["--data.path", tmp_path / "table.csv", *EXAMPLES]
         if isinstance(init_args["network"], dict):  # rather than a file with all there is to it
-            save_model(tmp_path / "start", PretrainedClassifier(3, config=BERT | {"vocab_size": 300}))
+            save_model(
+                tmp_path / "start", PretrainedClassifier(3, config=BERT | {"vocab_size": 300, "num_hidden_layers": 3})
+            )
             found += ["--model.network.path", tmp_path / "start"]
         return found
 

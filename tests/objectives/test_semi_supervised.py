@@ -265,16 +265,17 @@ def test_a_run_that_was_cut_goes_on_to_the_same_model(lit_llm, tmp_path: Path) -
         f"{row} {'good' if row % 2 else 'bad'} {'x ' * (row % 7)},{'yes' if row % 2 else 'no'}" for row in range(90)
     ]
     (tmp_path / "table.csv").write_text("\n".join(["text,label", *lines]))
-    network = NETWORK(2, config=BERT | {"vocab_size": 300})
+    network = NETWORK(2, config=BERT | {"vocab_size": 300, "num_hidden_layers": 3})
     (tmp_path / "config.json").write_text(json.dumps(network.arguments["config"]))
     options = {
         "config": REPOSITORY / "configs/finetuning/encoder_semi_supervised.yaml",
-        "model.threshold": 0.501,
+        "model.threshold": 0.5,
         "model.network.config": tmp_path / "config.json",
         "data.path": tmp_path / "table.csv",
         "data.tokenizer": "bert-bpe-300",
         "data.max_seq_len": 32,
         "data.batch_size": 2,
+        "trainer.max_epochs": 3,
         "trainer.max_steps": 14,
         "trainer.log_every_n_steps": 1,
         "checkpoint.every_n_steps": 4,
