@@ -96,26 +96,32 @@ def open_table(path: str, subset: str | None = None) -> dict[str, Dataset]:
         if where.suffix not in TABLE_FORMATS:
             raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but is {path}")
         return {"train": _load_files([where], path)}
-    if where.is_dir() and not (where / "README.md").is_file():
+    if where.is_dir() and not _in_hub_layout(where):
         folder = where / subset if subset and (where / subset).is_dir() else where
         files = sorted(p for p in folder.iterdir() if p.suffix in TABLE_FORMATS and not p.name.startswith("."))
-        if not files:
-            raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
         names = {file: SHARD.sub("", file.stem) for file in files}
-        return {
-            name: _load_files([f for f in files if names[f] == name], path) for name in dict.fromkeys(names.values())
-        }
+        if files:
+            kinds = dict.fromkeys(names.values())
+            return {name: _load_files([f for f in files if names[f] == name], path) for name in kinds}
+        if not (where / "README.md").is_file():  # older cards leave it to the folders' names
+            raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
     if not where.is_dir() and (where.is_absolute() or where.suffix in TABLE_FORMATS or not HUB_NAME.fullmatch(path)):
         raise FileNotFoundError(
             f"data.path must be a table, a folder of them or a hub data set, but is {path}, which does not exist"
         )
     try:
-        return dict(load_dataset(path, subset))
+        return dict(load_dataset(str(where), subset))
     except Exception as error:  # the library raises dozens of kinds
         raise FileNotFoundError(
             f"data.path must be a table, a folder of them or a hub data set, but is {path!r} (subset {subset!r}): "
             f"{_reason(error)}"
         ) from error
+
+
+def _in_hub_layout(folder: Path) -> bool:
+    """Whether a card says which files are which splits; a README beside tables says nothing of the kind."""
+    card = folder / "README.md"
+    return card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def _load_files(files: list[Path], path: str) -> Dataset:

@@ -69,6 +69,27 @@ def test_a_folder_in_the_hubs_layout_has_its_subsets(tmp_path, with_card) -> Non
     assert list(open_table(str(tmp_path), "two")["train"]) == [{"text": "b", "label": 0}]
 
 
+def test_a_readme_without_splits_changes_nothing(tmp_path) -> None:
+    write(tmp_path / "train.csv", ROWS)
+    write(tmp_path / "test.jsonl", [{"text": "unlabelled"}])
+    (tmp_path / "README.md").write_text("# My tables\n")
+    assert {name: len(rows) for name, rows in open_table(str(tmp_path)).items()} == {"test": 1, "train": 2}
+
+
+def test_a_card_without_splits_leaves_them_to_the_names_beneath_it(tmp_path) -> None:
+    write(tmp_path / "data" / "train-00000-of-00001.parquet", ROWS)
+    (tmp_path / "README.md").write_text("# Theirs\n")
+    assert list(open_table(str(tmp_path))["train"]) == ROWS
+
+
+def test_a_folder_in_the_hubs_layout_may_be_beneath_the_home(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "mine" / "a.parquet", ROWS)
+    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "a.parquet"}]}]
+    (tmp_path / "mine" / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    assert list(open_table("~/mine")["train"]) == ROWS
+
+
 def test_a_changed_file_is_read_anew(tmp_path) -> None:
     path = write(tmp_path / "x.csv", ROWS)
     open_table(str(path))
