@@ -211,14 +211,18 @@ def find_columns(rows: Dataset, path: str, text: str | None, text_pair: str | No
         label = next((name for name in LABELS if name in names), None)
     if text is not None:
         return Columns(text, text_pair, label)
-    others = [name for name in names if name != label and name not in NUMBERS and _is_text(rows.features[name])]
-    pairs = [pair for pair in PAIRS if set(pair) <= set(others)]
+    taken = {label, text_pair, *NUMBERS}
+    others = [name for name in names if name not in taken and _is_text(rows.features[name])]
+    seconds = others if text_pair is None else [text_pair]
+    pairs = [(first, second) for first, second in PAIRS if first in others and second in seconds]
     singles = [name for name in SINGLES if name in others] or (others if len(others) == 1 else [])
+    if not others:
+        raise ValueError(f"data.path must hold a column of text to classify, but {path} has {', '.join(names)}")
     if pairs:
         return Columns(*pairs[0], label)
     if singles:
         return Columns(singles[0], text_pair, label)
-    raise ValueError(f"data.text must be one of {', '.join(others or names)} in {path}, but is not given")
+    raise ValueError(f"data.text must be one of {', '.join(others)} in {path}, but is not given")
 
 
 def _is_text(feature: Any) -> bool:

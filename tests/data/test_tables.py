@@ -152,6 +152,28 @@ def test_columns_that_are_named_are_taken() -> None:
     assert find_columns(rows, "x.csv", "a", "b", "text") == Columns("a", "b", "text")
 
 
+@pytest.mark.parametrize(
+    ("names", "pair", "expected"),
+    [
+        (["review", "title", "label"], "title", Columns("review", "title", "label")),
+        (["text", "text_pair", "title"], "title", Columns("text", "title", None)),
+        (["sentence1", "sentence2", "other"], "sentence2", Columns("sentence1", "sentence2", None)),
+        (["a", "text"], "text", Columns("a", "text", None)),
+    ],
+)
+def test_a_second_text_that_is_named_is_taken_and_is_not_the_first(names, pair, expected) -> None:
+    rows = Dataset.from_dict({name: ["x"] for name in names})
+    assert find_columns(rows, "x.csv", None, pair, None) == expected
+
+
+def test_a_table_without_text_is_said_to_have_none() -> None:
+    rows = Dataset.from_dict({"label": ["x"], "n": [1]})
+    with pytest.raises(
+        ValueError, match=exactly("data.path must hold a column of text to classify, but x.csv has label, n")
+    ):
+        find_columns(rows, "x.csv", None, None, None)
+
+
 @pytest.mark.parametrize("role", ["text", "text_pair", "label"])
 def test_a_misspelt_column_is_said_with_those_there_are(role) -> None:
     rows = Dataset.from_dict({"text": ["x"], "label": [1]})
