@@ -189,8 +189,12 @@ def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dic
 def column_values(rows: Dataset, name: str) -> list[Any]:
     """The values of a column, as Python has them."""
     if isinstance(rows.features[name], Value | ClassLabel):
-        return rows.with_format("arrow")[:][name].to_pylist()
+        return _arrow(rows, name).to_pylist()
     return list(rows[name])
+
+
+def _arrow(rows: Dataset, name: str) -> Any:
+    return rows.select_columns([name]).with_format("arrow")[:][name]
 
 
 def find_columns(rows: Dataset, path: str, text: str | None, text_pair: str | None, label: str | None) -> Columns:
@@ -253,7 +257,7 @@ def check_texts(rows: Dataset, columns: dict[str, str | None], path: str, split:
         if not _is_text(rows.features[name]):
             kind = getattr(rows.features[name], "dtype", type(rows.features[name]).__name__)
             raise TypeError(f"data.{role} must hold text, but {name!r} holds {kind} in the {split} split of {path}")
-        column = rows.with_format("arrow")[:][name]
+        column = _arrow(rows, name)
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise ValueError(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from lit_llm.data.tables import Columns, check_texts, choose_splits, find_columns, open_table
+from lit_llm.data.tables import Columns, check_texts, choose_splits, column_values, find_columns, open_table
 from tests.writing import exactly
 
 ROWS = [{"text": 'a "quoted", tab\tand\nline', "label": "1"}, {"text": "NA", "label": "007"}]
@@ -231,3 +231,18 @@ def test_a_class_label_stays_what_the_hub_says(tmp_path) -> None:
     rows = open_table(str(tmp_path / "x.parquet"))["train"]
     assert rows.features["label"].names == ["no", "yes"]
     assert np.array(rows["label"]).tolist() == [1]
+
+
+def test_only_the_column_that_is_wanted_is_read(monkeypatch) -> None:
+    read = []
+    fetch = Dataset.__getitem__
+
+    def noted(rows: Dataset, key: Any) -> Any:
+        read.append(rows.column_names)
+        return fetch(rows, key)
+
+    monkeypatch.setattr(Dataset, "__getitem__", noted)
+    rows = Dataset.from_dict({"text": ["a", "b", "c"], "large": ["x" * 9] * 3}).select([2, 0])
+    assert column_values(rows, "text") == ["c", "a"]
+    check_texts(rows, {"text": "text"}, "x", "train")
+    assert read == [["text"]] * 2
