@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Iterator
 
 import numpy as np
@@ -12,6 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from lit_llm.batch import ExampleBatch
 from lit_llm.data.augmentation import TextAugmentation
 from lit_llm.data.tokenizer import boundary_id
+
+log = logging.getLogger(__name__)
 
 CHUNK = 8192
 
@@ -46,7 +49,7 @@ class Collation:
     ) -> None:
         ids, types, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [0]
         tokenizer = copy.deepcopy(tokenizer)  # cutting is a state of it that others should not see
-        with_types = "token_type_ids" in tokenizer.model_input_names
+        with_types, num_cut = "token_type_ids" in tokenizer.model_input_names, 0
         for start in range(0, len(texts), CHUNK):
             encoded = tokenizer(
                 texts[start : start + CHUNK],
@@ -59,9 +62,12 @@ class Collation:
                 split_special_tokens=True,  # a text that spells a mark is text
             )
             lengths += map(len, encoded["input_ids"])
+            num_cut += sum(len(each) == max_seq_len and bool(each.overflowing) for each in encoded.encodings)
             ids.append(np.fromiter(_flat(encoded["input_ids"]), np.int32))
             if with_types:
                 types.append(np.fromiter(_flat(encoded["token_type_ids"]), np.uint8))
+        if num_cut:
+            log.info(f"Cut {num_cut:,} of {len(texts):,} examples ({num_cut / len(texts):.1%}) at {max_seq_len} tokens")
         self.ids, self.starts = np.concatenate(ids), np.cumsum(lengths)
         self.types = np.concatenate(types) if with_types else None
         self.labels = labels

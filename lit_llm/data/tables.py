@@ -102,26 +102,32 @@ def open_table(path: str, subset: str | None = None) -> dict[str, Dataset]:
         if where.suffix not in TABLE_FORMATS:
             raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but is {path}")
         return {"train": _load_files([where], path)}
-    if where.is_dir() and not (where / "README.md").is_file():
+    if where.is_dir() and not _in_hub_layout(where):
         folder = where / subset if subset and (where / subset).is_dir() else where
         files = sorted(p for p in folder.iterdir() if p.suffix in TABLE_FORMATS and not p.name.startswith("."))
-        if not files:
-            raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
         names = {file: SHARD.sub("", file.stem) for file in files}
-        return {
-            name: _load_files([f for f in files if names[f] == name], path) for name in dict.fromkeys(names.values())
-        }
+        if files:
+            kinds = dict.fromkeys(names.values())
+            return {name: _load_files([f for f in files if names[f] == name], path) for name in kinds}
+        if not (where / "README.md").is_file():  # older cards leave it to the folders' names
+            raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
     if not where.is_dir() and (where.is_absolute() or where.suffix in TABLE_FORMATS or not HUB_NAME.fullmatch(path)):
         raise FileNotFoundError(
             f"data.path must be a table, a folder of them or a hub data set, but is {path}, which does not exist"
         )
     try:
-        return dict(load_dataset(path, subset))
+        return dict(load_dataset(str(where), subset))
     except Exception as error:  # the library raises dozens of kinds
         raise FileNotFoundError(
             f"data.path must be a table, a folder of them or a hub data set, but is {path!r} (subset {subset!r}): "
             f"{_reason(error)}"
         ) from error
+
+
+def _in_hub_layout(folder: Path) -> bool:
+    """Whether a card says which files are which splits; a README beside tables says nothing of the kind."""
+    card = folder / "README.md"
+    return card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8"), re.MULTILINE) is not None
 
 
 def _load_files(files: list[Path], path: str) -> Dataset:
@@ -192,8 +198,12 @@ def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dic
 def column_values(rows: Dataset, name: str) -> list[Any]:
     """The values of a column, as Python has them."""
     if isinstance(rows.features[name], Value | ClassLabel):
-        return rows.with_format("arrow")[:][name].to_pylist()
+        return _arrow(rows, name).to_pylist()
     return list(rows[name])
+
+
+def _arrow(rows: Dataset, name: str) -> Any:
+    return rows.select_columns([name]).with_format("arrow")[:][name]
 
 
 def find_columns(rows: Dataset, path: str, text: str | None, text_pair: str | None, label: str | None) -> Columns:
@@ -214,14 +224,18 @@ def find_columns(rows: Dataset, path: str, text: str | None, text_pair: str | No
         label = next((name for name in LABELS if name in names), None)
     if text is not None:
         return Columns(text, text_pair, label)
-    others = [name for name in names if name != label and name not in NUMBERS and _is_text(rows.features[name])]
-    pairs = [pair for pair in PAIRS if set(pair) <= set(others)]
+    taken = {label, text_pair, *NUMBERS}
+    others = [name for name in names if name not in taken and _is_text(rows.features[name])]
+    seconds = others if text_pair is None else [text_pair]
+    pairs = [(first, second) for first, second in PAIRS if first in others and second in seconds]
     singles = [name for name in SINGLES if name in others] or (others if len(others) == 1 else [])
+    if not others:
+        raise ValueError(f"data.path must hold a column of text to classify, but {path} has {', '.join(names)}")
     if pairs:
         return Columns(*pairs[0], label)
     if singles:
         return Columns(singles[0], text_pair, label)
-    raise ValueError(f"data.text must be one of {', '.join(others or names)} in {path}, but is not given")
+    raise ValueError(f"data.text must be one of {', '.join(others)} in {path}, but is not given")
 
 
 def _is_text(feature: Any) -> bool:
@@ -252,7 +266,7 @@ def check_texts(rows: Dataset, columns: dict[str, str | None], path: str, split:
         if not _is_text(rows.features[name]):
             kind = getattr(rows.features[name], "dtype", type(rows.features[name]).__name__)
             raise TypeError(f"data.{role} must hold text, but {name!r} holds {kind} in the {split} split of {path}")
-        column = rows.with_format("arrow")[:][name]
+        column = _arrow(rows, name)
         if column.null_count:
             row = column.is_null().to_pylist().index(True)
             raise ValueError(

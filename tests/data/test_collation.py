@@ -29,6 +29,20 @@ def test_a_batch_is_what_the_tokenizer_itself_makes(pairs) -> None:
     assert batch["labels"].tolist() == batch["rows"].tolist() == rows.tolist()
 
 
+@pytest.mark.parametrize("pairs", [None, PAIRS], ids=["one", "two"])
+def test_how_many_examples_are_cut_is_said(pairs, caplog) -> None:
+    seconds = [None] * len(TEXTS) if pairs is None else pairs
+    lengths = [len(TOKENIZER(*example)["input_ids"]) for example in zip(TEXTS, seconds)]
+    limit = sorted(lengths)[20]
+    count = sum(length > limit for length in lengths)
+    with caplog.at_level("INFO", logger="lit_llm"):
+        Collation(TEXTS, pairs, LABELS, TOKENIZER, max(lengths))
+        assert not caplog.text
+        Collation(TEXTS, pairs, LABELS, TOKENIZER, limit)
+    assert 0 < count < 20
+    assert f"Cut {count} of 40 examples ({count / 40:.1%}) at {limit} tokens" in caplog.text
+
+
 def test_a_batch_is_as_long_as_its_own_longest_example() -> None:
     split = Collation(TEXTS, None, None, TOKENIZER, 64)
     for rows in (np.array([0, 6]), np.array([5, 0])):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from lit_llm.data.tables import Columns, check_texts, choose_splits, find_columns, open_table
+from lit_llm.data.tables import Columns, check_texts, choose_splits, column_values, find_columns, open_table
 from tests.writing import exactly
 
 ROWS = [{"text": 'a "quoted", tab\tand\nline', "label": "1"}, {"text": "NA", "label": "007"}]
@@ -67,6 +67,27 @@ def test_a_folder_in_the_hubs_layout_has_its_subsets(tmp_path, with_card) -> Non
         ]
         (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
     assert list(open_table(str(tmp_path), "two")["train"]) == [{"text": "b", "label": 0}]
+
+
+def test_a_readme_without_splits_changes_nothing(tmp_path) -> None:
+    write(tmp_path / "train.csv", ROWS)
+    write(tmp_path / "test.jsonl", [{"text": "unlabelled"}])
+    (tmp_path / "README.md").write_text("# My tables\n")
+    assert {name: len(rows) for name, rows in open_table(str(tmp_path)).items()} == {"test": 1, "train": 2}
+
+
+def test_a_card_without_splits_leaves_them_to_the_names_beneath_it(tmp_path) -> None:
+    write(tmp_path / "data" / "train-00000-of-00001.parquet", ROWS)
+    (tmp_path / "README.md").write_text("# Theirs\n")
+    assert list(open_table(str(tmp_path))["train"]) == ROWS
+
+
+def test_a_folder_in_the_hubs_layout_may_be_beneath_the_home(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "mine" / "a.parquet", ROWS)
+    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "a.parquet"}]}]
+    (tmp_path / "mine" / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    assert list(open_table("~/mine")["train"]) == ROWS
 
 
 def test_a_changed_file_is_read_anew(tmp_path) -> None:
@@ -131,6 +152,28 @@ def test_columns_that_are_named_are_taken() -> None:
     assert find_columns(rows, "x.csv", "a", "b", "text") == Columns("a", "b", "text")
 
 
+@pytest.mark.parametrize(
+    ("names", "pair", "expected"),
+    [
+        (["review", "title", "label"], "title", Columns("review", "title", "label")),
+        (["text", "text_pair", "title"], "title", Columns("text", "title", None)),
+        (["sentence1", "sentence2", "other"], "sentence2", Columns("sentence1", "sentence2", None)),
+        (["a", "text"], "text", Columns("a", "text", None)),
+    ],
+)
+def test_a_second_text_that_is_named_is_taken_and_is_not_the_first(names, pair, expected) -> None:
+    rows = Dataset.from_dict({name: ["x"] for name in names})
+    assert find_columns(rows, "x.csv", None, pair, None) == expected
+
+
+def test_a_table_without_text_is_said_to_have_none() -> None:
+    rows = Dataset.from_dict({"label": ["x"], "n": [1]})
+    with pytest.raises(
+        ValueError, match=exactly("data.path must hold a column of text to classify, but x.csv has label, n")
+    ):
+        find_columns(rows, "x.csv", None, None, None)
+
+
 @pytest.mark.parametrize("role", ["text", "text_pair", "label"])
 def test_a_misspelt_column_is_said_with_those_there_are(role) -> None:
     rows = Dataset.from_dict({"text": ["x"], "label": [1]})
@@ -188,3 +231,18 @@ def test_a_class_label_stays_what_the_hub_says(tmp_path) -> None:
     rows = open_table(str(tmp_path / "x.parquet"))["train"]
     assert rows.features["label"].names == ["no", "yes"]
     assert np.array(rows["label"]).tolist() == [1]
+
+
+def test_only_the_column_that_is_wanted_is_read(monkeypatch) -> None:
+    read = []
+    fetch = Dataset.__getitem__
+
+    def noted(rows: Dataset, key: Any) -> Any:
+        read.append(rows.column_names)
+        return fetch(rows, key)
+
+    monkeypatch.setattr(Dataset, "__getitem__", noted)
+    rows = Dataset.from_dict({"text": ["a", "b", "c"], "large": ["x" * 9] * 3}).select([2, 0])
+    assert column_values(rows, "text") == ["c", "a"]
+    check_texts(rows, {"text": "text"}, "x", "train")
+    assert read == [["text"]] * 2
