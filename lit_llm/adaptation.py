@@ -74,7 +74,8 @@ class HeadOnly(Adaptation):
 
     Args:
         cache_features: Have the backbone read each example once, before the first step, without dropout; the steps
-            then cost what the head costs. Not for training examples that are augmented.
+            then cost what the head costs. Not for training examples that are augmented; where the head reads whole
+            sequences it has no effect, which is said.
 
     Source:
         Alain & Bengio, 2016, "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644.

@@ -189,7 +189,17 @@ def test_a_cached_backbone_is_not_asked_again(tmp_path: Path) -> None:
             pl_module.network.backbone.embeddings.register_forward_hook(lambda *args: asked.append(1))
 
     trainer(tmp_path, Count(), limit_val_batches=0).fit(made, datamodule=Ordered())
-    assert len(asked) == 5  # all 24 in fives, once, for three epochs
+    assert len(asked) == 1 + 5  # one batch to see what the head reads, then all 24 in fives: for three epochs
+
+
+def test_a_head_that_reads_whole_sequences_has_its_backbone_read_at_each_step(tmp_path: Path, caplog) -> None:
+    special = {f"{name}_token_id": 0 for name in ("pad", "bos", "eos", "cls", "sep")}
+    sizes = {name: BERT[name] for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")}
+    modern = {"model_type": "modernbert", "intermediate_size": 32, "classifier_pooling": "mean", **sizes, **special}
+    with caplog.at_level("INFO", logger="lit_llm"):
+        network = functools.partial(PretrainedClassifier, config=modern)
+        trainer(tmp_path, max_steps=1).fit(objective(HeadOnly(), network), datamodule=Ordered())
+    assert "The head reads whole sequences" in caplog.text
 
 
 def test_features_of_augmented_examples_are_not_cached(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def small(tmp_path, tiny_llama, texts, chats):
 
     def options(path: Path) -> list[object]:
         content, init_args = path.read_text(), yaml.safe_load(path.read_text())["model"]["init_args"]
-        if ".Classification\n" not in content:
+        if "encoder_" not in path.stem:
             tokenizer = next((spec for kind, spec in TOKENIZERS.items() if f".{kind}\n" in content), "bytes")
             of_pairs = "Seq2SeqData" in content
             found = ["--data.path", chats if of_pairs or "InstructionData" in content else texts, *SPLITS]

@@ -22,9 +22,6 @@ class FeatureCache:
         network: Has `features`, which gives tensors with a row for each example.
         batches: All examples of the split.
         num_rows: Rows of the split.
-
-    Raises:
-        ValueError: When the head reads whole sequences, which differ in length.
     """
 
     def __init__(self, network: Any, batches: Iterable[Mapping[str, Tensor]], num_rows: int) -> None:
@@ -35,11 +32,6 @@ class FeatureCache:
         with torch.no_grad():
             for batch in batches:
                 given = network.features(**{name: x.to(device) for name, x in inputs(batch).items()})
-                if "last_hidden_state" in given:
-                    raise ValueError(
-                        f"model.adaptation.cache_features must be false for a {type(network.model).__name__}, whose "
-                        f"head reads whole sequences, but is true"
-                    )
                 for name, part in given.items():
                     if name not in self._features:
                         self._features[name] = part.new_full((num_rows, *part.shape[1:]), torch.nan)
@@ -49,3 +41,13 @@ class FeatureCache:
     def __call__(self, rows: Int[Tensor, " batch"]) -> dict[str, Tensor]:
         """What `network.classify` reads, for some rows."""
         return {name: stored[rows] for name, stored in self._features.items()}
+
+
+def can_be_cached(network: Any, batch: Mapping[str, Tensor]) -> bool:
+    """Whether each example has features of one size: not where the head reads whole sequences."""
+    device, training = next(network.parameters()).device, network.training
+    network.eval()
+    with torch.no_grad():
+        given = network.features(**{name: x.to(device) for name, x in inputs(batch).items()})
+    network.train(training)
+    return "last_hidden_state" not in given

@@ -25,7 +25,7 @@ from lit_llm.adaptation import Adaptation
 from lit_llm.batch import inputs
 from lit_llm.checkpoints import Model, class_path, copy_weights, first_argument, plain, read_model
 from lit_llm.data.tokenizer import fingerprint
-from lit_llm.objectives.features import FeatureCache
+from lit_llm.objectives.features import FeatureCache, can_be_cached
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule
 
@@ -265,6 +265,9 @@ class Objective(LightningModule, ABC):
             raise ValueError(
                 "model.adaptation.cache_features must be false where training examples are augmented, but is true"
             )
+        if not can_be_cached(self.network, next(iter(data.ordered_dataloader("train", share=False)))):
+            log.info("The head reads whole sequences, so the frozen backbone reads each example at each step")
+            return
         started = time.perf_counter()
         for stage, split in ((RunningStage.TRAINING, "train"), (RunningStage.VALIDATING, "validation")):
             # Each process reads all of it, since what it trains on comes from all of it.
