@@ -5,7 +5,8 @@ A batch is a plain dict, so that every strategy, device transfer and collate fun
 
 from __future__ import annotations
 
-from typing import NotRequired, TypedDict
+from collections.abc import Mapping
+from typing import Any, NotRequired, TypedDict
 
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -34,3 +35,53 @@ class TokenBatch(TypedDict):
     positions: NotRequired[Int[Tensor, "batch seq"]]
     num_bytes: NotRequired[Float[Tensor, " batch"]]
     documents: NotRequired[Int[Tensor, "batch seq"]]
+
+
+class ExampleBatch(TypedDict):
+    """Examples, each with one label: what a classifier or a regression reads.
+
+    All fields but `labels`, `rows` and the two of unlabelled examples are what the network is called with, by name.
+
+    Attributes:
+        input_ids: Tokens of a text, or of two with the tokeniser's marks between them; padded on the right.
+        attention_mask: 1 on tokens, 0 on padding.
+        token_type_ids: 0 on the first text, 1 on the second; where the tokeniser makes them.
+        labels: Index of the class, or the value; absent where the split has none.
+        rows: Index of each example in its split.
+        unlabelled: In semi-supervised training a batch of other examples, as they are or hardly changed. Their labels
+            are there where they are known: to be counted, never to be learnt from.
+        unlabelled_strong: The same examples in the same order, strongly augmented.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"]
+    token_type_ids: NotRequired[Int[Tensor, "batch seq"]]
+    labels: NotRequired[Int[Tensor, " batch"] | Float[Tensor, " batch"]]
+    rows: Int[Tensor, " batch"]
+    unlabelled: NotRequired[ExampleBatch]
+    unlabelled_strong: NotRequired[ExampleBatch]
+
+
+class Seq2SeqBatch(TypedDict):
+    """Examples, each a text to read and one to write.
+
+    Attributes:
+        input_ids: Tokens of the text to read; padded on the right.
+        attention_mask: 1 on tokens, 0 on padding.
+        labels: Tokens of the text to write, the end token included, and `IGNORE_INDEX` after it. They are not shifted:
+            a network reads those before a token to tell it.
+        rows: Index of each example in its split.
+    """
+
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch seq"]
+    labels: Int[Tensor, "batch new"]
+    rows: Int[Tensor, " batch"]
+
+
+NOT_READ = frozenset({"labels", "rows", "unlabelled", "unlabelled_strong"})
+
+
+def inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What the network is called with: all but labels, rows and unlabelled examples."""
+    return {name: value for name, value in batch.items() if name not in NOT_READ}

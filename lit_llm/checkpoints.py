@@ -1,121 +1,39 @@
-"""Model directories in Hugging Face's form, out and in; checkpoints that are never half-written."""
+"""Models as they are kept: directories in Hugging Face's form, out and in; checkpoints, in."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import importlib
+import inspect
 import json
 import pkgutil
 import re
 import tempfile
-import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 import lit_llm.models
+from lit_llm.adaptation import Adaptation
+from lit_llm.checkpoint_files import plain_errors, read_checkpoint
 from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
-from lit_llm.models.pretrained import PretrainedCausalLM
+from lit_llm.models.pretrained_network import Pretrained
 
 ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
-SEAL = b"lit-llm sha256:"
-"""Stands, before a hash of all that precedes it, at the end of our checkpoints; torch reads over it."""
-
-
-@contextmanager
-def _plain_errors(path: Path) -> Iterator[None]:
-    """A disk that is full reaches us through the writers' own C++ and Rust as anything but that."""
-    try:
-        yield
-    except (RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise OSError(
-            f"disk must have room to write {path}, but writing failed: {reason}; the last checkpoint is whole"
-        ) from error
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it; reads one without executing anything in it."""
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves, so that at every moment `path` is either the old checkpoint or the new one."""
-        with replacing(Path(path)) as new:
-            with _plain_errors(Path(path)):
-                torch.save(checkpoint, new)
-            digest = _digest(new)
-            with new.open("ab") as file:
-                file.write(SEAL + digest)
-
-    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
-        """Loads plain values and tensors only."""
-        return read_checkpoint(Path(path), map_location)
-
-
-def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint file after checking that it is whole.
-
-    Raises:
-        FileNotFoundError: When there is none.
-        ValueError: When it is truncated, damaged, or holds more than plain values and tensors.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"ckpt_path must be a checkpoint file, but is {path}, which does not exist")
-    others = [p.name for p in sorted(path.parent.glob("*.ckpt")) if p.name != path.name]
-    remedy = f"; {path.parent} also holds {', '.join(others)}" if others else ""
-    if damage := _damage(path):
-        raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} {damage}{remedy}")
-    try:
-        return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ValueError(
-            f"ckpt_path must hold plain values and tensors only, but {path} does not: {reason}{remedy}"
-        ) from error
-
-
-def _digest(path: Path, without: int = 0) -> bytes:
-    """A hash of a file up to its last bytes."""
-    digest, left = hashlib.sha256(), path.stat().st_size - without
-    with path.open("rb") as file:
-        while left > 0 and (block := file.read(min(left, 1 << 20))):
-            digest.update(block)
-            left -= len(block)
-    return digest.digest()
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file; `None` for a whole one."""
-    length = len(SEAL) + hashlib.sha256().digest_size
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - length))
-        end = file.read()
-    if end.startswith(SEAL):
-        return None if end == SEAL + _digest(path, without=length) else "is damaged"
-    try:  # not one of ours: an archive has checksums of its own
-        with zipfile.ZipFile(path) as archive:
-            part = archive.testzip()
-    except Exception as error:  # damage shows in many ways
-        return f"is not: {error}"
-    if part:
-        return f"is damaged in {part}"
-    return None if end[-22:].startswith(b"PK\x05\x06") else "is cut short"  # that begins an archive's last record
 
 
 def save_model(
     folder: Path, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, card: str | None = None
 ) -> None:
-    """Writes a directory that transformers opens with `AutoModelForCausalLM` and `AutoTokenizer`.
+    """Writes a directory that transformers opens, with `AutoModelForCausalLM`, say, and `AutoTokenizer`.
 
     Args:
         folder: Where; an earlier one is replaced only once the new one is whole.
@@ -132,10 +50,13 @@ def save_model(
     config = {**network.to_hf_config(), "dtype": "float32"}
     if tokenizer is not None:
         tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
-        config |= {f"{name}_token_id": token for name, token in tokens.items()}
+        tokens = {f"{name}_token_id": token for name, token in tokens.items()}
+        if hasattr(network, "read_tokens_of"):  # where it finds padding is its own affair
+            tokens |= {name: config[name] for name in tokens if config.get(name) is not None}
+        config |= tokens
     with replacing(folder) as new:
         new.mkdir()
-        with _plain_errors(folder):
+        with plain_errors(folder):
             _write_weights(network, new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
@@ -174,8 +95,8 @@ def load_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase | N
     """Reads a network, in evaluation mode, and its tokeniser.
 
     Args:
-        path: A model directory (ours, or transformers' of any causal language model), a run folder, a checkpoint file,
-            or, as `owner/name`, a model on the hub.
+        path: A model directory (ours, or transformers' of any causal language model or classifier), a run folder, a
+            checkpoint file, or, as `owner/name`, a model on the hub.
 
     Raises:
         FileNotFoundError: When there is no model at `path`.
@@ -225,12 +146,14 @@ def copy_weights(source: nn.Module, target: nn.Module, where: Path | str) -> Non
     Raises:
         ValueError: When a parameter is missing, left over or of another shape; `where` names the source.
     """
-    _fill(
-        dict(target.named_parameters()),
-        dict(source.named_parameters()),
-        Path(where),
-        dict(target.named_parameters(remove_duplicate=False)),
-    )
+    _fill(_own(target), _own(source), Path(where), target.state_dict())
+
+
+def _own(network: nn.Module) -> dict[str, Tensor]:
+    """What a network has to be given: its parameters, a tied one once, and what else is in its state."""
+    once, all_names = (dict(network.named_parameters(remove_duplicate=remove)) for remove in (True, False))
+    others = {name: tensor for name, tensor in network.state_dict().items() if name not in all_names}
+    return once | others
 
 
 def _from_directory(folder: Path) -> Model:
@@ -240,7 +163,7 @@ def _from_directory(folder: Path) -> Model:
         arguments = kind.hf_arguments(config)
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"config.json must describe a network, but in {folder} it does not: {error!r}") from error
-    size = arguments.pop("vocab_size")
+    size = arguments.pop(first_argument(kind))
     if hasattr(kind, "load_weights"):
         _require_whole(folder)
         with torch.device("meta"):
@@ -266,20 +189,30 @@ def plain(value: Any) -> Any:
     return value
 
 
+def first_argument(kind: type) -> str:
+    """What sizes a network: `vocab_size`, `num_classes`."""
+    return next(iter(inspect.signature(kind).parameters))
+
+
 def _architecture(config: dict[str, Any]) -> Any:
+    """The class of ours for a directory of transformers: one written here, or else one that wraps transformers' own."""
     wanted = (config.get("architectures") or [""])[0]
-    known: dict[str, Any] = {}
+    written: dict[str, Any] = {}
+    wrapping: dict[str, Any] = {}
     for module in pkgutil.iter_modules(lit_llm.models.__path__, "lit_llm.models."):
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, type):
-                known |= dict.fromkeys(getattr(value, "hf_architectures", ()), value)
-    if wanted in known:
-        return known[wanted]
-    if wanted in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
-        return PretrainedCausalLM
+                written |= dict.fromkeys(getattr(value, "hf_architectures", ()), value)
+                if issubclass(value, Pretrained) and hasattr(value, "tasks"):
+                    wrapping[value.description] = value
+    if wanted in written:
+        return written[wanted]
+    for kind in wrapping.values():
+        if kind.builds(wanted):
+            return kind
     raise ValueError(
-        f"architectures in config.json must be one of {', '.join(sorted(known))} or another causal language model of "
-        f"transformers, but is {wanted!r}"
+        f"architectures in config.json must be one of {', '.join(sorted(written))}, or of transformers "
+        f"{' or '.join(sorted(wrapping))}, but is {wanted!r}"
     )
 
 
@@ -371,17 +304,32 @@ def _fill(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied:
             p.copy_(stored[name])
 
 
+def read_adapted(path: Path) -> tuple[nn.Module, Adaptation | None]:
+    """The network of a checkpoint as it was trained, with what its adaptation had made of it."""
+    return _as_trained(path, read_checkpoint(path))
+
+
 def _from_checkpoint(path: Path) -> Model:
     checkpoint = read_checkpoint(path)
+    network, adaptation = _as_trained(path, checkpoint)
+    if adaptation is not None:
+        adaptation.finish(network)
+    return Model(network, _tokenizer_of(checkpoint), checkpoint["network"], None)
+
+
+def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adaptation | None]:
     recipe = checkpoint.get("network")
     if not isinstance(recipe, dict):
         raise ValueError(f"model must be a checkpoint of an objective of this package, but {path} describes no network")
     network = _built(recipe, path, recipe["size"])
-    prefix = "network."
+    adaptation = _built(checkpoint["adaptation"], path) if checkpoint.get("adaptation") else None
+    if adaptation is not None:
+        adaptation.prepare(network)
+    prefix = checkpoint.get("evaluated", "network") + "."
     state = checkpoint["state_dict"]
     stored = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
-    _fill(dict(network.named_parameters()), stored, path, dict(network.named_parameters(remove_duplicate=False)))
-    return Model(network, _tokenizer_of(checkpoint), recipe, None)
+    _fill(_own(network), stored, path, network.state_dict())
+    return network, adaptation
 
 
 def _built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:

@@ -5,9 +5,24 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from torchmetrics import Metric
+from torchmetrics import (
+    Accuracy,
+    F1Score,
+    MeanAbsoluteError,
+    MeanMetric,
+    MeanSquaredError,
+    Metric,
+    MetricCollection,
+    PearsonCorrCoef,
+    Precision,
+    Recall,
+    SpearmanCorrCoef,
+)
+from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.text import BLEUScore, CHRFScore
+from torchmetrics.text.rouge import ROUGEScore
 
 from lit_llm.batch import IGNORE_INDEX
 
@@ -31,9 +46,8 @@ class LanguageModeling(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        dtype = torch.float32 if torch.backends.mps.is_available() else torch.float64  # MPS has no doubles
         for name in ("nats", "tokens", "bytes"):
-            self.add_state(name, torch.zeros((), dtype=dtype), dist_reduce_fx="sum")
+            self.add_state(name, torch.zeros((), dtype=_wide()), dist_reduce_fx="sum")
 
     def update(
         self,
@@ -54,3 +68,177 @@ class LanguageModeling(Metric):
         if self.bytes > 0:
             metrics["bits_per_byte"] = self.nats / self.bytes / math.log(2)
         return {name: value.float() for name, value in metrics.items()}
+
+
+class TokenPrediction(Metric):
+    """How well tokens are told that a network is asked for: hidden ones, or those of a text to be written.
+
+    `compute` gives `loss` (nats per token; `log(vocab)` knows nothing), `perplexity` (its exponential) and `accuracy`
+    (the fraction of tokens that are the most probable one). Sums are kept in double precision where the device has it,
+    and over all processes.
+
+    Example:
+        >>> metric = TokenPrediction()
+        >>> metric.update(torch.full((4,), math.log(2)), torch.tensor([True, True, True, False]))
+        >>> {name: round(value.item(), 3) for name, value in metric.compute().items()}
+        {'loss': 0.693, 'perplexity': 2.0, 'accuracy': 0.75}
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("nats", "hits", "tokens"):
+            self.add_state(name, torch.zeros((), dtype=_wide()), dist_reduce_fx="sum")
+
+    def update(self, nats: Float[Tensor, " n"], hits: Bool[Tensor, " n"]) -> None:
+        """Adds tokens: the cross-entropy of each, and whether it is the most probable one."""
+        self.nats += nats.sum(dtype=self.nats.dtype)
+        self.hits += hits.sum()
+        self.tokens += len(hits)
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics so far."""
+        loss = self.nats / self.tokens
+        metrics = {"loss": loss, "perplexity": loss.exp(), "accuracy": self.hits / self.tokens}
+        return {name: value.float() for name, value in metrics.items()}
+
+
+class GeneratedText(Metric):
+    """How well a network writes: tokens that it is asked for one by one (`tokens`), and texts of its own.
+
+    `compute` gives what `TokenPrediction` does and, where texts were added, `exact_match` (fraction of them that are
+    the wanted one), `rouge_l` (mean F1 of the longest common subsequence of words, in lower case), `bleu` (up to four
+    words, all texts together) and `chrf` (up to six characters and two words); each from 0 to 1.
+
+    Source:
+        Lin, 2004, "ROUGE"; Papineni et al., 2002, "BLEU"; Popović, 2017, "chrF++"; by torchmetrics.
+
+    Example:
+        >>> metric = GeneratedText()
+        >>> metric.tokens.update(torch.zeros(2), torch.ones(2, dtype=torch.bool))
+        >>> metric.update(["the cat sat on the mat", "no"], ["the cat sat on a mat", "no"])
+        >>> {name: round(value.item(), 2) for name, value in metric.compute().items() if name[0] in "er"}
+        {'exact_match': 0.5, 'rouge_l': 0.92}
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens = TokenPrediction()
+        self.exact = MeanMetric()
+        self.rouge, self.bleu, self.chrf = ROUGEScore(rouge_keys="rougeL"), BLEUScore(), CHRFScore()
+
+    def update(self, written: list[str], wanted: list[str]) -> None:
+        """Adds texts, and what they should be."""
+        self.exact.update([float(mine == its) for mine, its in zip(written, wanted, strict=True)])
+        self.rouge.update(written, wanted)
+        self.bleu.update(written, [[text] for text in wanted])
+        self.chrf.update(written, [[text] for text in wanted])
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics so far."""
+        metrics = self.tokens.compute()
+        if self.exact.update_called:
+            metrics |= {
+                "exact_match": self.exact.compute(),
+                "rouge_l": self.rouge.compute()["rougeL_fmeasure"],
+                "bleu": self.bleu.compute(),
+                "chrf": self.chrf.compute(),
+            }
+        return metrics
+
+    def reset(self) -> None:
+        """Forgets all of it."""
+        super().reset()
+        for metric in self.children():
+            metric.reset()
+
+
+def classification_metrics(num_classes: int) -> MetricCollection:
+    """What is said of a classifier, over all examples of a split and all processes.
+
+    `accuracy`, `precision`, `recall`, `f1` (fractions; of two classes those of the second, of more the mean over the
+    classes that occur), `mcc` (Matthews' correlation, -1 to 1, 0 for guessing or always the same class) and `loss`
+    (nats per example; `log(num_classes)` knows nothing). Updated with `preds`, `target` (classes) and `value` (nats).
+
+    Source:
+        Matthews, 1975; Gorodkin, 2004, for more than two classes.
+
+    Example:
+        >>> metrics = classification_metrics(2)
+        >>> metrics.update(preds=torch.tensor([1, 1, 0]), target=torch.tensor([1, 0, 0]), value=torch.ones(3))
+        >>> {name: round(value.item(), 3) for name, value in sorted(metrics.compute().items())}
+        {'accuracy': 0.667, 'f1': 0.667, 'loss': 1.0, 'mcc': 0.5, 'precision': 0.5, 'recall': 1.0}
+    """
+    task = {"task": "multiclass", "num_classes": num_classes, "validate_args": False}
+    each = {"task": "binary", "validate_args": False} if num_classes == 2 else {**task, "average": "macro"}
+    metrics = {
+        "accuracy": Accuracy(**task, average="micro"),
+        "precision": Precision(**each),
+        "recall": Recall(**each),
+        "f1": F1Score(**each),
+        "mcc": Matthews(num_classes, validate_args=False),
+        "loss": MeanMetric(),
+    }
+    return MetricCollection(metrics).set_dtype(_wide())
+
+
+class Matthews(MulticlassConfusionMatrix):
+    """Matthews' correlation of classes and predictions, -1 to 1, and 0 where either is always the same.
+
+    As scikit-learn's `matthews_corrcoef`, which GLUE takes; torchmetrics' own is something above 0 there.
+
+    Source:
+        Gorodkin, 2004, "Comparing two K-category assignments by a K-category correlation coefficient", eq. 8.
+    """
+
+    def compute(self) -> Tensor:
+        """The correlation so far."""
+        counts = super().compute().to(_wide())
+        total, true, predicted = counts.sum(), counts.sum(dim=1), counts.sum(dim=0)
+        together = counts.trace() * total - true @ predicted
+        apart = ((total**2 - predicted @ predicted) * (total**2 - true @ true)).sqrt()
+        return torch.where(apart > 0, together / apart.clamp(min=1e-12), 0.0)
+
+
+class RegressionMetrics(MetricCollection):
+    """What is said of predicted values, over all examples of a split and all processes.
+
+    `rmse` and `mae` (in the labels' unit), `pearson` and `spearman` (correlation of values and of ranks, -1 to 1; 0
+    where one side is constant, which correlates with nothing) and `loss` (mean squared error). Updated with `preds` and
+    `target`.
+
+    Example:
+        >>> metrics = RegressionMetrics()
+        >>> metrics.update(preds=torch.tensor([1.0, 2.0, 5.0]), target=torch.tensor([1.0, 3.0, 4.0]))
+        >>> {name: round(value.item(), 3) for name, value in sorted(metrics.compute().items())}
+        {'loss': 0.667, 'mae': 0.667, 'pearson': 0.891, 'rmse': 0.816, 'spearman': 1.0}
+    """
+
+    def __init__(self) -> None:
+        metrics = {
+            "rmse": MeanSquaredError(squared=False),
+            "mae": MeanAbsoluteError(),
+            "pearson": PearsonCorrCoef(),
+            "spearman": SpearmanCorrCoef(),
+            "loss": MeanSquaredError(),
+        }
+        super().__init__(metrics)
+        self.set_dtype(_wide())
+
+    def update(self, preds: Tensor, target: Tensor) -> None:
+        """Adds a batch of values and labels."""
+        super().update(preds=preds.to(_wide()), target=target.to(_wide()))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The metrics so far."""
+        found = super().compute()
+        undefined = 0.0 if found["loss"].isfinite() else math.nan
+        return found | {name: found[name].nan_to_num(undefined) for name in ("pearson", "spearman")}
+
+
+def _wide() -> torch.dtype:
+    """What sums are kept in: double precision, where the device has it."""
+    return torch.float32 if torch.backends.mps.is_available() else torch.float64

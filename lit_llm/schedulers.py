@@ -10,7 +10,7 @@ class Schedule(ABC):
     """A factor on every group's learning rate at each optimiser step.
 
     Args:
-        warmup_steps: Steps over which the factor rises linearly to one.
+        warmup_steps: Steps over which the factor rises linearly to one; of a short run at most the first half.
 
     Raises:
         ValueError: When `warmup_steps` is negative.
@@ -23,10 +23,10 @@ class Schedule(ABC):
 
     def factor(self, step: int, total_steps: int) -> float:
         """The factor at `step` (from 0) of a run of `total_steps`."""
-        if step < self.warmup_steps:
-            return (step + 1) / self.warmup_steps
-        rest = max(1, total_steps - self.warmup_steps)
-        return self.after_warmup(min(1.0, (step - self.warmup_steps) / rest))
+        warmup = min(self.warmup_steps, total_steps / 2)
+        if step < warmup:
+            return min(1.0, (step + 1) / warmup)
+        return self.after_warmup(min(1.0, (step - warmup) / max(1, total_steps - warmup)))
 
     @abstractmethod
     def after_warmup(self, progress: float) -> float:

@@ -146,6 +146,15 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A table of sixty small texts of two classes."""
+    path = tmp_path_factory.mktemp("reviews") / "reviews.csv"
+    lines = (f'"{row["prompt"]}, {row["response"]}",{("bad", "good")[n % 2]}' for n, row in enumerate(pairs(60)))
+    path.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
+    return path
+
+
 @pytest.fixture
 def tiny(texts: Path) -> list[str]:
     """The main config, shrunk to a network and a corpus that train in a moment."""

@@ -10,10 +10,13 @@ import yaml
 
 from lit_llm.checkpoints import save_model
 from lit_llm.data.tokenizer import byte_tokenizer
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from tests.examples import BERT
 from tests.writing import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 RUNS = [path for path in CONFIGS if path.parent.name in ("pretraining", "finetuning", "distillation")]
+ADAPTATIONS = [path for path in CONFIGS if path.parent.name == "adaptation"]
 OVERLAYS = [path for path in CONFIGS if path.parent.name in ("logging", "strategy")]
 
 
@@ -36,36 +39,56 @@ def test_it_writes_no_value_that_the_data_decides(path):
 @pytest.mark.parametrize("path", RUNS, ids=name)
 def test_a_run_file_states_what_it_reaches(path):
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
-    assert re.search(r"\d\.\d+ (bits per byte|nats)", head)
+    assert re.search(r"\d\.\d+ (bits per byte|nats)|(accuracy|MCC) (of )?0\.\d+", head)
     assert re.search(r"\d+ (s|seconds|minutes)\b", head)
 
 
-@pytest.mark.parametrize("path", OVERLAYS, ids=name)
+@pytest.mark.parametrize("path", [*OVERLAYS, *ADAPTATIONS], ids=name)
 def test_an_overlay_adds_to_the_callbacks_and_does_not_replace_them(path):
     trainer = yaml.safe_load(path.read_text()).get("trainer", {})
     assert "callbacks" not in trainer
 
 
-SMALL_DATA = ["--data.tokenizer", "bytes", "--data.validation_fraction", "0.1", "--data.test_fraction", "0"]
+SPLITS = ["--data.validation_fraction", "0.1", "--data.test_fraction", "0"]
+TOKENIZERS = {"MaskedLM": "bert-bpe-300", "SpanCorruption": "t5-bpe-400", "Seq2Seq": "t5-bpe-400"}
+EXAMPLES = ["--data.tokenizer", "bert-bpe-300", "--data.validation_fraction", "0.1", "--data.max_seq_len", "64"]
+
+
+@pytest.fixture
+def small(tmp_path, tiny_llama, texts, chats):
+    """Options that give a run file little data, and something small to start from where it starts from something."""
+
+    def options(path: Path) -> list[object]:
+        content, init_args = path.read_text(), yaml.safe_load(path.read_text())["model"]["init_args"]
+        if "encoder_" not in path.stem:
+            tokenizer = next((spec for kind, spec in TOKENIZERS.items() if f".{kind}\n" in content), "bytes")
+            of_pairs = "Seq2SeqData" in content
+            found = ["--data.path", chats if of_pairs or "InstructionData" in content else texts, *SPLITS]
+            found += ["--data.tokenizer", tokenizer, *([] if of_pairs else ["--data.seq_len", "64"])]
+            if "weights" in init_args:
+                save_model(tmp_path / "start", tiny_llama(vocab_size=257), byte_tokenizer())
+                found += ["--model.weights", tmp_path / "start"]
+            return found
+        lines = [f"{row} {'good' if row % 2 else 'bad'},{'yes' if row % 2 else 'no'}" for row in range(60)]
+        (tmp_path / "table.csv").write_text("\n".join(["text,label", *lines]))
+        found = ["--data.path", tmp_path / "table.csv", *EXAMPLES]
+        if isinstance(init_args["network"], dict):  # rather than a file with all there is to it
+            save_model(
+                tmp_path / "start", PretrainedClassifier(3, config=BERT | {"vocab_size": 300, "num_hidden_layers": 3})
+            )
+            found += ["--model.network.path", tmp_path / "start"]
+        return found
+
+    return options
 
 
 @pytest.mark.parametrize("path", RUNS, ids=name)
-def test_a_run_file_takes_two_steps(lit_llm, tiny_llama, texts, chats, tmp_path, path):
-    of_chats = "InstructionData" in path.read_text()
-    start = []
-    if "weights" in yaml.safe_load(path.read_text())["model"]["init_args"]:
-        save_model(tmp_path / "start", tiny_llama(vocab_size=257), byte_tokenizer())
-        start = ["--model.weights", tmp_path / "start"]
+def test_a_run_file_takes_two_steps(lit_llm, small, tmp_path, path):
     outcome = lit_llm(
         "fit",
         "--config",
         path,
-        *start,
-        "--data.path",
-        chats if of_chats else texts,
-        *SMALL_DATA,
-        "--data.seq_len",
-        "64",
+        *small(path),
         "--data.batch_size",
         "2",
         "--trainer.max_steps",
@@ -84,6 +107,16 @@ def test_an_overlay_takes_two_steps_on_the_main_run(lit_llm, tiny, tmp_path, mon
     monkeypatch.setenv("WANDB_MODE", "offline")
     outcome = lit_llm("fit", *tiny, "--config", path, "--trainer.max_steps", "2", "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("path", ADAPTATIONS, ids=name)
+def test_a_way_to_fine_tune_takes_two_steps_on_an_encoder(lit_llm, small, tmp_path, path):
+    base = REPOSITORY / "configs/finetuning/encoder_docmatch.yaml"
+    options = ["--data.batch_size", "2", "--trainer.max_steps", "2", "--run_dir", tmp_path / "run"]
+    outcome = lit_llm("fit", "--config", base, "--config", path, *small(base), *options)
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "run/model/config.json").exists()
+    assert (tmp_path / "run/adapter/adapter_config.json").exists() == ("lora" in path.stem or "dora" in path.stem)
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name in ("models", "data")], ids=name)

@@ -17,11 +17,13 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 import lit_llm
-from lit_llm.batch import IGNORE_INDEX
+from lit_llm.batch import IGNORE_INDEX, inputs
 from lit_llm.generation import generate
 from lit_llm.models.block import Block
 from lit_llm.objectives.objective import Objective
+from lit_llm.objectives.semi_supervised import SemiSupervised
 from lit_llm.optimizers import parameter_groups
+from tests.examples import BERT, T5, example, partly_labelled, together, twenty_tokens
 
 
 def classes(package: str, base: type) -> list[type]:
@@ -39,7 +41,11 @@ def first_argument(kind: type) -> str | None:
     return next(iter(inspect.signature(kind).parameters), None)
 
 
-LANGUAGE_MODELS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "vocab_size"]
+CLASSIFIERS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "num_classes"]
+OF_TOKENS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "vocab_size"]
+LANGUAGE_MODELS = [c for c in OF_TOKENS if hasattr(c, "new_cache")]
+ENCODERS = [c for c in OF_TOKENS if hasattr(c, "logits_at")]
+ENCODER_DECODERS = [c for c in OF_TOKENS if hasattr(c, "generate")]
 OBJECTIVES = classes("lit_llm.objectives", Objective)
 DATA_MODULES = classes("lit_llm.data", LightningDataModule)
 CALLBACKS = classes("lit_llm.callbacks", Callback)
@@ -162,15 +168,137 @@ class TestLanguageModel:
         assert (network.lm_head.weight is embedding.weight) == tied
 
 
-def rows(lengths: list[int], width: int = 10) -> list[dict[str, torch.Tensor]]:
-    """One-row batches of which only the first labels count."""
+@pytest.mark.parametrize("kind", ENCODERS)
+class TestEncoder:
+    def test_every_logit_depends_on_what_comes_before_and_after(self, kind):
+        network, ids = awake(kind(VOCAB, config=BERT)).eval(), torch.randint(VOCAB, (1, 9))
+        for place in (0, 8):
+            changed = ids.clone()
+            changed[:, place] = (changed[:, place] + 1) % VOCAB
+            assert (network(ids) != network(changed)).any(dim=-1).all()
+
+    def test_the_loss_falls_on_one_repeated_batch(self, kind):
+        network, ids = kind(VOCAB, config=BERT), torch.randint(1, VOCAB, (4, 12))
+        hidden = torch.rand(ids.shape) < 0.3
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.03)
+        losses = []
+        for _ in range(40):
+            logits = network.logits_at(hidden, ids.masked_fill(hidden, 0))
+            loss = nn.functional.cross_entropy(logits, ids[hidden])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
+        network = awake(kind(VOCAB, config=BERT)).eval()
+        again = kind(VOCAB, **json.loads(json.dumps(network.arguments))).eval()
+        again.load_state_dict(network.state_dict())
+        ids = torch.randint(VOCAB, (1, 5))
+        assert torch.equal(network(ids), again(ids))
+        assert again.to_hf_config() == network.to_hf_config()
+
+    def test_its_layers_are_blocks(self, kind):
+        assert sum(isinstance(m, Block) for m in kind(VOCAB, config=BERT).modules()) == 2
+
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+        with torch.device("meta"):
+            network = kind(VOCAB, config=BERT)
+        network.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in network.parameters():
+                p.fill_(torch.nan)
+        network.reset_parameters()
+        assert all(p.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("kind", ENCODER_DECODERS)
+class TestEncoderDecoder:
+    def test_it_learns_to_write_what_it_reads(self, kind):
+        network, ids = kind(VOCAB, config=T5), torch.randint(2, VOCAB, (4, 6))
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.03)
+        losses = []
+        for _ in range(40):
+            loss = nn.functional.cross_entropy(network(ids, ids).flatten(0, 1), ids.flatten())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
+        network, ids = awake(kind(VOCAB, config=T5)).eval(), torch.randint(2, VOCAB, (2, 6))
+        again = kind(VOCAB, **json.loads(json.dumps(network.arguments))).eval()
+        again.load_state_dict(network.state_dict())
+        assert torch.equal(network(ids, ids), again(ids, ids))
+        assert again.to_hf_config() == network.to_hf_config()
+
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+        with torch.device("meta"):
+            network = kind(VOCAB, config=T5)
+        network.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in network.parameters():
+                p.fill_(torch.nan)
+        network.reset_parameters()
+        assert all(p.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("kind", CLASSIFIERS)
+class TestClassifier:
+    def test_the_loss_falls_on_one_repeated_batch(self, kind):
+        network, batch = kind(3, config=BERT), together([example(row, 3) for row in range(6)])
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
+        losses = []
+        for _ in range(30):
+            loss = nn.functional.cross_entropy(network(**inputs(batch)), batch["labels"])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_the_state_dict_round_trips(self, kind):
+        network, other, batch = awake(kind(3, config=BERT)).eval(), kind(3, config=BERT).eval(), inputs(example(0, 3))
+        other.load_state_dict(network.state_dict())
+        assert torch.equal(network(**batch), other(**batch))
+
+    def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
+        network = kind(3, config=BERT)
+        again = kind(3, **json.loads(json.dumps(network.arguments)))
+        assert again.to_hf_config() == network.to_hf_config()
+
+    def test_its_layers_are_blocks(self, kind):
+        assert sum(isinstance(m, Block) for m in kind(3, config=BERT).modules()) == 2
+
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+        with torch.device("meta"):
+            network = kind(3, config=BERT)
+        network.to_empty(device="cpu")
+        with torch.no_grad():
+            for p in network.parameters():
+                p.fill_(torch.nan)
+        network.reset_parameters()
+        assert all(p.isfinite().all() for p in network.parameters())
+
+
+def rows(lengths: list[int], kind: type | None = None, width: int = 10) -> list[dict[str, torch.Tensor]]:
+    """Batches of one: rows of tokens of which only the first labels count, or examples for what has no such rows."""
+    if kind is not None and issubclass(kind, SemiSupervised):
+        return [partly_labelled(length, 3) for length in lengths]
+    if kind is not None and kind.size_name != "vocab_size":
+        return [example(length, 3 if kind.size_name == "num_classes" else None) for length in lengths]
     generator = torch.Generator().manual_seed(0)
     batches = []
-    for length in lengths:
+    for row, length in enumerate(lengths):
         ids = torch.randint(VOCAB, (1, width + 1), generator=generator)
         labels = ids[:, 1:].clone()
         labels[:, length:] = IGNORE_INDEX
-        batches.append({"input_ids": ids[:, :-1], "labels": labels})
+        batch = {"input_ids": ids[:, :-1], "labels": labels}
+        if hasattr(kind, "write"):  # a text to read and one to write
+            batch |= {"attention_mask": torch.ones_like(labels), "rows": torch.tensor([row])}
+        batches.append(batch)
     return batches
 
 
@@ -184,7 +312,17 @@ def gradients(made: Objective) -> dict[str, torch.Tensor]:
 
 def objective(kind: type) -> Objective:
     torch.manual_seed(0)
-    made = kind(functools.partial(LANGUAGE_MODELS[0], **SMALL), vocab_size=VOCAB)
+    if hasattr(kind, "read_tokens_of") or hasattr(kind, "texts"):
+        hides = {"mask_ratio": 0.5} if hasattr(kind, "read_tokens_of") else {}
+        network, config = (ENCODER_DECODERS[0], T5) if hasattr(kind, "texts") else (ENCODERS[0], BERT)
+        made = kind(functools.partial(network, config=config), vocab_size=VOCAB, **hides)
+        if hides:
+            made.read_tokens_of(twenty_tokens())
+    elif kind.size_name == "vocab_size":
+        made = kind(functools.partial(LANGUAGE_MODELS[0], **SMALL), vocab_size=VOCAB)
+    else:
+        size = {"num_classes": 3} if kind.size_name == "num_classes" else {}
+        made = kind(functools.partial(CLASSIFIERS[0], config=BERT), **size)
     made.configure_model()
     awake(made.network)
     made.optimizer_zero_grad = lambda *args: None  # the gradients are what is looked at
@@ -208,11 +346,10 @@ def trainer(tmp_path, **options) -> Trainer:
 @pytest.mark.parametrize("kind", OBJECTIVES)
 class TestObjective:
     def test_eight_batches_of_one_give_the_gradient_of_one_batch_of_eight(self, kind, tmp_path):
-        single = rows([1, 9, 3, 10, 2, 7, 5, 4])
-        together = {key: torch.cat([row[key] for row in single]) for key in single[0]}
+        single = rows([1, 9, 3, 10, 2, 7, 5, 4], kind)
         eight, one = objective(kind), objective(kind)
         trainer(tmp_path, accumulate_grad_batches=8).fit(eight, loader(single))
-        trainer(tmp_path).fit(one, loader([together]))
+        trainer(tmp_path).fit(one, loader([together(single)]))
         assert gradients(one)
         for name, gradient in gradients(one).items():
             torch.testing.assert_close(gradients(eight)[name], gradient, rtol=1e-4, atol=1e-6)
@@ -221,44 +358,102 @@ class TestObjective:
         made = objective(kind)
         frozen = next(name for name, _ in made.network.named_parameters())
         made.network.get_parameter(frozen).requires_grad_(False)
-        trainer(tmp_path).fit(made, loader(rows([10])))
+        trainer(tmp_path).fit(made, loader(rows([10], kind)))
         reached = gradients(made)
         assert set(reached) == {name for name, p in made.network.named_parameters()} - {frozen}
         assert all(gradient.abs().sum() > 0 for gradient in reached.values())
 
     def test_a_checkpoint_rebuilds_the_objective_without_executing_anything(self, kind, tmp_path):
-        from lit_llm.checkpoints import read_checkpoint
+        from lit_llm.checkpoint_files import read_checkpoint
 
         made = objective(kind)
         run = trainer(tmp_path)
-        run.fit(made, loader(rows([10])))
+        run.fit(made, loader(rows([10], kind)))
         run.save_checkpoint(tmp_path / "x.ckpt")
         read_checkpoint(tmp_path / "x.ckpt")
         again = kind.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
         for name, p in made.network.state_dict().items():
             assert torch.equal(p, again.network.state_dict()[name])
-        assert again.hparams == made.hparams
+        network = again.hparams.pop("network")
+        assert network.get("class_path") == made.hparams["network"].get("class_path")
+        assert again.hparams == {name: value for name, value in made.hparams.items() if name != "network"}
 
     def test_a_function_that_no_checkpoint_could_rebuild_is_refused(self, kind):
         with pytest.raises(TypeError, match=r"^network must be a class or a functools.partial of one, so that a "):
             kind(lambda size: LANGUAGE_MODELS[0](size, **SMALL))
 
 
-@pytest.mark.parametrize("kind", DATA_MODULES)
-class TestDataModule:
-    @pytest.fixture
-    def data(self, kind, corpus, chats) -> Callable[[], LightningDataModule]:
-        """Makes one of what it reads: texts or conversations."""
-        path = chats if "messages" in inspect.signature(kind).parameters else corpus
+def of_tokens(kind: type) -> bool:
+    """Whether a data module gives rows for language models; others give examples with a label."""
+    return "seq_len" in inspect.signature(kind).parameters
 
-        def make() -> LightningDataModule:
-            made = kind(path=str(path), tokenizer="bytes", seq_len=128, batch_size=3, validation_fraction=0.2)
-            made.prepare_data()
-            made.setup("fit")
-            return made
 
-        return make
+@pytest.fixture
+def data(kind, corpus, chats, reviews) -> Callable[[], LightningDataModule]:
+    """Makes a data module of what it reads: texts, conversations or labelled texts."""
+    asked = inspect.signature(kind).parameters
+    of_chats = "messages" in asked or "target" in asked  # whose prompts are read, and responses written
+    path = chats if of_chats else corpus if of_tokens(kind) else reviews
+    size = {"seq_len": 128} if of_tokens(kind) else {}
+    tokenizer = "t5-bpe-400" if "target" in asked else "bytes"
 
+    def make() -> LightningDataModule:
+        made = kind(path=str(path), tokenizer=tokenizer, batch_size=3, validation_fraction=0.2, **size)
+        made.prepare_data()
+        made.setup("fit")
+        return made
+
+    return make
+
+
+def of_labels(kind: type) -> bool:
+    """Whether a data module gives examples with a label."""
+    return "label" in inspect.signature(kind).parameters
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if "target" in inspect.signature(kind).parameters])
+class TestPairData:
+    def test_batches_have_the_fields_of_the_contract(self, kind, data):
+        made = data()
+        for batch in (next(iter(made.train_dataloader())), next(iter(made.val_dataloader()))):
+            assert set(batch) == set(lit_llm.batch.Seq2SeqBatch.__annotations__)
+            assert {len(tensor) for tensor in batch.values()} == {3}
+            assert {tensor.dtype for tensor in batch.values()} == {torch.long}
+            assert batch["input_ids"].shape == batch["attention_mask"].shape
+
+    def test_the_facts_that_others_ask_for_are_there(self, kind, data):
+        made = data()
+        assert made.vocab_size == len(made.tokenizer)
+        batch = next(iter(made.predict_dataloader()))
+        assert len(made.texts(made.predict_split, batch["rows"].tolist())) == 3
+        json.dumps(made.manifest)
+        data().load_state_dict(made.state_dict())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if of_labels(kind)])
+class TestExampleData:
+    def test_batches_have_the_fields_of_the_contract(self, kind, data):
+        made = data()
+        for batch in (next(iter(made.train_dataloader())), next(iter(made.val_dataloader()))):
+            assert set(batch) <= set(lit_llm.batch.ExampleBatch.__annotations__)
+            assert {"labels", "rows"} == set(batch) - set(lit_llm.batch.inputs(batch))
+            assert len(batch["labels"]) == len(batch["rows"]) == 3
+            assert batch["labels"].dtype == batch["rows"].dtype == torch.long
+
+    def test_the_facts_that_others_ask_for_are_there(self, kind, data):
+        made = data()
+        assert made.num_classes == len(made.class_names) == len(made.class_counts) == 2
+        assert made.num_targets is None
+        assert made.label_name(1) == made.class_names[1]
+        assert sum(made.class_counts) == made.manifest["splits"]["train"]["examples"]
+        batch = next(iter(made.predict_dataloader()))
+        assert len(made.texts(made.predict_split, batch["rows"].tolist())) == 3
+        json.dumps(made.manifest)
+        data().load_state_dict(made.state_dict())
+
+
+@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if of_tokens(kind)])
+class TestTokenData:
     def test_batches_have_the_fields_of_the_contract(self, kind, data):
         batch = next(iter(data().train_dataloader()))
         assert set(batch) <= set(lit_llm.batch.TokenBatch.__annotations__)
@@ -276,6 +471,9 @@ class TestDataModule:
         assert json.loads(json.dumps(made.manifest))["splits"]["train"]["documents"] > 0
         data().load_state_dict(made.state_dict())
 
+
+@pytest.mark.parametrize("kind", DATA_MODULES)
+class TestDataModule:
     def test_the_same_seed_gives_the_same_order(self, kind, data):
         first, second = (list(data().train_dataloader()) for _ in range(2))
         assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))

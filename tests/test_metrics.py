@@ -2,10 +2,12 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
+import sklearn.metrics
 import torch
 
 from lit_llm.batch import IGNORE_INDEX
-from lit_llm.metrics import LanguageModeling
+from lit_llm.metrics import LanguageModeling, RegressionMetrics, classification_metrics
 
 ROWS, SEQ = 12, 9
 
@@ -70,3 +72,93 @@ def test_a_reset_metric_begins_anew(data) -> None:
     metric.reset()
     metric.update(*(part[:3] for part in data))
     assert {k: v.item() for k, v in metric.compute().items()} == pytest.approx(reference(*(p[:3] for p in data)))
+
+
+def batches_of(size: int, *columns: torch.Tensor):
+    return zip(*(column.split(size) for column in columns), strict=True)
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_classification_is_scikit_learns_of_the_whole_split(classes: int, size: int) -> None:
+    target = torch.randint(classes - (classes > 2), (200,))  # the last of five never occurs
+    preds = torch.where(torch.rand(200) < 0.6, target, torch.randint(classes - (classes > 2), (200,)))
+    nats = torch.rand(200)
+    found = classification_metrics(classes)
+    for pred, truth, value in batches_of(size, preds, target, nats):
+        found.update(preds=pred, target=truth, value=value)
+    average = {"average": "binary" if classes == 2 else "macro"}
+    expected = {
+        "accuracy": sklearn.metrics.accuracy_score(target, preds),
+        "precision": sklearn.metrics.precision_score(target, preds, **average),
+        "recall": sklearn.metrics.recall_score(target, preds, **average),
+        "f1": sklearn.metrics.f1_score(target, preds, **average),
+        "mcc": sklearn.metrics.matthews_corrcoef(target, preds),
+        "loss": nats.double().mean().item(),
+    }
+    assert {name: value.item() for name, value in found.compute().items()} == pytest.approx(expected, abs=1e-6)
+
+
+def test_always_the_same_class_has_no_correlation() -> None:
+    found = classification_metrics(2)
+    found.update(preds=torch.ones(6, dtype=torch.long), target=(torch.arange(6) > 1).long(), value=torch.ones(6))
+    assert found.compute()["mcc"] == 0
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000])
+def test_regression_is_scipys_of_the_whole_split(size: int) -> None:
+    target = torch.randint(11, (200,)) / 2
+    preds = (target + torch.randn(200)).bfloat16()
+    found = RegressionMetrics()
+    for pred, truth in batches_of(size, preds, target):
+        found.update(pred, truth)
+    preds = preds.float()
+    expected = {
+        "rmse": sklearn.metrics.root_mean_squared_error(target, preds),
+        "mae": sklearn.metrics.mean_absolute_error(target, preds),
+        "pearson": scipy.stats.pearsonr(target, preds).statistic,
+        "spearman": scipy.stats.spearmanr(target, preds).statistic,
+        "loss": sklearn.metrics.mean_squared_error(target, preds),
+    }
+    assert {name: value.item() for name, value in found.compute().items()} == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_constant_correlates_with_nothing_and_what_is_no_number_is_seen_in_the_loss() -> None:
+    for value, correlation in ((1.5, 0.0), (math.nan, math.nan)):
+        found = RegressionMetrics()
+        found.update(torch.full((4,), value), torch.arange(4.0))
+        got = found.compute()
+        assert got["pearson"].item() == pytest.approx(correlation, nan_ok=True)
+        assert math.isnan(got["loss"]) == math.isnan(value)
+
+
+def _add_a_half(rank: int, folder: str, queue) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    classes, values = classification_metrics(3), RegressionMetrics()
+    half = torch.arange(9)[rank * 4 : 4 + rank * 5]  # of unequal size
+    classes.update(preds=half * half % 3, target=half % 3, value=half.float())
+    values.update((half * half).float(), half.float())
+    if rank == 0:
+        found = {**classes.compute(), **{f"value {name}": value for name, value in values.compute().items()}}
+        queue.put({name: value.item() for name, value in found.items()})
+    else:
+        classes.compute(), values.compute()
+    torch.distributed.destroy_process_group()
+
+
+def test_processes_are_counted_together(tmp_path) -> None:
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.Queue()
+    workers = [context.Process(target=_add_a_half, args=(rank, str(tmp_path), queue)) for rank in range(2)]
+    for worker in workers:
+        worker.start()
+    found = queue.get(timeout=60)
+    for worker in workers:
+        worker.join()
+    whole = torch.arange(9)
+    classes, values = classification_metrics(3), RegressionMetrics()
+    classes.update(preds=whole * whole % 3, target=whole % 3, value=whole.float())
+    values.update((whole * whole).float(), whole.float())
+    expected = {**classes.compute(), **{f"value {name}": value for name, value in values.compute().items()}}
+    assert found == pytest.approx({name: value.item() for name, value in expected.items()})

@@ -7,10 +7,20 @@ import shlex
 from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.writing import REPOSITORY
 
 READMES = ["README.md", "README.zh-CN.md"]
+
+
+EXAMPLES = ["--data.tokenizer", "bert-bpe-300", "--data.batch_size", "4", "--trainer.max_steps", "4"]
+
+
+def data_of(config: Path) -> str:
+    """The part of a run file that says what its data are."""
+    data = yaml.safe_load(config.read_text()).get("data")
+    return (config.parent / data).read_text() if isinstance(data, str) else ""
 
 
 def commands(text: str) -> list[list[str]]:
@@ -48,6 +58,8 @@ def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
     (tmp_path / "my_texts").symlink_to(texts)
+    rows = [f"{row} {'good' if row % 2 else 'bad'},{'yes' if row % 2 else 'no'}" for row in range(60)]
+    (tmp_path / "my_table.csv").write_text("\n".join(["text,label", *rows]))
     shrink = tiny[2:]
     found = commands((REPOSITORY / "README.md").read_text(encoding="utf-8"))
     assert len(found) >= 8
@@ -62,6 +74,10 @@ def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
                 if flag not in given or flag == "--trainer.max_steps"
             ]
             config = Path(words[words.index("--config") + 1]) if "--config" in words else None
+            if config is not None and "GLUEData" in config.read_text() + data_of(config):
+                extra = [*EXAMPLES, *([] if "--data.path" in given else ["--data.path", "my_table.csv"])]
+                assert lit_llm(*words, *extra).code == 0, words
+                continue
             from_weights = config is not None and "weights:" in config.read_text()
             if from_weights or "--model.network" in words:
                 pairs = zip(extra[::2], extra[1::2], strict=True)

@@ -90,3 +90,8 @@ def test_a_stable_run_can_be_prolonged_from_before_its_fall() -> None:
 def test_values_out_of_range_are_refused(make, message: str) -> None:
     with pytest.raises(ValueError, match=exactly(message)):
         make()
+
+
+def test_a_run_shorter_than_its_warmup_reaches_the_full_rate_halfway() -> None:
+    schedule = Linear(100)
+    assert [round(schedule.factor(step, 10), 2) for step in range(10)] == [0.2, 0.4, 0.6, 0.8, 1, 1, 0.8, 0.6, 0.4, 0.2]

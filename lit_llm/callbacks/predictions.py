@@ -1,10 +1,11 @@
-"""What `predict` found, as a table."""
+"""What `predict` found, as tables."""
 
 from __future__ import annotations
 
 import csv
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,27 @@ from lit_llm.files import replacing
 log = logging.getLogger(__name__)
 
 
-class DocumentScores(Callback):
-    """Writes `predictions.csv`: how well each document of the split was predicted, the worst first.
+class PredictionTable(Callback):
+    """Writes `predictions.csv` from what `predict` gives batch by batch."""
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses several processes, of which none would see all there is to write.
+
+        Raises:
+            ValueError: When there are several.
+        """
+        if trainer.world_size > 1:
+            raise ValueError(f"trainer.devices must be 1 to predict, but there are {trainer.world_size} processes")
+
+    def write(self, trainer: Trainer, columns: list[str], rows: list[list[Any]], what: str) -> None:
+        """Writes the table, and says so; `what` its rows are."""
+        path = Path(trainer.default_root_dir) / "predictions.csv"
+        write_table(path, columns, rows)
+        log.info(f"Scored {len(rows)} {what}: {path}")
+
+
+class DocumentScores(PredictionTable):
+    """How well each document of the split was predicted, the worst first.
 
     Which documents surprise a language model is a question of data quality as much as of the model. Acts on
     predictions that carry `nats` and `documents`; leaves others alone.
@@ -27,15 +47,6 @@ class DocumentScores(Callback):
     def __init__(self) -> None:
         self._nats: dict[int, float] = {}
         self._tokens: dict[int, int] = {}
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses several processes, of which none would see whole documents.
-
-        Raises:
-            ValueError: When there are several.
-        """
-        if trainer.world_size > 1:
-            raise ValueError(f"trainer.devices must be 1 to predict, but there are {trainer.world_size} processes")
 
     def on_predict_batch_end(
         self,
@@ -66,10 +77,109 @@ class DocumentScores(Callback):
         for document, nats in self._nats.items():
             size = int(split.documents["num_bytes"][document])
             bits = nats / math.log(2) / max(size, 1)
-            rows.append((split.ids[document], size, self._tokens[document], round(bits, 4)))
-        path = Path(trainer.default_root_dir) / "predictions.csv"
-        with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(("document", "bytes", "tokens", "bits_per_byte"))
-            writer.writerows(sorted(rows, key=lambda row: -row[-1]))
-        log.info(f"Scored {len(rows)} documents: {path}")
+            rows.append([split.ids[document], size, self._tokens[document], round(bits, 4)])
+        rows.sort(key=lambda row: -row[-1])
+        self.write(trainer, ["document", "bytes", "tokens", "bits_per_byte"], rows, "documents")
+
+
+class ExamplePredictions(PredictionTable):
+    """What each example of the split was taken for, beside all the source says of it.
+
+    A row for each example in the order of the split: the source's columns, `label` where it is known, `predicted`, and
+    of classes the probability of each under `p(<class>)`. For a GLUE task the file that its board takes is written
+    too, under the name it must have. Acts on predictions that carry `rows` and `probabilities` or `values`; leaves
+    others alone.
+    """
+
+    def __init__(self) -> None:
+        self._said: dict[int, list[float]] = {}
+        self._labels: dict[int, float] = {}
+        self._of_classes = False
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps what was said of a batch."""
+        if not isinstance(outputs, dict) or not {"probabilities", "values"} & outputs.keys():
+            return
+        self._of_classes = "probabilities" in outputs
+        said = outputs["probabilities"] if self._of_classes else outputs["values"][:, None]
+        rows = outputs["rows"].tolist()
+        self._said |= zip(rows, said.tolist())
+        if "labels" in batch:
+            self._labels |= zip(rows, batch["labels"].tolist())
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the table and the board's file."""
+        if not self._said:
+            return
+        data, rows = trainer.datamodule, sorted(self._said)
+        said = [self._said[row] for row in rows]
+        name = data.label_name if self._of_classes else lambda value: round(value, 6)
+        # The first of those that are most probable, as `argmax` has it.
+        best = [p.index(max(p)) for p in said] if self._of_classes else [value for [value] in said]
+        table = data.texts(data.predict_split, rows)
+        for line, row, prediction, p in zip(table, rows, best, said, strict=True):
+            line.pop("label", None)
+            if row in self._labels:
+                line["label"] = name(self._labels[row])
+            line["predicted"] = name(prediction)
+            if self._of_classes:
+                line |= {f"p({name(index)})": round(value, 6) for index, value in enumerate(p)}
+        columns = list(table[0])
+        self.write(trainer, columns, [[line[column] for column in columns] for line in table], "examples")
+        submission = getattr(data, "submission", None)
+        if submission is not None and data.predict_split == "test":
+            path = Path(trainer.default_root_dir) / submission.file
+            says = {"index": best, "name": map(name, best), "value": (f"{value:.3f}" for value in best)}
+            write_table(path, ["index", "prediction"], list(zip(rows, says[submission.labels])), delimiter="\t")
+            log.info(f"For the board: {path}")
+
+
+class GeneratedTexts(PredictionTable):
+    """What was written for each example of the split, beside all the source says of it.
+
+    A row for each example in the order of the split: the source's columns and `predicted`. Acts on predictions that
+    carry `rows` and `texts`; leaves others alone.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[int, str] = {}
+
+    def on_predict_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Keeps what was written for a batch."""
+        if isinstance(outputs, dict) and "texts" in outputs:
+            self._written |= zip(outputs["rows"].tolist(), outputs["texts"], strict=True)
+
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the table."""
+        if not self._written:
+            return
+        data, rows = trainer.datamodule, sorted(self._written)
+        table = [
+            line | {"predicted": self._written[row]}
+            for line, row in zip(data.texts(data.predict_split, rows), rows, strict=True)
+        ]
+        self.write(trainer, list(table[0]), [list(line.values()) for line in table], "examples")
+
+
+def write_table(path: Path, columns: list[str], rows: Iterable[Iterable[Any]], delimiter: str = ",") -> None:
+    """Writes a table with a line of column names."""
+    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n" if delimiter == "\t" else "\r\n")
+        writer.writerow(columns)
+        writer.writerows(rows)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
+import math
 import shlex
 import subprocess
 import sys
@@ -16,7 +18,7 @@ from lightning.pytorch.utilities import rank_zero_only
 import lit_llm
 from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.throughput import Throughput
-from lit_llm.checkpoints import load_model, save_model
+from lit_llm.checkpoints import read_adapted, save_model
 from lit_llm.files import replacing
 
 log = logging.getLogger(__name__)
@@ -63,7 +65,7 @@ class RunReport(Callback):
             raise ValueError(f"checkpoint.monitor must be a metric of the validation ({known}), but is {self.monitor}")
         best = self.results.get(f"best/{self.monitor}")
         sign = 1 if self.mode == "min" else -1
-        if best is None or sign * found[self.monitor] < sign * best:
+        if best is None or math.isnan(best) or sign * found[self.monitor] < sign * best:
             self.results |= {f"best/{k}": v for k, v in found.items()} | {"best/step": trainer.global_step}
         self.results |= found
 
@@ -95,7 +97,7 @@ class RunReport(Callback):
             trainer,
             {**self.results, "step": trainer.global_step, **cost, "commit": commit(), "command": command()},
         )
-        draw_learning_curve(Path(trainer.default_root_dir), self.monitor)
+        draw_learning_curve(Path(trainer.default_root_dir), self.monitor, self.mode)
 
     def _merge(self, trainer: Trainer, news: dict[str, Any]) -> None:
         path = Path(trainer.default_root_dir) / "results.json"
@@ -105,9 +107,17 @@ class RunReport(Callback):
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
-        network, best = pl_module.network, folder / "checkpoints" / "best.ckpt"
+        best, adaptation = folder / "checkpoints" / "best.ckpt", getattr(pl_module, "adaptation", None)
         if best.exists():
-            network, _ = load_model(best)
+            network, _ = read_adapted(best)
+        else:
+            network = copy.deepcopy(pl_module.evaluated) if adaptation is not None else pl_module.evaluated
+        if adaptation is not None:
+            if adaptation.adds:
+                with replacing(folder / "adapter") as new:
+                    new.mkdir()
+                    adaptation.save(network, new)
+            adaptation.finish(network)
         if not hasattr(network, "to_hf_config"):
             log.info(f"No model directory: transformers has no class for a {type(network).__name__}")
             return
@@ -181,8 +191,8 @@ def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> s
     )
 
 
-def draw_learning_curve(folder: Path, monitor: str = "val/loss") -> None:
-    """Draws `learning_curve.png` from `metrics.csv`: loss on both splits, and the metric that says most."""
+def draw_learning_curve(folder: Path, monitor: str = "val/loss", mode: str = "min") -> None:
+    """Draws `learning_curve.png` from `metrics.csv`: loss on both splits, and the metric that says most at its best."""
     rows = read_metrics(folder / "metrics.csv")
     if not rows:
         return
@@ -206,6 +216,8 @@ def draw_learning_curve(folder: Path, monitor: str = "val/loss") -> None:
             axes.legend()
             axes.grid(alpha=0.3)
             if axes is right:
-                axes.set_title(f"{name} {points[-1][1]:.4f}")
+                step, best = (max if name == monitor and mode == "max" else min)(points, key=lambda point: point[1])
+                axes.plot(step, best, marker="*", markersize=11, color="tab:green")
+                axes.set_title(f"{name}: {best:.4f} at step {step}")
     with replacing(folder / "learning_curve.png") as new:
         figure.savefig(new, dpi=120)

@@ -75,6 +75,7 @@ class Throughput(Callback):
             "train/seconds": self.seconds,
             "train/memory_gib": peak_memory(pl_module.device) / 2**30,
         }
+        report |= pl_module.take_train_metrics()
         if pl_module.grad_norm is not None:
             report["train/grad_norm"] = float(pl_module.grad_norm)
         flops = getattr(pl_module.network, "flops_per_token", None)
@@ -96,7 +97,8 @@ class Throughput(Callback):
 def count_items(batch: Any) -> int:
     """Tokens of a batch of text, or else its rows."""
     if isinstance(batch, dict):
-        return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
+        further = sum(count_items(part) for part in batch.values() if isinstance(part, dict))
+        return further + (batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values()))))
     return len(batch[0])
 
 

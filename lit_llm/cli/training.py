@@ -10,7 +10,7 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import yaml
 from jsonargparse import DefaultHelpFormatter
@@ -20,13 +20,14 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 
+from lit_llm.callbacks.confusion import ConfusionMatrix
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
 from lit_llm.callbacks.metrics_csv import MetricsCSV
-from lit_llm.callbacks.predictions import DocumentScores
+from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions, GeneratedTexts
 from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
 from lit_llm.callbacks.throughput import Throughput
-from lit_llm.checkpoints import AtomicCheckpointIO
+from lit_llm.checkpoint_files import AtomicCheckpointIO, read_checkpoint
 from lit_llm.cli import fail, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.errors import parser_line
@@ -42,6 +43,9 @@ HOOKS_OF_A_STEP = (
     "on_before_optimizer_step",
     "on_train_batch_end",
 )
+FALLING = {"loss", "perplexity", "bits_per_byte", "rmse", "mae"}
+"""Metrics of which less is better."""
+
 ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config"}
 EXAMPLES = """
 
@@ -171,12 +175,22 @@ class CheckpointOptions:
 
     Args:
         monitor: Metric that decides which validation is best; `best.ckpt` and the exported model are of that step.
-        mode: Whether its `min` or its `max` is best.
+            `None` is the headline metric of the data's task, or else the objective's.
+        mode: Whether its `min` or its `max` is best; `None` is `min` for losses and errors, `max` for other metrics.
         every_n_steps: How often `last.ckpt` is written; also at the end, and on Ctrl-C.
     """
 
-    def __init__(self, monitor: str = "val/loss", mode: str = "min", every_n_steps: int = 100) -> None:
+    def __init__(
+        self, monitor: str | None = None, mode: Literal["min", "max"] | None = None, every_n_steps: int = 100
+    ) -> None:
         self.monitor, self.mode, self.every_n_steps = monitor, mode, every_n_steps
+
+    def decided(self, headline: tuple[str, str]) -> CheckpointOptions:
+        """What is left open taken from the headline metric and its mode."""
+        monitor = self.monitor or headline[0]
+        falls = monitor.rpartition("/")[2] in FALLING
+        mode = self.mode or (headline[1] if monitor == headline[0] else "min" if falls else "max")
+        return CheckpointOptions(monitor, mode, self.every_n_steps)
 
 
 class TrainingCLI(LightningCLI):
@@ -247,16 +261,29 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         options = config["model"].get("init_args") or {}
         weights = options.get("weights")
+        if config.get("ckpt_path"):
+            self._complete(options, read_checkpoint(Path(config["ckpt_path"])))
         if weights and config.get("ckpt_path"):
             options["weights"] = config["ckpt_path"]
         super().instantiate_classes()
         if weights:
             options["weights"] = weights  # as the run's config says it
 
+    def _complete(self, options: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds what data decided when a checkpoint was made: data without labels cannot say again what those are."""
+        for name, value in checkpoint.get("hyper_parameters", {}).items() if self.subcommand == "predict" else ():
+            if name.startswith("num_") and options.get(name, value) is None:
+                options[name] = value
+        made = getattr(options.get("network"), "init_args", None)
+        stored = (checkpoint.get("network") or {}).get("init_args", {}).get("config")
+        if stored is not None and made is not None and made.get("config") is not None:
+            made["config"] = stored
+
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""
         options = self._get(self.config_init, "trainer")
-        checkpoint = self._get(self.config_init, "checkpoint")
+        headline = getattr(self.datamodule, "monitor", None) or getattr(self.model, "monitor", ("val/loss", "min"))
+        checkpoint = self._get(self.config_init, "checkpoint").decided(headline)
         callbacks = list(options["callbacks"] or [])
         loggers = options["logger"]
         if not options["fast_dev_run"]:
@@ -275,9 +302,9 @@ class TrainingCLI(LightningCLI):
 
     def _standard_callbacks(self, checkpoint: CheckpointOptions, given: list[Callback]) -> list[Callback]:
         options = self._get(self.config_init, "trainer")
-        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
+        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode), ConfusionMatrix()]
         if self.subcommand == "predict":
-            standard.append(DocumentScores())
+            standard += [DocumentScores(), ExamplePredictions(), GeneratedTexts()]
         if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
             standard.insert(1, Progress())
         if options["enable_checkpointing"] is False:

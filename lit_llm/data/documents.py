@@ -27,6 +27,7 @@ TABLE_FORMATS = {
     ".tsv": "csv",
 }
 PIECE_CHARACTERS = 8192
+SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id(ation)?|uation|el(opment)?)?(set)?(?![a-z])")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -130,7 +131,7 @@ def open_corpus(
     """
     rows: Rows = TextColumn(column) if isinstance(column, str) else column
     if path in rows.embedded:
-        identity = {"embedded": path, "python": sys.version.split()[0], "files": _stamps(stdlib_files())}
+        identity = {"embedded": path, "python": sys.version.split()[0], "files": stamps(stdlib_files())}
         return Corpus(path, identity, lambda limit=None: itertools.islice(rows.embedded[path](), limit))
     where = Path(path).expanduser()
     if where.is_file():
@@ -139,18 +140,18 @@ def open_corpus(
         if not rows.text_files:
             raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but is {path}")
         documents = _pieces if in_pieces else lambda file: _whole(file.parent, [file])
-        return Corpus(path, {"text": _stamps([where])}, lambda limit=None: itertools.islice(documents(where), limit))
+        return Corpus(path, {"text": stamps([where])}, lambda limit=None: itertools.islice(documents(where), limit))
     if where.is_dir():
         visible = (p for p in where.rglob("*") if not any(x.startswith(".") for x in p.relative_to(where).parts))
         files = sorted(p for p in visible if p.is_file())
         texts = [p for p in files if p.suffix in TEXT_SUFFIXES]
         tables = [p for p in files if p.suffix in TABLE_FORMATS]
         if tables and (not rows.text_files or all(p.name == "README.md" for p in texts)):
-            return _hub(path, subset, rows, streaming, {"tables": _stamps(tables)}, _reading(tables, rows))
+            return _hub(path, subset, rows, streaming, {"tables": stamps(tables)}, _reading(tables, rows))
         if texts and rows.text_files:
             if tables:
                 log.info(f"Reading {len(texts)} text files of {path}; {len(tables)} tables beside them are left out")
-            return Corpus(path, {"text": _stamps(texts)}, lambda limit=None: _whole(where, texts[:limit]))
+            return Corpus(path, {"text": stamps(texts)}, lambda limit=None: _whole(where, texts[:limit]))
         known = ", ".join([*(TEXT_SUFFIXES if rows.text_files else ()), *TABLE_FORMATS])
         raise ValueError(f"data.path must hold files of text ({known}), but is {path} with {len(files)} other files")
     if where.is_absolute() or where.suffix in (*TEXT_SUFFIXES, *TABLE_FORMATS) or not HUB_NAME.fullmatch(path):
@@ -161,7 +162,7 @@ def open_corpus(
     return _hub(path, subset, rows, streaming, {"hub": path})
 
 
-def _stamps(files: list[Path]) -> str:
+def stamps(files: list[Path]) -> str:
     """A hash of names, sizes and times of change: as good as the content for files nobody forges, and instant."""
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
@@ -212,7 +213,7 @@ def _table(path: str, files: list[Path], rows: Rows) -> Corpus:
 
     return Corpus(
         path,
-        {"table": _stamps(files), **asdict(rows)},
+        {"table": stamps(files), **asdict(rows)},
         lambda limit=None: itertools.islice(_documents(load, rows, path, prefix=files[0].name, split=None), limit),
     )
 
@@ -253,24 +254,29 @@ def _hub(
 
     def read(limit: int | None = None) -> Iterator[Document]:
         # Evaluation first: where a text stands in two splits, it is the one in training that goes.
-        for split in sorted(splits, key=lambda s: _kind(s) == "train"):
+        for split in sorted(splits, key=lambda s: split_kind(s) not in ("validation", "test")):
             stream = streaming or local or limit is not None
             load = functools.partial(load_dataset, path, subset, split=split, streaming=stream, **(options or {}))
-            yield from itertools.islice(_documents(load, rows, path, split, _kind(split)), limit)
+            yield from itertools.islice(_documents(load, rows, path, split, split_kind(split) or "train"), limit)
 
     return Corpus(
         path,
         {**identity, "subset": subset, **asdict(rows)},
         read,
-        has_validation="validation" in map(_kind, splits),
-        has_test="test" in map(_kind, splits),
+        has_validation="validation" in map(split_kind, splits),
+        has_test="test" in map(split_kind, splits),
     )
 
 
-def _kind(split: str) -> str:
-    """What a split of a hub data set is for, from its name."""
-    kinds = {"val": "validation", "dev": "validation", "eval": "validation", "test": "test"}
-    return next((kind for start, kind in kinds.items() if split.startswith(start)), "train")
+def split_kind(split: str) -> str | None:
+    """What a split is for, from a word in its name; `None` where there is none.
+
+    Example:
+        >>> [split_kind(name) for name in ("Train", "sst2_dev", "valid.matched", "latest")]
+        ['train', 'validation', 'validation', None]
+    """
+    found = SPLIT_WORD.search(split.lower())
+    return found and {"train": "train", "test": "test"}.get(found[1], "validation")
 
 
 def _documents(load: Callable[[], Any], rows: Rows, path: str, prefix: str, split: str | None) -> Iterator[Document]:

@@ -12,7 +12,7 @@ import numpy as np
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from lit_llm.data.tokenizer import encode_documents
+from lit_llm.data.tokenizer import encode_documents, opening_ids
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 """How `ByteLevel` splits when it is told to."""
@@ -60,6 +60,11 @@ class DocumentEncoder:
         rest = [text for text, ids in zip(texts, found) if ids is None]
         encoded = iter(encode_documents(self.tokenizer, rest) if rest else [])
         return [np.array(next(encoded), dtype=self.dtype) if ids is None else ids for ids in found]
+
+    def encode_opened(self, texts: list[str]) -> list[np.ndarray]:
+        """The same, each after what opens a document: an encoder's `[CLS]`."""
+        opening = np.array(opening_ids(self.tokenizer), dtype=self.dtype)
+        return [np.concatenate([opening, ids]) if len(opening) else ids for ids in self.encode(texts)]
 
     def _look_up(self, text: str) -> np.ndarray | None:
         if self.split is None or not (text.isascii() or BEYOND.search(text) is None):

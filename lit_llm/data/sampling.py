@@ -24,6 +24,9 @@ class BatchLoader:
             that each is counted once whatever the number of ranks, and keeps the last, smaller batch.
         rank: This process.
         world_size: All processes.
+        lengths: Length of each row: batches are made of rows of about one length, or, where rows are not shuffled, the
+            longest rows come first. An epoch that goes on with another batch size then goes on with other rows.
+        classes: Class of each row, from 0: each comes equally often in an epoch, which is as long as without.
     """
 
     def __init__(
@@ -34,13 +37,17 @@ class BatchLoader:
         shuffle_seed: int | None = None,
         rank: int = 0,
         world_size: int = 1,
+        lengths: np.ndarray | None = None,
+        classes: np.ndarray | None = None,
     ) -> None:
         self.cut = cut
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
         self.rank, self.world_size = rank, world_size
+        self.lengths, self.classes = lengths, classes
         self.epoch = self.batch = 0
+        self._drawn: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
         """Batches of one epoch, for this rank."""
@@ -51,19 +58,31 @@ class BatchLoader:
 
     def __iter__(self) -> Iterator[Any]:
         """Goes on from the current position to the end of its epoch; in order, always from the first row."""
-        order = self._order()
+        order = self._order(self.epoch)
         first = self.batch if self.shuffle_seed is not None else 0
         for batch in range(first, len(self)):
+            cut = self.cut(order[batch * self.batch_size : (batch + 1) * self.batch_size])  # `epoch` is still its own
             # The position after this batch, also when the loop that reads us stops early.
             self.epoch, self.batch = (self.epoch, batch + 1) if batch + 1 < len(self) else (self.epoch + 1, 0)
-            yield self.cut(order[batch * self.batch_size : (batch + 1) * self.batch_size])
+            yield cut
 
-    def _order(self) -> np.ndarray:
+    def rows(self, number: int) -> np.ndarray:
+        """The rows of a batch that is counted from the first epoch on; the position stays as it is."""
+        epoch, batch = divmod(number, len(self))
+        if self._drawn is None or self._drawn[0] != epoch:
+            self._drawn = epoch, self._order(epoch)
+        return self._drawn[1][batch * self.batch_size : (batch + 1) * self.batch_size]
+
+    def _order(self, epoch: int) -> np.ndarray:
         if self.shuffle_seed is None:
-            return np.arange(self.rank, self.num_rows, self.world_size)
-        order = np.random.default_rng((self.shuffle_seed, self.epoch)).permutation(self.num_rows)
+            order = np.arange(self.num_rows) if self.lengths is None else np.argsort(-self.lengths, kind="stable")
+            return order[self.rank :: self.world_size]
+        chance = np.random.default_rng((self.shuffle_seed, epoch))
+        order = chance.permutation(self.num_rows) if self.classes is None else balanced(self.classes, chance)
         # Batch by batch, so that a global batch holds the same rows however many ranks share it.
         order = order[: len(self) * self.batch_size * self.world_size]
+        if self.lengths is not None:
+            order = grouped(order, self.lengths, self.batch_size * self.world_size, chance)
         return order.reshape(len(self), self.batch_size, self.world_size)[:, :, self.rank].ravel()
 
     def state_dict(self) -> dict[str, int]:
@@ -77,6 +96,51 @@ class BatchLoader:
             self.epoch = self.batch = 0
         elif self.batch >= len(self):
             self.epoch, self.batch = self.epoch + 1, 0
+
+
+def grouped(order: np.ndarray, lengths: np.ndarray, batch_size: int, chance: np.random.Generator) -> np.ndarray:
+    """Rows of about one length into each batch, as many of them as there are whole batches.
+
+    Of fifty batches at a time the rows are sorted by length; then the batches are shuffled, so that long and short ones
+    come in any order, and a row has other company in each epoch. The Hugging Face Trainer's `group_by_length` does the
+    same, but leaves the batches of a fifty in the order of their lengths.
+
+    Args:
+        order: Rows in random order, a multiple of `batch_size` of them.
+        lengths: Length of each row.
+        batch_size: Rows in a batch of all ranks.
+        chance: What shuffles the batches.
+
+    Example:
+        >>> lengths = np.array([9, 1, 8, 2, 1, 9])
+        >>> order = grouped(np.arange(6), lengths, batch_size=2, chance=np.random.default_rng(0))
+        >>> lengths[order].reshape(3, 2).tolist()
+        [[9, 9], [1, 1], [2, 8]]
+    """
+    fifties = np.arange(len(order)) // (50 * batch_size)
+    batches = order[np.lexsort((lengths[order], fifties))].reshape(-1, batch_size)
+    return chance.permutation(batches).ravel()
+
+
+def balanced(classes: np.ndarray, chance: np.random.Generator) -> np.ndarray:
+    """As many rows as there are, in random order, of each class equally many, or one more of some.
+
+    Of a class with too many some are left out; those of a class with too few come again, but none for the third time
+    before all have come twice, and so on.
+
+    Example:
+        >>> order = balanced(np.array([0, 0, 0, 0, 1, 1]), np.random.default_rng(0))
+        >>> sorted(order[order > 3].tolist()), len(order)
+        ([4, 4, 5], 6)
+    """
+    kinds = chance.permutation(np.unique(classes))
+    drawn = []
+    for number, kind in enumerate(kinds):
+        mine = np.flatnonzero(classes == kind)
+        wanted = len(classes) // len(kinds) + (number < len(classes) % len(kinds))
+        rounds = [chance.permutation(mine) for _ in range(-(-wanted // len(mine)))]
+        drawn.append(np.concatenate([mine[:0], *rounds])[:wanted])
+    return chance.permutation(np.concatenate(drawn))
 
 
 class StreamLoader:

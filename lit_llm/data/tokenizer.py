@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOUNDARY = "<|endoftext|>"
@@ -29,7 +29,13 @@ WORDS = (
 two digits a token, and a line's end stays with the punctuation before it and the indentation after it, which on the
 standard library gives 6 % more bytes a token at a vocabulary of 4,096."""
 
-TRAINED = re.compile(r"bpe-(\d+)")
+MARKS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
+"""What an encoder's tokeniser has instead of the boundary: `[CLS]` opens an example, `[SEP]` ends each text in it."""
+
+SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
+"""What an encoder-decoder's tokeniser has to stand for spans that are left out of a text."""
+
+TRAINED = re.compile(r"(bert-|t5-)?bpe-(\d+)")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -85,8 +91,88 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     Source:
         Sennrich et al., 2016, arXiv:1508.07909, on bytes as Radford et al., 2019 (GPT-2).
     """
-    if vocab_size < 257:
-        raise ValueError(f"vocab_size must be at least 257 (the bytes and {BOUNDARY}), but is {vocab_size}")
+    return _dressed(_trained(texts, vocab_size, [BOUNDARY]), decoders.ByteLevel())
+
+
+def train_bert_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains the same for an encoder: with BERT's marks `[PAD]`, `[CLS]`, `[SEP]` and `[MASK]`.
+
+    One text becomes `[CLS] A [SEP]`, two become `[CLS] A [SEP] B [SEP]`, the second one and its `[SEP]` of type 1.
+
+    Args:
+        texts: What to train on.
+        vocab_size: Tokens wanted, the 256 bytes and the marks included; a small corpus may yield fewer.
+
+    Raises:
+        ValueError: When `vocab_size` has no room for the bytes and the marks.
+
+    Source:
+        Devlin et al., 2018, arXiv:1810.04805, figure 2; bytes instead of word pieces, so there is no `[UNK]`.
+
+    Example:
+        >>> tokenizer = train_bert_bpe(["ab ab"], 260)
+        >>> tokenizer.convert_ids_to_tokens(tokenizer("a", "b").input_ids)
+        ['[CLS]', 'a', '[SEP]', 'b', '[SEP]']
+    """
+    tokenizer = _trained(texts, vocab_size, list(MARKS))
+    padding, opening, end, mask = MARKS
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{opening} $A {end}",
+        pair=f"{opening} $A {end} $B:1 {end}:1",
+        special_tokens=[(mark, tokenizer.token_to_id(mark)) for mark in (opening, end)],
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=padding,
+        cls_token=opening,
+        sep_token=end,
+        mask_token=mask,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def train_t5_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains the same for an encoder-decoder: with T5's `<pad>`, `</s>` and 100 sentinels from `<extra_id_0>` on.
+
+    A text ends with `</s>`, and so does each of two.
+
+    Args:
+        texts: What to train on.
+        vocab_size: Tokens wanted, the 256 bytes and the 102 others included; a small corpus may yield fewer.
+
+    Raises:
+        ValueError: When `vocab_size` has no room for the bytes and the others.
+
+    Source:
+        Raffel et al., 2020, arXiv:1910.10683, sections 2.2 and 3.1.4; bytes instead of SentencePiece, so there is no
+        `<unk>`.
+
+    Example:
+        >>> tokenizer = train_t5_bpe(["ab ab"], 360)
+        >>> tokenizer.convert_ids_to_tokens(tokenizer("a").input_ids), tokenizer.convert_tokens_to_ids("<extra_id_0>")
+        (['a', '</s>'], 2)
+    """
+    padding, end = "<pad>", "</s>"
+    tokenizer = _trained(texts, vocab_size, [padding, end, *SENTINELS])
+    ended = [(end, tokenizer.token_to_id(end))]
+    tokenizer.post_processor = processors.TemplateProcessing(f"$A {end}", f"$A {end} $B {end}", ended)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=padding,
+        eos_token=end,
+        model_input_names=["input_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -> Tokenizer:
+    least = 256 + len(special_tokens)
+    if vocab_size < least:
+        names = ", ".join(special_tokens[:4]) + (" …" if len(special_tokens) > 4 else "")
+        raise ValueError(f"vocab_size must be at least {least} (the bytes and {names}), but is {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -94,12 +180,12 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[BOUNDARY],
+        special_tokens=special_tokens,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return _dressed(tokenizer, decoders.ByteLevel())
+    return tokenizer
 
 
 def _dressed(tokenizer: Tokenizer, decoder: decoders.Decoder, **tokens: str) -> PreTrainedTokenizerFast:
@@ -115,18 +201,19 @@ def _dressed(tokenizer: Tokenizer, decoder: decoders.Decoder, **tokens: str) -> 
 
 
 def training_of(spec: str) -> Callable[[Iterable[str]], PreTrainedTokenizerFast] | None:
-    """What makes a tokeniser from texts, for `characters` and `bpe-<size>`; `None` for one that is ready."""
+    """What makes a tokeniser from texts, for `characters` and `bpe-<size>` and its kin; `None` for a ready one."""
     if spec == "characters":
         return character_tokenizer
     match = TRAINED.fullmatch(spec)
-    return partial(train_bpe, vocab_size=int(match[1])) if match else None
+    train = {None: train_bpe, "bert-": train_bert_bpe, "t5-": train_t5_bpe}
+    return partial(train[match[1]], vocab_size=int(match[2])) if match else None
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
     """Loads a tokeniser that needs no training.
 
     Args:
-        spec: `bytes`, a folder with `tokenizer.json`, or a name on the hub.
+        spec: `bytes`, a folder with `tokenizer.json`, a run folder, or a name on the hub.
 
     Raises:
         FileNotFoundError: When there is no such tokeniser.
@@ -139,8 +226,8 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
     except Exception as error:  # the library beneath raises nothing narrower for a file that is no tokeniser
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FileNotFoundError(
-            f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on "
-            f"the hub, but is {str(spec)!r}: {reason}"
+            f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, `bert-bpe-<size>`, `t5-bpe-<size>`, a folder made "
+            f"by `lit-llm tokenizer` or a name on the hub, but is {str(spec)!r}: {reason}"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer must have a tokenizer.json, but {spec} is a {type(tokenizer).__name__}")
@@ -149,7 +236,10 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
 
 
 def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokeniser of a folder or of a name on the hub, without running any code that comes with it."""
+    """The tokeniser of a folder, of a run or of a name on the hub, without running any code that comes with it."""
+    folder = Path(source).expanduser()
+    if not (folder / "tokenizer.json").is_file() and (folder / "model" / "tokenizer.json").is_file():
+        source = folder / "model"
     return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
 
 
@@ -163,6 +253,12 @@ def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:
         if token is not None:
             return token
     raise ValueError("tokenizer must have an eos, bos or sep token to put between documents, but has none")
+
+
+def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What stands between the boundary and a document: BERT's `[CLS]`; nothing where the boundary does both."""
+    opening = tokenizer.cls_token_id
+    return [] if opening is None or opening == boundary_id(tokenizer) else [opening]
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -1,4 +1,4 @@
-"""The unit of a network that is repeated."""
+"""The unit of a network that is repeated, and how deep in a network a parameter is."""
 
 from abc import ABC
 
@@ -12,3 +12,35 @@ class Block(nn.Module, ABC):
     architecture without knowing any: they look for instances of this class. A library's layer becomes one by
     `Block.register`.
     """
+
+
+def depths(network: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
+    """How deep in a network each of its parameters is, from the input up, and how deep its head.
+
+    0 is what comes before the first block (embeddings), 1 to `n` are the blocks, the last of them with what comes
+    between it and the head (a norm), and `n + 1` is the head: all that is not `network.backbone` where there is such,
+    with the backbone's pooler, which is as good as new after pre-training without it; else the last layer with
+    parameters. An embedding that is the head's matrix too is at 0. The order is that
+    in which layers were made; without any blocks what is below the head is at 0, and the head at 1.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1, bias=False))
+        >>> found, top = depths(network)
+        >>> [found[p] for p in network.parameters()], top
+        ([0, 0, 1], 1)
+    """
+    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    within = {p: index for index, block in enumerate(blocks, 1) for p in block.parameters()}
+    backbone = getattr(network, "backbone", None)
+    if backbone is not None:
+        pooler = getattr(backbone, "pooler", None)
+        below = set(backbone.parameters()) - set(pooler.parameters() if pooler is not None else ())
+        head = {p for p in network.parameters() if p not in below}
+    else:
+        head = set([m for m in network.modules() if any(True for _ in m.parameters(recurse=False))][-1].parameters())
+    found: dict[nn.Parameter, int] = {}
+    here = 0
+    for p in network.parameters():  # a tied matrix comes once, where it is first
+        here = max(here, within.get(p, 0))
+        found[p] = within[p] if p in within else len(blocks) + 1 if p in head and (here or not blocks) else here
+    return found, len(blocks) + 1

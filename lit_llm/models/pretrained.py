@@ -1,29 +1,26 @@
-"""Any causal language model of transformers under this package's contract: the one module here that knows it."""
+"""Any causal language model of transformers under this package's contract."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lit_llm.models.attention import document_mask
-from lit_llm.models.block import Block
+from lit_llm.models.pretrained_network import PretrainedLanguageModel
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PretrainedConfig
+    from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 ATTENTION = {"full_attention", "sliding_attention"}
 """The kinds of layers that a mask tells all there is to know about what they may look at."""
 
 
-class PretrainedCausalLM(nn.Module):
+class PretrainedCausalLM(PretrainedLanguageModel):
     """A causal language model of transformers, made from its config with fresh weights.
 
     Its weights come from a checkpoint with `checkpoints.load_model` or an objective's `weights`. Its repeated layers
@@ -49,28 +46,33 @@ class PretrainedCausalLM(nn.Module):
         torch.Size([1, 3, 10])
     """
 
-    def __init__(self, vocab_size: int, config: str | dict[str, Any], activation_checkpointing: bool = False) -> None:
-        super().__init__()
-        from transformers import AutoModelForCausalLM
+    tasks: ClassVar[dict[str, str]] = {"AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"}
+    description = "a causal language model"
 
-        self.vocab_size, self.activation_checkpointing = vocab_size, activation_checkpointing
-        self.config = read_config(config)
-        self.config.get_text_config().vocab_size = vocab_size
-        plain = copy.deepcopy(self.config)
+    def _plain_config(self) -> PretrainedConfig:
         # Rows here have no padding, and transformers would freeze the embedding of what is a boundary to us.
+        plain = copy.deepcopy(self.config)
         plain.get_text_config().pad_token_id = None
-        self.model = AutoModelForCausalLM.from_config(plain, dtype=torch.get_default_dtype(), trust_remote_code=False)
-        self._adopt()
+        return plain
 
-    def _adopt(self) -> None:
-        from transformers.modeling_layers import GradientCheckpointingLayer
-
-        for kind in {type(m) for m in self.model.modules() if isinstance(m, GradientCheckpointingLayer)}:
-            Block.register(kind)
-        if self.activation_checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        self.max_seq_len = getattr(self.config.get_text_config(), "max_position_embeddings", None)
+    def _adopt(self, model: PreTrainedModel) -> None:
+        super()._adopt(model)
         self._head_is_all = self._finds_nothing_but_the_head()
+
+    def reset_parameters(self) -> None:
+        """Draws the initial weights of the architecture."""
+        super().reset_parameters()
+        self._head_is_all = self._finds_nothing_but_the_head()
+
+    @classmethod
+    def read_config(cls, config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:
+        """As `Pretrained.read_config`; refuses an encoder that could be a decoder but is none."""
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+        made = super().read_config(config, name)
+        if made.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(made, "is_decoder", True) is False:
+            raise ValueError(f"is_decoder must be true in the config of a causal {made.model_type}, but is false")
+        return made
 
     @torch.no_grad()
     def _finds_nothing_but_the_head(self) -> bool:
@@ -97,16 +99,6 @@ class PretrainedCausalLM(nn.Module):
             return False
         same = (given if given._base is None else given._base) is (read if read._base is None else read._base)
         return same and logits is seen["said"]
-
-    def reset_parameters(self) -> None:
-        """Draws the initial weights of the architecture."""
-        for module in self.model.modules():
-            module._is_hf_initialized = False
-        for p in self.model.parameters():
-            p._is_hf_initialized = False
-        self.model.tie_weights()
-        self.model.initialize_weights()
-        self._head_is_all = self._finds_nothing_but_the_head()
 
     @property
     def lm_head(self) -> nn.Linear:
@@ -192,119 +184,9 @@ class PretrainedCausalLM(nn.Module):
             return {"full_attention": self._form(mask), "sliding_attention": sliding} if kinds else sliding
         return self._form(mask)
 
-    def _form(self, mask: Tensor) -> Tensor:
-        if self.model.config._attn_implementation == "eager":  # added to the scores
-            dtype = next(self.model.parameters()).dtype
-            return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
-        return mask
-
     def new_cache(self, batch_size: int, max_seq_len: int) -> DynamicCache:
         """An empty cache for `forward`, which grows as it is filled."""
         from transformers import DynamicCache
 
         self._require_attention()
         return DynamicCache()  # without a config: a layer with a window would drop what a mask still speaks of
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """The constructor's, with the config itself in place of where it came from: what a checkpoint needs."""
-        return {"config": self.to_hf_config(), "activation_checkpointing": self.activation_checkpointing}
-
-    def to_hf_config(self) -> dict[str, Any]:
-        """The `config.json` with which transformers builds the same network."""
-        return {**self.config.to_dict(), "architectures": [type(self.model).__name__]}
-
-    @staticmethod
-    def hf_arguments(config: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that make the network that a `config.json` of transformers describes."""
-        return {"vocab_size": read_config(config).get_text_config().vocab_size, "config": config}
-
-    @classmethod
-    def from_hf_config(cls, config: dict[str, Any]) -> PretrainedCausalLM:
-        """The network that a `config.json` of transformers describes, with fresh weights."""
-        return cls(**cls.hf_arguments(config))
-
-    def save_weights(self, folder: Path) -> None:
-        """Writes the weights by the names under which transformers reads them."""
-        with _without_bars():
-            self.model.save_pretrained(folder)
-
-    def load_weights(self, folder: Path) -> None:
-        """Takes the weights of a directory of transformers in place of its own.
-
-        Raises:
-            ValueError: When a tensor is missing, left over or of another shape.
-        """
-        from transformers import AutoModelForCausalLM
-
-        try:
-            with _without_bars(), torch.device("cpu"):  # under another device transformers would place the weights
-                model, found = AutoModelForCausalLM.from_pretrained(
-                    folder,
-                    config=self.model.config,
-                    dtype=torch.get_default_dtype(),
-                    use_safetensors=True,
-                    trust_remote_code=False,
-                    local_files_only=True,
-                    output_loading_info=True,
-                )
-        except RuntimeError as error:
-            raise ValueError(
-                f"model must hold the network's tensors, but {folder} does not: {_first(error)}"
-            ) from error
-        for what, names in (("lacks", found["missing_keys"]), ("also has", found["unexpected_keys"])):
-            if names:
-                more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-                raise ValueError(
-                    f"model must hold the network's tensors and no others, but {folder} {what} {min(names)}{more}"
-                )
-        self.model = model
-        self._adopt()
-
-
-def read_config(config: str | dict[str, Any]) -> PretrainedConfig:
-    """The config of a causal language model of transformers, from a `config.json`'s content or a place that has one.
-
-    Raises:
-        FileNotFoundError: When there is no such place.
-        ValueError: When it does not describe a causal language model.
-    """
-    from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import (
-        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-    )
-
-    try:
-        if isinstance(config, str):
-            made = AutoConfig.from_pretrained(str(Path(config).expanduser()), trust_remote_code=False)
-        else:
-            made = AutoConfig.for_model(**copy.deepcopy(config))
-    except Exception as error:  # each architecture checks its own in its own way
-        if isinstance(config, str):
-            raise FileNotFoundError(
-                f"config must be a directory with a config.json or a name on the hub, but is {config}: {_first(error)}"
-            ) from error
-        raise ValueError(f"config must describe a network of transformers, but does not: {_first(error)}") from error
-    if made.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
-        raise ValueError(f"model_type must be that of a causal language model, but is {made.model_type}")
-    if made.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(made, "is_decoder", True) is False:
-        raise ValueError(f"is_decoder must be true in the config of a causal {made.model_type}, but is false")
-    return made
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _first(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)

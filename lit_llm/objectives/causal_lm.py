@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 
+from lit_llm.adaptation import Adaptation
 from lit_llm.batch import IGNORE_INDEX, TokenBatch
 from lit_llm.metrics import LanguageModeling
 from lit_llm.objectives.losses import cross_entropy_sum, linear_cross_entropy_sum, token_nats
@@ -29,6 +30,7 @@ class CausalLM(Objective):
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
         weights: As in `Objective`.
+        adaptation: As in `Objective`.
         vocab_size: Tokens that the network has; `None` is as many as the tokeniser, more is room or alignment.
         label_smoothing: Probability spread over all tokens, in [0, 1).
         z_loss: Weight of the squared log-normaliser; 0 for none, 1e-4 is usual.
@@ -49,11 +51,12 @@ class CausalLM(Objective):
         schedule: Schedule | None = None,
         decay_embeddings: bool = False,
         weights: str | None = None,
+        adaptation: Adaptation | None = None,
         vocab_size: int | None = None,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
     ) -> None:
-        super().__init__(network, optimizer, schedule, decay_embeddings, weights)
+        super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation)
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"model.label_smoothing must be in [0, 1), but is {label_smoothing}")
         if z_loss < 0:
@@ -61,14 +64,6 @@ class CausalLM(Objective):
         self.save_arguments()
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.val_metric, self.test_metric = LanguageModeling(), LanguageModeling()
-
-    def configure_model(self) -> None:
-        """Builds the network and checks that it reads rows as long as the data's."""
-        super().configure_model()
-        longest = getattr(self.network, "max_seq_len", None)
-        seq_len = getattr(getattr(self._trainer, "datamodule", None), "seq_len", None)
-        if longest and seq_len and seq_len > longest:
-            raise ValueError(f"data.seq_len must be at most the network's max_seq_len, {longest}, but is {seq_len}")
 
     def logits(self, batch: TokenBatch) -> Any:
         """What the network says of each next token."""
@@ -86,28 +81,9 @@ class CausalLM(Objective):
             return linear_cross_entropy_sum(hidden, weight, labels, self.label_smoothing, self.z_loss), targets
         return cross_entropy_sum(self.logits(batch), labels, self.label_smoothing, self.z_loss), targets
 
-    def validation_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Adds a batch to the validation sums."""
-        self._evaluate(self.val_metric, batch)
-
-    def test_step(self, batch: TokenBatch, batch_idx: int) -> None:
-        """Adds a batch to the test sums."""
-        self._evaluate(self.test_metric, batch)
-
-    def _evaluate(self, metric: LanguageModeling, batch: TokenBatch) -> None:
+    def measure(self, metric: LanguageModeling, batch: TokenBatch) -> None:
+        """Adds the nats of each label, and the bytes that its row stands for."""
         metric.update(token_nats(self.logits(batch), batch["labels"]), batch["labels"], batch.get("num_bytes"))
-
-    def on_validation_epoch_end(self) -> None:
-        """Logs the metrics of the whole split."""
-        self._log(self.val_metric, "val")
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the metrics of the whole split."""
-        self._log(self.test_metric, "test")
-
-    def _log(self, metric: LanguageModeling, split: str) -> None:
-        self.report({f"{split}/{name}": value for name, value in metric.compute().items()})
-        metric.reset()
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Any]:
         """The nats of each label and the document it belongs to; see `callbacks.predictions`."""

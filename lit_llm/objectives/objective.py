@@ -6,20 +6,26 @@ import functools
 import inspect
 import logging
 import math
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric, MetricCollection
 
-from lit_llm.checkpoints import Model, class_path, copy_weights, plain, read_model
+from lit_llm.adaptation import Adaptation
+from lit_llm.batch import inputs
+from lit_llm.checkpoints import Model, class_path, copy_weights, first_argument, plain, read_model
 from lit_llm.data.tokenizer import fingerprint
+from lit_llm.objectives.features import FeatureCache, can_be_cached
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule
 
@@ -51,6 +57,7 @@ class Objective(LightningModule, ABC):
         decay_embeddings: Let weight decay act on embeddings (it never does on norms and biases).
         weights: What to start from instead of fresh weights: a model directory (ours or transformers'), a run folder, a
             checkpoint file or a name on the hub. Read once, before the first step: checkpoints do without it.
+        adaptation: Which parameters learn, from when on and how fast; `None` is all of them alike.
 
     Raises:
         ValueError: When there is neither a network nor weights.
@@ -59,6 +66,13 @@ class Objective(LightningModule, ABC):
     size_name: ClassVar[str]
     """The argument, and the data module's attribute, that becomes the network's first argument."""
 
+    monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
+    """The metric that says which validation is best, where the data names none, and whether its `min` or `max` is."""
+
+    val_metric: Metric | MetricCollection
+    test_metric: Metric | MetricCollection
+    """What adds up over a split; a subclass makes them, at the latest with the network."""
+
     def __init__(
         self,
         network: Callable[..., nn.Module] | None = None,
@@ -66,6 +80,7 @@ class Objective(LightningModule, ABC):
         schedule: Schedule | None = None,
         decay_embeddings: bool = False,
         weights: str | None = None,
+        adaptation: Adaptation | None = None,
     ) -> None:
         super().__init__()
         if network is None and weights is None:
@@ -74,15 +89,22 @@ class Objective(LightningModule, ABC):
         self.make_optimizer = optimizer
         self.schedule = schedule or Constant()
         self.decay_embeddings = decay_embeddings
+        self.adaptation = adaptation
         self.network: nn.Module | None = None
         self.grad_norm: Tensor | None = None
         self._step_targets: Tensor | float = 0.0
         self._loss_sum: Tensor | float = 0.0
         self._target_sum: Tensor | float = 0.0
+        self._waiting: list[dict[str, Any]] = []
+        self._features: dict[RunningStage, FeatureCache] = {}
 
     @abstractmethod
     def loss(self, batch: Any) -> Loss:
         """The loss to be minimised, summed over the batch's targets, and their number."""
+
+    @abstractmethod
+    def measure(self, metric: Any, batch: Any) -> dict[str, Tensor] | None:
+        """Adds a batch to `val_metric` or `test_metric`; what it gives is for callbacks."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As torch's, but for what is set many times a step: that never is a parameter, which torch takes time to see.
@@ -141,8 +163,23 @@ class Objective(LightningModule, ABC):
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
         if self.make_network is not None:
             self.network = self.make_network(self.hparams[name])
+            if hasattr(self.network, "read_tokens_of") and self._trainer and self.trainer.state.fn == "fit":
+                tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
+                if tokenizer is not None:
+                    self.network.read_tokens_of(tokenizer)
         if source is not None:
             self._start_from(source)
+        self._require_room()
+        if self.adaptation is not None:
+            self.adaptation.prepare(self.network)
+
+    def _require_room(self) -> None:
+        """Sees that the network reads rows as long as the data's."""
+        longest, data = getattr(self.network, "max_seq_len", None), getattr(self._trainer, "datamodule", None)
+        for name in ("seq_len", "max_seq_len"):
+            length = getattr(data, name, None)
+            if longest and length and length > longest:
+                raise ValueError(f"data.{name} must be at most the network's max_seq_len, {longest}, but is {length}")
 
     def _require_same_data(self, source: Model) -> None:
         """Refuses data that means something else by its numbers than what the weights were trained on."""
@@ -154,6 +191,13 @@ class Objective(LightningModule, ABC):
             raise ValueError(
                 f"data.tokenizer must be the one that model.weights were trained with, but is another than that of "
                 f"{weights}{remedy}"
+            )
+        sized_by = first_argument(type(source.network))
+        if (sized_by == "vocab_size") != (name == "vocab_size"):
+            kind = type(source.network).__name__
+            raise ValueError(
+                f"model.weights must be of a network sized by {name}, but {weights} is a {kind}, sized by {sized_by}; "
+                f"a backbone can be named as model.network.path"
             )
         size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
         if needed is not None and size < needed:
@@ -172,26 +216,95 @@ class Objective(LightningModule, ABC):
         log.info(f"Starting from the weights of {self.hparams['weights']}")
         self.hparams["weights"] = None  # a checkpoint has weights of its own
 
+    @property
+    def tokenizer_path(self) -> str | None:
+        """Where the tokeniser of what the network starts from is: for data that names none."""
+        options = (self.hparams.get("network") or {}).get("init_args") or {}
+        place = options.get("path") or self.hparams.get("weights")
+        return None if str(place).endswith(".ckpt") else place  # a checkpoint brings its own
+
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser over the groups that `optimizers.parameter_groups` makes, and its schedule by the step."""
         groups = parameter_groups(self.network, self.decay_embeddings)
+        if self.adaptation is not None:
+            groups = self.adaptation.groups(groups, self.network)
         make = self.make_optimizer or functools.partial(AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         optimizer = make(groups)
-        total = self.trainer.estimated_stepping_batches
-        scheduler = LambdaLR(optimizer, functools.partial(self.schedule.factor, total_steps=total))
+        scheduler = LambdaLR(optimizer, [self._factor_of(group) for group in optimizer.param_groups])
         # What the config says, before a checkpoint's own values are loaded over it.
         self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         log.info(groups_table(optimizer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _factor_of(self, group: dict[str, Any]) -> Callable[[int], float]:
+        """Factor on a group's learning rate at each step: the schedule's, slower in some layers, 0 until they learn."""
+        total = self.trainer.estimated_stepping_batches
+        rate, first = group.get("rate", 1.0), first_step(group, total)
+        return lambda step: rate * self.schedule.factor(step, total) if step >= first else 0.0
+
     def on_train_start(self) -> None:
         """After a checkpoint was loaded: state comes from the checkpoint, hyper-parameters from the config."""
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-        factor = self.schedule.factor(self.trainer.global_step, self.trainer.estimated_stepping_batches)
         for group, configured in zip(optimizer.param_groups, self._configured, strict=True):
             group.update(configured)
-            group["lr"] = configured["initial_lr"] * factor
+            group["lr"] = configured["initial_lr"] * self._factor_of(configured)(self.trainer.global_step)
         scheduler.base_lrs = [configured["initial_lr"] for configured in self._configured]
+        # Where epochs set the length, the schedule had the loaders made before there was a position to give them.
+        self.trainer.fit_loop._load_combined_loader_states()
+        self._waiting = [group for group in optimizer.param_groups if group.get("start")]
+        self._wake(optimizer, self.trainer.global_step)
+        if self.adaptation is not None and self.adaptation.cache_features:
+            self._cache_features()
+
+    def _cache_features(self) -> None:
+        """Has a frozen backbone read each example once, where network and data can do with that."""
+        data = self.trainer.datamodule
+        if not hasattr(self.network, "features") or not hasattr(data, "ordered_dataloader"):
+            return
+        if getattr(data, "augmentation", None) is not None:
+            raise ValueError(
+                "model.adaptation.cache_features must be false where training examples are augmented, but is true"
+            )
+        if not can_be_cached(self.network, next(iter(data.ordered_dataloader("train", share=False)))):
+            log.info("The head reads whole sequences, so the frozen backbone reads each example at each step")
+            return
+        started = time.perf_counter()
+        for stage, split in ((RunningStage.TRAINING, "train"), (RunningStage.VALIDATING, "validation")):
+            # Each process reads all of it, since what it trains on comes from all of it.
+            if loader := data.ordered_dataloader(split, share=False):
+                with self.trainer.precision_plugin.forward_context():
+                    self._features[stage] = FeatureCache(self.network, loader, loader.num_rows)
+        log.info(f"The frozen backbone has read all examples once, in {time.perf_counter() - started:.0f} s")
+
+    def on_train_end(self) -> None:
+        """Forgets the features: other data may be evaluated next."""
+        self._features = {}
+
+    def read(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the network says of a batch; where its backbone is frozen, of features made before."""
+        network = self.network if self.training else self.evaluated
+        features = self._features.get(self.trainer.state.stage) if self._features else None
+        return network(**inputs(batch)) if features is None else network.classify(features(batch["rows"]))
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and exported: the one that learns, where an objective has no other."""
+        return self.network
+
+    def _wake(self, optimizer: Optimizer, step: int) -> None:
+        """Has the groups learn whose turn it is at a step; those that wait cost no backward pass.
+
+        Data-parallel processes agree beforehand on which gradients they exchange, so there it costs one, for nothing.
+        """
+        total = self.trainer.estimated_stepping_batches
+        self._waiting = [group for group in self._waiting if step < first_step(group, total)]
+        if self.trainer.world_size > 1:
+            return
+        asleep = {id(group) for group in self._waiting}
+        for group in optimizer.param_groups:
+            if group.get("start"):
+                for p in group["params"]:
+                    p.requires_grad_(id(group) not in asleep)
 
     # Training.
 
@@ -209,6 +322,9 @@ class Objective(LightningModule, ABC):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turns the gradient of the scaled sum into the gradient of the mean over all targets of the step."""
+        for group in self._waiting:
+            for p in group["params"]:
+                p.grad = None
         if not self._step_has_parts:
             return
         targets = self.trainer.strategy.reduce(self._step_targets, reduce_op="sum")
@@ -222,6 +338,8 @@ class Objective(LightningModule, ABC):
         """Steps, and lets go of the gradients at once: Lightning would hold them through the next forward pass."""
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         self.optimizer_zero_grad(epoch, batch_idx, optimizer)
+        if self._waiting:
+            self._wake(optimizer, self.trainer.global_step + 1)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Lets go of all gradients; as torch's, without the profiler's mark that costs more than the work."""
@@ -257,13 +375,35 @@ class Objective(LightningModule, ABC):
         elif gradient_clip_val:
             self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
 
+    # Measuring.
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        """Adds a batch to the metrics of the validation."""
+        return self.measure(self.val_metric, batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
+        """Adds a batch to the metrics of the test."""
+        return self.measure(self.test_metric, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the metrics of the whole split."""
+        self._report_split("val", self.val_metric)
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the metrics of the whole split."""
+        self._report_split("test", self.test_metric)
+
+    def _report_split(self, split: str, metric: Metric | MetricCollection) -> None:
+        self.report({f"{split}/{name}": value for name, value in metric.compute().items()})
+        metric.reset()
+
     def report(self, metrics: dict[str, Tensor]) -> None:
         """Logs the metrics of a whole evaluation: for callbacks, and at the step they were taken for the loggers.
 
         (Lightning would log those of a validation one step too early.)
         """
-        if self.trainer.state.fn == "fit" and "val/loss" in metrics:
-            self._require_finite("val/loss", float(metrics["val/loss"]))
+        for name in {"val/loss", "test/loss"} & metrics.keys():
+            self._require_finite(name, float(metrics[name]))
         self.log_dict(metrics, logger=False, sync_dist=True)
         # Outside a fit there is no step that a row could stand at.
         if self.trainer.global_step and not self.trainer.sanity_checking:
@@ -279,6 +419,10 @@ class Objective(LightningModule, ABC):
         loss = self._mean_loss()
         self._loss_sum = self._target_sum = 0.0
         return loss
+
+    def take_train_metrics(self) -> dict[str, float]:
+        """What else there is to say of the steps since the last call, by name; asked for after the loss."""
+        return {}
 
     def _mean_loss(self) -> float:
         loss_sum, target_sum = (
@@ -296,6 +440,15 @@ class Objective(LightningModule, ABC):
                 f"lengthen the warm-up or clip gradients, and go on from the last good checkpoint with --ckpt_path last"
             )
 
+    def require_numbers(self, predictions: Tensor) -> None:
+        """Refuses predictions that say nothing.
+
+        Raises:
+            FloatingPointError: When one is not finite.
+        """
+        if not predictions.isfinite().all():
+            raise FloatingPointError("predictions must be finite, but are not; take a checkpoint from before")
+
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -308,6 +461,11 @@ class Objective(LightningModule, ABC):
         checkpoint["network"] = {**self.hparams["network"], "size": self.hparams[self.size_name]}
         if hasattr(self.network, "arguments"):  # they say what a path or a name stood for
             checkpoint["network"]["init_args"] = self.network.arguments
+            network = {key: checkpoint["network"][key] for key in ("class_path", "init_args")}
+            checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "network": network}
+
+        if self.adaptation is not None:
+            checkpoint["adaptation"] = described("adaptation", self.adaptation)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses weights of another network in one line.
@@ -328,14 +486,20 @@ class Objective(LightningModule, ABC):
                 )
 
 
+def first_step(group: dict[str, Any], total_steps: int) -> int:
+    """The step from which a parameter group learns."""
+    return math.ceil(group.get("start", 0.0) * total_steps)
+
+
 def groups_table(optimizer: Optimizer) -> str:
     """What each parameter group holds and how it is optimised, as lines of text."""
     lines = [f"{type(optimizer).__name__}      tensors  parameters  learning rate  weight decay"]
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
+        later = f"  from {group['start']:.0%} on" if group.get("start") else ""
         lines.append(
-            f"  {group.get('role', 'all'):<11}{len(group['params']):>6}{count:>12,}{group['initial_lr']:>15.3g}"
-            f"{group.get('weight_decay', 0.0):>14.3g}"
+            f"  {group.get('role', 'all'):<11}{len(group['params']):>6}{count:>12,}"
+            f"{group['initial_lr'] * group.get('rate', 1.0):>15.3g}{group.get('weight_decay', 0.0):>14.3g}{later}"
         )
     return "\n".join(lines)
 

@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from matplotlib.axes import Axes
 
 import lit_llm
 from lit_llm.callbacks import run_report
@@ -55,3 +56,15 @@ run_report_replacing = run_report.replacing
 def test_nothing_logged_is_no_picture(tmp_path: Path):
     draw_learning_curve(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("mode", "title"), [("max", "val/f1: 0.9000 at step 2"), ("min", "val/f1: 0.5000 at step 3")])
+def test_the_learning_curve_says_where_the_monitored_metric_was_best(tmp_path, monkeypatch, mode, title):
+    titles = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, text: titles.append(text))
+    logger = MetricsCSV(tmp_path)
+    for step, value in ((1, 0.7), (2, 0.9), (3, 0.5)):
+        logger.log_metrics({"val/f1": value}, step)
+    logger.save()
+    draw_learning_curve(tmp_path, "val/f1", mode)
+    assert titles == [title]

@@ -210,3 +210,68 @@ def test_a_stream_without_documents_ends() -> None:
 def test_a_stream_shorter_than_a_batch_is_repeated_until_it_fills_one(length: int) -> None:
     batches = first(stream_loader([list(range(length))]), 2)
     assert predicted(batches) == [(1 + place) % length for place in range(16)]
+
+
+# Lengths and classes.
+
+LENGTHS = np.random.default_rng(0).integers(1, 60, 1000)
+
+
+def test_grouped_by_length_little_is_padding_and_the_batches_come_in_any_order() -> None:
+    batches = list(BatchLoader(lambda rows: LENGTHS[rows], 1000, 8, 0, lengths=LENGTHS))
+    filled = sum(batch.sum() for batch in batches) / sum(8 * batch.max() for batch in batches)
+    assert filled > 0.95
+    means = np.array([batch.mean() for batch in batches[:50]])
+    assert abs(np.corrcoef(means, np.arange(50))[0, 1]) < 0.4
+
+
+@given(SIZES, st.integers(1, 3), st.booleans())
+def test_grouped_by_length_the_rows_are_those_of_an_epoch_on_any_number_of_ranks(size, world_size, grouped) -> None:
+    rows, batch_size = size
+
+    def read(rank: int, world: int, batch: int) -> list[list[int]]:
+        lengths = LENGTHS[:rows] if grouped else None
+        return list(BatchLoader(lambda found: found.tolist(), rows, batch, 0, rank, world, lengths))
+
+    together = [read(rank, world_size, batch_size) for rank in range(world_size)]
+    drawn = flat(flat(together))
+    assert len(set(drawn)) == len(drawn) == rows // (batch_size * world_size) * batch_size * world_size
+    alone = read(0, 1, batch_size * world_size)
+    assert [sorted(flat(parts)) for parts in zip(*together)] == [sorted(batch) for batch in alone]
+
+
+def test_not_shuffled_the_longest_rows_come_first_and_each_once() -> None:
+    ranks = [flat(BatchLoader(lambda rows: rows.tolist(), 101, 4, None, rank, 2, LENGTHS[:101])) for rank in range(2)]
+    assert sorted(flat(ranks)) == list(range(101))
+    assert all((np.diff(LENGTHS[rows]) <= 0).all() for rows in ranks)
+
+
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 3))
+def test_balanced_each_class_comes_equally_often_and_no_row_much_oftener_than_another(sizes, seed) -> None:
+    classes = np.repeat(np.arange(len(sizes)), sizes)
+    order = flat(BatchLoader(lambda rows: rows.tolist(), len(classes), 1, seed, classes=classes))
+    counts = np.bincount(classes[order], minlength=len(sizes))
+    assert len(order) == len(classes)
+    assert counts.max() - counts.min() <= 1
+    for kind in range(len(sizes)):
+        times = np.bincount(order, minlength=len(classes))[classes == kind]
+        assert times.max() - times.min() <= 1
+
+
+def test_balanced_and_grouped_a_loader_goes_on_where_it_was() -> None:
+    classes = np.repeat([0, 1], [90, 10])
+
+    def make() -> BatchLoader:
+        return BatchLoader(lambda rows: rows.tolist(), 100, 8, 0, lengths=LENGTHS[:100], classes=classes)
+
+    whole, stopped, resumed = make(), make(), make()
+    uninterrupted = several_epochs(whole, 3)
+    list(itertools.islice(stopped, 5))
+    resumed.load_state_dict(stopped.state_dict())
+    assert several_epochs(resumed, 3)[: 36 - 5] == uninterrupted[5:]
+    assert uninterrupted[:12] != uninterrupted[12:24]
+
+
+def test_while_a_batch_is_cut_the_epoch_is_its_own() -> None:
+    batches = BatchLoader(lambda rows: batches.epoch, 6, 2, 0)
+    assert several_epochs(batches, 3) == [0, 0, 0, 1, 1, 1, 2, 2, 2]

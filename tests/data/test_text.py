@@ -497,3 +497,17 @@ def test_a_refused_corpus_leaves_no_cache(corpus: Path, tmp_path: Path, monkeypa
     with pytest.raises(ValueError, match=r"byte 0xff"):
         opened(corpus)
     assert list((tmp_path / "cache/tokens").iterdir()) == []
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_an_encoders_documents_stand_between_its_marks(corpus: Path, streaming: bool) -> None:
+    data = TextData(str(corpus), tokenizer="bert-bpe-300", seq_len=64, batch_size=2, streaming=streaming)
+    data.prepare_data()
+    data.setup("fit")
+    ids = torch.cat([batch["input_ids"].flatten() for batch in itertools.islice(data.train_dataloader(), 20)])
+    start, end = data.tokenizer.cls_token_id, data.tokenizer.sep_token_id
+    assert (ids == start).sum() > 10
+    ends = (ids[:-1] == end).nonzero().flatten()
+    inside = ends[(ends + 1) % 64 != 0]
+    assert (ids[inside + 1] == start).all()
+    assert abs(int((ids == end).sum()) - int((ids == start).sum())) <= 3

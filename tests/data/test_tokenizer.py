@@ -13,7 +13,10 @@ from lit_llm.data.tokenizer import (
     encode_documents,
     fingerprint,
     load_tokenizer,
+    opening_ids,
+    train_bert_bpe,
     train_bpe,
+    train_t5_bpe,
     training_of,
 )
 from tests.writing import exactly, prose
@@ -22,6 +25,7 @@ TEXTS = [prose(number) for number in range(60)]
 BYTES = byte_tokenizer()
 TRAINED = train_bpe(TEXTS, 400)
 CHARACTERS = character_tokenizer(TEXTS)
+BERT = train_bert_bpe(TEXTS, 400)
 ANY_TEXT = st.text(st.characters(codec="utf-8"))
 
 
@@ -122,13 +126,39 @@ def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path: Path, made) -> None:
     assert (boundary_id(loaded), loaded.unk_token_id) == (boundary_id(made), made.unk_token_id)
 
 
+@given(ANY_TEXT)
+@settings(deadline=None)
+def test_an_encoders_tokenizer_loses_nothing_either(text: str) -> None:
+    [ids] = encode_documents(BERT, [text])
+    assert BERT.decode(ids) == text
+
+
+def test_an_encoders_tokenizer_marks_one_text_and_two_as_bert_does(tmp_path: Path) -> None:
+    BERT.save_pretrained(tmp_path)
+    for tokenizer in (BERT, load_tokenizer(tmp_path)):
+        a, b = encode_documents(tokenizer, ["the sea", "old letters"])
+        start, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+        assert tokenizer("the sea").input_ids == [start, *a, end]
+        both = tokenizer("the sea", "old letters")
+        assert both.input_ids == [start, *a, end, *b, end]
+        assert both.token_type_ids == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+        assert [tokenizer.pad_token_id, start, end, tokenizer.mask_token_id] == [0, 1, 2, 3]
+        assert tokenizer.pad(tokenizer(["a", "a a a"])).attention_mask[0][-1] == 0
+
+
+def test_an_encoders_documents_open_with_cls_and_end_with_sep() -> None:
+    assert (opening_ids(BERT), boundary_id(BERT)) == ([BERT.cls_token_id], BERT.sep_token_id)
+    assert opening_ids(TRAINED) == opening_ids(BYTES) == []
+
+
 def test_the_fingerprint_tells_tokenizers_apart() -> None:
     assert len({fingerprint(t) for t in (BYTES, TRAINED, train_bpe(TEXTS, 401))}) == 3
     assert fingerprint(load_tokenizer("bytes")) == fingerprint(BYTES)
 
 
 def test_a_name_says_what_to_train_and_how_large() -> None:
-    assert len(training_of("bpe-300")(TEXTS)) == 300
+    assert len(training_of("bpe-300")(TEXTS)) == len(training_of("bert-bpe-300")(TEXTS)) == 300
+    assert training_of("bert-bpe-300")(TEXTS).mask_token == "[MASK]"
     assert fingerprint(training_of("characters")(TEXTS)) == fingerprint(CHARACTERS)
 
 
@@ -158,18 +188,37 @@ def test_a_tokenizer_without_a_boundary_is_refused(tmp_path: Path) -> None:
             refuse()
 
 
+def test_an_encoder_decoders_tokenizer_ends_each_text_and_has_sentinels(tmp_path: Path) -> None:
+    training_of("t5-bpe-400")(TEXTS).save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert len(tokenizer) == 400
+    ids = tokenizer("sea 水").input_ids
+    assert ids[-1] == tokenizer.eos_token_id == boundary_id(tokenizer)
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "sea 水"
+    assert tokenizer("a", "b").input_ids == tokenizer("a").input_ids + tokenizer("b").input_ids
+    assert tokenizer.convert_tokens_to_ids([f"<extra_id_{number}>" for number in range(100)]) == list(range(2, 102))
+    assert encode_documents(tokenizer, ["<extra_id_3></s>"])[0][0] > 101
+    assert opening_ids(tokenizer) == []
+
+
 def test_too_small_a_vocabulary_is_refused() -> None:
     message = "vocab_size must be at least 257 (the bytes and <|endoftext|>), but is 256"
     with pytest.raises(ValueError, match=exactly(message)):
         train_bpe(TEXTS, 256)
+    message = "vocab_size must be at least 358 (the bytes and <pad>, </s>, <extra_id_0>, <extra_id_1> …), but is 300"
+    with pytest.raises(ValueError, match=exactly(message)):
+        train_t5_bpe(["a"], 300)
+    message = "vocab_size must be at least 260 (the bytes and [PAD], [CLS], [SEP], [MASK]), but is 259"
+    with pytest.raises(ValueError, match=exactly(message)):
+        train_bert_bpe(TEXTS, 259)
 
 
 @pytest.mark.parametrize("spec", ["nobody/nothing-of-the-kind", "bpe-many", "{empty}"])
 def test_a_tokenizer_that_is_not_there_is_said_in_one_line(tmp_path: Path, spec: str) -> None:
     spec = spec.replace("{empty}", str(tmp_path))
     start = (
-        f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on the hub, "
-        f"but is {spec!r}: "
+        f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, `bert-bpe-<size>`, `t5-bpe-<size>`, a folder made by "
+        f"`lit-llm tokenizer` or a name on the hub, but is {spec!r}: "
     )
     with pytest.raises(FileNotFoundError) as caught:
         load_tokenizer(spec)

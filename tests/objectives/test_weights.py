@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import Trainer
 from torch import nn
 
-from lit_llm.checkpoints import load_model, read_checkpoint, save_model
+from lit_llm.checkpoint_files import read_checkpoint
+from lit_llm.checkpoints import load_model, save_model
 from lit_llm.data.text import TextData
 from lit_llm.data.tokenizer import byte_tokenizer, train_bpe
 from lit_llm.models.llama import Llama

@@ -1,0 +1,309 @@
+"""Ways to fine-tune: which parameters of a network learn, from when on, and how fast.
+
+Each is declared before the first step and is a function of depth and step alone, so that a resumed run goes on as the
+one that was cut: nothing is switched on the way that a checkpoint would have to remember.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from lit_llm.models.block import Block, depths
+
+
+class Adaptation(ABC):
+    """A way to fine-tune. Without any, all parameters learn from the first step at their optimiser's rate.
+
+    Depths are those of `models.block.depths`: 0 is below the blocks, `top` is the head.
+    """
+
+    cache_features: ClassVar[bool] = False
+    """Whether the backbone is to read each example only once, since it gives the same features at each step."""
+
+    adds: ClassVar[bool] = False
+    """Whether `prepare` adds to the network what can be saved without it."""
+
+    @abstractmethod
+    def start(self, depth: int, top: int) -> float | None:
+        """From which part of the training, in [0, 1), the parameters of a depth learn; `None` for never."""
+
+    def rate(self, depth: int, top: int) -> float:
+        """Factor on the learning rate of a depth."""
+        return 1.0
+
+    def prepare(self, network: nn.Module) -> None:
+        """Makes of a network, in place, what is trained: freezes what never learns.
+
+        To be called once, after the network has the weights to start from.
+        """
+        found, top = depths(network)
+        for p, depth in found.items():
+            p.requires_grad_(self.start(depth, top) is not None)
+
+    def finish(self, network: nn.Module) -> None:  # noqa: B027 (most leave nothing to do)
+        """Makes of a trained network, in place, one of the form that it had before `prepare`."""
+
+    def save(self, network: nn.Module, folder: Path) -> None:  # noqa: B027 (the same)
+        """Writes into `folder` what was added to the network."""
+
+    def groups(self, groups: list[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:
+        """Splits an optimiser's groups where depths start or step differently, and says how, as `start` and `rate`."""
+        found, top = depths(network)
+        # A head that is tied to the embeddings starts with them: then what starts first starts at once.
+        earliest = min(self.start(found[p], top) or 0.0 for group in groups for p in group["params"])
+        split = []
+        for group in groups:
+            members: dict[tuple[float, float], list[nn.Parameter]] = {}
+            for p in group["params"]:
+                key = (self.start(found[p], top) or 0.0) - earliest, self.rate(found[p], top)
+                members.setdefault(key, []).append(p)
+            split += [{**group, "params": members[key], "start": key[0], "rate": key[1]} for key in sorted(members)]
+        return split
+
+
+@dataclass(frozen=True)
+class HeadOnly(Adaptation):
+    """The head learns on what a frozen backbone gives: a probe of it, and the cheapest start.
+
+    Args:
+        cache_features: Have the backbone read each example once, before the first step, without dropout; the steps
+            then cost what the head costs. Not for training examples that are augmented; where the head reads whole
+            sequences it has no effect, which is said.
+
+    Source:
+        Alain & Bengio, 2016, "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644.
+    """
+
+    cache_features: bool = True
+
+    def start(self, depth: int, top: int) -> float | None:
+        """The head's from the beginning."""
+        return 0.0 if depth == top else None
+
+
+@dataclass(frozen=True)
+class FrozenLayers(Adaptation):
+    """The embeddings and the first blocks stay as they are.
+
+    Args:
+        num_layers: Blocks that are frozen; 0 freezes the embeddings alone.
+
+    Source:
+        Lee et al., 2019, "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", arXiv:1911.03090.
+    """
+
+    num_layers: int
+
+    def __post_init__(self) -> None:
+        if self.num_layers < 0:
+            raise ValueError(f"num_layers must be at least 0, but is {self.num_layers}")
+
+    def start(self, depth: int, top: int) -> float | None:
+        """All above the frozen ones from the beginning."""
+        return None if depth <= self.num_layers else 0.0
+
+    def prepare(self, network: nn.Module) -> None:
+        """Freezes.
+
+        Raises:
+            ValueError: When there are no more blocks than are to be frozen.
+        """
+        blocks = sum(isinstance(module, Block) for module in network.modules())
+        if self.num_layers > blocks:
+            raise ValueError(
+                f"num_layers must be at most the blocks of the network, {blocks}, but is {self.num_layers}"
+            )
+        super().prepare(network)
+
+
+@dataclass(frozen=True)
+class LayerDecay(Adaptation):
+    """Discriminative learning rates: each layer learns more slowly than the one above it.
+
+    Args:
+        decay: Factor from a layer to the one below, in (0, 1]; 0.65 to 0.95 is usual, the smaller the fewer examples.
+
+    Source:
+        Howard & Ruder, 2018, "ULMFiT", arXiv:1801.06146, section 3.2 (with 1/2.6); Clark et al., 2020, "ELECTRA",
+        arXiv:2003.10555, app. B (0.8, 0.9).
+    """
+
+    decay: float = 0.8
+
+    def __post_init__(self) -> None:
+        if not 0 < self.decay <= 1:
+            raise ValueError(f"decay must be in (0, 1], but is {self.decay}")
+
+    def start(self, depth: int, top: int) -> float | None:
+        """All from the beginning."""
+        return 0.0
+
+    def rate(self, depth: int, top: int) -> float:
+        """1 for the head."""
+        return self.decay ** (top - depth)
+
+
+@dataclass(frozen=True)
+class GradualUnfreezing(LayerDecay):
+    """The head learns from the first step, each layer below a little later than the one above it.
+
+    A layer that does not learn yet costs no backward pass.
+
+    Args:
+        decay: As in `LayerDecay`; 1 for equal rates.
+        until: Part of the training, in (0, 1), after which all learn.
+
+    Source:
+        Howard & Ruder, 2018, "ULMFiT", arXiv:1801.06146, section 3.3, where a layer is added each epoch.
+    """
+
+    decay: float = 1.0
+    until: float = 0.5
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 < self.until < 1:
+            raise ValueError(f"until must be in (0, 1), but is {self.until}")
+
+    def start(self, depth: int, top: int) -> float | None:
+        """Evenly spread from the head, at 0, down to the embeddings, at `until`."""
+        return self.until * (top - depth) / top
+
+
+@dataclass(frozen=True)
+class LoRA(Adaptation):
+    """Low-rank adapters beside the blocks' frozen matrices: `x W + (alpha / rank) x A B`.
+
+    A head learns as it is, unless it predicts tokens: then it has been trained with the rest, and stays.
+
+    Merged into plain weights when the model is exported, and saved alone beside it, as `adapter/`, in peft's form.
+
+    Args:
+        rank: Width of the adapters.
+        alpha: Numerator of the scale of what they add; `None` is twice the rank.
+        dropout: Probability that a component of what they read is dropped, in [0, 1).
+        targets: Ends of the names of the linear layers that get one; `None` is all inside blocks.
+
+    Raises:
+        ValueError: When no layer has such a name.
+
+    Source:
+        Hu et al., 2021, "LoRA", arXiv:2106.09685, eq. 3; on all matrices as in Dettmers et al., 2023, "QLoRA",
+        arXiv:2305.14314, section 4. `B` starts at zero, so that training starts from the network as it was.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: list[str] | None = None
+
+    adds = True
+    peft_options: ClassVar[dict[str, Any]] = {}
+    """What this kind of adapter is called in peft's config."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, but is {self.rank}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), but is {self.dropout}")
+
+    def start(self, depth: int, top: int) -> float | None:
+        """All that learn from the beginning."""
+        return 0.0
+
+    def prepare(self, network: nn.Module) -> None:
+        """Puts the adapters in, and freezes all but them and the head."""
+        from peft import inject_adapter_in_model
+
+        found, top = depths(network)
+        inject_adapter_in_model(self._config(self._linear_layers(network)), network)
+        for name, p in network.named_parameters():
+            p.requires_grad_("lora_" in name or (found.get(p) == top and not hasattr(network, "vocab_size")))
+
+    def _linear_layers(self, network: nn.Module) -> list[str]:
+        inside = {
+            id(layer)
+            for block in network.modules()
+            if isinstance(block, Block)
+            for layer in block.modules()
+            if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+        }
+        names = [name for name, layer in network.named_modules() if id(layer) in inside]
+        chosen = [name for name in names if self.targets is None or name.endswith(tuple(self.targets))]
+        if not chosen:
+            known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names})) or "none"
+            raise ValueError(f"targets must name linear layers inside blocks ({known}), but are {self.targets}")
+        return chosen
+
+    def _config(self, names: list[str]) -> Any:
+        from peft import LoraConfig
+
+        return LoraConfig(
+            r=self.rank,
+            lora_alpha=2 * self.rank if self.alpha is None else self.alpha,
+            lora_dropout=self.dropout,
+            target_modules=names,
+            **self.peft_options,
+        )
+
+    @torch.no_grad()
+    def finish(self, network: nn.Module) -> None:
+        """Adds the adapters to the weights they stand beside, and takes them out."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        for name, layer in list(network.named_modules()):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge(safe_merge=True)
+                network.set_submodule(name, layer.get_base_layer())
+
+    def save(self, network: nn.Module, folder: Path) -> None:
+        """Writes the adapters, and what else learnt, as peft's `PeftModel.from_pretrained` reads them."""
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        # By transformers' names: its own networks are one level further in here.
+        name_of = getattr(network, "hf_name", lambda name: name.removeprefix("model."))
+        config = self._config([name_of(n) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)])
+        learnt = {name_of(name): p for name, p in network.named_parameters() if p.requires_grad}
+        config.modules_to_save = sorted({name.rpartition(".")[0] for name in learnt if "lora_" not in name}) or None
+        config.inference_mode = True
+        config.save_pretrained(folder)
+        tensors = {f"base_model.model.{_saved(name)}": p.detach().cpu().contiguous() for name, p in learnt.items()}
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _saved(name: str) -> str:
+    """The name by which peft keeps a parameter of an adapter."""
+    return name.replace(".default", "").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
+
+
+@dataclass(frozen=True)
+class DoRA(LoRA):
+    """LoRA that adapts direction and magnitude of the weights apart: closer to full fine-tuning at low ranks.
+
+    Arguments are those of `LoRA`; a step costs about a third more.
+
+    Source:
+        Liu et al., 2024, "DoRA", arXiv:2402.09353, eq. 5.
+    """
+
+    peft_options: ClassVar[dict[str, Any]] = {"use_dora": True}
+
+
+@dataclass(frozen=True)
+class RSLoRA(LoRA):
+    """LoRA scaled by `alpha / sqrt(rank)`, so that larger ranks do not learn more slowly.
+
+    Arguments are those of `LoRA`.
+
+    Source:
+        Kalajdzievski, 2023, "A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732, eq. 3.
+    """
+
+    peft_options: ClassVar[dict[str, Any]] = {"use_rslora": True}

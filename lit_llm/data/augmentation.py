@@ -1,0 +1,65 @@
+"""Small changes to training examples that leave what their label says."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class TextAugmentation:
+    """Changes tokens of a text; special tokens stay where they are, and each text keeps one token or more.
+
+    What becomes of a row depends on seed, epoch and row alone: a resumed run sees what an uninterrupted one does.
+
+    Args:
+        dropout: Chance of each token to become the mask token (of a tokeniser without one, the unknown or padding
+            token), from 0 to 1. Usual values are 0.05 to 0.2.
+        swap: Chance of each token to change places with the next.
+        deletion: Chance of each token to be left out.
+
+    Raises:
+        ValueError: When a chance is not from 0 to below 1, or all are 0.
+
+    Source:
+        Swap and deletion: Wei and Zou, 2019, arXiv:1901.11196 ("EDA"), of tokens instead of words, and swaps of
+        neighbours instead of any two. Dropout: Xie et al., 2017, arXiv:1703.02573 ("blank noising").
+
+    Example:
+        >>> ids, special = np.array([1, 10, 11, 12, 2]), np.array([True, False, False, False, True])
+        >>> changed, _ = TextAugmentation(deletion=0.5)(ids, special, 4, np.random.default_rng(0))
+        >>> changed.tolist()
+        [1, 11, 2]
+    """
+
+    def __init__(self, dropout: float = 0.0, swap: float = 0.0, deletion: float = 0.0) -> None:
+        for name, chance in {"dropout": dropout, "swap": swap, "deletion": deletion}.items():
+            if not 0 <= chance < 1:
+                raise ValueError(f"augmentation.{name} must be from 0 to below 1, but is {chance}")
+        if dropout == swap == deletion == 0:
+            raise ValueError("augmentation must change something, but dropout, swap and deletion are all 0")
+        self.dropout, self.swap, self.deletion = dropout, swap, deletion
+
+    def __call__(
+        self, ids: np.ndarray, special: np.ndarray, mask_token: int, chance: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Changes one row.
+
+        Args:
+            ids: Its tokens.
+            special: Which of them are special.
+            mask_token: What a dropped token becomes.
+            chance: What decides.
+
+        Returns:
+            The new tokens, and which place of the row each came from.
+        """
+        swap, drop, delete = chance.random((3, len(ids))) < [[self.swap], [self.dropout], [self.deletion]]
+        places = np.arange(len(ids))
+        for place in np.flatnonzero(swap[:-1] & ~special[:-1] & ~special[1:]):
+            places[[place, place + 1]] = places[[place + 1, place]]
+        changed = np.where(drop & ~special, mask_token, ids)
+        deleted = delete & ~special
+        texts = np.cumsum(special)  # one number for each run between special tokens
+        left = np.bincount(texts[~special & ~deleted], minlength=texts.max(initial=0) + 1)
+        deleted[np.flatnonzero(deleted & (left[texts] == 0) & np.append(True, special[:-1]))] = False
+        places = places[~deleted]  # of the places that are left, also after swaps
+        return changed[places], places

@@ -1,0 +1,127 @@
+"""Texts and pairs of them as flat arrays of tokens, and batches cut out of those, padded to their own longest."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from lit_llm.batch import ExampleBatch
+from lit_llm.data.augmentation import TextAugmentation
+from lit_llm.data.tokenizer import boundary_id
+
+log = logging.getLogger(__name__)
+
+CHUNK = 8192
+
+
+class Collation:
+    """The examples of one split, tokenised.
+
+    Args:
+        texts: The text of each, or the first of two.
+        pairs: The second text of each; `None` where there is one.
+        labels: Index of the class or value of each; `None` where there are none.
+        tokenizer: Any fast tokeniser; it puts its own marks around and between texts.
+        max_seq_len: Tokens after which an example is cut, marks included; of two texts the longer one is.
+
+    Attributes:
+        starts: Where each example begins in the flat arrays, and where the last one ends.
+
+    Example:
+        >>> from lit_llm.data.tokenizer import byte_tokenizer
+        >>> split = Collation(["ab", "c"], None, np.array([1, 0]), byte_tokenizer(), max_seq_len=8)
+        >>> split.batch(np.array([1, 0]))["attention_mask"].tolist()
+        [[1, 0], [1, 1]]
+    """
+
+    def __init__(
+        self,
+        texts: list[str],
+        pairs: list[str] | None,
+        labels: np.ndarray | None,
+        tokenizer: PreTrainedTokenizerBase,
+        max_seq_len: int,
+    ) -> None:
+        ids, types, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [0]
+        tokenizer = copy.deepcopy(tokenizer)  # cutting is a state of it that others should not see
+        with_types, num_cut = "token_type_ids" in tokenizer.model_input_names, 0
+        for start in range(0, len(texts), CHUNK):
+            encoded = tokenizer(
+                texts[start : start + CHUNK],
+                None if pairs is None else pairs[start : start + CHUNK],
+                truncation=True,
+                max_length=max_seq_len,
+                padding=False,
+                return_attention_mask=False,
+                return_token_type_ids=with_types,
+                split_special_tokens=True,  # a text that spells a mark is text
+            )
+            lengths += map(len, encoded["input_ids"])
+            num_cut += sum(len(each) == max_seq_len and bool(each.overflowing) for each in encoded.encodings)
+            ids.append(np.fromiter(_flat(encoded["input_ids"]), np.int32))
+            if with_types:
+                types.append(np.fromiter(_flat(encoded["token_type_ids"]), np.uint8))
+        if num_cut:
+            log.info(f"Cut {num_cut:,} of {len(texts):,} examples ({num_cut / len(texts):.1%}) at {max_seq_len} tokens")
+        self.ids, self.starts = np.concatenate(ids), np.cumsum(lengths)
+        self.types = np.concatenate(types) if with_types else None
+        self.labels = labels
+        self.padding = boundary_id(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.padding_type = tokenizer.pad_token_type_id
+        self.special_ids = np.array(tokenizer.all_special_ids)
+        stand_ins = (tokenizer.mask_token_id, tokenizer.unk_token_id, self.padding)
+        self.mask_token = next(token for token in stand_ins if token is not None)
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.starts) - 1
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each example."""
+        return np.diff(self.starts)
+
+    def batch(
+        self, rows: np.ndarray, augmentation: TextAugmentation | None = None, chance: tuple[int, int] = (0, 0)
+    ) -> ExampleBatch:
+        """Cuts some of the examples, padded to the longest of them.
+
+        Args:
+            rows: Which.
+            augmentation: What is done to each.
+            chance: Seed and epoch, which with the row decide how.
+        """
+        starts, lengths, ids, types = self.starts[rows], self.lengths[rows], self.ids, self.types
+        if augmentation is not None:
+            kept, changed = [], []
+            for row, start, length in zip(rows.tolist(), starts.tolist(), lengths.tolist(), strict=True):
+                own = ids[start : start + length]
+                special, generator = np.isin(own, self.special_ids), np.random.default_rng((*chance, row))
+                new, places = augmentation(own, special, self.mask_token, generator)
+                changed.append(new)
+                kept.append(start + places)
+            lengths = np.array([len(new) for new in changed])
+            starts = np.cumsum(lengths) - lengths
+            ids, types = np.concatenate(changed), None if types is None else types[np.concatenate(kept)]
+        inside = np.arange(lengths.max()) < lengths[:, None]
+        where = np.minimum(starts[:, None] + np.arange(lengths.max()), len(ids) - 1)
+        batch: ExampleBatch = {
+            "input_ids": torch.from_numpy(np.where(inside, ids[where], self.padding).astype(np.int64)),
+            "attention_mask": torch.from_numpy(inside.astype(np.int64)),
+            "rows": torch.from_numpy(rows.astype(np.int64)),
+        }
+        if types is not None:
+            padded = np.where(inside, types[where], self.padding_type)
+            batch["token_type_ids"] = torch.from_numpy(padded.astype(np.int64))
+        if self.labels is not None:
+            batch["labels"] = torch.from_numpy(self.labels[rows])
+        return batch
+
+
+def _flat(lists: list[list[int]]) -> Iterator[int]:
+    return (number for each in lists for number in each)

@@ -1,0 +1,63 @@
+"""What is known of the GLUE tasks before their data is read: columns, classes, headline metric, submission file."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+from lit_llm.data.docmatch import CLASS_NAMES
+from lit_llm.data.tables import Columns
+
+
+class Submission(NamedTuple):
+    """How gluebenchmark.com wants predictions of a test split.
+
+    Attributes:
+        file: Name of the file, tab-separated, with the columns `index` and `prediction`.
+        labels: Whether a prediction is the index of a class, its name, or a value.
+    """
+
+    file: str
+    labels: Literal["index", "name", "value"]
+
+
+class Task(NamedTuple):
+    """What is known of a task before its data is read.
+
+    Attributes:
+        columns: Where the texts and the label are.
+        class_names: The classes in their order; empty where labels are values.
+        metric: Headline metric, of the split that validates.
+        submission: What a submission is; `None` where there is no board for it.
+        splits: How the names of its splits end.
+    """
+
+    columns: Columns
+    class_names: tuple[str, ...]
+    metric: str
+    submission: Submission | None
+    splits: str = ""
+
+
+def _task(texts: str, class_names: str, metric: str, file: str, labels: str = "index", splits: str = "") -> Task:
+    text, _, pair = texts.partition(" ")
+    names = tuple(class_names.split())
+    return Task(Columns(text, pair or None, "label"), names, metric, Submission(f"{file}.tsv", labels), splits)
+
+
+NLI = "entailment neutral contradiction"
+TASKS = {
+    "cola": _task("sentence", "unacceptable acceptable", "mcc", "CoLA"),
+    "sst2": _task("sentence", "negative positive", "accuracy", "SST-2"),
+    "mrpc": _task("sentence1 sentence2", "not_equivalent equivalent", "f1", "MRPC"),
+    "stsb": _task("sentence1 sentence2", "", "pearson", "STS-B", "value"),
+    "qqp": _task("question1 question2", "not_duplicate duplicate", "f1", "QQP"),
+    "mnli": _task("premise hypothesis", NLI, "accuracy", "MNLI-m", "name", "_matched"),
+    "mnli_mismatched": _task("premise hypothesis", NLI, "accuracy", "MNLI-mm", "name", "_mismatched"),
+    "qnli": _task("question sentence", "entailment not_entailment", "accuracy", "QNLI", "name"),
+    "rte": _task("sentence1 sentence2", "entailment not_entailment", "accuracy", "RTE", "name"),
+    "wnli": _task("sentence1 sentence2", "not_entailment entailment", "accuracy", "WNLI"),
+}
+"""Columns, classes and splits as in `nyu-mll/glue` on the hub; metrics and files as on gluebenchmark.com, the first of
+two metrics where it averages them."""
+
+DOCMATCH = Task(Columns("docstring", "body", "label"), CLASS_NAMES, "accuracy", None)

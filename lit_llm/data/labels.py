@@ -1,0 +1,281 @@
+"""Labels: classes or values learnt from a training split, and splits that keep their proportions."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset
+
+from lit_llm.data.cleaning import content_hash
+from lit_llm.data.tables import Columns, Split, column_values
+
+log = logging.getLogger(__name__)
+
+WHOLE = re.compile(r"[+-]?\d+")
+REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class LabelReader:
+    """Makes classes or values of what stands in a label column.
+
+    Attributes:
+        path: The table, for messages.
+        column: The label column.
+        values: What stands there for each class; empty where labels are values.
+        class_names: What each class is called.
+    """
+
+    path: str
+    column: str
+    values: tuple[Any, ...] = ()
+    class_names: list[str] = field(default_factory=list)
+
+    def read(self, found: list[Any], split: str) -> np.ndarray:
+        """The labels of a split.
+
+        Raises:
+            ValueError: When one is missing, or was never seen in training.
+        """
+        found = plain_labels(found, self.path, split)
+        if not self.values:
+            if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in found):
+                odd = next(value for value in found if not isinstance(value, int | float) or isinstance(value, bool))
+                raise ValueError(
+                    f"data.label must be a number as in training, but {self.column!r} is {odd!r} in row "
+                    f"{found.index(odd)} of the {split} split of {self.path}"
+                )
+            return np.array(found, dtype=np.float32)
+        place = {value: number for number, value in enumerate(self.values)}
+        try:
+            return np.array([place[value] for value in found], dtype=np.int64)
+        except KeyError as error:
+            value = error.args[0]
+            raise ValueError(
+                f"data.label must be one of {listed(self.values)} as in training, but {self.column!r} is {value!r} in "
+                f"row {found.index(value)} of the {split} split of {self.path}"
+            ) from None
+
+
+def plain_labels(found: list[Any], path: str, split: str) -> list[Any]:
+    """Labels of one type: whole numbers, real numbers, truth values or names; text that spells numbers is numbers.
+
+    Raises:
+        ValueError: When one is missing.
+        TypeError: When they are of several types, or of another.
+    """
+    for row, value in enumerate(found):
+        if value is None or value == "" or value != value:
+            raise ValueError(
+                f"data.label must be there in every row, but is not in row {row} of the {split} split of {path}"
+            )
+    if all(isinstance(value, str) for value in found):
+        if all(WHOLE.fullmatch(value) for value in found):
+            return [int(value) for value in found]
+        if all(REAL.fullmatch(value) for value in found):
+            return [float(value) for value in found]
+        kinds = {("a number" if REAL.fullmatch(value) else "text"): value for value in reversed(found)}
+    else:
+        words = {bool: "true or false", int: "a number", float: "a number", str: "text"}
+        kinds = {words.get(type(value), type(value).__name__): value for value in reversed(found)}
+        if kinds.keys() == {"a number"} and any(isinstance(value, float) for value in found):
+            return [float(value) for value in found]
+        if other := kinds.keys() - set(words.values()):
+            raise TypeError(
+                f"data.label must hold a number or text, but holds {min(other)} in the {split} split of {path}"
+            )
+    if len(kinds) > 1:
+        examples = " and ".join(f"{kind} ({value!r} in row {found.index(value)})" for kind, value in kinds.items())
+        raise TypeError(f"data.label must be of one type, but is {examples} in the {split} split of {path}")
+    return found
+
+
+def is_hidden(rows: Dataset, column: str) -> bool:
+    """Whether a split has no labels: no such column, or -1 or nothing in all of it, as in GLUE's test splits."""
+    return column not in rows.column_names or set(map(str, set(column_values(rows, column)))) <= {"-1", "-1.0", "None"}
+
+
+def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] = ()) -> LabelReader:
+    """Which classes there are, from the training split: none for real numbers.
+
+    Args:
+        rows: The training split.
+        path: The table, for messages.
+        column: Its label column.
+        names: What the classes are called, in their order, where that is known; a column of the hub's `ClassLabel`
+            knows by itself. Otherwise they are in the order of their values.
+
+    Raises:
+        ValueError: When all labels are one, or one is a number beyond the known classes.
+        TypeError: When they are of several types.
+    """
+    found = plain_labels(column_values(rows, column), path, "training")
+    kinds = set(found)
+    if not kinds:
+        raise ValueError(f"data.path must hold rows to train on, but {path} has none")
+    if len(kinds) < 2:
+        raise ValueError(
+            f"data.label must tell two classes or more apart, but is {found[0]!r} in all {len(found)} rows of the "
+            f"training split of {path}"
+        )
+    feature = rows.features[column]
+    names = tuple(feature.names) if isinstance(feature, ClassLabel) else names
+    if names and kinds <= set(range(len(names))):
+        return LabelReader(path, column, tuple(range(len(names))), list(names))
+    if names and isinstance(found[0], int | float):
+        odd = next(value for value in found if value not in range(len(names)))
+        raise ValueError(
+            f"data.label must be a class from 0 to {len(names) - 1} ({', '.join(names)}), but {column!r} is {odd!r} in "
+            f"row {found.index(odd)} of the training split of {path}; leave such rows out"
+        )
+    if isinstance(found[0], float):
+        if all(value.is_integer() for value in kinds):
+            log.warning(
+                f"{column!r} of {path} holds real numbers, so labels are values, though all are whole "
+                f"({listed(sorted(kinds))}); write them as whole numbers (1, not 1.0) to have classes"
+            )
+        return LabelReader(path, column)
+    if names and kinds <= set(names):
+        return LabelReader(path, column, names, list(names))
+    values = tuple(sorted(kinds))
+    return LabelReader(path, column, values, [str(value) for value in values])
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Values in words, the first ten of many."""
+    values = list(values)
+    return ", ".join(map(repr, values[:10])) + (f" … ({len(values)} in all)" if len(values) > 10 else "")
+
+
+def strata(labels: np.ndarray) -> np.ndarray:
+    """What a split is to have in the proportions of the whole: the classes, or tenths of the values."""
+    if labels.dtype == np.int64:
+        return labels
+    return np.searchsorted(np.quantile(labels, np.arange(0.1, 1, 0.1)), labels)
+
+
+def standing(kinds: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """How many rows of its kind come before each row in the order of the keys, and how many there are of its kind.
+
+    Example:
+        >>> [x.tolist() for x in standing(np.array([0, 0, 0, 0, 1, 1]), np.array([7, 5, 8, 5, 2, 1]))]
+        [[2, 0, 3, 0, 1, 0], [4, 4, 4, 4, 2, 2]]
+    """
+    before, sizes = np.zeros(len(kinds), np.int64), np.zeros(len(kinds), np.int64)
+    for kind in np.unique(kinds):
+        mine = keys[kinds == kind]
+        before[kinds == kind], sizes[kinds == kind] = np.searchsorted(np.sort(mine), mine), len(mine)
+    return before, sizes
+
+
+def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_fraction: float) -> dict[str, Split]:
+    """Cuts splits out of a training split: of each class the same fraction, by a hash of the texts.
+
+    So the same table is always cut the same way, and equal examples stay together.
+    """
+    texts = zip(*(split.column(name) for name in (columns.text, columns.text_pair) if name), strict=True)
+    keys = np.array([content_hash("\0".join(text)) for text in texts], dtype=np.uint64)
+    before, sizes = standing(strata(split.labels), keys)
+    place = (before + 0.5) / sizes
+    edges = {"test": test_fraction, "validation": test_fraction + validation_fraction, "train": 1.0}
+    parts, low = {}, 0.0
+    for name, high in edges.items():
+        rows = np.flatnonzero((low <= place) & (place < high))
+        if len(rows):
+            parts[name] = split.select(rows)
+        low = high
+    return parts
+
+
+def some_of(split: Split, count: int, seed: int) -> Split:
+    """At most so many rows of a training split, in the proportions of the classes, but at least one of each.
+
+    A larger count with the same seed holds the rows of a smaller one.
+    """
+    if len(split) <= count:
+        return split
+    keys = np.random.default_rng(seed).permutation(len(split))
+    before, sizes = standing(strata(split.labels), keys)
+    return split.select(np.sort(np.lexsort((keys, before / sizes))[:count]))
+
+
+def few_of(split: Split, labels_per_class: int, seed: int, path: str) -> tuple[Split, Split]:
+    """So many rows of each class, drawn by the seed, and all others; more with the same seed hold those of fewer.
+
+    Raises:
+        ValueError: When labels are real numbers, or a class has fewer rows.
+    """
+    if split.labels.dtype != np.int64:
+        raise ValueError(
+            f"data.labels_per_class must be None where labels are real numbers, but is {labels_per_class} for {path}"
+        )
+    before, sizes = standing(split.labels, np.random.default_rng(seed).permutation(len(split)))
+    if sizes.min() < labels_per_class:
+        raise ValueError(
+            f"data.labels_per_class must be at most the rows of the smallest class, {sizes.min()}, but is "
+            f"{labels_per_class} for {path}"
+        )
+    few = before < labels_per_class
+    return split.select(np.flatnonzero(few)), split.select(np.flatnonzero(~few))
+
+
+def labelled_splits(
+    found: dict[str, Dataset],
+    columns: Columns,
+    path: str,
+    names: tuple[str, ...],
+    validation_fraction: float,
+    test_fraction: float,
+) -> tuple[dict[str, Split], LabelReader]:
+    """Reads the labels of all splits, and cuts those that are missing out of the training split.
+
+    Raises:
+        ValueError: When there is no training split, a split but `test` has no labels, or a label is missing or new.
+    """
+    if "train" not in found:
+        raise ValueError(f"data.path must hold a training split, but {path} has only {', '.join(found)}")
+    column = columns.label
+    if column is None:
+        existing = ", ".join(found["train"].column_names)
+        raise ValueError(f"data.label must be one of {existing} in {path}, but is not given")
+    reader = learn_labels(found["train"], path, column, names)
+    splits = {}
+    for name, rows in found.items():
+        if name == "train" or not is_hidden(rows, column):
+            splits[name] = Split(rows, reader.read(column_values(rows, column), name))
+        elif name == "test":
+            log.info(f"The test split of {path} has no labels, so it can only be predicted")
+            splits[name] = Split(rows, None)
+        else:
+            raise ValueError(
+                f"data.label must be in the {name} split of {path}, but {column!r} is missing or empty there; leave "
+                f"that split out to cut one from training"
+            )
+    validation_fraction = 0.0 if "validation" in splits else validation_fraction
+    test_fraction = 0.0 if "test" in splits else test_fraction
+    if validation_fraction or test_fraction:
+        splits |= cut_splits(splits["train"], columns, validation_fraction, test_fraction)
+    require_seen(splits, reader)
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}, reader
+
+
+def require_seen(splits: dict[str, Split], reader: LabelReader) -> None:
+    """Refuses classes that no training example has.
+
+    Raises:
+        ValueError: When another split has one.
+    """
+    for name, split in splits.items():
+        if split.labels is None or not reader.values:
+            continue
+        new = np.setdiff1d(split.labels, splits["train"].labels)
+        if len(new):
+            raise ValueError(
+                f"data.label must be seen in training before it is in the {name} split of {reader.path}, but "
+                f"{reader.class_names[int(new[0])]!r} is not"
+            )

@@ -1,0 +1,275 @@
+"""Tables of examples, each with one or two texts and a label: opened whatever they are, and their columns found."""
+
+from __future__ import annotations
+
+import csv
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
+from datasets.utils.logging import set_verbosity
+
+from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind
+
+log = logging.getLogger(__name__)
+
+LABELS = ("label", "labels", "target", "class", "category", "score")
+PAIRS = (
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("question1", "question2"),
+    ("premise", "hypothesis"),
+    ("question", "sentence"),
+)
+SINGLES = ("text", "sentence")
+NUMBERS = ("idx", "id", "index", "Unnamed: 0")
+QUOTED_CELL = re.compile(r'(?<![^\t\n])"[^"]*(?:""[^"]*)*"(?![^\t\n])')
+SHARD = re.compile(r"-\d+-of-\d+$")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Where a table keeps what an example is.
+
+    Attributes:
+        text: Column of the text, or of the first of two.
+        text_pair: Column of the second text; `None` where there is one.
+        label: Column of the label; `None` where there is none.
+    """
+
+    text: str
+    text_pair: str | None
+    label: str | None
+
+    @property
+    def texts(self) -> dict[str, str | None]:
+        """Where the texts are, by what an error calls them."""
+        return {"text": self.text, "text_pair": self.text_pair}
+
+
+@dataclass(frozen=True)
+class Split:
+    """Some of the examples.
+
+    Attributes:
+        rows: All columns of each, memory-mapped.
+        labels: Index of the class (int64) or the value (float32) of each; `None` where there are none.
+    """
+
+    rows: Dataset
+    labels: np.ndarray | None
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self.rows)
+
+    def column(self, name: str) -> list[Any]:
+        """The values of one column."""
+        return column_values(self.rows, name)
+
+    def select(self, rows: np.ndarray) -> Split:
+        """Some of them, in that order."""
+        return Split(self.rows.select(rows), None if self.labels is None else self.labels[rows])
+
+
+def both(first: Split, second: Split) -> Split:
+    """The rows of two splits as one without labels, with the columns that both have."""
+    shared = [name for name in first.rows.column_names if first.rows.features[name] == second.rows.features.get(name)]
+    return Split(concatenate_datasets([split.rows.select_columns(shared) for split in (first, second)]), None)
+
+
+def open_table(path: str, subset: str | None = None) -> dict[str, Dataset]:
+    """The splits of a table, by the names that they have there; the one of a single file is `train`.
+
+    Args:
+        path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of them with `train`,
+            `validation` (`val`, `dev`, `eval`) or `test` in the names, a folder in the hub's layout, or a data set on
+            the hub.
+        subset: Configuration of a hub data set, or folder beneath `path`.
+
+    Raises:
+        FileNotFoundError: When there is nothing at `path`.
+        ValueError: When there is something, but no table.
+    """
+    disable_progress_bars()
+    set_verbosity(logging.CRITICAL)  # errors are said once, by us
+    where = Path(path).expanduser()
+    if where.is_file():
+        if where.suffix not in TABLE_FORMATS:
+            raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but is {path}")
+        return {"train": _load_files([where], path)}
+    if where.is_dir() and not _in_hub_layout(where):
+        folder = where / subset if subset and (where / subset).is_dir() else where
+        files = sorted(p for p in folder.iterdir() if p.suffix in TABLE_FORMATS and not p.name.startswith("."))
+        names = {file: SHARD.sub("", file.stem) for file in files}
+        if files:
+            kinds = dict.fromkeys(names.values())
+            return {name: _load_files([f for f in files if names[f] == name], path) for name in kinds}
+        if not (where / "README.md").is_file():  # older cards leave it to the folders' names
+            raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
+    if not where.is_dir() and (where.is_absolute() or where.suffix in TABLE_FORMATS or not HUB_NAME.fullmatch(path)):
+        raise FileNotFoundError(
+            f"data.path must be a table, a folder of them or a hub data set, but is {path}, which does not exist"
+        )
+    try:
+        return dict(load_dataset(str(where), subset))
+    except Exception as error:  # the library raises dozens of kinds
+        raise FileNotFoundError(
+            f"data.path must be a table, a folder of them or a hub data set, but is {path!r} (subset {subset!r}): "
+            f"{_reason(error)}"
+        ) from error
+
+
+def _in_hub_layout(folder: Path) -> bool:
+    """Whether a card says which files are which splits; a README beside tables says nothing of the kind."""
+    card = folder / "README.md"
+    return card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+def _load_files(files: list[Path], path: str) -> Dataset:
+    """One table from files of one kind; in CSV and TSV all is text."""
+    kind, options = TABLE_FORMATS[files[0].suffix], {}
+    try:
+        if kind == "csv":
+            separator = "\t" if files[0].suffix == ".tsv" else ","
+            quoting = csv.QUOTE_NONE if separator == "\t" and not all(map(_is_quoted, files)) else csv.QUOTE_MINIMAL
+            with files[0].open(newline="", encoding="utf-8-sig") as file:
+                reader = csv.reader(file, delimiter=separator, quoting=quoting)
+                names, first = next(reader, []), next(reader, [])
+            names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]  # as pandas calls them
+            if len(first) > len(names):  # pandas would take what is too many for names of rows
+                raise ValueError(
+                    f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
+                )
+            features = Features(dict.fromkeys(names, Value("string")))
+            options = {"sep": separator, "quoting": quoting, "features": features}
+            options |= {"keep_default_na": False, "na_values": [""]}
+        return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
+    except Exception as error:  # each format's reader raises its own kinds
+        raise ValueError(
+            f"data.path must be a table that can be read, but {files[0] if len(files) == 1 else path} is not: "
+            f"{_reason(error)}"
+        ) from error
+
+
+def _is_quoted(file: Path) -> bool:
+    """Whether quotes in a TSV file enclose cells, as its readers take them; in GLUE's own files they are text."""
+    return '"' not in QUOTED_CELL.sub("", file.read_text(encoding="utf-8-sig"))
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+
+
+def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dict[str, Dataset]:
+    """Which of the splits trains, validates and tests: the first of each kind, or the one that ends in `suffix`.
+
+    The kind is in the name; a name that says none is `train` where it is the only one, and left out beside a `train`.
+
+    Raises:
+        ValueError: When the names do not say which one trains.
+
+    Example:
+        >>> found = dict.fromkeys(["train", "dev", "test_matched", "test_mismatched"], Dataset.from_dict({}))
+        >>> {name: list(found) for name in choose_splits(found, "x", "_mismatched")}.keys()
+        dict_keys(['train', 'validation', 'test'])
+
+    A split called `unlabelled` or `unsupervised` is for semi-supervised training.
+    """
+    if len(found) == 1:
+        [(name, rows)] = found.items()
+        return {split_kind(name) or "train": rows}
+    chosen: dict[str | None, str] = {}
+    for name in sorted(found, key=lambda name: not (suffix and name.endswith(suffix))):
+        unlabelled = name.startswith(("unlabel", "unsupervised"))
+        chosen.setdefault("unlabelled" if unlabelled else split_kind(name), name)
+    if None in chosen and "train" not in chosen:
+        raise ValueError(f"data.path must say in a name which table is train, but {path} has {', '.join(found)}")
+    taken = {kind: chosen[kind] for kind in ("unlabelled", "train", "validation", "test") if kind in chosen}
+    if left := [name for name in found if name not in taken.values()]:
+        log.info(f"Reading {', '.join(taken.values())} of {path}; {', '.join(left)} left out")
+    return {kind: found[name] for kind, name in taken.items()}
+
+
+def column_values(rows: Dataset, name: str) -> list[Any]:
+    """The values of a column, as Python has them."""
+    if isinstance(rows.features[name], Value | ClassLabel):
+        return _arrow(rows, name).to_pylist()
+    return list(rows[name])
+
+
+def _arrow(rows: Dataset, name: str) -> Any:
+    return rows.select_columns([name]).with_format("arrow")[:][name]
+
+
+def find_columns(rows: Dataset, path: str, text: str | None, text_pair: str | None, label: str | None) -> Columns:
+    """Where the texts and the label are: as named, or where there is one obvious choice.
+
+    A column called `label` (or `labels`, `target`, `class`, `category`, `score`) holds the label. The texts are in one
+    of the usual pairs of columns, such as `sentence1` and `sentence2`, in one called `text` or `sentence`, or in the
+    only other column of text.
+
+    Raises:
+        ValueError: When a column is not there, or the choice is not obvious.
+    """
+    names = rows.column_names
+    for role, name in {"text": text, "text_pair": text_pair, "label": label}.items():
+        if name is not None and name not in names:
+            raise ValueError(f"data.{role} must be one of {', '.join(names)} in {path}, but is {name!r}")
+    if label is None:
+        label = next((name for name in LABELS if name in names), None)
+    if text is not None:
+        return Columns(text, text_pair, label)
+    taken = {label, text_pair, *NUMBERS}
+    others = [name for name in names if name not in taken and _is_text(rows.features[name])]
+    seconds = others if text_pair is None else [text_pair]
+    pairs = [(first, second) for first, second in PAIRS if first in others and second in seconds]
+    singles = [name for name in SINGLES if name in others] or (others if len(others) == 1 else [])
+    if not others:
+        raise ValueError(f"data.path must hold a column of text to classify, but {path} has {', '.join(names)}")
+    if pairs:
+        return Columns(*pairs[0], label)
+    if singles:
+        return Columns(singles[0], text_pair, label)
+    raise ValueError(f"data.text must be one of {', '.join(others)} in {path}, but is not given")
+
+
+def _is_text(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string")
+
+
+def check_texts(rows: Dataset, columns: dict[str, str | None], path: str, split: str) -> None:
+    """Refuses texts that are not there; an empty cell of a CSV or TSV file is none.
+
+    Args:
+        rows: A split of a table.
+        columns: Where the texts should be, by what an error calls them.
+        path: Where the table is from.
+        split: Its name.
+
+    Raises:
+        ValueError: When there is none in a row.
+        TypeError: When the column holds something else.
+    """
+    for role, name in columns.items():
+        if name is None:
+            continue
+        if name not in rows.column_names:
+            raise ValueError(
+                f"data.{role} must be one of {', '.join(rows.column_names)} in the {split} split of {path}, but is "
+                f"{name!r}"
+            )
+        if not _is_text(rows.features[name]):
+            kind = getattr(rows.features[name], "dtype", type(rows.features[name]).__name__)
+            raise TypeError(f"data.{role} must hold text, but {name!r} holds {kind} in the {split} split of {path}")
+        column = _arrow(rows, name)
+        if column.null_count:
+            row = column.is_null().to_pylist().index(True)
+            raise ValueError(
+                f"data.{role} must hold a text in every row, but {name!r} has none in row {row} of the {split} split "
+                f"of {path}; leave such rows out"
+            )

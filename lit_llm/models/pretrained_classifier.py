@@ -1,0 +1,262 @@
+"""Any classifier of transformers, of texts or of images, under this package's contract."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from lit_llm.models.pretrained_network import Pretrained, answering
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+NO_NAME = re.compile(r"LABEL_\d+")
+"""What transformers calls a class of which nothing is known."""
+
+
+class PretrainedClassifier(Pretrained):
+    """A classifier of transformers: an encoder (or decoder) of text, or a network of images, with a head on it.
+
+    Called by name with what the data gives (`input_ids`, `attention_mask`, `pixel_values`, …), it gives logits. With
+    one class the logit is a value, as in a regression.
+
+    Args:
+        num_classes: Width of the head; decided by the data, and takes the place of the config's.
+        path: What to start from: a model directory (transformers' or ours), a run folder with `model/`, or a name on
+            the hub. The backbone's weights are taken; the head's too, where there is one of this width.
+        config: In place of `path`, for fresh weights: the content of a `config.json`, or a place that has one.
+        strict: Refuse a `path` without a head of this width, and a head of classes with other names.
+        activation_checkpointing: Compute each block again in the backward pass: less memory for more computation.
+
+    Raises:
+        FileNotFoundError: When there is nothing at `path`.
+        ValueError: When not exactly one of `path` and `config` is given, when they describe no classifier, when `path`
+            lacks weights of the backbone, or with `strict` those of the head.
+
+    Source:
+        Devlin et al., 2019, "BERT", arXiv:1810.04805, section 4; Wolf et al., 2019, arXiv:1910.03771.
+
+    Example:
+        >>> size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        >>> network = PretrainedClassifier(3, config={"model_type": "bert", "vocab_size": 10, **size})
+        >>> network(input_ids=torch.zeros(2, 5, dtype=torch.long)).shape
+        torch.Size([2, 3])
+    """
+
+    tasks: ClassVar[dict[str, str]] = {
+        "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+        "AutoModelForImageClassification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
+    }
+    description = "a classifier"
+
+    def __init__(
+        self,
+        num_classes: int,
+        path: str | None = None,
+        config: str | dict[str, Any] | None = None,
+        strict: bool = False,
+        activation_checkpointing: bool = False,
+    ) -> None:
+        if (path is None) == (config is None):
+            given = "neither is" if path is None else "both are"
+            raise ValueError(f"path or config must be given, one of them, but {given}")
+        self._start = None if path is None else _place(path)
+        self.strict = strict
+        made = self.read_config(config if self._start is None else self._start, "config" if path is None else "path")
+        made.num_labels = num_classes
+        super().__init__(made, activation_checkpointing)
+
+    def _build(self) -> None:
+        if self._start is None:
+            super()._build()
+            return
+        model, found = self._read_weights(self._start, self._plain_config(), ignore_mismatched_sizes=True)
+        misfits = [name for name, *_ in found["mismatched_keys"]]
+        new = sorted([*found["missing_keys"], *misfits])
+        backbone = f"{model.base_model_prefix}."
+        # A pooler is left out of a network that was trained to fill in words, and is then as new as the head.
+        if lacking := [name for name in new if name.startswith(backbone) and "pooler" not in name]:
+            more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+            raise ValueError(f"path must hold the network's backbone, but {self._start} lacks {lacking[0]}{more}")
+        if new:
+            width = f"one of another width than {self.num_classes}" if misfits else "none"
+            if self.strict:
+                raise ValueError(
+                    f"path must hold a head of {self.num_classes} classes with strict, but {self._start} has {width}"
+                )
+            log.info(f"The head is new, {self._start} has {width}: {', '.join(new)}")
+        self._adopt(model)
+
+    def _adopt(self, model: PreTrainedModel) -> None:
+        super()._adopt(model)
+        self._kept: frozenset[str] | None = None
+        parameters = inspect.signature(model.forward).parameters
+        segments = getattr(self.config, "type_vocab_size", 2)
+        self._unread = set() if "token_type_ids" in parameters and segments > 1 else {"token_type_ids"}
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the head."""
+        return self.config.num_labels
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, in the order of the logits; kept in the config as `id2label`.
+
+        Raises:
+            ValueError: On setting another number of names; with `strict`, on setting others than came with `path`.
+        """
+        return [self.config.id2label[index] for index in range(self.num_classes)]
+
+    @class_names.setter
+    def class_names(self, names: list[str]) -> None:
+        before = self.class_names
+        if len(names) != len(before):
+            raise ValueError(f"class_names must be {len(before)} names, as the head is wide, but are {len(names)}")
+        if names != before and not all(map(NO_NAME.fullmatch, before)):
+            if self.strict:
+                raise ValueError(
+                    f"path must hold a head of the classes {', '.join(names)} with strict, but {self._start} has one "
+                    f"of {', '.join(before)}"
+                )
+            log.info(f"The head tells apart {', '.join(names)} now; it came with {', '.join(before)}")
+        for config in (self.config, self.model.config):
+            config.id2label = dict(enumerate(names))
+            config.label2id = {name: index for index, name in enumerate(names)}
+
+    def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Has fresh weights made for a tokeniser: as many tokens, the same padding. Others are held against it.
+
+        Raises:
+            ValueError: When the weights have no room for all tokens.
+        """
+        size, padding = len(tokenizer), tokenizer.pad_token_id
+        text = self.config.get_text_config()
+        if self._start is None:
+            if (text.vocab_size, text.pad_token_id) != (size, padding):
+                text.vocab_size, text.pad_token_id = size, padding
+                self._build()
+            return
+        if size > text.vocab_size:
+            raise ValueError(
+                f"data.tokenizer must have at most the tokens of the network, {text.vocab_size}, but has {size}"
+            )
+        if text.pad_token_id is None:
+            text.pad_token_id = self.model.config.get_text_config().pad_token_id = padding
+
+    @classmethod
+    def hf_arguments(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The arguments that make the network that a `config.json` of transformers describes."""
+        return {"num_classes": cls.read_config(config).num_labels, "config": config}
+
+    def forward(self, **inputs: Tensor) -> Float[Tensor, "batch classes"]:
+        """Logits of each example.
+
+        Args:
+            inputs: What the architecture reads, by name; `token_type_ids` may be there though it does not.
+        """
+        return self.model(**self._read(inputs)).logits
+
+    def _read(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor for name, tensor in inputs.items() if name not in self._unread}
+
+    # The backbone and the head apart, so that a frozen backbone need read each example once.
+
+    @property
+    def _learning_pooler(self) -> nn.Module | None:
+        """What pools, where it has parameters."""
+        pooler = getattr(self.model.base_model, "pooler", None)
+        return pooler if pooler is not None and any(True for _ in pooler.parameters()) else None
+
+    def features(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """What the backbone gives and the head reads: `classify` makes of it what `forward` makes of the inputs.
+
+        It is as little as the head turns out to read, which is tried once: what was pooled, or the first position, else
+        the whole sequence. In training mode a backbone's dropout acts here, a head's in `classify`.
+
+        Args:
+            inputs: As in `forward`.
+
+        Returns:
+            Tensors with a row for each example, by name. Only where the whole sequence is kept (`last_hidden_state`,
+            with the inputs beside it) are they as long as the longest of the batch.
+
+        Raises:
+            ValueError: When the architecture has no backbone apart from its head.
+        """
+        base, inputs = self.model.base_model, self._read(inputs)
+        if base is self.model:
+            name = type(self.model).__name__
+            raise ValueError(f"network must have a backbone apart from its head, but a {name} has none")
+        given = base(**inputs)
+        whole = {**inputs, "last_hidden_state": given[0]}
+        pooled = {"pooler_output": given["pooler_output"]} if given.get("pooler_output") is not None else {}
+        if self._learning_pooler is not None:  # belongs to the head, which it is run with
+            pooled = {}
+        first = {"first_hidden_state": given[0][:, :1]}
+        if self._kept is None:
+            if given[0].shape[1] == 1:  # here the first position is all of them
+                return whole | pooled
+            smaller = [found for found in (pooled, first, pooled | first, whole) if found]
+            enough = (found for found in smaller if self._is_enough(found, whole | pooled))
+            self._kept = frozenset(next(enough, whole | pooled))
+        return {name: tensor for name, tensor in (whole | pooled | first).items() if name in self._kept}
+
+    @torch.no_grad()
+    def _is_enough(self, features: dict[str, Tensor], everything: dict[str, Tensor]) -> bool:
+        """Whether the head says the same of some features as of all there is; what it lacks is not a number."""
+        modes = {module: module.training for module in self.model.modules()}
+        self.model.eval()
+        try:
+            said, expected = self.classify(features), self.classify(everything)
+        except Exception:  # a head that misses something says so in its own way
+            return False
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return torch.allclose(said, expected, rtol=1e-2, atol=1e-5)
+
+    def classify(self, features: dict[str, Tensor]) -> Float[Tensor, "batch classes"]:
+        """Logits of what `features` gave."""
+        some = next(iter(features.values()))
+        unknown = some.new_full((len(some), 1), torch.nan, dtype=self.model.dtype)
+        if "first_hidden_state" in features:
+            first = features["first_hidden_state"]
+            hidden = torch.cat([first, torch.full_like(first, torch.nan)], dim=1)
+        else:
+            hidden = features.get("last_hidden_state", unknown)
+        pooled = features.get("pooler_output", unknown)
+        if self._learning_pooler is not None:
+            pooled = self._learning_pooler(hidden)
+        given = _Output(last_hidden_state=hidden, pooler_output=pooled)
+        inputs = {name: tensor for name, tensor in features.items() if name not in {*given, "first_hidden_state"}}
+        if not inputs:  # the head does without, but its network passes something on
+            inputs[self.model.main_input_name] = torch.zeros(len(some), 2, dtype=torch.long, device=some.device)
+        with answering(self.model.base_model, given):
+            return self.model(**inputs).logits
+
+
+class _Output(dict):
+    """What a backbone of transformers gives: by name, by attribute and by place; `None` what is not there."""
+
+    def __getattr__(self, name: str) -> Any:
+        return self.get(name)
+
+    def __getitem__(self, key: Any) -> Any:
+        return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
+
+
+def _place(path: str) -> str:
+    """The directory of a model, where `path` is one or a run folder; else a name on the hub."""
+    folder = Path(path).expanduser()
+    inside = not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file()
+    return str(folder / "model" if inside else folder)

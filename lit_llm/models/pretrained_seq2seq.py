@@ -1,0 +1,125 @@
+"""Any encoder-decoder of transformers under this package's contract."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from lit_llm.models.pretrained_network import PretrainedLanguageModel
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+
+class PretrainedSeq2Seq(PretrainedLanguageModel):
+    """An encoder-decoder of transformers that writes a text from another (T5, BART, …).
+
+    Made from its config with fresh weights; they come from a checkpoint with `checkpoints.load_model` or an objective's
+    `weights`. Its repeated layers count as blocks. No code that comes with a checkpoint is run, and no pickle is read.
+
+    Args:
+        vocab_size: Number of tokens; decided by the data, and takes the place of the config's.
+        config: The content of a `config.json`, or a directory or a name on the hub that has one.
+        activation_checkpointing: Compute each block again in the backward pass: less memory for more computation.
+
+    Raises:
+        FileNotFoundError: When there is no such config.
+        ValueError: When it does not describe an encoder-decoder.
+
+    Source:
+        Raffel et al., 2020, "T5", arXiv:1910.10683, section 2.1; Wolf et al., 2019, arXiv:1910.03771.
+
+    Example:
+        >>> size = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
+        >>> network = PretrainedSeq2Seq(10, {"model_type": "t5", **size})
+        >>> source, target = torch.ones(1, 5, dtype=torch.long), torch.ones(1, 3, dtype=torch.long)
+        >>> network(source, target).shape
+        torch.Size([1, 3, 10])
+    """
+
+    tasks: ClassVar[dict[str, str]] = {"AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES"}
+    description = "an encoder-decoder"
+
+    @classmethod
+    def read_config(cls, config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:
+        """As `Pretrained.read_config`; where the config does not say what a decoder starts with, it is the padding."""
+        made = super().read_config(config, name)
+        if getattr(made, "decoder_start_token_id", None) is None:
+            made.decoder_start_token_id = made.pad_token_id
+        return made
+
+    def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Has fresh weights made anew where the tokeniser's padding or end is another token than the config's.
+
+        A decoder starts with the padding, as T5's, or with the end where that is what the config has, as BART's.
+        """
+        config = self.config
+        starts_with_the_end = config.decoder_start_token_id != config.pad_token_id
+        padding, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        tokens = {
+            "pad_token_id": padding,
+            "eos_token_id": end,
+            "decoder_start_token_id": end if starts_with_the_end else padding,
+        }
+        if any(getattr(config, name) != token for name, token in tokens.items()):
+            config.update(tokens)
+            self._build()
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        labels: Int[Tensor, "batch new"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+    ) -> Float[Tensor, "batch new vocab"]:
+        """Logits of each token of a text, from another text and the tokens before it.
+
+        Args:
+            input_ids: Tokens of the text to read.
+            labels: Tokens of the text to write; less than 0 for padding, which comes last.
+            attention_mask: 1 on tokens of the text to read, 0 on padding.
+        """
+        before = labels.roll(1, dims=1).clamp(min=0)
+        before[:, 0] = self.config.decoder_start_token_id
+        return self.model(input_ids, attention_mask=attention_mask, decoder_input_ids=before, use_cache=False).logits
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Int[Tensor, "batch seq"],
+        attention_mask: Int[Tensor, "batch seq"] | None = None,
+        max_new_tokens: int = 64,
+        num_beams: int = 1,
+    ) -> Int[Tensor, "batch new"]:
+        """Writes a text for each: the most probable token each time, or the best of so many beams.
+
+        Args:
+            input_ids: Tokens of the text to read.
+            attention_mask: As in `forward`.
+            max_new_tokens: Tokens after which a text is cut.
+            num_beams: Texts that are followed side by side.
+
+        Returns:
+            Tokens, the end included; padding after it.
+        """
+        from transformers import GenerationConfig
+
+        how = GenerationConfig(
+            max_new_tokens=max_new_tokens,
+            num_beams=num_beams,
+            do_sample=False,
+            decoder_start_token_id=self.config.decoder_start_token_id,
+            eos_token_id=self.config.eos_token_id,
+            pad_token_id=self.config.pad_token_id,
+        )
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        self.model.generation_config = how  # else what came with a checkpoint would be mixed in
+        mode = self.model.training
+        self.model.eval()
+        try:
+            return self.model.generate(input_ids, attention_mask=attention_mask)[:, 1:]
+        finally:
+            self.model.train(mode)

@@ -1,0 +1,122 @@
+"""Classification: which of a few classes an example is of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+from torchmetrics import MetricCollection
+
+from lit_llm.adaptation import Adaptation
+from lit_llm.metrics import classification_metrics
+from lit_llm.objectives.objective import Loss, Objective
+from lit_llm.schedulers import Schedule
+
+
+class Classification(Objective):
+    """Minimises the cross-entropy of each example's class: of texts, of images, of whatever the network reads.
+
+    Logs `val/accuracy`, `val/precision`, `val/recall`, `val/f1`, `val/mcc` and `val/loss` (nats per example, neither
+    weighted nor smoothed) over the whole split; the same under `test/`. `predict` gives each example's probabilities.
+
+    Args:
+        network: Makes a classifier from its number of classes. Called by name with all that a batch has but `labels`
+            and `rows`, it gives logits. `None` is the network that `weights` are of.
+        optimizer: As in `Objective`.
+        schedule: As in `Objective`.
+        decay_embeddings: As in `Objective`.
+        weights: As in `Objective`.
+        adaptation: As in `Objective`.
+        num_classes: Classes that the network tells apart; `None` is as many as the data has.
+        label_smoothing: Probability spread over all classes, in [0, 1); 0.1 is usual.
+        class_weights: `balanced` weighs each example by the inverse of its class's share of the training split, so that
+            all classes count alike; the loss is the weighted sum over the sum of weights.
+
+    Raises:
+        ValueError: When a value is out of range, labels are real numbers, or nothing says how often classes occur.
+
+    Source:
+        Szegedy et al., 2015, arXiv:1512.00567, section 7 (smoothing); King & Zeng, 2001, "Logistic Regression in Rare
+        Events Data", section 4 (weights).
+    """
+
+    size_name: ClassVar[str] = "num_classes"
+    monitor: ClassVar[tuple[str, str]] = ("val/accuracy", "max")
+
+    def __init__(
+        self,
+        network: Callable[..., nn.Module] | None = None,
+        optimizer: OptimizerCallable | None = None,
+        schedule: Schedule | None = None,
+        decay_embeddings: bool = False,
+        weights: str | None = None,
+        adaptation: Adaptation | None = None,
+        num_classes: int | None = None,
+        label_smoothing: float = 0.0,
+        class_weights: Literal["balanced"] | None = None,
+    ) -> None:
+        super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation)
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"model.label_smoothing must be in [0, 1), but is {label_smoothing}")
+        self.save_arguments()
+        self.label_smoothing, self.class_weights = label_smoothing, class_weights
+
+    def setup(self, stage: str) -> None:
+        """Takes the number of classes from the data."""
+        data = self.trainer.datamodule
+        if getattr(data, "num_classes", None) is None and getattr(data, "num_targets", None) is not None:
+            raise ValueError(
+                "data must have classes as labels for Classification, but has real numbers; set model to "
+                "lit_llm.objectives.regression.Regression, or write classes as whole numbers (1, not 1.0)"
+            )
+        super().setup(stage)
+
+    def configure_model(self) -> None:
+        """Builds the network, and tells it the classes' names."""
+        if self.network is not None:
+            return
+        super().configure_model()
+        data = getattr(self._trainer, "datamodule", None)
+        if (names := getattr(data, "class_names", None)) and hasattr(self.network, "class_names"):
+            self.network.class_names = [*names, *(f"LABEL_{i}" for i in range(len(names), self.hparams["num_classes"]))]
+        self.val_metric, self.test_metric = (classification_metrics(self.hparams["num_classes"]) for _ in range(2))
+        self.register_buffer("weight_of_class", self._weight_of_class(data), persistent=False)
+
+    def _weight_of_class(self, data: Any) -> Float[Tensor, " classes"] | None:
+        if self.class_weights is None or self._trainer is None or self.trainer.state.fn != "fit":
+            return None
+        counts = getattr(data, "class_counts", None)
+        if counts is None:
+            raise ValueError("data must say its class_counts for model.class_weights, but does not")
+        counts = torch.tensor([*counts, *[0] * (self.hparams["num_classes"] - len(counts))]).clamp(min=1)
+        return counts.max() / counts  # 1 at least, so that a sum of weights is never taken for none
+
+    def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
+        """What the network says of each example, in fp32."""
+        return self.read(batch).float()
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Loss:
+        """Cross-entropy in nats, summed over the examples with their weights, and the sum of those."""
+        labels, weight = batch["labels"], self.weight_of_class
+        total = F.cross_entropy(
+            self.logits(batch), labels, weight=weight, reduction="sum", label_smoothing=self.label_smoothing
+        )
+        return total, total.new_tensor(len(labels)) if weight is None else weight[labels].sum()
+
+    def measure(self, metric: MetricCollection, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Adds each example's class, predicted class and nats."""
+        logits, labels = self.logits(batch), batch["labels"]
+        predicted = logits.argmax(dim=-1)
+        metric.update(preds=predicted, target=labels, value=F.cross_entropy(logits, labels, reduction="none"))
+        return {"predicted": predicted, "labels": labels}
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """The probabilities of each row; see `callbacks.predictions`."""
+        probabilities = self.logits(batch).softmax(dim=-1)
+        self.require_numbers(probabilities)
+        return {"rows": batch["rows"], "probabilities": probabilities}

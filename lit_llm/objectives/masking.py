@@ -1,0 +1,175 @@
+"""What is hidden from a network that is to fill it in: pure functions of the tokens and a seed."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from jaxtyping import Bool, Float, Int
+from tokenizers import pre_tokenizers
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+GOLDEN = 0x9E3779B97F4A7C15 - 2**64
+FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+
+
+def chances(input_ids: Int[Tensor, "batch seq"], seed: tuple[int, ...], count: int) -> Float[Tensor, "count batch seq"]:
+    """Random numbers in [0, 1) for each position, by what its row holds and a seed, and nothing else.
+
+    So a row is treated alike in whatever batch, on whatever device and process it comes, and a run that goes on from a
+    checkpoint draws what it would have drawn; there is no state to keep. Equal rows are treated alike.
+
+    Args:
+        input_ids: Tokens.
+        seed: For example a seed and the step.
+        count: How many numbers for each position.
+
+    Source:
+        Steele et al., 2014, "Fast Splittable Pseudorandom Number Generators" (SplitMix64's finaliser); from counters
+        rather than a state as in Salmon et al., 2011, "Parallel Random Numbers: As Easy as 1, 2, 3".
+
+    Example:
+        >>> ids = torch.tensor([[5, 6], [5, 6], [6, 5]])
+        >>> one, other = chances(ids, (0, 1), 1)[0], chances(ids, (0, 2), 1)[0]
+        >>> torch.equal(one[0], one[1]), torch.equal(one[0], one[2]), torch.equal(one, other)
+        (True, False, False)
+    """
+    seq = input_ids.shape[1]
+    places = torch.arange(seq, device=input_ids.device)
+    rows = _mixed(input_ids * GOLDEN + _mixed(places + 1)).sum(dim=1)
+    for number in seed:
+        rows = _mixed(rows * GOLDEN + number)
+    counters = torch.arange(count * seq, device=input_ids.device).view(count, 1, seq)
+    return ((_mixed(rows[:, None] + counters * GOLDEN) >> 40) & (2**24 - 1)) * 2.0**-24
+
+
+def _mixed(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Makes each bit depend on all bits, in the arithmetic of 64 bits."""
+    x = (x ^ ((x >> 30) & (2**34 - 1))) * FIRST
+    x = (x ^ ((x >> 27) & (2**37 - 1))) * SECOND
+    return x ^ ((x >> 31) & (2**33 - 1))
+
+
+def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, " vocab"]:
+    """Which tokens are text: all but the special ones."""
+    marks = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+    ordinary = torch.ones(len(tokenizer), dtype=torch.bool)
+    ordinary[sorted(marks | set(tokenizer.all_special_ids))] = False
+    return ordinary
+
+
+def word_edges(tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, "2 vocab"]:
+    """Of each token whether it may go on with a word, and whether a word may go on after it.
+
+    A WordPiece that begins with `##` goes on with a word. Elsewhere a token that begins with a letter or digit does,
+    where the one before ends with one: so a word is its letters and the space or sign that its first token has before
+    them. A letter beyond U+2E80 (Chinese, Japanese, Korean) is a word by itself, also where it is several tokens.
+
+    Example:
+        >>> from lit_llm.data.tokenizer import train_bert_bpe
+        >>> tokenizer = train_bert_bpe([" ab"] * 9, 262)
+        >>> ids = tokenizer.convert_tokens_to_ids(["[CLS]", "Ġ", "a", "Ġab"])
+        >>> word_edges(tokenizer)[:, ids].int().tolist()
+        [[0, 0, 1, 0], [0, 0, 1, 1]]
+    """
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    decoder = json.dumps(state["decoder"])
+    ordinary, tokens = ordinary_tokens(tokenizer), tokenizer.convert_ids_to_tokens(range(len(tokenizer)))
+    if '"WordPiece"' in decoder:
+        goes_on = torch.tensor([token.startswith("##") for token in tokens])
+        return torch.stack([goes_on & ordinary, ordinary])
+    in_bytes = '"ByteLevel"' in decoder
+    pieces = [_bytes_of(token) if in_bytes else token.replace("▁", " ").encode() for token in tokens]
+    edges = torch.tensor([(_is_inside(piece), _is_inside(piece, at_the_end=True)) for piece in pieces]).T
+    return edges & ordinary
+
+
+def _bytes_of(token: str) -> bytes:
+    """What a token of a byte-level encoding stands for."""
+    return bytes(BYTES.get(character, 0) for character in token)
+
+
+def _alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level token stands for: printable ones for themselves."""
+    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in plain]
+    found = {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+    assert set(found) == set(pre_tokenizers.ByteLevel.alphabet())
+    return found
+
+
+BYTES = _alphabet()
+
+
+def _is_inside(piece: bytes, at_the_end: bool = False) -> bool:
+    """Whether the first character, or the last one, may be within a word."""
+    for size in range(1, 5):
+        try:
+            character = (piece[-size:] if at_the_end else piece[:size]).decode()
+        except UnicodeDecodeError:
+            continue
+        return character == "_" or (character.isalnum() and character < "\u2e80")
+    return at_the_end or piece < b"\xe0"  # part of a character: its middle, or the first byte of a letter with cases
+
+
+def word_starts(input_ids: Int[Tensor, "batch seq"], edges: Bool[Tensor, "2 vocab"]) -> Int[Tensor, "batch seq"]:
+    """The place at which the word of each position begins.
+
+    Args:
+        input_ids: Tokens.
+        edges: What `word_edges` says of them.
+
+    Example:
+        >>> edges = torch.tensor([[0, 0, 1], [0, 1, 1]]).bool()  # a mark, a first piece, one that goes on
+        >>> word_starts(torch.tensor([[0, 1, 2, 2, 1, 0, 2]]), edges).tolist()
+        [[0, 1, 1, 1, 4, 5, 6]]
+    """
+    goes_on = edges[0][input_ids]
+    goes_on[:, 1:] &= edges[1][input_ids[:, :-1]]
+    goes_on[:, 0] = False
+    places = torch.arange(input_ids.shape[1], device=input_ids.device).expand_as(input_ids)
+    return places.masked_fill(goes_on, 0).cummax(dim=1).values
+
+
+def noise_spans(
+    chance: Float[Tensor, "2 batch seq"], num_hidden: int, num_spans: int
+) -> tuple[Bool[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
+    """Spans to be left out of each row: the same number of tokens and of spans in all rows, at random places.
+
+    A row begins with what is kept, and ends with a span; spans do not touch. Both what is kept and what is left out are
+    cut into as many pieces, every cut being as likely as any other.
+
+    Args:
+        chance: Two random numbers for each position.
+        num_hidden: Tokens that are left out.
+        num_spans: Spans that they form.
+
+    Returns:
+        Which positions are left out, and which of these are the first of their span.
+
+    Source:
+        Raffel et al., 2020, arXiv:1910.10683, section 3.1.4; `random_spans_noise_mask` of their `preprocessors.py`.
+
+    Example:
+        >>> hidden, first = noise_spans(torch.rand(2, 3, 20), num_hidden=6, num_spans=2)
+        >>> hidden.sum(dim=1).tolist(), first.sum(dim=1).tolist()
+        ([6, 6, 6], [2, 2, 2])
+    """
+    seq = chance.shape[-1]
+    kept, left_out = (
+        _pieces(part[:, :size], num_spans) for part, size in zip(chance, (seq - num_hidden, num_hidden), strict=True)
+    )
+    ends = torch.stack([kept, left_out], dim=-1).flatten(1).cumsum(dim=1)
+    places = torch.arange(seq, device=chance.device)
+    piece = torch.searchsorted(ends, places.expand(len(ends), seq).contiguous(), right=True)
+    hidden = piece % 2 == 1
+    return hidden, hidden & ~hidden.roll(1, dims=1)
+
+
+def _pieces(chance: Float[Tensor, "batch seq"], count: int) -> Int[Tensor, "batch count"]:
+    """Lengths, 1 at least, of so many pieces of each row."""
+    size = chance.shape[1]
+    cuts = chance[:, 1:].argsort(dim=1)[:, : count - 1].sort(dim=1).values + 1
+    edges = torch.nn.functional.pad(torch.nn.functional.pad(cuts, (1, 0)), (0, 1), value=size)
+    return edges.diff(dim=1)

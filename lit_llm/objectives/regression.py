@@ -1,0 +1,87 @@
+"""Regression: which value an example has."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import ClassVar
+
+from jaxtyping import Float
+from lightning.pytorch.cli import OptimizerCallable
+from torch import Tensor, nn
+
+from lit_llm.adaptation import Adaptation
+from lit_llm.metrics import RegressionMetrics
+from lit_llm.objectives.objective import Loss, Objective
+from lit_llm.schedulers import Schedule
+
+
+class Regression(Objective):
+    """Minimises the squared error of each example's value.
+
+    Logs `val/rmse`, `val/mae`, `val/pearson`, `val/spearman` and `val/loss` (mean squared error) over the whole split;
+    the same under `test/`. `predict` gives each example's value.
+
+    Args:
+        network: Makes, from the number of values, which is one, what gives them when it is called by name with all that
+            a batch has but `labels` and `rows`: a classifier of one class. `None` is the network that `weights` are of.
+        optimizer: As in `Objective`.
+        schedule: As in `Objective`.
+        decay_embeddings: As in `Objective`.
+        weights: As in `Objective`.
+        adaptation: As in `Objective`.
+        num_targets: Values of each example; one.
+
+    Raises:
+        ValueError: When labels are classes, or `num_targets` is not 1.
+
+    Source:
+        Cer et al., 2017, "SemEval-2017 Task 1", arXiv:1708.00055, for correlation as the measure of such values.
+    """
+
+    size_name: ClassVar[str] = "num_targets"
+    monitor: ClassVar[tuple[str, str]] = ("val/pearson", "max")
+
+    def __init__(
+        self,
+        network: Callable[..., nn.Module] | None = None,
+        optimizer: OptimizerCallable | None = None,
+        schedule: Schedule | None = None,
+        decay_embeddings: bool = False,
+        weights: str | None = None,
+        adaptation: Adaptation | None = None,
+        num_targets: int = 1,
+    ) -> None:
+        super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation)
+        if num_targets != 1:
+            raise ValueError(f"model.num_targets must be 1, but is {num_targets}")
+        self.save_arguments()
+        self.val_metric, self.test_metric = RegressionMetrics(), RegressionMetrics()
+
+    def setup(self, stage: str) -> None:
+        """Sees that the labels are values."""
+        data = self.trainer.datamodule
+        if getattr(data, "num_targets", None) is None and getattr(data, "num_classes", None) is not None:
+            raise ValueError(
+                "data must have real numbers as labels for Regression, but has classes; set model to "
+                "lit_llm.objectives.classification.Classification"
+            )
+        super().setup(stage)
+
+    def values(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
+        """What the network says of each example, in fp32."""
+        return self.read(batch).float().squeeze(-1)
+
+    def loss(self, batch: Mapping[str, Tensor]) -> Loss:
+        """Squared error, summed over the examples, and their number."""
+        error = self.values(batch) - batch["labels"]
+        return error.square().sum(), error.new_tensor(len(error))
+
+    def measure(self, metric: RegressionMetrics, batch: Mapping[str, Tensor]) -> None:
+        """Adds each example's value and predicted value."""
+        metric.update(preds=self.values(batch), target=batch["labels"])
+
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """The value of each row; see `callbacks.predictions`."""
+        values = self.values(batch)
+        self.require_numbers(values)
+        return {"rows": batch["rows"], "values": values}

@@ -1,0 +1,229 @@
+"""Semi-supervised classification: a few examples with labels, and many without."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lit_llm.batch import inputs
+from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.objective import Loss
+
+
+class SemiSupervised(Classification):
+    """Adds to the cross-entropy of labelled examples that unlabelled ones are to be classed alike in two views.
+
+    A *teacher* says what classes an unlabelled example has as it is (`batch["unlabelled"]`); the network that learns is
+    to say the same of it strongly augmented (`batch["unlabelled_strong"]`). Only examples count of which the teacher is
+    confident, but the loss is the mean over all. Their labels, where the data has any, are counted and not learnt from.
+
+    Beside the network goes an exponential moving average of its weights, from the first step on. It is what validation,
+    test, predictions and the exported model use; a checkpoint has both, and a resumed run goes on exactly.
+
+    Logs of the training also `train/confident` (share of unlabelled examples that count) and, where labels are known,
+    `train/pseudo_label_accuracy` (share of those that the teacher classes rightly).
+
+    A teacher answers without dropout and with the running statistics of batch normalisation, as in validation.
+
+    Args:
+        args: As in `Classification`.
+        threshold: Probability of the likeliest class from which on an unlabelled example counts, in [0, 1].
+        unlabelled_weight: Factor on the loss of the unlabelled examples, at least 0.
+        ramp_up_steps: Steps over which that factor rises to `unlabelled_weight`, as `exp(-5 (1 - x)²)`.
+        decay: What remains of the average at each step, in [0, 1): it is about one of the last `1 / (1 - decay)` steps.
+            Before as many are done it is of all steps so far.
+        kwargs: As in `Classification`; smoothing and weights are of the labelled examples.
+
+    Raises:
+        ValueError: When a value is not in its range, or a batch has no unlabelled examples.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        threshold: float = 0.95,
+        unlabelled_weight: float = 1.0,
+        ramp_up_steps: int = 0,
+        decay: float = 0.99,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if not 0 <= threshold <= 1:
+            raise ValueError(f"model.threshold must be in [0, 1], but is {threshold}")
+        if not 0 <= decay < 1:
+            raise ValueError(f"model.decay must be in [0, 1), but is {decay}")
+        for name, value in {"unlabelled_weight": unlabelled_weight, "ramp_up_steps": ramp_up_steps}.items():
+            if value < 0:
+                raise ValueError(f"model.{name} must be at least 0, but is {value}")
+        self.save_arguments()
+        self.threshold, self.unlabelled_weight, self.ramp_up_steps = threshold, unlabelled_weight, ramp_up_steps
+        self.decay = decay
+        # Confident examples, all; right ones among the confident of known label, all those. Since the last report.
+        self.register_buffer("counts", torch.zeros(4))
+
+    @property
+    @abstractmethod
+    def teacher(self) -> nn.Module:
+        """Which network says what classes an unlabelled example has."""
+
+    @abstractmethod
+    def disagreement(
+        self, taught: Float[Tensor, "batch classes"], logits: Float[Tensor, "batch classes"]
+    ) -> Float[Tensor, " batch"]:
+        """How far what the network says of each strongly augmented example is from the teacher's probabilities."""
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The average."""
+        return self.average
+
+    def configure_model(self) -> None:
+        """Builds the network, and the average of its weights that begins as they do."""
+        if self.network is not None:
+            return
+        super().configure_model()
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
+        """That of the labelled examples, and for each of them its share of the mean over the unlabelled ones."""
+        if "unlabelled" not in batch:
+            raise ValueError(
+                f"data must give unlabelled examples for {type(self).__name__}, but gives none; set "
+                f"data.unlabelled_ratio, or take Classification"
+            )
+        total, targets = super().loss(batch)
+        taught = self._taught(batch["unlabelled"])
+        logits = self.network(**inputs(batch["unlabelled_strong"])).float()
+        confident = taught.amax(dim=-1) >= self.threshold
+        self._count(taught, confident, batch["unlabelled"].get("labels"))
+        unlabelled = (self.disagreement(taught, logits) * confident).mean()
+        return total + self.unlabelled_factor(self.global_step) * targets * unlabelled, targets
+
+    def unlabelled_factor(self, step: int) -> float:
+        """Factor on the loss of the unlabelled examples at a step."""
+        if step >= self.ramp_up_steps:
+            return self.unlabelled_weight
+        return self.unlabelled_weight * math.exp(-5 * (1 - step / self.ramp_up_steps) ** 2)
+
+    @torch.no_grad()
+    def _taught(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
+        teacher = self.teacher
+        training = teacher.training
+        teacher.eval()
+        probabilities = teacher(**inputs(batch)).float().softmax(dim=-1)
+        teacher.train(training)
+        return probabilities
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
+        """Steps, and moves the average."""
+        super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
+        self._move_average(self.trainer.global_step + 1)  # Lightning counts the step after this hook
+
+    @torch.no_grad()
+    def _move_average(self, step: int) -> None:
+        """Moves the average after so many steps; what is no parameter, as running statistics are, is copied."""
+        decay = min(self.decay, step / (step + 1))
+        pairs = (list(network.parameters()) for network in (self.average, self.network))
+        torch._foreach_lerp_(*pairs, 1 - decay)
+        for mine, theirs in zip(self.average.buffers(), self.network.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    # What is said of the unlabelled examples.
+
+    @torch.no_grad()
+    def _count(self, taught: Tensor, confident: Tensor, labels: Tensor | None) -> None:
+        known = confident if labels is not None else torch.zeros_like(confident)
+        right = known & (taught.argmax(dim=-1) == labels) if labels is not None else known
+        self.counts += torch.stack(
+            [confident.sum(), confident.new_ones(confident.shape).sum(), right.sum(), known.sum()]
+        )
+
+    def take_train_metrics(self) -> dict[str, float]:
+        """Share of unlabelled examples that counted since the last call, and of right ones among those."""
+        counts = self.trainer.strategy.reduce(self.counts.clone(), reduce_op="sum").tolist()
+        self.counts.zero_()
+        found = {"train/confident": counts[0] / max(counts[1], 1.0)}
+        return found | ({"train/pseudo_label_accuracy": counts[2] / counts[3]} if counts[3] else {})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds that the average is the model."""
+        super().on_save_checkpoint(checkpoint)
+        checkpoint["evaluated"] = "average"
+
+
+class FixMatch(SemiSupervised):
+    """The network teaches itself: where it is sure of an example's class, it is to be so of the example augmented.
+
+    Arguments are those of `SemiSupervised`.
+
+    Source:
+        Sohn et al., 2020, "FixMatch", arXiv:2001.07685, eq. 3 and 4, with the threshold and weight of its table 4. The
+        pseudo-labels are made without dropout, in a pass of their own; the decay is one for hundreds of steps rather
+        than a million.
+
+    Example:
+        >>> model = FixMatch(torch.nn.Identity)
+        >>> model.disagreement(torch.tensor([[0.99, 0.01]]), torch.zeros(1, 2))  # log 2
+        tensor([0.6931])
+    """
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The network itself."""
+        return self.network
+
+    def disagreement(
+        self, taught: Float[Tensor, "batch classes"], logits: Float[Tensor, "batch classes"]
+    ) -> Float[Tensor, " batch"]:
+        """Cross-entropy of the teacher's likeliest class, in nats."""
+        return F.cross_entropy(logits, taught.argmax(dim=-1), reduction="none")
+
+
+class MeanTeacher(SemiSupervised):
+    """The average teaches the network: it is to give the same probabilities.
+
+    Arguments are those of `SemiSupervised`; without a threshold, as in the paper, the weight has to rise slowly.
+
+    Source:
+        Tarvainen & Valpola, 2017, "Mean teachers are better role models", arXiv:1703.01780, section 2, with the ramp-up
+        of its section 3. Here the consistency is that of unlabelled examples alone, only the student sees noise, and
+        squares are summed over classes. A threshold in place of a ramp-up: French et al., 2017, "Self-ensembling for
+        visual domain adaptation", arXiv:1706.05208, section 3.2.
+
+    Example:
+        >>> model = MeanTeacher(torch.nn.Identity)
+        >>> model.disagreement(torch.tensor([[1.0, 0.0]]), torch.zeros(1, 2))
+        tensor([0.5000])
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        threshold: float = 0.0,
+        unlabelled_weight: float = 10.0,
+        ramp_up_steps: int = 100,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(
+            *args, threshold=threshold, unlabelled_weight=unlabelled_weight, ramp_up_steps=ramp_up_steps, **kwargs
+        )
+
+    @property
+    def teacher(self) -> nn.Module:
+        """The average."""
+        return self.average
+
+    def disagreement(
+        self, taught: Float[Tensor, "batch classes"], logits: Float[Tensor, "batch classes"]
+    ) -> Float[Tensor, " batch"]:
+        """Squared distance of the probabilities, from 0 to 2."""
+        return (logits.softmax(dim=-1) - taught).square().sum(dim=-1)

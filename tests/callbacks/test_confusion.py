@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+from matplotlib.axes import Axes
+from sklearn import metrics
+
+from lit_llm.callbacks import confusion
+from lit_llm.callbacks.confusion import ConfusionMatrix, draw_confusion_matrix
+from lit_llm.callbacks.run_report import RunReport
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.regression import Regression
+from tests.examples import BERT, Examples, example, together
+from tests.objectives.test_classification import trainer
+
+NETWORK = functools.partial(PretrainedClassifier, config=BERT)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[tuple[list[list[int]], list[str], str]]:
+    """What was drawn, in place of drawing it."""
+    found = []
+    monkeypatch.setattr(
+        confusion,
+        "draw_confusion_matrix",
+        lambda path, counts, names, title: found.append((counts.tolist(), names, title)),
+    )
+    return found
+
+
+def test_every_example_of_a_split_is_counted_once(tmp_path: Path, drawn: list) -> None:
+    made, data = Classification(NETWORK), Examples(3)
+    run = trainer(tmp_path, max_steps=3, val_check_interval=1, callbacks=[ConfusionMatrix()])
+    run.fit(made, datamodule=data)
+    run.test(made, datamodule=data, verbose=False)
+    run.validate(made, datamodule=data, verbose=False)
+    assert [title for *_, title in drawn] == ["validation split, step 3", "test split", "validation split"]
+    assert {tuple(names) for _, names, _ in drawn} == {("class 0", "class 1", "class 2")}
+    for (counts, _, _), rows in zip(drawn, (range(100, 111), range(200, 207), range(100, 111)), strict=True):
+        whole = together([example(row, 3) for row in rows])
+        with torch.no_grad():
+            predicted = made.eval().logits(whole).argmax(-1)
+        assert counts == metrics.confusion_matrix(whole["labels"], predicted, labels=range(3)).tolist()
+
+
+def test_of_a_fit_the_best_validation_is_drawn(tmp_path: Path, drawn: list) -> None:
+    rate = functools.partial(torch.optim.SGD, lr=0.0)  # nothing changes, so the first is best
+    report = RunReport("val/accuracy", "max")
+    report.on_fit_end = lambda *args: None
+    made = Classification(NETWORK, rate)
+    run = trainer(tmp_path, max_steps=3, val_check_interval=1, callbacks=[report, ConfusionMatrix()])
+    run.fit(made, datamodule=Examples(3))
+    assert [title for *_, title in drawn] == ["validation split, step 1"]
+
+
+def test_values_have_no_confusion(tmp_path: Path, drawn: list) -> None:
+    run = trainer(tmp_path, max_steps=1, callbacks=[ConfusionMatrix()])
+    run.fit(Regression(NETWORK), datamodule=Examples(None))
+    assert not drawn
+
+
+def test_the_picture_is_shaded_by_shares_of_the_true_class(tmp_path: Path, monkeypatch) -> None:
+    shades, written = [], []
+    shown = Axes.imshow
+    monkeypatch.setattr(Axes, "imshow", lambda self, x, **options: shades.append(x) or shown(self, x, **options))
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, text, **options: written.append(text))
+    draw_confusion_matrix(tmp_path / "x.png", torch.tensor([[3, 1], [0, 0]]), ["no", "yes"], "test split")
+    assert shades[0].tolist() == [[0.75, 0.25], [0.0, 0.0]]
+    assert written == ["3", "1", "0", "0"]
+    assert matplotlib.image.imread(tmp_path / "x.png").ndim == 3
+
+
+def test_many_classes_are_drawn_without_words(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Axes, "text", lambda *args, **options: pytest.fail("no room for counts"))
+    draw_confusion_matrix(tmp_path / "x.png", torch.eye(100, dtype=torch.long), [""] * 100, "test split")
+    assert (tmp_path / "x.png").stat().st_size > 0

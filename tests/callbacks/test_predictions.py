@@ -1,0 +1,79 @@
+from __future__ import annotations
+
+import csv
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+
+from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.regression import Regression
+from tests.examples import BERT, Examples, Submission, example, together
+from tests.objectives.test_classification import trainer
+
+NETWORK = functools.partial(PretrainedClassifier, config=BERT)
+
+
+def predicted(tmp_path: Path, made: Classification | Regression, data: Examples) -> list[dict[str, str]]:
+    trainer(tmp_path, callbacks=[DocumentScores(), ExamplePredictions()]).predict(made, datamodule=data)
+    with (tmp_path / "predictions.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+@torch.no_grad()
+def test_classes_with_their_probabilities_stand_beside_the_input(tmp_path: Path, labelled: bool) -> None:
+    made = Classification(NETWORK)
+    table = predicted(tmp_path, made, Examples(3, test_labels=labelled))
+    probabilities = made.eval().logits(together([example(row, 3) for row in range(7)])).softmax(-1)
+    assert [line["sentence"] for line in table] == [f"test {row}, said twice" for row in range(7)]
+    names = ["class 0", "class 1", "class 2"]
+    assert list(table[0]) == ["sentence", *["label"] * labelled, "predicted", *(f"p({name})" for name in names)]
+    assert [line["predicted"] for line in table] == [names[p.argmax()] for p in probabilities]
+    assert [line.get("label") for line in table] == [names[row % 3] if labelled else None for row in range(7)]
+    found = [[float(line[f"p({name})"]) for name in names] for line in table]
+    torch.testing.assert_close(torch.tensor(found), probabilities, atol=1e-6, rtol=0)
+
+
+@torch.no_grad()
+def test_values_stand_beside_the_input(tmp_path: Path) -> None:
+    made = Regression(NETWORK)
+    table = predicted(tmp_path, made, Examples(None))
+    values = made.eval().values(together([example(row, None) for row in range(7)]))
+    assert list(table[0]) == ["sentence", "label", "predicted"]
+    torch.testing.assert_close(torch.tensor([float(line["predicted"]) for line in table]), values, atol=1e-6, rtol=0)
+    assert [float(line["label"]) for line in table] == [row % 5 / 2 for row in range(7)]
+
+
+@pytest.mark.parametrize("labels", ["index", "name", "value"])
+def test_the_board_gets_its_file(tmp_path: Path, labels: str) -> None:
+    data = Examples(None if labels == "value" else 3, test_labels=False)
+    data.submission = Submission("X-Y.tsv", labels)
+    made = Regression(NETWORK) if labels == "value" else Classification(NETWORK)
+    table = predicted(tmp_path, made, data)
+    lines = (tmp_path / "X-Y.tsv").read_text().splitlines()
+    assert lines[0] == "index\tprediction"
+    said = [line.split("\t") for line in lines[1:]]
+    assert [int(index) for index, _ in said] == list(range(7))
+    for (_, prediction), line in zip(said, table, strict=True):
+        if labels == "value":
+            assert float(prediction) == pytest.approx(float(line["predicted"]), abs=5e-4)
+        else:
+            assert prediction == line["predicted"].removeprefix("class " if labels == "index" else "")
+
+
+def test_a_validation_split_is_nothing_for_the_board(tmp_path: Path) -> None:
+    data = Examples(3)
+    data.submission, data.predict_split = Submission("X.tsv", "index"), "validation"
+    predicted(tmp_path, Classification(NETWORK), data)
+    assert [path.name for path in tmp_path.iterdir()] == ["predictions.csv"]
+
+
+def test_several_processes_are_refused(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Trainer, "world_size", 2)
+    with pytest.raises(ValueError, match=r"^trainer\.devices must be 1 to predict, but there are 2 processes$"):
+        ExamplePredictions().on_predict_start(trainer(tmp_path), Classification(NETWORK))

@@ -1,0 +1,56 @@
+"""A classifier from the command line: trained, reported, exported, gone on with, asked."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForSequenceClassification
+
+from tests.examples import BERT, example
+
+
+@pytest.fixture
+def config(tmp_path) -> str:
+    """A run file on a data module of the tests'."""
+    network = {"class_path": "lit_llm.models.pretrained_classifier.PretrainedClassifier", "init_args": {"config": BERT}}
+    content = {
+        "model": {"class_path": "lit_llm.objectives.classification.Classification", "init_args": {"network": network}},
+        "data": {"class_path": "tests.examples.Examples"},
+        "trainer": {"max_steps": 4, "max_epochs": -1, "val_check_interval": 2, "check_val_every_n_epoch": None},
+        "checkpoint": {"monitor": "val/accuracy", "mode": "max"},
+    }
+    (tmp_path / "classes.yaml").write_text(yaml.safe_dump(content))
+    return str(tmp_path / "classes.yaml")
+
+
+def test_a_run_leaves_what_there_is_to_know_and_is_gone_on_with_and_asked(lit_llm, config, tmp_path) -> None:
+    run = tmp_path / "run"
+    outcome = lit_llm("fit", "--config", config, "--run_dir", run)
+    assert outcome.code == 0, outcome.err
+    results = json.loads((run / "results.json").read_text())
+    wanted = {"accuracy", "precision", "recall", "f1", "mcc", "loss"}
+    assert {name for name in results if name.startswith("test/")} == {f"test/{name}" for name in wanted}
+    assert {f"val/{name}" for name in wanted} | {f"best/val/{name}" for name in wanted} <= set(results)
+    for picture in ("confusion_matrix.png", "learning_curve.png"):
+        assert (run / picture).read_bytes().startswith(b"\x89PNG")
+    model = AutoModelForSequenceClassification.from_pretrained(run / "model")
+    assert model.config.id2label == {0: "class 0", 1: "class 1", 2: "class 2"}
+
+    outcome = lit_llm("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", "6")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((run / "results.json").read_text())["step"] == 6
+
+    outcome = lit_llm("predict", "--run_dir", run, "--data.known", "false", "--data.test_labels", "false")
+    assert outcome.code == 0, outcome.err
+    with (run / "predictions.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    model = AutoModelForSequenceClassification.from_pretrained(run / "model")
+    ids = torch.cat([example(row, None)["input_ids"] for row in range(7)])
+    with torch.no_grad():
+        probabilities = model(ids).logits.softmax(-1)
+    found = [[float(line[f"p(class {index})"]) for index in range(3)] for line in table]
+    torch.testing.assert_close(torch.tensor(found), probabilities, atol=1e-5, rtol=0)

@@ -1,0 +1,415 @@
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from datasets import ClassLabel, Dataset, Features, Value
+from lightning.pytorch import LightningModule, Trainer
+from transformers import BertConfig, BertForSequenceClassification
+
+from lit_llm.batch import inputs
+from lit_llm.data import glue
+from lit_llm.data.augmentation import TextAugmentation
+from lit_llm.data.glue import GLUEData
+from lit_llm.data.glue_tasks import TASKS
+from lit_llm.data.tokenizer import train_bert_bpe
+from tests.writing import exactly, prose
+
+TOKENIZER = "bert-bpe-300"
+
+
+def write_csv(path: Path, rows: list[tuple], header: str = "text,label") -> str:
+    path.write_text("\n".join([header, *(",".join(map(str, row)) for row in rows)]) + "\n")
+    return str(path)
+
+
+def rows(count: int, classes: int = 2) -> list[tuple[str, int]]:
+    draw = np.random.default_rng(0)
+    return [(f"word{n} " + "ab " * int(draw.integers(1, 20)), n % classes) for n in range(count)]
+
+
+def made(stage: str = "fit", **arguments: Any) -> GLUEData:
+    data = GLUEData(**{"tokenizer": TOKENIZER, "batch_size": 4, **arguments})
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> str:
+    return write_csv(tmp_path / "x.csv", rows(60))
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> str:
+    """All GLUE tasks in the hub's layout, two dozen rows each, with the labels of the test splits hidden."""
+    configs = []
+    for name, task in TASKS.items():
+        if name == "mnli_mismatched":
+            continue
+        suffixes = ("_matched", "_mismatched") if name == "mnli" else ("",)
+        splits = ["train", *(f"{kind}{suffix}" for kind in ("validation", "test") for suffix in suffixes)]
+        label = ClassLabel(names=list(task.class_names)) if task.class_names else Value("float32")
+        names = [name for name in (task.columns.text, task.columns.text_pair) if name]
+        features = Features({**dict.fromkeys(names, Value("string")), "label": label, "idx": Value("int32")})
+        (tmp_path / name).mkdir()
+        for split in splits:
+            labels = [-1 if split.startswith("test") else n % (len(task.class_names) or 5) for n in range(24)]
+            content = {column: [f"{column} {split} {n}" for n in range(24)] for column in names}
+            content |= {"label": labels, "idx": list(range(24))}
+            Dataset.from_dict(content, features).to_parquet(tmp_path / name / f"{split}-00000-of-00001.parquet")
+        files = [{"split": split, "path": f"{name}/{split}-*"} for split in splits]
+        configs.append({"config_name": name, "data_files": files})
+    (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    return str(tmp_path)
+
+
+# The tasks.
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_read_from_the_hubs_layout_with_its_facts(hub, task) -> None:
+    data = made(task=task, path=hub)
+    known = TASKS[task]
+    assert data.monitor == (f"val/{known.metric}", "max")
+    assert data.submission.file.endswith(".tsv")
+    assert (data.num_classes, data.num_targets) == ((len(known.class_names), None) if known.class_names else (None, 1))
+    assert data.class_names == list(known.class_names)
+    assert {name: len(split) for name, split in data.splits.items()} == dict.fromkeys(
+        ("train", "validation", "test"), 24
+    )
+    batch = next(iter(data.train_dataloader()))
+    assert batch["labels"].dtype == (torch.long if known.class_names else torch.float32)
+    assert data.predict_split == "test"
+    assert data.test_dataloader() == []
+    assert "labels" not in next(iter(data.predict_dataloader()))
+    [texts] = data.texts("validation", [3])
+    end = known.splits
+    assert texts[known.columns.text] == f"{known.columns.text} validation{end} 3"
+    assert texts["idx"] == 3
+
+
+def test_the_monitor_is_known_before_any_data_is_read() -> None:
+    assert GLUEData(task="cola").monitor == ("val/mcc", "max")
+    assert GLUEData(task="stsb").monitor == ("val/pearson", "max")
+    assert GLUEData().monitor == ("val/accuracy", "max")
+    assert GLUEData(path="x.csv").monitor is None
+
+
+def test_without_a_path_a_task_is_the_hubs_and_no_task_the_embedded_one(monkeypatch) -> None:
+    assert (GLUEData(task="mnli_mismatched").path, GLUEData(task="mnli_mismatched").subset) == ("nyu-mll/glue", "mnli")
+    columns = {"docstring": ["Do it.", "Go."] * 8, "body": ["return do()", "return go(1)"] * 8, "label": [0, 1] * 8}
+    features = Features(
+        {"docstring": Value("string"), "body": Value("string"), "label": ClassLabel(names=["other", "described"])}
+    )
+    found = dict.fromkeys(("train", "validation", "test"), Dataset.from_dict(columns, features))
+    monkeypatch.setattr(glue, "open_docmatch", lambda: found)
+    data = made()
+    assert data.class_names == ["other", "described"]
+    assert data.submission is None
+    assert len(data.test_dataloader()) == 4
+
+
+# Any table.
+
+
+def test_each_example_is_read_with_its_own_label_whatever_the_order(table) -> None:
+    data = made(path=table, validation_fraction=0.2, test_fraction=0.1)
+    seen = []
+    for name, loader in {
+        "train": data.train_dataloader(),
+        "validation": data.val_dataloader(),
+        "test": data.test_dataloader(),
+    }.items():
+        for batch in loader:
+            for raw, label, ids in zip(
+                data.texts(name, batch["rows"].tolist()), batch["labels"].tolist(), batch["input_ids"], strict=True
+            ):
+                assert data.label_name(label) == raw["label"]
+                assert data.tokenizer.decode(ids, skip_special_tokens=True) == raw["text"]
+                seen.append(raw["text"])
+    assert len(seen) == len(set(seen)) == len(data.splits["train"]) // 4 * 4 + 12 + 6
+
+
+def test_pairs_of_any_columns_have_types(tmp_path) -> None:
+    table = write_csv(tmp_path / "x.tsv", [], "")
+    Path(table).write_text("left\tright\tsame\n" + "".join(f"l{n}\tr{n}\t{n % 2 * 0.5}\n" for n in range(30)))
+    data = made(path=table, text="left", text_pair="right", label="same")
+    assert (data.num_classes, data.num_targets, data.class_names) == (None, 1, [])
+    batch = next(iter(data.train_dataloader()))
+    assert batch["labels"].dtype == torch.float32
+    assert batch["token_type_ids"].max() == 1
+
+
+def test_long_texts_are_cut_and_batches_padded_to_their_longest(table) -> None:
+    data = made(path=table, max_seq_len=10)
+    lengths = {batch["input_ids"].shape[1] for batch in data.train_dataloader()}
+    assert max(lengths) == 10
+    for batch in data.val_dataloader():
+        assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
+
+
+def test_flags_balance_classes_and_leave_lengths_alone(tmp_path) -> None:
+    table = write_csv(tmp_path / "x.csv", [(f"a{n}", int(n % 10 == 0)) for n in range(100)])
+    data = made(path=table, balance_classes=True, length_grouping=False, validation_fraction=0.0)
+    assert data.class_counts == [90, 10]
+    labels = torch.cat([batch["labels"] for batch in data.train_dataloader()])
+    assert labels.sum() == 50
+    assert data.val_dataloader() == []
+
+
+def test_augmentation_changes_training_examples_anew_in_each_epoch_and_no_others(table) -> None:
+    plain, changed = (
+        made(path=table, augmentation=augmentation, validation_fraction=0.2)
+        for augmentation in (None, TextAugmentation(dropout=0.3))
+    )
+
+    def epoch(loader) -> dict[int, list[int]]:
+        return {
+            int(r): ids[m == 1].tolist()
+            for b in loader
+            for r, ids, m in zip(b["rows"], b["input_ids"], b["attention_mask"])
+        }
+
+    loader = changed.train_dataloader()
+    first, second = epoch(loader), epoch(loader)
+    original = epoch(plain.train_dataloader())
+    shared = first.keys() & second.keys() & original.keys()
+    assert (
+        len({(str(first[r]), str(second[r]), str(original[r])) for r in shared if first[r] != second[r]})
+        > len(shared) / 2
+    )
+    assert all(len(first[r]) == len(original[r]) for r in shared)
+    assert epoch(plain.val_dataloader()) == epoch(changed.val_dataloader())
+    again = changed.train_dataloader()
+    again.load_state_dict({"epoch": 1, "row": 0, "num_rows": again.num_rows})
+    assert epoch(again) == second
+
+
+def test_fewer_training_examples_leave_the_validation_split_as_it_is(table) -> None:
+    whole, some = made(path=table), made(path=table, max_examples=8)
+    assert some.class_counts == [4, 4]
+    assert some.splits["validation"].column("text") == whole.splits["validation"].column("text")
+
+
+# Few labels, and many examples without.
+
+
+def test_so_many_of_each_class_are_labelled_and_the_others_are_not(table) -> None:
+    whole, few, fewer = (made(path=table, labels_per_class=count) for count in (None, 5, 3))
+    assert few.class_counts == [5, 5]
+    texts = {name: split.column("text") for name, split in few.splits.items()}
+    assert sorted(texts["train"] + texts["unlabelled"]) == sorted(whole.splits["train"].column("text"))
+    assert texts["validation"] == whole.splits["validation"].column("text")
+    assert set(fewer.splits["train"].column("text")) < set(texts["train"])
+    assert set(made(path=table, labels_per_class=5, seed=1).splits["train"].column("text")) != set(texts["train"])
+    assert few.manifest["splits"]["unlabelled"] == {"examples": 44}
+    assert set(next(iter(few.train_dataloader()))) == set(next(iter(whole.train_dataloader())))
+
+
+def test_an_epoch_reads_each_unlabelled_example_once_as_it_is_and_augmented_and_the_labelled_again_and_again(
+    table,
+) -> None:
+    augmentation = TextAugmentation(dropout=0.3)
+    data = made(path=table, labels_per_class=5, unlabelled_ratio=2, batch_size=3, augmentation=augmentation)
+    batches = list(data.train_dataloader())
+    assert len(batches) == 44 // 6
+    weak, strong = ([batch[name] for batch in batches] for name in ("unlabelled", "unlabelled_strong"))
+    rows = torch.cat([batch["rows"] for batch in weak]).tolist()
+    assert len(set(rows)) == len(rows) == 42
+    mask = data.tokenizer.mask_token_id
+    for plain, changed in zip(weak, strong, strict=True):
+        assert torch.equal(plain["rows"], changed["rows"])
+        same = plain["input_ids"] == changed["input_ids"]
+        assert (changed["input_ids"][~same] == mask).all()
+        for raw, label, ids in zip(
+            data.texts("unlabelled", plain["rows"].tolist()), plain["labels"], plain["input_ids"], strict=True
+        ):
+            assert data.tokenizer.decode(ids, skip_special_tokens=True) == raw["text"]
+            assert data.label_name(int(label)) == raw["label"]
+    assert any((w["input_ids"] != s["input_ids"]).any() for w, s in zip(weak, strong, strict=True))
+    labelled = torch.cat([batch["rows"] for batch in batches])
+    assert sorted(labelled[:9].tolist()) != sorted(labelled[9:18].tolist())  # of ten, nine a round
+    assert labelled[:9].unique().numel() == labelled[9:18].unique().numel() == 9
+    assert not any((batch["input_ids"] == mask).any() for batch in batches)
+
+
+def test_it_goes_on_with_labelled_and_unlabelled_examples_where_it_stopped(table) -> None:
+    def loader():
+        given = {"labels_per_class": 5, "unlabelled_ratio": 2, "batch_size": 3}
+        return made(path=table, augmentation=TextAugmentation(dropout=0.3), **given).train_dataloader()
+
+    def flat(batch) -> list:
+        return [flat(part) if isinstance(part, dict) else part.tolist() for part in batch.values()]
+
+    first, again = loader(), loader()
+    whole = [flat(batch) for _ in range(2) for batch in first]
+    reading = iter(again)
+    for _ in range(7 + 2):
+        reading = iter(again) if again.batch == 0 else reading
+        next(reading)
+    fresh = loader()
+    fresh.load_state_dict(again.state_dict())
+    assert [flat(batch) for batch in fresh] == whole[9:]
+
+
+def test_a_split_without_labels_is_unlabelled_as_is_what_is_left(tmp_path) -> None:
+    (tmp_path / "x").mkdir()
+    write_csv(tmp_path / "x/train.csv", rows(60))
+    write_csv(tmp_path / "x/unlabelled.csv", [(f"new {n}",) for n in range(12)], "text")
+    data = made(path=str(tmp_path / "x"), unlabelled_ratio=2)
+    assert len(data.splits["train"]) == 54
+    batch = next(iter(data.train_dataloader()))
+    assert "labels" not in batch["unlabelled"]
+    assert data.texts("unlabelled", [3]) == [{"text": "new 3"}]
+    data = made(path=str(tmp_path / "x"), unlabelled_ratio=2, labels_per_class=5)
+    assert len(data.splits["unlabelled"]) == 44 + 12
+    assert "labels" not in next(iter(data.train_dataloader()))["unlabelled"]
+
+
+# The tokeniser.
+
+
+def test_the_tokenizer_is_by_default_the_one_beside_the_network(table, tmp_path) -> None:
+    beside = train_bert_bpe([prose(n) for n in range(10)], 290)
+    beside.save_pretrained(tmp_path / "model")
+    data = GLUEData(path=table)
+    data.trainer = SimpleNamespace(
+        lightning_module=SimpleNamespace(tokenizer_path=str(tmp_path / "model")), state=SimpleNamespace(fn="fit")
+    )
+    assert data.tokenizer.get_vocab() == beside.get_vocab()
+    data = GLUEData(path=table)
+    assert "[MASK]" in data.tokenizer.get_vocab()
+
+
+def test_a_trained_tokenizer_is_trained_once(table, monkeypatch) -> None:
+    first = made(path=table).tokenizer
+    monkeypatch.setattr(glue, "training_of", lambda spec: lambda texts: pytest.fail("trained again"))
+    assert made(path=table).tokenizer.get_vocab() == first.get_vocab()
+
+
+def test_a_checkpoint_of_other_classes_or_tokens_is_refused(table, tmp_path) -> None:
+    data, state = made(path=table), made(path=table).state_dict()
+    data.load_state_dict(state)
+    other = write_csv(tmp_path / "y.csv", rows(60, classes=3))
+    message = "data.label must have the checkpoint's classes, 0, 1, but has 0, 1, 2 in "
+    with pytest.raises(ValueError, match=message):
+        made(path=other).load_state_dict(state)
+    message = f"data.tokenizer must be the checkpoint's, but is bert-bpe-280 of {table}, which differs"
+    with pytest.raises(ValueError, match=exactly(message)):
+        made(path=table, tokenizer="bert-bpe-280").load_state_dict(state)
+
+
+def test_a_table_without_labels_is_predicted_whole_with_what_the_checkpoint_knows(table, tmp_path) -> None:
+    state = made(path=table).state_dict()
+    new = GLUEData(path=write_csv(tmp_path / "new.csv", [("ab ab",), ("ab",)], "text"), tokenizer=TOKENIZER)
+    new.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"), global_rank=0, world_size=1)
+    new.prepare_data()
+    new.setup("predict")
+    assert getattr(new, "tokenizer", None) is None
+    new.load_state_dict(state)
+    [batch] = new.predict_dataloader()
+    assert batch["rows"].tolist() == [0, 1]
+    assert "labels" not in batch
+    assert (new.class_names, new.predict_split) == (["0", "1"], "test")
+    assert new.tokenizer.get_vocab() == made(path=table).tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 0], [1, 1, 1], [-1, -1, -1]])
+def test_a_single_table_is_predicted_whole_whichever_labels_it_has(table, tmp_path, labels) -> None:
+    state = made(path=table).state_dict()
+    path = write_csv(tmp_path / "new.csv", [(f"ab {n}", label) for n, label in enumerate(labels)])
+    new = GLUEData(path=path, tokenizer=TOKENIZER)
+    new.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"), global_rank=0, world_size=1)
+    new.prepare_data()
+    new.setup("predict")
+    new.load_state_dict(state)
+    [batch] = new.predict_dataloader()
+    assert sorted(batch["rows"].tolist()) == [0, 1, 2]
+    assert ("labels" in batch) == (-1 not in labels)
+    assert [labels[row] for row in batch["rows"]] == batch.get("labels", torch.tensor([-1] * 3)).tolist()
+    assert new.class_names == ["0", "1"]
+
+
+# Mistakes.
+
+
+def test_a_table_with_nothing_to_test_on_is_refused(table) -> None:
+    made("test", path=table, test_fraction=0.1)
+    message = (
+        f"data.path must hold a test split with labels to test on, but {table} has none; raise data.test_fraction "
+        f"where the checkpoint was trained, or predict"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        made("test", path=table)
+
+
+def test_an_unknown_task_is_said_with_those_there_are() -> None:
+    message = (
+        "data.task must be one of cola, sst2, mrpc, stsb, qqp, mnli, mnli_mismatched, qnli, rte, wnli, but is 'sst'"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        GLUEData(task="sst")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 100}, "data.batch_size must be at most the examples there are to train on, but is 100 on 1 devices where {path} has 54; lower it"),
+        ({"label": "lable"}, "data.label must be one of text, label in {path}, but is 'lable'"),
+        ({"validation_fraction": 0.001}, "data.validation_fraction must leave an example to validate on, but is 0.001, which takes none of the 60 of {path}; raise it, or set it to 0 to go without"),
+        ({"text_pair": "label", "tokenizer": "bytes"}, "data.tokenizer must put a mark between two texts, but bytes has none; bert-bpe-4096 is one that does"),
+        ({"max_seq_len": 2}, "data.max_seq_len must leave room for text beside 2 special tokens, but is 2"),
+        ({"labels_per_class": 28}, "data.labels_per_class must be at most the rows of the smallest class, 27, but is 28 for {path}"),
+        ({"unlabelled_ratio": -1}, "data.unlabelled_ratio must be at least 0, but is -1"),
+        ({"unlabelled_ratio": 2}, "data.unlabelled_ratio must leave a batch of data.batch_size within the unlabelled examples, but is 2 with batches of 4 on 1 devices where {path} has 0; lower one, or set data.labels_per_class"),
+        ({"max_examples": 0}, "data.max_examples must be at least 1, but is 0"),
+        ({"validation_fraction": 0.6, "test_fraction": 0.4}, "data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, but are 0.6 and 0.4"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_trained_on_is_said_in_one_line(table, arguments, message) -> None:
+    with pytest.raises(ValueError, match=exactly(message.format(path=table))):
+        made(path=table, **arguments)
+
+
+def test_values_cannot_be_balanced(tmp_path) -> None:
+    table = write_csv(tmp_path / "x.csv", [(f"a{n}", n / 3) for n in range(30)])
+    message = "data.balance_classes must be false where labels are real numbers, but is true"
+    with pytest.raises(ValueError, match=exactly(message)):
+        made(path=table, balance_classes=True)
+    message = f"data.labels_per_class must be None where labels are real numbers, but is 3 for {table}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        made(path=table, labels_per_class=3)
+
+
+def test_a_network_learns_from_it(tmp_path) -> None:
+    table = write_csv(tmp_path / "x.csv", [(f"{'good' if n % 2 else 'bad'} thing {n}", n % 2) for n in range(120)])
+
+    class Classifier(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            config = BertConfig(
+                vocab_size=300, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16
+            )
+            self.network, self.right = BertForSequenceClassification(config), []
+
+        def training_step(self, batch, batch_idx):
+            return self.network(**inputs(batch), labels=batch["labels"]).loss
+
+        def validation_step(self, batch, batch_idx):
+            self.right += (self.network(**inputs(batch)).logits.argmax(1) == batch["labels"]).tolist()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    module = Classifier()
+    trainer = Trainer(
+        accelerator="cpu", max_epochs=3, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, check_val_every_n_epoch=3, default_root_dir=tmp_path,
+    )  # fmt: skip
+    trainer.fit(module, datamodule=GLUEData(path=table, tokenizer=TOKENIZER, batch_size=8))
+    assert len(module.right) == 12
+    assert np.mean(module.right) > 0.9

@@ -1,0 +1,210 @@
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, Features, Value
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lit_llm.data.labels import cut_splits, is_hidden, labelled_splits, learn_labels, some_of
+from lit_llm.data.tables import Columns, Split
+from tests.writing import exactly
+
+COLUMNS = Columns("text", None, "label")
+
+
+def table(labels: list, features: Features | None = None) -> Dataset:
+    return Dataset.from_dict({"text": [f"text {n}" for n in range(len(labels))], "label": labels}, features)
+
+
+def read(labels: list, names: tuple[str, ...] = ()) -> tuple[list, list[str]]:
+    reader = learn_labels(table(labels), "x", "label", names)
+    return reader.read(labels, "train").tolist(), reader.class_names
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        ([5, 2, 5], ([1, 0, 1], ["2", "5"])),
+        (["10", "9", "10"], ([1, 0, 1], ["9", "10"])),
+        (["b", "a", "c"], ([1, 0, 2], ["a", "b", "c"])),
+        ([True, False], ([1, 0], ["False", "True"])),
+        ([0.5, 2.0], ([0.5, 2.0], [])),
+        (["1", "2.5", "-1e1"], ([1.0, 2.5, -10.0], [])),
+    ],
+)
+def test_labels_are_classes_in_order_or_values(labels, expected) -> None:
+    assert read(labels) == expected
+
+
+def test_classes_are_called_what_is_known_of_them() -> None:
+    assert read([1, 0, 1], ("no", "yes")) == ([1, 0, 1], ["no", "yes"])
+    assert read(["yes", "no", "yes"], ("no", "maybe", "yes")) == ([2, 0, 2], ["no", "maybe", "yes"])
+    assert read(["b", "a"], ("no", "yes")) == ([1, 0], ["a", "b"])
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["z", "a"])})
+    assert learn_labels(table([0, 1], features), "x", "label").class_names == ["z", "a"]
+
+
+def test_whole_numbers_written_as_real_ones_are_classes_where_those_are_known() -> None:
+    assert read([1.0, 0.0], ("no", "yes")) == ([1, 0], ["no", "yes"])
+    assert read(["0.0", "1.0"], ("no", "yes")) == ([0, 1], ["no", "yes"])
+
+
+@pytest.mark.parametrize(("labels", "odd"), [([0, -1, 1], "-1"), (["0", "1", "2"], "2"), ([1.0, 0.5], "0.5")])
+def test_a_number_beyond_the_known_classes_is_no_further_class(labels, odd) -> None:
+    message = rf"\Adata.label must be a class from 0 to 1 \(no, yes\), but 'label' is {odd} in row \d of .+; leave such"
+    with pytest.raises(ValueError, match=message):
+        read(labels, ("no", "yes"))
+
+
+def test_whole_numbers_written_as_real_ones_are_values_with_a_warning_where_classes_are_unknown(caplog) -> None:
+    assert read([1.0, 0.5]) == ([1.0, 0.5], [])
+    assert not caplog.text
+    assert read([1.0, 0.0]) == ([1.0, 0.0], [])
+    assert "write them as whole numbers (1, not 1.0) to have classes" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "message"),
+    [
+        (
+            ["1", "x"],
+            TypeError,
+            "data.label must be of one type, but is text ('x' in row 1) and a number ('1' in row 0) in the training split of x",
+        ),
+        (
+            [1, 1],
+            ValueError,
+            "data.label must tell two classes or more apart, but is 1 in all 2 rows of the training split of x",
+        ),
+        ([], ValueError, "data.path must hold rows to train on, but x has none"),
+        (
+            ["a", None],
+            ValueError,
+            "data.label must be there in every row, but is not in row 1 of the training split of x",
+        ),
+        (
+            [1.0, float("nan")],
+            ValueError,
+            "data.label must be there in every row, but is not in row 1 of the training split of x",
+        ),
+        ([[1], [2]], TypeError, "data.label must hold a number or text, but holds list in the training split of x"),
+    ],
+)
+def test_labels_that_are_none_are_said_in_one_line(labels, kind, message) -> None:
+    with pytest.raises(kind, match=exactly(message)):
+        learn_labels(table(labels), "x", "label")
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "message"),
+    [
+        (
+            ["a", "b"],
+            ["a", "c"],
+            "data.label must be one of 'a', 'b' as in training, but 'label' is 'c' in row 1 of the validation split of x",
+        ),
+        (
+            [0.5, 1.5],
+            [0.5, "c"],
+            "data.label must be of one type, but is text ('c' in row 1) and a number (0.5 in row 0) in the validation split of x",
+        ),
+        (
+            [0.5, 1.5],
+            ["c"],
+            "data.label must be a number as in training, but 'label' is 'c' in row 0 of the validation split of x",
+        ),
+    ],
+)
+def test_a_label_that_training_has_not_seen_is_refused(train, other, message) -> None:
+    reader = learn_labels(table(train), "x", "label")
+    with pytest.raises((ValueError, TypeError), match=exactly(message)):
+        reader.read(other, "validation")
+
+
+def test_a_class_that_only_another_split_has_is_refused() -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["a", "b", "c"])})
+    found = {"train": table([0, 1], features), "validation": table([0, 2], features)}
+    message = "data.label must be seen in training before it is in the validation split of x, but 'c' is not"
+    with pytest.raises(ValueError, match=exactly(message)):
+        labelled_splits(found, COLUMNS, "x", (), 0.0, 0.0)
+
+
+@pytest.mark.parametrize("labels", [[-1, -1], [-1.0, -1.0], [None, None]])
+def test_a_test_split_with_hidden_labels_has_none(labels) -> None:
+    found = {"train": table([-1, 1, 0]), "test": table(labels)}
+    splits, reader = labelled_splits(found, COLUMNS, "x", (), 0.0, 0.0)
+    assert splits["test"].labels is None
+    assert reader.class_names == ["-1", "0", "1"]
+    assert not is_hidden(table([-1, 1]), "label")
+    assert is_hidden(Dataset.from_dict({"text": ["a"]}), "label")
+
+
+@pytest.mark.parametrize("hidden", [table([-1, -1]), Dataset.from_dict({"text": ["a"]})])
+def test_only_a_test_split_may_be_without_labels_and_that_is_said(hidden, caplog) -> None:
+    message = r"\Adata.label must be in the validation split of x, but 'label' is missing or empty there; leave"
+    with pytest.raises(ValueError, match=message):
+        labelled_splits({"train": table([1, 0]), "validation": hidden}, COLUMNS, "x", (), 0.0, 0.0)
+    with caplog.at_level("INFO", logger="lit_llm"):
+        labelled_splits({"train": table([1, 0]), "test": hidden}, COLUMNS, "x", (), 0.0, 0.0)
+    assert "The test split of x has no labels" in caplog.text
+
+
+def test_a_table_without_labels_or_without_training_rows_is_said() -> None:
+    with pytest.raises(ValueError, match=exactly("data.path must hold a training split, but x has only test")):
+        labelled_splits({"test": table([1])}, COLUMNS, "x", (), 0.0, 0.0)
+    with pytest.raises(ValueError, match=exactly("data.label must be one of text, label in x, but is not given")):
+        labelled_splits({"train": table([1])}, Columns("text", None, None), "x", (), 0.0, 0.0)
+
+
+# Splits.
+
+
+def split(labels: list, texts: list[str] | None = None) -> Split:
+    rows = table(labels) if texts is None else Dataset.from_dict({"text": texts, "label": labels})
+    kind = np.float32 if isinstance(labels[0], float) else np.int64
+    return Split(rows, np.array(labels, dtype=kind))
+
+
+@given(st.lists(st.integers(20, 60), min_size=2, max_size=4))
+def test_each_split_has_the_classes_in_the_same_proportions(sizes) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
+    parts = cut_splits(split(labels.tolist()), COLUMNS, validation_fraction=0.2, test_fraction=0.1)
+    for name, fraction in {"train": 0.7, "validation": 0.2, "test": 0.1}.items():
+        counts = np.bincount(parts[name].labels, minlength=len(sizes))
+        assert all(abs(count - fraction * size) <= 1 for count, size in zip(counts, sizes))
+    rows = [text for part in parts.values() for text in part.column("text")]
+    assert len(rows) == len(set(rows)) == sum(sizes)
+
+
+def test_values_are_cut_in_their_proportions_too() -> None:
+    parts = cut_splits(split([n / 7 for n in range(200)]), COLUMNS, 0.2, 0.0)
+    assert set(parts) == {"train", "validation"}
+    assert abs(parts["validation"].labels.mean() - parts["train"].labels.mean()) < 2
+
+
+def test_rows_carry_their_labels_and_the_order_of_the_table_does_not_matter() -> None:
+    labels = [n % 2 for n in range(100)]
+    one = cut_splits(split(labels), COLUMNS, 0.2, 0.1)
+    texts = [f"text {n}" for n in range(100)]
+    other = cut_splits(split(labels[::-1], texts[::-1]), COLUMNS, 0.2, 0.1)
+    for name in one:
+        assert set(one[name].column("text")) == set(other[name].column("text"))
+        assert [int(text.split()[1]) % 2 for text in one[name].column("text")] == one[name].labels.tolist()
+    assert one["train"].column("text") != [text for text in texts if text in one["train"].column("text")][::-1]
+
+
+def test_equal_examples_are_in_one_split() -> None:
+    texts = [f"text {n % 10}" for n in range(200)]
+    parts = cut_splits(split([n % 2 for n in range(200)], texts), COLUMNS, 0.3, 0.2)
+    found = [set(part.column("text")) for part in parts.values()]
+    assert len(found) == 3
+    assert sum(map(len, found)) == len(set.union(*found))
+
+
+def test_some_examples_are_drawn_in_proportion_nested_and_by_the_seed() -> None:
+    whole = split([0] * 150 + [1] * 50 + [2])
+    forty, ten = some_of(whole, 40, 0), some_of(whole, 10, 0)
+    assert np.bincount(forty.labels).tolist() == [29, 10, 1]
+    assert set(ten.column("text")) < set(forty.column("text"))
+    assert set(ten.labels.tolist()) == {0, 1, 2}
+    assert set(some_of(whole, 10, 1).column("text")) != set(ten.column("text"))
+    assert len(some_of(whole, 1000, 0)) == 201

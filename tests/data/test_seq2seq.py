@@ -1,0 +1,127 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from lit_llm.data.seq2seq import Seq2SeqData
+from tests.writing import exactly, pairs
+
+
+def table(folder: Path, **columns: list[str]) -> str:
+    path = folder / "table.jsonl"
+    rows = zip(*columns.values(), strict=True)
+    path.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
+    return str(path)
+
+
+def opened(path: str, **options) -> Seq2SeqData:
+    data = Seq2SeqData(path=path, **({"tokenizer": "t5-bpe-400", "batch_size": 4} | options))
+    data.prepare_data()
+    data.setup("fit")
+    return data
+
+
+def test_a_batch_is_the_tables_texts_with_the_end_after_each(tmp_path: Path) -> None:
+    rows = pairs(40)
+    path = table(tmp_path, prompt=[row["prompt"] for row in rows], response=[row["response"] for row in rows])
+    data = opened(path)
+    seen = []
+    for loader in (data.train_dataloader(), data.val_dataloader()):
+        split = "train" if loader.shuffle_seed is not None else "validation"
+        for batch in loader:
+            texts = data.texts(split, batch["rows"].tolist())
+            for row, text in enumerate(texts):
+                read = batch["input_ids"][row][batch["attention_mask"][row] == 1].tolist()
+                written = batch["labels"][row][batch["labels"][row] != -100].tolist()
+                assert read[-1] == written[-1] == data.tokenizer.eos_token_id
+                assert data.tokenizer.decode(read[:-1]) == text["prompt"]
+                assert data.tokenizer.decode(written[:-1]) == text["response"]
+                seen.append(text["prompt"])
+            for name, padding in (("input_ids", data.tokenizer.pad_token_id), ("labels", -100)):
+                assert (batch[name] != padding).any(dim=0).all()  # padded to its own longest
+    assert sorted(seen) == sorted(row["prompt"] for row in rows)
+    assert len(data.splits["validation"]) == 4
+
+
+def test_long_texts_are_cut_before_their_end_token(tmp_path: Path) -> None:
+    path = table(tmp_path, source=["one two three four " * 9] * 20, target=["five six " * 9] * 20)
+    batch = next(iter(opened(path, max_source_len=7, max_target_len=5).train_dataloader()))
+    assert (batch["input_ids"].shape, batch["labels"].shape) == ((4, 7), (4, 5))
+    assert set(batch["input_ids"][:, -1].tolist()) == set(batch["labels"][:, -1].tolist()) == {1}
+
+
+def test_columns_are_found_or_named(tmp_path: Path) -> None:
+    texts = [f"text {number}" for number in range(20)]
+    path = table(tmp_path, target=texts, source=texts, other=texts)
+    assert opened(path).columns == ("source", "target")
+    assert opened(path, source="other").columns == ("other", "target")
+    assert opened(path, source="target", target="other").columns == ("target", "other")
+    message = f"data.source must be one of target, source, other in {path}, but is 'x'"
+    with pytest.raises(ValueError, match=exactly(message)):
+        opened(path, source="x")
+    path = table(tmp_path, a=texts, b=texts)
+    message = f"data.source must be one of a, b in {path}, but is not given"
+    with pytest.raises(ValueError, match=exactly(message)):
+        opened(path)
+    with pytest.raises(ValueError, match=exactly(message.replace("source", "target"))):
+        opened(path, source="a")
+
+
+def test_docstrings_are_written_from_the_bodies_they_belong_to(monkeypatch) -> None:
+    from datasets import Dataset
+
+    rows = [{"docstring": f"Say {n}.", "body": f"return {n}", "label": label} for n in range(30) for label in (1, 0)]
+    splits = dict.fromkeys(("train", "validation", "test"), Dataset.from_list(rows))
+    monkeypatch.setattr("lit_llm.data.seq2seq.open_docmatch", lambda: splits)
+    data = opened("stdlib-docstrings")
+    assert data.columns == ("body", "docstring")
+    assert [len(split) for split in data.splits.values()] == [30, 30, 30]
+    assert {row["label"] for row in data.texts("test", list(range(30)))} == {1}
+    assert data.predict_split == "test"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"tokenizer": "bytes"}, "data.tokenizer must end a text with its end token and have padding, but bytes does "),
+        ({"batch_size": 19}, "data.batch_size must be at most the examples there are to train on, but is 19 on 1 dev"),
+        ({"max_target_len": 1}, "data.max_target_len must be at least 2, but is 1"),
+        ({"validation_fraction": 1.0}, "data.validation_fraction and data.test_fraction must be at least 0 and leave"),
+        ({"validation_fraction": 0.01}, "data.validation_fraction must leave an example to validate on, but is 0.01"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_refused(tmp_path: Path, options: dict, message: str) -> None:
+    path = table(tmp_path, source=[f"a {n}" for n in range(20)], target=[f"b {n}" for n in range(20)])
+    with pytest.raises(ValueError, match=rf"\A{re.escape(message)}"):
+        opened(path, **options)
+
+
+def test_a_missing_text_is_refused(tmp_path: Path) -> None:
+    path = table(tmp_path, source=["a", None, "c"], target=["a", "b", "c"])
+    message = (
+        f"data.source must hold a text in every row, but 'source' has none in row 1 of the train split of {path}; "
+        f"leave such rows out"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        opened(path)
+
+
+def test_another_tokeniser_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
+    path = table(tmp_path, source=["some text"] * 20, target=["another"] * 20)
+    state = opened(path).state_dict()
+    message = f"data.tokenizer must be the checkpoint's, but is t5-bpe-360 of {path}, which differs"
+    with pytest.raises(ValueError, match=exactly(message)):
+        opened(path, tokenizer="t5-bpe-360").load_state_dict(state)
+
+
+def test_texts_of_one_length_come_together(tmp_path: Path) -> None:
+    texts = ["x " * (1 + n % 30) for n in range(300)]
+    path = table(tmp_path, source=texts, target=["y"] * 300)
+    padding = []
+    for grouping in (True, False):
+        batches = list(opened(path, length_grouping=grouping).train_dataloader())
+        padding.append(sum((batch["attention_mask"] == 0).sum().item() for batch in batches))
+    assert padding[0] < 0.2 * padding[1]
+    assert all(tensor.dtype == torch.long for tensor in batches[0].values())

@@ -1,0 +1,248 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+from lit_llm.data.tables import Columns, check_texts, choose_splits, column_values, find_columns, open_table
+from tests.writing import exactly
+
+ROWS = [{"text": 'a "quoted", tab\tand\nline', "label": "1"}, {"text": "NA", "label": "007"}]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = Dataset.from_list(rows)
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    elif path.suffix in (".jsonl", ".json"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        table.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index=False)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
+def test_a_file_of_any_kind_is_read_word_for_word(tmp_path, suffix) -> None:
+    [rows] = open_table(str(write(tmp_path / f"x{suffix}", ROWS))).values()
+    assert list(rows) == ROWS
+
+
+def test_a_csv_file_with_a_nameless_index_is_read_and_its_text_found(tmp_path) -> None:
+    Dataset.from_list(ROWS).to_csv(tmp_path / "x.csv", index=True)
+    rows = open_table(str(tmp_path / "x.csv"))["train"]
+    assert rows.column_names == ["Unnamed: 0", "text", "label"]
+    assert rows["text"][:] == [row["text"] for row in ROWS]
+    rows = rows.rename_column("text", "review")
+    assert find_columns(rows, "x.csv", None, None, None) == Columns("review", None, "label")
+
+
+def test_quotes_that_enclose_no_cell_of_a_tsv_file_are_text_and_merge_no_rows(tmp_path) -> None:
+    cells = ['"Open', 'He said "no".', 'never" closed', '"all" and "more"', '"whole"']
+    (tmp_path / "x.tsv").write_text("text\tlabel\n" + "".join(f"{cell}\t{n}\n" for n, cell in enumerate(cells)))
+    rows = open_table(str(tmp_path / "x.tsv"))["train"]
+    assert rows["text"][:] == cells
+    assert rows["label"][:] == list("01234")
+
+
+def test_a_folder_has_the_splits_that_its_files_are_called_after_also_of_different_columns(tmp_path) -> None:
+    write(tmp_path / "train-00000-of-00002.csv", ROWS)
+    write(tmp_path / "train-00001-of-00002.csv", ROWS)
+    write(tmp_path / "dev.tsv", ROWS[:1])
+    write(tmp_path / "test.jsonl", [{"text": "unlabelled"}])
+    splits = choose_splits(open_table(str(tmp_path)), "x")
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 4, "validation": 1, "test": 1}
+
+
+@pytest.mark.parametrize("with_card", [True, False])
+def test_a_folder_in_the_hubs_layout_has_its_subsets(tmp_path, with_card) -> None:
+    for task, text in (("one", "a"), ("two", "b")):
+        write(tmp_path / task / "train-00000-of-00001.parquet", [{"text": text, "label": 0}])
+    if with_card:
+        configs = [
+            {"config_name": task, "data_files": [{"split": "train", "path": f"{task}/train-*"}]}
+            for task in ("one", "two")
+        ]
+        (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    assert list(open_table(str(tmp_path), "two")["train"]) == [{"text": "b", "label": 0}]
+
+
+def test_a_readme_without_splits_changes_nothing(tmp_path) -> None:
+    write(tmp_path / "train.csv", ROWS)
+    write(tmp_path / "test.jsonl", [{"text": "unlabelled"}])
+    (tmp_path / "README.md").write_text("# My tables\n")
+    assert {name: len(rows) for name, rows in open_table(str(tmp_path)).items()} == {"test": 1, "train": 2}
+
+
+def test_a_card_without_splits_leaves_them_to_the_names_beneath_it(tmp_path) -> None:
+    write(tmp_path / "data" / "train-00000-of-00001.parquet", ROWS)
+    (tmp_path / "README.md").write_text("# Theirs\n")
+    assert list(open_table(str(tmp_path))["train"]) == ROWS
+
+
+def test_a_folder_in_the_hubs_layout_may_be_beneath_the_home(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write(tmp_path / "mine" / "a.parquet", ROWS)
+    configs = [{"config_name": "default", "data_files": [{"split": "train", "path": "a.parquet"}]}]
+    (tmp_path / "mine" / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+    assert list(open_table("~/mine")["train"]) == ROWS
+
+
+def test_a_changed_file_is_read_anew(tmp_path) -> None:
+    path = write(tmp_path / "x.csv", ROWS)
+    open_table(str(path))
+    write(path, ROWS[:1])
+    assert len(open_table(str(path))["train"]) == 1
+
+
+def test_of_several_splits_of_a_kind_the_one_asked_for_is_chosen() -> None:
+    names = ("train", "validation_matched", "validation_mismatched", "test_matched", "test_mismatched")
+    found = DatasetDict({name: Dataset.from_dict({"name": [name]}) for name in names})
+    for suffix in ("_matched", "_mismatched"):
+        chosen = choose_splits(found, "x", suffix)
+        assert {kind: rows[0]["name"] for kind, rows in chosen.items()} == {
+            "train": "train",
+            "validation": f"validation{suffix}",
+            "test": f"test{suffix}",
+        }
+
+
+@pytest.mark.parametrize(
+    ("names", "kinds"),
+    [
+        ("Test Train Valid", {"train": "Train", "validation": "Valid", "test": "Test"}),
+        ("sst2_test sst2_train", {"train": "sst2_train", "test": "sst2_test"}),
+        ("diagnostic sample_submission train", {"train": "train"}),
+        ("latest", {"train": "latest"}),
+        ("test", {"test": "test"}),
+    ],
+)
+def test_the_split_is_the_word_in_the_name_wherever_it_stands(names, kinds) -> None:
+    found = {name: Dataset.from_dict({"name": [name]}) for name in names.split()}
+    assert {kind: rows[0]["name"] for kind, rows in choose_splits(found, "x").items()} == kinds
+
+
+def test_names_that_do_not_say_which_table_trains_are_refused() -> None:
+    found = {name: Dataset.from_dict({"name": [name]}) for name in ("a", "test")}
+    message = "data.path must say in a name which table is train, but x has a, test"
+    with pytest.raises(ValueError, match=exactly(message)):
+        choose_splits(found, "x")
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["text", "label"], Columns("text", None, "label")),
+        (["idx", "review", "target"], Columns("review", None, "target")),
+        (["sentence1", "sentence2", "labels"], Columns("sentence1", "sentence2", "labels")),
+        (["question", "sentence", "label"], Columns("question", "sentence", "label")),
+        (["title", "text", "author", "label"], Columns("text", None, "label")),
+        (["id", "sentence"], Columns("sentence", None, None)),
+    ],
+)
+def test_columns_are_found_where_there_is_one_obvious_choice(names, expected) -> None:
+    rows = Dataset.from_dict({name: ["x"] for name in names})
+    assert find_columns(rows, "x.csv", None, None, None) == expected
+
+
+def test_columns_that_are_named_are_taken() -> None:
+    rows = Dataset.from_dict({name: ["x"] for name in ("text", "a", "b", "label")})
+    assert find_columns(rows, "x.csv", "a", "b", "text") == Columns("a", "b", "text")
+
+
+@pytest.mark.parametrize(
+    ("names", "pair", "expected"),
+    [
+        (["review", "title", "label"], "title", Columns("review", "title", "label")),
+        (["text", "text_pair", "title"], "title", Columns("text", "title", None)),
+        (["sentence1", "sentence2", "other"], "sentence2", Columns("sentence1", "sentence2", None)),
+        (["a", "text"], "text", Columns("a", "text", None)),
+    ],
+)
+def test_a_second_text_that_is_named_is_taken_and_is_not_the_first(names, pair, expected) -> None:
+    rows = Dataset.from_dict({name: ["x"] for name in names})
+    assert find_columns(rows, "x.csv", None, pair, None) == expected
+
+
+def test_a_table_without_text_is_said_to_have_none() -> None:
+    rows = Dataset.from_dict({"label": ["x"], "n": [1]})
+    with pytest.raises(
+        ValueError, match=exactly("data.path must hold a column of text to classify, but x.csv has label, n")
+    ):
+        find_columns(rows, "x.csv", None, None, None)
+
+
+@pytest.mark.parametrize("role", ["text", "text_pair", "label"])
+def test_a_misspelt_column_is_said_with_those_there_are(role) -> None:
+    rows = Dataset.from_dict({"text": ["x"], "label": [1]})
+    given = {"text": "text", "text_pair": None, "label": "label"} | {role: "lable"}
+    with pytest.raises(ValueError, match=exactly(f"data.{role} must be one of text, label in x.csv, but is 'lable'")):
+        find_columns(rows, "x.csv", **given)
+
+
+def test_columns_that_could_be_any_are_asked_for() -> None:
+    rows = Dataset.from_dict({"a": ["x"], "b": ["x"], "n": [1], "label": [1]})
+    with pytest.raises(ValueError, match=exactly("data.text must be one of a, b in x.csv, but is not given")):
+        find_columns(rows, "x.csv", None, None, None)
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
+def test_a_text_that_is_missing_is_said_with_its_row(tmp_path, suffix) -> None:
+    path = write(tmp_path / f"x{suffix}", [{"text": "a", "label": 1}, {"text": None, "label": 0}])
+    rows = open_table(str(path))["train"]
+    message = "data.text must hold a text in every row, but 'text' has none in row 1 of the train split of x; leave such rows out"
+    with pytest.raises(ValueError, match=exactly(message)):
+        check_texts(rows, Columns("text", None, "label").texts, "x", "train")
+
+
+def test_numbers_are_no_texts() -> None:
+    rows = Dataset.from_dict(
+        {"text": ["a"], "other": [1.5]}, Features({"text": Value("string"), "other": Value("float64")})
+    )
+    message = "data.text_pair must hold text, but 'other' holds float64 in the test split of x"
+    with pytest.raises(TypeError, match=exactly(message)):
+        check_texts(rows, Columns("text", "other", None).texts, "x", "test")
+
+
+def test_what_is_no_table_is_said_in_one_line(tmp_path) -> None:
+    (tmp_path / "x.txt").write_text("x")
+    (tmp_path / "x.jsonl").write_text("{")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "x.csv").write_text("text,label\na,1,2,3\n")
+    for name, kind in {
+        "x.txt": ValueError,
+        "x.jsonl": ValueError,
+        "x.csv": ValueError,
+        "empty": ValueError,
+        "none.csv": FileNotFoundError,
+        "none": FileNotFoundError,
+    }.items():
+        with pytest.raises(kind, match=r"\Adata.path must [^\n]+, but [^\n]+\Z"):
+            open_table(str(tmp_path / name))
+    with pytest.raises(FileNotFoundError, match=r"\Adata.path must [^\n]+, but is 'nobody/nothing' [^\n]+\Z"):
+        open_table("nobody/nothing", "x")
+
+
+def test_a_class_label_stays_what_the_hub_says(tmp_path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    Dataset.from_dict({"text": ["a"], "label": [1]}, features).to_parquet(tmp_path / "x.parquet")
+    rows = open_table(str(tmp_path / "x.parquet"))["train"]
+    assert rows.features["label"].names == ["no", "yes"]
+    assert np.array(rows["label"]).tolist() == [1]
+
+
+def test_only_the_column_that_is_wanted_is_read(monkeypatch) -> None:
+    read = []
+    fetch = Dataset.__getitem__
+
+    def noted(rows: Dataset, key: Any) -> Any:
+        read.append(rows.column_names)
+        return fetch(rows, key)
+
+    monkeypatch.setattr(Dataset, "__getitem__", noted)
+    rows = Dataset.from_dict({"text": ["a", "b", "c"], "large": ["x" * 9] * 3}).select([2, 0])
+    assert column_values(rows, "text") == ["c", "a"]
+    check_texts(rows, {"text": "text"}, "x", "train")
+    assert read == [["text"]] * 2

@@ -1,0 +1,167 @@
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Trainer
+from sklearn import metrics
+from torch import nn
+
+from lit_llm.checkpoints import load_model, save_model
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.objectives.causal_lm import CausalLM
+from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.regression import Regression
+from tests.examples import BERT, Examples, example, together
+from tests.writing import exactly
+
+NETWORK = functools.partial(PretrainedClassifier, config=BERT)
+
+
+def trainer(tmp_path: Path, **options: Any) -> Trainer:
+    shown = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return Trainer(accelerator="cpu", default_root_dir=tmp_path, num_sanity_val_steps=0, **(shown | options))
+
+
+def fitted(tmp_path: Path, data: Examples, steps: int = 1, **options: Any) -> Classification:
+    made = Classification(NETWORK, functools.partial(torch.optim.AdamW, lr=0.01), **options)
+    trainer(tmp_path, max_steps=steps, max_epochs=-1).fit(made, datamodule=data)
+    return made
+
+
+def test_it_learns_and_its_metrics_are_those_of_all_examples_whatever_the_batches(tmp_path: Path) -> None:
+    data = Examples(3)
+    made = fitted(tmp_path, data, steps=12)
+    run = trainer(tmp_path)
+    run.validate(made, datamodule=data, verbose=False)
+    found = {name: value.item() for name, value in run.callback_metrics.items()}
+    whole = together([example(row, 3) for row in range(100, 111)])
+    with torch.no_grad():
+        logits = made.eval().logits(whole)
+    truth, predicted = whole["labels"].numpy(), logits.argmax(-1).numpy()
+    macro = {"average": "macro", "zero_division": 0}
+    expected = {
+        "val/accuracy": metrics.accuracy_score(truth, predicted),
+        "val/precision": metrics.precision_score(truth, predicted, **macro),
+        "val/recall": metrics.recall_score(truth, predicted, **macro),
+        "val/f1": metrics.f1_score(truth, predicted, **macro),
+        "val/mcc": metrics.matthews_corrcoef(truth, predicted),
+        "val/loss": F.cross_entropy(logits, whole["labels"]).item(),
+    }
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert found["val/accuracy"] > 0.4
+    run.test(made, datamodule=data, verbose=False)
+    again = run.callback_metrics
+    assert {name.removeprefix("test/") for name in again} == {name.removeprefix("val/") for name in found}
+
+
+def test_the_network_knows_the_classes_by_name_and_so_does_what_is_saved(tmp_path: Path) -> None:
+    made = fitted(tmp_path, Examples(3))
+    save_model(tmp_path / "model", made.network)
+    assert load_model(tmp_path / "model")[0].class_names == ["class 0", "class 1", "class 2"]
+
+
+def test_the_loss_is_torchs_with_weights_and_smoothing(tmp_path: Path) -> None:
+    made = fitted(tmp_path, Examples(3, counts=[12, 6, 3]), label_smoothing=0.2, class_weights="balanced")
+    batch = together([example(row, 3) for row in (0, 1, 3, 5)])
+    total, count = made.loss(batch)
+    weight = 21 / (3 * torch.tensor([12.0, 6.0, 3.0]))  # as scikit-learn's compute_class_weight has it
+    expected = F.cross_entropy(made.logits(batch), batch["labels"], weight=weight, label_smoothing=0.2)
+    torch.testing.assert_close(total / count, expected)
+    assert count >= len(batch["labels"])
+
+
+def test_a_class_that_never_occurs_in_training_has_a_weight_too(tmp_path: Path) -> None:
+    made = fitted(tmp_path, Examples(3, counts=[12, 12, 0]), class_weights="balanced", num_classes=4)
+    assert made.weight_of_class.tolist() == [1.0, 1.0, 12.0, 12.0]
+
+
+def test_predictions_are_probabilities_of_rows(tmp_path: Path) -> None:
+    made = fitted(tmp_path, Examples(3))
+    outputs = trainer(tmp_path).predict(made, datamodule=Examples(3, test_labels=False))
+    assert torch.cat([output["rows"] for output in outputs]).tolist() == list(range(7))
+    torch.testing.assert_close(torch.cat([output["probabilities"] for output in outputs]).sum(-1), torch.ones(7))
+
+
+@pytest.mark.parametrize("kind", [Classification, Regression])
+def test_labels_of_the_other_kind_are_refused_with_the_objective_for_them(kind: type, tmp_path: Path) -> None:
+    has, other = ("real numbers", "regression.Regression"), ("classes", "classification.Classification")
+    has, other = has if kind is Classification else other
+    wanted = "classes" if kind is Classification else "real numbers"
+    message = (
+        f"data must have {wanted} as labels for {kind.__name__}, but has {has}; set model to lit_llm.objectives.{other}"
+    )
+    message += ", or write classes as whole numbers (1, not 1.0)" * (kind is Classification)
+    with pytest.raises(ValueError, match=exactly(message)):
+        trainer(tmp_path, max_steps=1).fit(kind(NETWORK), datamodule=Examples(None if kind is Classification else 3))
+
+
+def test_smoothing_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match=exactly("model.label_smoothing must be in [0, 1), but is 1.0")):
+        Classification(NETWORK, label_smoothing=1.0)
+
+
+def test_weights_that_need_counts_are_refused_without(tmp_path: Path) -> None:
+    data = Examples(3)
+    data.class_counts = None
+    message = "data must say its class_counts for model.class_weights, but does not"
+    with pytest.raises(ValueError, match=exactly(message)):
+        fitted(tmp_path, data, class_weights="balanced")
+
+
+def spoil(made: nn.Module) -> None:
+    with torch.no_grad():
+        next(made.network.parameters()).fill_(torch.nan)
+
+
+@pytest.mark.parametrize("what", ["validate", "test", "predict"])
+@pytest.mark.parametrize("kind", [Classification, Regression])
+def test_predictions_that_are_no_numbers_are_refused(kind: type, what: str, tmp_path: Path) -> None:
+    classes = 3 if kind is Classification else None
+    made = kind(NETWORK, **({"num_classes": 3} if classes else {}))
+    made.configure_model()
+    spoil(made)
+    with pytest.raises(
+        FloatingPointError, match=r"\A(val/loss|test/loss|predictions) must be finite, but (is nan|are not)"
+    ):
+        getattr(trainer(tmp_path), what)(made, datamodule=Examples(classes))
+
+
+def test_a_checkpoint_does_without_the_place_its_network_came_from(tmp_path: Path) -> None:
+    save_model(tmp_path / "start", PretrainedClassifier(2, config=BERT))
+    made = Classification(functools.partial(PretrainedClassifier, path=str(tmp_path / "start")))
+    run = trainer(tmp_path, max_steps=1)
+    run.fit(made, datamodule=Examples(3))
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    (tmp_path / "start/config.json").unlink()
+    again = Classification.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    assert again.network.class_names == ["class 0", "class 1", "class 2"]
+    for name, tensor in made.network.state_dict().items():
+        assert torch.equal(tensor, again.network.state_dict()[name])
+
+
+def test_weights_of_a_language_model_are_no_classifier_nor_the_other_way_round(tiny_llama, tmp_path: Path) -> None:
+    save_model(tmp_path / "language", tiny_llama())
+    save_model(tmp_path / "classifier", PretrainedClassifier(3, config=BERT))
+    for kind, name, wanted, has in (
+        (Classification, "language", "num_classes", "Llama, sized by vocab_size"),
+        (CausalLM, "classifier", "vocab_size", "PretrainedClassifier, sized by num_classes"),
+    ):
+        message = (
+            f"model.weights must be of a network sized by {wanted}, but {tmp_path / name} is a {has}; a backbone can be "
+            f"named as model.network.path"
+        )
+        with pytest.raises(ValueError, match=exactly(message)):
+            kind(weights=str(tmp_path / name)).configure_model()
+
+
+def test_rows_longer_than_the_network_reads_are_refused(tmp_path: Path) -> None:
+    data = Examples(3)
+    data.max_seq_len = 65
+    message = "data.max_seq_len must be at most the network's max_seq_len, 64, but is 65"
+    with pytest.raises(ValueError, match=exactly(message)):
+        fitted(tmp_path, data)

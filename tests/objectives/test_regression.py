@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from scipy import stats
+from sklearn import metrics
+
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.objectives.regression import Regression
+from tests.examples import BERT, Examples, example, together
+from tests.objectives.test_classification import trainer
+from tests.writing import exactly
+
+NETWORK = functools.partial(PretrainedClassifier, config=BERT)
+
+
+def test_it_learns_and_its_metrics_are_those_of_all_examples_whatever_the_batches(tmp_path: Path) -> None:
+    made, data = Regression(NETWORK, functools.partial(torch.optim.AdamW, lr=0.01)), Examples(None)
+    trainer(tmp_path, max_steps=20, max_epochs=-1).fit(made, datamodule=data)
+    run = trainer(tmp_path)
+    run.validate(made, datamodule=data, verbose=False)
+    found = {name: value.item() for name, value in run.callback_metrics.items()}
+    whole = together([example(row, None) for row in range(100, 111)])
+    with torch.no_grad():
+        values = made.eval().values(whole).numpy()
+    truth = whole["labels"].numpy()
+    expected = {
+        "val/rmse": metrics.root_mean_squared_error(truth, values),
+        "val/mae": metrics.mean_absolute_error(truth, values),
+        "val/pearson": stats.pearsonr(truth, values).statistic,
+        "val/spearman": stats.spearmanr(truth, values).statistic,
+        "val/loss": metrics.mean_squared_error(truth, values),
+    }
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert found["val/pearson"] > 0.3
+
+
+def test_predictions_are_values_of_rows(tmp_path: Path) -> None:
+    made = Regression(NETWORK)
+    [first, second] = trainer(tmp_path).predict(made, datamodule=Examples(None))
+    assert first["values"].shape == (4,)
+    assert second["rows"].tolist() == [4, 5, 6]
+
+
+def test_more_than_one_value_is_refused() -> None:
+    with pytest.raises(ValueError, match=exactly("model.num_targets must be 1, but is 2")):
+        Regression(NETWORK, num_targets=2)

@@ -1,0 +1,142 @@
+import csv
+import functools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import Trainer
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+from lit_llm.data.seq2seq import Seq2SeqData
+from lit_llm.models.llama import Llama
+from lit_llm.models.pretrained_seq2seq import PretrainedSeq2Seq
+from lit_llm.objectives.seq2seq import Seq2Seq
+from tests.examples import T5
+from tests.writing import exactly
+
+NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+
+
+@pytest.fixture
+def numbers(tmp_path: Path) -> str:
+    """Numbers and their names, to train on many times and to validate on."""
+    folder = tmp_path / "numbers"
+    folder.mkdir()
+    for split, times in (("train", 20), ("validation", 2)):
+        rows = [f"{number},{name}" for number, name in enumerate(NUMBERS)] * times
+        (folder / f"{split}.csv").write_text("\n".join(["source,target", *rows]) + "\n")
+    return str(folder)
+
+
+def network() -> functools.partial:
+    return functools.partial(PretrainedSeq2Seq, config=T5 | {"d_model": 32})
+
+
+def fitted(path: str, folder: Path, steps: int, **options) -> tuple[Trainer, Seq2Seq, Seq2SeqData]:
+    data = Seq2SeqData(path=path, tokenizer="t5-bpe-400", batch_size=16)
+    adamw = functools.partial(torch.optim.AdamW, lr=0.01)
+    made = Seq2Seq(network(), optimizer=adamw, max_new_tokens=6, **options)
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet |= {"check_val_every_n_epoch": None, "val_check_interval": 1000, "max_epochs": -1}
+    run = Trainer(accelerator="cpu", max_steps=steps, default_root_dir=folder, **quiet)
+    run.fit(made, data)
+    return run, made, data
+
+
+def test_it_learns_a_table_and_says_how_well_it_writes(numbers: str, tmp_path: Path) -> None:
+    run, made, data = fitted(numbers, tmp_path, 80, num_generated=1000)
+    run.validate(made, data, verbose=False)
+    found = {name: value.item() for name, value in run.callback_metrics.items()}
+    names = {"loss", "perplexity", "accuracy", "exact_match", "rouge_l", "bleu", "chrf"}
+    assert set(found) == {f"val/{name}" for name in names}
+    written, wanted = [], []
+    for batch in data.val_dataloader():
+        written += made.write(batch)
+        wanted += [row["target"] for row in data.texts("validation", batch["rows"].tolist())]
+    exact = sum(mine == its for mine, its in zip(written, wanted, strict=True)) / len(wanted)
+    assert found["val/exact_match"] == pytest.approx(exact)
+    assert exact == 1.0
+    total = nats = 0.0
+    for batch in data.val_dataloader():
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "labels")}
+        with torch.no_grad():
+            count = (batch["labels"] != -100).sum().item()
+            nats += made.network.eval().model(**inputs).loss.item() * count
+            total += count
+    assert found["val/loss"] == pytest.approx(nats / total, rel=1e-4)
+
+
+def test_only_the_first_examples_are_written(numbers: str, tmp_path: Path, monkeypatch) -> None:
+    run, made, data = fitted(numbers, tmp_path, 1, num_generated=5)
+    rows = []
+    write = made.write
+    monkeypatch.setattr(made, "write", lambda batch: (rows.extend(batch["rows"].tolist()), write(batch))[1])
+    for _ in range(2):
+        rows.clear()
+        run.validate(made, data, verbose=False)
+        assert sorted(rows) == list(range(5))
+
+
+def test_label_smoothing_is_in_the_loss_and_not_in_the_metric(numbers: str, tmp_path: Path) -> None:
+    _, made, data = fitted(numbers, tmp_path, 1, label_smoothing=0.3)
+    batch = next(iter(data.val_dataloader()))
+    texts = made.texts(batch)
+    logits, labels = made.network(**texts).flatten(0, 1), texts["labels"].flatten()
+    expected = torch.nn.functional.cross_entropy(logits, labels, label_smoothing=0.3)
+    total, targets = made.loss(batch)
+    torch.testing.assert_close(total / targets, expected)
+    made.val_metric.reset()
+    made.tell(made.val_metric.tokens, batch)
+    plain = torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(made.val_metric.tokens.compute()["loss"], plain)
+
+
+def test_a_network_that_only_reads_or_writes_is_refused() -> None:
+    made = Seq2Seq(functools.partial(Llama, d_model=16, num_layers=1, num_heads=2), vocab_size=20)
+    with pytest.raises(
+        TypeError, match=exactly("model.network must be an encoder-decoder for Seq2Seq, but is a Llama")
+    ):
+        made.configure_model()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.0}, "model.label_smoothing must be in [0, 1), but is 1.0"),
+        ({"num_generated": 0}, "model.num_generated must be at least 1, but is 0"),
+        ({"num_beams": 0}, "model.num_beams must be at least 1, but is 0"),
+    ],
+)
+def test_values_out_of_range_are_refused(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=exactly(message)):
+        Seq2Seq(network(), **options)
+
+
+def test_the_command_line_trains_exports_and_writes(lit_llm, numbers: str, tmp_path: Path) -> None:
+    made = {"class_path": "lit_llm.models.pretrained_seq2seq.PretrainedSeq2Seq", "init_args": {"config": T5}}
+    content = {
+        "model": {"class_path": "lit_llm.objectives.seq2seq.Seq2Seq", "init_args": {"network": made}},
+        "data": {
+            "class_path": "lit_llm.data.seq2seq.Seq2SeqData",
+            "init_args": {"path": numbers, "tokenizer": "t5-bpe-400", "batch_size": 16},
+        },
+        "trainer": {"max_steps": 3, "max_epochs": -1, "val_check_interval": 3, "check_val_every_n_epoch": None},
+    }
+    (tmp_path / "x.yaml").write_text(yaml.safe_dump(content))
+    outcome = lit_llm("fit", "--config", tmp_path / "x.yaml", "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "val/chrf" in json.loads((tmp_path / "run/results.json").read_text())
+    outcome = lit_llm("predict", "--run_dir", tmp_path / "run", "--model.max_new_tokens", "4")
+    assert outcome.code == 0, outcome.err
+    with (tmp_path / "run/predictions.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert list(table[0]) == ["source", "target", "predicted"]
+    model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run/model")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
+    sources = [row["source"] for row in table]
+    ids = tokenizer(sources, return_tensors="pt", padding=True)
+    written = model.generate(**ids, max_new_tokens=4, do_sample=False)
+    expected = [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
+    assert [row["predicted"] for row in table] == expected
