@@ -23,4 +23,5 @@ assert bool(_SCIPY_AVAILABLE) == (find_spec("scipy") is not None)
 
 
 def test_a_start_leaves_out_what_no_run_needs_and_hides_nothing():
-    subprocess.run([sys.executable, "-c", SCRIPT], check=True)
+    found = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr
