@@ -287,7 +287,7 @@ def _saved(name: str) -> str:
 class DoRA(LoRA):
     """LoRA that adapts direction and magnitude of the weights apart: closer to full fine-tuning at low ranks.
 
-    Arguments are those of `LoRA`; a step costs about a third more.
+    Arguments are those of `LoRA`.
 
     Source:
         Liu et al., 2024, "DoRA", arXiv:2402.09353, eq. 5.

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Iterator
 
 UNUSED = ("scipy", "transformers")
-"""For audio, and for metrics of text that run a network: two seconds and 80 MB at every start, as measured by
-`python -X importtime -c 'import lightning'`."""
+"""For audio, and for metrics of text that run a network: a second or two, and some 70 MB, at every start."""
 
 
 def import_torchmetrics() -> None:
