@@ -27,6 +27,33 @@ from torchmetrics.text.rouge import ROUGEScore
 from lit_llm.batch import IGNORE_INDEX
 
 
+class MeanLoss(Metric):
+    """The mean over all targets of a loss that comes as sums: `compute` gives `loss`.
+
+    Example:
+        >>> metric = MeanLoss()
+        >>> metric.update(torch.tensor(3.0), torch.tensor(2.0)); metric.update(torch.tensor(1.0), torch.tensor(2.0))
+        >>> metric.compute()["loss"].item()
+        1.0
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("total", "targets"):
+            self.add_state(name, torch.zeros((), dtype=_wide()), dist_reduce_fx="sum")
+
+    def update(self, total: Float[Tensor, ""], targets: Float[Tensor, ""]) -> None:
+        """Adds a batch: its loss summed over the targets, and their number."""
+        self.total += total.detach()
+        self.targets += targets
+
+    def compute(self) -> dict[str, Tensor]:
+        """The mean, in the loss's own unit."""
+        return {"loss": (self.total / self.targets).float()}
+
+
 class LanguageModeling(Metric):
     """How well a language model predicts text.
 

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from experiments.throughput import peers, report, run
+from experiments.throughput import peers, report, run, step_overhead
 from experiments.throughput.corpus import prepare
 from tests.writing import REPOSITORY
 
@@ -53,3 +53,11 @@ def test_the_table_holds_the_ratio_of_each_round_and_goes_between_its_markers(tm
 def test_the_readme_has_a_place_for_every_table(name):
     text = (REPOSITORY / "experiments/throughput/README.md").read_text(encoding="utf-8")
     assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+
+
+def test_the_trivial_step_is_measured_as_a_run_of_the_command_line(lit_llm, tmp_path):
+    out = tmp_path / "ours.txt"
+    options = step_overhead.parsed(["--steps", "20", "--warmup", "5", "--work", str(tmp_path)])
+    outcome = lit_llm(*step_overhead.words("ours", options, out)[3:])
+    assert outcome.code == 0, outcome.err
+    assert float(out.read_text()) > 0

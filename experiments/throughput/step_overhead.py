@@ -28,8 +28,8 @@ VARIANTS = {
 GOAL = 350
 
 
-def main() -> None:
-    """Parses, measures, writes."""
+def parsed(args: list[str] | None = None) -> argparse.Namespace:
+    """The options."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--warmup", type=int, default=200)
@@ -40,8 +40,14 @@ def main() -> None:
     parser.add_argument("--profile", choices=["lightning", "ours"], help="print cProfile's view of one run instead")
     parser.add_argument("--variant", choices=["bare", "lightning"], help=argparse.SUPPRESS)
     parser.add_argument("--out", help=argparse.SUPPRESS)
-    options = parser.parse_args()
+    options = parser.parse_args(args)
     options.work = options.work.resolve()
+    return options
+
+
+def main() -> None:
+    """Parses, measures, writes."""
+    options = parsed()
     if options.variant == "bare":
         bare(options)
     elif options.variant == "lightning":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import errno
+import importlib
 import re
 from collections.abc import Iterable
 
@@ -56,7 +57,7 @@ def parser_line(message: str, known: Iterable[str] = (), words: Iterable[str] = 
         value = re.search(r"(?:Got value|Given value): (.+)$", text)
         path = re.search(r"(?:Expected a path but|import path format:|import path string:) (\S+)", text)
         if path:
-            return f"{key} must be a class path or a YAML file, but is {path[1]}, which is neither"
+            return f"{key} must be a class path or a YAML file, but is {path[1]}, which {_fault(path[1])}"
         kinds = _kinds(text)
         if value and kinds:
             return f"{key} must be {kinds}, but is {value[1].strip()}"
@@ -75,6 +76,16 @@ def parser_line(message: str, known: Iterable[str] = (), words: Iterable[str] = 
         names = ", ".join(sorted(name.split(".", 1)[-1] for name in match[1].replace('"', "").split(", ")))
         return f"{names} must be given, but are not; start from a run file, such as --config {MAIN_CONFIG}"
     return text
+
+
+def _fault(path: str) -> str:
+    """What is wrong with the class path of a class that cannot be made."""
+    module, _, name = path.rpartition(".")
+    try:
+        unwritten = getattr(getattr(importlib.import_module(module), name), "__abstractmethods__", ())
+    except (ImportError, ValueError, AttributeError):
+        return "is neither"
+    return f"does not write {', '.join(sorted(unwritten))}" if unwritten else "is of another kind"
 
 
 def _flat(text: str) -> str:

@@ -25,6 +25,7 @@ from lit_llm.adaptation import Adaptation
 from lit_llm.batch import inputs
 from lit_llm.checkpoints import Model, class_path, copy_weights, first_argument, plain, read_model
 from lit_llm.data.tokenizer import fingerprint
+from lit_llm.metrics import MeanLoss
 from lit_llm.objectives.features import FeatureCache, can_be_cached
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule
@@ -42,6 +43,8 @@ SET_OFTEN = frozenset({"_current_fx_name", "_loss_sum", "_target_sum", "_step_ta
 
 class Objective(LightningModule, ABC):
     """What is minimised. A subclass writes `loss(batch)`, and names the fact about the data that sizes its network.
+
+    What it measures over a split is the mean of that loss, until it writes `measure` and makes metrics of its own.
 
     The network is built in `configure_model`, from a recipe rather than an object, so that the same config serves
     construction on a GPU, on the meta device and from a checkpoint. Its first argument is decided by the data.
@@ -71,7 +74,7 @@ class Objective(LightningModule, ABC):
 
     val_metric: Metric | MetricCollection
     test_metric: Metric | MetricCollection
-    """What adds up over a split; a subclass makes them, at the latest with the network."""
+    """What adds up over a split: the mean loss, or what a subclass makes, at the latest with the network."""
 
     def __init__(
         self,
@@ -91,6 +94,7 @@ class Objective(LightningModule, ABC):
         self.decay_embeddings = decay_embeddings
         self.adaptation = adaptation
         self.network: nn.Module | None = None
+        self.val_metric, self.test_metric = MeanLoss(), MeanLoss()
         self.grad_norm: Tensor | None = None
         self._step_targets: Tensor | float = 0.0
         self._loss_sum: Tensor | float = 0.0
@@ -102,9 +106,10 @@ class Objective(LightningModule, ABC):
     def loss(self, batch: Any) -> Loss:
         """The loss to be minimised, summed over the batch's targets, and their number."""
 
-    @abstractmethod
     def measure(self, metric: Any, batch: Any) -> dict[str, Tensor] | None:
-        """Adds a batch to `val_metric` or `test_metric`; what it gives is for callbacks."""
+        """Adds a batch to `val_metric` or `test_metric`; what it gives is for callbacks. By default the mean loss."""
+        metric.update(*self.loss(batch))
+        return None
 
     def __setattr__(self, name: str, value: Any) -> None:
         """As torch's, but for what is set many times a step: that never is a parameter, which torch takes time to see.

@@ -56,6 +56,11 @@ FLAGS = {
         ["--model.optimizer", "Nope"],
         "model.optimizer must be a class path or a YAML file, but is Nope, which is neither",
     ),
+    "objective that is not written whole": (
+        ["--model", "lit_llm.objectives.objective.Objective"],
+        "model must be a class path or a YAML file, but is lit_llm.objectives.objective.Objective, which does not "
+        "write loss",
+    ),
     "rows longer than the network reads": (
         ["--data.seq_len", "1024", "--data.batch_size", "1"],
         re.compile(r"data.seq_len must be at most the network's max_seq_len, \d+, but is 1024"),
