@@ -21,7 +21,7 @@ demo: .venv/base  ## train the main config, generate, print what came out
 
 test: .venv/dev  ## the whole suite, as CI runs it
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/pytest
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

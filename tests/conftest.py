@@ -23,7 +23,8 @@ from tests.writing import REPOSITORY, pairs, prose
 
 @pytest.fixture(scope="session", autouse=True)
 def _private_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    torch.set_num_threads(2)
+    # As `make test` shares the machine out: two processes of two threads each would wait for one another.
+    torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIT_LLM_CACHE", str(tmp_path_factory.mktemp("lit-llm-cache")))
         patch.setenv("HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("datasets-cache")))
