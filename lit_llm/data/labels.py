@@ -146,6 +146,23 @@ def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] =
     return LabelReader(path, column, values, [str(value) for value in values])
 
 
+def read_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray | None:
+    """The labels of a table by classes learnt from another; `None` where it has none.
+
+    Raises:
+        ValueError: When one is missing, or is none of those classes.
+    """
+    column = reader.column
+    if not column or is_hidden(rows, column):
+        return None
+    found, feature = column_values(rows, column), rows.features[column]
+    known = isinstance(feature, ClassLabel) and set(feature.names) <= set(reader.class_names)
+    if known and reader.values == tuple(range(len(reader.values))):  # by its names: the table may number them otherwise
+        place = {number: reader.class_names.index(name) for number, name in enumerate(feature.names)}
+        found = [place.get(value, value) for value in found]
+    return reader.read(found, split)
+
+
 def listed(values: Iterable[Any]) -> str:
     """Values in words, the first ten of many."""
     values = list(values)
