@@ -126,13 +126,13 @@ class ImageAugmentation:
         cutmix: float = 0.0,
     ) -> None:
         values = {name: value for name, value in locals().items() if name != "self"}
-        largest = {"rotate": 180, "randaugment": MAX_OPERATIONS, "crop_padding": math.inf, "mixup": math.inf}
-        largest |= {"cutmix": math.inf}
+        largest = {"rotate": 180, "randaugment": MAX_OPERATIONS}
+        largest |= dict.fromkeys(("crop_padding", "mixup", "cutmix"), math.inf)
         for name, value in values.items():
             high = largest.get(name, 1)
             if not 0 <= value <= high or (name == "scale" and value == 1):
-                allowed = f"at least 0 and {'below' if name == 'scale' else 'at most'} {high}"
-                raise ValueError(f"augmentation.{name} must be {allowed}, but is {value}")
+                bound = "" if high == math.inf else f" and {'below' if name == 'scale' else 'at most'} {high}"
+                raise ValueError(f"augmentation.{name} must be at least 0{bound}, but is {value}")
         if not any(value for name, value in values.items() if name != "magnitude"):
             raise ValueError("augmentation must change something, but all of it is 0")
         self.__dict__ |= values
@@ -148,7 +148,7 @@ class ImageAugmentation:
         """The same without MixUp and CutMix."""
         return self._changed({"mixup": 0, "cutmix": 0}, 0)
 
-    def _changed(self, values: dict[str, float], stream: int) -> ImageAugmentation:
+    def _changed(self, values: dict[str, int], stream: int) -> ImageAugmentation:
         changed = copy.copy(self)
         changed.__dict__ |= {**values, "stream": stream}
         return changed
@@ -193,18 +193,16 @@ class ImageAugmentation:
     ) -> UInt8[Tensor, "batch channels height width"]:
         if not self.crop_padding and not self.flip:
             return images
-        height, width = images.shape[-2:]
-        padding = self.crop_padding
-        left, top = ((draw(name) * (2 * padding + 1)).long() for name in ("crop_x", "crop_y"))
-        x, y = torch.arange(width).expand(len(images), -1), torch.arange(height)
-        if self.flip:
-            x = torch.where((draw("flip") < self.flip)[:, None], width - 1 - x, x)
+        pixels, padding = images.numpy(), self.crop_padding
         if padding:
-            images = torch.nn.functional.pad(images, [padding] * 4)
-        rows, columns = top[:, None] + y, left[:, None] + x
-        which = torch.arange(len(images))[:, None, None, None]
-        channels = torch.arange(images.shape[1])[None, :, None, None]
-        return images[which, channels, rows[:, None, :, None], columns[:, None, None, :]]
+            left, top = ((draw(name) * (2 * padding + 1)).long().numpy() for name in ("crop_x", "crop_y"))
+            padded = np.pad(pixels, [(0, 0), (0, 0), (padding, padding), (padding, padding)])
+            windows = np.lib.stride_tricks.sliding_window_view(padded, pixels.shape[2:], axis=(2, 3))
+            pixels = windows[np.arange(len(pixels)), :, top, left]
+        if self.flip:
+            flipped = (draw("flip") < self.flip).numpy()[:, None, None, None]
+            pixels = np.where(flipped, pixels[..., ::-1], pixels)
+        return torch.from_numpy(pixels)
 
     def _erased(self, images: Tensor, draw: Draws) -> Tensor:
         area = draw.between("erase_area", 0.02, 0.33)

@@ -118,12 +118,14 @@ def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] =
     kinds = set(found)
     if not kinds:
         raise ValueError(f"data.path must hold rows to train on, but {path} has none")
-    if len(kinds) < 2:
-        raise ValueError(
-            f"data.label must tell two classes or more apart, but is {found[0]!r} in all {len(found)} rows of the "
-            f"training split of {path}"
-        )
     feature = rows.features[column]
+    if len(kinds) < 2:
+        known = isinstance(feature, ClassLabel) and found[0] in range(len(feature.names))
+        only = feature.names[found[0]] if known else found[0]
+        raise ValueError(
+            f"data.label must tell two classes or more apart, but is {only!r} in all {len(found)} rows of the training "
+            f"split of {path}"
+        )
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else names
     if names and kinds <= set(range(len(names))):
         return LabelReader(path, column, tuple(range(len(names))), list(names))

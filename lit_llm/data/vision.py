@@ -234,11 +234,10 @@ class VisionData(ExampleData):
         found = {}
         for split, rows in tables.items():
             places, names = self.cache.places(split), image_names(rows, self._image)
-            rows = rows.remove_columns([self._image])
-            rows = rows.remove_columns([name for name in ("image",) if name in rows.column_names])
-            extra = {"image": names, PLACE: places.tolist(), CONTENT: list(map(str, self.cache.contents[places]))}
-            for column, values in extra.items():
-                rows = rows.add_column(column, values)
+            rows = rows.add_column(PLACE, places.tolist())
+            rows = rows.add_column(CONTENT, list(map(str, self.cache.contents[places])))
+            rows = rows.remove_columns([name for name in {self._image, "image"} if name in rows.column_names])
+            rows = rows.add_column("image", names)
             found[split] = rows.select(self._whole(split, names))
         return found
 
