@@ -31,8 +31,9 @@ CHUNK = 512
 ALONE = 2048
 """Images up to which further processes would cost more than they help."""
 
+ORIENTATION = 0x0112
 TURNED = {5, 6, 7, 8}
-"""Values of a photograph's orientation with which its sides change places."""
+"""Values of a photograph's orientation, by the number of its tag, with which its sides change places."""
 
 
 class Look(NamedTuple):
@@ -194,7 +195,7 @@ def _look(splits: dict[str, Dataset], task: tuple[str, int, int]) -> set[Look]:
             try:
                 with _opened(encoded) as image:
                     # Of a PNG it may come last, so that all of it would have to be decoded.
-                    turned = image.format != "PNG" and image.getexif().get(0x0112) in TURNED
+                    turned = image.format != "PNG" and image.getexif().get(ORIENTATION) in TURNED
                     width, height = image.size[::-1] if turned else image.size
                     looks.add(Look(height, width, image.mode in GREY))
             except Exception:  # each format's reader raises its own kinds
@@ -250,7 +251,9 @@ def read_image(encoded: dict[str, Any] | None, channels: int, height: int, width
         Channels × height × width, from 0 to 255.
     """
     with _opened(encoded) as image:
-        image = ImageOps.exif_transpose(image)
+        image.load()
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):
             image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
         image = image.convert("L" if channels == 1 else "RGB")
