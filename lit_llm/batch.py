@@ -62,6 +62,25 @@ class ExampleBatch(TypedDict):
     unlabelled_strong: NotRequired[ExampleBatch]
 
 
+class ImageBatch(TypedDict):
+    """Images, each with one label: what a classifier of images reads.
+
+    Attributes:
+        pixel_values: Intensities, normalised by mean and standard deviation of each channel.
+        labels: Index of the class, or of mixed images (in training alone) the probability of each class; absent where
+            the split has none.
+        rows: Index of each image in its split.
+        unlabelled: As in `ExampleBatch`.
+        unlabelled_strong: As in `ExampleBatch`.
+    """
+
+    pixel_values: Float[Tensor, "batch channels height width"]
+    labels: NotRequired[Int[Tensor, " batch"] | Float[Tensor, "batch classes"]]
+    rows: Int[Tensor, " batch"]
+    unlabelled: NotRequired[ImageBatch]
+    unlabelled_strong: NotRequired[ImageBatch]
+
+
 class Seq2SeqBatch(TypedDict):
     """Examples, each a text to read and one to write.
 

@@ -27,11 +27,16 @@ from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
 from lit_llm.models.pretrained_network import Pretrained
 
+IMAGE_PROCESSOR = "preprocessor_config.json"
 ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def save_model(
-    folder: Path, network: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, card: str | None = None
+    folder: Path,
+    network: nn.Module,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    card: str | None = None,
+    image_processor: dict[str, Any] | None = None,
 ) -> None:
     """Writes a directory that transformers opens, with `AutoModelForCausalLM`, say, and `AutoTokenizer`.
 
@@ -41,6 +46,7 @@ def save_model(
             more than their names, `hf_view` or `hf_zeros` (see `models.gpt2`); or with `save_weights`.
         tokenizer: Goes beside the weights.
         card: Markdown about the model; becomes its `README.md`.
+        image_processor: How a network of images wants them; becomes its `preprocessor_config.json`.
 
     Raises:
         TypeError: When transformers has no class for such a network.
@@ -61,6 +67,8 @@ def save_model(
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+        if image_processor is not None:
+            (new / IMAGE_PROCESSOR).write_text(json.dumps(image_processor, indent=2) + "\n")
         if card is not None:
             (new / "README.md").write_text(card, encoding="utf-8")
 
@@ -107,16 +115,10 @@ def load_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase | N
 
 def read_model(path: str | Path) -> Model:
     """As `load_model`, with how the network is made."""
-    name, path = str(path), Path(path).expanduser()
-    if not path.exists() and ON_THE_HUB.fullmatch(name):
-        path = _download(name)
-    if not (path / "model").is_dir() and (path / "checkpoints" / "best.ckpt").is_file():
-        path = path / "checkpoints" / "best.ckpt"  # a run of a network that transformers has no class for
+    path = _place(path)
     if path.is_file():
         model = _from_checkpoint(path)
     else:
-        if not (path / "config.json").is_file() and (path / "model" / "config.json").is_file():
-            path = path / "model"
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
                 f"model must be a model directory, a run folder or a checkpoint file, but is {path}, which holds no "
@@ -125,6 +127,31 @@ def read_model(path: str | Path) -> Model:
         model = _from_directory(path)
     model.network.eval()
     return model
+
+
+def read_image_processor(path: str | Path) -> dict[str, Any] | None:
+    """How a model wants its images, as its `preprocessor_config.json` says; `None` where nothing says it.
+
+    Args:
+        path: As of `load_model`.
+    """
+    path = _place(path)
+    if path.is_file():
+        states = [state for state in read_checkpoint(path).values() if isinstance(state, dict)]
+        return next((state["image_processor"] for state in states if "image_processor" in state), None)
+    file = path / IMAGE_PROCESSOR
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def _place(path: str | Path) -> Path:
+    """The model directory or checkpoint file that a path, a run folder or a name on the hub stands for."""
+    name, path = str(path), Path(path).expanduser()
+    if not path.exists() and ON_THE_HUB.fullmatch(name):
+        path = _download(name)
+    if not (path / "model").is_dir() and (path / "checkpoints" / "best.ckpt").is_file():
+        return path / "checkpoints" / "best.ckpt"  # a run of a network that transformers has no class for
+    inside = not (path / "config.json").is_file() and (path / "model" / "config.json").is_file()
+    return path / "model" if inside else path
 
 
 def _download(name: str) -> Path:

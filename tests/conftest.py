@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.images import tree
 from tests.writing import REPOSITORY, pairs, prose
 
 
@@ -154,6 +155,12 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = (f'"{row["prompt"]}, {row["response"]}",{("bad", "good")[n % 2]}' for n, row in enumerate(pairs(60)))
     path.write_text("\n".join(["text,label", *lines]) + "\n", encoding="utf-8")
     return path
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Thirty small pictures of either of two classes, each class in a folder of its own."""
+    return tree(tmp_path_factory.mktemp("pictures"), {"cat": 30, "dog": 30})
 
 
 @pytest.fixture

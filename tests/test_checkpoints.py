@@ -11,9 +11,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lit_llm.checkpoint_files import AtomicCheckpointIO
-from lit_llm.checkpoints import load_model, save_model
+from lit_llm.checkpoints import load_model, read_image_processor, save_model
 from lit_llm.data.tokenizer import byte_tokenizer, fingerprint
 from lit_llm.models.llama import Llama
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.rotary import YaRN
 from lit_llm.objectives.objective import described
 from tests.writing import exactly
@@ -273,3 +274,16 @@ def test_a_checkpoint_that_names_no_class_is_refused_in_the_grammar(tmp_path: Pa
     AtomicCheckpointIO().save_checkpoint({"network": recipe, "state_dict": {}}, tmp_path / "bad.ckpt")
     with pytest.raises(ValueError, match=r"\A[^\n]+ must [^\n]+ but [^\n]+\Z"):
         load_model(tmp_path / "bad.ckpt")
+
+
+def test_a_model_of_images_comes_with_how_it_wants_them(tmp_path: Path) -> None:
+    processor = {"size": {"height": 8, "width": 8}, "image_mean": [0.1], "image_std": [0.3]}
+    config = {"model_type": "resnet", "embedding_size": 4, "hidden_sizes": [4], "depths": [1], "layer_type": "basic"}
+    save_model(tmp_path / "run/model", PretrainedClassifier(2, config=config), image_processor=processor)
+    assert read_image_processor(tmp_path / "run") == read_image_processor(tmp_path / "run/model") == processor
+    torch.save({"VisionData": {"image_processor": processor}, "state_dict": {}}, tmp_path / "x.ckpt")
+    assert read_image_processor(tmp_path / "x.ckpt") == processor
+
+
+def test_a_model_of_text_says_nothing_of_images(model: Path) -> None:
+    assert read_image_processor(model) is None

@@ -388,17 +388,22 @@ def of_tokens(kind: type) -> bool:
     return "seq_len" in inspect.signature(kind).parameters
 
 
+def of_images(kind: type) -> bool:
+    """Whether a data module gives images."""
+    return "image" in inspect.signature(kind).parameters
+
+
 @pytest.fixture
-def data(kind, corpus, chats, reviews) -> Callable[[], LightningDataModule]:
-    """Makes a data module of what it reads: texts, conversations or labelled texts."""
+def data(kind, corpus, chats, reviews, pictures) -> Callable[[], LightningDataModule]:
+    """Makes a data module of what it reads: texts, conversations, labelled texts or labelled images."""
     asked = inspect.signature(kind).parameters
     of_chats = "messages" in asked or "target" in asked  # whose prompts are read, and responses written
-    path = chats if of_chats else corpus if of_tokens(kind) else reviews
-    size = {"seq_len": 128} if of_tokens(kind) else {}
-    tokenizer = "t5-bpe-400" if "target" in asked else "bytes"
+    path = chats if of_chats else corpus if of_tokens(kind) else pictures if of_images(kind) else reviews
+    own = {"seq_len": 128} if of_tokens(kind) else {}
+    own |= {} if of_images(kind) else {"tokenizer": "t5-bpe-400" if "target" in asked else "bytes"}
 
     def make() -> LightningDataModule:
-        made = kind(path=str(path), tokenizer=tokenizer, batch_size=3, validation_fraction=0.2, **size)
+        made = kind(path=str(path), batch_size=3, validation_fraction=0.2, **own)
         made.prepare_data()
         made.setup("fit")
         return made
@@ -435,7 +440,8 @@ class TestExampleData:
     def test_batches_have_the_fields_of_the_contract(self, kind, data):
         made = data()
         for batch in (next(iter(made.train_dataloader())), next(iter(made.val_dataloader()))):
-            assert set(batch) <= set(lit_llm.batch.ExampleBatch.__annotations__)
+            contract = lit_llm.batch.ImageBatch if of_images(kind) else lit_llm.batch.ExampleBatch
+            assert set(batch) <= set(contract.__annotations__)
             assert {"labels", "rows"} == set(batch) - set(lit_llm.batch.inputs(batch))
             assert len(batch["labels"]) == len(batch["rows"]) == 3
             assert batch["labels"].dtype == batch["rows"].dtype == torch.long
@@ -472,11 +478,31 @@ class TestTokenData:
         data().load_state_dict(made.state_dict())
 
 
+@pytest.mark.parametrize("kind", [kind for kind in DATA_MODULES if of_images(kind)])
+class TestImageData:
+    def test_the_facts_that_others_ask_for_are_there(self, kind, data):
+        made = data()
+        batch = next(iter(made.train_dataloader()))
+        rows = batch["rows"].tolist()
+        assert batch["pixel_values"].dtype == torch.float32
+        assert batch["pixel_values"].shape == (3, *made.image_shape)
+        mean, std = (torch.tensor(made.normalization[name])[:, None, None] for name in ("mean", "std"))
+        torch.testing.assert_close(batch["pixel_values"] * std + mean, made.images("train", rows) / 255)
+        assert made.names("train", rows) == [line["image"] for line in made.texts("train", rows)]
+        assert json.loads(json.dumps(made.image_processor)) == made.image_processor
+
+
+def same(first: list[dict], second: list[dict]) -> bool:
+    """Whether batches read the same."""
+    pairs = ((inputs(a), inputs(b)) for a, b in zip(first, second, strict=True))
+    return all(torch.equal(a[name], b[name]) for a, b in pairs for name in a | b)
+
+
 @pytest.mark.parametrize("kind", DATA_MODULES)
 class TestDataModule:
     def test_the_same_seed_gives_the_same_order(self, kind, data):
         first, second = (list(data().train_dataloader()) for _ in range(2))
-        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(first, second, strict=True))
+        assert same(first, second)
 
     def test_it_goes_on_where_it_stopped(self, kind, data):
         whole = list(data().train_dataloader())
@@ -488,7 +514,7 @@ class TestDataModule:
         fresh.load_state_dict(loader.state_dict())
         rest = list(fresh)
         assert len(rest) == len(whole) - 2 > 0
-        assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(whole[2:], rest, strict=True))
+        assert same(whole[2:], rest)
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)

@@ -123,7 +123,9 @@ class RunReport(Callback):
             return
         results = json.loads((folder / "results.json").read_text())
         card = model_card(folder.parent.name, network, trainer.datamodule, results)
-        save_model(folder / "model", network, getattr(trainer.datamodule, "tokenizer", None), card)
+        data = trainer.datamodule
+        processor = getattr(data, "image_processor", None)
+        save_model(folder / "model", network, getattr(data, "tokenizer", None), card, processor)
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics so far, so that the best of a resumed run is the best of all of it."""

@@ -11,24 +11,21 @@ from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
-from lit_llm.batch import ExampleBatch
 from lit_llm.data.augmentation import TextAugmentation
 from lit_llm.data.collation import Collation
 from lit_llm.data.docmatch import NAME, open_docmatch
+from lit_llm.data.examples import ExampleData
 from lit_llm.data.glue_tasks import DOCMATCH, TASKS, Submission
-from lit_llm.data.labels import LabelReader, few_of, is_hidden, labelled_splits, require_seen, some_of
-from lit_llm.data.sampling import BatchLoader
 from lit_llm.data.table_tokenizer import tokenizer_files, trained_tokenizer
-from lit_llm.data.tables import Split, both, check_texts, choose_splits, column_values, find_columns, open_table
+from lit_llm.data.tables import Split, check_texts, choose_splits, find_columns, open_table
 from lit_llm.data.tokenizer import load_tokenizer, training_of
 
 log = logging.getLogger(__name__)
 
 
-class GLUEData(LightningDataModule):
+class GLUEData(ExampleData):
     """Examples of one or two texts with a label: a class, or a real number.
 
     Texts are tokenised once. A batch is cut at once and padded to its own longest example; examples of about one length
@@ -96,34 +93,27 @@ class GLUEData(LightningDataModule):
         augmentation: TextAugmentation | None = None,
         seed: int = 0,
     ) -> None:
-        super().__init__()
         if task is not None and task not in TASKS:
             raise ValueError(f"data.task must be one of {', '.join(TASKS)}, but is {task!r}")
-        counts = {"max_seq_len": max_seq_len, "batch_size": batch_size, "max_examples": max_examples}
-        counts["labels_per_class"] = labels_per_class
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be at least 1, but is {value}")
-        if unlabelled_ratio < 0:
-            raise ValueError(f"data.unlabelled_ratio must be at least 0, but is {unlabelled_ratio}")
-        if validation_fraction < 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, "
-                f"but are {validation_fraction} and {test_fraction}"
-            )
-        self.path = path or ("nyu-mll/glue" if task else NAME)
+        if max_seq_len < 1:
+            raise ValueError(f"data.max_seq_len must be at least 1, but is {max_seq_len}")
+        super().__init__(
+            path=path or ("nyu-mll/glue" if task else NAME),
+            # The two of MNLI are one data set on the hub.
+            subset=subset or (task and task.removesuffix("_mismatched")),
+            batch_size=batch_size,
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
+            max_examples=max_examples,
+            labels_per_class=labels_per_class,
+            unlabelled_ratio=unlabelled_ratio,
+            balance_classes=balance_classes,
+            augmentation=augmentation,
+            seed=seed,
+        )
         self.task = TASKS[task] if task else DOCMATCH if self.path == NAME else None
-        # The two of MNLI are one data set on the hub.
-        self.subset = subset or (task and task.removesuffix("_mismatched"))
         self.given = {"text": text, "text_pair": text_pair, "label": label}
-        self.tokenizer_spec = tokenizer
-        self.max_seq_len, self.batch_size = max_seq_len, batch_size
-        self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
-        self.max_examples, self.balance_classes, self.length_grouping = max_examples, balance_classes, length_grouping
-        self.labels_per_class, self.unlabelled_ratio = labels_per_class, unlabelled_ratio
-        self.augmentation, self.seed = augmentation, seed
-        self.reader: LabelReader | None = None
-        self._collations: dict[str, Collation] = {}
+        self.tokenizer_spec, self.max_seq_len, self.length_grouping = tokenizer, max_seq_len, length_grouping
 
     # Facts that objectives, callbacks and model directories ask for.
 
@@ -136,26 +126,6 @@ class GLUEData(LightningDataModule):
     def submission(self) -> Submission | None:
         """What a GLUE task's board wants; `None` for other data."""
         return self.task and self.task.submission
-
-    @property
-    def class_names(self) -> list[str]:
-        """What the classes are called, in their order; empty where labels are values. As all facts, from `setup` on."""
-        return self.reader.class_names if self.reader else []
-
-    @property
-    def num_classes(self) -> int | None:
-        """Number of classes; `None` where labels are values."""
-        return len(self.class_names) or None
-
-    @property
-    def num_targets(self) -> int | None:
-        """1 where labels are values; `None` where they are classes."""
-        return None if self.reader is None or self.class_names else 1
-
-    @property
-    def class_counts(self) -> list[int]:
-        """Labelled training examples of each class."""
-        return np.bincount(self.splits["train"].labels, minlength=len(self.class_names)).tolist()
 
     @property
     def vocab_size(self) -> int:
@@ -175,22 +145,6 @@ class GLUEData(LightningDataModule):
             "splits": {name: {"examples": len(split)} for name, split in self.splits.items()},
         }
 
-    @property
-    def predict_split(self) -> str:
-        """The split that `predict` reads: the test split, or where there is none the validation split.
-
-        All of a single table, or of one without labels, is a test split then.
-        """
-        return "test" if "test" in self.splits else "validation"
-
-    def label_name(self, index: int) -> str:
-        """What a class is called."""
-        return self.class_names[index]
-
-    def texts(self, split: str, rows: list[int]) -> list[dict[str, Any]]:
-        """All columns of some examples, as the source has them."""
-        return [self.splits[split].rows[row] for row in rows]
-
     # Lightning's hooks.
 
     def prepare_data(self) -> None:
@@ -198,77 +152,9 @@ class GLUEData(LightningDataModule):
         if "train" in self.splits:
             self._require_marks()
 
-    def setup(self, stage: str) -> None:
-        """Refuses data that cannot do what `stage` needs.
-
-        Raises:
-            ValueError: When there is too little to train on, or nothing to validate or to test on.
-        """
-        if stage == "test" and not self._testable:
-            raise ValueError(
-                f"data.path must hold a test split with labels to test on, but {self.path} has none; raise "
-                f"data.test_fraction where the checkpoint was trained, or predict"
-            )
-        if stage != "fit":
-            return
-        rows, devices = len(self.splits["train"]), self._place[1]
-        if rows < self.batch_size * devices:
-            raise ValueError(
-                f"data.batch_size must be at most the examples there are to train on, but is {self.batch_size} on "
-                f"{devices} devices where {self.path} has {rows}; lower it"
-            )
-        if self.unlabelled_ratio:
-            unlabelled = len(self.splits["unlabelled"]) if "unlabelled" in self.splits else 0
-            if unlabelled < self.unlabelled_ratio * self.batch_size * devices:
-                raise ValueError(
-                    f"data.unlabelled_ratio must leave a batch of data.batch_size within the unlabelled examples, but "
-                    f"is {self.unlabelled_ratio} with batches of {self.batch_size} on {devices} devices where "
-                    f"{self.path} has {unlabelled}; lower one, or set data.labels_per_class"
-                )
-        if self.balance_classes and not self.class_names:
-            raise ValueError("data.balance_classes must be false where labels are real numbers, but is true")
-        if self.validation_fraction and "validation" not in self.splits:
-            raise ValueError(
-                f"data.validation_fraction must leave an example to validate on, but is {self.validation_fraction}, "
-                f"which takes none of the {rows} of {self.path}; raise it, or set it to 0 to go without"
-            )
-
-    def train_dataloader(self) -> BatchLoader:
-        """Examples in an order drawn anew each epoch."""
-        labelled = self._loader("train", self.seed)
-        if not self.unlabelled_ratio:
-            return labelled
-        read, unlabelled = self._collation("train"), self._collation("unlabelled")
-
-        def cut(rows: np.ndarray) -> ExampleBatch:
-            batch = read.batch(labelled.rows(loader.epoch * len(loader) + loader.batch))
-            batch["unlabelled"] = unlabelled.batch(rows)
-            batch["unlabelled_strong"] = unlabelled.batch(rows, self.augmentation, (self.seed, loader.epoch))
-            return batch
-
-        size, lengths = self.batch_size * self.unlabelled_ratio, unlabelled.lengths if self.length_grouping else None
-        loader = BatchLoader(cut, len(unlabelled), size, self.seed, *self._place, lengths)
-        return loader
-
-    def val_dataloader(self) -> BatchLoader | list[Any]:
-        """All examples of the validation split, the longest first, each once whatever the number of processes."""
-        return self.ordered_dataloader("validation")
-
-    def ordered_dataloader(self, split: str, share: bool = True) -> BatchLoader | list[Any]:
-        """All examples of any split, the longest first and as they are; shared out among the processes, or not."""
-        return self._loader(split, share=share) if split in self.splits else []
-
-    def test_dataloader(self) -> BatchLoader | list[Any]:
-        """All examples of the test split, as in validation; none where it has no labels."""
-        return self.ordered_dataloader("test") if self._testable else []
-
-    def predict_dataloader(self) -> BatchLoader | list[Any]:
-        """All examples of the split to predict, with labels or without."""
-        return self.ordered_dataloader(self.predict_split)
-
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to read texts and to name classes on its own."""
-        return {"tokenizer": self._tokenizer_files, "labels": [list(self.reader.values), list(self.class_names)]}
+        return {"tokenizer": self._tokenizer_files, **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses a checkpoint whose tokens or classes mean something else; a table to predict as a whole takes both.
@@ -276,21 +162,12 @@ class GLUEData(LightningDataModule):
         Raises:
             ValueError: When the checkpoint's tokeniser or classes are not this data's.
         """
-        values, names = state_dict["labels"]
+        super().load_state_dict(state_dict)
         if "train" not in self.splits:
             with tempfile.TemporaryDirectory() as folder:
                 for name, text in state_dict["tokenizer"].items():
                     (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
                 self.tokenizer = load_tokenizer(folder)
-            rows, column = self.splits["test"].rows, self.columns.label
-            self.reader = LabelReader(self.path, column or "", tuple(values), names)
-            if column is not None and not is_hidden(rows, column):
-                self.splits["test"] = Split(rows, self.reader.read(column_values(rows, column), "test"))
-        elif self.class_names != names:
-            raise ValueError(
-                f"data.label must have the checkpoint's classes, {', '.join(names) or 'none'}, but has "
-                f"{', '.join(self.class_names) or 'none'} in {self.path}"
-            )
         elif self._tokenizer_files["tokenizer.json"] != state_dict["tokenizer"]["tokenizer.json"]:
             raise ValueError(
                 f"data.tokenizer must be the checkpoint's, but is {self._tokenizer_spec} of {self.path}, which differs"
@@ -298,9 +175,7 @@ class GLUEData(LightningDataModule):
 
     # How examples are read.
 
-    @cached_property
-    def splits(self) -> dict[str, Split]:
-        """The examples: `train`, `validation` and `test`, as far as there are such."""
+    def _find_splits(self) -> dict[str, Split]:
         found = self._open()
         unlabelled = found.pop("unlabelled", None) if "train" in found else None
         if not found:
@@ -314,34 +189,14 @@ class GLUEData(LightningDataModule):
         self.columns = find_columns(first, self.path, **given)
         for name, rows in [*found.items(), *([("unlabelled", unlabelled)] if unlabelled is not None else [])]:
             check_texts(rows, self.columns.texts, self.path, name)
-        if self._predicting and (len(found) == 1 or self.columns.label is None):
-            rows = next(reversed(found.values()))
-            log.info(f"Predicting all {len(rows):,} rows of {self.path}")
-            return {"test": Split(rows, None)}  # what its labels mean, the checkpoint says
-        names, fractions = self.task.class_names if self.task else (), (self.validation_fraction, self.test_fraction)
-        splits, self.reader = labelled_splits(found, self.columns, self.path, names, *fractions)
-        if self.max_examples is not None:
-            splits["train"] = some_of(splits["train"], self.max_examples, self.seed)
-            require_seen(splits, self.reader)
-        if unlabelled is not None:
-            splits["unlabelled"] = Split(unlabelled, None)
-        if self.labels_per_class is not None:
-            splits["train"], rest = few_of(splits["train"], self.labels_per_class, self.seed, self.path)
-            splits["unlabelled"] = rest if unlabelled is None else both(rest, splits["unlabelled"])
-        return splits
+        if whole := self._whole_to_predict(found, self.columns.label):
+            return whole
+        return self._labelled(found, unlabelled, self.task.class_names if self.task else ())
 
     def _open(self) -> dict[str, Dataset]:
         if self.path == NAME:
             return open_docmatch()
         return choose_splits(open_table(self.path, self.subset), self.path, self.task.splits if self.task else "")
-
-    @property
-    def _testable(self) -> bool:
-        return "test" in self.splits and self.splits["test"].labels is not None
-
-    @property
-    def _predicting(self) -> bool:
-        return self.trainer is not None and self.trainer.state.fn == "predict"
 
     # How texts become tokens.
 
@@ -382,27 +237,9 @@ class GLUEData(LightningDataModule):
 
     # How batches are made.
 
-    def _collation(self, name: str) -> Collation:
-        if name not in self._collations:
-            split, pair = self.splits[name], self.columns.text_pair
-            texts, pairs = split.column(self.columns.text), split.column(pair) if pair else None
-            self._collations[name] = Collation(texts, pairs, split.labels, self.tokenizer, self.max_seq_len)
-        return self._collations[name]
+    def _make_readable(self, split: Split) -> Collation:
+        texts, pair = split.column(self.columns.text), self.columns.text_pair
+        return Collation(texts, split.column(pair) if pair else None, split.labels, self.tokenizer, self.max_seq_len)
 
-    @property
-    def _place(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
-
-    def _loader(self, name: str, seed: int | None = None, share: bool = True) -> BatchLoader:
-        collation = self._collation(name)
-        augmentation = None if seed is None else self.augmentation
-
-        def cut(rows: np.ndarray) -> ExampleBatch:
-            return collation.batch(rows, augmentation, (self.seed, loader.epoch))
-
-        few = name == "train" and self.labels_per_class is not None
-        lengths = collation.lengths if self.length_grouping and not few else None
-        classes = collation.labels if self.balance_classes and seed is not None else None
-        place = self._place if share else (0, 1)
-        loader = BatchLoader(cut, len(collation), self.batch_size, seed, *place, lengths, classes)
-        return loader
+    def _lengths(self, readable: Collation) -> np.ndarray | None:
+        return readable.lengths if self.length_grouping else None

@@ -14,13 +14,14 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import TokenBatch
+from lit_llm.data.cache import cache_name
 from lit_llm.data.chat import Conversations, encode_conversations, with_template
 from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, open_corpus
 from lit_llm.data.packing import lay_rows, pack
 from lit_llm.data.sampling import BatchLoader
-from lit_llm.data.token_cache import SPLITS, TokenSplit, cache_name, split_documents
+from lit_llm.data.token_cache import SPLITS, TokenSplit, split_documents
 from lit_llm.data.token_data import TokenData
 from lit_llm.data.tokenizer import boundary_id, byte_tokenizer
 

@@ -118,12 +118,14 @@ def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] =
     kinds = set(found)
     if not kinds:
         raise ValueError(f"data.path must hold rows to train on, but {path} has none")
-    if len(kinds) < 2:
-        raise ValueError(
-            f"data.label must tell two classes or more apart, but is {found[0]!r} in all {len(found)} rows of the "
-            f"training split of {path}"
-        )
     feature = rows.features[column]
+    if len(kinds) < 2:
+        known = isinstance(feature, ClassLabel) and found[0] in range(len(feature.names))
+        only = feature.names[found[0]] if known else found[0]
+        raise ValueError(
+            f"data.label must tell two classes or more apart, but is {only!r} in all {len(found)} rows of the training "
+            f"split of {path}"
+        )
     names = tuple(feature.names) if isinstance(feature, ClassLabel) else names
     if names and kinds <= set(range(len(names))):
         return LabelReader(path, column, tuple(range(len(names))), list(names))
@@ -144,6 +146,23 @@ def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] =
         return LabelReader(path, column, names, list(names))
     values = tuple(sorted(kinds))
     return LabelReader(path, column, values, [str(value) for value in values])
+
+
+def read_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray | None:
+    """The labels of a table by classes learnt from another; `None` where it has none.
+
+    Raises:
+        ValueError: When one is missing, or is none of those classes.
+    """
+    column = reader.column
+    if not column or is_hidden(rows, column):
+        return None
+    found, feature = column_values(rows, column), rows.features[column]
+    known = isinstance(feature, ClassLabel) and set(feature.names) <= set(reader.class_names)
+    if known and reader.values == tuple(range(len(reader.values))):  # by its names: the table may number them otherwise
+        place = {number: reader.class_names.index(name) for number, name in enumerate(feature.names)}
+        found = [place.get(value, value) for value in found]
+    return reader.read(found, split)
 
 
 def listed(values: Iterable[Any]) -> str:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.cleaning import content_hash
-from lit_llm.data.token_cache import cache_folder, cache_name
 from lit_llm.data.tokenizer import load_tokenizer, training_of
 from lit_llm.files import replacing
 

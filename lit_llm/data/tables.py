@@ -82,7 +82,9 @@ def both(first: Split, second: Split) -> Split:
     return Split(concatenate_datasets([split.rows.select_columns(shared) for split in (first, second)]), None)
 
 
-def open_table(path: str, subset: str | None = None) -> dict[str, Dataset]:
+def open_table(
+    path: str, subset: str | None = None, kinds: str = "a table, a folder of them or a hub data set"
+) -> dict[str, Dataset]:
     """The splits of a table, by the names that they have there; the one of a single file is `train`.
 
     Args:
@@ -90,6 +92,7 @@ def open_table(path: str, subset: str | None = None) -> dict[str, Dataset]:
             `validation` (`val`, `dev`, `eval`) or `test` in the names, a folder in the hub's layout, or a data set on
             the hub.
         subset: Configuration of a hub data set, or folder beneath `path`.
+        kinds: What else `path` might have been, as said in errors.
 
     Raises:
         FileNotFoundError: When there is nothing at `path`.
@@ -102,7 +105,7 @@ def open_table(path: str, subset: str | None = None) -> dict[str, Dataset]:
         if where.suffix not in TABLE_FORMATS:
             raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but is {path}")
         return {"train": _load_files([where], path)}
-    if where.is_dir() and not _in_hub_layout(where):
+    if where.is_dir() and not in_hub_layout(where):
         folder = where / subset if subset and (where / subset).is_dir() else where
         files = sorted(p for p in folder.iterdir() if p.suffix in TABLE_FORMATS and not p.name.startswith("."))
         names = {file: SHARD.sub("", file.stem) for file in files}
@@ -112,19 +115,16 @@ def open_table(path: str, subset: str | None = None) -> dict[str, Dataset]:
         if not (where / "README.md").is_file():  # older cards leave it to the folders' names
             raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
     if not where.is_dir() and (where.is_absolute() or where.suffix in TABLE_FORMATS or not HUB_NAME.fullmatch(path)):
-        raise FileNotFoundError(
-            f"data.path must be a table, a folder of them or a hub data set, but is {path}, which does not exist"
-        )
+        raise FileNotFoundError(f"data.path must be {kinds}, but is {path}, which does not exist")
     try:
         return dict(load_dataset(str(where), subset))
     except Exception as error:  # the library raises dozens of kinds
         raise FileNotFoundError(
-            f"data.path must be a table, a folder of them or a hub data set, but is {path!r} (subset {subset!r}): "
-            f"{_reason(error)}"
+            f"data.path must be {kinds}, but is {path!r} (subset {subset!r}): {_reason(error)}"
         ) from error
 
 
-def _in_hub_layout(folder: Path) -> bool:
+def in_hub_layout(folder: Path) -> bool:
     """Whether a card says which files are which splits; a README beside tables says nothing of the kind."""
     card = folder / "README.md"
     return card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8"), re.MULTILINE) is not None

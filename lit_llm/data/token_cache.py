@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import json
-import os
-import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,24 +15,16 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from lit_llm.data.cache import new_cache, read_manifest
 from lit_llm.data.cleaning import Cleaning, content_hash, split_of
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus
 from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.tokenizer import boundary_id, open_tokenizer
-from lit_llm.files import replacing
 
-FORMAT = 1
 SPLITS = ("train", "validation", "test")
 CHUNK_BYTES = 4 << 20
 INDEX = np.dtype([("start", "<u8"), ("num_bytes", "<u8"), ("content", "<u8")])
-
-
-def cache_folder() -> Path:
-    """Where caches lie: `LIT_LLM_CACHE`, or `lit-llm` in the user's cache folder."""
-    if own := os.environ.get("LIT_LLM_CACHE"):
-        return Path(own).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-llm"
 
 
 class Encoded(NamedTuple):
@@ -152,18 +141,8 @@ class TokenCache:
     @classmethod
     def open(cls, folder: Path) -> TokenCache | None:
         """The cache in a folder; `None` when there is none, or not all of it."""
-        try:
-            manifest = json.loads((folder / "manifest.json").read_text())
-            whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
-            return None
-        return cls(folder, manifest) if whole else None
-
-
-def cache_name(**parts: Any) -> str:
-    """A folder name from all that decides a cache's content."""
-    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, default=str)
-    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+        manifest = read_manifest(folder)
+        return None if manifest is None else cls(folder, manifest)
 
 
 def split_documents(
@@ -225,8 +204,7 @@ def build_cache(
         encode: Makes tokens of documents.
     """
     started = time.perf_counter()
-    with replacing(folder) as new:
-        new.mkdir()
+    with new_cache(folder) as (new, manifest):
         tokenizer = make_tokenizer(d.text for d, _, split in documents(Counter()) if split == "train")
         tokenizer.save_pretrained(new / "tokenizer")
         dropped: Counter[str] = Counter()
@@ -242,17 +220,12 @@ def build_cache(
                 chunk, size = [], 0
         _write(chunk, encode(encoder, [document for document, _, _ in chunk], dropped), writers)
         counts = {name: writer.finish() for name, writer in writers.items()}
-        manifest = {
-            **description,
+        manifest |= description | {
             "vocab_size": len(tokenizer),
             "dtype": str(encoder.dtype),
             "splits": counts,
             "dropped": dict(dropped),
-            "files": {str(p.relative_to(new)): p.stat().st_size for p in sorted(new.rglob("*")) if p.is_file()},
         }
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=2))
-        if TokenCache.open(folder) is not None:  # another process was first, and may be reading it
-            shutil.rmtree(new)
     tokens, size = (sum(c[key] for c in counts.values()) for key in ("tokens", "bytes"))
     report(
         f"Tokenised {sum(c['documents'] for c in counts.values()):,} documents, {size / 1e6:.1f} MB, into "

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
+from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus
@@ -21,8 +22,6 @@ from lit_llm.data.token_cache import (
     TokenCache,
     TokenSplit,
     build_cache,
-    cache_folder,
-    cache_name,
     encode_texts,
     split_documents,
 )

@@ -23,7 +23,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lit_llm.adaptation import Adaptation
 from lit_llm.batch import inputs
-from lit_llm.checkpoints import Model, class_path, copy_weights, first_argument, plain, read_model
+from lit_llm.checkpoints import Model, class_path, copy_weights, first_argument, plain, read_image_processor, read_model
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.metrics import MeanLoss
 from lit_llm.objectives.features import FeatureCache, can_be_cached
@@ -224,9 +224,19 @@ class Objective(LightningModule, ABC):
     @property
     def tokenizer_path(self) -> str | None:
         """Where the tokeniser of what the network starts from is: for data that names none."""
-        options = (self.hparams.get("network") or {}).get("init_args") or {}
-        place = options.get("path") or self.hparams.get("weights")
+        place = self._start
         return None if str(place).endswith(".ckpt") else place  # a checkpoint brings its own
+
+    @property
+    def image_processor(self) -> dict[str, Any] | None:
+        """How images are read for what the network starts from: for data that do not say it themselves."""
+        return read_image_processor(self._start) if self._start else None
+
+    @property
+    def _start(self) -> str | None:
+        """What the network starts from: a model directory, a run, a checkpoint or a name on the hub."""
+        options = (self.hparams.get("network") or {}).get("init_args") or {}
+        return options.get("path") or self.hparams.get("weights")
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser over the groups that `optimizers.parameter_groups` makes, and its schedule by the step."""

@@ -16,8 +16,6 @@ from lit_llm.data.token_cache import (
     TokenCache,
     TokenSplit,
     build_cache,
-    cache_folder,
-    cache_name,
     split_documents,
 )
 from lit_llm.data.tokenizer import byte_tokenizer, encode_documents, train_bpe
@@ -267,22 +265,3 @@ def test_a_text_in_two_splits_of_the_source_stays_in_the_one_read_first() -> Non
     documents = [Document("a", "same", "test"), Document("b", "same", "train"), Document("c", "own", "train")]
     found = split_documents(corpus(*documents, has_test=True), Cleaning(), 0.0, 0.0, Counter())
     assert [(document.id, split) for document, _, split in found] == [("a", "test"), ("c", "train")]
-
-
-# Names and places.
-
-
-def test_the_name_depends_on_every_part_and_not_on_their_order() -> None:
-    names = {cache_name(a=1, b=2), cache_name(a=1, b=3), cache_name(a=1), cache_name(a=1, b={"c": 2})}
-    assert len(names) == 4
-    assert cache_name(a=1, b=2) == cache_name(b=2, a=1)
-
-
-def test_caches_lie_where_the_environment_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
-    monkeypatch.delenv("LIT_LLM_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg/lit-llm"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache/lit-llm"

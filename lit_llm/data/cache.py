@@ -1,0 +1,62 @@
+"""Folders of what was made once from data: named by all that decides their content, and never seen half-written."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from lit_llm.files import replacing
+
+FORMAT = 1
+
+
+def cache_folder() -> Path:
+    """Where caches lie: `LIT_LLM_CACHE`, or `lit-llm` in the user's cache folder."""
+    if own := os.environ.get("LIT_LLM_CACHE"):
+        return Path(own).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-llm"
+
+
+def cache_name(**parts: Any) -> str:
+    """A folder name from all that decides a cache's content."""
+    text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, default=str)
+    return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a cache holds; `None` when there is none in the folder, or not all of it."""
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text())
+        whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return manifest if whole else None
+
+
+@contextmanager
+def new_cache(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """A folder to write a cache to, and its manifest to fill; they appear as `folder` once they are whole.
+
+    Another process that makes the same at the same time does no harm: the first one's stays, and may be being read.
+
+    Example:
+        >>> place = Path(__import__("tempfile").mkdtemp()) / "x"
+        >>> with new_cache(place) as (new, manifest):
+        ...     manifest["lines"] = (new / "a.txt").write_text("whole")
+        >>> read_manifest(place)
+        {'lines': 5, 'files': {'a.txt': 5}}
+    """
+    with replacing(folder) as new:
+        new.mkdir()
+        manifest: dict[str, Any] = {}
+        yield new, manifest
+        manifest["files"] = {str(p.relative_to(new)): p.stat().st_size for p in sorted(new.rglob("*")) if p.is_file()}
+        (new / "manifest.json").write_text(json.dumps(manifest, indent=2))
+        if read_manifest(folder) is not None:
+            shutil.rmtree(new)

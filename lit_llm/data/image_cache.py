@@ -1,0 +1,273 @@
+"""Images decoded once, of one size and with the same channels, memory-mapped ever after."""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from datasets import Dataset
+from PIL import Image, ImageOps
+
+from lit_llm.data.cache import new_cache, read_manifest
+from lit_llm.data.cleaning import content_hash
+
+log = logging.getLogger(__name__)
+
+GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
+"""Modes of images without colour."""
+
+USUAL_SIZE = 224
+CHUNK = 512
+ALONE = 2048
+"""Images up to which further processes would cost more than they help."""
+
+ORIENTATION = 0x0112
+TURNED = {5, 6, 7, 8}
+"""Values of a photograph's orientation, by the number of its tag, with which its sides change places."""
+
+
+class Look(NamedTuple):
+    """What an image is before it is decoded.
+
+    Attributes:
+        height: In pixels.
+        width: In pixels.
+        grey: Whether it is without colour.
+    """
+
+    height: int
+    width: int
+    grey: bool
+
+
+@dataclass(frozen=True)
+class ImageCache:
+    """Decoded images.
+
+    Attributes:
+        folder: Where they lie.
+        manifest: `shape` of an image (channels, height, width), rows of each split, and `broken`: for each image that
+            could not be read its split, row and why.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image."""
+        return tuple(self.manifest["shape"])
+
+    @cached_property
+    def pixels(self) -> np.ndarray:
+        """All images of all splits, one split after another, from 0 to 255, memory-mapped: rows × `shape`."""
+        mapped = np.memmap(self.folder / "pixels", dtype=np.uint8, mode="r")
+        return np.asarray(mapped).reshape(-1, *self.shape)
+
+    @cached_property
+    def contents(self) -> np.ndarray:
+        """A hash of each image."""
+        return np.load(self.folder / "contents.npy", mmap_mode="r")
+
+    @cached_property
+    def sums(self) -> np.ndarray:
+        """Of each image and channel the sum of the pixels and that of their squares."""
+        return np.load(self.folder / "sums.npy", mmap_mode="r")
+
+    def places(self, split: str) -> np.ndarray:
+        """Where the images of a split are; a broken one's pixels are 0."""
+        names = list(self.manifest["rows"])
+        first = sum(self.manifest["rows"][name] for name in names[: names.index(split)])
+        return np.arange(first, first + self.manifest["rows"][split])
+
+    def moments(self, places: np.ndarray) -> tuple[list[float], list[float]]:
+        """Mean and standard deviation of each channel over some images, of pixels from 0 to 1; counted in integers.
+
+        A channel that is the same everywhere has the standard deviation 1.
+        """
+        count = len(places) * self.shape[1] * self.shape[2]
+        means, deviations = [], []
+        for total, squares in self.sums[places].astype(object).sum(axis=0):  # without the bounds of 64 bits
+            means.append(total / (255 * count))
+            deviations.append((count * squares - total**2) ** 0.5 / (255 * count) or 1.0)
+        return means, deviations
+
+    @classmethod
+    def open(cls, folder: Path) -> ImageCache | None:
+        """The cache in a folder; `None` when there is none, or not all of it."""
+        manifest = read_manifest(folder)
+        return None if manifest is None else cls(folder, manifest)
+
+
+def build_image_cache(
+    folder: Path, splits: dict[str, Dataset], size: tuple[int, int] | None, channels: int | None
+) -> ImageCache:
+    """Decodes images into `folder`, which appears only once it is whole.
+
+    Where there are many, several processes share them; each writes its part into the one file, so that no more than a
+    few images are in memory at once.
+
+    Args:
+        folder: Where to put them.
+        splits: Tables of one column, the encoded images.
+        size: Height and width; `None` is that of the images where it is the same of all, else 224 × 224.
+        channels: 1 (grey) or 3 (colour); `None` is 1 where no image has colour.
+    """
+    started = time.perf_counter()
+    counts = {name: len(rows) for name, rows in splits.items()}
+    tasks = [
+        (name, start, first + start)
+        for (name, count), first in zip(counts.items(), np.cumsum([0, *counts.values()]).tolist())
+        for start in range(0, count, CHUNK)
+    ]
+    with _processes(sum(counts.values())) as share:
+        if size is None or channels is None:
+            looks = {look for found in share(partial(_look, splits), tasks) for look in found}
+            sizes = {(look.height, look.width) for look in looks}
+            size = size or (next(iter(sizes)) if len(sizes) == 1 else (USUAL_SIZE, USUAL_SIZE))
+            channels = channels or (1 if looks and all(look.grey for look in looks) else 3)
+        shape, total = (channels, *size), sum(counts.values())
+        with new_cache(folder) as (new, manifest):
+            with (new / "pixels").open("wb") as file:
+                _reserve(file.fileno(), total * int(np.prod(shape)))
+            contents, sums = np.zeros(total, np.uint64), np.zeros((total, channels, 2), np.uint64)
+            broken: list[tuple[str, int, str]] = []
+            decode = partial(_decode, splits, new / "pixels", shape, total)
+            for (name, start, place), done in zip(tasks, share(decode, tasks), strict=True):
+                contents[place : place + len(done.contents)], sums[place : place + len(done.sums)] = done[:2]
+                broken += [(name, start + row, reason) for row, reason in done.broken]
+            np.save(new / "contents.npy", contents)
+            np.save(new / "sums.npy", sums)
+            manifest |= {"shape": shape, "rows": counts, "broken": broken}
+    log.info(
+        f"Decoded {total:,} images into {size[0]} × {size[1]} pixels of {channels} channel{'s' * (channels > 1)} in "
+        f"{time.perf_counter() - started:.0f} s; kept in {folder}"
+    )
+    made = ImageCache.open(folder)
+    assert made is not None
+    return made
+
+
+class _processes:
+    """Maps a function over tasks in order, by several processes where it is worth it."""
+
+    def __init__(self, num_images: int) -> None:
+        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.pool = ProcessPoolExecutor(available) if num_images > ALONE and available > 1 else None
+
+    def __enter__(self) -> Callable[..., Iterator[Any]]:
+        return map if self.pool is None else self.pool.map
+
+    def __exit__(self, *error: object) -> None:
+        if self.pool is not None:
+            self.pool.shutdown(cancel_futures=True)
+
+
+def _reserve(file: int, size: int) -> None:
+    """Gives a file its size; a disk without room says so here rather than by a signal at the first write."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.truncate(file, size)
+
+
+def _encoded(splits: dict[str, Dataset], task: tuple[str, int, int]) -> list[dict[str, Any] | None]:
+    name, start, _ = task
+    part = splits[name][start : start + CHUNK]
+    return next(iter(part.values()))
+
+
+def _look(splits: dict[str, Dataset], task: tuple[str, int, int]) -> set[Look]:
+    """How the images of a chunk look; broken ones are found when they are decoded."""
+    looks = set()
+    with warnings.catch_warnings(action="ignore"):
+        for encoded in _encoded(splits, task):
+            try:
+                with _opened(encoded) as image:
+                    # Of a PNG it may come last, so that all of it would have to be decoded.
+                    turned = image.format != "PNG" and image.getexif().get(ORIENTATION) in TURNED
+                    width, height = image.size[::-1] if turned else image.size
+                    looks.add(Look(height, width, image.mode in GREY))
+            except Exception:  # each format's reader raises its own kinds
+                continue
+    return looks
+
+
+class _Decoded(NamedTuple):
+    contents: np.ndarray
+    sums: np.ndarray
+    broken: list[tuple[int, str]]
+
+
+def _decode(
+    splits: dict[str, Dataset], file: Path, shape: tuple[int, int, int], total: int, task: tuple[str, int, int]
+) -> _Decoded:
+    """Decodes a chunk into its place in the file."""
+    chunk, broken = _encoded(splits, task), []
+    pixels = np.zeros((len(chunk), *shape), np.uint8)
+    with warnings.catch_warnings(action="ignore"):
+        for row, encoded in enumerate(chunk):
+            try:
+                pixels[row] = read_image(encoded, *shape)
+            except Exception as error:  # as above
+                broken.append((row, " ".join(str(error).split()) or type(error).__name__))
+    place = task[2]
+    np.memmap(file, np.uint8, "r+", shape=(total, *shape))[place : place + len(chunk)] = pixels
+    flat = pixels.reshape(len(chunk), shape[0], -1).astype(np.uint32)
+    sums = np.stack([flat.sum(axis=-1, dtype=np.uint64), (flat * flat).sum(axis=-1, dtype=np.uint64)], axis=-1)
+    contents = np.array([content_hash(image.tobytes().decode("latin-1")) for image in pixels], np.uint64)
+    return _Decoded(contents, sums, broken)
+
+
+def _opened(encoded: dict[str, Any] | None) -> Image.Image:
+    if encoded is None or (encoded.get("bytes") is None and encoded.get("path") is None):
+        raise ValueError("an image must be there, but is missing")
+    return Image.open(encoded["path"] if encoded.get("bytes") is None else io.BytesIO(encoded["bytes"]))
+
+
+def read_image(encoded: dict[str, Any] | None, channels: int, height: int, width: int) -> np.ndarray:
+    """Decodes an image: upright, in so many channels, of that size.
+
+    An image of another size is scaled until it covers `height × width`, its proportions kept (bilinear, with
+    anti-aliasing), and the middle is cut out. Of 16 bits of grey the upper 8 are kept, transparency is left out.
+
+    Args:
+        encoded: Its `bytes`, or the `path` to them.
+        channels: 1 (grey) or 3 (colour).
+        height: In pixels.
+        width: In pixels.
+
+    Returns:
+        Channels × height × width, from 0 to 255.
+    """
+    with _opened(encoded) as image:
+        image.load()
+        if image.getexif().get(ORIENTATION, 1) != 1:
+            image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):
+            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+        image = image.convert("L" if channels == 1 else "RGB")
+        if image.size != (width, height):
+            image = _covering(image, height, width)
+        array = np.asarray(image)
+    return array[None] if channels == 1 else array.transpose(2, 0, 1)
+
+
+def _covering(image: Image.Image, height: int, width: int) -> Image.Image:
+    if height * image.width >= width * image.height:
+        size = (height * image.width // image.height, height)
+    else:
+        size = (width, width * image.height // image.width)
+    image = image.resize(size, Image.Resampling.BILINEAR)
+    left, top = (size[0] - width) // 2, (size[1] - height) // 2
+    return image.crop((left, top, left + width, top + height))

@@ -1,0 +1,75 @@
+"""How a network wants its images: what a model directory says of it in `preprocessor_config.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class ImageProcessor:
+    """Size, channels and normalisation.
+
+    Attributes:
+        shape: Channels, height and width.
+        mean: What is subtracted from each channel, of pixels from 0 to 1.
+        std: What each is divided by.
+
+    Example:
+        >>> processor = ImageProcessor((1, 28, 28), [0.13], [0.31])
+        >>> ImageProcessor.from_hf(processor.to_hf()) == processor, str(processor)
+        (True, '28 × 28 pixels of 1 channel')
+    """
+
+    shape: tuple[int, int, int]
+    mean: list[float]
+    std: list[float]
+
+    def __str__(self) -> str:
+        """The shape in words."""
+        channels, height, width = self.shape
+        return f"{height} × {width} pixels of {channels} channel{'s' * (channels > 1)}"
+
+    def to_hf(self) -> dict[str, Any]:
+        """As transformers keeps it; its `AutoImageProcessor` reads square images as `image_cache.read_image` does."""
+        channels, height, width = self.shape
+        return {
+            "image_processor_type": "CLIPImageProcessor",
+            "do_resize": True,
+            "size": {"shortest_edge": min(height, width)},
+            "resample": 2,  # bilinear
+            "do_center_crop": True,
+            "crop_size": {"height": height, "width": width},
+            "do_convert_rgb": channels == 3,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(self.mean),
+            "image_std": list(self.std),
+        }
+
+    @classmethod
+    def from_hf(cls, config: dict[str, Any]) -> ImageProcessor:
+        """From what transformers keeps; how an image is brought to its size is not asked for.
+
+        Raises:
+            ValueError: When it says no size.
+        """
+        size = (config.get("do_center_crop") and config.get("crop_size")) or config.get("size")
+        if isinstance(size, dict):
+            edge = size.get("shortest_edge")
+            size = (size.get("height", edge), size.get("width", edge))
+        elif not isinstance(size, list | tuple):
+            size = (size, size)
+        if not all(isinstance(side, int) for side in size):
+            raise ValueError(f"preprocessor_config.json must say a size in pixels, but says {config.get('size')}")
+        mean, std = [0.0] * 3, [1.0] * 3
+        if config.get("do_normalize", True):
+            mean, std = config.get("image_mean") or mean, config.get("image_std") or std
+        # Of pixels from 0 to 255 these would be taken after scaling by another factor, and a shift by 1.
+        factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
+        shift = 1.0 if config.get("rescale_offset") else 0.0
+        if factor != 1 / 255 or shift:
+            mean = [(each + shift) / (255 * factor) for each in mean]
+            std = [each / (255 * factor) for each in std]
+        return cls((len(mean), *size), list(mean), list(std))

@@ -1,0 +1,176 @@
+"""Where images are: embedded digits, hub data sets, Parquet, folders with a folder for each class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from datasets import ClassLabel, Dataset, Features, Image, Value
+
+from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind, stamps
+from lit_llm.data.tables import LABELS, in_hub_layout, open_table
+
+DIGITS = "sklearn-digits"
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
+COLUMNS = ("image", "img", "picture", "photo", "pixel_values")
+LAYOUTS = (
+    f"{DIGITS}, a hub data set, Parquet with a column of images, or a folder of images with a folder for each class "
+    f"(beneath train, validation and test, or not)"
+)
+DIGITS_TO_TEST_ON = 360
+
+
+class ImageTables(NamedTuple):
+    """Images as tables.
+
+    Attributes:
+        splits: By the names that they have there; an image is a column, encoded or as a path.
+        identity: Changes with the images.
+    """
+
+    splits: dict[str, Dataset]
+    identity: str
+
+
+def open_images(path: str, subset: str | None = None) -> ImageTables:
+    """Opens images whatever they are kept as, and decodes none of them.
+
+    Args:
+        path: `sklearn-digits`; a data set on the hub, or a folder in its layout; Parquet, a file or a folder of them;
+            a folder with a folder of images for each class, or with such folders for `train`, `validation` (`val`,
+            `dev`, `eval`) and `test`; a folder of images alone, which have no labels then.
+        subset: Configuration of a hub data set, or folder beneath `path`.
+
+    Raises:
+        FileNotFoundError: When there is nothing at `path`.
+        ValueError: When there is something, but no images.
+    """
+    if path == DIGITS:
+        return ImageTables(_digits(), DIGITS)
+    where = Path(path).expanduser()
+    if where.is_file() and where.suffix not in TABLE_FORMATS:
+        raise ValueError(f"data.path must be {LAYOUTS}, but is {path}, a file of another kind")
+    if not where.exists() and (where.is_absolute() or not HUB_NAME.fullmatch(path)):
+        raise FileNotFoundError(f"data.path must be {LAYOUTS}, but is {path}, which does not exist")
+    folder = where / subset if subset and (where / subset).is_dir() else where
+    if where.is_dir() and not in_hub_layout(where) and not any(folder.glob("*.parquet")):
+        return _image_folders(folder)
+    splits = open_table(path, subset, LAYOUTS)
+    # The library keeps tables in files of its own, whose names depend on the content.
+    kept = [Path(file["filename"]) for name in sorted(splits) for file in splits[name].cache_files]
+    return ImageTables(splits, stamps(kept))
+
+
+def _digits() -> dict[str, Dataset]:
+    """The 1,797 digits of scikit-learn, of which the last fifth, in good part by other writers, is to test on."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    features = Features({"image": Image(), "label": ClassLabel(names=[str(name) for name in digits.target_names])})
+    first = len(pixels) - DIGITS_TO_TEST_ON
+    return {
+        name: Dataset.from_dict({"image": list(pixels[part]), "label": digits.target[part].tolist()}, features)
+        for name, part in {"train": slice(first), "test": slice(first, None)}.items()
+    }
+
+
+def _image_folders(folder: Path) -> ImageTables:
+    folders = _subfolders(folder)
+    if folders and all(split_kind(each.name) or each.name.startswith("unlabel") for each in folders):
+        trees = {each.name: _classes(each) for each in folders}
+    else:
+        trees = {"train": _classes(folder)}
+    names = sorted({name for tree in trees.values() for name in tree if name is not None})
+    splits, files = {}, []
+    for split, tree in trees.items():
+        found = [(str(file), name) for name, members in tree.items() for file in members]
+        files += [Path(file) for file, _ in found]
+        columns: dict[str, list[Any]] = {"image": [file for file, _ in found]}
+        features = {"image": Image(decode=False)}
+        if None not in tree:
+            columns["label"] = [names.index(name) for _, name in found]
+            features["label"] = ClassLabel(names=names)
+        splits[split] = Dataset.from_dict(columns, Features(features))
+    return ImageTables(splits, stamps(files))
+
+
+def _classes(folder: Path) -> dict[str | None, list[Path]]:
+    """The images of each class; of none where they lie in no folder of one."""
+    loose = list(_images(folder.iterdir()))
+    classes: dict[str | None, list[Path]] = {each.name: list(_images(each.rglob("*"))) for each in _subfolders(folder)}
+    if loose and classes:
+        raise ValueError(
+            f"data.path must hold images either in a folder for each class or in none, but {folder} has both "
+            f"{loose[0].name} and the folder {next(iter(classes))}"
+        )
+    if not loose and not any(classes.values()):
+        raise ValueError(f"data.path must be {LAYOUTS}, but {folder} holds no image ({', '.join(SUFFIXES)})")
+    if empty := [name for name, files in classes.items() if not files]:
+        raise ValueError(
+            f"data.path must hold an image in the folder of each class, but {folder / str(empty[0])} has none; remove "
+            f"the folder to go without the class"
+        )
+    return classes or {None: loose}
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
+
+
+def _images(files: Any) -> Iterator[Path]:
+    visible = (file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
+    return iter(sorted(file for file in visible if file.is_file()))
+
+
+def find_image_column(rows: Dataset, path: str, image: str | None) -> str:
+    """Where the images are: as named, or where there is one obvious choice.
+
+    Raises:
+        ValueError: When the column is not there, holds no images, or the choice is not obvious.
+    """
+    names = [name for name in rows.column_names if _holds_images(rows.features[name])]
+    if image is not None:
+        if image not in names:
+            known = ", ".join(names) or "none of its columns"
+            raise ValueError(f"data.image must be a column of images in {path} ({known}), but is {image!r}")
+        return image
+    usual = [name for name in COLUMNS if name in names] or names
+    if not usual:
+        raise ValueError(
+            f"data.path must be {LAYOUTS}, but {path} has no column of images among {', '.join(rows.column_names)}"
+        )
+    if len(usual) > 1 and usual[0] not in COLUMNS:
+        raise ValueError(f"data.image must be one of {', '.join(names)} in {path}, but is not given")
+    return usual[0]
+
+
+def _holds_images(feature: Any) -> bool:
+    if isinstance(feature, dict):  # as images are kept in Parquet that does not say what it holds
+        return "bytes" in feature
+    return isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"))
+
+
+def find_label_column(rows: Dataset, path: str, label: str | None) -> str | None:
+    """Where the labels are: as named, in a column of a usual name, or in the only column of classes.
+
+    Raises:
+        ValueError: When the named column is not there.
+    """
+    if label is not None:
+        if label not in rows.column_names:
+            raise ValueError(f"data.label must be one of {', '.join(rows.column_names)} in {path}, but is {label!r}")
+        return label
+    of_classes = [name for name in rows.column_names if isinstance(rows.features[name], ClassLabel)]
+    usual = [name for name in LABELS if name in rows.column_names]
+    return next(iter([*usual, *(of_classes if len(of_classes) == 1 else [])]), None)
+
+
+def image_names(rows: Dataset, image: str) -> list[str]:
+    """What each image is called: its path where the source has one, or else the number of its row."""
+    column = rows.cast_column(image, Image(decode=False)).select_columns([image]).with_format("arrow")[:][image]
+    paths = pa.chunked_array([chunk.field("path") for chunk in column.chunks], pa.string()).to_pylist()
+    return [path or str(row) for row, path in enumerate(paths)]

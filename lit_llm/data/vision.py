@@ -1,0 +1,288 @@
+"""Classification of images: the digits that every machine has, MNIST, and any data set shaped like them."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Literal
+
+import numpy as np
+from datasets import Dataset, Image
+from jaxtyping import UInt8
+from torch import Tensor
+
+from lit_llm.data.cache import cache_folder, cache_name
+from lit_llm.data.examples import ExampleData
+from lit_llm.data.image_augmentation import ImageAugmentation
+from lit_llm.data.image_cache import ImageCache, build_image_cache
+from lit_llm.data.image_collation import ImageCollation
+from lit_llm.data.image_processor import ImageProcessor
+from lit_llm.data.image_sources import DIGITS, find_image_column, find_label_column, image_names, open_images
+from lit_llm.data.labels import listed
+from lit_llm.data.tables import Columns, Split, choose_splits
+
+log = logging.getLogger(__name__)
+
+PLACE, CONTENT = "place in the cache", "hash of the pixels"
+"""Columns that a table of images has beside its own: where each was decoded to, and what tells it from others."""
+
+
+class VisionData(ExampleData):
+    """Images, each of a class.
+
+    Images are decoded once, by all cores, into a file of bytes that is mapped into memory; batches are gathered from it
+    whole. So a set may be larger than memory. Those of mixed sizes are scaled until they cover `image_size`, and the
+    middle is cut out; colours are kept where one image has any.
+
+    A network that starts from a model directory, a run or a checkpoint reads images as it did there: size, channels and
+    normalisation are taken from there, the first two unless they are named.
+
+    Args:
+        path: `sklearn-digits` (1,797 of 8 × 8 pixels, a fifth of them to test on), a data set on the hub such as
+            `ylecun/mnist`, a folder in its layout, Parquet (a file or a folder of them), or a folder of images: with a
+            folder for each class, which may be beneath `train`, `validation` and `test`. To predict, also without.
+        subset: Configuration of a hub data set.
+        image: Column of the images; may be left out where there is one obvious choice.
+        label: Column of the labels; the same.
+        image_size: Height and width in pixels. By default those of the images, or 224 where they differ.
+        channels: 1 for grey, 3 for colour. By default 1 where no image has colour.
+        normalize: Subtract the mean of each channel over the training images and divide by its standard deviation;
+            else intensities are from 0 to 1.
+        batch_size: Images in a batch of one device.
+        validation_fraction: Part of the training split to validate on, where the source has no validation split: of
+            each class the same, by a hash of the pixels. 0 for none.
+        test_fraction: The same for a test split.
+        max_examples: Train on at most so many, drawn with the seed in the proportions of the classes.
+        labels_per_class: Train on so many of each class as labelled, drawn with the seed; the others of the training
+            split become unlabelled, as those of a split called `unlabelled` are.
+        unlabelled_ratio: For semi-supervised training: so many unlabelled images in a batch for each labelled one, once
+            weakly and once strongly augmented (see `ImageAugmentation`). An epoch is one pass over the unlabelled
+            ones; labelled ones come again as often as is needed. 0 leaves the unlabelled ones out.
+        balance_classes: Draw each class equally often.
+        augmentation: Changes training images, anew in each epoch.
+        broken: What to do about images that cannot be read: `refuse` them, or `skip` them and say which.
+        seed: Of the order in which images are drawn, and of the augmentation.
+
+    Raises:
+        ValueError: When there are no such images, one is broken, a label is missing or new, or there are too few.
+
+    Example:
+        >>> data = VisionData(batch_size=8)
+        >>> data.prepare_data(); data.setup("fit")
+        >>> data.image_shape, data.num_classes, {name: len(split) for name, split in data.splits.items()}
+        ((1, 8, 8), 10, {'train': 1295, 'validation': 142, 'test': 360})
+        >>> next(iter(data.train_dataloader()))["pixel_values"].shape
+        torch.Size([8, 1, 8, 8])
+    """
+
+    def __init__(
+        self,
+        path: str = DIGITS,
+        subset: str | None = None,
+        image: str | None = None,
+        label: str | None = None,
+        image_size: int | None = None,
+        channels: Literal[1, 3] | None = None,
+        normalize: bool = True,
+        batch_size: int = 64,
+        validation_fraction: float = 0.1,
+        test_fraction: float = 0.0,
+        max_examples: int | None = None,
+        labels_per_class: int | None = None,
+        unlabelled_ratio: int = 0,
+        balance_classes: bool = False,
+        augmentation: ImageAugmentation | None = None,
+        broken: Literal["refuse", "skip"] = "refuse",
+        seed: int = 0,
+    ) -> None:
+        if image_size is not None and image_size < 1:
+            raise ValueError(f"data.image_size must be at least 1, but is {image_size}")
+        super().__init__(
+            path=path,
+            subset=subset,
+            batch_size=batch_size,
+            validation_fraction=validation_fraction,
+            test_fraction=test_fraction,
+            max_examples=max_examples,
+            labels_per_class=labels_per_class,
+            unlabelled_ratio=unlabelled_ratio,
+            balance_classes=balance_classes,
+            augmentation=augmentation,
+            seed=seed,
+        )
+        self.given, self.image_size, self.channels = {"image": image, "label": label}, image_size, channels
+        self.normalize, self.broken = normalize, broken
+        self.cache: ImageCache | None = None
+        self._known: ImageProcessor | None = None
+        self._processor: ImageProcessor | None = None
+
+    # Facts that objectives, callbacks and model directories ask for.
+
+    monitor: tuple[str, str] | None = None
+    """The headline metric: that of the objective."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of an image. As all facts, from `setup` on."""
+        return self._open_processor().shape
+
+    @property
+    def normalization(self) -> dict[str, list[float]]:
+        """What is subtracted from each channel (`mean`) and what it is divided by (`std`), of pixels from 0 to 1."""
+        processor = self._open_processor()
+        return {"mean": list(processor.mean), "std": list(processor.std)}
+
+    @property
+    def image_processor(self) -> dict[str, Any]:
+        """How images are read, as the `preprocessor_config.json` of a model directory says it."""
+        return self._open_processor().to_hf()
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the data is and how it was made."""
+        return {
+            "path": self.path,
+            "subset": self.subset,
+            "columns": {"image": self._image, "label": self.columns.label},
+            "class_names": self.class_names,
+            "image_shape": list(self.image_shape),
+            "normalization": self.normalization,
+            "splits": {name: {"examples": len(split)} for name, split in self.splits.items()},
+        }
+
+    def images(self, split: str, rows: list[int]) -> UInt8[Tensor, "batch channels height width"]:
+        """Some of the images as they are, from 0 to 255."""
+        return self._read(split).images(np.asarray(rows, dtype=np.int64))
+
+    def names(self, split: str, rows: list[int]) -> list[str]:
+        """What some of the images are called: the path, or the number of the row in the source."""
+        return [line["image"] for line in self.texts(split, rows)]
+
+    def texts(self, split: str, rows: list[int]) -> list[dict[str, Any]]:
+        """What the source says of some of the images, `image` being their names."""
+        kept = [name for name in self.splits[split].rows.column_names if name not in (PLACE, CONTENT)]
+        table = self.splits[split].rows.select_columns(kept)
+        return [table[row] for row in rows]
+
+    # Lightning's hooks.
+
+    def prepare_data(self) -> None:
+        """Decodes the images; what is to be predicted, once a checkpoint has said how large they are."""
+        if not self._predicting:
+            self._open_processor()
+
+    def setup(self, stage: str) -> None:
+        """As of any examples; says how images are read while the network still knows what it starts from."""
+        super().setup(stage)
+        if not self._predicting:
+            self._open_processor()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to read images and to name classes on its own."""
+        return {"image_processor": self.image_processor, **super().state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Reads images as the checkpoint does, and refuses one whose classes mean something else.
+
+        Raises:
+            ValueError: When training would go on with images of another shape, or classes differ.
+        """
+        processor = ImageProcessor.from_hf(state_dict["image_processor"])
+        if self._stage == "fit" and self.image_shape != processor.shape:
+            raise ValueError(
+                f"data.image_size and data.channels must be the checkpoint's, {processor}, but are "
+                f"{self._open_processor()} in {self.path}"
+            )
+        if self.cache is not None and self.cache.shape != processor.shape:
+            self.__dict__.pop("splits", None)
+        self._known = self._processor = processor
+        self._readable = {}
+        super().load_state_dict(state_dict)
+
+    # How images are found and read.
+
+    def _find_splits(self) -> dict[str, Split]:
+        tables = open_images(self.path, self.subset)
+        chosen = choose_splits(tables.splits, self.path)
+        first = chosen["train"] if "train" in chosen else next(iter(chosen.values()))
+        self._image = find_image_column(first, self.path, self.given["image"])
+        label = None if self._predicting and self.given["label"] not in first.column_names else self.given["label"]
+        label = find_label_column(first, self.path, label)
+        self.columns = Columns(CONTENT, None, label)
+        if label is None and not self._predicting:
+            raise ValueError(
+                f"data.path must tell the classes of images, by a folder for each or a column data.label, but "
+                f"{self.path} has none"
+            )
+        found = self._decoded(chosen, tables.identity)
+        unlabelled = found.pop("unlabelled", None) if "train" in found else None
+        return self._whole_to_predict(found, label) or self._labelled(found, unlabelled)
+
+    def _decoded(self, tables: dict[str, Dataset], identity: str) -> dict[str, Dataset]:
+        """The tables with places in the cache, and names, instead of encoded images; without broken ones."""
+        known, size, channels = self._known, None, None
+        if known is None:
+            known, channels = self._processor_of_network(), self.channels
+            size = self.image_size and (self.image_size, self.image_size)
+        size, channels = size or (known and known.shape[1:]), channels or (known and known.shape[0])
+        name = cache_name(images=identity, column=self._image, splits=list(tables), size=size, channels=channels)
+        folder = cache_folder() / "images" / name
+        encoded = {
+            split: rows.cast_column(self._image, Image(decode=False)).select_columns([self._image])
+            for split, rows in tables.items()
+        }
+        self.cache = ImageCache.open(folder) or build_image_cache(folder, encoded, size, channels)
+        found = {}
+        for split, rows in tables.items():
+            places, names = self.cache.places(split), image_names(rows, self._image)
+            rows = rows.add_column(PLACE, places.tolist())
+            rows = rows.add_column(CONTENT, list(map(str, self.cache.contents[places])))
+            rows = rows.remove_columns([name for name in {self._image, "image"} if name in rows.column_names])
+            rows = rows.add_column("image", names)
+            found[split] = rows.select(self._whole(split, names))
+        return found
+
+    def _whole(self, split: str, names: list[str]) -> np.ndarray:
+        """Rows of a split without the broken images.
+
+        Raises:
+            ValueError: When there are such, and they are not to be skipped.
+        """
+        broken = {row: reason for of_split, row, reason in self.cache.manifest["broken"] if of_split == split}
+        if not broken:
+            return np.arange(len(names))
+        which = listed(names[row] for row in broken)
+        if self.broken == "refuse":
+            raise ValueError(
+                f"data.path must hold images that can be read, but {which} of the {split} split of {self.path} cannot: "
+                f"{next(iter(broken.values()))}; set data.broken to skip to go without"
+            )
+        log.warning(f"Skipped {len(broken)} broken of {len(names):,} images of the {split} split: {which}")
+        return np.setdiff1d(np.arange(len(names)), list(broken))
+
+    def _processor_of_network(self) -> ImageProcessor | None:
+        """How images are read for what the network starts from."""
+        stored = getattr(getattr(self.trainer, "lightning_module", None), "image_processor", None)
+        return stored and ImageProcessor.from_hf(stored)
+
+    def _open_processor(self) -> ImageProcessor:
+        splits = self.splits
+        if self._processor is None:
+            shape, known = self.cache.shape, self._known or self._processor_of_network()
+            mean, std = [0.0] * shape[0], [1.0] * shape[0]
+            if known is not None and len(known.mean) == shape[0] and (self.normalize or self._known):
+                mean, std = known.mean, known.std
+            elif self.normalize:
+                split = splits["train"] if "train" in splits else next(iter(splits.values()))
+                mean, std = self.cache.moments(np.array(split.column(PLACE)))
+            self._processor = ImageProcessor(shape, mean, std)
+        return self._processor
+
+    def _make_readable(self, split: Split) -> ImageCollation:
+        processor = self._open_processor()
+        places = np.array(split.column(PLACE))
+        return ImageCollation(self.cache.pixels, places, split.labels, self.num_classes, processor.mean, processor.std)
+
+    def _views(self) -> tuple[Any, Any, Any]:
+        if self.augmentation is None:
+            return None, None, None
+        return self.augmentation.weak, self.augmentation.weak, self.augmentation.without_mixing

@@ -1,0 +1,101 @@
+"""A classifier of images from the command line: trained, asked about a folder of files, and trained further on others."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image, ImageOps
+from sklearn.datasets import load_digits
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+from tests.images import tree
+
+RESNET = {"model_type": "resnet", "num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+RESNET |= {"layer_type": "basic", "hidden_act": "relu"}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> str:
+    network = {
+        "class_path": "lit_llm.models.pretrained_classifier.PretrainedClassifier",
+        "init_args": {"config": RESNET},
+    }
+    content = {
+        "model": {"class_path": "lit_llm.objectives.classification.Classification", "init_args": {"network": network}},
+        "data": {"class_path": "lit_llm.data.vision.VisionData", "init_args": {"image_size": 16, "batch_size": 16}},
+        "trainer": {"max_steps": 4, "max_epochs": -1, "val_check_interval": 2, "limit_val_batches": 2},
+    }
+    (tmp_path / "images.yaml").write_text(yaml.safe_dump(content))
+    return str(tmp_path / "images.yaml")
+
+
+def digits(folder: Path, change=lambda image: image) -> Path:
+    """Sixty of the digits as files, in a folder for each class."""
+    found = load_digits()
+    for number in range(60):
+        pixels = np.rint(found.images[number] * (255 / 16)).astype(np.uint8)
+        (folder / str(found.target[number])).mkdir(parents=True, exist_ok=True)
+        change(Image.fromarray(pixels).resize((20, 30))).save(folder / str(found.target[number]) / f"{number:02}.png")
+    return folder
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_run_is_asked_about_files_gone_on_from_and_trained_further_on_others(lit_llm, config, tmp_path) -> None:
+    run = tmp_path / "run"
+    outcome = lit_llm("fit", "--config", config, "--run_dir", run)
+    assert outcome.code == 0, outcome.err
+    results = json.loads((run / "results.json").read_text())
+    assert 0 <= results["test/accuracy"] <= 1
+
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for file in sorted(digits(tmp_path / "digits").rglob("*.png"))[:7]:
+        Image.open(file).convert("RGB").save(flat / file.name)
+    outcome = lit_llm("predict", "--run_dir", run, "--data.path", flat)
+    assert outcome.code == 0, outcome.err
+    lines = table(run / "predictions.csv")
+    assert [Path(line["image"]) for line in lines] == sorted(flat.iterdir())
+
+    # transformers reads the directory alike: images, weights and names
+    model = AutoModelForImageClassification.from_pretrained(run / "model").eval()
+    processor = AutoImageProcessor.from_pretrained(run / "model")
+    images = [Image.open(line["image"]).convert("L") for line in lines]
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(processor(images, return_tensors="np")["pixel_values"])).logits.softmax(-1)
+    ours = [[float(line[f"p({name})"]) for name in model.config.id2label.values()] for line in lines]
+    torch.testing.assert_close(torch.tensor(ours), theirs, atol=1e-4, rtol=0)
+
+    # further on inverted digits of another size: read as before, since the network is
+    inverted, second = digits(tmp_path / "inverted", ImageOps.invert), tmp_path / "second"
+    start = ["--model.network", "null", "--model.weights", run, "--data.image_size", "null", "--data.path", inverted]
+    outcome = lit_llm("fit", "--config", config, *start, "--run_dir", second)
+    assert outcome.code == 0, outcome.err
+    name = "model/preprocessor_config.json"
+    assert (second / name).read_text() == (run / name).read_text()
+
+    outcome = lit_llm("fit", "--run_dir", second, "--ckpt_path", "last", "--trainer.max_steps", "6")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((second / "results.json").read_text())["step"] == 6
+
+
+def test_mistakes_about_images_are_said_in_one_line(lit_llm, config, tmp_path) -> None:
+    folder = tree(tmp_path / "pictures", {"cat": 20, "dog": 20})
+    (folder / "dog" / "x.png").write_bytes(b"no image")
+    outcome = lit_llm("fit", "--config", config, "--data.path", folder, "--run_dir", tmp_path / "run")
+    assert outcome.code == 2 or outcome.code == 1
+    assert (
+        f"data.path must hold images that can be read, but '{folder}/dog/x.png' of the train split" in outcome.last_line
+    )
+    outcome = lit_llm("fit", "--config", config, "--data.path", tmp_path / "none", "--run_dir", tmp_path / "run")
+    assert "data.path must be sklearn-digits, a hub data set, Parquet with a column of images" in outcome.last_line
+    assert len(outcome.err.strip().splitlines()) <= 3

@@ -1,0 +1,32 @@
+"""Small pictures on disk, for tests of what reads them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+
+def noise(number: int, height: int = 6, width: int = 6, mode: str = "L") -> Image.Image:
+    """A picture of its own for each number."""
+    shape = (height, width) if mode == "L" else (height, width, 3)
+    pixels = np.random.default_rng(number).integers(0, 256, shape, dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def tree(folder: Path, classes: dict[str, int], first: int = 0) -> Path:
+    """A folder for each class with so many pictures; no two are the same."""
+    for name, count in classes.items():
+        (folder / name).mkdir(parents=True)
+        for _ in range(count):
+            noise(first).save(folder / name / f"{first:03}.png")
+            first += 1
+    return folder
+
+
+def truncated(path: Path) -> Path:
+    """A picture that breaks off."""
+    noise(0, 40, 40).save(path)
+    path.write_bytes(path.read_bytes()[:-300])
+    return path
