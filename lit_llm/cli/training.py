@@ -23,6 +23,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lit_llm.callbacks.confusion import ConfusionMatrix
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
 from lit_llm.callbacks.metrics_csv import MetricsCSV
+from lit_llm.callbacks.mistakes import WorstMistakes
 from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions, GeneratedTexts
 from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
@@ -275,9 +276,14 @@ class TrainingCLI(LightningCLI):
             if name.startswith("num_") and options.get(name, value) is None:
                 options[name] = value
         made = getattr(options.get("network"), "init_args", None)
-        stored = (checkpoint.get("network") or {}).get("init_args", {}).get("config")
-        if stored is not None and made is not None and made.get("config") is not None:
-            made["config"] = stored
+        stored = (checkpoint.get("network") or {}).get("init_args", {})
+        if made is None:
+            return
+        if stored.get("config") is not None and made.get("config") is not None:
+            made["config"] = stored["config"]
+        for name in ("channels", "image_size") if self.subcommand == "predict" else ():
+            if name in made and made[name] is None:
+                made[name] = stored.get(name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""
@@ -302,7 +308,8 @@ class TrainingCLI(LightningCLI):
 
     def _standard_callbacks(self, checkpoint: CheckpointOptions, given: list[Callback]) -> list[Callback]:
         options = self._get(self.config_init, "trainer")
-        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode), ConfusionMatrix()]
+        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
+        standard += [ConfusionMatrix(), WorstMistakes()]
         if self.subcommand == "predict":
             standard += [DocumentScores(), ExamplePredictions(), GeneratedTexts()]
         if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):

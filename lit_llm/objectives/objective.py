@@ -167,11 +167,18 @@ class Objective(LightningModule, ABC):
                 tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
                 if tokenizer is not None:
                     self.network.read_tokens_of(tokenizer)
+            if self._image_shape is not None and hasattr(self.network, "read_images_of"):
+                self.network.read_images_of(self._image_shape)
         if source is not None:
             self._start_from(source)
         self._require_room()
         if self.adaptation is not None:
             self.adaptation.prepare(self.network)
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int] | None:
+        """Channels, height and width of the data's images, where it has such."""
+        return getattr(getattr(self._trainer, "datamodule", None), "image_shape", None)
 
     def _require_room(self) -> None:
         """Sees that the network reads rows as long as the data's."""
@@ -199,6 +206,8 @@ class Objective(LightningModule, ABC):
                 f"model.weights must be of a network sized by {name}, but {weights} is a {kind}, sized by {sized_by}; "
                 f"a backbone can be named as model.network.path"
             )
+        if self._image_shape is not None and hasattr(source.network, "require_images"):
+            source.network.require_images(self._image_shape)
         size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
         if needed is not None and size < needed:
             raise ValueError(
@@ -463,7 +472,8 @@ class Objective(LightningModule, ABC):
             checkpoint["network"]["init_args"] = self.network.arguments
             network = {key: checkpoint["network"][key] for key in ("class_path", "init_args")}
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "network": network}
-
+        if hasattr(self.network, "image_shape"):
+            checkpoint["image_shape"] = list(self.network.image_shape)
         if self.adaptation is not None:
             checkpoint["adaptation"] = described("adaptation", self.adaptation)
 
@@ -476,6 +486,12 @@ class Objective(LightningModule, ABC):
         if self.hparams["network"] is None:
             self.hparams.update(checkpoint["hyper_parameters"])
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0))
+        here, there = (list(x or ()) for x in (getattr(self.network, "image_shape", ()), checkpoint.get("image_shape")))
+        if here and there and here != there:
+            raise ValueError(
+                f"data must have images of the channels, height and width that the checkpoint's network was made for, "
+                f"{there}, but has {here}; set data.channels and data.image_size"
+            )
         own, stored = self.state_dict(), checkpoint["state_dict"]
         for name in sorted(own.keys() | stored.keys()):
             here, there = (tuple(d[name].shape) if name in d else "absent" for d in (own, stored))
