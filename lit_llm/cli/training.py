@@ -281,7 +281,7 @@ class TrainingCLI(LightningCLI):
             return
         if stored.get("config") is not None and made.get("config") is not None:
             made["config"] = stored["config"]
-        for name in ("channels", "image_size") if self.subcommand == "predict" else ():
+        for name in ("channels", "image_size") if self.subcommand != "fit" else ():
             if name in made and made[name] is None:
                 made[name] = stored.get(name)
 

@@ -177,8 +177,10 @@ class Objective(LightningModule, ABC):
 
     @property
     def _image_shape(self) -> tuple[int, int, int] | None:
-        """Channels, height and width of the data's images, where it has such."""
-        return getattr(getattr(self._trainer, "datamodule", None), "image_shape", None)
+        """Channels, height and width of the data's images; `None` where it has none, or takes them of a checkpoint."""
+        if self._trainer is None or (self.trainer.state.fn != "fit" and self.trainer.ckpt_path):
+            return None
+        return getattr(self.trainer.datamodule, "image_shape", None)
 
     def _require_room(self) -> None:
         """Sees that the network reads rows as long as the data's."""
@@ -472,8 +474,8 @@ class Objective(LightningModule, ABC):
             checkpoint["network"]["init_args"] = self.network.arguments
             network = {key: checkpoint["network"][key] for key in ("class_path", "init_args")}
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "network": network}
-        if hasattr(self.network, "image_shape"):
-            checkpoint["image_shape"] = list(self.network.image_shape)
+        if self._image_shape is not None:
+            checkpoint["image_shape"] = list(self._image_shape)
         if self.adaptation is not None:
             checkpoint["adaptation"] = described("adaptation", self.adaptation)
 
@@ -486,12 +488,7 @@ class Objective(LightningModule, ABC):
         if self.hparams["network"] is None:
             self.hparams.update(checkpoint["hyper_parameters"])
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0))
-        here, there = (list(x or ()) for x in (getattr(self.network, "image_shape", ()), checkpoint.get("image_shape")))
-        if here and there and here != there:
-            raise ValueError(
-                f"data must have images of the channels, height and width that the checkpoint's network was made for, "
-                f"{there}, but has {here}; set data.channels and data.image_size"
-            )
+        self._require_images_of(checkpoint.get("image_shape"))
         own, stored = self.state_dict(), checkpoint["state_dict"]
         for name in sorted(own.keys() | stored.keys()):
             here, there = (tuple(d[name].shape) if name in d else "absent" for d in (own, stored))
@@ -500,6 +497,18 @@ class Objective(LightningModule, ABC):
                     f"ckpt_path must be a checkpoint of this network, but its {name} is {there} where the network's "
                     f"is {here}"
                 )
+
+    def _require_images_of(self, there: list[int] | None) -> None:
+        """Refuses to go on with images of other channels or size than a checkpoint's; elsewhere takes those of it."""
+        here = self._image_shape
+        if there and here and list(here) != there:
+            raise ValueError(
+                f"data must have images of the channels, height and width that the checkpoint's network was made for, "
+                f"{there}, but has {list(here)}; set data.channels and data.image_size"
+            )
+        for network in self.children():
+            if there and here is None and hasattr(network, "read_images_of"):
+                network.read_images_of(there)
 
 
 def first_step(group: dict[str, Any], total_steps: int) -> int:

@@ -98,7 +98,9 @@ def test_every_way_to_fine_tune_goes_with_every_kind_of_network(
     assert again.state_dict().keys() == plain.state_dict().keys()
     images = Images().batch("validation", [0, 1, 2])["pixel_values"]
     with torch.no_grad():
-        torch.testing.assert_close(again.eval()(pixel_values=images), made.eval().network(pixel_values=images), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            again.eval()(pixel_values=images), made.eval().network(pixel_values=images), atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize(("network", "layers"), [("resnet", 3 * 2), ("efficientnet", 3 * 4), ("vit", 3 * 6)])
@@ -160,10 +162,28 @@ def test_a_checkpoint_of_other_images_is_refused_with_both(network: str, tmp_pat
         "data must have images of the channels, height and width that the checkpoint's network was made for, [1, 8, 8], "
         "but has [3, 12, 12]; set data.channels and data.image_size"
     )
+    again = Classification(NETWORKS[network])
     with pytest.raises(ValueError, match=exactly(message)):
-        trainer(tmp_path).test(
-            Classification(NETWORKS[network]), Images(image_shape=(3, 12, 12)), ckpt_path=str(tmp_path / "x.ckpt")
+        trainer(tmp_path, max_steps=2).fit(
+            again, datamodule=Images(image_shape=(3, 12, 12)), ckpt_path=str(tmp_path / "x.ckpt")
         )
+
+
+@pytest.mark.parametrize("kind", [Classification, FixMatch])
+@pytest.mark.parametrize("network", ["lenet", "vit"])
+def test_a_checkpoint_says_what_images_are_tested_and_predicted(
+    network: str, kind: type[Classification], tmp_path: Path
+) -> None:
+    made, data = kind(NETWORKS[network], ADAM), PartlyLabelled(image_shape=(2, 8, 12))
+    run = trainer(tmp_path, max_steps=2)
+    run.fit(made, datamodule=data)
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    run.test(made, data, verbose=False)
+    for shape_is_known in (True, False):
+        data.image_shape = (2, 8, 12) if shape_is_known else None
+        again = trainer(tmp_path)
+        again.test(kind(NETWORKS[network], num_classes=3), data, ckpt_path=str(tmp_path / "x.ckpt"), verbose=False)
+        assert again.callback_metrics["test/loss"] == run.callback_metrics["test/loss"]
 
 
 def test_a_checkpoint_brings_its_own_shape_and_names(tmp_path: Path) -> None:
