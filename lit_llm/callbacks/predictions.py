@@ -122,6 +122,8 @@ class ExamplePredictions(PredictionTable):
         data, rows = trainer.datamodule, sorted(self._said)
         said = [self._said[row] for row in rows]
         name = data.label_name if self._of_classes else lambda value: round(value, 6)
+        if self._of_classes and not data.class_names:  # of data without labels the network knows what they would be
+            name = pl_module.network.class_names.__getitem__
         # The first of those that are most probable, as `argmax` has it.
         best = [p.index(max(p)) for p in said] if self._of_classes else [value for [value] in said]
         table = columns_of(data, data.predict_split, rows)

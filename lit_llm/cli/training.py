@@ -241,7 +241,8 @@ class TrainingCLI(LightningCLI):
         """Decides on the run folder, finds the checkpoint in it, and points all that writes there."""
         config = self.config[self.subcommand]
         configs = [Path(str(getattr(path, "relative", path))) for path in config.get("config") or []]
-        ckpt_path = config.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
+        as_they_are = self.subcommand == "fit" or _option(sys.argv, "--model.weights")  # of a model directory, say
+        ckpt_path = config.get("ckpt_path") or (None if as_they_are else "best")
         given = config.get("run_dir") or config["trainer"].get("default_root_dir")
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
