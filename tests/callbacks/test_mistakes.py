@@ -17,7 +17,7 @@ from lit_llm.models.cnn import CNN
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.classification import Classification
 from tests.examples import BERT, Examples
-from tests.images import Images
+from tests.image_batches import Images
 from tests.objectives.test_classification import trainer
 
 STILL = functools.partial(torch.optim.SGD, lr=0.0)

@@ -14,7 +14,7 @@ from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.regression import Regression
 from tests.examples import BERT, Examples, Submission, example, together
-from tests.images import Images
+from tests.image_batches import Images
 from tests.objectives.test_classification import trainer
 
 NETWORK = functools.partial(PretrainedClassifier, config=BERT)

@@ -20,7 +20,7 @@ def config(tmp_path) -> str:
             "class_path": "lit_llm.objectives.classification.Classification",
             "init_args": {"network": {"class_path": "lit_llm.models.lenet.LeNet"}},
         },
-        "data": {"class_path": "tests.images.Images"},
+        "data": {"class_path": "tests.image_batches.Images"},
         "trainer": {"max_steps": 12, "max_epochs": -1, "val_check_interval": 3, "check_val_every_n_epoch": None},
     }
     (tmp_path / "images.yaml").write_text(yaml.safe_dump(content))

@@ -12,7 +12,7 @@ from lit_llm.checkpoints import load_model, save_model
 from lit_llm.models.block import Block, depths
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT
-from tests.images import EFFICIENTNET, RESNET, VIT
+from tests.image_batches import EFFICIENTNET, RESNET, VIT
 from tests.models.test_pretrained_classifier import stirred
 from tests.writing import exactly
 

@@ -27,7 +27,7 @@ from lit_llm.models.lenet import LeNet
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.semi_supervised import FixMatch
-from tests.images import EFFICIENTNET, RESNET, VIT, Images
+from tests.image_batches import EFFICIENTNET, RESNET, VIT, Images
 from tests.objectives.test_classification import trainer
 from tests.writing import exactly
 
