@@ -46,6 +46,7 @@ class Adaptation(ABC):
         found, top = depths(network)
         for p, depth in found.items():
             p.requires_grad_(self.start(depth, top) is not None)
+        hold_statistics(network)
 
     def finish(self, network: nn.Module) -> None:  # noqa: B027 (most leave nothing to do)
         """Makes of a trained network, in place, one of the form that it had before `prepare`."""
@@ -181,7 +182,8 @@ class GradualUnfreezing(LayerDecay):
 class LoRA(Adaptation):
     """Low-rank adapters beside the blocks' frozen matrices: `x W + (alpha / rank) x A B`.
 
-    A head learns as it is, unless it predicts tokens: then it has been trained with the rest, and stays.
+    A convolution gets two, the first with its kernel and the second with one of 1 x 1; one by groups gets none. A head
+    learns as it is, unless it predicts tokens: then it has been trained with the rest, and stays.
 
     Merged into plain weights when the model is exported, and saved alone beside it, as `adapter/`, in peft's form.
 
@@ -189,7 +191,7 @@ class LoRA(Adaptation):
         rank: Width of the adapters.
         alpha: Numerator of the scale of what they add; `None` is twice the rank.
         dropout: Probability that a component of what they read is dropped, in [0, 1).
-        targets: Ends of the names of the linear layers that get one; `None` is all inside blocks.
+        targets: Ends of the names of the layers that get one; `None` is all inside blocks.
 
     Raises:
         ValueError: When no layer has such a name.
@@ -223,23 +225,26 @@ class LoRA(Adaptation):
         from peft import inject_adapter_in_model
 
         found, top = depths(network)
-        inject_adapter_in_model(self._config(self._linear_layers(network)), network)
+        # Without its config: peft would take names of today for those of older checkpoints.
+        holder = nn.ModuleDict({"network": network})
+        inject_adapter_in_model(self._config([f"network.{name}" for name in self._layers(network)]), holder)
         for name, p in network.named_parameters():
             p.requires_grad_("lora_" in name or (found.get(p) == top and not hasattr(network, "vocab_size")))
+        hold_statistics(network)
 
-    def _linear_layers(self, network: nn.Module) -> list[str]:
+    def _layers(self, network: nn.Module) -> list[str]:
         inside = {
             id(layer)
             for block in network.modules()
             if isinstance(block, Block)
             for layer in block.modules()
-            if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
+            if isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D" or _is_convolution(layer)
         }
         names = [name for name, layer in network.named_modules() if id(layer) in inside]
         chosen = [name for name in names if self.targets is None or name.endswith(tuple(self.targets))]
         if not chosen:
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in names})) or "none"
-            raise ValueError(f"targets must name linear layers inside blocks ({known}), but are {self.targets}")
+            raise ValueError(f"targets must name layers with a matrix inside blocks ({known}), but are {self.targets}")
         return chosen
 
     def _config(self, names: list[str]) -> Any:
@@ -276,6 +281,19 @@ class LoRA(Adaptation):
         config.save_pretrained(folder)
         tensors = {f"base_model.model.{_saved(name)}": p.detach().cpu().contiguous() for name, p in learnt.items()}
         save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _is_convolution(layer: nn.Module) -> bool:
+    """Whether a layer is a convolution that an adapter can stand beside: one by groups has too few weights for it."""
+    return isinstance(layer, nn.Conv2d) and layer.groups == 1
+
+
+def hold_statistics(network: nn.Module) -> None:
+    """Has batch normalisations that are frozen go on with the statistics they came with, as in evaluation."""
+    for module in network.modules():
+        own = list(module.parameters(recurse=False))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and not any(p.requires_grad for p in own):
+            module.eval()
 
 
 def _saved(name: str) -> str:

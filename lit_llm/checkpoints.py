@@ -40,6 +40,8 @@ def save_model(
 ) -> None:
     """Writes a directory that transformers opens, with `AutoModelForCausalLM`, say, and `AutoTokenizer`.
 
+    Of a network that transformers has no class for only this package opens it, with `load_model`.
+
     Args:
         folder: Where; an earlier one is replaced only once the new one is whole.
         network: A network with `to_hf_config` and `hf_name`, and, where its parameters differ from transformers' by
@@ -78,9 +80,14 @@ def _write_weights(network: nn.Module, folder: Path) -> None:
         network.save_weights(folder)
         return
     # A tied matrix is one tensor under its first name.
-    named = {name: p.detach().float().contiguous().cpu() for name, p in _as_transformers(network).items()}
+    named = {name: _plain_tensor(tensor) for name, tensor in _as_transformers(network).items()}
     named |= {name: torch.zeros(shape) for name, shape in _zeros(network).items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _plain_tensor(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().float() if tensor.is_floating_point() else tensor
+    return tensor.contiguous().cpu()
 
 
 class Model(NamedTuple):
@@ -280,9 +287,9 @@ def _weight_files(folder: Path) -> list[Path]:
 
 
 def _as_transformers(network: nn.Module) -> dict[str, Tensor]:
-    """The parameters by the names, and in the shapes, that transformers gives them."""
+    """What a network has to be given, by the names, and in the shapes, that transformers gives it."""
     view = getattr(network, "hf_view", lambda name, parameter: parameter)
-    return {network.hf_name(name): view(name, p) for name, p in network.named_parameters()}
+    return {network.hf_name(name): view(name, tensor) for name, tensor in _own(network).items()}
 
 
 def _zeros(network: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -291,7 +291,7 @@ def test_targets_are_chosen_by_name() -> None:
 
 
 def test_targets_that_are_none_are_refused_with_what_there_is() -> None:
-    message = "targets must name linear layers inside blocks (dense, key, query, value), but are ['q_proj']"
+    message = "targets must name layers with a matrix inside blocks (dense, key, query, value), but are ['q_proj']"
     with pytest.raises(ValueError, match=exactly(message)):
         LoRA(targets=["q_proj"]).prepare(NETWORK(3))
 

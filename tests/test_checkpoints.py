@@ -189,7 +189,7 @@ def test_an_unknown_architecture_is_said_with_those_there_are(model: Path, archi
     wanted = (architectures or [""])[0]
     with pytest.raises(ValueError, match=r"\Aarchitectures in config\.json must be one of ") as caught:
         load_model(model)
-    ours = "GPT2LMHeadModel, LlamaForCausalLM, Qwen3ForCausalLM"
+    ours = "CNN, GPT2LMHeadModel, LeNet, LlamaForCausalLM, MLP, Qwen3ForCausalLM"
     wrapped = "a causal language model or a classifier or a masked language model or an encoder-decoder"
     assert str(caught.value).endswith(f" must be one of {ours}, or of transformers {wrapped}, but is {wanted!r}")
 

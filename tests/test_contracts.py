@@ -20,6 +20,7 @@ import lit_llm
 from lit_llm.batch import IGNORE_INDEX, inputs
 from lit_llm.generation import generate
 from lit_llm.models.block import Block
+from lit_llm.models.image_classifier import ImageClassifier
 from lit_llm.objectives.objective import Objective
 from lit_llm.objectives.semi_supervised import SemiSupervised
 from lit_llm.optimizers import parameter_groups
@@ -41,7 +42,9 @@ def first_argument(kind: type) -> str | None:
     return next(iter(inspect.signature(kind).parameters), None)
 
 
-CLASSIFIERS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "num_classes"]
+OF_IMAGES = classes("lit_llm.models", ImageClassifier)
+OF_CLASSES = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "num_classes"]
+CLASSIFIERS = [c for c in OF_CLASSES if c not in OF_IMAGES]
 OF_TOKENS = [c for c in classes("lit_llm.models", nn.Module) if first_argument(c) == "vocab_size"]
 LANGUAGE_MODELS = [c for c in OF_TOKENS if hasattr(c, "new_cache")]
 ENCODERS = [c for c in OF_TOKENS if hasattr(c, "logits_at")]
@@ -281,6 +284,43 @@ class TestClassifier:
                 p.fill_(torch.nan)
         network.reset_parameters()
         assert all(p.isfinite().all() for p in network.parameters())
+
+
+@pytest.mark.parametrize("kind", OF_IMAGES)
+class TestImageClassifier:
+    def test_the_loss_falls_on_one_repeated_batch(self, kind):
+        network, images, labels = kind(3), torch.randn(6, 1, 28, 28), torch.tensor([0, 1, 2, 0, 1, 2])
+        optimizer = torch.optim.AdamW(network.parameters(), lr=0.003)
+        losses = []
+        for _ in range(30):
+            loss = nn.functional.cross_entropy(network(pixel_values=images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < 0.5 * losses[0]
+
+    def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
+        network = kind(3, 2, [9, 12], ["a", "b", "c"])
+        again = kind(3, **json.loads(json.dumps(network.arguments)))
+        assert again.to_hf_config() == network.to_hf_config()
+        assert kind.hf_arguments(network.to_hf_config()) == {"num_classes": 3, **network.arguments}
+        again.load_state_dict(network.state_dict())
+        images = torch.randn(2, 2, 9, 12)
+        assert torch.equal(network.eval()(images), again.eval()(images))
+
+    def test_its_directory_is_known_by_its_name(self, kind):
+        assert kind.hf_architectures == (kind.__name__,)
+
+    def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
+        with torch.device("meta"):
+            network = kind(3)
+        network.to_empty(device="cpu")
+        with torch.no_grad():
+            for tensor in (*network.parameters(), *network.buffers()):
+                tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+        network.reset_parameters()
+        assert network(torch.zeros(1, 1, 28, 28)).isfinite().all()
 
 
 def rows(lengths: list[int], kind: type | None = None, width: int = 10) -> list[dict[str, torch.Tensor]]:

@@ -1,87 +1,68 @@
-"""Which classes a classifier takes for which others, as a picture."""
+"""Which classes a classifier takes for which others, and how well it knows each."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from torchmetrics import ConfusionMatrix as Counts
 
-from lit_llm.callbacks.run_report import RunReport
+from lit_llm.callbacks.best_evaluation import BestEvaluation
+from lit_llm.callbacks.predictions import write_table
 from lit_llm.files import replacing
 
 READABLE = 20
 """Classes up to which counts and names have room in the picture."""
 
 
-class ConfusionMatrix(Callback):
-    """Draws `confusion_matrix.png`: a row for each true class, shaded by the share of it that each class was given.
+class ConfusionMatrix(BestEvaluation):
+    """Draws `confusion_matrix.png`, and writes `classes.csv`.
 
-    Of a fit the best validation is drawn, when it ends; a test, or a validation by itself, is drawn over it. Acts on
-    objectives whose steps give `predicted` and `labels`, as `Classification`'s do; leaves others alone.
+    The picture has a row for each true class, shaded by the share of it that each class was given; the table says of
+    each class how many examples it has, and precision, recall and F1 (0 where there is nothing to divide by).
     """
 
     def __init__(self) -> None:
+        super().__init__()
         self._counts: Counts | None = None
-        self._drawable: tuple[Int[Tensor, "classes classes"], str] | None = None
 
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
+    def add(self, pl_module: LightningModule, said: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
         """Counts a batch."""
-        if not isinstance(outputs, dict) or "predicted" not in outputs:
-            return
         if self._counts is None:
             size = pl_module.hparams["num_classes"]
             self._counts = Counts(task="multiclass", num_classes=size, validate_args=False).to(pl_module.device)
-        self._counts.update(outputs["predicted"], outputs["labels"])
+        self._counts.update(said["predicted"], said["labels"])
 
-    on_test_batch_end = on_validation_batch_end
+    def collect(self, pl_module: LightningModule) -> Int[Tensor, "classes classes"] | None:
+        """How often each class (a row) was taken for each (a column)."""
+        counts, self._counts = self._counts, None
+        return None if counts is None else counts.compute().cpu()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds up over all processes; of a fit keeps the best."""
-        if self._counts is None:
-            return
-        counts, self._counts = self._counts.compute().cpu(), None
-        if trainer.sanity_checking:
-            return
-        if trainer.state.fn != "fit":
-            self._drawable = counts, "test split" if trainer.testing else "validation split"
-            self._draw(trainer)
-            return
-        report = next((c for c in trainer.callbacks if isinstance(c, RunReport)), None)
-        if report is None or report.results.get("best/step") == trainer.global_step:
-            self._drawable = counts, f"validation split, step {trainer.global_step}"
+    def show(self, folder: Path, data: Any, found: Int[Tensor, "classes classes"], split: str, title: str) -> None:
+        """Draws and writes."""
+        names = list(getattr(data, "class_names", None) or [])
+        names += [str(index) for index in range(len(names), len(found))]
+        draw_confusion_matrix(folder / "confusion_matrix.png", found, names, title)
+        write_table(
+            folder / "classes.csv", ["class", "examples", "precision", "recall", "f1"], of_classes(found, names)
+        )
 
-    on_test_end = on_validation_end
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draws the best."""
-        self._draw(trainer)
+def of_classes(counts: Int[Tensor, "classes classes"], names: list[str]) -> list[list[Any]]:
+    """Of each class its name, how many examples it has, precision, recall and F1.
 
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Draws the best so far, when a run is cut short."""
-        self._draw(trainer)
-
-    @rank_zero_only
-    def _draw(self, trainer: Trainer) -> None:
-        if self._drawable is None or trainer.fast_dev_run:
-            return
-        counts, title = self._drawable
-        self._drawable = None
-        names = list(getattr(trainer.datamodule, "class_names", None) or [])
-        names += [str(index) for index in range(len(names), len(counts))]
-        draw_confusion_matrix(Path(trainer.default_root_dir) / "confusion_matrix.png", counts, names, title)
+    Example:
+        >>> of_classes(Tensor([[3, 1], [0, 0]]).long(), ["cat", "dog"])
+        [['cat', 4, 1.0, 0.75, 0.8571], ['dog', 0, 0.0, 0.0, 0.0]]
+    """
+    right, true, predicted = counts.diag().double(), counts.sum(dim=1), counts.sum(dim=0)
+    each = (right / predicted.clamp(min=1), right / true.clamp(min=1), 2 * right / (true + predicted).clamp(min=1))
+    figures = zip(*(figure.tolist() for figure in each), strict=True)
+    return [[n, t, *(round(x, 4) for x in f)] for n, t, f in zip(names, true.tolist(), figures, strict=True)]
 
 
 def draw_confusion_matrix(path: Path, counts: Int[Tensor, "classes classes"], names: list[str], title: str) -> None:

@@ -85,10 +85,10 @@ class DocumentScores(PredictionTable):
 class ExamplePredictions(PredictionTable):
     """What each example of the split was taken for, beside all the source says of it.
 
-    A row for each example in the order of the split: the source's columns, `label` where it is known, `predicted`, and
-    of classes the probability of each under `p(<class>)`. For a GLUE task the file that its board takes is written
-    too, under the name it must have. Acts on predictions that carry `rows` and `probabilities` or `values`; leaves
-    others alone.
+    A row for each example in the order of the split: the source's columns or an image's name, `label` where it is
+    known, `predicted`, and of classes the probability of each under `p(<class>)`. For a GLUE task the file that its
+    board takes is written too, under the name it must have. Acts on predictions that carry `rows` and `probabilities`
+    or `values`; leaves others alone.
     """
 
     def __init__(self) -> None:
@@ -122,11 +122,12 @@ class ExamplePredictions(PredictionTable):
         data, rows = trainer.datamodule, sorted(self._said)
         said = [self._said[row] for row in rows]
         name = data.label_name if self._of_classes else lambda value: round(value, 6)
+        if self._of_classes and not data.class_names:  # of data without labels the network knows what they would be
+            name = pl_module.network.class_names.__getitem__
         # The first of those that are most probable, as `argmax` has it.
         best = [p.index(max(p)) for p in said] if self._of_classes else [value for [value] in said]
-        table = data.texts(data.predict_split, rows)
+        table = columns_of(data, data.predict_split, rows)
         for line, row, prediction, p in zip(table, rows, best, said, strict=True):
-            line.pop("label", None)
             if row in self._labels:
                 line["label"] = name(self._labels[row])
             line["predicted"] = name(prediction)
@@ -175,6 +176,13 @@ class GeneratedTexts(PredictionTable):
             for line, row in zip(data.texts(data.predict_split, rows), rows, strict=True)
         ]
         self.write(trainer, list(table[0]), [list(line.values()) for line in table], "examples")
+
+
+def columns_of(data: Any, split: str, rows: list[int]) -> list[dict[str, Any]]:
+    """What the source says of some examples but their label: all columns of a table, the names of images."""
+    if not hasattr(data, "texts"):
+        return [{"image": name} for name in data.names(split, rows)]
+    return [{name: value for name, value in line.items() if name != "label"} for line in data.texts(split, rows)]
 
 
 def write_table(path: Path, columns: list[str], rows: Iterable[Iterable[Any]], delimiter: str = ",") -> None:

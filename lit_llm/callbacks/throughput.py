@@ -59,6 +59,13 @@ class Throughput(Callback):
         if step % trainer.log_every_n_steps == 0 or step == trainer.max_steps:
             self._report(trainer, pl_module, batch)
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts the steps since the last report."""
+        if self._new_tokens:
+            self.tokens += self._new_tokens
+            self.seconds += time.perf_counter() - self._since
+            self._new_tokens = 0
+
     def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         loss = pl_module.take_train_loss()  # waits for the device, so the clock below is right
         now = time.perf_counter()

@@ -23,6 +23,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lit_llm.callbacks.confusion import ConfusionMatrix
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
 from lit_llm.callbacks.metrics_csv import MetricsCSV
+from lit_llm.callbacks.mistakes import WorstMistakes
 from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions, GeneratedTexts
 from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
@@ -240,7 +241,8 @@ class TrainingCLI(LightningCLI):
         """Decides on the run folder, finds the checkpoint in it, and points all that writes there."""
         config = self.config[self.subcommand]
         configs = [Path(str(getattr(path, "relative", path))) for path in config.get("config") or []]
-        ckpt_path = config.get("ckpt_path") or (None if self.subcommand == "fit" else "best")
+        as_they_are = self.subcommand == "fit" or _option(sys.argv, "--model.weights")  # of a model directory, say
+        ckpt_path = config.get("ckpt_path") or (None if as_they_are else "best")
         given = config.get("run_dir") or config["trainer"].get("default_root_dir")
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
@@ -275,9 +277,14 @@ class TrainingCLI(LightningCLI):
             if name.startswith("num_") and options.get(name, value) is None:
                 options[name] = value
         made = getattr(options.get("network"), "init_args", None)
-        stored = (checkpoint.get("network") or {}).get("init_args", {}).get("config")
-        if stored is not None and made is not None and made.get("config") is not None:
-            made["config"] = stored
+        stored = (checkpoint.get("network") or {}).get("init_args", {})
+        if made is None:
+            return
+        if stored.get("config") is not None and made.get("config") is not None:
+            made["config"] = stored["config"]
+        for name in ("channels", "image_size") if self.subcommand != "fit" else ():
+            if name in made and made[name] is None:
+                made[name] = stored.get(name)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""
@@ -302,7 +309,8 @@ class TrainingCLI(LightningCLI):
 
     def _standard_callbacks(self, checkpoint: CheckpointOptions, given: list[Callback]) -> list[Callback]:
         options = self._get(self.config_init, "trainer")
-        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode), ConfusionMatrix()]
+        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
+        standard += [ConfusionMatrix(), WorstMistakes()]
         if self.subcommand == "predict":
             standard += [DocumentScores(), ExamplePredictions(), GeneratedTexts()]
         if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):

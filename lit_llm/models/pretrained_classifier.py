@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lit_llm.models.image_classifier import Shape, require_images
 from lit_llm.models.pretrained_network import Pretrained, answering
 
 if TYPE_CHECKING:
@@ -94,6 +96,7 @@ class PretrainedClassifier(Pretrained):
                     f"path must hold a head of {self.num_classes} classes with strict, but {self._start} has {width}"
                 )
             log.info(f"The head is new, {self._start} has {width}: {', '.join(new)}")
+        self._is_trained = True
         self._adopt(model)
 
     def _adopt(self, model: PreTrainedModel) -> None:
@@ -153,6 +156,52 @@ class PretrainedClassifier(Pretrained):
         if text.pad_token_id is None:
             text.pad_token_id = self.model.config.get_text_config().pad_token_id = padding
 
+    @property
+    def image_shape(self) -> Shape:
+        """Channels, height and width of the images it reads; of any size where it does not know places in an image.
+
+        Absent of a network that reads none.
+        """
+        if not self.reads_images:
+            raise AttributeError("image_shape")
+        size = getattr(self.config, "image_size", None)
+        if size is None or not any("position" in name for name, _ in self.model.named_parameters()):
+            return self.config.num_channels, None, None
+        height, width = (size, size) if isinstance(size, int) else size
+        return self.config.num_channels, height, width
+
+    def require_images(self, image_shape: Sequence[int]) -> None:
+        """Refuses images of another shape; see `image_classifier.require_images`."""
+        require_images(image_shape, self.image_shape, type(self.model).__name__)
+
+    def read_images_of(self, image_shape: Sequence[int]) -> None:
+        """Has fresh weights made for images of a shape. Others are held against it.
+
+        Args:
+            image_shape: Channels, height, width.
+
+        Raises:
+            ValueError: When the weights are of other images, there are no patches of the config's size in such images,
+                or the network reads no images.
+        """
+        kind = type(self.model).__name__
+        if not self.reads_images:
+            raise ValueError(f"network must read images, but is a {kind}, which reads {self.model.main_input_name}")
+        if self._is_trained:
+            self.require_images(image_shape)
+            return
+        channels, height, width = image_shape
+        patch = getattr(self.config, "patch_size", None)
+        if isinstance(patch, int) and (height % patch or width % patch):
+            raise ValueError(f"patch_size must divide the images' {height} x {width}, but is {patch}")
+        size = height if height == width else [height, width]
+        if (self.config.num_channels, getattr(self.config, "image_size", size)) == (channels, size):
+            return
+        self.config.num_channels = channels
+        if hasattr(self.config, "image_size"):
+            self.config.image_size = size
+        self._build()
+
     @classmethod
     def hf_arguments(cls, config: dict[str, Any]) -> dict[str, Any]:
         """The arguments that make the network that a `config.json` of transformers describes."""
@@ -167,7 +216,10 @@ class PretrainedClassifier(Pretrained):
         return self.model(**self._read(inputs)).logits
 
     def _read(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor for name, tensor in inputs.items() if name not in self._unread}
+        read = {name: tensor for name, tensor in inputs.items() if name not in self._unread}
+        if self.reads_images:  # in the form in which convolutions are faster
+            read["pixel_values"] = read["pixel_values"].contiguous(memory_format=torch.channels_last)
+        return read
 
     # The backbone and the head apart, so that a frozen backbone need read each example once.
 

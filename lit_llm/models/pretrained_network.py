@@ -42,6 +42,7 @@ class Pretrained(nn.Module):
     def __init__(self, config: PretrainedConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
         self.config, self.activation_checkpointing = config, activation_checkpointing
+        self._is_trained = False
         self._build()
 
     def _build(self) -> None:
@@ -59,8 +60,12 @@ class Pretrained(nn.Module):
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         self.model = model.train()  # from a directory it comes as for evaluation, without dropout
-        for kind in {type(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}:
+        kinds = {type(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
+        for kind in kinds or _repeated(model):
             Block.register(kind)
+        self.reads_images = model.main_input_name == "pixel_values"
+        if self.reads_images:
+            model.to(memory_format=torch.channels_last)
         if self.activation_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         # RoBERTa's kin count positions from the one after the padding token's id.
@@ -155,6 +160,7 @@ class Pretrained(nn.Module):
                 raise ValueError(
                     f"model must hold the network's tensors and no others, but {folder} {what} {min(names)}{more}"
                 )
+        self._is_trained = True
         self._adopt(model)
 
     @classmethod
@@ -213,6 +219,18 @@ class PretrainedLanguageModel(Pretrained, ABC):
             dtype = next(self.model.parameters()).dtype
             return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
+
+
+def _repeated(model: nn.Module) -> set[type]:
+    """The classes of layers that a network repeats: of lists of one kind of module those that are in no other such."""
+    found: set[type] = set()
+    inside: set[nn.Module] = set()
+    for module in model.modules():
+        kinds = {type(child) for child in module} if isinstance(module, nn.ModuleList) else set()
+        if len(kinds) == 1 and module not in inside:
+            found |= kinds
+            inside.update(module.modules())
+    return found
 
 
 @contextmanager

@@ -101,19 +101,24 @@ class Classification(Objective):
         return self.read(batch).float()
 
     def loss(self, batch: Mapping[str, Tensor]) -> Loss:
-        """Cross-entropy in nats, summed over the examples with their weights, and the sum of those."""
+        """Cross-entropy in nats, summed over the examples with their weights, and the sum of those.
+
+        Labels are classes, or of each example a probability of each class (`batch classes`), as mixed images have.
+        """
         labels, weight = batch["labels"], self.weight_of_class
         total = F.cross_entropy(
             self.logits(batch), labels, weight=weight, reduction="sum", label_smoothing=self.label_smoothing
         )
-        return total, total.new_tensor(len(labels)) if weight is None else weight[labels].sum()
+        if weight is None:
+            return total, total.new_tensor(len(labels))
+        return total, (labels @ weight if labels.is_floating_point() else weight[labels]).sum()
 
     def measure(self, metric: MetricCollection, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adds each example's class, predicted class and nats."""
         logits, labels = self.logits(batch), batch["labels"]
-        predicted = logits.argmax(dim=-1)
-        metric.update(preds=predicted, target=labels, value=F.cross_entropy(logits, labels, reduction="none"))
-        return {"predicted": predicted, "labels": labels}
+        predicted, nats = logits.argmax(dim=-1), F.cross_entropy(logits, labels, reduction="none")
+        metric.update(preds=predicted, target=labels, value=nats)
+        return {"predicted": predicted, "labels": labels, "nats": nats}
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """The probabilities of each row; see `callbacks.predictions`."""

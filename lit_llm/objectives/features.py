@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from lit_llm.batch import inputs
 
@@ -27,16 +28,13 @@ class FeatureCache:
     def __init__(self, network: Any, batches: Iterable[Mapping[str, Tensor]], num_rows: int) -> None:
         device = next(network.parameters()).device
         self._features: dict[str, Tensor] = {}
-        training = network.training
-        network.eval()
-        with torch.no_grad():
+        with evaluating(network):
             for batch in batches:
                 given = network.features(**{name: x.to(device) for name, x in inputs(batch).items()})
                 for name, part in given.items():
                     if name not in self._features:
                         self._features[name] = part.new_full((num_rows, *part.shape[1:]), torch.nan)
                     self._features[name][batch["rows"].to(device)] = part
-        network.train(training)
 
     def __call__(self, rows: Int[Tensor, " batch"]) -> dict[str, Tensor]:
         """What `network.classify` reads, for some rows."""
@@ -45,9 +43,20 @@ class FeatureCache:
 
 def can_be_cached(network: Any, batch: Mapping[str, Tensor]) -> bool:
     """Whether each example has features of one size: not where the head reads whole sequences."""
-    device, training = next(network.parameters()).device, network.training
-    network.eval()
-    with torch.no_grad():
+    device = next(network.parameters()).device
+    with evaluating(network):
         given = network.features(**{name: x.to(device) for name, x in inputs(batch).items()})
-    network.train(training)
     return "last_hidden_state" not in given
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; after it each module is in the mode it was in, as frozen ones stay in theirs."""
+    modes = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

@@ -172,11 +172,20 @@ class Objective(LightningModule, ABC):
                 tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
                 if tokenizer is not None:
                     self.network.read_tokens_of(tokenizer)
+            if self._image_shape is not None and hasattr(self.network, "read_images_of"):
+                self.network.read_images_of(self._image_shape)
         if source is not None:
             self._start_from(source)
         self._require_room()
         if self.adaptation is not None:
             self.adaptation.prepare(self.network)
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int] | None:
+        """Channels, height and width of the data's images; `None` where it has none, or takes them of a checkpoint."""
+        if self._trainer is None or (self.trainer.state.fn != "fit" and self.trainer.ckpt_path):
+            return None
+        return getattr(self.trainer.datamodule, "image_shape", None)
 
     def _require_room(self) -> None:
         """Sees that the network reads rows as long as the data's."""
@@ -204,6 +213,8 @@ class Objective(LightningModule, ABC):
                 f"model.weights must be of a network sized by {name}, but {weights} is a {kind}, sized by {sized_by}; "
                 f"a backbone can be named as model.network.path"
             )
+        if self._image_shape is not None and hasattr(source.network, "require_images"):
+            source.network.require_images(self._image_shape)
         size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
         if needed is not None and size < needed:
             raise ValueError(
@@ -478,7 +489,8 @@ class Objective(LightningModule, ABC):
             checkpoint["network"]["init_args"] = self.network.arguments
             network = {key: checkpoint["network"][key] for key in ("class_path", "init_args")}
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "network": network}
-
+        if self._image_shape is not None:
+            checkpoint["image_shape"] = list(self._image_shape)
         if self.adaptation is not None:
             checkpoint["adaptation"] = described("adaptation", self.adaptation)
 
@@ -491,6 +503,7 @@ class Objective(LightningModule, ABC):
         if self.hparams["network"] is None:
             self.hparams.update(checkpoint["hyper_parameters"])
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0))
+        self._require_images_of(checkpoint.get("image_shape"))
         own, stored = self.state_dict(), checkpoint["state_dict"]
         for name in sorted(own.keys() | stored.keys()):
             here, there = (tuple(d[name].shape) if name in d else "absent" for d in (own, stored))
@@ -499,6 +512,18 @@ class Objective(LightningModule, ABC):
                     f"ckpt_path must be a checkpoint of this network, but its {name} is {there} where the network's "
                     f"is {here}"
                 )
+
+    def _require_images_of(self, there: list[int] | None) -> None:
+        """Refuses to go on with images of other channels or size than a checkpoint's; elsewhere takes those of it."""
+        here = self._image_shape
+        if there and here and list(here) != there:
+            raise ValueError(
+                f"data must have images of the channels, height and width that the checkpoint's network was made for, "
+                f"{there}, but has {list(here)}; set data.channels and data.image_size"
+            )
+        for network in self.children():
+            if there and here is None and hasattr(network, "read_images_of"):
+                network.read_images_of(there)
 
 
 def first_step(group: dict[str, Any], total_steps: int) -> int:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from lit_llm.batch import inputs
 from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.features import evaluating
 from lit_llm.objectives.objective import Loss
 
 
@@ -114,14 +115,10 @@ class SemiSupervised(Classification):
             return self.unlabelled_weight
         return self.unlabelled_weight * math.exp(-5 * (1 - step / self.ramp_up_steps) ** 2)
 
-    @torch.no_grad()
     def _taught(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
         teacher = self.teacher
-        training = teacher.training
-        teacher.eval()
-        probabilities = teacher(**inputs(batch)).float().softmax(dim=-1)
-        teacher.train(training)
-        return probabilities
+        with evaluating(teacher):
+            return teacher(**inputs(batch)).float().softmax(dim=-1)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Steps, and moves the average."""

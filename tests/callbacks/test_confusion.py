@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import csv
 import functools
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from matplotlib.axes import Axes
 from sklearn import metrics
 
 from lit_llm.callbacks import confusion
-from lit_llm.callbacks.confusion import ConfusionMatrix, draw_confusion_matrix
+from lit_llm.callbacks.confusion import ConfusionMatrix, draw_confusion_matrix, of_classes
 from lit_llm.callbacks.run_report import RunReport
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.classification import Classification
@@ -79,3 +80,18 @@ def test_many_classes_are_drawn_without_words(tmp_path: Path, monkeypatch) -> No
     monkeypatch.setattr(Axes, "text", lambda *args, **options: pytest.fail("no room for counts"))
     draw_confusion_matrix(tmp_path / "x.png", torch.eye(100, dtype=torch.long), [""] * 100, "test split")
     assert (tmp_path / "x.png").stat().st_size > 0
+
+
+def test_of_each_class_there_is_what_scikit_learn_says(tmp_path: Path) -> None:
+    truth, predicted = torch.randint(4, (60,)), torch.randint(3, (60,))
+    counts = torch.from_numpy(metrics.confusion_matrix(truth, predicted, labels=range(5)))
+    names = [*"abcd", "never"]
+    ConfusionMatrix().show(tmp_path, None, counts, "test", "test split")
+    with (tmp_path / "classes.csv").open(newline="") as file:
+        assert [line["class"] for line in csv.DictReader(file)] == list("01234")
+    scores = metrics.precision_recall_fscore_support(truth, predicted, labels=range(5), zero_division=0)
+    precision, recall, f1, support = (score.tolist() for score in scores)
+    wanted = [list(line) for line in zip(names, support, precision, recall, f1, strict=True)]
+    for mine, its in zip(of_classes(counts, names), wanted, strict=True):
+        assert mine[:2] == its[:2]
+        assert mine[2:] == pytest.approx(its[2:], abs=1e-4)

@@ -9,10 +9,12 @@ import torch
 from lightning.pytorch import Trainer
 
 from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions
+from lit_llm.models.cnn import CNN
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.regression import Regression
 from tests.examples import BERT, Examples, Submission, example, together
+from tests.image_batches import Images
 from tests.objectives.test_classification import trainer
 
 NETWORK = functools.partial(PretrainedClassifier, config=BERT)
@@ -77,3 +79,9 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(Trainer, "world_size", 2)
     with pytest.raises(ValueError, match=r"^trainer\.devices must be 1 to predict, but there are 2 processes$"):
         ExamplePredictions().on_predict_start(trainer(tmp_path), Classification(NETWORK))
+
+
+def test_images_are_told_by_their_names(tmp_path: Path) -> None:
+    table = predicted(tmp_path, Classification(CNN), Images())
+    assert [line["image"] for line in table] == [f"test/{row}.png" for row in range(11)]
+    assert list(table[0]) == ["image", "label", "predicted", *(f"p(digit {index})" for index in range(3))]

@@ -1,8 +1,14 @@
 from __future__ import annotations
 
+import functools
+
 import torch
 
-from lit_llm.callbacks.throughput import count_items, peak_flops, peak_memory
+from lit_llm.callbacks.throughput import Throughput, count_items, peak_flops, peak_memory
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.objectives.classification import Classification
+from tests.examples import BERT, Examples
+from tests.objectives.test_classification import trainer
 
 
 def test_text_is_counted_in_tokens_and_all_else_in_rows():
@@ -20,3 +26,13 @@ def test_memory_is_that_of_this_process():
     before = peak_memory(torch.device("cpu"))
     kept = torch.ones(64 << 20, dtype=torch.uint8)
     assert peak_memory(torch.device("cpu")) >= before > kept.numel()
+
+
+def test_the_steps_after_the_last_report_are_counted_too(tmp_path):
+    clock = Throughput()
+    made = Classification(functools.partial(PretrainedClassifier, config=BERT))
+    trainer(tmp_path, max_epochs=2, log_every_n_steps=4, callbacks=[clock]).fit(made, datamodule=Examples(3))
+    assert clock.tokens == 2 * 24 * 6
+    reported = clock.latest
+    assert reported["train/tokens"] == 4 * 8 * 6
+    assert clock.seconds > reported["train/seconds"]

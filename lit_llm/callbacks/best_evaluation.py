@@ -1,0 +1,83 @@
+"""When something is shown of an evaluation: of a fit that of the best validation, of a test what was found."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from lit_llm.callbacks.run_report import RunReport
+
+
+class BestEvaluation(Callback, ABC):
+    """Adds up over a split what a classifier said of it, and shows it in the run folder.
+
+    Of a fit the best validation is shown, when it ends; a test, or a validation by itself, is shown over it. Acts on
+    objectives whose steps give `predicted`, `labels` and `nats`, as `Classification`'s do; leaves others alone.
+    """
+
+    def __init__(self) -> None:
+        self._best: tuple[Any, str, str] | None = None
+
+    @abstractmethod
+    def add(self, pl_module: LightningModule, said: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
+        """Adds a batch, without waiting for the device."""
+
+    @abstractmethod
+    def collect(self, pl_module: LightningModule) -> Any:
+        """What was added, over all processes, and begins anew; `None` where that is nothing."""
+
+    @abstractmethod
+    def show(self, folder: Path, data: Any, found: Any, split: str, title: str) -> None:
+        """Writes into `folder` what was found in a split of the data; `title` says which and when."""
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Adds a batch."""
+        if isinstance(outputs, dict) and "predicted" in outputs:
+            self.add(pl_module, outputs, batch)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Of a fit keeps the best; of another evaluation shows what was found."""
+        found = self.collect(pl_module)
+        if found is None or trainer.sanity_checking:
+            return
+        if trainer.state.fn != "fit":
+            split = "test" if trainer.testing else "validation"
+            self._best = found, split, f"{split} split"
+            self._show(trainer)
+            return
+        report = next((c for c in trainer.callbacks if isinstance(c, RunReport)), None)
+        if report is None or report.results.get("best/step") == trainer.global_step:
+            self._best = found, "validation", f"validation split, step {trainer.global_step}"
+
+    on_test_end = on_validation_end
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Shows the best."""
+        self._show(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Shows the best so far, when a run is cut short."""
+        self._show(trainer)
+
+    @rank_zero_only
+    def _show(self, trainer: Trainer) -> None:
+        if self._best is None or trainer.fast_dev_run:
+            return
+        best, self._best = self._best, None
+        self.show(Path(trainer.default_root_dir), trainer.datamodule, *best)

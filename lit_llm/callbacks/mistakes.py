@@ -1,0 +1,104 @@
+"""What a classifier is most surely wrong about."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import UInt8
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lit_llm.callbacks.best_evaluation import BestEvaluation
+from lit_llm.callbacks.predictions import columns_of, write_table
+from lit_llm.files import replacing
+
+
+class WorstMistakes(BestEvaluation):
+    """Writes `mistakes.csv`, and of images draws `mistakes.png`: of the examples taken for another class the worst.
+
+    Those are the ones whose true class was given the least probability. Often it is their label that is wrong. Only so
+    many as are shown are kept while a split is read.
+
+    Args:
+        count: How many.
+    """
+
+    def __init__(self, count: int = 24) -> None:
+        super().__init__()
+        if count < 1:
+            raise ValueError(f"count must be at least 1, but is {count}")
+        self.count = count
+        self._nats: Tensor | None = None
+        self._facts: Tensor | None = None
+
+    def add(self, pl_module: LightningModule, said: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
+        """Keeps the worst of those so far and a batch."""
+        if "rows" not in batch:
+            return
+        wrong = said["predicted"] != said["labels"]
+        nats = said["nats"].detach().float().masked_fill(~wrong, -math.inf)
+        self._keep(nats, torch.stack([batch["rows"], said["labels"], said["predicted"]], dim=1))
+
+    def _keep(self, nats: Tensor, facts: Tensor) -> None:
+        if self._nats is not None:
+            nats, facts = torch.cat([self._nats, nats]), torch.cat([self._facts, facts])
+        self._nats, worst = nats.topk(min(self.count, len(nats)))
+        self._facts = facts[worst]
+
+    def collect(self, pl_module: LightningModule) -> list[tuple[int, int, int, float]] | None:
+        """Of each the row, the class, the predicted class, and the probability given to the class; the worst first."""
+        if self._nats is None:
+            return None
+        if pl_module.trainer.world_size > 1:
+            both = torch.cat([self._nats[:, None].double(), self._facts.double()], dim=1)
+            filled = both.new_full((self.count, 4), -math.inf)
+            filled[: len(both)] = both
+            every = pl_module.all_gather(filled).flatten(0, 1)
+            self._nats = self._facts = None
+            self._keep(every[:, 0], every[:, 1:].nan_to_num(neginf=-1).long())
+        found = zip(self._facts.tolist(), self._nats.tolist(), strict=True)
+        self._nats = self._facts = None
+        return [(*facts, math.exp(-nats)) for facts, nats in found if nats > -math.inf]
+
+    def show(self, folder: Path, data: Any, found: list[tuple[int, int, int, float]], split: str, title: str) -> None:
+        """Writes and draws; where nothing was mistaken, a table without rows."""
+        name = getattr(data, "label_name", str)
+        rows = [row for row, *_ in found]
+        table = columns_of(data, split, rows)
+        for line, (_, label, predicted, probability) in zip(table, found, strict=True):
+            line |= {"label": name(label), "predicted": name(predicted), "p(label)": round(probability, 6)}
+        columns = list(table[0]) if table else ["label", "predicted", "p(label)"]
+        write_table(folder / "mistakes.csv", columns, ([line[column] for column in columns] for line in table))
+        picture = folder / "mistakes.png"
+        if not hasattr(data, "images"):
+            return
+        if not found:
+            picture.unlink(missing_ok=True)
+            return
+        says = [f"{line['label']} taken for\n{line['predicted']}, p {line['p(label)']:.3f}" for line in table]
+        draw_images(picture, data.images(split, rows), says, f"worst mistakes, {title}")
+
+
+def draw_images(path: Path, images: UInt8[Tensor, "n channels height width"], says: list[str], title: str) -> None:
+    """Draws images side by side, eight in a row, with words above each."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    across = min(8, len(images))
+    down = math.ceil(len(images) / across)
+    figure = Figure(figsize=(1.4 * max(across, 3), 1.7 * down + 0.5), layout="constrained")
+    places = figure.subplots(down, across, squeeze=False).flatten()
+    for axes in places:
+        axes.set_axis_off()
+    for axes, image, words in zip(places, images, says, strict=False):
+        axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
+        axes.set_title(words, fontsize=8)
+    figure.suptitle(title)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120)
