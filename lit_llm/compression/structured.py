@@ -366,8 +366,9 @@ class Blocks(Structured):
         scores = self._scores(blocks, network, batches)
         scores[0] = torch.inf
         stay = self.kept(scores).tolist()
-        parent, _, last = name.rpartition(".")
-        setattr(network.get_submodule(parent), last, nn.ModuleList([blocks[index] for index in stay]))
+        rest = nn.ModuleList([blocks[index] for index in stay])
+        rest.training = blocks.training
+        network.set_submodule(name, rest)
         for index, old in enumerate(stay):
             for module in blocks[old].modules():
                 if vars(module).get("layer_idx") == old:
@@ -430,7 +431,12 @@ class Channels(Structured):
 
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
         """Takes the channels out."""
-        import torch_pruning
+        try:
+            import torch_pruning
+        except ImportError as error:
+            raise ImportError(
+                "torch-pruning must be installed to take channels out, but is not; pip install 'lit-llm[compression]'"
+            ) from error
 
         out = torch_pruning.prune_conv_out_channels
         convolutions = chosen_layers(network, self.layers or ["*"], (nn.Conv1d, nn.Conv2d))

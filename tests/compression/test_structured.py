@@ -10,7 +10,7 @@ from lit_llm.checkpoints import load_model, save_model
 from lit_llm.compression.compression import records_of, replay
 from lit_llm.compression.low_rank import SVD
 from lit_llm.compression.structured import Blocks, Channels, Heads, Neurons, column_squares, taylor
-from lit_llm.models.pretrained import PretrainedLM
+from lit_llm.models.pretrained import PretrainedCausalLM
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT, example, together
 from tests.test_contracts import MISTRAL
@@ -153,10 +153,10 @@ def test_heads_of_gpt2_are_refused(tiny_gpt2) -> None:
 
 
 def test_decoders_of_transformers_shrink_too() -> None:
-    network = PretrainedLM(
+    network = PretrainedCausalLM(
         37, config=MISTRAL | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
     ).eval()
-    whole = PretrainedLM(37, config=network.to_hf_config()).eval()
+    whole = PretrainedCausalLM(37, config=network.to_hf_config()).eval()
     whole.load_state_dict(network.state_dict())
     batch = tokens()
     record = Heads(importance="activation").apply(network, [batch])
@@ -164,7 +164,7 @@ def test_decoders_of_transformers_shrink_too() -> None:
         silence(block.self_attn.o_proj, kept, 8)
     torch.testing.assert_close(network(**read(batch)), whole(**read(batch)), atol=1e-5, rtol=1e-5)
     assert network.to_hf_config()["num_key_value_heads"] == 1
-    again = PretrainedLM(37, config=network.to_hf_config()).eval()
+    again = PretrainedCausalLM(37, config=network.to_hf_config()).eval()
     again.load_state_dict(network.state_dict())
     assert torch.equal(again(**read(batch)), network(**read(batch)))
 
