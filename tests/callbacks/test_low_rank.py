@@ -21,7 +21,7 @@ def overlay(tmp_path) -> list[str]:
     content = yaml.safe_load((REPOSITORY / "configs/compression/low_rank.yaml").read_text())
     content["trainer"]["callbacks+"][0]["init_args"]["start"] = 0.5
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(content))
-    return ["--config", str(tmp_path / "overlay.yaml")]
+    return ["--config", str(tmp_path / "overlay.yaml"), "--model.network.d_ff", "48"]
 
 
 @pytest.mark.parametrize("every", [5, 7])  # before it is factorised, and after
