@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 import lit_llm
 from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoints import read_adapted, save_model
+from lit_llm.compression.compression import is_reformed, records_of
+from lit_llm.compression.sparsity import remove_masks
 from lit_llm.files import replacing
 
 log = logging.getLogger(__name__)
@@ -111,13 +114,15 @@ class RunReport(Callback):
         if best.exists():
             network, _ = read_adapted(best)
         else:
-            network = copy.deepcopy(pl_module.evaluated) if adaptation is not None else pl_module.evaluated
+            changes = adaptation is not None or records_of(pl_module.evaluated)
+            network = copy.deepcopy(pl_module.evaluated) if changes else pl_module.evaluated
         if adaptation is not None:
             if adaptation.adds:
                 with replacing(folder / "adapter") as new:
                     new.mkdir()
                     adaptation.save(network, new)
             adaptation.finish(network)
+        remove_masks(network)
         if not hasattr(network, "to_hf_config"):
             log.info(f"No model directory: transformers has no class for a {type(network).__name__}")
             return
@@ -134,6 +139,17 @@ class RunReport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
         self.results = state_dict["results"]
+
+
+def forget_best(trainer: Trainer) -> None:
+    """Has what was best so far give way to the next validation: for a callback after which it is another network."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, RunReport):
+            callback.results = {name: v for name, v in callback.results.items() if not name.startswith("best/")}
+        elif isinstance(callback, ModelCheckpoint):
+            callback.best_k_models = {}
+            callback.best_model_score = callback.current_score = None
+            callback.kth_best_model_path = callback.best_model_path = ""
 
 
 def commit() -> str | None:
@@ -162,7 +178,7 @@ def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> s
     """What a model is, what it was made from and by, and what it reaches, as Markdown."""
     figures = {k: v for k, v in results.items() if isinstance(v, float) and k.startswith(("val/", "best/", "test/"))}
     manifest = {k: v for k, v in getattr(data, "manifest", {}).items() if k != "files"}
-    parameters = sum(p.numel() for p in network.parameters())
+    parameters, reformed = sum(p.numel() for p in network.parameters()), is_reformed(network)
     return "\n".join(
         [
             "---",
@@ -179,6 +195,7 @@ def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> s
             f"for {results.get('step'):,} steps over {results.get('tokens', 0):,} tokens in "
             f"{results.get('seconds', 0):,.0f} s.",
             "",
+            *(["Its form is that of `compression.json`, which lit-llm reads; transformers does not.", ""] * reformed),
             "| metric | value |",
             "| --- | ---: |",
             *(f"| {k} | {v:.4f} |" for k, v in sorted(figures.items())),
