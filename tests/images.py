@@ -15,12 +15,12 @@ def noise(number: int, height: int = 6, width: int = 6, mode: str = "L") -> Imag
     return Image.fromarray(pixels)
 
 
-def tree(folder: Path, classes: dict[str, int], first: int = 0) -> Path:
+def tree(folder: Path, classes: dict[str, int], first: int = 0, side: int = 6) -> Path:
     """A folder for each class with so many pictures; no two are the same."""
     for name, count in classes.items():
         (folder / name).mkdir(parents=True)
         for _ in range(count):
-            noise(first).save(folder / name / f"{first:03}.png")
+            noise(first, side, side).save(folder / name / f"{first:03}.png")
             first += 1
     return folder
 

@@ -10,8 +10,10 @@ import yaml
 
 from lit_llm.checkpoints import save_model
 from lit_llm.data.tokenizer import byte_tokenizer
+from lit_llm.models.lenet import LeNet
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT
+from tests.images import tree
 from tests.writing import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
@@ -61,6 +63,12 @@ def small(tmp_path, tiny_llama, texts, chats):
 
     def options(path: Path) -> list[object]:
         content, init_args = path.read_text(), yaml.safe_load(path.read_text())["model"]["init_args"]
+        if "VisionData" in content:
+            found = ["--data.path", tree(tmp_path / "images", {"a": 40, "b": 40}, side=28), *SPLITS]
+            if "weights" in init_args:
+                save_model(tmp_path / "start", LeNet(2))
+                found += ["--model.weights", tmp_path / "start"]
+            return found
         if "encoder_" not in path.stem:
             tokenizer = next((spec for kind, spec in TOKENIZERS.items() if f".{kind}\n" in content), "bytes")
             of_pairs = "Seq2SeqData" in content

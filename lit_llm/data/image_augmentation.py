@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -141,14 +142,16 @@ class ImageAugmentation:
     @property
     def weak(self) -> ImageAugmentation:
         """The same with shift, crop and flip alone, drawn independently."""
-        return self._changed({name: 0 for name in vars(self) if name not in (*WEAK, "magnitude")}, 1)
+        return self._changed(
+            {name: 0 * value for name, value in vars(self).items() if name not in (*WEAK, "magnitude")}, 1
+        )
 
     @property
     def without_mixing(self) -> ImageAugmentation:
         """The same without MixUp and CutMix."""
-        return self._changed({"mixup": 0, "cutmix": 0}, 0)
+        return self._changed({"mixup": 0.0, "cutmix": 0.0}, 0)
 
-    def _changed(self, values: dict[str, int], stream: int) -> ImageAugmentation:
+    def _changed(self, values: dict[str, Any], stream: int) -> ImageAugmentation:
         changed = copy.copy(self)
         changed.__dict__ |= {**values, "stream": stream}
         return changed
