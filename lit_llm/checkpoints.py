@@ -9,7 +9,7 @@ import json
 import pkgutil
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,9 +23,14 @@ from transformers import PreTrainedTokenizerBase
 import lit_llm.models
 from lit_llm.adaptation import Adaptation
 from lit_llm.checkpoint_files import plain_errors, read_checkpoint
+from lit_llm.compression.compression import is_reformed, records_of, replay
+from lit_llm.compression.sparsity import remove_masks
 from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
 from lit_llm.models.pretrained_network import Pretrained
+
+COMPRESSION = "compression.json"
+"""In a model directory: what was done to the network to compress it (`compression.compression`)."""
 
 ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -61,12 +66,14 @@ def save_model(
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+        if records := records_of(network):
+            (new / COMPRESSION).write_text(json.dumps(records, indent=2) + "\n")
         if card is not None:
             (new / "README.md").write_text(card, encoding="utf-8")
 
 
 def _write_weights(network: nn.Module, folder: Path) -> None:
-    if hasattr(network, "save_weights"):
+    if hasattr(network, "save_weights") and not is_reformed(network):
         network.save_weights(folder)
         return
     # A tied matrix is one tensor under its first name.
@@ -164,7 +171,11 @@ def _from_directory(folder: Path) -> Model:
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"config.json must describe a network, but in {folder} it does not: {error!r}") from error
     size = arguments.pop(first_argument(kind))
-    if hasattr(kind, "load_weights"):
+    records = _read_records(folder)
+    if any("form" in record for record in records):
+        network = replay(kind(size, **arguments), records)
+        _fill_from_directory(network, folder)
+    elif hasattr(kind, "load_weights"):
         _require_whole(folder)
         with torch.device("meta"):
             network = kind(size, **arguments)
@@ -172,9 +183,22 @@ def _from_directory(folder: Path) -> Model:
     else:
         network = kind(size, **arguments)
         _fill_from_directory(network, folder)
+    replay(network, records)
     recipe = {**class_path(kind), "init_args": {n: plain(v) for n, v in arguments.items()}, "size": size}
     has_tokenizer = (folder / "tokenizer.json").is_file()
     return Model(network, open_tokenizer(folder) if has_tokenizer else None, recipe, folder)
+
+
+def _read_records(folder: Path) -> list[dict[str, Any]]:
+    """What was done to a network to compress it."""
+    path = folder / COMPRESSION
+    try:
+        records = json.loads(path.read_text()) if path.is_file() else []
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{COMPRESSION} must be JSON, but in {folder} it is not: {error}") from error
+    if not (isinstance(records, list) and all(isinstance(record, dict) for record in records)):
+        raise ValueError(f"{COMPRESSION} must be a list of what was done, but in {folder} it is not")
+    return records
 
 
 def class_path(kind: type) -> dict[str, Any]:
@@ -254,8 +278,13 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _as_transformers(network: nn.Module) -> dict[str, Tensor]:
     """The parameters by the names, and in the shapes, that transformers gives them."""
-    view = getattr(network, "hf_view", lambda name, parameter: parameter)
-    return {network.hf_name(name): view(name, p) for name, p in network.named_parameters()}
+    view, name_of = getattr(network, "hf_view", lambda name, parameter: parameter), _hf_names(network)
+    return {name_of(name): view(name, p) for name, p in _own(network).items()}
+
+
+def _hf_names(network: nn.Module) -> Callable[[str], str]:
+    """How transformers calls what is in a network; one of its own is one level further in here."""
+    return getattr(network, "hf_name", lambda name: name.removeprefix("model."))
 
 
 def _zeros(network: nn.Module) -> dict[str, tuple[int, ...]]:
@@ -266,7 +295,8 @@ def _zeros(network: nn.Module) -> dict[str, tuple[int, ...]]:
 def _fill_from_directory(network: nn.Module, folder: Path) -> None:
     """Copies the weights of a directory of transformers, or one in its form."""
     stored = {name: t for name, t in _tensors(folder) if not name.endswith(getattr(network, "hf_buffers", ()))}
-    base = network.hf_name("")
+    name_of = _hf_names(network)
+    base = name_of("")
     if not any(name.startswith(base) for name in stored):  # saved without its head
         stored = {name if name.startswith("lm_head.") else base + name: t for name, t in stored.items()}
     for name in _zeros(network):
@@ -274,7 +304,7 @@ def _fill_from_directory(network: nn.Module, folder: Path) -> None:
             raise ValueError(
                 f"{name} must be zero for a network without biases, but is not in {folder}; give the network biases"
             )
-    tied = {network.hf_name(name) for name, _ in network.named_parameters(remove_duplicate=False)}
+    tied = {name_of(name) for name, _ in network.named_parameters(remove_duplicate=False)}
     _fill(_as_transformers(network), stored, folder, tied)
 
 
@@ -305,7 +335,7 @@ def _fill(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied:
 
 
 def read_adapted(path: Path) -> tuple[nn.Module, Adaptation | None]:
-    """The network of a checkpoint as it was trained, with what its adaptation had made of it."""
+    """The network of a checkpoint as it was trained, with what its adaptation had made of it, and with its masks."""
     return _as_trained(path, read_checkpoint(path))
 
 
@@ -314,6 +344,7 @@ def _from_checkpoint(path: Path) -> Model:
     network, adaptation = _as_trained(path, checkpoint)
     if adaptation is not None:
         adaptation.finish(network)
+    remove_masks(network)
     return Model(network, _tokenizer_of(checkpoint), checkpoint["network"], None)
 
 
@@ -321,7 +352,7 @@ def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adap
     recipe = checkpoint.get("network")
     if not isinstance(recipe, dict):
         raise ValueError(f"model must be a checkpoint of an objective of this package, but {path} describes no network")
-    network = _built(recipe, path, recipe["size"])
+    network = replay(_built(recipe, path, recipe["size"]), checkpoint.get("compression", []))
     adaptation = _built(checkpoint["adaptation"], path) if checkpoint.get("adaptation") else None
     if adaptation is not None:
         adaptation.prepare(network)

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 import lit_llm
 from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoints import read_adapted, save_model
+from lit_llm.compression.compression import records_of
+from lit_llm.compression.sparsity import remove_masks
 from lit_llm.files import replacing
 
 log = logging.getLogger(__name__)
@@ -111,13 +114,15 @@ class RunReport(Callback):
         if best.exists():
             network, _ = read_adapted(best)
         else:
-            network = copy.deepcopy(pl_module.evaluated) if adaptation is not None else pl_module.evaluated
+            changes = adaptation is not None or records_of(pl_module.evaluated)
+            network = copy.deepcopy(pl_module.evaluated) if changes else pl_module.evaluated
         if adaptation is not None:
             if adaptation.adds:
                 with replacing(folder / "adapter") as new:
                     new.mkdir()
                     adaptation.save(network, new)
             adaptation.finish(network)
+        remove_masks(network)
         if not hasattr(network, "to_hf_config"):
             log.info(f"No model directory: transformers has no class for a {type(network).__name__}")
             return
@@ -132,6 +137,17 @@ class RunReport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
         self.results = state_dict["results"]
+
+
+def forget_best(trainer: Trainer) -> None:
+    """Has what was best so far give way to the next validation: for a callback after which it is another network."""
+    for callback in trainer.callbacks:
+        if isinstance(callback, RunReport):
+            callback.results = {name: v for name, v in callback.results.items() if not name.startswith("best/")}
+        elif isinstance(callback, ModelCheckpoint):
+            callback.best_k_models = {}
+            callback.best_model_score = callback.current_score = None
+            callback.kth_best_model_path = callback.best_model_path = ""
 
 
 def commit() -> str | None:

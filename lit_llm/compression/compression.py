@@ -14,7 +14,8 @@ Batch = Mapping[str, Any]
 """What a data module yields: tensors by name. The network is called with those that it reads (see `calibration`)."""
 
 Record = dict[str, Any]
-"""What one method did: `class_path` and `init_args` of the method, and what it found and left, as plain values."""
+"""What one method did, as plain values: its `class_path` and `init_args`, what it found and left, and as `form`, only
+where the network is no longer made as its config says, all that is needed to make it so."""
 
 
 class Compression(ABC):
@@ -22,11 +23,11 @@ class Compression(ABC):
 
     The face is two calls. `apply` works on a network in place, once, and returns its record, which it also appends to
     `network.compression`: so that `checkpoints` can write it beside the weights (`compression.json`) and an objective
-    into its checkpoints. `replay` gives a network that was only just built, and has no weights worth keeping, the form
+    into its checkpoints. `reform` gives a network that was only just made, and has no weights worth keeping, the form
     that the record tells of; then the weights are loaded. A method that leaves the network as its config describes it
-    (masks made permanent, uniformly fewer neurons) has nothing to replay.
+    (weights set to zero, uniformly fewer neurons) has no `form` in its record, and no `reform`.
 
-    A subclass writes `compress`, and `replay` where it changes the form. Methods compose: one network may be compressed
+    A subclass writes `compress`, and `reform` where it changes the form. Methods compose: one network may be compressed
     by several, or by one several times.
     """
 
@@ -59,9 +60,13 @@ class Compression(ABC):
         """Does the work of `apply`, in place; what it returns goes into the record (and must be plain values)."""
 
     @classmethod
-    def replay(cls, network: nn.Module, record: Record) -> None:
-        """Gives a fresh network the form that `compress` left; to do it again changes nothing."""
-        return  # many leave the form as it was
+    def reform(cls, network: nn.Module, form: Any) -> None:
+        """Gives a fresh network the form that `compress` left it; to do it again changes nothing.
+
+        Raises:
+            NotImplementedError: For a method that leaves the form as it was.
+        """
+        raise NotImplementedError(f"form must be of a method that changes one, but {cls.__name__} does not")
 
     def described(self) -> Record:
         """The method itself as plain values."""
@@ -75,21 +80,29 @@ def records_of(network: nn.Module) -> list[Record]:
     return list(getattr(network, "compression", []))
 
 
+def is_reformed(network: nn.Module) -> bool:
+    """Whether a network is no longer made as its config says."""
+    return any("form" in record for record in records_of(network))
+
+
 def replay(network: nn.Module, records: Iterable[Record]) -> nn.Module:
-    """Gives a fresh network the form that its records tell of, before its weights are loaded.
+    """Gives a network the form that records tell of, before weights of that form are loaded; and the records.
 
     Raises:
         ValueError: When a record names no method of compression, or does not fit the network.
     """
+    records = list(records)
     for record in records:
         kind = _method(record)
-        try:
-            kind.replay(network, record)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"compression must be of this network, but its {record['class_path']} does not fit: {error}"
-            ) from error
-        network.compression = [*records_of(network), record]
+        if "form" in record:
+            try:
+                kind.reform(network, record["form"])
+            except (AttributeError, IndexError, KeyError, TypeError, NotImplementedError) as error:
+                raise ValueError(
+                    f"compression must be of this network, but its {record['class_path']} does not fit: {error}"
+                ) from error
+    if records or records_of(network):
+        network.compression = records
     return network
 
 

@@ -24,6 +24,7 @@ from torchmetrics import Metric, MetricCollection
 from lit_llm.adaptation import Adaptation
 from lit_llm.batch import inputs
 from lit_llm.checkpoints import Model, class_path, copy_weights, first_argument, plain, read_model
+from lit_llm.compression.compression import records_of, replay
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.objectives.features import FeatureCache, can_be_cached
 from lit_llm.optimizers import parameter_groups
@@ -212,6 +213,7 @@ class Objective(LightningModule, ABC):
             self.network = source.network.train()
             self.hparams["network"] = {key: source.recipe[key] for key in ("class_path", "init_args")}
         else:
+            replay(self.network, records_of(source.network))
             copy_weights(source.network, self.network, self.hparams["weights"])
         log.info(f"Starting from the weights of {self.hparams['weights']}")
         self.hparams["weights"] = None  # a checkpoint has weights of its own
@@ -471,11 +473,13 @@ class Objective(LightningModule, ABC):
             network = {key: checkpoint["network"][key] for key in ("class_path", "init_args")}
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "network": network}
 
+        if records := records_of(self.network):
+            checkpoint["compression"] = records
         if self.adaptation is not None:
             checkpoint["adaptation"] = described("adaptation", self.adaptation)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses weights of another network in one line.
+        """Gives the network the form that compression had given it; refuses weights of another network in one line.
 
         Raises:
             ValueError: Naming the first parameter that differs.
@@ -483,6 +487,7 @@ class Objective(LightningModule, ABC):
         if self.hparams["network"] is None:
             self.hparams.update(checkpoint["hyper_parameters"])
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0))
+        replay(self.network, checkpoint.get("compression", []))
         own, stored = self.state_dict(), checkpoint["state_dict"]
         for name in sorted(own.keys() | stored.keys()):
             here, there = (tuple(d[name].shape) if name in d else "absent" for d in (own, stored))

@@ -22,11 +22,11 @@ class Wider(Compression):
 
     def compress(self, network: nn.Module, batches: list[Any]) -> Record:
         network[0] = nn.Linear(2, 3 * self.by)
-        return {"width": 3 * self.by}
+        return {"form": {"width": 3 * self.by}}
 
     @classmethod
-    def replay(cls, network: nn.Module, record: Record) -> None:
-        network[0] = nn.Linear(2, record["width"])
+    def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
+        network[0] = nn.Linear(2, form["width"])
 
 
 def network() -> nn.Sequential:
@@ -58,7 +58,7 @@ def test_a_method_that_looks_at_what_flows_wants_batches() -> None:
         ({"class_path": "torch.nn.Linear"}, "compression must name methods of compression, but names torch.nn.Linear"),
         ({}, "compression must name methods that can be imported, but names None: Empty module name"),
         (
-            {"class_path": f"{__name__}.Wider"},
+            {"class_path": f"{__name__}.Wider", "form": {}},
             f"compression must be of this network, but its {__name__}.Wider does not fit: 'width'",
         ),
     ],

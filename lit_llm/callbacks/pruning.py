@@ -1,0 +1,193 @@
+"""When weights become zero during a run, and how they stay so; `compression.sparsity` says which."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+from torch.optim import Optimizer
+
+from lit_llm.callbacks.calibration import calibration_batches
+from lit_llm.callbacks.run_report import forget_best
+from lit_llm.compression.compression import records_of
+from lit_llm.compression.sparsity import (
+    MASK,
+    Magnitude,
+    Movement,
+    Sparsity,
+    Zeros,
+    add_masks,
+    apply_masks,
+    cubic,
+    masked_layers,
+    sparsity_of,
+)
+
+log = logging.getLogger(__name__)
+
+
+class KeepZeros(Callback):
+    """Trains on from a pruned model, whose zeros stay zero through every optimiser, momentum and weight decay included.
+
+    The masks are buffers of the network, beside the weights, in the checkpoint; an exported model has none. Logs
+    `train/sparsity`, counted, whenever the trainer logs.
+
+    Args:
+        layers: Patterns of the names of layers; `None` is all matrices inside blocks (`compression.patterns`).
+    """
+
+    def __init__(self, layers: list[str] | None = None) -> None:
+        self.layers = layers
+        self._logged_step = -1
+
+    def prepare(self, network: nn.Module) -> None:
+        """Gives the network its masks; where it comes from a checkpoint it has them."""
+        Zeros(self.layers).apply(network)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Prepares.
+
+        Raises:
+            ValueError: When another network than the one that learns is evaluated, or adapters stand beside weights.
+        """
+        if pl_module.evaluated is not pl_module.network:
+            raise ValueError(
+                f"model must evaluate the network that learns where that is pruned, but is a {type(pl_module).__name__}"
+            )
+        if getattr(getattr(pl_module, "adaptation", None), "adds", False):
+            raise ValueError(
+                "model.adaptation must train the weights themselves where they are pruned, but is a "
+                f"{type(pl_module.adaptation).__name__}"
+            )
+        if not masked_layers(pl_module.network):
+            self.prepare(pl_module.network)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Has each optimiser leave zeros behind whenever it has stepped."""
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(lambda *_: apply_masks(pl_module.network))
+        self._logged_step = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Leaves out the gradients of what is pruned: they would count when others are clipped or orthogonalised."""
+        apply_masks(pl_module.network, gradients=True)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Logs."""
+        step = trainer.global_step
+        if step != self._logged_step and (step % trainer.log_every_n_steps == 0 or step == trainer.max_steps):
+            self._logged_step = step
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/sparsity": masked_sparsity(pl_module.network)}, step=step)
+
+
+def masked_sparsity(network: nn.Module) -> float:
+    """The counted part of zeros among the weights that have masks."""
+    return sparsity_of(network, list(masked_layers(network)))
+
+
+class Pruning(KeepZeros):
+    """Prunes little by little during training: the sparsity rises along a cubic curve, and the rest learns around it.
+
+    How much is pruned is a function of the step alone; masks, and scores that add up, are buffers of the network, so a
+    resumed run goes on as if never cut. What is pruned stays so. Validations from before the end of the pruning do not
+    count as the best; a run that stops earlier warns.
+
+    Suggested: begin once the learning rate is warm and leave the last third to recover. One step (`start` and `end` the
+    same) prunes at once.
+
+    Args:
+        method: What the score of a weight is, and how sparse the layers become.
+        start: Part of the run after which the first weights go, in [0, 1].
+        end: Part of the run after which the sparsity is reached, in [`start`, 1].
+        every_n_steps: Steps from one pruning to the next.
+        num_batches: Batches of training data that a method looks at which wants to see what flows.
+
+    Raises:
+        ValueError: When a value is out of range.
+
+    Source:
+        Zhu & Gupta, 2017, "To prune, or not to prune", arXiv:1710.01878, eq. 1.
+    """
+
+    def __init__(
+        self,
+        method: Sparsity = Magnitude(),  # noqa: B008 (frozen)
+        start: float = 0.1,
+        end: float = 0.6,
+        every_n_steps: int = 10,
+        num_batches: int = 8,
+    ) -> None:
+        if not 0 <= start <= end <= 1:
+            raise ValueError(f"start and end must be in order and in [0, 1], but are {start} and {end}")
+        for name, value in {"every_n_steps": every_n_steps, "num_batches": num_batches}.items():
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, but is {value}")
+        super().__init__(method.layers)
+        self.method, self.start, self.end = method, start, end
+        self.every_n_steps, self.num_batches = every_n_steps, num_batches
+        self.finished = False
+        self._pruned_step = -1
+
+    def prepare(self, network: nn.Module) -> None:
+        """Gives the network masks that keep everything yet."""
+        form = {"names": list(self.method.chosen(network)), "scores": isinstance(self.method, Movement)}
+        add_masks(network, **form)
+        network.compression = [*records_of(network), self.method.described() | {"form": form}]
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """As in `KeepZeros`."""
+        super().on_train_start(trainer, pl_module)
+        self._pruned_step = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """As in `KeepZeros`; and adds up movements, where that is the score."""
+        super().on_before_optimizer_step(trainer, pl_module, optimizer)
+        if isinstance(self.method, Movement) and not self.finished:
+            self.method.watch(masked_layers(pl_module.network))
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Prunes, where it is time."""
+        step, total = trainer.global_step, trainer.estimated_stepping_batches
+        if step != self._pruned_step and not self.finished:
+            self._pruned_step = step
+            first, last = max(1, math.ceil(self.start * total)), max(1, math.ceil(self.end * total))
+            if step >= last or (step >= first and (step - first) % self.every_n_steps == 0):
+                progress = 1.0 if step >= last else (step - first) / (last - first)
+                self._prune(trainer, pl_module.network, cubic(progress, self.method.final))
+            if step >= last:
+                self.finished = True
+                forget_best(trainer)
+                log.info(f"Pruned to a sparsity of {masked_sparsity(pl_module.network):.4f}")
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    @torch.no_grad()
+    def _prune(self, trainer: Trainer, network: nn.Module, sparsity: float) -> None:
+        layers = masked_layers(network)
+        batches = calibration_batches(trainer, self.num_batches) if self.method.needs_batches else []
+        masks = {name: getattr(layer, MASK) for name, layer in layers.items()}
+        for name, mask in self.method.masks(self.method.scores(network, layers, batches), sparsity, masks).items():
+            # Each process has seen other batches; one decides.
+            masks[name].copy_(trainer.strategy.broadcast(mask) if trainer.world_size > 1 else mask)
+        apply_masks(network)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Says so where the run was over before the pruning."""
+        if not self.finished:
+            log.warning(f"The run stopped at step {trainer.global_step}, before all was pruned that was to be")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether the pruning is over; what is pruned is in the network."""
+        return {"finished": self.finished}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.finished = state_dict["finished"]

@@ -1,0 +1,366 @@
+"""Weights that are zero: by which score, which of them, and how they stay so."""
+
+from __future__ import annotations
+
+import re
+from abc import abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from lit_llm.compression.calibration import input_norms
+from lit_llm.compression.compression import Batch, Compression, Record, records_of, require_fraction
+from lit_llm.compression.patterns import chosen_layers
+from lit_llm.models.block import Block
+
+MASK = "weight_mask"
+"""The buffer beside a layer's weight that is true on what is kept."""
+
+SCORES = "weight_scores"
+"""The buffer beside a layer's weight in which a score adds up over steps."""
+
+Scope = Literal["row", "layer", "global"]
+Scores = dict[str, Tensor]
+
+
+def cubic(progress: float, final: float, initial: float = 0.0) -> float:
+    """The sparsity at a point of a gradual pruning: fast while there is much to spare, slowly towards the end.
+
+    Args:
+        progress: How much of the pruning is over; held in [0, 1].
+        final: The sparsity it ends at.
+        initial: The sparsity it starts from.
+
+    Source:
+        Zhu & Gupta, 2017, "To prune, or not to prune", arXiv:1710.01878, eq. 1.
+
+    Example:
+        >>> [round(cubic(step / 4, final=0.8), 4) for step in range(5)]
+        [0.0, 0.4625, 0.7, 0.7875, 0.8]
+    """
+    left = 1 - min(1.0, max(0.0, progress))
+    return final + (initial - final) * left**3
+
+
+# Masks: plain functions of scores.
+
+
+def lowest(scores: Float[Tensor, "groups n"], num: int) -> Bool[Tensor, "groups n"]:
+    """True on the `num` lowest of each row, exactly so many: of equal ones the first."""
+    found = torch.zeros_like(scores, dtype=torch.bool)
+    return found.scatter_(1, scores.argsort(dim=1, stable=True)[:, :num], True) if num else found
+
+
+def mask_by_row(scores: Float[Tensor, "rows ..."], sparsity: float) -> Bool[Tensor, "rows ..."]:
+    """True on what each output keeps: of its inputs, all but the given part (rounded) with the lowest scores."""
+    flat = scores.flatten(1)
+    return ~lowest(flat, round(sparsity * flat.shape[1])).view_as(scores)
+
+
+def mask_together(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
+    """True on what layers keep: of all their weights, all but the given part (rounded) with the lowest scores."""
+    flat = torch.cat([score.flatten() for score in scores.values()])
+    kept = ~lowest(flat[None], round(sparsity * len(flat)))[0]
+    pieces = kept.split([score.numel() for score in scores.values()])
+    return {name: piece.view_as(scores[name]) for name, piece in zip(scores, pieces)}
+
+
+def mask_n_of_m(scores: Float[Tensor, "rows ..."], n: int, m: int) -> Bool[Tensor, "rows ..."]:
+    """True on the `n` highest scores of each `m` inputs in a row of one output.
+
+    Source:
+        Mishra et al., 2021, "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378, section 3 (2:4).
+    """
+    return ~lowest(scores.flatten(1).reshape(-1, m), m - n).view_as(scores)
+
+
+# On a network.
+
+
+def masked_layers(network: nn.Module) -> dict[str, nn.Module]:
+    """The layers that have a mask, by name."""
+    return {name: layer for name, layer in network.named_modules() if MASK in layer._buffers}
+
+
+@torch.no_grad()
+def add_masks(network: nn.Module, names: list[str], scores: bool = False) -> None:
+    """Gives layers masks that keep everything, and zeros to add scores to, where they have none yet."""
+    for name in names:
+        layer = network.get_submodule(name)
+        if MASK not in layer._buffers:
+            layer.register_buffer(MASK, torch.ones_like(layer.weight, dtype=torch.bool))
+        if scores and SCORES not in layer._buffers:
+            layer.register_buffer(SCORES, torch.zeros_like(layer.weight, dtype=torch.float32))
+
+
+@torch.no_grad()
+def apply_masks(network: nn.Module, gradients: bool = False) -> None:
+    """Sets to zero what the masks do not keep: weights, or their gradients."""
+    for layer in masked_layers(network).values():
+        tensor = layer.weight.grad if gradients else layer.weight
+        if tensor is not None:
+            tensor.mul_(getattr(layer, MASK))
+
+
+def remove_masks(network: nn.Module) -> None:
+    """Leaves plain weights, with zeros where masks keep nothing; what is remembered of it is how sparse they are."""
+    masked = masked_layers(network)
+    if not masked:
+        return
+    apply_masks(network)
+    for layer in masked.values():
+        for name in (MASK, SCORES):
+            if name in layer._buffers:
+                delattr(layer, name)
+    records = records_of(network)
+    for index, record in enumerate(records):
+        names = record["form"].get("names") if isinstance(record.get("form"), dict) else None
+        if names is not None and names[0] in masked:
+            plain = {name: value for name, value in record.items() if name != "form"}
+            records[index] = plain | {"sparsity": sparsity_of(network, names)}
+    network.compression = records
+
+
+def sparsity_of(network: nn.Module, names: list[str] | None = None) -> float:
+    """The counted part of zeros among the weights of some layers, in [0, 1]; `None` is `chosen_layers` by default."""
+    chosen = chosen_layers(network) if names is None else {name: network.get_submodule(name) for name in names}
+    zeros = sum(int((layer.weight == 0).sum()) for layer in chosen.values())
+    return zeros / sum(layer.weight.numel() for layer in chosen.values())
+
+
+@dataclass(frozen=True)
+class Sparsity(Compression):
+    """Sets the weights with the lowest scores to zero. A subclass says what the score is.
+
+    Applied once it leaves plain weights; `callbacks.pruning` applies it little by little during a run.
+
+    Args:
+        sparsity: Part of the weights that become zero, in [0, 1).
+        layers: Patterns of the names of layers; `None` is all matrices inside blocks (`compression.patterns`).
+        scope: What is compared with what: the inputs of one output (`row`), the weights of a `layer`, or of all
+            layers (`global`).
+        pattern: `N:M` keeps N of each M inputs in a row of an output, `2:4` say, which hardware can use; it then
+            decides sparsity and scope.
+
+    Raises:
+        ValueError: When a value is out of range.
+    """
+
+    sparsity: float = 0.5
+    layers: list[str] | None = None
+    scope: Scope = "layer"
+    pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        require_fraction("sparsity", self.sparsity)
+        if self.scope not in ("row", "layer", "global"):
+            raise ValueError(f"scope must be row, layer or global, but is {self.scope!r}")
+        if self.pattern is not None:
+            n, m = self._n_of_m
+            if not 0 < n < m:
+                raise ValueError(f"pattern must keep at least 1 and less than all, N < M, but is {self.pattern!r}")
+
+    @property
+    def _n_of_m(self) -> tuple[int, int]:
+        found = re.fullmatch(r"(\d+):(\d+)", self.pattern or "")
+        if not found:
+            raise ValueError(f"pattern must be N:M, such as 2:4, but is {self.pattern!r}")
+        return int(found[1]), int(found[2])
+
+    @property
+    def final(self) -> float:
+        """The sparsity it comes to."""
+        if self.pattern is None:
+            return self.sparsity
+        n, m = self._n_of_m
+        return 1 - n / m
+
+    @abstractmethod
+    def scores(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> Scores:
+        """How much each weight matters, in the shape of the weight."""
+
+    def chosen(self, network: nn.Module) -> dict[str, nn.Module]:
+        """The layers it acts on.
+
+        Raises:
+            ValueError: When there are none, or one does not divide into the pattern.
+        """
+        chosen = chosen_layers(network, self.layers)
+        if self.pattern is not None:
+            m = self._n_of_m[1]
+            for name, layer in chosen.items():
+                if (inputs := layer.weight[0].numel()) % m:
+                    raise ValueError(
+                        f"layers must have a multiple of {m} inputs for {self.pattern}, but {name} has {inputs}"
+                    )
+        return chosen
+
+    def masks(self, scores: Scores, sparsity: float, kept: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What is kept at a sparsity.
+
+        Args:
+            scores: Of each layer's weights.
+            sparsity: What is wanted now, of `final` at the end. With a pattern the zeros of each M go up one by one.
+            kept: Earlier masks: what they do not keep stays out.
+        """
+        before = kept or {}
+        scores = {
+            name: score.float().masked_fill(~before[name], -torch.inf) if name in before else score.float()
+            for name, score in scores.items()
+        }
+        if self.pattern is not None:
+            n, m = self._n_of_m
+            zeros = int((m - n) * sparsity / self.final + 1e-6)
+            masks = {name: mask_n_of_m(score, m - zeros, m) for name, score in scores.items()}
+        elif self.scope == "row":
+            masks = {name: mask_by_row(score, sparsity) for name, score in scores.items()}
+        elif self.scope == "layer":
+            masks = {name: mask_together({name: score}, sparsity)[name] for name, score in scores.items()}
+        else:
+            masks = mask_together(scores, sparsity)
+        return {name: mask & before[name] if name in before else mask for name, mask in masks.items()}
+
+    @torch.no_grad()
+    def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
+        """Prunes at once; a method that looks at what flows goes block by block, each reading what the pruned give."""
+        chosen = self.chosen(network)
+        for layers in self._one_after_another(network, chosen):
+            for name, mask in self.masks(self.scores(network, layers, batches), self.final).items():
+                layers[name].weight.mul_(mask)
+        return {"layers": list(chosen), "sparsity": sparsity_of(network, list(chosen))}
+
+    def _one_after_another(self, network: nn.Module, chosen: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:
+        if not self.needs_batches or self.scope == "global":
+            return [chosen]
+        blocks = [{*module.modules()} for module in network.modules() if isinstance(module, Block)]
+        place = {layer: index for index, block in enumerate(blocks) for layer in block}
+        parts = groupby(chosen.items(), key=lambda item: place.get(item[1], item[0]))
+        return [dict(part) for _, part in parts]
+
+    @classmethod
+    def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
+        """Adds the masks of a pruning that is under way; one that is over has left plain weights."""
+        add_masks(network, **form)
+
+
+@dataclass(frozen=True)
+class Magnitude(Sparsity):
+    """Small weights go: no data is looked at.
+
+    Idea: what is nearly zero already changes least. Suggested: 50 % at once, up to 90 % little by little in training,
+    `global` for convolutional networks, whose layers differ most in what they can spare.
+
+    Arguments are those of `Sparsity`.
+
+    Source:
+        Han et al., 2015, "Learning both Weights and Connections", arXiv:1506.02626, section 3.
+
+    Example:
+        >>> layer = nn.Linear(3, 1, bias=False)
+        >>> _ = layer.weight.data.copy_(torch.tensor([[3.0, -1.0, 2.0]]))
+        >>> record = Magnitude(sparsity=1 / 3, layers=["0"]).apply(nn.Sequential(layer))
+        >>> layer.weight.tolist()
+        [[3.0, 0.0, 2.0]]
+    """
+
+    def scores(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> Scores:
+        """`|w|`."""
+        return {name: layer.weight.detach().abs() for name, layer in layers.items()}
+
+
+@dataclass(frozen=True)
+class Wanda(Sparsity):
+    """Weights go that are small *and* read little: `|w|` times the norm of what the weight is multiplied by.
+
+    Idea: a few inputs of a transformer's layers are far larger than the others, and their weights matter though they
+    are small. No training. Suggested: 50 %, compared within each output, on 128 rows of training text.
+
+    Arguments are those of `Sparsity`; `scope` is `row`, as in the paper, unless given.
+
+    Source:
+        Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models", arXiv:2306.11695,
+        eq. 1. Blocks are pruned one after another, each seeing what the pruned ones before it give, as there; a
+        norm is a root mean square here, which orders weights alike.
+    """
+
+    needs_batches = True
+    scope: Scope = "row"
+
+    def scores(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> Scores:
+        """`|w| · ‖x‖`."""
+        norms = input_norms(network, layers, batches)
+        return {
+            name: layer.weight.detach().abs() * norms[name].view_as(layer.weight[0]).to(layer.weight)
+            for name, layer in layers.items()
+        }
+
+
+@dataclass(frozen=True)
+class Movement(Sparsity):
+    """Weights go that training moves towards zero: only during a run (`callbacks.pruning`).
+
+    Idea: in fine-tuning what counts is where a weight is going, not where pre-training left it. Suggested: 85 to 97 %
+    of an encoder's blocks while it is fine-tuned, over most of the run.
+
+    Arguments are those of `Sparsity`.
+
+    Source:
+        Sanh et al., 2020, "Movement Pruning", arXiv:2005.07683, eq. 3: a score is the sum of `-w · ∂L/∂w` over the
+        steps. Here what is pruned is zero at once and stays pruned, where the paper keeps its value beside the mask
+        and lets it come back; scores grow by each step's gradient, before clipping and without a rate of their own.
+    """
+
+    def scores(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> Scores:
+        """What `watch` has added up.
+
+        Raises:
+            ValueError: Outside a run.
+        """
+        for name, layer in layers.items():
+            if SCORES not in layer._buffers:
+                raise ValueError(
+                    f"Movement must be applied during a run, by callbacks.pruning, but {name} has no scores of one"
+                )
+        return {name: getattr(layer, SCORES) for name, layer in layers.items()}
+
+    @torch.no_grad()
+    def watch(self, layers: Mapping[str, nn.Module]) -> None:
+        """Adds a step's movement: to be called where the gradients are there."""
+        for layer in layers.values():
+            if layer.weight.grad is not None:
+                getattr(layer, SCORES).addcmul_(layer.weight, layer.weight.grad, value=-1)
+
+
+@dataclass(frozen=True)
+class Zeros(Compression):
+    """What is zero stays zero: masks for training on from a pruned model (`callbacks.pruning.KeepZeros`).
+
+    Args:
+        layers: As in `Sparsity`.
+
+    Raises:
+        ValueError: When nothing is zero.
+    """
+
+    layers: list[str] | None = None
+
+    def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
+        """Adds the masks."""
+        chosen = chosen_layers(network, self.layers)
+        sparsity = sparsity_of(network, list(chosen))
+        if not sparsity:
+            raise ValueError("network must have zeros to keep, but has none; start from the weights of a pruned model")
+        add_masks(network, list(chosen))
+        for layer in chosen.values():
+            getattr(layer, MASK).copy_(layer.weight != 0)
+        return {"form": {"names": list(chosen)}, "sparsity": sparsity}
+
+    @classmethod
+    def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
+        """Adds the masks, of a run that is under way."""
+        add_masks(network, **form)
