@@ -24,6 +24,7 @@ import lit_llm.models
 from lit_llm.adaptation import Adaptation
 from lit_llm.checkpoint_files import plain_errors, read_checkpoint
 from lit_llm.compression.compression import is_reformed, records_of, replay
+from lit_llm.compression.quantization import convert
 from lit_llm.compression.sparsity import remove_masks
 from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
@@ -77,7 +78,8 @@ def _write_weights(network: nn.Module, folder: Path) -> None:
         network.save_weights(folder)
         return
     # A tied matrix is one tensor under its first name.
-    named = {name: p.detach().float().contiguous().cpu() for name, p in _as_transformers(network).items()}
+    named = {name: p.detach().contiguous().cpu() for name, p in _as_transformers(network).items()}
+    named = {name: p.float() if p.is_floating_point() else p for name, p in named.items()}  # integers stay small
     named |= {name: torch.zeros(shape) for name, shape in _zeros(network).items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
 
@@ -345,6 +347,7 @@ def _from_checkpoint(path: Path) -> Model:
     if adaptation is not None:
         adaptation.finish(network)
     remove_masks(network)
+    convert(network)
     return Model(network, _tokenizer_of(checkpoint), checkpoint["network"], None)
 
 
