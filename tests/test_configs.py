@@ -18,6 +18,7 @@ CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 RUNS = [path for path in CONFIGS if path.parent.name in ("pretraining", "finetuning", "distillation")]
 ADAPTATIONS = [path for path in CONFIGS if path.parent.name == "adaptation"]
 OVERLAYS = [path for path in CONFIGS if path.parent.name in ("logging", "strategy")]
+OVERLAYS += [path for path in CONFIGS if path.parent.name == "compression" and not path.stem.startswith("chain_")]
 
 
 def name(path: Path) -> str:

@@ -21,6 +21,10 @@ from torch.utils.data import DataLoader
 import lit_llm
 from lit_llm.batch import IGNORE_INDEX, inputs
 from lit_llm.checkpoints import save_model
+from lit_llm.compression.calibration import answer
+from lit_llm.compression.compression import Compression, replay
+from lit_llm.compression.patterns import chosen_layers
+from lit_llm.compression.sparsity import Magnitude, Movement, Zeros, add_masks
 from lit_llm.generation import generate
 from lit_llm.models.block import Block
 from lit_llm.objectives.distillation import Distillation
@@ -51,6 +55,7 @@ LANGUAGE_MODELS = [c for c in OF_TOKENS if hasattr(c, "new_cache")]
 ENCODERS = [c for c in OF_TOKENS if hasattr(c, "logits_at")]
 ENCODER_DECODERS = [c for c in OF_TOKENS if hasattr(c, "generate")]
 OBJECTIVES = classes("lit_llm.objectives", Objective)
+COMPRESSIONS = classes("lit_llm.compression", Compression)
 DATA_MODULES = classes("lit_llm.data", LightningDataModule)
 CALLBACKS = classes("lit_llm.callbacks", Callback)
 SMALL = {"d_model": 16, "num_layers": 2, "num_heads": 2}
@@ -513,6 +518,60 @@ class TestDataModule:
         rest = list(fresh)
         assert len(rest) == len(whole) - 2 > 0
         assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(whole[2:], rest, strict=True))
+
+
+def decoder() -> nn.Module:
+    """The one whose heads have a width of their own."""
+    kind = next(kind for kind in LANGUAGE_MODELS if "d_head" in inspect.signature(kind).parameters)
+    return kind(VOCAB, **SMALL)
+
+
+class Convolutions(nn.Sequential):
+    def __init__(self) -> None:
+        super().__init__(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3))
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+class TestCompression:
+    def pair(self, kind: type) -> tuple[nn.Module, nn.Module, dict[str, torch.Tensor]]:
+        """Two networks alike, of which the first is to be compressed, and a batch; of a pruned one where zeros count."""
+        made = [
+            awake(Convolutions() if "channels" in kind.__doc__.lower().splitlines()[0] else decoder()) for _ in "ab"
+        ]
+        made[1].load_state_dict(made[0].state_dict())
+        if issubclass(kind, Movement | Zeros):
+            Magnitude().apply(made[0])
+        if issubclass(kind, Movement):
+            for network in made:
+                add_masks(network, list(chosen_layers(network)), scores=True)
+        ids = torch.randint(VOCAB, (4, 6))
+        return *made, {"input": torch.randn(4, 1, 8, 8), "input_ids": ids, "labels": ids[:, 0] % 3}
+
+    def test_its_record_and_the_weights_make_the_network_again(self, kind):
+        network, fresh, batch = self.pair(kind)
+        before = {name: p.clone() for name, p in network.state_dict().items()}
+        kind().apply(network, [batch])
+        after = network.state_dict()
+        assert any(name not in after or not torch.equal(after[name], p) for name, p in before.items()) or len(
+            after
+        ) > len(before)
+        records = json.loads(json.dumps(network.compression))
+        if hasattr(network, "to_hf_config"):
+            fresh = type(network).from_hf_config(network.to_hf_config())
+        if issubclass(kind, Movement):
+            add_masks(fresh, list(chosen_layers(fresh)), scores=True)
+        replay(fresh, records).load_state_dict(after)
+        assert torch.equal(answer(fresh.eval(), batch), answer(network.eval(), batch))
+        assert fresh.compression == records
+
+    def test_it_leaves_mode_and_random_numbers_as_they_were(self, kind):
+        network, _, batch = self.pair(kind)
+        for mode in (True, False):
+            network.train(mode)
+            state = torch.get_rng_state()
+            kind().apply(network, [batch])
+            assert all(module.training == mode for module in network.modules())
+            assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("kind", CALLBACKS)

@@ -20,7 +20,7 @@ import lit_llm
 from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoints import read_adapted, save_model
-from lit_llm.compression.compression import records_of
+from lit_llm.compression.compression import is_reformed, records_of
 from lit_llm.compression.quantization import convert
 from lit_llm.compression.sparsity import remove_masks
 from lit_llm.files import replacing
@@ -178,7 +178,7 @@ def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> s
     """What a model is, what it was made from and by, and what it reaches, as Markdown."""
     figures = {k: v for k, v in results.items() if isinstance(v, float) and k.startswith(("val/", "best/", "test/"))}
     manifest = {k: v for k, v in getattr(data, "manifest", {}).items() if k != "files"}
-    parameters = sum(p.numel() for p in network.parameters())
+    parameters, reformed = sum(p.numel() for p in network.parameters()), is_reformed(network)
     return "\n".join(
         [
             "---",
@@ -195,6 +195,7 @@ def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> s
             f"for {results.get('step'):,} steps over {results.get('tokens', 0):,} tokens in "
             f"{results.get('seconds', 0):,.0f} s.",
             "",
+            *(["Its form is that of `compression.json`, which lit-llm reads; transformers does not.", ""] * reformed),
             "| metric | value |",
             "| --- | ---: |",
             *(f"| {k} | {v:.4f} |" for k, v in sorted(figures.items())),

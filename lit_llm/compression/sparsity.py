@@ -158,8 +158,6 @@ class Sparsity(Compression):
 
     def __post_init__(self) -> None:
         require_fraction("sparsity", self.sparsity)
-        if self.scope not in ("row", "layer", "global"):
-            raise ValueError(f"scope must be row, layer or global, but is {self.scope!r}")
         if self.pattern is not None:
             n, m = self._n_of_m
             if not 0 < n < m:

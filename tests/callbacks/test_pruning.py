@@ -22,7 +22,8 @@ def overlay(tmp_path, method: str, **options) -> list[str]:
     """The shipped overlay with another method, pruning each second step."""
     content = yaml.safe_load((REPOSITORY / "configs/compression/pruning.yaml").read_text())
     init_args = content["trainer"]["callbacks+"][0]["init_args"]
-    init_args["method"] = {"class_path": f"lit_llm.compression.sparsity.{method}", "init_args": {"sparsity": 0.5}}
+    arguments = {"sparsity": 0.5, "layers": ["*.q_proj", "*.up_proj"]}  # others start at zero
+    init_args["method"] = {"class_path": f"lit_llm.compression.sparsity.{method}", "init_args": arguments}
     init_args |= {"every_n_steps": 2, "num_batches": 2} | options
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(content))
     return ["--config", str(tmp_path / "overlay.yaml")]
@@ -33,11 +34,8 @@ def sparsities(run) -> dict[int, float]:
     return {row["step"]: row["train/sparsity"] for row in rows if "train/sparsity" in row}
 
 
-@pytest.mark.parametrize("method", ["Magnitude", "Movement", "Wanda"])
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize(("method", "accumulate"), [("Magnitude", 1), ("Movement", 3), ("Wanda", 1)])
 def test_a_resumed_run_prunes_and_learns_as_one_never_stopped(lit_llm, tiny, tmp_path, method, accumulate):
-    if (method, accumulate) == ("Wanda", 3):
-        pytest.skip("as magnitude, which has no gradients to add up either")
     words = [*tiny, *overlay(tmp_path, method), "--trainer.max_steps", STEPS, "--checkpoint.every_n_steps", 5]
     words += ["--trainer.accumulate_grad_batches", accumulate, "--test_after_fit", "false"]
     assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0

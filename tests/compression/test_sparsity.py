@@ -263,7 +263,6 @@ def test_a_pruned_model_directory_has_plain_weights_and_says_how_it_was_made(tin
     [
         ({"sparsity": 1.0}, "sparsity must be in [0, 1), but is 1.0"),
         ({"sparsity": -0.1}, "sparsity must be in [0, 1), but is -0.1"),
-        ({"scope": "column"}, "scope must be row, layer or global, but is 'column'"),
         ({"pattern": "half"}, "pattern must be N:M, such as 2:4, but is 'half'"),
         ({"pattern": "4:4"}, "pattern must keep at least 1 and less than all, N < M, but is '4:4'"),
     ],

@@ -1,0 +1,93 @@
+"""When matrices are factorised during a run; `compression.low_rank` says how."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim import Optimizer
+
+from lit_llm.callbacks.calibration import calibration_batches
+from lit_llm.callbacks.run_report import forget_best
+from lit_llm.compression.low_rank import SVD
+
+log = logging.getLogger(__name__)
+
+
+class LowRank(Callback):
+    """Factorises once, at a step, and trains on: the rest of the run is the recovery.
+
+    A checkpoint says what was factorised, so a resumed run goes on as if never cut. Validations from before do not
+    count as the best. What the optimiser remembers of the other parameters stays; the factors begin anew.
+
+    Args:
+        method: How matrices are factorised.
+        start: Part of the run after which they are, in [0, 1]; 0 is before the first step.
+        num_batches: Batches of training data that a method looks at which wants to see what flows.
+
+    Raises:
+        ValueError: When a value is out of range, or several processes train.
+    """
+
+    def __init__(self, method: SVD = SVD(), start: float = 0.0, num_batches: int = 8) -> None:  # noqa: B008 (frozen)
+        if not 0 <= start <= 1:
+            raise ValueError(f"start must be in [0, 1], but is {start}")
+        if num_batches < 1:
+            raise ValueError(f"num_batches must be at least 1, but is {num_batches}")
+        self.method, self.start, self.num_batches = method, start, num_batches
+        self.finished = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Sees that it can be done.
+
+        Raises:
+            ValueError: When several processes train, another network than the one that learns is evaluated, or
+                adapters stand beside weights.
+        """
+        if trainer.world_size > 1:
+            raise ValueError(f"trainer.devices must be 1 where matrices are factorised, but is {trainer.world_size}")
+        adapts = getattr(getattr(pl_module, "adaptation", None), "adds", False)
+        if adapts or pl_module.evaluated is not pl_module.network:
+            name = type(pl_module.adaptation if adapts else pl_module).__name__
+            raise ValueError(f"model must train its one network itself where that is factorised, but has a {name}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Factorises, where it is to be before the first step."""
+        self._factorize(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Factorises, where it is time."""
+        self._factorize(trainer, pl_module)
+
+    def _factorize(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self.finished or trainer.global_step < math.ceil(self.start * trainer.estimated_stepping_batches):
+            return
+        batches = calibration_batches(trainer, self.num_batches) if self.method.needs_batches else []
+        before = sum(p.numel() for p in pl_module.network.parameters())
+        self.method.apply(pl_module.network, batches)
+        after = sum(p.numel() for p in pl_module.network.parameters())
+        give_new_parameters(trainer.optimizers[0], pl_module.configure_optimizers()["optimizer"])
+        self.finished = True
+        forget_best(trainer)
+        log.info(f"Factorised: {after:,} parameters in place of {before:,}")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whether it is done; how is in the network."""
+        return {"finished": self.finished}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self.finished = state_dict["finished"]
+
+
+def give_new_parameters(optimizer: Optimizer, fresh: Optimizer) -> None:
+    """Has an optimiser go on with the parameters of a fresh one, remembering what it knows of those that it had."""
+    for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
+        group["params"] = new["params"]
+    learnt = {p for group in optimizer.param_groups for p in group["params"]}
+    for p in [p for p in optimizer.state if p not in learnt]:
+        del optimizer.state[p]

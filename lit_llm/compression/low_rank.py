@@ -1,0 +1,300 @@
+"""Matrices as products of two thin ones: fewer parameters and less work, in ordinary layers."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.utils import skip_init
+
+from lit_llm.compression.calibration import answer, evaluating, input_covariances
+from lit_llm.compression.compression import Batch, Compression, Record
+from lit_llm.compression.patterns import MATRICES, chosen_layers
+
+Allocation = Literal["uniform", "energy", "sensitivity"]
+
+
+class Factors(NamedTuple):
+    """A matrix as `left · right`, of any rank up to the full one: the first so many columns, and rows.
+
+    Attributes:
+        left: Singular vectors of outputs.
+        right: Those of inputs, times the singular values.
+        singular_values: Falling; the square of one is what its rank adds to the squared norm, or, where inputs were
+            looked at, to the mean squared norm of the output.
+    """
+
+    left: Float[Tensor, "outputs full"]
+    right: Float[Tensor, "full inputs"]
+    singular_values: Float[Tensor, " full"]
+
+
+def svd(weight: Float[Tensor, "outputs inputs"]) -> Factors:
+    """The factors that lose least of the weight, in the Frobenius norm, at each rank.
+
+    Source:
+        Eckart & Young, 1936, "The approximation of one matrix by another of lower rank".
+    """
+    u, s, v = torch.linalg.svd(weight.double(), full_matrices=False)
+    return Factors(u, s[:, None] * v, s)
+
+
+def activation_svd(
+    weight: Float[Tensor, "outputs inputs"], covariance: Float[Tensor, "inputs inputs"], ridge: float = 1e-6
+) -> Factors:
+    """The factors that lose least of the output, in mean square over the inputs seen, at each rank.
+
+    Args:
+        weight: Outputs by inputs.
+        covariance: The mean of `x xᵀ`.
+        ridge: Part of the mean variance that each input has beside what was seen, so that a few rows are enough.
+
+    Source:
+        Wang et al., 2024, "SVD-LLM", arXiv:2403.07378, section 3.1: with `L Lᵀ` the covariance (Cholesky), the
+        singular values of `W L` are the losses of output.
+    """
+    covariance = covariance.double()
+    floor = ridge * covariance.diagonal().mean().clamp(min=1e-30)
+    root = torch.linalg.cholesky(
+        covariance + floor * torch.eye(len(covariance), dtype=torch.float64, device=weight.device)
+    )
+    u, s, v = torch.linalg.svd(weight.double() @ root, full_matrices=False)
+    return Factors(u, torch.linalg.solve_triangular(root, s[:, None] * v, upper=False, left=False), s)
+
+
+def matrix(layer: nn.Module) -> Float[Tensor, "outputs inputs"]:
+    """A layer's weight, of a convolution with its places as inputs."""
+    return layer.weight.detach().flatten(1)
+
+
+def factorized(layer: nn.Module, rank: int) -> nn.Sequential:
+    """Two layers of a layer's kind that go through `rank` numbers; their weights are yet to be filled in.
+
+    Of a convolution the first keeps the kernel and where it looks; the second is a convolution of 1 × 1.
+    """
+
+    def make(*sizes: Any, **options: Any) -> nn.Module:  # without a draw, which would shift what a run draws next
+        kind = next(kind for kind in MATRICES if isinstance(layer, kind))
+        return skip_init(kind, *sizes, device=layer.weight.device, dtype=layer.weight.dtype, **options)
+
+    bias = layer.bias is not None
+    if isinstance(layer, nn.Linear):
+        pair = make(layer.in_features, rank, bias=False), make(rank, layer.out_features, bias=bias)
+    else:
+        looks = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
+        pair = make(layer.in_channels, rank, bias=False, **looks), make(rank, layer.out_channels, 1, bias=bias)
+    return nn.Sequential(*pair).train(layer.training)
+
+
+@torch.no_grad()
+def factorize(layer: nn.Module, factors: Factors, rank: int) -> nn.Sequential:
+    """The layer at a rank, its weights balanced between both parts, its bias in the second."""
+    made = factorized(layer, rank)
+    scale = factors.singular_values[:rank].clamp(min=1e-30).sqrt()
+    made[0].weight.copy_((factors.right[:rank] / scale[:, None]).view_as(made[0].weight))
+    made[1].weight.copy_((factors.left[:, :rank] * scale).view_as(made[1].weight))
+    if layer.bias is not None:
+        made[1].bias.copy_(layer.bias)
+    return made
+
+
+def allocate(
+    energies: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], budget: int, weights: Mapping[str, float]
+) -> dict[str, int | None]:
+    """Ranks for all layers that together keep most, greedily: the next rank is where a parameter buys most.
+
+    Args:
+        energies: Of each layer what each rank keeps, falling.
+        shapes: Outputs and inputs of each layer.
+        budget: Parameters for all layers together.
+        weights: What a unit of energy counts for in each layer.
+
+    Returns:
+        The rank of each layer, at least 1; `None` where the whole layer costs no more than its factors.
+
+    Example:
+        >>> flat, steep = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([8.0, 0.1, 0.1, 0.1])
+        >>> shapes = {"flat": (4, 8), "steep": (4, 8)}
+        >>> allocate({"flat": flat, "steep": steep}, shapes, budget=44, weights={"flat": 1.0, "steep": 1.0})
+        {'flat': None, 'steep': 1}
+    """
+    full = {name: -(-outputs * inputs // (outputs + inputs)) for name, (outputs, inputs) in shapes.items()}
+    ranks: dict[str, int | None] = dict.fromkeys(energies, 1)
+    left = budget - sum(sum(shape) for shape in shapes.values())
+    queue: list[tuple[float, int, str]] = []
+
+    def offer(name: str) -> None:
+        """Puts the next step of a layer up: one rank more, or, where that costs as much, the whole layer."""
+        rank, (outputs, inputs) = ranks[name], shapes[name]
+        last = rank + 1 >= full[name]
+        gain = energies[name][rank:].sum() if last else energies[name][rank]
+        cost = outputs * inputs - rank * (outputs + inputs) if last else outputs + inputs
+        heapq.heappush(queue, (-weights[name] * float(gain) / max(cost, 1), cost, name))
+
+    for name in energies:
+        offer(name)
+    while queue:
+        _, cost, name = heapq.heappop(queue)
+        if cost > left:
+            continue
+        left -= cost
+        if ranks[name] + 1 >= full[name]:
+            ranks[name] = None
+        else:
+            ranks[name] += 1
+            offer(name)
+    return ranks
+
+
+@dataclass(frozen=True)
+class SVD(Compression):
+    """Each matrix becomes the product of two thin ones that is nearest to it.
+
+    Idea: a matrix whose singular values fall fast needs few of them. Suggested: keep half of the parameters or more,
+    then a recovery run (`callbacks.low_rank`, or training on from the directory): without one much is lost.
+
+    Args:
+        parameters: Part of the layers' parameters that is left, in (0, 1), over all layers together.
+        allocation: Where they go. `uniform` leaves each layer the same part. `energy` gives the next rank to the layer
+            where a parameter keeps most of its share of squared singular values. `sensitivity` does so too, each
+            layer's share counting as much as the network's answers on calibration batches suffer without it.
+        rank: In place of both, one rank for all layers.
+        layers: Patterns of the names of layers; `None` is all matrices inside blocks (`compression.patterns`).
+
+    Raises:
+        ValueError: When a value is out of range, or a rank above what a layer has.
+
+    Source:
+        Denton et al., 2014, arXiv:1404.0736; budgets by singular values as in Yang et al., 2020, arXiv:2004.09031;
+        sensitivity after Yuan et al., 2023, "ASVD", arXiv:2312.05821, section 3.3, with the divergence of answers in
+        place of perplexity and one measurement a layer. Convolutions become one of the same kernel and a 1 × 1.
+    """
+
+    parameters: float = 0.5
+    allocation: Allocation = "energy"
+    rank: int | None = None
+    layers: list[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.parameters < 1:
+            raise ValueError(f"parameters must be in (0, 1), but is {self.parameters}")
+        if self.rank is not None and self.rank < 1:
+            raise ValueError(f"rank must be at least 1, but is {self.rank}")
+
+    @property
+    def needs_batches(self) -> bool:
+        """Where sensitivity is measured."""
+        return self.allocation == "sensitivity" and self.rank is None
+
+    def factors(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> dict[str, Factors]:
+        """Of each layer, at all ranks."""
+        return {name: svd(matrix(layer)) for name, layer in layers.items()}
+
+    def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
+        """Puts two layers in the place of each that it pays for."""
+        layers = chosen_layers(network, self.layers)
+        for name, layer in layers.items():
+            if getattr(layer, "groups", 1) != 1:
+                raise ValueError(f"layers must be convolutions without groups, but {name} has {layer.groups}")
+            if self.rank is not None and self.rank > (most := min(matrix(layer).shape)):
+                raise ValueError(
+                    f"rank must be at most that of the layers, but is {self.rank}, above the {most} of {name}"
+                )
+        own = dict(network.named_parameters())  # a tied matrix is there under its first name
+        if tied := [name for name in layers if f"{name}.weight" not in own]:
+            raise ValueError(f"layers must have weights of their own, but {tied[0]} shares another's")
+        factors = self.factors(network, layers, batches)
+        ranks = self._ranks(network, layers, factors, batches)
+        form = {}
+        for name, rank in ranks.items():
+            if rank is not None:
+                network.set_submodule(name, factorize(layers[name], factors[name], rank))
+                form[name] = rank
+        before = sum(matrix(layer).numel() for layer in layers.values())
+        after = sum(
+            form[name] * sum(matrix(layer).shape) if name in form else matrix(layer).numel()
+            for name, layer in layers.items()
+        )
+        return {"parameters": after / before, "form": form}
+
+    def _ranks(
+        self, network: nn.Module, layers: Mapping[str, nn.Module], factors: Mapping[str, Factors], batches: list[Batch]
+    ) -> dict[str, int | None]:
+        if self.rank is not None:
+            return dict.fromkeys(layers, self.rank)
+        shapes = {name: tuple(matrix(layer).shape) for name, layer in layers.items()}
+        even = {name: max(1, int(self.parameters * o * i / (o + i))) for name, (o, i) in shapes.items()}
+        if self.allocation == "uniform":
+            return {
+                name: rank if rank * sum(shapes[name]) < math.prod(shapes[name]) else None
+                for name, rank in even.items()
+            }
+        squares = {name: found.singular_values.square() for name, found in factors.items()}
+        shares = {name: square / square.sum().clamp(min=1e-30) for name, square in squares.items()}
+        weights = dict.fromkeys(layers, 1.0)
+        if self.allocation == "sensitivity":
+            lost = {name: float(share[even[name] :].sum()) for name, share in shares.items()}
+            harm = self._harm(network, layers, factors, even, batches)
+            weights = {name: harm[name] / max(lost[name], 1e-12) for name in layers}
+        budget = int(self.parameters * sum(outputs * inputs for outputs, inputs in shapes.values()))
+        return allocate(shares, shapes, budget, weights)
+
+    @torch.no_grad()
+    def _harm(
+        self,
+        network: nn.Module,
+        layers: Mapping[str, nn.Module],
+        factors: Mapping[str, Factors],
+        ranks: Mapping[str, int],
+        batches: list[Batch],
+    ) -> dict[str, float]:
+        """How far the network's answers move, in nats each, when one layer alone is cut to its rank."""
+        with evaluating(network):
+            whole = [answer(network, batch).float().log_softmax(-1) for batch in batches]
+            harm = {}
+            for name, layer in layers.items():
+                network.set_submodule(name, factorize(layer, factors[name], ranks[name]))
+                moved = 0.0
+                for batch, expected in zip(batches, whole):
+                    said = answer(network, batch).float().log_softmax(-1)
+                    divergence = F.kl_div(said, expected, reduction="sum", log_target=True)
+                    moved += float(divergence) / expected[..., 0].numel()
+                network.set_submodule(name, layer)
+                harm[name] = moved / len(batches)
+        return harm
+
+    @classmethod
+    def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
+        """Puts two layers in the place of each that is factorised."""
+        for name, rank in form.items():
+            layer = network.get_submodule(name)
+            if not isinstance(layer, nn.Sequential):
+                network.set_submodule(name, factorized(layer, rank))
+
+
+@dataclass(frozen=True)
+class ActivationSVD(SVD):
+    """Each matrix becomes the product of two thin ones whose output is nearest to its own on calibration batches.
+
+    Idea: what a layer reads lies in few directions; what the matrix does in the others need not be kept. Suggested: as
+    `SVD`, on 64 rows of training text or more.
+
+    Arguments are those of `SVD`; energies are those of the outputs.
+
+    Source:
+        Wang et al., 2024, "SVD-LLM", arXiv:2403.07378, section 3.1; Yuan et al., 2023, "ASVD", arXiv:2312.05821.
+    """
+
+    needs_batches = True
+
+    def factors(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> dict[str, Factors]:
+        """Of each layer, at all ranks, for what it reads."""
+        covariances = input_covariances(network, layers, batches)
+        return {name: activation_svd(matrix(layer), covariances[name]) for name, layer in layers.items()}

@@ -1,0 +1,508 @@
+"""Heads, neurons, channels and blocks taken out for real: a network with smaller matrices that does less work."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_llm.compression.calibration import answer, evaluating, gather, watching
+from lit_llm.compression.compression import (
+    Batch,
+    Compression,
+    Record,
+    is_reformed,
+    records_of,
+    replay,
+    require_fraction,
+)
+from lit_llm.compression.patterns import chosen_layers
+from lit_llm.models.block import Block
+
+Importance = Literal["magnitude", "activation", "taylor"]
+
+FEED_FORWARD = (
+    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),  # Llama and its kin
+    (("mlp.c_fc",), "mlp.c_proj"),  # GPT-2
+    (("intermediate.dense",), "output.dense"),  # BERT and its kin, ViT
+    (("mlp.Wi",), "mlp.Wo"),  # ModernBERT, whose gate is the second half of one matrix
+    (("ffn.lin1",), "ffn.lin2"),  # DistilBERT
+)
+"""Names, in a block, of the layers that write a feed-forward layer's neurons and of the one that reads them."""
+
+WIDTHS = ("d_ff", "intermediate_size", "hidden_dim")
+"""What networks and configs call the number of those neurons."""
+
+HEADS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"
+NUM_HEADS = (("num_heads", "num_kv_heads"), ("num_attention_heads", "num_key_value_heads"))
+HEAD_WIDTHS = ("d_head", "head_dim")
+NUM_BLOCKS = ("num_layers", "num_hidden_layers", "n_layers")
+
+
+def blocks_of(network: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The one list of blocks that a network has, and its name.
+
+    Raises:
+        ValueError: When it has none, or several.
+    """
+    lists = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(block, Block) for block in module)
+    }
+    if len(lists) != 1:
+        raise ValueError(
+            f"network must have one list of blocks, but a {type(network).__name__} has {len(lists)} "
+            f"({', '.join(lists) or 'none'})"
+        )
+    return next(iter(lists.items()))
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear | None:
+    for part in name.split("."):
+        block = getattr(block, part, None)
+    return block if isinstance(block, nn.Linear) else None
+
+
+def _owners(network: nn.Module) -> list[Any]:
+    """The network and the configs that say how large it is."""
+    configs = [getattr(network, "config", None), getattr(getattr(network, "model", None), "config", None)]
+    return [network, *(config.get_text_config() for config in configs if config is not None)]
+
+
+def _size(network: nn.Module, names: tuple[str, ...]) -> int | None:
+    found = (getattr(owner, name, None) for owner in _owners(network) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
+def _set_size(network: nn.Module, names: tuple[str, ...], size: int) -> None:
+    for owner in _owners(network):
+        for name in names:
+            if isinstance(vars(owner).get(name), int):
+                setattr(owner, name, size)
+
+
+@torch.no_grad()
+def _keep(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """Keeps some outputs, or inputs, of a layer."""
+    weight, bias = layer.weight, layer.bias
+    if rows is not None:
+        weight, layer.out_features = weight[rows], len(rows)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias[rows].clone(), bias.requires_grad)
+    if columns is not None:
+        weight, layer.in_features = weight[:, columns], len(columns)
+    layer.weight = nn.Parameter(weight.clone(), layer.weight.requires_grad)
+
+
+def _require_described(network: nn.Module) -> None:
+    """Sees that the network is what its config now describes: else no directory of it could be read."""
+    with torch.device("meta"):
+        again = replay(type(network).from_hf_config(network.to_hf_config()), records_of(network))
+    shapes, expected = ({n: tuple(p.shape) for n, p in made.named_parameters()} for made in (network, again))
+    if shapes != expected:
+        name = min(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        raise ValueError(
+            f"network must still be one that its config can describe, but of a {type(network).__name__} {name} is "
+            f"{shapes.get(name, 'absent')} where that says {expected.get(name, 'absent')}"
+        )
+
+
+def column_squares(
+    network: nn.Module, layers: Mapping[str, nn.Linear], width: int, batches: list[Batch]
+) -> dict[str, Tensor]:
+    """For each unit, `width` inputs of a layer, how much it gives the output: `Σ E[x²] ‖column‖²` over its inputs."""
+    sums, counts = gather(network, layers, batches, lambda read: read.square().sum(0))
+    return {
+        name: (sums[name].float() / counts[name] * layer.weight.detach().float().square().sum(0))
+        .unflatten(0, (-1, width))
+        .sum(1)
+        for name, layer in layers.items()
+    }
+
+
+def surprise(network: nn.Module, batch: Batch) -> Tensor:
+    """The cross-entropy, in nats summed over targets, of a batch's `labels`; without them of what is most likely."""
+    logits = answer(network, batch)
+    labels = batch.get("labels")
+    if labels is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
+        labels = logits.detach().argmax(-1)
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
+
+
+def taylor(
+    network: nn.Module,
+    layers: Mapping[str, nn.Module],
+    batches: list[Batch],
+    units: Callable[[Tensor], Tensor],
+    outputs: bool = False,
+) -> dict[str, Tensor]:
+    """How much the loss would change, to first order, if a unit gave nothing: `|Σ a · ∂L/∂a|`, summed over examples.
+
+    Args:
+        network: Any network.
+        layers: Whose inputs, or outputs, are looked at.
+        batches: With labels, where there are any.
+        units: Sums the products of an example into one number a unit: from (batch, …) to (batch, units).
+        outputs: Look at outputs.
+
+    Source:
+        Molchanov et al., 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference",
+        arXiv:1611.06440, eq. 7; for heads Michel et al., 2019, arXiv:1905.10650, eq. 2.
+    """
+    totals: dict[str, Tensor] = {}
+    for batch in batches:
+        seen: dict[str, Tensor] = {}
+        learning = {p: p.requires_grad for p in network.parameters()}
+        try:
+            for p in network.parameters():  # what is looked at must be on the way of a gradient
+                p.requires_grad_(True)
+            with evaluating(network), watching(layers, seen.__setitem__, outputs), torch.enable_grad():
+                loss = surprise(network, batch)
+                gradients = torch.autograd.grad(loss, list(seen.values()))
+        finally:
+            for p, learns in learning.items():
+                p.requires_grad_(learns)
+        for (name, a), gradient in zip(seen.items(), gradients):
+            totals[name] = totals.get(name, 0) + units(a.detach() * gradient).abs().sum(0)
+    return totals
+
+
+@dataclass(frozen=True)
+class Structured(Compression):
+    """Takes out the least important units of a kind. A subclass says what the units are.
+
+    As many go from each layer, so that the network stays one of its architecture: its config says its new size, and
+    model directories open in transformers as before. What is left computes what the whole network would with those
+    units silent.
+
+    Args:
+        sparsity: Part of the units of each layer that go, in [0, 1), rounded to whole ones; at least one stays.
+        importance: By the size of their weights (`magnitude`), by what they add on calibration batches
+            (`activation`), or by what the loss would be without them to first order (`taylor`; on labels where batches
+            have them).
+
+    Raises:
+        ValueError: When a value is out of range.
+    """
+
+    sparsity: float = 0.5
+    importance: Importance = "magnitude"
+
+    def __post_init__(self) -> None:
+        require_fraction("sparsity", self.sparsity)
+
+    @property
+    def needs_batches(self) -> bool:
+        """Where importance is not in the weights."""
+        return self.importance != "magnitude"
+
+    def kept(self, importance: Tensor) -> Tensor:
+        """The places, in order, of the units that stay."""
+        num = max(1, len(importance) - round(self.sparsity * len(importance)))
+        return importance.argsort(descending=True, stable=True)[:num].sort().values
+
+
+class _OfBlocks(Structured):
+    """Units that are written by some linear layers of each block and read, side by side, by another."""
+
+    what: ClassVar[str]
+
+    @abstractmethod
+    def places(self, network: nn.Module, block: nn.Module) -> tuple[tuple[str, ...], str, int, dict[str, int]] | None:
+        """Names of the writers and of the reader, inputs of the reader a unit, and rows of each writer a unit."""
+
+    @abstractmethod
+    def resize(self, network: nn.Module, num: int) -> None:
+        """Has the network say its new size."""
+
+    def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
+        """Takes the units out of each block."""
+        list_name, blocks = blocks_of(network)
+        found = [self.places(network, block) for block in blocks]
+        if not all(found) or not hasattr(network, "to_hf_config"):
+            raise ValueError(
+                f"network must have {self.what}, but a {type(getattr(network, 'model', network)).__name__} has not, or "
+                f"has been factorised"
+            )
+        readers = {f"{list_name}.{i}.{place[1]}": _linear(blocks[i], place[1]) for i, place in enumerate(found)}
+        width = found[0][2]
+        if self.importance == "activation":
+            scores = column_squares(network, readers, width, batches)
+        elif self.importance == "taylor":
+            scores = taylor(network, readers, batches, lambda x: _per_example(x).unflatten(1, (-1, width)).sum(2))
+        else:
+            scores = {name: self._squares(blocks[i], found[i]) for i, name in enumerate(readers)}
+        kept = []
+        for block, place, score in zip(blocks, found, scores.values()):
+            stay = self.kept(score)
+            kept.append(stay.tolist())
+            for writer, rows in place[3].items():
+                layer = _linear(block, writer)
+                halves = layer.out_features // (rows * len(score))  # two where a gate is in the same matrix
+                places = [_spread(stay, rows) + half * rows * len(score) for half in range(halves)]
+                _keep(layer, rows=torch.cat(places))
+            _keep(_linear(block, place[1]), columns=_spread(stay, width))
+        self.resize(network, len(kept[0]))
+        _require_described(network)
+        return {"kept": kept, "of": len(score)}
+
+    def _squares(self, block: nn.Module, place: tuple[tuple[str, ...], str, int, dict[str, int]]) -> Tensor:
+        """Sums of the squares of all weights of each unit."""
+        _, reader, width, rows = place
+        total = _linear(block, reader).weight.detach().square().sum(0).unflatten(0, (-1, width)).sum(1)
+        for writer, num in rows.items():
+            squares = _linear(block, writer).weight.detach().square().sum(1)
+            total = total + squares.view(-1, len(total), num).sum((0, 2))
+        return total
+
+
+def _spread(units: Tensor, width: int) -> Tensor:
+    """The places of all parts of units that lie side by side."""
+    return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
+
+
+def _per_example(x: Tensor) -> Tensor:
+    """Summed over positions: (batch, …, inputs) to (batch, inputs)."""
+    return x.flatten(1, -2).sum(1) if x.ndim > 2 else x
+
+
+@dataclass(frozen=True)
+class Neurons(_OfBlocks):
+    """Neurons of the feed-forward layers are taken out.
+
+    Idea: two thirds of a transformer's blocks are feed-forward, and many neurons seldom say anything. Suggested: half
+    of them by `activation`, then a recovery run; the first thing to take from a decoder or an encoder.
+
+    Arguments are those of `Structured`.
+
+    Source:
+        Groups of coupled weights: Ma et al., 2023, "LLM-Pruner", arXiv:2305.11627, section 3.1; uniform widths: Xia et
+        al., 2023, "Sheared LLaMA", arXiv:2310.06694. `activation` is Wanda's score (arXiv:2306.11695) of whole columns.
+    """
+
+    what = "feed-forward layers of a known form"
+
+    def places(self, network: nn.Module, block: nn.Module) -> tuple[tuple[str, ...], str, int, dict[str, int]] | None:
+        """One row of each writer and one input of the reader."""
+        for writers, reader in FEED_FORWARD:
+            if all(_linear(block, name) is not None for name in (*writers, reader)):
+                return writers, reader, 1, dict.fromkeys(writers, 1)
+        return None
+
+    def resize(self, network: nn.Module, num: int) -> None:
+        """The width inside."""
+        _set_size(network, WIDTHS, num)
+
+
+@dataclass(frozen=True)
+class Heads(_OfBlocks):
+    """Attention heads are taken out: where queries share keys and values, each with all the queries that share it.
+
+    For networks whose config has a head's width of its own: Llama, Qwen3 and their kin. Where it is the width of the
+    network over the number of heads (GPT-2, BERT, ModernBERT) no config describes what would be left.
+
+    Suggested: up to half of the heads, by `activation`, together with `Neurons`.
+
+    Arguments are those of `Structured`.
+
+    Source:
+        Michel et al., 2019, "Are Sixteen Heads Really Better than One?", arXiv:1905.10650.
+    """
+
+    what = "attention heads whose width its config states"
+
+    def places(self, network: nn.Module, block: nn.Module) -> tuple[tuple[str, ...], str, int, dict[str, int]] | None:
+        """A head of keys and of values, and as many of queries as share it."""
+        writers, reader = HEADS
+        width = _size(network, HEAD_WIDTHS)
+        if width is None or any(_linear(block, name) is None for name in (*writers, reader)):
+            return None
+        group = _linear(block, writers[0]).out_features // _linear(block, writers[1]).out_features
+        rows = dict(zip(writers, (group * width, width, width)))
+        return writers, reader, group * width, rows
+
+    def resize(self, network: nn.Module, num: int) -> None:
+        """Heads of queries, and of keys and values."""
+        for queries, keys in NUM_HEADS:
+            heads, groups = _size(network, (queries,)), _size(network, (keys,))
+            if heads is not None and groups is not None:
+                _set_size(network, (queries,), num * heads // groups)
+                _set_size(network, (keys,), num)
+
+
+@dataclass(frozen=True)
+class Blocks(Structured):
+    """Whole blocks are taken out: those that change what passes through them least.
+
+    Idea: in the upper half of a deep network a block is nearly the identity. It saves time as it saves parameters, on
+    any hardware. Suggested: up to a third, by `activation`, then a recovery run. The first block always stays.
+
+    Args:
+        sparsity: Part of the blocks that go, in [0, 1), rounded to whole ones.
+        importance: `activation` is one minus the cosine between what goes into a block and what comes out;
+            `magnitude` is the mean square of its weights, `taylor` what the loss would be if the block added nothing.
+
+    Source:
+        Men et al., 2024, "ShortGPT", arXiv:2403.03853, eq. 1.
+    """
+
+    importance: Importance = "activation"
+
+    def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
+        """Takes the blocks out."""
+        name, blocks = blocks_of(network)
+        if not hasattr(network, "to_hf_config") or _size(network, NUM_BLOCKS) is None:
+            raise ValueError(
+                f"network must have a config that counts its blocks, but a {type(network).__name__} has none"
+            )
+        if is_reformed(network):
+            raise ValueError("network must be whole where blocks are taken out, but has been factorised; do that first")
+        scores = self._scores(blocks, network, batches)
+        scores[0] = torch.inf
+        stay = self.kept(scores).tolist()
+        rest = nn.ModuleList([blocks[index] for index in stay])
+        rest.training = blocks.training
+        network.set_submodule(name, rest)
+        for index, old in enumerate(stay):
+            for module in blocks[old].modules():
+                if vars(module).get("layer_idx") == old:
+                    module.layer_idx = index
+        _set_size(network, NUM_BLOCKS, len(stay))
+        for owner in _owners(network)[1:]:
+            if isinstance(getattr(owner, "layer_types", None), list):
+                owner.layer_types = [owner.layer_types[old] for old in stay]
+        _require_described(network)
+        return {"kept": stay, "of": len(scores)}
+
+    def _scores(self, blocks: nn.ModuleList, network: nn.Module, batches: list[Batch]) -> Tensor:
+        if self.importance == "magnitude":
+            squares = [[p.detach().square().mean() for p in block.parameters() if p.ndim > 1] for block in blocks]
+            return torch.stack([torch.stack(of_block).mean() for of_block in squares])
+        named = {str(index): block for index, block in enumerate(blocks)}
+        scores = torch.zeros(len(blocks))
+        for batch in batches:
+            read: dict[str, Tensor] = {}
+            given: dict[str, Tensor] = {}
+
+            def give(name: str, x: Any, given: dict[str, Tensor] = given) -> None:
+                given[name] = x[0] if isinstance(x, tuple) else x
+
+            wants = self.importance == "taylor"
+            looking = watching(named, read.__setitem__), watching(named, give, outputs=True)
+            with evaluating(network), looking[0], looking[1], torch.set_grad_enabled(wants):
+                loss = surprise(network, batch)
+            if wants:
+                gradients = torch.autograd.grad(loss, [given[name] for name in named])
+                for index, (name, gradient) in enumerate(zip(named, gradients)):
+                    added = (given[name] - read[name]).detach()
+                    scores[index] += (added * gradient).flatten(1).sum(1).abs().sum().cpu()
+            else:
+                for index, name in enumerate(named):
+                    scores[index] += (1 - F.cosine_similarity(read[name], given[name], dim=-1)).mean().cpu()
+        return scores
+
+
+@dataclass(frozen=True)
+class Channels(Structured):
+    """Channels of convolutions are taken out, and with them what reads them: the next layer's inputs, norms, shortcuts.
+
+    Idea: a filter whose output hardly varies is not missed. Suggested: half of the channels, by `taylor` or
+    `activation`, then a recovery run. What depends on what is found by torch-pruning from one calibration batch.
+
+    Args:
+        sparsity: Part of the channels of each convolution that go, in [0, 1), rounded; at least one stays.
+        importance: As in `Structured`; `magnitude` is the sum of the filter's squares.
+        layers: Patterns of the names of convolutions; `None` is all.
+
+    Source:
+        Li et al., 2016, "Pruning Filters for Efficient ConvNets", arXiv:1608.08710; the dependency graph: Fang et al.,
+        2023, "DepGraph", arXiv:2301.12900.
+    """
+
+    layers: list[str] | None = None
+
+    needs_batches = True
+
+    def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
+        """Takes the channels out."""
+        try:
+            import torch_pruning
+        except ImportError as error:
+            raise ImportError(
+                "torch-pruning must be installed to take channels out, but is not; pip install 'lit-llm[compression]'"
+            ) from error
+
+        out = torch_pruning.prune_conv_out_channels
+        convolutions = chosen_layers(network, self.layers or ["*"], (nn.Conv1d, nn.Conv2d))
+        scores = self._scores(network, convolutions, batches)
+        before, done = _shapes(network), set()
+        with evaluating(network), torch.enable_grad():
+            graph = torch_pruning.DependencyGraph().build_dependency(
+                network, example_inputs=batches[0], forward_fn=answer, verbose=False
+            )
+            for layer in convolutions.values():
+                if layer in done:
+                    continue
+                group = graph.get_pruning_group(layer, out, [0])
+                together = {d.target.module for d, _ in group if d.handler == out}  # what is added up is as wide
+                done |= together
+                score = sum(score for name, score in scores.items() if convolutions[name] in together)
+                gone = sorted(set(range(layer.out_channels)) - set(self.kept(score).tolist()))
+                group = graph.get_pruning_group(layer, out, gone)
+                if gone and graph.check_pruning_group(group):
+                    group.prune()
+        after = _shapes(network)
+        changed = {name: shape for name, shape in after.items() if before[name] != shape}
+        if not changed and self.sparsity:
+            raise ValueError(f"network must have channels that can go, but a {type(network).__name__} has none")
+        return {"form": changed} if changed else {}
+
+    def _scores(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> dict[str, Tensor]:
+        if self.importance == "magnitude":
+            found = {name: layer.weight.detach().square().flatten(1).sum(1) for name, layer in layers.items()}
+        elif self.importance == "taylor":
+            found = taylor(network, layers, batches, lambda x: x.flatten(2).sum(2), outputs=True)
+        else:
+            found = {}
+
+            def see(name: str, x: Tensor) -> None:
+                found[name] = found.get(name, 0) + x.relu().square().flatten(2).mean(2).sum(0)
+
+            for batch in batches:
+                with torch.no_grad(), evaluating(network), watching(layers, see, outputs=True):
+                    answer(network, batch)
+        return {name: score / score.sum().clamp(min=1e-30) for name, score in found.items()}
+
+    @classmethod
+    def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
+        """Gives layers the shapes that are left."""
+        for name, shape in form.items():
+            layer = network.get_submodule(name)
+            for attribute, value in shape["attributes"].items():
+                setattr(layer, attribute, tuple(value) if isinstance(value, list) else value)
+            for place, size in shape["tensors"].items():
+                old = getattr(layer, place)
+                if list(old.shape) != size:
+                    new = torch.zeros(size, dtype=old.dtype, device=old.device)
+                    setattr(layer, place, nn.Parameter(new) if isinstance(old, nn.Parameter) else new)
+
+
+WIDTHS_OF_LAYERS = ("in_channels", "out_channels", "groups", "in_features", "out_features", "num_features")
+
+
+def _shapes(network: nn.Module) -> dict[str, Any]:
+    """The shapes of all layers, and what they say of them, as plain values."""
+    return {
+        name: {
+            "attributes": {a: getattr(module, a) for a in WIDTHS_OF_LAYERS if isinstance(getattr(module, a, None), int)}
+            | ({"normalized_shape": list(module.normalized_shape)} if isinstance(module, nn.LayerNorm) else {}),
+            "tensors": {place: list(tensor.shape) for place, tensor in module.state_dict().items() if "." not in place},
+        }
+        for name, module in network.named_modules()
+    }
