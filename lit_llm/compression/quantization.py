@@ -195,9 +195,9 @@ class Quantization(Compression):
 
 
 def _in_place_of(layer: nn.Module, weight: Tensor) -> Quantized:
-    if isinstance(layer, nn.Embedding):
-        return QuantizedEmbedding(layer, weight)
-    return (QuantizedConvolution if isinstance(layer, CONVOLUTIONS) else QuantizedLinear)(layer, weight)
+    kinds = {nn.Embedding: QuantizedEmbedding} | dict.fromkeys(CONVOLUTIONS, QuantizedConvolution)
+    kind = next((ours for kind, ours in kinds.items() if isinstance(layer, kind)), QuantizedLinear)
+    return kind(layer, weight).train(layer.training)
 
 
 @dataclass(frozen=True)
@@ -341,8 +341,8 @@ class FakeQuantized(Compression):
         torchao's `QATConfig`.
     """
 
-    class_path: str
-    init_args: dict[str, Any]
+    class_path: str = f"{__name__}.Int4WeightOnly"
+    init_args: dict[str, Any] | None = None
 
     @classmethod
     def by(cls, method: Quantization) -> FakeQuantized:
@@ -357,7 +357,7 @@ class FakeQuantized(Compression):
             raise ValueError(
                 f"method must be Int4WeightOnly or Int8DynamicInt4 to train with, but is {self.class_path}"
             )
-        return kinds[self.class_path](**self.init_args)
+        return kinds[self.class_path](**(self.init_args or {}))
 
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
         """Puts rounding layers in place of the chosen ones, with the same parameters."""
@@ -373,8 +373,9 @@ class FakeQuantized(Compression):
         for name in form["names"]:
             layer = network.get_submodule(name)
             if not hasattr(layer, "weight_fake_quantizer"):
-                _torchao().quantize_(network, step, filter_fn=lambda _, fqn, name=name: fqn == name)
-                layer, device = network.get_submodule(name), layer.weight.device
+                with torch.random.fork_rng(devices=[]):  # the layers are first made with weights of their own
+                    _torchao().quantize_(network, step, filter_fn=lambda _, fqn, name=name: fqn == name)
+                layer, device = network.get_submodule(name).train(layer.training), layer.weight.device
                 quantizer = layer.weight_fake_quantizer
                 quantizer(layer.weight.detach())  # which makes the scales
                 for part in ("scale", "zero_point"):
