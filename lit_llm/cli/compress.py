@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import shutil
 import sys
 import time
@@ -116,6 +117,8 @@ def read_chain(path: Path) -> Chain:
             raise ValueError(f"stage {number} of {path} must have either class_path or fit, but has {', '.join(stage)}")
         method = None if "fit" in stage else {k: stage[k] for k in ("class_path", "init_args") if k in stage}
         name = stage.get("name") or (stage.get("class_path") or "fit").rpartition(".")[2].lower()
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name in {"original", *(earlier.name for earlier in stages)}:
+            raise ValueError(f"name of a stage must be a word that no other has, but is {name!r} in {path}")
         own = stage.get("floor", floor)
         if not isinstance(own, int | float) or not 0 <= own <= 1:
             raise ValueError(f"floor must be part of the original's score, in [0, 1], but is {own}")

@@ -149,7 +149,7 @@ def test_a_chain_stops_where_a_floor_is_crossed_and_keeps_the_last_good_one(chai
     save_model(llama, network, byte_tokenizer())
     head = {"sparsity": 0.9, "layers": ["lm_head"]}
     ruin = {"name": "ruined", "class_path": "lit_llm.compression.sparsity.Magnitude", "init_args": head}
-    outcome = chain(QUANTIZE | {"init_args": {"layers": ["embed_tokens"]}}, ruin, QUANTIZE, floor=0.9)
+    outcome = chain(QUANTIZE | {"init_args": {"layers": ["embed_tokens"]}}, ruin, NEURONS, floor=0.9)
     assert outcome.code == 0, outcome.err
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert [(row["name"], row["kept"]) for row in report["stages"]] == [
@@ -195,6 +195,15 @@ def test_a_mistake_is_said_in_one_line(chain, stage, message):
     assert outcome.code == 2, outcome.err
     assert message in outcome.last_line
     assert " but " in outcome.last_line
+
+
+def test_two_stages_of_one_name_are_refused(chain, tmp_path):
+    outcome = chain(NEURONS, NEURONS)
+    where = tmp_path / "chain.yaml"
+    assert (
+        outcome.last_line
+        == f"lit-llm: error: name of a stage must be a word that no other has, but is 'narrow' in {where}"
+    )
 
 
 def test_a_calibration_without_batches_is_refused(chain):
