@@ -135,5 +135,6 @@ def input_covariances(
     network: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, Float[Tensor, "inputs inputs"]]:
     """The mean of `x xᵀ` over all that each layer reads (not centred), in float64."""
-    sums, counts = gather(network, layers, batches, lambda read: read.T @ read)
+    # In float32 directions that are hardly read would come out as of negative variance.
+    sums, counts = gather(network, layers, batches, lambda read: read.double().T @ read.double())
     return {name: total / counts[name] for name, total in sums.items()}

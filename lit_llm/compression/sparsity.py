@@ -104,7 +104,7 @@ def apply_masks(network: nn.Module, gradients: bool = False) -> None:
     for layer in masked_layers(network).values():
         tensor = layer.weight.grad if gradients else layer.weight
         if tensor is not None:
-            tensor.mul_(getattr(layer, MASK))
+            tensor.masked_fill_(~getattr(layer, MASK), 0)  # a product would leave -0.0
 
 
 def remove_masks(network: nn.Module) -> None:
@@ -229,7 +229,7 @@ class Sparsity(Compression):
         chosen = self.chosen(network)
         for layers in self._one_after_another(network, chosen):
             for name, mask in self.masks(self.scores(network, layers, batches), self.final).items():
-                layers[name].weight.mul_(mask)
+                layers[name].weight.masked_fill_(~mask, 0)
         return {"layers": list(chosen), "sparsity": sparsity_of(network, list(chosen))}
 
     def _one_after_another(self, network: nn.Module, chosen: dict[str, nn.Module]) -> list[dict[str, nn.Module]]:

@@ -21,7 +21,7 @@ def overlay(tmp_path) -> list[str]:
     content = yaml.safe_load((REPOSITORY / "configs/compression/low_rank.yaml").read_text())
     content["trainer"]["callbacks+"][0]["init_args"]["start"] = 0.5
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(content))
-    return ["--config", str(tmp_path / "overlay.yaml")]
+    return ["--config", str(tmp_path / "overlay.yaml"), "--model.network.d_ff", "48"]
 
 
 @pytest.mark.parametrize("every", [5, 7])  # before it is factorised, and after
@@ -50,7 +50,16 @@ def test_a_factorised_run_is_tested_exported_and_trained_on(lit_llm, tiny, overl
     assert outcome.code == 0, outcome.err
     outcome = lit_llm("test", "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
-    words = ["--model.weights", tmp_path / "run", "--test_after_fit", "false", "--run_dir", tmp_path / "on"]
+    words = [
+        "--model.network.d_ff",
+        "48",
+        "--model.weights",
+        tmp_path / "run",
+        "--test_after_fit",
+        "false",
+        "--run_dir",
+        tmp_path / "on",
+    ]
     for end in ([], ["--ckpt_path", "last", "--trainer.max_steps", 8]):
         outcome = lit_llm("fit", *tiny, *words, *end)
         assert outcome.code == 0, outcome.err

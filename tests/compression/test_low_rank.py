@@ -55,6 +55,13 @@ def test_full_rank_is_the_layer_itself_also_from_few_rows() -> None:
     )
 
 
+def test_a_wide_layer_that_reads_next_to_nothing_is_whitened_too() -> None:
+    layer, x = nn.Linear(700, 8), torch.randn(64, 2) @ torch.randn(2, 700) * torch.logspace(-9, 2, 700)
+    covariance = input_covariances(nn.Sequential(layer), {"0": layer}, [{"input": x}])["0"]
+    made = factorize(layer, activation_svd(layer.weight.detach(), covariance), 4)
+    torch.testing.assert_close(made(x), layer(x), atol=1e-2, rtol=1e-3)
+
+
 @pytest.mark.parametrize(
     "conv",
     [
