@@ -382,7 +382,16 @@ class FakeQuantized(Compression):
                     value = getattr(quantizer, part).to(device)
                     delattr(quantizer, part)
                     quantizer.register_buffer(part, value)
+                quantizer.register_forward_hook(_keep_ordinary)
             layer.weight_fake_quantizer.config.is_dynamic = not form["frozen"]
+
+
+def _keep_ordinary(quantizer: nn.Module, args: Any, output: Tensor) -> None:
+    """Has scales that an evaluation made be tensors that a checkpoint can be loaded into."""
+    for part in ("scale", "zero_point"):
+        if getattr(quantizer, part).is_inference():
+            with torch.inference_mode(False):
+                setattr(quantizer, part, getattr(quantizer, part).clone())
 
 
 def freeze_scales(network: nn.Module) -> None:

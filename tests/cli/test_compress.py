@@ -135,7 +135,7 @@ def test_a_chain_that_was_killed_goes_on_where_it_stopped(chain, tmp_path, monke
 def frequencies(texts) -> torch.Tensor:
     counts = torch.full((257,), 0.1)
     for path in texts.glob("*.txt"):
-        counts += torch.bincount(torch.tensor(list(path.read_bytes())), minlength=257)
+        counts += torch.bincount(torch.tensor(byte_tokenizer().encode(path.read_text())), minlength=257)
     return (counts / counts.sum()).log()
 
 
@@ -152,6 +152,7 @@ def test_a_chain_stops_where_a_floor_is_crossed_and_keeps_the_last_good_one(chai
     outcome = chain(QUANTIZE | {"init_args": {"layers": ["embed_tokens"]}}, ruin, NEURONS, floor=0.9)
     assert outcome.code == 0, outcome.err
     report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["stages"][2]["metric"] > report["stages"][0]["metric"] / 0.9
     assert [(row["name"], row["kept"]) for row in report["stages"]] == [
         ("original", True),
         ("int8", True),
