@@ -158,7 +158,7 @@ def test_a_chain_stops_where_a_floor_is_crossed_and_keeps_the_last_good_one(chai
         ("int8", True),
         ("ruined", False),
     ]
-    assert "which crosses its floor of 0.99: the chain ends with int8" in outcome.err
+    assert "which crosses its floor of 0.9: the chain ends with int8" in outcome.err
     assert report["stopped"] in (tmp_path / "out/report.md").read_text()
     kept, bad = (tmp_path / "out" / name / "model.safetensors" for name in ("model", "stages/02-ruined/model"))
     assert (
