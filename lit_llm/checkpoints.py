@@ -24,6 +24,7 @@ import lit_llm.models
 from lit_llm.adaptation import Adaptation
 from lit_llm.checkpoint_files import plain_errors, read_checkpoint
 from lit_llm.compression.compression import is_reformed, records_of, replay
+from lit_llm.compression.quantization import convert
 from lit_llm.compression.sparsity import remove_masks
 from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
@@ -379,6 +380,7 @@ def _from_checkpoint(path: Path) -> Model:
     if adaptation is not None:
         adaptation.finish(network)
     remove_masks(network)
+    convert(network)
     return Model(network, _tokenizer_of(checkpoint), checkpoint["network"], None)
 
 

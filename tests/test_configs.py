@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -21,6 +22,8 @@ RUNS = [path for path in CONFIGS if path.parent.name in ("pretraining", "finetun
 ADAPTATIONS = [path for path in CONFIGS if path.parent.name == "adaptation"]
 OVERLAYS = [path for path in CONFIGS if path.parent.name in ("logging", "strategy")]
 OVERLAYS += [path for path in CONFIGS if path.parent.name == "compression" and not path.stem.startswith("chain_")]
+
+CHAINS = [path for path in CONFIGS if path.stem.startswith("chain_")]
 
 
 def name(path: Path) -> str:
@@ -114,7 +117,8 @@ def test_a_run_file_takes_two_steps(lit_llm, small, tmp_path, path):
 @pytest.mark.parametrize("path", OVERLAYS, ids=name)
 def test_an_overlay_takes_two_steps_on_the_main_run(lit_llm, tiny, tmp_path, monkeypatch, path):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    outcome = lit_llm("fit", *tiny, "--config", path, "--trainer.max_steps", "2", "--run_dir", tmp_path / "run")
+    wide = ["--model.network.d_model", "64"]  # as groups of weights need it
+    outcome = lit_llm("fit", *tiny, *wide, "--config", path, "--trainer.max_steps", "2", "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
 
 
@@ -126,6 +130,26 @@ def test_a_way_to_fine_tune_takes_two_steps_on_an_encoder(lit_llm, small, tmp_pa
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "run/model/config.json").exists()
     assert (tmp_path / "run/adapter/adapter_config.json").exists() == ("lora" in path.stem or "dora" in path.stem)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", CHAINS, ids=name)
+def test_a_chain_compresses_what_its_run_file_makes(lit_llm, small, tmp_path, path):
+    run = (path.parent / yaml.safe_load(path.read_text())["evaluate"]).resolve()
+    options = ["--data.batch_size", "2", "--trainer.max_steps", "1", "--trainer.limit_val_batches", "1"]
+    words = [*small(run), *options]
+    assert lit_llm("fit", "--config", run, *words, "--run_dir", tmp_path / "run").code == 0
+    chain = yaml.safe_load(path.read_text())
+    for stage in chain["stages"]:
+        stage["floor"] = 0.0
+        stage |= {"fit": str((path.parent / stage["fit"]).resolve())} if "fit" in stage else {}
+    (tmp_path / "chain.yaml").write_text(yaml.safe_dump(chain | {"evaluate": str(run), "repeats": 2}))
+    where = ["--config", tmp_path / "chain.yaml", "--model", tmp_path / "run/model", "--out", tmp_path / "out"]
+    outcome = lit_llm("compress", *where, *words)
+    assert outcome.code == 0, outcome.err
+    sizes = [row["bytes"] for row in json.loads((tmp_path / "out/report.json").read_text())["stages"]]
+    assert len(sizes) == len(chain["stages"]) + 1
+    assert sizes[-1] < sizes[0] / 8
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.parent.name in ("models", "data")], ids=name)

@@ -7,7 +7,9 @@ import importlib
 import inspect
 import json
 import pkgutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,13 +20,16 @@ from torch.utils.data import DataLoader
 
 import lit_llm
 from lit_llm.batch import IGNORE_INDEX, inputs
+from lit_llm.checkpoints import save_model
 from lit_llm.compression.calibration import answer
 from lit_llm.compression.compression import Compression, replay
 from lit_llm.compression.patterns import chosen_layers
+from lit_llm.compression.quantization import FakeQuantized
 from lit_llm.compression.sparsity import Magnitude, Movement, Zeros, add_masks
 from lit_llm.generation import generate
 from lit_llm.models.block import Block
 from lit_llm.models.image_classifier import ImageClassifier
+from lit_llm.objectives.distillation import Distillation
 from lit_llm.objectives.objective import Objective
 from lit_llm.objectives.semi_supervised import SemiSupervised
 from lit_llm.optimizers import parameter_groups
@@ -355,19 +360,39 @@ def gradients(made: Objective) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in made.network.named_parameters() if p.grad is not None}
 
 
+@functools.cache
+def teacher_of(kind: type) -> str:
+    """A model directory to learn from, of three layers."""
+    folder = Path(tempfile.mkdtemp(prefix="teacher-")) / "model"
+    deep = {"config": BERT | {"num_hidden_layers": 3}}
+    if hasattr(kind, "read_tokens_of"):
+        network = ENCODERS[0](VOCAB, **deep)
+    else:
+        of_classes = kind.size_name == "num_classes"
+        network = CLASSIFIERS[0](3, **deep) if of_classes else LANGUAGE_MODELS[0](VOCAB, **SMALL | {"num_layers": 3})
+    save_model(folder, awake(network))
+    return str(folder)
+
+
+def learning(kind: type) -> dict[str, Any]:
+    """What an objective has to be given."""
+    return {"teacher": teacher_of(kind), "hidden_weight": 0.5} if issubclass(kind, Distillation) else {}
+
+
 def objective(kind: type) -> Objective:
+    given = learning(kind)
     torch.manual_seed(0)
     if hasattr(kind, "read_tokens_of") or hasattr(kind, "texts"):
         hides = {"mask_ratio": 0.5} if hasattr(kind, "read_tokens_of") else {}
         network, config = (ENCODER_DECODERS[0], T5) if hasattr(kind, "texts") else (ENCODERS[0], BERT)
-        made = kind(functools.partial(network, config=config), vocab_size=VOCAB, **hides)
+        made = kind(functools.partial(network, config=config), vocab_size=VOCAB, **hides, **given)
         if hides:
             made.read_tokens_of(twenty_tokens())
     elif kind.size_name == "vocab_size":
-        made = kind(functools.partial(LANGUAGE_MODELS[0], **SMALL), vocab_size=VOCAB)
+        made = kind(functools.partial(LANGUAGE_MODELS[0], **SMALL), vocab_size=VOCAB, **given)
     else:
         size = {"num_classes": 3} if kind.size_name == "num_classes" else {}
-        made = kind(functools.partial(CLASSIFIERS[0], config=BERT), **size)
+        made = kind(functools.partial(CLASSIFIERS[0], config=BERT), **size, **given)
     made.configure_model()
     awake(made.network)
     made.optimizer_zero_grad = lambda *args: None  # the gradients are what is looked at
@@ -425,7 +450,7 @@ class TestObjective:
 
     def test_a_function_that_no_checkpoint_could_rebuild_is_refused(self, kind):
         with pytest.raises(TypeError, match=r"^network must be a class or a functools.partial of one, so that a "):
-            kind(lambda size: LANGUAGE_MODELS[0](size, **SMALL))
+            kind(lambda size: LANGUAGE_MODELS[0](size, **SMALL), **learning(kind))
 
 
 def of_tokens(kind: type) -> bool:
@@ -573,6 +598,14 @@ class Convolutions(nn.Sequential):
         super().__init__(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(64, 3))
 
 
+def made_small(kind: type) -> Compression:
+    """A method with what suits small layers."""
+    small = {"group_size": 8}
+    if issubclass(kind, FakeQuantized):
+        return kind(init_args=small)
+    return kind(**{name: value for name, value in small.items() if name in inspect.signature(kind).parameters})
+
+
 @pytest.mark.parametrize("kind", COMPRESSIONS)
 class TestCompression:
     def pair(self, kind: type) -> tuple[nn.Module, nn.Module, dict[str, torch.Tensor]]:
@@ -592,7 +625,7 @@ class TestCompression:
     def test_its_record_and_the_weights_make_the_network_again(self, kind):
         network, fresh, batch = self.pair(kind)
         before = {name: p.clone() for name, p in network.state_dict().items()}
-        kind().apply(network, [batch])
+        made_small(kind).apply(network, [batch])
         after = network.state_dict()
         assert any(name not in after or not torch.equal(after[name], p) for name, p in before.items()) or len(
             after
@@ -607,11 +640,11 @@ class TestCompression:
         assert fresh.compression == records
 
     def test_it_leaves_mode_and_random_numbers_as_they_were(self, kind):
-        network, _, batch = self.pair(kind)
         for mode in (True, False):
+            network, _, batch = self.pair(kind)
             network.train(mode)
             state = torch.get_rng_state()
-            kind().apply(network, [batch])
+            made_small(kind).apply(network, [batch])
             assert all(module.training == mode for module in network.modules())
             assert torch.equal(torch.get_rng_state(), state)
 

@@ -21,6 +21,7 @@ from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoints import read_adapted, save_model
 from lit_llm.compression.compression import is_reformed, records_of
+from lit_llm.compression.quantization import convert
 from lit_llm.compression.sparsity import remove_masks
 from lit_llm.files import replacing
 
@@ -123,6 +124,7 @@ class RunReport(Callback):
                     adaptation.save(network, new)
             adaptation.finish(network)
         remove_masks(network)
+        convert(network)
         if not hasattr(network, "to_hf_config"):
             log.info(f"No model directory: transformers has no class for a {type(network).__name__}")
             return

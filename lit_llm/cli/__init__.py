@@ -20,12 +20,13 @@ COMMANDS = {
     "test": ("lit_llm.cli.training", "measure a checkpoint on the test split"),
     "predict": ("lit_llm.cli.training", "write what a checkpoint says of each item"),
     "generate": ("lit_llm.cli.generate", "continue prompts with a trained language model"),
+    "compress": ("lit_llm.cli.compress", "make a trained model smaller and faster, and say what it cost"),
     "tokenizer": ("lit_llm.cli.tokenizer", "train a tokeniser on a corpus"),
 }
 
 HELP = f"""usage: lit-llm COMMAND [options]
 
-Build large models from zero: raw data, architecture, pre-training, fine-tuning, evaluation.
+Build large models from zero: raw data, architecture, pre-training, fine-tuning, evaluation, compression.
 
 commands:
 {chr(10).join(f"  {name:<11}{text}" for name, (_, text) in COMMANDS.items())}

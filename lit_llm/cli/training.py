@@ -63,13 +63,13 @@ examples:
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --print_config         # what the run file comes to"""
 
 
-def run(words: list[str]) -> None:
+def run(words: list[str]) -> TrainingCLI:
     """Runs a training command; `words` is the whole command line after `lit-llm`."""
     keep_freed_memory()
     _quiet()
     words = _with_the_runs_config(words)
     sys.argv = [sys.argv[0], *words]
-    TrainingCLI(
+    return TrainingCLI(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -241,8 +241,7 @@ class TrainingCLI(LightningCLI):
         """Decides on the run folder, finds the checkpoint in it, and points all that writes there."""
         config = self.config[self.subcommand]
         configs = [Path(str(getattr(path, "relative", path))) for path in config.get("config") or []]
-        as_they_are = self.subcommand == "fit" or _option(sys.argv, "--model.weights")  # of a model directory, say
-        ckpt_path = config.get("ckpt_path") or (None if as_they_are else "best")
+        ckpt_path = config.get("ckpt_path") or (None if self._starts_from_weights(config) else "best")
         given = config.get("run_dir") or config["trainer"].get("default_root_dir")
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
@@ -254,6 +253,12 @@ class TrainingCLI(LightningCLI):
             options = getattr(logger, "init_args", None)
             if options is not None and "save_dir" in options and options["save_dir"] in (None, "."):
                 options["save_dir"] = str(self.run_dir)
+
+    def _starts_from_weights(self, config: Any) -> bool:
+        """Whether no checkpoint is meant: in a training, and where a model directory outside of a run is evaluated."""
+        weights = (config["model"].get("init_args") or {}).get("weights")
+        ran = Path(config.get("run_dir") or "") / "checkpoints" / "best.ckpt"
+        return self.subcommand == "fit" or bool(weights and not ran.is_file())
 
     def instantiate_classes(self) -> None:
         """Instantiates; what a run started from gives way to the checkpoint to go on from.

@@ -256,6 +256,8 @@ class Objective(LightningModule, ABC):
         groups = parameter_groups(self.network, self.decay_embeddings)
         if self.adaptation is not None:
             groups = self.adaptation.groups(groups, self.network)
+        if beside := list(self.beside.parameters()):
+            groups.append({"params": beside, "role": "head"})
         make = self.make_optimizer or functools.partial(AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         optimizer = make(groups)
         scheduler = LambdaLR(optimizer, [self._factor_of(group) for group in optimizer.param_groups])
@@ -318,6 +320,11 @@ class Objective(LightningModule, ABC):
     def evaluated(self) -> nn.Module:
         """The network that is evaluated and exported: the one that learns, where an objective has no other."""
         return self.network
+
+    @property
+    def beside(self) -> nn.Module:
+        """What learns beside the network and is left behind when that is exported: mostly nothing."""
+        return nn.ModuleList()
 
     def _wake(self, optimizer: Optimizer, step: int) -> None:
         """Has the groups learn whose turn it is at a step; those that wait cost no backward pass.

@@ -1,0 +1,83 @@
+"""When a run begins to feel that weights will be rounded; `compression.quantization` says how they are."""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_llm.callbacks.run_report import forget_best
+from lit_llm.compression.compression import records_of
+from lit_llm.compression.quantization import FakeQuantized, Int4WeightOnly, Quantization, freeze_scales
+
+log = logging.getLogger(__name__)
+
+
+class QuantizationAwareTraining(Callback):
+    """Trains, from a step on, with weights that are rounded as they will be; the exported model has them as integers.
+
+    The delay lets weights come near to where they will be; freezing the scales lets them settle. Both are functions of
+    the step, and what they made is in the network and its record, so that a resumed run goes on as if never cut.
+    Validations without rounding do not count as the best.
+
+    Suggested: begin with trained weights and a tenth of their learning rate, `delay` 0 to 0.2, `freeze` 0.8.
+
+    Args:
+        method: What the weights are to become: `Int4WeightOnly` or `Int8DynamicInt4`.
+        delay: Part of the run after which weights are rounded, in [0, 1).
+        freeze: Part of the run after which scales stay, in [`delay`, 1]; 1 for never.
+
+    Raises:
+        ValueError: When a value is out of range, or the method cannot be trained with.
+
+    Source:
+        Jacob et al., 2017, arXiv:1712.05877, section 3.1 (delay); Krishnamoorthi, 2018, arXiv:1806.08342, section 3.2.
+    """
+
+    def __init__(
+        self,
+        method: Quantization = Int4WeightOnly(),  # noqa: B008 (frozen)
+        delay: float = 0.0,
+        freeze: float = 0.8,
+    ) -> None:
+        if not 0 <= delay < 1 or not delay <= freeze <= 1:
+            raise ValueError(f"delay must be in [0, 1) and freeze from it to 1, but are {delay} and {freeze}")
+        self.fake, self.delay, self.freeze = FakeQuantized.by(method), delay, freeze
+        _ = self.fake.method
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Refuses what the exported model would not have.
+
+        Raises:
+            ValueError: When another network is evaluated than learns, or adapters stand beside weights.
+        """
+        if pl_module.evaluated is not pl_module.network:
+            raise ValueError(
+                f"model must evaluate the network that learns to quantise it, but is a {type(pl_module).__name__}"
+            )
+        if getattr(getattr(pl_module, "adaptation", None), "adds", False):
+            kind = type(pl_module.adaptation).__name__
+            raise ValueError(f"model.adaptation must train the weights themselves to quantise them, but is a {kind}")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Begins at once where there is no delay."""
+        self._follow(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Begins, or freezes, where it is time."""
+        self._follow(trainer, pl_module)
+
+    def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        network, step, total = pl_module.network, trainer.global_step, trainer.estimated_stepping_batches
+        own = [record for record in records_of(network) if record["class_path"].endswith(".FakeQuantized")]
+        if not own and math.ceil(self.delay * total) <= step < total:
+            self.fake.apply(network)
+            forget_best(trainer)
+            log.info(f"Weights are rounded from step {step} on, by {self.fake.class_path.rpartition('.')[2]}")
+        elif own and not own[0]["form"]["frozen"] and math.ceil(self.freeze * total) <= step < total:
+            freeze_scales(network)
+            log.info(f"Scales stay as they are from step {step} on")

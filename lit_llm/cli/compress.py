@@ -1,0 +1,424 @@
+"""`lit-llm compress`: make a model smaller in stages, each measured, none done twice."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import re
+import shutil
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lit_llm.cli.parser import OneLineArguments
+
+log = logging.getLogger(__name__)
+
+CHAIN_KEYS = {"evaluate", "split", "metric", "floor", "calibration_batches", "repeats", "compiled", "stages"}
+STAGE_KEYS = {"name", "class_path", "init_args", "fit", "options", "floor"}
+
+
+def run(words: list[str]) -> None:
+    """Runs the command; `words` begins with its name."""
+    options, more = _parser().parse_known_args(words[1:])
+    compress(options.config, options.model, options.out, more)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineArguments(
+        prog="lit-llm compress",
+        description="Make a trained model smaller and faster, in the stages that a config names: methods of "
+        "compression, and trainings (to distil, to recover). Each stage is measured; one that loses too much ends the "
+        "chain, and the last good one is the result, in OUT/model. A command that was cut goes on where it stopped. "
+        "Other options, such as --data.path, go to each training and evaluation.",
+        epilog="example: lit-llm compress --config configs/compression/chain_llama.yaml "
+        "--model runs/llama_stdlib/<time>/model --out runs/llama_small",
+    )
+    parser.add_argument("--config", required=True, type=Path, help="the chain")
+    parser.add_argument("--model", required=True, help="a model directory or a run folder")
+    parser.add_argument("--out", required=True, type=Path, help="the only folder that is written to")
+    return parser
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a chain: a method of compression, or a training.
+
+    Attributes:
+        name: What it is called.
+        method: `class_path` and `init_args` of a `Compression`; `None` for a training.
+        fit: Run files of a training, later ones laid over earlier ones.
+        options: What is set beside them, by dotted flag; `{previous}` and `{original}` are those models' folders.
+        floor: Part of the original's score that must be left after it.
+    """
+
+    name: str
+    method: dict[str, Any] | None
+    fit: list[str]
+    options: dict[str, Any]
+    floor: float
+
+
+@dataclass(frozen=True)
+class Chain:
+    """What a chain's config says.
+
+    Attributes:
+        evaluate: Run files that name objective and data to measure by.
+        split: `validate` or `test`.
+        metric: What is measured; `None` is the data's headline metric, or the objective's.
+        stages: The steps, in their order.
+        calibration_batches: Training batches that methods look at which want to see what flows.
+        repeats: How many times each model is timed.
+        compiled: Time models as torch.compile makes them.
+    """
+
+    evaluate: list[str]
+    stages: list[Stage]
+    split: str = "validate"
+    metric: str | None = None
+    calibration_batches: int = 8
+    repeats: int = 30
+    compiled: bool = False
+    content: dict[str, Any] = field(default_factory=dict)
+
+
+def read_chain(path: Path) -> Chain:
+    """Reads a chain's config; the files it names are relative to it.
+
+    Raises:
+        FileNotFoundError: When there is none, or it names a run file that is not there.
+        ValueError: When it has a key that means nothing, lacks one, or a floor is out of range.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise FileNotFoundError(f"--config must be a file, but is {path}, which does not exist")
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not content.get("stages") or not content.get("evaluate"):
+        raise ValueError(f"--config must be a chain, with stages and what to evaluate them by, but {path} is none")
+    _require_keys(content, CHAIN_KEYS, "a chain", path)
+    floor = content.get("floor", 0.0)
+
+    def files(named: str | list[str]) -> list[str]:
+        found = [str(path.parent / name) for name in ([named] if isinstance(named, str) else named)]
+        for file in found:
+            if not Path(file).is_file():
+                raise FileNotFoundError(f"{path} must name run files, but {file} does not exist")
+        return found
+
+    stages = []
+    for number, stage in enumerate(content["stages"], 1):
+        _require_keys(stage, STAGE_KEYS, "a stage", path)
+        if ("fit" in stage) == ("class_path" in stage):
+            raise ValueError(f"stage {number} of {path} must have either class_path or fit, but has {', '.join(stage)}")
+        method = None if "fit" in stage else {k: stage[k] for k in ("class_path", "init_args") if k in stage}
+        name = stage.get("name") or (stage.get("class_path") or "fit").rpartition(".")[2].lower()
+        if not re.fullmatch(r"[\w.-]+", str(name)) or name in {"original", *(earlier.name for earlier in stages)}:
+            raise ValueError(f"name of a stage must be a word that no other has, but is {name!r} in {path}")
+        own = stage.get("floor", floor)
+        if not isinstance(own, int | float) or not 0 <= own <= 1:
+            raise ValueError(f"floor must be part of the original's score, in [0, 1], but is {own}")
+        stages.append(Stage(name, method, files(stage.get("fit", [])), stage.get("options") or {}, float(own)))
+    split = content.get("split", "validate")
+    if split not in ("validate", "test"):
+        raise ValueError(f"split must be validate or test, but is {split}")
+    rest = {key: content[key] for key in ("metric", "calibration_batches", "repeats", "compiled") if key in content}
+    return Chain(files(content["evaluate"]), stages, split, content=content, **rest)
+
+
+def _require_keys(content: dict[str, Any], known: set[str], what: str, path: Path) -> None:
+    if wrong := sorted(content.keys() - known):
+        raise ValueError(f"{what} must have keys of {', '.join(sorted(known))}, but in {path} has {wrong[0]}")
+
+
+def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
+    """Runs a chain; arguments as in `lit-llm compress --help`.
+
+    Raises:
+        ValueError: When `out` is of another chain, or a stage has no meaning for its network.
+    """
+    from lit_llm.callbacks.run_report import command
+    from lit_llm.checkpoints import read_model
+    from lit_llm.compression.compression import records_of
+
+    done_by, chain = command(), read_chain(config)
+    _check_methods(chain)
+    folder = out / "stages"
+    made_of = {"chain": chain.content, "model": model, "options": more}
+    settings = out / "chain.json"
+    if settings.is_file() and json.loads(settings.read_text()) != made_of:
+        raise ValueError(f"--out must be a new folder or one of this chain, but {out} is of another chain or model")
+    original = read_model(model)
+    if original.folder is None:
+        raise ValueError(f"--model must be a model directory or a run folder with one, but is {model}")
+    if before := records_of(original.network):
+        names = ", ".join(record["class_path"].rpartition(".")[2] for record in before)
+        log.info(f"{model} has been compressed before, by {names}: it is measured from there")
+    _write(settings, made_of)
+    chief = _Evaluator(chain, folder, more)
+    rows = [chief.measured("00-original", original.folder)]
+    previous, stopped = original.folder, None
+    for number, stage in enumerate(chain.stages, 1):
+        place = folder / f"{number:02d}-{stage.name}"
+        made = place / "model"
+        if stage.method is not None:
+            if not (made / "config.json").is_file():
+                _apply(stage, previous, made, chief)
+        else:
+            _fit(stage, place, {"previous": str(previous), "original": str(original.folder)}, more)
+        rows.append(chief.measured(place.name, made))
+        if not _is_enough(rows[0], rows[-1], stage.floor):
+            rows[-1]["kept"] = False
+            stopped = (
+                f"{stage.name} leaves {rows[-1]['metric']:.4f} of {rows[0]['metric']:.4f} in {rows[0]['metric_name']}, "
+                f"which crosses its floor of {stage.floor:g}: the chain ends with {rows[-2]['name']}"
+            )
+            log.info(stopped)
+            break
+        previous = made
+    chief.time(rows)
+    _report(out, rows, {"command": done_by, "stopped": stopped, "model": model})
+    if not (out / "model").is_dir() or stopped or previous != original.folder:
+        _copy(previous, out / "model")
+    print((out / "report.md").read_text())
+    print(f"{'model':<22}{out / 'model'}")
+
+
+def _check_methods(chain: Chain) -> None:
+    """Makes each method, so that a mistake shows before anything is trained."""
+    for stage in chain.stages:
+        if stage.method is not None:
+            _made(stage.method)
+
+
+def _made(method: dict[str, Any]) -> Any:
+    from jsonargparse import ArgumentParser
+    from torch import nn
+
+    from lit_llm.cli.errors import parser_line
+    from lit_llm.compression.compression import Compression, replay
+
+    replay(nn.Module(), [method])  # which refuses what is no method
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(Compression, "stage")
+    try:
+        return parser.instantiate(parser.parse_object({"stage": method})).stage
+    except Exception as error:
+        line = parser_line(str(error))
+        raise ValueError(
+            line if " must " in line else f"init_args must be those of {method['class_path']}, but are not: {line}"
+        ) from error
+
+
+def _apply(stage: Stage, source: Path, target: Path, chief: _Evaluator) -> None:
+    from lit_llm.checkpoints import read_model, save_model
+
+    model, method = read_model(source), _made(stage.method)
+    batches = chief.calibration() if method.needs_batches else []
+    started = time.perf_counter()
+    record = method.apply(model.network, batches)
+    log.info(f"{stage.name}: {type(method).__name__} took {time.perf_counter() - started:.1f} s")
+    said = json.dumps({name: value for name, value in record.items() if name != "form"}, indent=2)
+    card = f"# {stage.name}\n\n{source}, compressed by lit-llm:\n\n```json\n{said}\n```\n"
+    save_model(target, model.network, model.tokenizer, card)
+
+
+def _fit(stage: Stage, folder: Path, places: dict[str, str], more: list[str]) -> None:
+    """Trains, or goes on training, in a run folder that is the stage's."""
+    if (folder / "done.json").is_file():
+        return
+    words = [word for file in stage.fit for word in ("--config", file)]
+    for name, value in stage.options.items():
+        text = value if isinstance(value, str) else json.dumps(value)
+        for key, place in places.items():
+            text = text.replace(f"{{{key}}}", place)
+        words.append(f"--{name}={text}")
+    words += [*more, "--run_dir", str(folder), "--test_after_fit", "false"]
+    if (folder / "checkpoints" / "last.ckpt").is_file():
+        words += ["--ckpt_path", "last"]
+    _command("fit", words)
+    if not (folder / "model" / "config.json").is_file():
+        raise ValueError(f"stage {stage.name} must leave a model directory, but {folder} has none")
+    _write(folder / "done.json", {"done": True})
+
+
+def _command(name: str, words: list[str]) -> Any:
+    """Runs a training command in this process; gives its LightningCLI."""
+    from lit_llm.cli import training
+
+    before = list(sys.argv)
+    try:
+        return training.run([name, *words])
+    finally:
+        sys.argv = before
+
+
+class _Evaluator:
+    """Measures the stages of a chain; what it found is kept beside them."""
+
+    def __init__(self, chain: Chain, folder: Path, more: list[str]) -> None:
+        self.chain, self.folder, self.more = chain, folder, more
+        self._cli: Any = None
+
+    def _evaluate(self, model: Path, place: Path) -> Any:
+        words = [word for file in self.chain.evaluate for word in ("--config", file)]
+        words += [*self.more, "--model.network=null", f"--model.weights={model}", "--run_dir", str(place)]
+        self._cli = _command(self.chain.split, words)
+        return self._cli
+
+    def measured(self, name: str, model: Path) -> dict[str, Any]:
+        """A row of the report, without the times."""
+        from lit_llm.checkpoints import load_model
+        from lit_llm.compression.report import bytes_on_disk, count_nonzero, count_parameters, peak_memory, rows_of
+
+        file = self.folder / name / "measured.json"
+        if file.is_file():
+            return json.loads(file.read_text())
+        cli = self._evaluate(model, self.folder / name / "evaluation")
+        found = {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
+        metric, mode = self._headline(found)
+        network = load_model(model)[0]
+        batch = next(iter(self._loader()))
+        row = {
+            "name": name.partition("-")[2],
+            "metric": found[metric],
+            "metric_name": metric,
+            "mode": mode,
+            "parameters": count_parameters(network),
+            "nonzero": count_nonzero(network),
+            "bytes": bytes_on_disk(model),
+            "peak_memory": peak_memory(network, rows_of(batch, 32)),
+            "metrics": found,
+            "model": str(model),
+            "kept": True,
+        }
+        _write(file, row)
+        return row
+
+    def _headline(self, found: dict[str, float]) -> tuple[str, str]:
+        from lit_llm.cli.training import FALLING
+
+        headline = getattr(self._cli.datamodule, "monitor", None) or self._cli.model.monitor
+        prefix = "val" if self.chain.split == "validate" else "test"
+        name = f"{prefix}/{(self.chain.metric or headline[0]).rpartition('/')[2]}"
+        if name not in found:
+            known = ", ".join(sorted(found)) or "none"
+            raise ValueError(f"metric must be one that is measured ({known}), but is {name}")
+        return name, "min" if name.rpartition("/")[2] in FALLING else "max"
+
+    def _ready(self) -> Any:
+        if self._cli is None:  # all was measured before: only the data are wanted
+            first = self.folder / "00-original"
+            model = Path(json.loads((first / "measured.json").read_text())["model"])
+            self._evaluate(model, first / "evaluation")
+        return self._cli.datamodule
+
+    def _loader(self) -> Any:
+        data = self._ready()
+        return data.val_dataloader() if self.chain.split == "validate" else data.test_dataloader()
+
+    def calibration(self) -> list[Any]:
+        """Training batches as they are without augmentation of their order: the first of the first epoch."""
+        from itertools import islice
+
+        return list(islice(iter(self._ready().train_dataloader()), self.chain.calibration_batches))
+
+    def time(self, rows: list[dict[str, Any]]) -> None:
+        """Adds how fast the stages are, all timed in turns."""
+        from lit_llm.checkpoints import load_model
+        from lit_llm.compression.report import speeds
+
+        networks = {row["name"]: load_model(row["model"])[0] for row in rows}
+        batch = next(iter(self._loader()))
+        for name, found in speeds(networks, batch, self.chain.repeats, self.chain.compiled).items():
+            next(row for row in rows if row["name"] == name).update(found)
+
+
+def _is_enough(first: dict[str, Any], row: dict[str, Any], floor: float) -> bool:
+    if not floor:
+        return True
+    if first["mode"] == "max":
+        return row["metric"] >= floor * first["metric"]
+    return row["metric"] <= first["metric"] / floor
+
+
+def _write(path: Path, content: Any) -> None:
+    from lit_llm.files import replacing
+
+    with replacing(path) as new:
+        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _copy(source: Path, target: Path) -> None:
+    from lit_llm.files import replacing
+
+    with replacing(target) as new:
+        shutil.copytree(source, new)
+
+
+def _report(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Writes `report.json`, `report.md` and `pareto.png`."""
+    import torch
+
+    from lit_llm.callbacks.run_report import commit
+
+    about |= {"commit": commit(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+    _write(out / "report.json", {**about, "stages": rows})
+    first = rows[0]
+    columns = ["stage", first["metric_name"], "parameters", "non-zero", "bytes", "smaller", "peak memory"]
+    columns += ["ms p50 / p95", "ms p50 / p95, 32 rows", "rows/s"]
+    lines = [f"| {' | '.join(columns)} |", f"| --- |{' ---: |' * (len(columns) - 1)}"]
+    for row in rows:
+        cells = [
+            row["name"] + ("" if row["kept"] else " (not kept)"),
+            f"{row['metric']:.4f}",
+            f"{row['parameters']:,}",
+            f"{row['nonzero']:,}",
+            f"{row['bytes']:,}",
+            f"{first['bytes'] / row['bytes']:.2f} ×",
+            f"{row['peak_memory']:,}",
+            f"{row['latency_ms_p50']:.2f} / {row['latency_ms_p95']:.2f}",
+            f"{row['latency_ms_p50_b32']:.2f} / {row['latency_ms_p95_b32']:.2f}",
+            f"{row['throughput']:.0f}",
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    stopped = [about["stopped"] + ".", ""] if about["stopped"] else []
+    text = "\n".join([f"    {about['command']}", "", *lines, "", *stopped])
+    (out / "report.md").write_text(text, encoding="utf-8")
+    _draw(out / "pareto.png", rows)
+
+
+def _draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Quality against size and against time; the line joins what nothing beats in both."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    from lit_llm.files import replacing
+
+    sign = 1 if rows[0]["mode"] == "max" else -1
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (key, label) in zip(
+        figure.subplots(1, 2), (("bytes", "bytes on disk"), ("latency_ms_p50_b32", "ms for 32 rows")), strict=True
+    ):
+        best = [
+            row
+            for row in rows
+            if not any(o[key] <= row[key] and sign * o["metric"] > sign * row["metric"] for o in rows)
+        ]
+        best.sort(key=lambda row: row[key])
+        axes.plot([row[key] for row in best], [row["metric"] for row in best], color="tab:gray", linewidth=1)
+        for row in rows:
+            axes.plot(row[key], row["metric"], "o" if row["kept"] else "x", color="tab:blue")
+            axes.annotate(row["name"], (row[key], row["metric"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
+        axes.set_xscale("log")
+        axes.set_xlabel(label)
+        axes.set_ylabel(rows[0]["metric_name"])
+        axes.grid(alpha=0.3)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120)

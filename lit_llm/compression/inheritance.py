@@ -1,0 +1,110 @@
+"""A small network that begins as parts of a large one: some of its blocks, some of its width."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lit_llm.compression.taps import blocks_of
+
+FUSED = {"Wqkv": 3, "qkv": 3, "c_attn": 3, "Wi": 2, "gate_up_proj": 2}
+"""Matrices whose outputs are several layers' side by side, by the last part of their names, and of how many."""
+
+
+def layer_map(student: nn.Module, teacher: nn.Module, layers: list[int] | None = None) -> list[int]:
+    """Which block of a teacher each block of a student goes with.
+
+    Args:
+        student: The smaller network.
+        teacher: The larger one.
+        layers: Said outright, from 0; `None` is every k-th, the last block with the last.
+
+    Raises:
+        ValueError: When there are no blocks, the student has more, or `layers` does not name one for each.
+
+    Source:
+        Jiao et al., 2019, "TinyBERT", arXiv:1909.10351, section 3.1: a uniform mapping `g(m) = k m`.
+    """
+    few, many = len(blocks_of(student)), len(blocks_of(teacher))
+    if not 1 <= few <= many:
+        raise ValueError(f"student must have from 1 to as many blocks as its teacher, {many}, but has {few}")
+    if layers is None:
+        return [(index + 1) * many // few - 1 for index in range(few)]
+    if len(layers) != few or not all(0 <= layer < many for layer in layers):
+        raise ValueError(
+            f"layers must name for each of the student's {few} blocks one of the teacher's, from 0 to {many - 1}, but "
+            f"are {layers}"
+        )
+    return layers
+
+
+@torch.no_grad()
+def inherit(student: nn.Module, teacher: nn.Module, layers: list[int] | None = None) -> None:
+    """Gives a student, in place, the weights of its teacher: of some blocks, of each matrix its first rows and columns.
+
+    What is as large as the teacher's is copied whole, so that a student of the teacher's width is the teacher without
+    some blocks. Of layers that lie side by side in one matrix (queries, keys and values, a gate and what it lets
+    through) each is cut by itself. Heads have to be as wide as the teacher's: a narrower student has its first ones.
+
+    Args:
+        student: The smaller network, of the same architecture.
+        teacher: The larger one.
+        layers: As in `layer_map`.
+
+    Raises:
+        ValueError: When a student's tensor has no counterpart, or is larger than it; or its heads are of another width.
+
+    Source:
+        Sanh et al., 2019, "DistilBERT", arXiv:1910.01108, section 2 (blocks). The cut by width is the plainest there
+        is; what is cut away is not chosen by importance, as it is in `structured`.
+
+    Example:
+        >>> class Layer(nn.Linear, __import__("lit_llm.models.block", fromlist=["Block"]).Block): pass
+        >>> teacher, student = (nn.Sequential(*(Layer(4, 4) for _ in range(n))) for n in (4, 2))
+        >>> inherit(student, teacher)
+        >>> torch.equal(student[0].weight, teacher[1].weight), torch.equal(student[1].weight, teacher[3].weight)
+        (True, True)
+    """
+    widths = [_head_width(network) for network in (student, teacher)]
+    if None not in widths and widths[0] != widths[1]:
+        raise ValueError(f"student must have heads as wide as its teacher's, {widths[1]}, but has {widths[0]}")
+    which = layer_map(student, teacher, layers)
+    names = {module: name for network in (student, teacher) for name, module in network.named_modules()}
+    theirs = blocks_of(teacher)
+    within = {
+        f"{names[block]}.": f"{names[theirs[layer]]}." for block, layer in zip(blocks_of(student), which, strict=True)
+    }
+    source = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
+        mine = next((prefix for prefix in within if name.startswith(prefix)), "")
+        theirs_name = within[mine] + name.removeprefix(mine) if mine else name
+        if theirs_name not in source:
+            raise ValueError(f"student must be of its teacher's architecture, but the teacher has no {theirs_name}")
+        tensor.copy_(_cut(source[theirs_name], tensor, name))
+
+
+def _cut(source: Tensor, target: Tensor, name: str) -> Tensor:
+    """The first of everything, as much as the target holds."""
+    small = source.ndim == target.ndim and all(a <= b for a, b in zip(target.shape, source.shape))
+    if not small:
+        raise ValueError(
+            f"student must be at most as large as its teacher, but its {name} is {tuple(target.shape)} where the "
+            f"teacher's is {tuple(source.shape)}"
+        )
+    parts = next((count for part, count in FUSED.items() if part in name.split(".")), 1)
+    if parts == 1 or source.shape[0] % parts or target.shape[0] % parts:
+        parts = 1
+    pieces = source.unflatten(0, (parts, -1)) if source.ndim else source[None]
+    rows = target.shape[0] // parts if target.ndim else None
+    kept = pieces[(slice(None), slice(rows), *(slice(size) for size in target.shape[1:]))] if target.ndim else pieces
+    return kept.reshape(target.shape)
+
+
+def _head_width(network: nn.Module) -> int | None:
+    """Width of an attention head, where it can be known."""
+    if hasattr(network, "d_head"):
+        return network.d_head
+    config = getattr(network, "config", None)
+    heads = getattr(network, "num_heads", None) or getattr(config, "num_attention_heads", None)
+    width = getattr(network, "d_model", None) or getattr(config, "hidden_size", None)
+    return getattr(config, "head_dim", None) or (width // heads if heads and width else None)

@@ -1,0 +1,458 @@
+"""Weights as small integers: after training, or with a training that already feels it. The arithmetic is torchao's."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from abc import abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int, UInt8
+from torch import Tensor, nn
+
+from lit_llm.compression.compression import Batch, Compression, Record, records_of
+from lit_llm.compression.patterns import chosen_layers
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
+
+
+def pack(values: Int[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows half"]:
+    """Two integers from -8 to 7 a byte: the even one of each pair in its low half; of an odd number one is added.
+
+    Example:
+        >>> pack(torch.tensor([[-8, 7, 0]], dtype=torch.int8)).tolist()
+        [[240, 8]]
+    """
+    shifted = F.pad((values + 8).to(torch.uint8), (0, values.shape[-1] % 2))
+    return shifted[..., ::2] | shifted[..., 1::2] << 4
+
+
+def unpack(packed: UInt8[Tensor, "*rows half"], n: int) -> Int[Tensor, "*rows n"]:
+    """What `pack` was given, of which there were `n`."""
+    pairs = torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    return pairs[..., :n].to(torch.int8) - 8
+
+
+class Quantized(nn.Module):
+    """A layer whose weight is kept as integers and scales, in its state too: `weight_qdata`, of 4 bits two a byte, and
+    `weight_scale`.
+
+    Args:
+        layer: What it takes the place of.
+        weight: torchao's form of its weight as a matrix, symmetric.
+    """
+
+    def __init__(self, layer: nn.Module, weight: Tensor) -> None:
+        super().__init__()
+        self.shape, self.num_inputs = tuple(layer.weight.shape), weight.shape[1]
+        self.packed = getattr(weight, "target_dtype", torch.int8) == torch.int4
+        _, self._context = weight.__tensor_flatten__()
+        self._kind, self._made = type(weight), None
+        self.register_buffer("weight_qdata", pack(weight.qdata) if self.packed else weight.qdata.clone())
+        self.register_buffer("weight_scale", weight.scale.clone())
+        self.bias = getattr(layer, "bias", None)
+
+    @property
+    def qdata(self) -> Int[Tensor, "outputs inputs"]:
+        """The integers."""
+        return unpack(self.weight_qdata, self.num_inputs) if self.packed else self.weight_qdata
+
+    @property
+    def matrix(self) -> Tensor:
+        """torchao's form of the weight, made once: torch.compile could not see through the making."""
+        if self._made is None:
+            parts = {"qdata": self.qdata, "scale": self.weight_scale}
+            parts["zero_point"] = torch.zeros_like(self.weight_scale, dtype=torch.int8)
+            self._made = self._kind.__tensor_unflatten__(parts, self._context, None, None)
+        return self._made
+
+    @property
+    def weight(self) -> Float[Tensor, "outputs ..."]:
+        """The weight as real numbers."""
+        return (self.qdata * self.weight_scale.repeat_interleave(self.group_size, dim=1)).view(self.shape)
+
+    @property
+    def group_size(self) -> int:
+        """How many inputs of an output share a scale."""
+        return self.num_inputs // self.weight_scale.shape[1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Quantized:
+        self._made = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._made = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Bits and shape."""
+        return f"{self.shape}, {4 if self.packed else 8} bits, {self.group_size} a scale"
+
+
+class QuantizedLinear(Quantized):
+    """A linear layer; computes as torchao does, in full precision around the integers whatever the run's precision."""
+
+    def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
+        """`x Wᵀ + b`."""
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.to(self.weight_scale.dtype), self.matrix, self.bias).to(x.dtype)
+
+
+class QuantizedEmbedding(Quantized):
+    """An embedding, of which only the rows that are read become real numbers."""
+
+    def forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape d"]:
+        """The rows of some tokens."""
+        values, scale = self.weight_qdata[ids], self.weight_scale[ids]
+        values = unpack(values, self.num_inputs) if self.packed else values
+        return (values.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
+
+
+class QuantizedConvolution(Quantized):
+    """A convolution whose kernels become real numbers to compute with: it is smaller, not faster."""
+
+    def __init__(self, layer: nn.Module, weight: Tensor) -> None:
+        super().__init__(layer, weight)
+        if layer.padding_mode != "zeros":
+            raise ValueError(
+                f"layers must be convolutions padded with zeros, but one is padded by {layer.padding_mode}"
+            )
+        self._convolve = F.conv1d if isinstance(layer, nn.Conv1d) else F.conv2d
+        self._options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolves."""
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._convolve(x, self.weight.to(x.dtype), bias, **self._options)
+
+
+class Quantization(Compression):
+    """A way to keep weights as integers. A subclass names its layers' kinds, and torchao's config.
+
+    A network that was quantised is saved as plain tensors, and made again from its record; transformers does not read
+    it. What has been quantised is no layer to compress any more: with further methods this one comes last.
+    """
+
+    kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+    """What it can be done to."""
+
+    layers: list[str] | None
+
+    @abstractmethod
+    def config(self) -> Any:
+        """torchao's config."""
+
+    @property
+    def group_size_or_none(self) -> int | None:
+        """How many inputs share a scale; `None` for all of an output."""
+        return getattr(self, "group_size", None)
+
+    def chosen(self, network: nn.Module) -> dict[str, nn.Module]:
+        """The layers.
+
+        Raises:
+            ValueError: When there are none, or their inputs do not go into groups.
+        """
+        layers = chosen_layers(network, self.layers, self.kinds)
+        size = self.group_size_or_none
+        for name, layer in layers.items():
+            inputs = layer.weight.shape[1:].numel()
+            if size is not None and inputs % size:
+                raise ValueError(f"group_size must divide the inputs of each layer, {inputs} of {name}, but is {size}")
+        return layers
+
+    def quantized(self, layer: nn.Module) -> Quantized:
+        """What takes a layer's place."""
+        stand_in = nn.Sequential(nn.Linear(1, 1, bias=False, device="meta"))  # what torchao acts on
+        stand_in[0].weight = nn.Parameter(layer.weight.detach().flatten(1), requires_grad=False)
+        _torchao().quantize_(stand_in, self.config())
+        return _in_place_of(layer, stand_in[0].weight)
+
+    def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
+        """Replaces the layers."""
+        layers = self.chosen(network)
+        for name, layer in layers.items():
+            network.set_submodule(name, self.quantized(layer))
+        return {"form": self.form(layers)}
+
+    def form(self, names: Iterable[str]) -> dict[str, Any]:
+        """What makes the layers again."""
+        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {"names": list(names), "init_args": arguments}
+
+    @classmethod
+    def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
+        """Replaces the layers; their values are to be loaded."""
+        method = cls(**form["init_args"])
+        for name in form["names"]:
+            layer = network.get_submodule(name)
+            if not isinstance(layer, Quantized):
+                network.set_submodule(name, method.quantized(layer))
+
+
+def _in_place_of(layer: nn.Module, weight: Tensor) -> Quantized:
+    kinds = {nn.Embedding: QuantizedEmbedding} | dict.fromkeys(CONVOLUTIONS, QuantizedConvolution)
+    kind = next((ours for kind, ours in kinds.items() if isinstance(layer, kind)), QuantizedLinear)
+    return kind(layer, weight).train(layer.training)
+
+
+@dataclass(frozen=True)
+class Int8WeightOnly(Quantization):
+    """Weights of 8 bits, a scale for each output; computed with as real numbers.
+
+    A quarter of the bytes, next to no loss, and as fast as before at best. Of convolutions and embeddings too.
+
+    Args:
+        layers: Patterns of names; `None` is all matrices inside blocks. `*` is all, embeddings and head included.
+
+    Source:
+        Jacob et al., 2017, arXiv:1712.05877, section 2.1, symmetric; by torchao's `Int8WeightOnlyConfig`.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2))
+        >>> _ = Int8WeightOnly().apply(network)
+        >>> network
+        Sequential(
+          (0): QuantizedLinear((4, 8), 8 bits, 8 a scale)
+          (1): Linear(in_features=4, out_features=2, bias=True)
+        )
+    """
+
+    layers: list[str] | None = None
+
+    kinds: ClassVar = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
+
+    def config(self) -> Any:
+        """torchao's."""
+        return _torchao().Int8WeightOnlyConfig()
+
+
+@dataclass(frozen=True)
+class Int8Dynamic(Quantization):
+    """Weights of 8 bits, and what linear layers read rounded to 8 bits as it comes, a scale for each row.
+
+    Products are of integers: the one way that is faster on a CPU, where the network is compiled.
+
+    Args:
+        layers: As in `Int8WeightOnly`, of linear layers.
+
+    Source:
+        Dettmers et al., 2022, "LLM.int8()", arXiv:2208.07339, section 2 (vector-wise, without its outliers); by
+        torchao's `Int8DynamicActivationInt8WeightConfig`.
+    """
+
+    layers: list[str] | None = None
+
+    def config(self) -> Any:
+        """torchao's."""
+        return _torchao().Int8DynamicActivationInt8WeightConfig()
+
+
+@dataclass(frozen=True)
+class Int4WeightOnly(Quantization):
+    """Weights of 4 bits, a scale for each few inputs of an output; on disk two a byte, computed with as real numbers.
+
+    About a seventh of the bytes; not faster on a CPU. With `QuantizationAwareTraining` it loses less.
+
+    Args:
+        layers: As in `Int8WeightOnly`, of linear layers and embeddings.
+        group_size: Inputs that share a scale; 32 to 128 is usual, the fewer the closer, at 32 bits a scale.
+
+    Raises:
+        ValueError: When groups do not divide a layer's inputs.
+
+    Source:
+        Frantar et al., 2022, "GPTQ", arXiv:2210.17323, section 2 (the rounding it improves on, by groups); by torchao's
+        `IntxWeightOnlyConfig`.
+    """
+
+    layers: list[str] | None = None
+    group_size: int = 64
+
+    kinds: ClassVar = (nn.Linear, nn.Embedding)
+
+    def __post_init__(self) -> None:
+        _require_groups(self.group_size)
+
+    def config(self) -> Any:
+        """torchao's."""
+        ao = _torchao()
+        return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(self.group_size))
+
+
+@dataclass(frozen=True)
+class Int8DynamicInt4(Quantization):
+    """Weights of 4 bits as in `Int4WeightOnly`, and what linear layers read rounded to 8 bits, a scale for each row.
+
+    Args:
+        layers: As in `Int8WeightOnly`, of linear layers.
+        group_size: As in `Int4WeightOnly`.
+
+    Raises:
+        ValueError: When groups do not divide a layer's inputs.
+
+    Source:
+        Yao et al., 2022, "ZeroQuant", arXiv:2206.01861, section 4.1; by torchao's
+        `Int8DynamicActivationIntxWeightConfig`.
+    """
+
+    layers: list[str] | None = None
+    group_size: int = 64
+
+    def __post_init__(self) -> None:
+        _require_groups(self.group_size)
+
+    def config(self) -> Any:
+        """torchao's."""
+        ao = _torchao()
+        return ao.Int8DynamicActivationIntxWeightConfig(
+            weight_dtype=torch.int4, weight_granularity=ao.PerGroup(self.group_size)
+        )
+
+
+def _require_groups(size: int) -> None:
+    if size < 2 or size % 2:
+        raise ValueError(f"group_size must be even and at least 2, but is {size}")
+
+
+# Training with rounded weights.
+
+
+@dataclass(frozen=True)
+class FakeQuantized(Compression):
+    """Real weights that a network computes with as if they were rounded: how quantisation-aware training begins.
+
+    Gradients pass the rounding as if it were not there. Scales are buffers beside the weights, made anew at each step
+    until they are frozen. `convert` makes integers of it.
+
+    Args:
+        class_path: Of the method, which is `Int4WeightOnly` or `Int8DynamicInt4`.
+        init_args: Of the method.
+
+    Raises:
+        ValueError: For a method that torchao cannot train with.
+
+    Source:
+        Jacob et al., 2017, arXiv:1712.05877, section 3; Bengio et al., 2013, arXiv:1308.3432 (straight through). By
+        torchao's `QATConfig`.
+    """
+
+    class_path: str = f"{__name__}.Int4WeightOnly"
+    init_args: dict[str, Any] | None = None
+
+    @classmethod
+    def by(cls, method: Quantization) -> FakeQuantized:
+        """With the method itself."""
+        return cls(method.described()["class_path"], method.described()["init_args"])
+
+    @property
+    def method(self) -> Quantization:
+        """What the network is trained for."""
+        kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (Int4WeightOnly, Int8DynamicInt4)}
+        if self.class_path not in kinds:
+            raise ValueError(
+                f"method must be Int4WeightOnly or Int8DynamicInt4 to train with, but is {self.class_path}"
+            )
+        return kinds[self.class_path](**(self.init_args or {}))
+
+    def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
+        """Puts rounding layers in place of the chosen ones, with the same parameters."""
+        form = self.method.form(self.method.chosen(network)) | {"class_path": self.class_path, "frozen": False}
+        self.reform(network, form)
+        return {"form": form}
+
+    @classmethod
+    def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
+        """Puts the layers in."""
+        method = cls(form["class_path"], form["init_args"]).method
+        step = _torchao().QATConfig(method.config(), step="prepare")
+        for name in form["names"]:
+            layer = network.get_submodule(name)
+            if not hasattr(layer, "weight_fake_quantizer"):
+                with torch.random.fork_rng(devices=[]):  # the layers are first made with weights of their own
+                    _torchao().quantize_(network, step, filter_fn=lambda _, fqn, name=name: fqn == name)
+                layer, device = network.get_submodule(name).train(layer.training), layer.weight.device
+                quantizer = layer.weight_fake_quantizer
+                quantizer(layer.weight.detach())  # which makes the scales
+                for part in ("scale", "zero_point"):
+                    value = getattr(quantizer, part).to(device)
+                    delattr(quantizer, part)
+                    quantizer.register_buffer(part, value)
+                quantizer.register_forward_hook(_keep_ordinary)
+            layer.weight_fake_quantizer.config.is_dynamic = not form["frozen"]
+
+
+def _keep_ordinary(quantizer: nn.Module, args: Any, output: Tensor) -> None:
+    """Has scales that an evaluation made be tensors that a checkpoint can be loaded into."""
+    for part in ("scale", "zero_point"):
+        if getattr(quantizer, part).is_inference():
+            with torch.inference_mode(False):
+                setattr(quantizer, part, getattr(quantizer, part).clone())
+
+
+def freeze_scales(network: nn.Module) -> None:
+    """Has the scales of a network that trains with rounded weights stay as they are, in what is recorded of it too."""
+    for record in records_of(network):
+        if record["class_path"].endswith(".FakeQuantized"):
+            record["form"]["frozen"] = True
+            FakeQuantized.reform(network, record["form"])
+
+
+@torch.no_grad()
+def convert(network: nn.Module) -> None:
+    """Makes integers, in place, of weights that were trained as if they were rounded; nothing of other networks."""
+    records = records_of(network)
+    for number, record in enumerate(records):
+        if not record["class_path"].endswith(".FakeQuantized"):
+            continue
+        method = FakeQuantized(record["form"]["class_path"], record["form"]["init_args"]).method
+        for name in record["form"]["names"]:
+            layer = network.get_submodule(name)
+            plain = method.quantized(layer)
+            quantizer = layer.weight_fake_quantizer
+            if quantizer.config.is_dynamic:
+                quantizer(layer.weight)
+            plain.weight_scale.copy_(quantizer.scale.view_as(plain.weight_scale))
+            scales = plain.weight_scale.repeat_interleave(plain.group_size, dim=1)
+            values = (layer.weight.detach() * (1 / scales)).round().clamp(-8, 7).to(torch.int8)  # as torchao rounds
+            plain.weight_qdata.copy_(pack(values))
+            network.set_submodule(name, plain)
+        records[number] = method.described() | {"form": method.form(record["form"]["names"]), "trained": True}
+    if records:
+        network.compression = records
+
+
+class _TorchAO:
+    """The names of torchao that are used here."""
+
+    def __init__(self) -> None:
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # it names, at each import, kernels for GPUs that it did not find
+        try:
+            from torchao.quantization import (
+                Int8DynamicActivationInt8WeightConfig,
+                Int8DynamicActivationIntxWeightConfig,
+                Int8WeightOnlyConfig,
+                IntxWeightOnlyConfig,
+                PerGroup,
+                quantize_,
+            )
+            from torchao.quantization.qat import QATConfig
+        except ImportError as error:
+            raise ImportError(
+                f"package torchao must be installed to quantise, but is not ({error}); pip install lit-llm[compression]"
+            ) from error
+        finally:
+            logging.disable(before)
+        self.quantize_, self.PerGroup, self.QATConfig = quantize_, PerGroup, QATConfig
+        self.IntxWeightOnlyConfig, self.Int8WeightOnlyConfig = IntxWeightOnlyConfig, Int8WeightOnlyConfig
+        self.Int8DynamicActivationInt8WeightConfig = Int8DynamicActivationInt8WeightConfig
+        self.Int8DynamicActivationIntxWeightConfig = Int8DynamicActivationIntxWeightConfig
+
+
+def _torchao() -> _TorchAO:
+    return _TorchAO()

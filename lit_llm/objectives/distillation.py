@@ -1,0 +1,367 @@
+"""Distillation: a small network learns from what a large one says, beside what the data say."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Float
+from lightning.pytorch.utilities.types import TRAIN_DATALOADERS
+from torch import Tensor, nn
+
+from lit_llm.batch import IGNORE_INDEX, TokenBatch, inputs
+from lit_llm.compression.calibration import answer, evaluating, watching
+from lit_llm.compression.inheritance import inherit, layer_map
+from lit_llm.compression.taps import UNSEEN, Tapped, tapping
+from lit_llm.objectives.causal_lm import CausalLM
+from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.divergences import Divergence, ForwardKL, Taught, linear_loss_sum
+from lit_llm.objectives.losses import cross_entropy_sum
+from lit_llm.objectives.masked_lm import MaskedLM
+from lit_llm.objectives.objective import Loss, Objective
+from lit_llm.objectives.teacher import Teacher, TeacherCache
+
+
+class Distillation(Objective):
+    """Mixed into an objective: its loss, and how far the student is from a teacher that reads the same batch.
+
+    The loss is `(1 - teacher_weight)` of the objective's own and `teacher_weight` of the divergence of the two answers,
+    both softened by `temperature`, times its square; to which distances inside the networks may be added.
+
+    The teacher is in evaluation mode and learns nothing; it is neither in checkpoints nor in the exported model, and is
+    read only to train. A run that goes on from a checkpoint needs it again.
+
+    Args:
+        args: As in the objective.
+        teacher: A model directory, a run folder, a checkpoint file or a name on the hub; of the same task, tokeniser
+            and classes.
+        temperature: What both sets of logits are divided by, above 0; 2 to 5 is usual for classes, 1 to 2 for tokens.
+        teacher_weight: Share of the teacher in the loss, in [0, 1].
+        divergence: How far two answers are apart; `None` is `ForwardKL`.
+        hidden_weight: Weight of the mean squared difference of what blocks give, of which the student's goes through a
+            learnt projection to the teacher's width; 0 for none.
+        attention_weight: The same of the attention's scores, of networks with as many heads; 0 for none.
+        layers: For each block of the student the teacher's that it learns from, from 0; `None` is every k-th.
+        inherit: Begin with the weights of those blocks, cut to the student's width.
+        teacher_precision: What the teacher computes in.
+        cache_top_k: Keep on disk, of each row that the teacher has read, so many of the likeliest tokens or classes: it
+            does not read that row again, in this run or the next. For rows that always come alike.
+        kwargs: As in the objective.
+
+    Raises:
+        ValueError: When a value is out of range, or the teacher does not fit student or data.
+
+    Source:
+        Hinton et al., 2015, arXiv:1503.02531, section 2 (answers); Jiao et al., 2019, "TinyBERT", arXiv:1909.10351, eq.
+        7 and 8 (attention and hidden states, here together with the answers, and each mean over positions and
+        components, so that the weights do not depend on a network's size); Sanh et al., 2019, arXiv:1910.01108 (start).
+    """
+
+    rows_come_again: ClassVar[bool] = True
+    """Whether the networks read the same of a row in each epoch, so that what was said of it can be kept."""
+
+    def __init__(
+        self,
+        *args: Any,
+        teacher: str,
+        temperature: float = 2.0,
+        teacher_weight: float = 0.5,
+        divergence: Divergence | None = None,
+        hidden_weight: float = 0.0,
+        attention_weight: float = 0.0,
+        layers: list[int] | None = None,
+        inherit: bool = False,
+        teacher_precision: Literal["32-true", "bf16-mixed"] = "32-true",
+        cache_top_k: int | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if temperature <= 0:
+            raise ValueError(f"model.temperature must be above 0, but is {temperature}")
+        if not 0 <= teacher_weight <= 1:
+            raise ValueError(f"model.teacher_weight must be in [0, 1], but is {teacher_weight}")
+        for name, value in {"hidden_weight": hidden_weight, "attention_weight": attention_weight}.items():
+            if value < 0:
+                raise ValueError(f"model.{name} must be at least 0, but is {value}")
+        if inherit and self.hparams.get("weights"):
+            raise ValueError("model.inherit must be false with model.weights to start from, but is true")
+        if cache_top_k is not None and cache_top_k < 1:
+            raise ValueError(f"model.cache_top_k must be at least 1, but is {cache_top_k}")
+        if cache_top_k is not None and not self.rows_come_again:
+            raise ValueError(
+                f"model.cache_top_k must be None where other tokens are hidden at each step, but is {cache_top_k}"
+            )
+        if cache_top_k is not None and (hidden_weight or attention_weight):
+            raise ValueError(
+                f"model.cache_top_k must be None with hidden_weight or attention_weight, for which the teacher reads "
+                f"each batch, but is {cache_top_k}"
+            )
+        if getattr(self.adaptation, "cache_features", False):
+            raise ValueError("model.adaptation.cache_features must be false to learn from a teacher, but is true")
+        self.save_arguments()
+        self.temperature, self.teacher_weight, self.divergence = temperature, teacher_weight, divergence or ForwardKL()
+        self.hidden_weight, self.attention_weight = hidden_weight, attention_weight
+        self.layers, self.inherits, self.cache_top_k = layers, inherit, cache_top_k
+        self.teacher_precision, self.teacher_path = teacher_precision, teacher
+        self.projections = nn.ModuleList()
+        self._held: list[Teacher] = []  # in a list, so that it is no submodule
+        self._cache: TeacherCache | None = None
+        self._map: list[int] = []
+
+    @property
+    def teacher(self) -> Teacher:
+        """Who is learnt from; there while training."""
+        return self._held[0]
+
+    @property
+    def beside(self) -> nn.Module:
+        """The projections of hidden states."""
+        return self.projections
+
+    # Building.
+
+    def configure_model(self) -> None:
+        """Builds the student, and to train reads the teacher."""
+        super().configure_model()
+        if self._held or self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        teacher = Teacher(self.teacher_path, self.teacher_precision)
+        data = self.trainer.datamodule
+        teacher.require(self.network, self.size_name, self.hparams[self.size_name], getattr(data, "tokenizer", None))
+        self._held = [teacher]
+        if self.inherits:
+            inherit(self.network, teacher.network, self.layers)
+        if self.cache_top_k is not None:
+            self._require_rows_as_they_are(data)
+            self._cache = TeacherCache(teacher, self.temperature, self.cache_top_k, self.trainer.global_rank)
+        if self.hidden_weight or self.attention_weight:
+            self._map = layer_map(self.network, teacher.network, self.layers)
+        if self.hidden_weight:
+            self._make_projections()
+
+    def _require_rows_as_they_are(self, data: Any) -> None:
+        for what in ("augmentation", "streaming", "unlabelled_ratio"):
+            if getattr(data, what, None):
+                raise ValueError(
+                    f"model.cache_top_k must be None where rows do not come again as they were, but data.{what} is "
+                    f"{getattr(data, what)!r}"
+                )
+
+    @torch.no_grad()
+    def _make_projections(self) -> None:
+        """One for each block of the student, as wide as the two turn out to be on a batch; they begin by passing on."""
+        source: TRAIN_DATALOADERS = self.trainer.fit_loop._data_source.dataloader()
+        batch = next(iter(source))
+        with evaluating(self.network), tapping(self.network) as student, tapping(self.teacher.network) as taught:
+            answer(self.network, batch), answer(self.teacher.network, batch)
+        for index, layer in enumerate(self._map):
+            widths = (_positions(tapped.hidden[at]).shape[-1] for tapped, at in ((student, index), (taught, layer)))
+            projection = nn.Linear(*widths, bias=False)
+            self.projections.append(projection)
+            nn.init.eye_(projection.weight)
+
+    def on_fit_start(self) -> None:
+        """Brings the teacher to where the student is."""
+        self.teacher.network.to(self.device)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """As the objective's; what only training needs is left out elsewhere."""
+        if not len(self.projections):
+            state = checkpoint["state_dict"]
+            checkpoint["state_dict"] = {n: v for n, v in state.items() if not n.startswith("projections.")}
+        super().on_load_checkpoint(checkpoint)
+
+    # The loss.
+
+    @abstractmethod
+    def position_weights(self, batch: Any, num_positions: int) -> Float[Tensor, "batch positions"]:
+        """How much each position of each row counts inside the networks; in all as much as the batch has targets."""
+
+    def tapped(self, network: nn.Module) -> Any:
+        """Notes what goes on inside a network, as far as the loss asks for it."""
+        if self.hidden_weight or self.attention_weight:
+            return tapping(network, attention=self.attention_weight > 0)
+        return tapping(nn.Module())
+
+    def say(self, batch: Any, ask: Callable[[nn.Module], Taught]) -> Taught:
+        """What the teacher says of a batch: as it is kept on disk, or as it says when asked."""
+        taught = self._cache.read(batch) if self._cache is not None else None
+        if taught is None:
+            with self.teacher.asked() as network:
+                taught = ask(network)
+            if self._cache is not None:
+                taught = self._cache.add(batch, taught)
+        return Taught(taught.log_p.to(self.device), None if taught.index is None else taught.index.to(self.device))
+
+    def mixed(self, hard: Tensor, soft: Tensor) -> Tensor:
+        """The objective's own loss and the divergence."""
+        return (1 - self.teacher_weight) * hard + self.teacher_weight * soft
+
+    def inside(self, batch: Any, student: Tapped, teacher: Tapped) -> Tensor | float:
+        """The distances inside the networks, summed over the batch's targets."""
+        total: Tensor | float = 0.0
+        for index, layer in enumerate(self._map):
+            if self.hidden_weight:
+                mine, theirs = _positions(student.hidden[index]), _positions(teacher.hidden[layer])
+                if mine.shape[:2] != theirs.shape[:2]:
+                    raise ValueError(
+                        f"model.hidden_weight must be 0 where blocks see other positions than the teacher's, but block "
+                        f"{index} sees {mine.shape[1]} and the teacher's {layer} sees {theirs.shape[1]}"
+                    )
+                apart = (self.projections[index](mine).float() - theirs.float()).square().mean(dim=-1)
+                total = total + self.hidden_weight * (apart * self.position_weights(batch, apart.shape[1])).sum()
+            if self.attention_weight:
+                total = total + self.attention_weight * self._attention(batch, student, teacher, index, layer)
+        return total / max(len(self._map), 1)
+
+    def _attention(self, batch: Any, student: Tapped, teacher: Tapped, index: int, layer: int) -> Tensor:
+        if index not in student.attention or layer not in teacher.attention:
+            raise ValueError("model.attention_weight must be 0 for networks without attention in blocks, but is not")
+        mine, theirs = student.attention[index].float(), teacher.attention[layer].float()
+        if mine.shape != theirs.shape:
+            raise ValueError(
+                f"model.attention_weight must be 0 where heads are not as many as the teacher's, but block {index} has "
+                f"{mine.shape[1]} and the teacher's {layer} has {theirs.shape[1]}"
+            )
+        seen = (mine > UNSEEN) & (theirs > UNSEEN)
+        apart = (mine.where(seen, 0) - theirs.where(seen, 0)).square().sum(dim=(1, 3)) / seen.sum(dim=(1, 3)).clamp(
+            min=1
+        )
+        return (apart * self.position_weights(batch, apart.shape[1])).sum()
+
+
+def _positions(hidden: Tensor) -> Float[Tensor, "batch positions width"]:
+    """What a block gives at each position, of a text or of an image."""
+    if hidden.ndim == 4:
+        return hidden.flatten(2).mT
+    return hidden if hidden.ndim == 3 else hidden[:, None]
+
+
+class ClassificationDistillation(Distillation, Classification):
+    """Classification that learns from a teacher too: of texts, of images.
+
+    Arguments are those of `Distillation` and `Classification`.
+
+    Source:
+        As `Distillation`. Class weights weigh an example's divergence too.
+    """
+
+    def loss(self, batch: Mapping[str, Any]) -> Loss:
+        """The mixed loss, summed over the examples with their weights, and the sum of those."""
+        said: list[Tensor] = []
+        with (
+            self.tapped(self.network) as student,
+            watching({"": self.network}, lambda name, logits: said.append(logits), outputs=True),
+        ):
+            hard, targets = super().loss(batch)
+        with self.tapped(self.teacher.network) as taught:
+            teacher = self.say(batch, lambda network: Taught.of(network(**inputs(batch)), self.temperature))
+        apart = teacher.against(said[-1], self.temperature, self.divergence)
+        return self.mixed(hard, (apart * self._weights(batch)).sum()) + self.inside(batch, student, taught), targets
+
+    def _weights(self, batch: Mapping[str, Any]) -> Float[Tensor, " batch"]:
+        labels, weight = batch["labels"], self.weight_of_class
+        if weight is None:
+            return torch.ones(len(labels), device=labels.device)
+        return labels @ weight if labels.is_floating_point() else weight[labels]
+
+    def position_weights(self, batch: Mapping[str, Any], num_positions: int) -> Float[Tensor, "batch positions"]:
+        """An example's, spread evenly over what is not padding."""
+        weights, mask = self._weights(batch)[:, None], batch.get("attention_mask")
+        if mask is None or mask.shape[1] != num_positions:
+            return (weights / num_positions).expand(-1, num_positions)
+        return weights * mask / mask.sum(dim=1, keepdim=True)
+
+
+class CausalLMDistillation(Distillation, CausalLM):
+    """Causal language modelling that learns from a teacher too.
+
+    Where networks have their output layer apart, logits of a few tokens at a time are made, compared and forgotten.
+
+    Arguments are those of `Distillation` and `CausalLM`.
+
+    Source:
+        As `Distillation`; at each token, as Kim & Rush, 2016, arXiv:1606.07947, section 3.1.
+    """
+
+    def loss(self, batch: TokenBatch) -> Loss:
+        """The mixed loss, summed over the labels, and their number."""
+        labels = batch["labels"].flatten()
+        kept = labels != IGNORE_INDEX
+        with self.tapped(self.network) as student:
+            said, weight = self._read(self.network, batch)
+        with self.tapped(self.teacher.network) as taught:
+            teacher = self._asked(batch, kept)
+        said, labels = said.flatten(0, 1)[kept], labels[kept]
+
+        def loss_of(logits: Tensor, here: slice) -> Tensor:
+            hard = cross_entropy_sum(logits[None], labels[None, here], self.label_smoothing, self.z_loss)
+            return self.mixed(hard, teacher(here).against(logits, self.temperature, self.divergence).sum())
+
+        total = loss_of(said, slice(None)) if weight is None else linear_loss_sum(said, weight, loss_of)
+        return total + self.inside(batch, student, taught), kept.sum().float()
+
+    def _read(self, network: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
+        """What a network's output layer reads, and its matrix; or all logits."""
+        about = {name: batch[name] for name in ("input_ids", "document_ids", "positions") if name in batch}
+        if hasattr(network, "hidden") and isinstance(getattr(network.lm_head, "weight", None), Tensor):
+            return network.hidden(**about), network.lm_head.weight
+        return network(**about), None
+
+    def _asked(self, batch: TokenBatch, kept: Tensor) -> Callable[[slice], Taught]:
+        """What gives of some of the kept labels what the teacher says."""
+        if self._cache is not None:
+            said = self.say(batch, lambda network: self._likeliest(network, batch))
+            flat = Taught(said.log_p.flatten(0, 1), said.index.flatten(0, 1))[kept]
+            return lambda here: flat[here]
+        with self.teacher.asked() as network:
+            hidden, weight = self._read(network, batch)
+        hidden = hidden.flatten(0, 1)[kept]
+
+        def of(here: slice) -> Taught:
+            with self.teacher.asked():
+                return Taught.of(hidden[here] if weight is None else network.lm_head(hidden[here]), self.temperature)
+
+        return of
+
+    def _likeliest(self, network: nn.Module, batch: TokenBatch) -> Taught:
+        hidden, weight = self._read(network, batch)
+        rows = (Taught.of(x if weight is None else network.lm_head(x), self.temperature) for x in hidden)
+        tops = [row.top(self.cache_top_k) for row in rows]
+        return Taught(torch.stack([top.log_p for top in tops]), torch.stack([top.index for top in tops]))
+
+    def position_weights(self, batch: TokenBatch, num_positions: int) -> Float[Tensor, "batch positions"]:
+        """1 where there is something to predict."""
+        return (batch["labels"] != IGNORE_INDEX).float()
+
+
+class MaskedLMDistillation(Distillation, MaskedLM):
+    """Masked language modelling that learns from a teacher too, which fills in the same gaps.
+
+    Arguments are those of `Distillation` and `MaskedLM`.
+
+    Source:
+        As `Distillation`; Sanh et al., 2019, arXiv:1910.01108, section 3.
+    """
+
+    rows_come_again: ClassVar[bool] = False
+
+    def loss(self, batch: TokenBatch) -> Loss:
+        """The mixed loss, summed over the hidden tokens, and their number."""
+        read, ids, chosen = self.hide(batch, self.trainer.global_step)
+        about = {name: batch[name] for name in ("document_ids", "positions") if name in batch}
+        with self.tapped(self.network) as student:
+            logits = self.network.logits_at(chosen, read, **about)
+        with self.tapped(self.teacher.network) as taught:
+            teacher = self.say(
+                batch, lambda network: Taught.of(network.logits_at(chosen, read, **about), self.temperature)
+            )
+        hard = cross_entropy_sum(logits[None], ids[chosen][None])
+        soft = teacher.against(logits, self.temperature, self.divergence).sum()
+        return self.mixed(hard, soft) + self.inside(batch, student, taught), chosen.sum().float()
+
+    def position_weights(self, batch: TokenBatch, num_positions: int) -> Float[Tensor, "batch positions"]:
+        """1 where a token is hidden."""
+        return self.hide(batch, self.trainer.global_step)[2].float()

@@ -1,0 +1,175 @@
+"""A model that another learns from, and what it said, kept on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lit_llm.batch import inputs
+from lit_llm.checkpoints import first_argument, read_model
+from lit_llm.data.cache import cache_folder, cache_name
+from lit_llm.data.tokenizer import fingerprint
+from lit_llm.objectives.divergences import Taught
+
+log = logging.getLogger(__name__)
+
+
+class Teacher:
+    """A trained network in evaluation mode that learns nothing; no part of the module that holds it.
+
+    Args:
+        path: A model directory, a run folder, a checkpoint file or a name on the hub.
+        precision: What it computes in: `32-true`, or `bf16-mixed`.
+    """
+
+    def __init__(self, path: str, precision: str) -> None:
+        self.path, self.precision = path, precision
+        model = read_model(path)
+        self.network, self.tokenizer, self.size = model.network, model.tokenizer, model.recipe["size"]
+        self.network.requires_grad_(False)
+
+    def require(self, student: nn.Module, size_name: str, size: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Refuses a student that means something else by its numbers.
+
+        Raises:
+            ValueError: When the task, the tokeniser or the classes differ.
+        """
+        sized_by = first_argument(type(self.network))
+        if sized_by != size_name:
+            kind = type(self.network).__name__
+            raise ValueError(
+                f"model.teacher must be sized by {size_name}, but {self.path} is a {kind}, sized by {sized_by}"
+            )
+        both = tokenizer is not None and self.tokenizer is not None
+        if both and fingerprint(tokenizer) != fingerprint(self.tokenizer):
+            raise ValueError(
+                f"data.tokenizer must be the one that model.teacher was trained with, but is another than that of "
+                f"{self.path}; set data.tokenizer to {self.path}"
+            )
+        if self.size != size:
+            raise ValueError(
+                f"model.teacher must have the student's {size_name}, {size}, but {self.path} has {self.size}"
+            )
+        mine, theirs = (getattr(network, "class_names", None) for network in (student, self.network))
+        if mine and theirs and mine != theirs and not any(names[0].startswith("LABEL_") for names in (mine, theirs)):
+            raise ValueError(
+                f"model.teacher must tell apart the student's classes, {', '.join(mine)}, but {self.path} tells apart "
+                f"{', '.join(theirs)}"
+            )
+
+    @contextmanager
+    def asked(self) -> Iterator[nn.Module]:
+        """The network, without gradients and in its precision."""
+        device = next(self.network.parameters()).device.type
+        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+            yield self.network
+
+    def fingerprint(self) -> str:
+        """Of all its weights."""
+        digest = hashlib.blake2b(digest_size=12)
+        for name, tensor in self.network.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class TeacherCache:
+    """What a teacher said of each row, on disk: of every position the likeliest tokens (classes) and how likely.
+
+    A row is found by a hash of what the network reads of it, so that data that have changed are never taken for what
+    they were. Rows are added as they come: one file, memory-mapped, 6 bytes for each of `k` at each position. What is
+    read back is what is used from the first epoch on. Meant for one run at a time.
+
+    Args:
+        teacher: Whose; another one has another cache.
+        temperature: What its probabilities are softened by.
+        k: How many.
+        rank: Of this process, which has a file of its own.
+    """
+
+    def __init__(self, teacher: Teacher, temperature: float, k: int, rank: int = 0) -> None:
+        self.k = k
+        name = cache_name(
+            teacher=teacher.fingerprint(), temperature=temperature, precision=teacher.precision, k=k, version=1
+        )
+        self.folder, self.rank = cache_folder() / "teachers" / name, rank
+        self._path: Path | None = None
+        self._places: dict[bytes, int] = {}
+        self._records = np.zeros(0)
+
+    def read(self, batch: Mapping[str, Any]) -> Taught | None:
+        """What was said of a batch; `None` when some of it is not there."""
+        keys = row_keys(batch)
+        if self._path is None:
+            self._find()
+        if not all(key in self._places for key in keys):
+            return None
+        found = self._records[[self._places[key] for key in keys]]
+        log_p, index = (torch.from_numpy(np.ascontiguousarray(found[name])) for name in ("log_p", "index"))
+        return Taught(log_p.float(), index.long())
+
+    def add(self, batch: Mapping[str, Any], taught: Taught) -> Taught:
+        """Keeps what was said of a batch, and gives it back as it is kept; rows that are there stay as they are."""
+        keys = row_keys(batch)
+        kept = taught.top(self.k)
+        shape = kept.log_p.shape[1:]
+        if self._path is None:
+            self._open(tuple(shape))
+        new = [row for row, key in enumerate(keys) if key not in self._places and keys.index(key) == row]
+        records = np.zeros(len(new), dtype=self._dtype)
+        records["key"] = [np.frombuffer(keys[row], dtype=np.uint8) for row in new]
+        records["log_p"], records["index"] = (x[new].cpu().numpy() for x in (kept.log_p.float(), kept.index))
+        with self._path.open("ab") as file:
+            file.write(records.tobytes())
+        self._map()
+        return self.read(batch)
+
+    def _find(self) -> None:
+        """Opens what an earlier run left."""
+        for path in sorted(self.folder.glob(f"*-{self.rank}.bin")):
+            self._open(tuple(int(part) for part in path.stem.split("-")[0].split("x")))
+
+    def _open(self, shape: tuple[int, ...]) -> None:
+        self._dtype = np.dtype([("key", "u1", 16), ("log_p", "<f2", shape), ("index", "<i4", shape)])
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._path = self.folder / f"{'x'.join(map(str, shape))}-{self.rank}.bin"
+        self._path.touch()
+        whole = self._path.stat().st_size // self._dtype.itemsize * self._dtype.itemsize
+        with self._path.open("r+b") as file:
+            file.truncate(whole)  # a process that was killed may have left half a record
+        self._map()
+        if self._places:
+            log.info(f"The teacher has read {len(self._places):,} rows before: {self._path}")
+
+    def _map(self) -> None:
+        count, before = self._path.stat().st_size // self._dtype.itemsize, len(self._records)
+        if count:
+            self._records = np.memmap(self._path, dtype=self._dtype, mode="r", shape=(count,))
+        for place in range(before, count):
+            self._places[self._records[place]["key"].tobytes()] = place
+
+
+def row_keys(batch: Mapping[str, Any]) -> list[bytes]:
+    """A hash of what the network reads of each row, padding left out."""
+    read = {name: tensor.cpu() for name, tensor in sorted(inputs(batch).items()) if name != "num_bytes"}
+    mask = read.get("attention_mask")
+    keys = []
+    for row in range(len(next(iter(read.values())))):
+        digest = hashlib.blake2b(digest_size=16)
+        for name, tensor in read.items():
+            part = tensor[row]
+            if mask is not None and tensor.shape == mask.shape:
+                part = part[mask[row].bool()]
+            digest.update(f"{name}{tuple(part.shape)}".encode())
+            digest.update(part.contiguous().numpy().tobytes())
+        keys.append(digest.digest())
+    return keys

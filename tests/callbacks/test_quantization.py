@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from lit_llm.callbacks.quantization import QuantizationAwareTraining
+from lit_llm.checkpoints import load_model
+from lit_llm.compression.quantization import Quantized
+
+
+def callback(**options: object) -> str:
+    method = {"class_path": "lit_llm.compression.quantization.Int4WeightOnly", "init_args": {"group_size": 16}}
+    made = {"class_path": "lit_llm.callbacks.quantization.QuantizationAwareTraining"}
+    return "--trainer.callbacks+=" + json.dumps(made | {"init_args": {"method": method, **options}})
+
+
+def test_a_run_that_is_cut_goes_on_and_leaves_integers(lit_llm, tiny, tmp_path):
+    words = ["fit", *tiny, callback(delay=0.3, freeze=0.6), "--checkpoint.every_n_steps", 3]
+    outcome = lit_llm(*words, "--run_dir", tmp_path / "whole")
+    assert outcome.code == 0, outcome.err
+    assert "Weights are rounded from step 2 on, by Int4WeightOnly" in outcome.err
+    assert "Scales stay as they are from step 4 on" in outcome.err
+    crash = '--trainer.callbacks+={"class_path": "tests.cli.test_resume.Crash", "init_args": {"step": 5}}'
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm(*words, crash, "--run_dir", tmp_path / "cut")
+    assert lit_llm(*words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
+    states = [torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("whole", "cut")]
+    assert states[0]["compression"] == states[1]["compression"]
+    assert states[0]["compression"][0]["form"]["frozen"]
+    for name, tensor in states[0]["state_dict"].items():
+        assert torch.equal(tensor, states[1]["state_dict"][name]), name
+    network, _ = load_model(tmp_path / "whole/model")
+    assert isinstance(network.layers[0].mlp.up_proj, Quantized)
+    from_checkpoint, _ = load_model(tmp_path / "whole/checkpoints/best.ckpt")
+    ids = torch.randint(256, (1, 8))
+    assert torch.equal(network(ids), from_checkpoint(ids))
+    assert lit_llm("test", "--run_dir", tmp_path / "cut").code == 0
+
+
+@pytest.mark.parametrize(("delay", "freeze"), [(1.0, 1.0), (-0.1, 0.5), (0.5, 0.4), (0.5, 1.1)])
+def test_times_out_of_order_are_refused(delay, freeze):
+    message = rf"^delay must be in \[0, 1\) and freeze from it to 1, but are {delay} and {freeze}$"
+    with pytest.raises(ValueError, match=message):
+        QuantizationAwareTraining(delay=delay, freeze=freeze)

@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import yaml
+
+import lit_llm.cli.compress as command
+from lit_llm.checkpoints import load_model, save_model
+from lit_llm.compression.quantization import Quantized
+from lit_llm.compression.structured import Neurons
+from lit_llm.data.tokenizer import byte_tokenizer
+from tests.writing import REPOSITORY
+
+RUN = str(REPOSITORY / "configs/pretraining/llama_stdlib.yaml")
+STUDENT = {
+    "model": "lit_llm.objectives.distillation.CausalLMDistillation",
+    "model.teacher": "{original}",
+    "model.network.d_model": 16,
+    "model.network.num_layers": 1,
+    "model.network.num_heads": 2,
+    "model.network.d_ff": 24,
+}
+TRAINER = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.precision", "32-true"]
+PRUNE = {"name": "pruned", "class_path": "lit_llm.compression.sparsity.Wanda"}
+NEURONS = {"name": "narrow", "class_path": "lit_llm.compression.structured.Neurons", "init_args": {"sparsity": 0.5}}
+QUANTIZE = {
+    "name": "int8",
+    "class_path": "lit_llm.compression.quantization.Int8WeightOnly",
+    "init_args": {"layers": ["*"]},
+}
+RECOVER = {
+    "name": "recovered",
+    "fit": RUN,
+    "options": {
+        "model.weights": "{previous}",
+        "model.network": None,
+        "trainer.callbacks+": {"class_path": "lit_llm.callbacks.pruning.KeepZeros"},
+    },
+}
+
+
+@pytest.fixture
+def llama(tmp_path, tiny_llama):
+    save_model(tmp_path / "llama", tiny_llama(vocab_size=257), byte_tokenizer())
+    return tmp_path / "llama"
+
+
+@pytest.fixture
+def chain(tmp_path, texts, llama, lit_llm):
+    """Runs a chain of stages on little data."""
+
+    def call(*stages, out="out", more=(), **settings):
+        content = {"evaluate": RUN, "metric": "val/bits_per_byte", "repeats": 2, "calibration_batches": 2}
+        path = tmp_path / "chain.yaml"
+        path.write_text(yaml.safe_dump({**content, "stages": list(stages), **settings}))
+        data = ["--data.path", texts, "--data.tokenizer", "bytes", "--data.seq_len", "32", "--data.batch_size", "4"]
+        splits = ["--data.validation_fraction", "0.1", "--data.test_fraction", "0.1"]
+        where = ["--config", path, "--model", llama, "--out", tmp_path / out]
+        return lit_llm("compress", *where, *data, *splits, *TRAINER, *more)
+
+    return call
+
+
+def test_a_chain_distils_prunes_and_quantises_and_says_what_it_cost(chain, tmp_path, llama, lit_llm):
+    outcome = chain({"name": "distilled", "fit": RUN, "options": STUDENT}, PRUNE, QUANTIZE)
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    stages = report["stages"]
+    assert [row["name"] for row in stages] == ["original", "distilled", "pruned", "int8"]
+    wanted = {
+        "name",
+        "metric",
+        "parameters",
+        "nonzero",
+        "bytes",
+        "latency_ms_p50",
+        "latency_ms_p95",
+        "throughput",
+        "peak_memory",
+    }
+    assert all(wanted <= row.keys() for row in stages)
+    sizes = [row["parameters"] for row in stages]
+    assert sizes[0] > sizes[1] == sizes[2] == sizes[3]
+    assert stages[2]["nonzero"] < stages[1]["nonzero"]
+    assert stages[3]["bytes"] < stages[2]["bytes"] / 2
+    assert report["command"].startswith("lit-llm compress --config")
+    table = (tmp_path / "out/report.md").read_text()
+    assert "| distilled |" in table
+    assert table in outcome.out
+    assert (tmp_path / "out/pareto.png").stat().st_size > 5000
+    network, tokenizer = load_model(tmp_path / "out/model")
+    assert isinstance(network.embed_tokens, Quantized)
+    assert len(tokenizer) == 257
+    words = lit_llm("generate", "--model", tmp_path / "out/model", "--prompt", "the", "--max_new_tokens", 3)
+    assert words.code == 0, words.err
+
+
+def test_a_chain_that_was_killed_goes_on_where_it_stopped(chain, tmp_path, monkeypatch):
+    options = RECOVER["options"] | {"checkpoint.every_n_steps": 2}
+    stages = [PRUNE, RECOVER | {"options": options}]
+    crash = '--trainer.callbacks+={"class_path": "tests.cli.test_resume.Crash", "init_args": {"step": 3}}'
+    real = command._command
+
+    def killed(name, words):
+        return real(name, [*words, crash] if name == "fit" else words)
+
+    monkeypatch.setattr(command, "_command", killed)
+    with pytest.raises(RuntimeError, match="crash"):
+        chain(*stages)
+    made = tmp_path / "out/stages/01-pruned/model/model.safetensors"
+    before = made.stat().st_mtime_ns
+    calls = []
+    monkeypatch.setattr(command, "_command", lambda name, words: (calls.append((name, words)), real(name, words))[1])
+    outcome = chain(*stages)
+    assert outcome.code == 0, outcome.err
+    assert made.stat().st_mtime_ns == before
+    [fit] = [words for name, words in calls if name == "fit"]
+    assert fit[-2:] == ["--ckpt_path", "last"]
+    assert json.loads((tmp_path / "out/stages/02-recovered/results.json").read_text())["step"] == 4
+    zeros = [row["nonzero"] for row in json.loads((tmp_path / "out/report.json").read_text())["stages"]]
+    assert zeros[0] > zeros[2] == zeros[1]  # what is pruned stays so
+    calls.clear()
+    assert chain(*stages).code == 0
+    assert [name for name, _ in calls] == ["validate"]  # for the data to time with
+    outcome = chain(NEURONS)
+    assert outcome.last_line == (
+        f"lit-llm: error: --out must be a new folder or one of this chain, but {tmp_path / 'out'} is of another chain or "
+        f"model"
+    )
+
+
+def frequencies(texts) -> torch.Tensor:
+    counts = torch.full((257,), 0.1)
+    for path in texts.glob("*.txt"):
+        counts += torch.bincount(torch.tensor(byte_tokenizer().encode(path.read_text())), minlength=257)
+    return (counts / counts.sum()).log()
+
+
+def test_a_chain_stops_where_a_floor_is_crossed_and_keeps_the_last_good_one(chain, tmp_path, texts, llama, tiny_llama):
+    network = tiny_llama(vocab_size=257)
+    with torch.no_grad():  # it knows how often each byte comes, which its head alone says
+        for p in network.parameters():
+            p.fill_(1.0 if p is network.embed_tokens.weight or p.ndim == 1 else 0.0)
+        network.lm_head.weight.copy_(frequencies(texts)[:, None].expand(-1, 32) / 32)
+    shutil.rmtree(llama)
+    save_model(llama, network, byte_tokenizer())
+    head = {"sparsity": 0.9, "layers": ["lm_head"]}
+    ruin = {"name": "ruined", "class_path": "lit_llm.compression.sparsity.Magnitude", "init_args": head}
+    outcome = chain(QUANTIZE | {"init_args": {"layers": ["embed_tokens"]}}, ruin, NEURONS, floor=0.9)
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert report["stages"][2]["metric"] > report["stages"][0]["metric"] / 0.9
+    assert [(row["name"], row["kept"]) for row in report["stages"]] == [
+        ("original", True),
+        ("int8", True),
+        ("ruined", False),
+    ]
+    assert "which crosses its floor of 0.9: the chain ends with int8" in outcome.err
+    assert report["stopped"] in (tmp_path / "out/report.md").read_text()
+    kept, bad = (tmp_path / "out" / name / "model.safetensors" for name in ("model", "stages/02-ruined/model"))
+    assert (
+        kept.read_bytes() == (tmp_path / "out/stages/01-int8/model/model.safetensors").read_bytes() != bad.read_bytes()
+    )
+
+
+def test_what_was_compressed_before_is_measured_from_there(chain, tmp_path, llama):
+    network, tokenizer = load_model(llama)
+    Neurons(0.5).apply(network)
+    save_model(llama, network, tokenizer)
+    outcome = chain(NEURONS)
+    assert outcome.code == 0, outcome.err
+    assert f"{llama} has been compressed before, by Neurons: it is measured from there" in outcome.err
+    sizes = [row["parameters"] for row in json.loads((tmp_path / "out/report.json").read_text())["stages"]]
+    assert sum(p.numel() for p in network.parameters()) == sizes[0] > sizes[1]
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"class_path": "lit_llm.compression.sparsity.Magnitude", "init_args": {"sparsity": 1.0}}, "sparsity must be in [0, 1), but is 1.0"),
+        ({"class_path": "lit_llm.compression.sparsity.Magnitude", "init_args": {"layers": ["none.*"]}}, "but 'none.*' matches none"),
+        ({"class_path": "lit_llm.compression.low_rank.SVD", "init_args": {"rank": 1000}}, "rank must be "),
+        ({"class_path": "lit_llm.compression.structured.Channels"}, "must "),
+        ({"class_path": "torch.nn.Linear"}, "compression must name methods of compression, but names torch.nn.Linear"),
+        ({"class_path": "lit_llm.compression.sparsity.Magnitude", "fit": RUN}, "must have either class_path or fit, but has class_path, fit"),
+        ({"fit": "nowhere.yaml"}, "must name run files, but "),
+        ({"class_path": "lit_llm.compression.sparsity.Magnitude", "flor": 0.9}, "a stage must have keys of class_path, fit, floor, init_args, name, options, but in "),
+        ({"class_path": "lit_llm.compression.sparsity.Magnitude", "floor": 95}, "floor must be part of the original's score, in [0, 1], but is 95"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_said_in_one_line(chain, stage, message):
+    outcome = chain(stage)
+    assert outcome.code == 2, outcome.err
+    assert message in outcome.last_line
+    assert " but " in outcome.last_line
+
+
+def test_two_stages_of_one_name_are_refused(chain, tmp_path):
+    outcome = chain(NEURONS, NEURONS)
+    where = tmp_path / "chain.yaml"
+    assert (
+        outcome.last_line
+        == f"lit-llm: error: name of a stage must be a word that no other has, but is 'narrow' in {where}"
+    )
+
+
+def test_a_calibration_without_batches_is_refused(chain):
+    outcome = chain(PRUNE, calibration_batches=0)
+    assert outcome.last_line == "lit-llm: error: calibration of Wanda must have at least one batch, but is empty"
+
+
+def test_a_metric_that_is_not_measured_is_refused(chain):
+    outcome = chain(PRUNE, metric="val/accuracy")
+    assert outcome.last_line.startswith("lit-llm: error: metric must be one that is measured (val/bits_per_byte, ")

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from lit_llm.compression.inheritance import inherit, layer_map
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from tests.examples import BERT
+
+MODERNBERT = {
+    "model_type": "modernbert",
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 8,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "pad_token_id": 0,
+}
+
+
+def test_a_student_of_all_blocks_is_its_teacher(tiny_llama):
+    teacher, student, ids = tiny_llama(seed=1), tiny_llama(), torch.randint(37, (1, 5))
+    inherit(student, teacher)
+    assert torch.equal(student(ids), teacher(ids))
+
+
+def test_a_student_of_some_blocks_is_its_teacher_without_the_others():
+    teacher, student = (PretrainedClassifier(3, config=BERT | {"num_hidden_layers": n}).eval() for n in (4, 2))
+    assert layer_map(student, teacher) == [1, 3]
+    inherit(student, teacher, [0, 3])
+    layers = teacher.model.base_model.encoder.layer
+    for index in (2, 1):
+        del layers[index]
+    ids = {"input_ids": torch.randint(20, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.long)}
+    assert torch.equal(student(**ids), teacher(**ids))
+
+
+def test_a_narrow_student_has_the_first_heads_and_the_first_of_each_fused_part():
+    teacher = PretrainedClassifier(3, config=MODERNBERT)
+    student = PretrainedClassifier(
+        3, config=MODERNBERT | {"hidden_size": 8, "num_attention_heads": 2, "intermediate_size": 6}
+    )
+    inherit(student, teacher)
+    theirs, mine = teacher.state_dict(), student.state_dict()
+    for name, parts, kept in (("attn.Wqkv", 3, 8), ("mlp.Wi", 2, 6), ("attn.Wo", 1, 8)):
+        weight = next(n for n in mine if n.endswith(f"layers.1.{name}.weight"))
+        pieces = [piece[:kept, : mine[weight].shape[1]] for piece in theirs[weight].chunk(parts)]
+        assert torch.equal(mine[weight], torch.cat(pieces))
+
+
+@pytest.mark.parametrize(
+    ("changes", "layers", "message"),
+    [
+        ({"num_layers": 3}, None, r"^student must have from 1 to as many blocks as its teacher, 2, but has 3$"),
+        ({}, [0, 2], r"^layers must name for each of the student's 2 blocks one of the teacher's, from 0 to 1, but are \[0, 2\]$"),
+        ({}, [1], r"^layers must name for each of the student's 2 blocks .*, but are \[1\]$"),
+        ({"num_heads": 8}, None, r"^student must have heads as wide as its teacher's, 8, but has 4$"),
+        ({"d_ff": 64}, None, r"^student must be at most as large as its teacher, but its layers.0.mlp.\w+.weight is "),
+        ({"qk_norm": True}, None, r"^student must be of its teacher's architecture, but the teacher has no layers.0.self_attn.q_norm"),
+    ],
+)  # fmt: skip
+def test_what_is_no_part_of_its_teacher_is_refused(tiny_llama, changes, layers, message):
+    with pytest.raises(ValueError, match=message):
+        inherit(tiny_llama(**changes), tiny_llama(), layers)
