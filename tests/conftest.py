@@ -17,9 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 
 from tests.images import tree
 from tests.writing import REPOSITORY, pairs, prose
+
+settings.register_profile("a busy machine", deadline=None)
+settings.load_profile("a busy machine")
 
 
 @pytest.fixture(scope="session", autouse=True)

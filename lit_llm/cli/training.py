@@ -86,6 +86,7 @@ def _quiet() -> None:
     """Leaves out what the libraries say at every start and nobody can act on."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao registers when it is imported
     for text in (
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from lit_llm.batch import IGNORE_INDEX
-from lit_llm.data import token_cache
+from lit_llm.data import cache
 from lit_llm.data.chat import CHAT_TEMPLATE
 from lit_llm.data.instructions import InstructionData
 from lit_llm.data.sampling import BatchLoader
@@ -260,7 +260,7 @@ def test_a_second_run_tokenises_nothing_even_with_rows_of_another_kind(
     chat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = opened(chat)
-    monkeypatch.setattr(token_cache, "replacing", None)
+    monkeypatch.setattr(cache, "replacing", None)
     second = opened(chat, seq_len=64, packed=False, overlong="cut", batch_size=3, seed=4)
     assert second.cache.folder == first.cache.folder
 

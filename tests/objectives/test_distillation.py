@@ -11,7 +11,7 @@ from lightning.pytorch import Trainer
 
 from lit_llm.batch import IGNORE_INDEX
 from lit_llm.checkpoints import load_model, save_model
-from lit_llm.data.token_cache import cache_folder
+from lit_llm.data.cache import cache_folder
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
