@@ -63,13 +63,28 @@ examples:
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --print_config         # what the run file comes to"""
 
 
-def run(words: list[str]) -> TrainingCLI:
-    """Runs a training command; `words` is the whole command line after `lit-llm`."""
+def run(words: list[str], summary: bool = True) -> TrainingCLI:
+    """Runs a training command; `words` is the whole command line after `lit-llm`.
+
+    Args:
+        words: The command line.
+        summary: Say where the run writes and what came out.
+    """
     keep_freed_memory()
+    cli = TrainingCLI if summary else SilentCLI
+    return _parsed(cli, words)
+
+
+def read_run(words: list[str]) -> ConfigCLI:
+    """The model and data module that the options `words` of `lit-llm fit` describe, and no more than those."""
+    return _parsed(ConfigCLI, ["fit", *words])
+
+
+def _parsed(cli: type[TrainingCLI], words: list[str]) -> Any:
     _quiet()
     words = _with_the_runs_config(words)
     sys.argv = [sys.argv[0], *words]
-    return TrainingCLI(
+    return cli(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -390,3 +405,25 @@ class TrainingCLI(LightningCLI):
         print(f"{'run folder':<22}{self.run_dir}")
         if (self.run_dir / "model").is_dir():
             print(f"{'model':<22}{self.run_dir / 'model'}")
+
+
+class SilentCLI(TrainingCLI):
+    """A training that is part of another command, which does the talking."""
+
+    def before_fit(self) -> None:
+        """Says nothing."""
+
+    after_fit = before_fit
+
+
+class ConfigCLI(TrainingCLI):
+    """Reads a config, and leaves it at that: no folder, no trainer, no run."""
+
+    def before_instantiate_classes(self) -> None:
+        """Makes no run folder."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:
+        """Makes no trainer."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
