@@ -41,7 +41,7 @@ class Poison(Callback):
         Poison.weights.append(torch.cat([p.detach().flatten().clone() for p in pl_module.parameters()]))
         state = trainer.optimizers[0].state.values()
         tensors = [t.detach().flatten().float().clone() for s in state for t in s.values() if torch.is_tensor(t)]
-        Poison.state.append(torch.cat(tensors))
+        Poison.state.append(torch.cat(tensors or [torch.zeros(0)]))
 
 
 def words(tiny, *more, steps=6):
