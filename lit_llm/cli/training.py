@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from lit_llm.callbacks.confusion import ConfusionMatrix
+from lit_llm.callbacks.intervals import Intervals
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
 from lit_llm.callbacks.metrics_csv import MetricsCSV
 from lit_llm.callbacks.mistakes import WorstMistakes
@@ -330,7 +331,7 @@ class TrainingCLI(LightningCLI):
     def _standard_callbacks(self, checkpoint: CheckpointOptions, given: list[Callback]) -> list[Callback]:
         options = self._get(self.config_init, "trainer")
         standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
-        standard += [ConfusionMatrix(), WorstMistakes()]
+        standard += [ConfusionMatrix(), WorstMistakes(), Intervals()]
         if self.subcommand == "predict":
             standard += [DocumentScores(), ExamplePredictions(), GeneratedTexts()]
         if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
@@ -393,7 +394,7 @@ class TrainingCLI(LightningCLI):
     def _print_metrics(self, metrics: dict[str, Any]) -> None:
         if self.trainer.is_global_zero:
             for name, value in metrics.items():
-                print(f"{name:<22}{float(value):.4f}")
+                print(f"{name:<24}{float(value):.4f}")
 
     def _has_test(self) -> bool:
         loader = self.datamodule.test_dataloader()
@@ -402,9 +403,9 @@ class TrainingCLI(LightningCLI):
     def _summary(self) -> None:
         results = json.loads((self.run_dir / "results.json").read_text())
         self._print_metrics({name: v for name, v in results.items() if name.startswith(("val/", "test/", "seconds"))})
-        print(f"{'run folder':<22}{self.run_dir}")
+        print(f"{'run folder':<24}{self.run_dir}")
         if (self.run_dir / "model").is_dir():
-            print(f"{'model':<22}{self.run_dir / 'model'}")
+            print(f"{'model':<24}{self.run_dir / 'model'}")
 
 
 class SilentCLI(TrainingCLI):
