@@ -7,7 +7,7 @@ import sklearn.metrics
 import torch
 
 from lit_llm.batch import IGNORE_INDEX
-from lit_llm.metrics import LanguageModeling, RegressionMetrics, classification_metrics
+from lit_llm.metrics import LanguageModeling, RegressionMetrics, bootstrap_interval, classification_metrics
 
 ROWS, SEQ = 12, 9
 
@@ -162,3 +162,20 @@ def test_processes_are_counted_together(tmp_path) -> None:
     values.update((whole * whole).float(), whole.float())
     expected = {**classes.compute(), **{f"value {name}": value for name, value in values.compute().items()}}
     assert found == pytest.approx({name: value.item() for name, value in expected.items()})
+
+
+def test_the_bootstrap_interval_is_that_of_the_normal_approximation_and_of_groups_the_same():
+    chance = torch.Generator().manual_seed(3)
+    hits = (torch.rand(20_000, generator=chance) < 0.7).double()
+    low, high = bootstrap_interval(hits, torch.ones(20_000))
+    half = 1.96 * (0.7 * 0.3 / 20_000) ** 0.5
+    assert low == pytest.approx(hits.mean().item() - half, abs=0.2 * half)
+    assert high == pytest.approx(hits.mean().item() + half, abs=0.2 * half)
+    assert bootstrap_interval(hits, torch.ones(20_000)) == (low, high)
+    few = bootstrap_interval(hits[:100], torch.ones(100))
+    assert few[1] - few[0] > 8 * (high - low)
+
+
+def test_an_interval_of_a_ratio_weighs_rows_by_their_tokens():
+    low, high = bootstrap_interval(torch.tensor([10.0, 2.0]), torch.tensor([10.0, 2.0]))
+    assert low == high == 1.0

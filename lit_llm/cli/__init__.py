@@ -19,7 +19,9 @@ COMMANDS = {
     "validate": ("lit_llm.cli.training", "measure a checkpoint on the validation split"),
     "test": ("lit_llm.cli.training", "measure a checkpoint on the test split"),
     "predict": ("lit_llm.cli.training", "write what a checkpoint says of each item"),
+    "plan": ("lit_llm.cli.plan", "say beforehand what a run will need: memory, time, energy, cost"),
     "generate": ("lit_llm.cli.generate", "continue prompts with a trained language model"),
+    "evaluate": ("lit_llm.cli.evaluate", "score a language model at the tasks of lm-eval"),
     "compress": ("lit_llm.cli.compress", "make a trained model smaller and faster, and say what it cost"),
     "tokenizer": ("lit_llm.cli.tokenizer", "train a tokeniser on a corpus"),
 }

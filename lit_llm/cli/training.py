@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
 
 from lit_llm.callbacks.confusion import ConfusionMatrix
+from lit_llm.callbacks.intervals import Intervals
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
 from lit_llm.callbacks.metrics_csv import MetricsCSV
 from lit_llm.callbacks.mistakes import WorstMistakes
@@ -63,13 +64,28 @@ examples:
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --print_config         # what the run file comes to"""
 
 
-def run(words: list[str]) -> TrainingCLI:
-    """Runs a training command; `words` is the whole command line after `lit-llm`."""
+def run(words: list[str], summary: bool = True) -> TrainingCLI:
+    """Runs a training command; `words` is the whole command line after `lit-llm`.
+
+    Args:
+        words: The command line.
+        summary: Say where the run writes and what came out.
+    """
     keep_freed_memory()
+    cli = TrainingCLI if summary else SilentCLI
+    return _parsed(cli, words)
+
+
+def read_run(words: list[str]) -> ConfigCLI:
+    """The model and data module that the options `words` of `lit-llm fit` describe, and no more than those."""
+    return _parsed(ConfigCLI, ["fit", *words])
+
+
+def _parsed(cli: type[TrainingCLI], words: list[str]) -> Any:
     _quiet()
     words = _with_the_runs_config(words)
     sys.argv = [sys.argv[0], *words]
-    return TrainingCLI(
+    return cli(
         LightningModule,
         LightningDataModule,
         subclass_mode_model=True,
@@ -316,7 +332,7 @@ class TrainingCLI(LightningCLI):
     def _standard_callbacks(self, checkpoint: CheckpointOptions, given: list[Callback]) -> list[Callback]:
         options = self._get(self.config_init, "trainer")
         standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
-        standard += [ConfusionMatrix(), WorstMistakes()]
+        standard += [ConfusionMatrix(), WorstMistakes(), Intervals()]
         if self.subcommand == "predict":
             standard += [DocumentScores(), ExamplePredictions(), GeneratedTexts()]
         if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
@@ -379,7 +395,7 @@ class TrainingCLI(LightningCLI):
     def _print_metrics(self, metrics: dict[str, Any]) -> None:
         if self.trainer.is_global_zero:
             for name, value in metrics.items():
-                print(f"{name:<22}{float(value):.4f}")
+                print(f"{name:<24}{float(value):.4f}")
 
     def _has_test(self) -> bool:
         loader = self.datamodule.test_dataloader()
@@ -388,6 +404,28 @@ class TrainingCLI(LightningCLI):
     def _summary(self) -> None:
         results = json.loads((self.run_dir / "results.json").read_text())
         self._print_metrics({name: v for name, v in results.items() if name.startswith(("val/", "test/", "seconds"))})
-        print(f"{'run folder':<22}{self.run_dir}")
+        print(f"{'run folder':<24}{self.run_dir}")
         if (self.run_dir / "model").is_dir():
-            print(f"{'model':<22}{self.run_dir / 'model'}")
+            print(f"{'model':<24}{self.run_dir / 'model'}")
+
+
+class SilentCLI(TrainingCLI):
+    """A training that is part of another command, which does the talking."""
+
+    def before_fit(self) -> None:
+        """Says nothing."""
+
+    after_fit = before_fit
+
+
+class ConfigCLI(TrainingCLI):
+    """Reads a config, and leaves it at that: no folder, no trainer, no run."""
+
+    def before_instantiate_classes(self) -> None:
+        """Makes no run folder."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> None:
+        """Makes no trainer."""
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass

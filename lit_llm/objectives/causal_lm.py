@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from lightning.pytorch.cli import OptimizerCallable
-from torch import nn
+from torch import Tensor, nn
 
 from lit_llm.adaptation import Adaptation
 from lit_llm.batch import IGNORE_INDEX, TokenBatch
@@ -81,9 +81,11 @@ class CausalLM(Objective):
             return linear_cross_entropy_sum(hidden, weight, labels, self.label_smoothing, self.z_loss), targets
         return cross_entropy_sum(self.logits(batch), labels, self.label_smoothing, self.z_loss), targets
 
-    def measure(self, metric: LanguageModeling, batch: TokenBatch) -> None:
+    def measure(self, metric: LanguageModeling, batch: TokenBatch) -> dict[str, Tensor]:
         """Adds the nats of each label, and the bytes that its row stands for."""
-        metric.update(token_nats(self.logits(batch), batch["labels"]), batch["labels"], batch.get("num_bytes"))
+        nats = token_nats(self.logits(batch), batch["labels"])
+        metric.update(nats, batch["labels"], batch.get("num_bytes"))
+        return {"row_nats": nats.sum(dim=1), "row_tokens": (batch["labels"] != IGNORE_INDEX).sum(dim=1)}
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Any]:
         """The nats of each label and the document it belongs to; see `callbacks.predictions`."""

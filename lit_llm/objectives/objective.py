@@ -251,15 +251,19 @@ class Objective(LightningModule, ABC):
         options = (self.hparams.get("network") or {}).get("init_args") or {}
         return options.get("path") or self.hparams.get("weights")
 
-    def configure_optimizers(self) -> dict[str, Any]:
-        """The optimiser over the groups that `optimizers.parameter_groups` makes, and its schedule by the step."""
+    def new_optimizer(self) -> Optimizer:
+        """The optimiser over the groups that `optimizers.parameter_groups` makes."""
         groups = parameter_groups(self.network, self.decay_embeddings)
         if self.adaptation is not None:
             groups = self.adaptation.groups(groups, self.network)
         if beside := list(self.beside.parameters()):
             groups.append({"params": beside, "role": "head"})
         make = self.make_optimizer or functools.partial(AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        optimizer = make(groups)
+        return make(groups)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """The optimiser, and its schedule by the step."""
+        optimizer = self.new_optimizer()
         scheduler = LambdaLR(optimizer, [self._factor_of(group) for group in optimizer.param_groups])
         # What the config says, before a checkpoint's own values are loaded over it.
         self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -444,6 +448,15 @@ class Objective(LightningModule, ABC):
         if self.trainer.global_step and not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
                 logger.log_metrics({name: float(v) for name, v in metrics.items()}, step=self.trainer.global_step)
+
+    @property
+    def loss_sums(self) -> tuple[Tensor | float, Tensor | float]:
+        """The loss summed since it was last taken, and its targets: for a callback that takes a step back."""
+        return self._loss_sum, self._target_sum
+
+    @loss_sums.setter
+    def loss_sums(self, sums: tuple[Tensor | float, Tensor | float]) -> None:
+        self._loss_sum, self._target_sum = sums
 
     def take_train_loss(self) -> float:
         """The mean loss over the targets since the last call: the one place that waits for the device.

@@ -33,7 +33,10 @@ def test_a_run_leaves_what_there_is_to_know_and_is_gone_on_with_and_asked(lit_ll
     assert outcome.code == 0, outcome.err
     results = json.loads((run / "results.json").read_text())
     wanted = {"accuracy", "precision", "recall", "f1", "mcc", "loss"}
-    assert {name for name in results if name.startswith("test/")} == {f"test/{name}" for name in wanted}
+    how_sure = {"count", "accuracy_low", "accuracy_high", "loss_low", "loss_high"}
+    assert {name for name in results if name.startswith("test/")} == {f"test/{name}" for name in wanted | how_sure}
+    assert results["test/accuracy_low"] <= results["test/accuracy"] <= results["test/accuracy_high"]
+    assert results["test/count"] == 7
     assert {f"val/{name}" for name in wanted} | {f"best/val/{name}" for name in wanted} <= set(results)
     for picture in ("confusion_matrix.png", "learning_curve.png"):
         assert (run / picture).read_bytes().startswith(b"\x89PNG")

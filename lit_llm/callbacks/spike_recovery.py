@@ -1,0 +1,181 @@
+"""Steps that would spoil a run are not taken; where the loss does not come back, the run goes back to a good state."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lit_llm.checkpoint_files import read_checkpoint
+
+log = logging.getLogger(__name__)
+
+KEPT = ("losses", "norms", "seen", "skipped", "run", "rollbacks")
+
+
+class SpikeRecovery(Callback):
+    """Undoes a step whose loss or gradient norm is not finite or far above the last ones'; then, if need be, goes back.
+
+    The device decides and undoes: weights and optimiser are copied before each step, which takes their memory once
+    more, and taken back where the step was bad, without anybody waiting. Only where the run reports anyway, every
+    `log_every_n_steps` steps, the count of bad steps is read. After `patience` of them in a row weights and optimiser
+    of `checkpoints/good.ckpt` come back; data and schedule go on from where they are, so what was read since then is
+    not read again. That file is written every half `window` of good steps, where none since the last report was bad. A
+    run without bad steps is the
+    same as without this, bit for bit. (What an optimiser counts outside of tensors goes on over a step undone.)
+
+    Args:
+        threshold: Standard deviations above the mean of the last `window` steps from which a value is an outlier.
+        window: Steps that are compared with; the first half of them are taken as they are, if they are finite.
+        patience: Bad steps in a row after which the run goes back; more than are between two reports.
+        max_rollbacks: How often it may go back before it gives up.
+
+    Attributes:
+        skipped: Bad steps so far.
+        rollbacks: How often the run has gone back.
+
+    Raises:
+        ValueError: When a value is out of range.
+        FloatingPointError: When the run has gone back often enough.
+
+    Source:
+        Skipped steps: Groeneveld et al., 2024, "OLMo", arXiv:2402.00838, and its `SkipStepOptimizer` (6 deviations, 128
+        steps; there the optimiser does it). Going back and skipping data: Chowdhery et al., 2022, "PaLM",
+        arXiv:2204.02311, section 5.1.
+    """
+
+    def __init__(self, threshold: float = 6.0, window: int = 128, patience: int = 20, max_rollbacks: int = 3) -> None:
+        if threshold <= 0:
+            raise ValueError(f"threshold must be above 0, but is {threshold}")
+        for name, value, least in (
+            ("window", window, 2),
+            ("patience", patience, 1),
+            ("max_rollbacks", max_rollbacks, 0),
+        ):
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, but is {value}")
+        self.threshold, self.window, self.patience, self.max_rollbacks = threshold, window, patience, max_rollbacks
+        self.losses = self.norms = torch.zeros(window)
+        self.seen: Any = torch.zeros((), dtype=torch.long)
+        self.skipped: Any = torch.zeros((), dtype=torch.long)
+        self.run: Any = torch.zeros((), dtype=torch.long)
+        self.rollbacks = 0
+        self._fine: Tensor | None = None
+        self._backup: list[tuple[Tensor, Tensor]] = []
+        self._sums: tuple[Any, Any] | None = None
+        self._reported = self._skipped_before = self._good_at = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Has what was seen where the network is."""
+        for name in KEPT[:-1]:
+            setattr(self, name, getattr(self, name).to(pl_module.device, copy=True))
+        self._reported, self._skipped_before = trainer.global_step, int(self.skipped)
+        self._sums = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Notes what the loss was summed up to before this step."""
+        if self._sums is None:
+            self._sums = pl_module.loss_sums
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Decides, on the device, and copies what the step will change."""
+        before, now = self._sums, pl_module.loss_sums
+        targets = (now[1] - before[1]).clamp(min=1)
+        loss = ((now[0] - before[0]) / targets).detach().float()
+        members = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.stack(torch._foreach_norm([p.grad for p in members])).norm().float()
+        if trainer.accumulate_grad_batches > 1 or trainer.world_size > 1:
+            norm = norm / targets  # the gradient is still that of the sum
+        fine = self._is_usual(loss, self.losses) & self._is_usual(norm, self.norms)
+        if trainer.world_size > 1:  # all processes step, or none
+            fine = trainer.strategy.reduce(fine.float(), reduce_op="sum") == trainer.world_size
+        place = self.seen % self.window
+        self.losses[place] = torch.where(fine, loss, self.losses[place])
+        self.norms[place] = torch.where(fine, norm, self.norms[place])
+        self.seen += fine
+        self.skipped += ~fine
+        self.run = torch.where(fine, 0, self.run + 1)
+        self._fine = fine
+        changing = members + [t for p in members for t in optimizer.state[p].values() if isinstance(t, Tensor)]
+        self._backup = [(t, t.detach().clone()) for t in changing]
+
+    def _is_usual(self, value: Tensor, last: Tensor) -> Tensor:
+        filled = torch.arange(self.window, device=last.device) < self.seen
+        count = filled.sum().clamp(min=1)
+        mean = (last * filled).sum() / count
+        deviation = (((last - mean).square() * filled).sum() / count).sqrt()
+        new = self.seen < max(2, self.window // 2)
+        return value.isfinite() & (new | (value <= mean + self.threshold * deviation))
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Takes a bad step back; where the run reports, looks at how many there were.
+
+        Raises:
+            FloatingPointError: When the run has gone back often enough.
+        """
+        fine = self._fine
+        if fine is None:
+            return
+        for new, old in self._backup:
+            new.copy_(torch.where(fine, new, old.to(new.device)))
+        copied = {id(new) for new, _ in self._backup}
+        for values in trainer.optimizers[0].state.values():
+            for t in values.values():  # made by this step
+                if isinstance(t, Tensor) and id(t) not in copied:
+                    t.copy_(torch.where(fine.to(t.device), t, 0))
+        now = pl_module.loss_sums
+        pl_module.loss_sums = tuple(torch.where(fine, new, old) for new, old in zip(now, self._sums, strict=True))
+        self._fine, self._backup, self._sums = None, [], None
+        step = trainer.global_step
+        if step - self._reported >= min(trainer.log_every_n_steps, self.patience):
+            self._reported = step
+            self._look(trainer, pl_module)
+
+    def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        skipped, run, seen = torch.stack([self.skipped, self.run, self.seen]).tolist()
+        if news := skipped - self._skipped_before:
+            log.info(f"Step {trainer.global_step}: {news} steps with an outlying loss or gradient were not taken")
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/skipped_steps": float(skipped)}, step=trainer.global_step)
+        self._skipped_before = skipped
+        good = Path(trainer.default_root_dir) / "checkpoints" / "good.ckpt"
+        if run >= self.patience:
+            self._go_back(trainer, pl_module, good)
+        elif not news and not trainer.fast_dev_run and seen - self._good_at >= self.window // 2:
+            trainer.save_checkpoint(good)
+            self._good_at = seen
+
+    def _go_back(self, trainer: Trainer, pl_module: LightningModule, good: Path) -> None:
+        step = trainer.global_step
+        if self.rollbacks >= self.max_rollbacks or not good.exists():
+            raise FloatingPointError(
+                f"train/loss must return within {self.patience} steps, but did not at step {step} after "
+                f"{self.rollbacks} roll-backs; lower the learning rate, lengthen the warm-up or look at the data"
+            )
+        self.rollbacks += 1
+        checkpoint = read_checkpoint(good)
+        pl_module.load_state_dict(checkpoint["state_dict"])
+        for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
+            rates = [group["lr"] for group in optimizer.param_groups]
+            optimizer.load_state_dict(state)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate  # the schedule goes on
+        self.run = torch.zeros_like(self.run)
+        log.info(f"Step {step}: the loss did not return, so the weights of step {checkpoint['global_step']} do")
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen, and how often steps were skipped."""
+        return {name: getattr(self, name) for name in KEPT}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        for name in KEPT:
+            setattr(self, name, state_dict[name])

@@ -1,0 +1,323 @@
+"""`lit-llm plan`: what a run will need, from its config alone."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from lit_llm.cli import fail
+from lit_llm.cli.parser import OneLineArguments
+
+TABLE = (8, 16, 32, 64, 128, 256, 512, 1024)
+PROBE_STEPS = 20
+UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "": 1}
+
+
+def run(words: list[str]) -> None:
+    """Runs the command; `words` begins with its name."""
+    options, more = _parser().parse_known_args(words[1:])
+    if options.devices < 1 or options.nodes < 1:
+        fail(f"--devices and --nodes must be at least 1, but are {options.devices} and {options.nodes}")
+    if options.tokens is not None and options.tokens <= 0:
+        fail(f"--tokens must be above 0, but is {options.tokens:g}")
+    found = plan(options, more)
+    print("\n".join(report(found)))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+
+
+def size(text: str) -> float:
+    """Bytes, from a number with a unit: 80GiB, 24GB.
+
+    Example:
+        >>> size("1.5KiB")
+        1536.0
+    """
+    match = re.fullmatch(r"([\d.]+) ?([kmgt]i?b|)", text.strip().lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"size must be a number of bytes with a unit, as 80GiB, but is {text}")
+    return float(match[1]) * UNITS[match[2]]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineArguments(
+        prog="lit-llm plan",
+        description="What a run will need: parameters, operations, memory under each strategy, time, energy, cost. The "
+        "config is read and its training step is taken on tensors without content, so nothing is downloaded, read or "
+        "allocated. Other options, such as --model.network or --data.seq_len, are those of lit-llm fit.",
+        epilog="example: lit-llm plan --config configs/pretraining/llama_stdlib.yaml --model.network "
+        "configs/models/llama3_8b.yaml --model.vocab_size 128256 --data.seq_len 8192 --data.batch_size 1 --devices 8 "
+        "--table",
+    )
+    parser.add_argument("--devices", type=int, default=1, help="devices of a node (default 1)")
+    parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
+    parser.add_argument("--memory", type=size, default="80GiB", help="of a device (default 80GiB)")
+    parser.add_argument("--peak_flops", type=float, default=989e12, help="of a device, a second (default an H100's)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches (default 0.4)")
+    parser.add_argument("--watts", type=float, default=700.0, help="power of a device (default an H100's, 700)")
+    parser.add_argument("--bandwidth", type=size, default="50GB", help="bytes a device sends a second (default 50GB)")
+    parser.add_argument("--price", type=float, help="of a device for an hour, in your currency")
+    parser.add_argument("--tokens", type=float, help="of the training (default: 20 for each parameter)")
+    parser.add_argument("--table", action="store_true", help="the same for 8 to 1,024 devices")
+    parser.add_argument("--probe", action="store_true", help=f"take {PROBE_STEPS} real steps here and plan with those")
+    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    return parser
+
+
+def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
+    """Works the plan out.
+
+    Args:
+        options: As in `lit-llm plan --help`.
+        words: Options of `lit-llm fit`.
+
+    Raises:
+        ValueError: When a value is out of range, or the config cannot be planned from shapes alone.
+    """
+    from dataclasses import asdict
+
+    from lit_llm.planning import OPTIMAL_TOKENS_PER_PARAMETER, STRATEGIES, Machine, bill, memory, traffic
+
+    machine = Machine(options.memory, options.peak_flops, options.mfu, options.watts, options.bandwidth, options.price)
+    steps, details = measured_steps(words)
+    plain = next(iter(steps.values()))
+    devices, flops = options.devices * options.nodes, details["flops_per_token"]
+    found: dict[str, Any] = details | {"steps": {name: asdict(step) for name, step in steps.items()}}
+    if options.probe:
+        found["probe"] = probe(words, details)
+        machine = Machine(
+            **{**asdict(machine), "peak_flops": found["probe"]["flops_per_second"], "mfu": 1.0}  # measured, not assumed
+        )
+    tokens = options.tokens or OPTIMAL_TOKENS_PER_PARAMETER * plain.parameters
+    parts = details["accumulate_grad_batches"]
+
+    def billed(strategy: str, devices: int, share: float = 1.0) -> Any:
+        sent = traffic(plain, strategy, devices)
+        return bill(flops, plain.tokens * parts * share, sent, tokens, machine, devices)
+
+    found |= {"devices": devices, "tokens": tokens, "optimal_tokens": OPTIMAL_TOKENS_PER_PARAMETER * plain.parameters}
+    found["machine"] = asdict(machine)
+    sharing = dict.fromkeys(STRATEGIES, devices) | {"tensor_parallel": options.devices}  # within a node
+    found["memory"] = {
+        name: {strategy: asdict(memory(step, strategy, count)) for strategy, count in sharing.items()}
+        for name, step in steps.items()
+    }
+    found["bill"] = asdict(billed("fsdp", devices))
+    if options.table:
+        found["table"] = {
+            count: {
+                "memory": memory(plain, "fsdp", count).peak,
+                "memory_checkpointed": memory(list(steps.values())[-1], "fsdp", count).peak,
+                **asdict(billed("fsdp", count)),
+                "strong_efficiency": billed("fsdp", count, min(1.0, TABLE[0] / count)).efficiency,
+            }
+            for count in TABLE
+        }
+    return found
+
+
+def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The step that a config takes, as it is and, where the network can, with activation checkpointing.
+
+    Args:
+        words: Options of `lit-llm fit`.
+
+    Returns:
+        The steps by name, and what else the config says.
+    """
+    from lit_llm.cli import training
+    from lit_llm.planning import measure_step
+
+    cli = training.read_run(words)
+    objective, data, trainer = cli.model, cli.datamodule, cli.config["fit"]["trainer"]
+    precision = str(trainer["precision"] or "32-true")
+    batch = example_batch(objective, data)
+
+    def build() -> Any:
+        objective.network = None
+        objective.configure_model()
+        return objective.network.train()
+
+    def loss(network: Any, batch: Any) -> Any:
+        total, targets = objective.loss(batch)
+        return total / targets.clamp(min=1)
+
+    def taken(checkpointed: bool | None = None) -> Any:
+        return measure_step(build, lambda network: objective.new_optimizer(), loss, batch, precision, checkpointed)
+
+    steps = {"as configured": taken()}
+    network = objective.network
+    if getattr(network, "activation_checkpointing", None) is False:
+        steps["with activation checkpointing"] = taken(True)
+    rule = getattr(network, "flops_per_token", None)
+    step = steps["as configured"]
+    return steps, {
+        "network": type(network).__name__,
+        "precision": precision,
+        "batch_size": len(next(iter(batch.values()))),
+        "seq_len": batch["input_ids"].shape[1] if "input_ids" in batch else None,
+        "accumulate_grad_batches": trainer["accumulate_grad_batches"] or 1,
+        "flops_per_token": rule(batch["input_ids"].shape[1]) if rule else step.flops / step.tokens,
+    }
+
+
+def example_batch(objective: Any, data: Any) -> dict[str, Any]:
+    """A batch of a config's shapes: for language models made up, so that no text is read; else the data's first.
+
+    Tells the objective what sizes its network, too.
+    """
+    import torch
+
+    from lit_llm.data.tokenizer import TRAINED, load_tokenizer
+
+    name = objective.size_name
+    if name != "vocab_size" or not hasattr(data, "seq_len"):
+        data.prepare_data()
+        data.setup("fit")
+        if objective.hparams.get(name) is None:
+            objective.hparams[name] = getattr(data, name)
+        return next(iter(data.train_dataloader()))
+    if objective.hparams.get(name) is None:
+        spec = data.tokenizer_spec
+        sized = TRAINED.fullmatch(spec)
+        objective.hparams[name] = (
+            int(sized[2]) if sized else data.vocab_size if spec == "characters" else len(load_tokenizer(spec))
+        )
+    ids = torch.zeros(data.batch_size, data.seq_len, dtype=torch.long)
+    batch = {"input_ids": ids, "labels": ids}
+    if getattr(data, "mask_documents", False) or getattr(data, "packed", False):
+        batch["document_ids"] = ids
+    return batch
+
+
+def probe(words: list[str], details: dict[str, Any]) -> dict[str, float]:
+    """Takes real steps on this machine, in a run folder that is thrown away.
+
+    Args:
+        words: Options of `lit-llm fit`.
+        details: As `measured_steps` gives them.
+
+    Returns:
+        Seconds of a step, tokens a second, what that is in operations a second, and the peak's bytes beyond those of
+        the process before it (of an accelerator all of them).
+    """
+    from lit_llm.callbacks.throughput import Throughput, peak_memory
+    from lit_llm.cli import training
+
+    folder = Path(tempfile.mkdtemp(prefix="lit-llm-probe-"))
+    flags = {
+        "run_dir": folder,
+        "test_after_fit": False,
+        "trainer.max_steps": PROBE_STEPS,
+        "trainer.max_epochs": -1,
+        "trainer.limit_val_batches": 0,
+        "trainer.num_sanity_val_steps": 0,
+        "trainer.log_every_n_steps": PROBE_STEPS // 2,  # the report of the second half is that of a warm machine
+        "trainer.enable_checkpointing": False,
+        "trainer.enable_progress_bar": False,
+    }
+    import torch
+
+    before = peak_memory(torch.device("cpu"))
+    try:
+        given = [f"--{name}={value}" for name, value in flags.items()]
+        trainer = training.run(["fit", *words, *given], summary=False).trainer
+        report = next(c for c in trainer.callbacks if isinstance(c, Throughput)).latest
+        device = trainer.strategy.root_device
+        world = trainer.world_size
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    rate = report["train/tokens_per_second"] / world
+    per_step = details["batch_size"] * (details["seq_len"] or 1) * details["accumulate_grad_batches"]
+    return {
+        "seconds_per_step": per_step / rate,
+        "tokens_per_second": rate,
+        "flops_per_second": rate * details["flops_per_token"],
+        "peak": peak_memory(device) - (before if device.type == "cpu" else 0),
+    }
+
+
+def report(found: dict[str, Any]) -> list[str]:
+    """A plan as lines of text."""
+    step, machine = next(iter(found["steps"].values())), found["machine"]
+    batch = f"{found['batch_size']} × {found['seq_len']}" if found["seq_len"] else f"{found['batch_size']}"
+    unit = "token" if found["seq_len"] else "example"
+    devices = found["devices"]
+    lines = [
+        f"{found['network']}: {step['parameters']:,} parameters, {step['embeddings']:,} of them embeddings that are "
+        f"looked up, {step['trained']:,} trained",
+        f"{found['flops_per_token']:.4g} operations per {unit}, forward and backward; batches of {batch} per device in "
+        f"{found['precision']}",
+    ]
+    if "probe" in found:
+        p = found["probe"]
+        lines += [
+            f"measured here: {p['seconds_per_step']:.4g} s a step, {p['tokens_per_second']:,.0f} {unit}s/s, "
+            f"{p['flops_per_second']:.4g} operations/s; peak {gib(p['peak'])} (planned {gib(peak_of(found))})"
+        ]
+    each = f"each of {devices} devices" if devices > 1 else "one device"
+    for name, strategies in found["memory"].items():
+        lines += [
+            "",
+            f"Memory of {each}, {name}; {gib(machine['memory'])} are there",
+            f"{'':<16}{'weights':>12}{'gradients':>12}{'optimizer':>12}{'activations':>12}{'peak':>12}",
+        ]
+        for strategy, m in strategies.items() if devices > 1 else [("one device", strategies["ddp"])]:
+            fits = "fits" if m["peak"] <= machine["memory"] else "does not fit"
+            columns = ("weights", "gradients", "optimizer", "activations", "peak")
+            lines.append(f"{strategy:<16}" + "".join(f"{gib(m[c]):>12}" for c in columns) + f"  {fits}")
+    b = found["bill"]
+    speed = "the measured speed" if "probe" in found else f"{machine['mfu']:.0%} of {machine['peak_flops']:.4g}/s"
+    lines += [
+        "",
+        f"Compute-optimal: {found['optimal_tokens']:.4g} {unit}s, 20 for each parameter (Hoffmann et al., 2022)",
+        f"{found['tokens']:.4g} {unit}s on {devices} × {machine['watts']:g} W at {speed}: {duration(b['seconds'])}, "
+        f"{b['kilowatt_hours']:,.4g} kWh" + cost(b),
+    ]
+    if "table" in found:
+        lines += [
+            "",
+            "fsdp, the same batch on each device; strong: the batch of 8 devices, shared out. Planned, not measured.",
+            f"{'devices':>8}{'memory':>12}{'checkpointed':>14}{'time':>14}{'kWh':>12}{'weak':>7}{'strong':>8}",
+        ]
+        for count, row in found["table"].items():
+            lines.append(
+                f"{count:>8,}{gib(row['memory']):>12}{gib(row['memory_checkpointed']):>14}"
+                f"{duration(row['seconds']):>14}{row['kilowatt_hours']:>12,.4g}{row['efficiency']:>7.0%}"
+                f"{row['strong_efficiency']:>8.0%}{cost(row)}"
+            )
+    return lines
+
+
+def peak_of(found: dict[str, Any]) -> float:
+    """Bytes that one device was planned to hold at once."""
+    step = next(iter(found["steps"].values()))
+    return step["weights"] + step["optimizer"] + max(step["passes"], step["stepping"])
+
+
+def cost(bill: dict[str, Any]) -> str:
+    """What a bill comes to, where a price is known."""
+    return "" if bill["cost"] is None else f", cost {bill['cost']:,.4g}"
+
+
+def gib(count: float) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words.
+
+    Example:
+        >>> duration(90), duration(200_000)
+        ('1.5 min', '2.3 d')
+    """
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.1f} s"

@@ -1,0 +1,401 @@
+"""What a training step takes, worked out on tensors without data: memory, operations, time, energy, cost.
+
+The step is taken for real, by the objective's own code, on tensors that have shapes and no content; what is alive is
+added up as it comes and goes. So there is no formula of an architecture here that could be wrong about it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from lit_llm.models.block import Block
+
+OPTIMAL_TOKENS_PER_PARAMETER = 20.0
+"""Hoffmann et al., 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556, table 3: 20.0 to 22.9."""
+
+STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "tensor_parallel")
+"""`zero3` shards what `fsdp` does."""
+
+UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
+    torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+"""Operations that torch's counter leaves out, and theirs."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One training step on one device, all of it there.
+
+    Attributes:
+        parameters: Numbers that the network holds.
+        embeddings: Those of them that are only looked up (a tied matrix is multiplied with too, and is not counted).
+        trained: Those that learn.
+        weights: Bytes of the parameters and buffers.
+        gradients: Bytes of the gradients.
+        optimizer: Bytes of the optimiser's state.
+        activations: Bytes that the forward pass leaves for the backward pass, casts of weights left out.
+        casts: Bytes of the weights' copies in a lower precision, which autocast keeps through the forward pass.
+        passes: Bytes above weights and optimiser at the worst moment of the forward and backward pass.
+        passes_without_gradients: The same, where each gradient leaves the device as soon as it is there.
+        stepping: Bytes above weights and optimiser while the optimiser steps.
+        block: Bytes of the largest block's parameters, in the precision that products are computed in.
+        moved: Bytes that operations read and write, each counted by itself.
+        operations: How many operations were called.
+        flops: Floating-point operations of matrix products and attention, forward and backward, over the batch.
+        tokens: Tokens of the batch, or its rows where the data has no tokens.
+    """
+
+    parameters: int
+    embeddings: int
+    trained: int
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+    casts: int
+    passes: int
+    passes_without_gradients: int
+    stepping: int
+    block: int
+    moved: int
+    operations: int
+    flops: int
+    tokens: int
+
+    @property
+    def peak(self) -> int:
+        """Most bytes at once, in a step after the first."""
+        return self.weights + self.optimizer + max(self.passes, self.stepping)
+
+
+class Ledger(TorchDispatchMode):
+    """Adds up the bytes of the tensors that are alive, and what operations move.
+
+    Attributes:
+        live: Bytes now.
+        peak: Most bytes so far.
+        apart: Bytes of the gradients, as far as they are there.
+        peak_without: Most bytes so far without those.
+        casts: Bytes that copies of parameters in another precision took.
+        moved: Bytes read and written.
+        operations: Operations called.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.casts = self.moved = self.operations = 0
+        self.begin()
+        self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def begin(self) -> None:
+        """Counts from here: what is alive now is what there was before."""
+        self.peak = self.peak_without = self.live
+        self.apart = self.casts = self.moved = self.operations = 0
+
+    def add(self, tensor: Tensor) -> None:
+        """Counts a tensor's storage, once, until nothing holds it."""
+        storage = tensor.untyped_storage()
+        if storage not in self._seen:
+            self._seen.add(storage)
+            size = storage.nbytes()
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            self.peak_without = max(self.peak_without, self.live - self.apart)
+            weakref.finalize(storage, self._leave, size)
+
+    def set_apart(self, p: nn.Parameter) -> None:
+        """Notes that a parameter has its gradient."""
+        self.apart += p.grad.nbytes
+
+    def _leave(self, size: int) -> None:
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        if not func.is_view:
+            read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+            self.moved += sum(t.nbytes for t in (*read, *made))
+            self.operations += 1
+        for tensor in made:
+            self.add(tensor)
+        if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
+            self.casts += made[0].nbytes
+        return out
+
+
+class _Believe(TorchFunctionMode):
+    """Answers every question about a content that is not there with yes: labels are all there, norms finite."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.__bool__:
+            return True
+        return func(*args, **(kwargs or {}))
+
+
+def measure_step(
+    build: Callable[[], nn.Module],
+    make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
+    loss: Callable[[nn.Module, Any], Tensor],
+    batch: Any,
+    precision: str = "32-true",
+    activation_checkpointing: bool | None = None,
+) -> Step:
+    """Takes two steps on tensors without content and says what the second one took.
+
+    Rows are taken as full: nothing in a batch is padding.
+
+    Args:
+        build: Makes the network.
+        make_optimizer: Makes its optimiser.
+        loss: The loss of a batch.
+        batch: Tensors, of which only shapes and types matter.
+        precision: As the trainer names it.
+        activation_checkpointing: Has the network compute its blocks again in the backward pass; `None` is as built.
+
+    Raises:
+        ValueError: When the loss needs the content of a batch, or the network cannot compute its blocks again.
+    """
+    low = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else None
+    tokens = _count(batch)
+    ledger, counter = Ledger(), FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH)
+    try:
+        with FakeTensorMode(), ledger, _Believe():
+            usual = torch.get_default_dtype()
+            torch.set_default_dtype(low if low is not None and precision.endswith("true") else usual)
+            try:
+                network = build()
+            finally:
+                torch.set_default_dtype(usual)
+            if activation_checkpointing is not None:
+                if not hasattr(network, "activation_checkpointing"):
+                    raise ValueError(
+                        f"network must have activation_checkpointing to plan with it, but is a {type(network).__name__}"
+                    )
+                network.activation_checkpointing = activation_checkpointing
+            batch = tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t, batch)
+            optimizer = make_optimizer(network)
+            weights = sum(t.untyped_storage().nbytes() for t in [*network.parameters(), *network.buffers()])
+            base = ledger.live
+            for p in network.parameters():
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(ledger.set_apart)
+            ledger.begin()
+            with counter:
+                with torch.autocast("cpu", low, enabled=low is not None and precision.endswith("mixed")):
+                    value = loss(network, batch)
+                    kept, casts = ledger.live - base, ledger.casts
+                value.backward()
+            passes, without = ledger.peak - base, ledger.peak_without - base
+            del value
+            gradients = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
+            optimizer.step()
+            state = sum(
+                t.nbytes for values in optimizer.state.values() for t in values.values() if isinstance(t, Tensor)
+            )
+            moved, operations = ledger.moved, ledger.operations
+            ledger.peak = ledger.live
+            optimizer.step()  # the first one made its state
+            stepping = ledger.peak - base - state
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ValueError(
+            f"model must be one whose loss can be planned from shapes alone, but needs what a batch holds ({error}); "
+            f"measure it with --probe"
+        ) from error
+    heads = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear)}
+    looked_up = [m.weight for m in network.modules() if isinstance(m, nn.Embedding) and id(m.weight) not in heads]
+    compute = 4 if low is None else 2
+    blocks = [sum(p.numel() for p in m.parameters()) for m in network.modules() if isinstance(m, Block)]
+    return Step(
+        parameters=sum(p.numel() for p in network.parameters()),
+        embeddings=sum(p.numel() for p in looked_up),
+        trained=sum(p.numel() for p in network.parameters() if p.requires_grad),
+        weights=weights,
+        gradients=gradients,
+        optimizer=state,
+        activations=kept - casts,
+        casts=casts,
+        passes=passes,
+        passes_without_gradients=without,
+        stepping=stepping,
+        block=compute * max(blocks, default=0),
+        moved=moved,
+        operations=operations,
+        flops=counter.get_total_flops(),
+        tokens=tokens,
+    )
+
+
+def _count(batch: Any) -> int:
+    """Tokens of a batch of text, or else its rows."""
+    if isinstance(batch, dict):
+        return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
+    return batch.numel()
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each device under a strategy; `peak` is the most at once, the others are what it is made of."""
+
+    weights: int | float
+    gradients: int | float
+    optimizer: int | float
+    activations: int | float
+    peak: int | float
+
+
+def memory(step: Step, strategy: str, devices: int) -> Memory:
+    """What a strategy leaves on each device, for the same batch on each.
+
+    `ddp` holds everything, and the gradients once more in the buckets that it exchanges. `zero1` shares out the
+    optimiser's state, `zero2` the gradients too, `fsdp` (ZeRO's third stage) the weights too, of which two blocks are
+    gathered at a time, and cast there. `tensor_parallel` divides each matrix, and by sequence parallelism what flows
+    between them, among the devices that work on one batch.
+
+    Args:
+        step: What the step takes on one device.
+        strategy: One of `STRATEGIES`.
+        devices: Devices that share.
+
+    Raises:
+        ValueError: When there is no such strategy.
+
+    Source:
+        Rajbhandari et al., 2020, "ZeRO", arXiv:1910.02054, section 5; Korthikanti et al., 2022, arXiv:2205.05198,
+        section 4.2, for sequence parallelism.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, but is {strategy}")
+    w, g, o, a = step.weights, step.gradients, step.optimizer, step.activations + step.casts
+    passes, stepping = step.passes, step.stepping
+    rest = stepping - g  # what the optimiser makes while it steps
+    if devices == 1:
+        return Memory(w, g, o, a, step.peak)
+    n = devices
+    if strategy == "ddp":
+        return Memory(w, 2 * g, o, a, w + o + g + max(passes, stepping))
+    if strategy == "zero1":
+        return Memory(w, g, o / n, a, w + o / n + max(passes, g + rest / n))
+    if strategy == "zero2":
+        passes = min(passes, step.passes_without_gradients + g / n)
+        return Memory(w, g / n, o / n, a, w + o / n + max(passes, stepping / n))
+    if strategy == "fsdp":
+        gathered = 2 * step.block
+        passes = min(passes, step.passes_without_gradients + g / n) - step.casts + gathered
+        return Memory(w / n, g / n, o / n, step.activations + gathered, (w + o) / n + max(passes, stepping / n))
+    return Memory(w / n, g / n, o / n, a / n, step.peak / n)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The devices that a run is planned for.
+
+    Attributes:
+        memory: Bytes of one.
+        peak_flops: Floating-point operations a second that one's matrix products can reach.
+        mfu: Part of that which training reaches, in (0, 1].
+        watts: Power of one at work.
+        bandwidth: Bytes a second that one exchanges with the others.
+        price: Of one for an hour; `None` where it is not known.
+    """
+
+    memory: int | float
+    peak_flops: int | float
+    mfu: int | float
+    watts: int | float
+    bandwidth: int | float
+    price: int | float | None = None
+
+    def __post_init__(self) -> None:
+        """Checks.
+
+        Raises:
+            ValueError: When a value is out of range.
+        """
+        for name in ("memory", "peak_flops", "watts", "bandwidth"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"--{name} must be above 0, but is {getattr(self, name):g}")
+        if not 0 < self.mfu <= 1:
+            raise ValueError(f"--mfu must be in (0, 1], but is {self.mfu:g}")
+        if self.price is not None and self.price < 0:
+            raise ValueError(f"--price must be at least 0, but is {self.price:g}")
+
+
+@dataclass(frozen=True)
+class Bill:
+    """What a training takes.
+
+    Attributes:
+        seconds: Of wall clock.
+        kilowatt_hours: Of the devices alone, at their power.
+        cost: In the price's currency; `None` where there is no price.
+        efficiency: Part of the time that the devices compute; they exchange in the rest of it.
+    """
+
+    seconds: float
+    kilowatt_hours: float
+    cost: float | None
+    efficiency: float
+
+
+def bill(
+    flops_per_token: int | float,
+    tokens_per_step: int | float,
+    traffic: int | float,
+    tokens: int | float,
+    machine: Machine,
+    devices: int,
+) -> Bill:
+    """Time, energy and cost of a training.
+
+    Computing and exchanging overlap, so a step takes as long as the longer of the two. Waiting for data, checkpoints
+    and failures are not in it.
+
+    Args:
+        flops_per_token: Forward and backward.
+        tokens_per_step: Of one device.
+        traffic: Bytes that each device sends in a step, as `traffic` says.
+        tokens: Of the whole training.
+        machine: The devices.
+        devices: How many.
+    """
+    computing = flops_per_token * tokens_per_step / (machine.peak_flops * machine.mfu)
+    step = max(computing, traffic / machine.bandwidth)
+    seconds = step * tokens / (tokens_per_step * devices)
+    hours = seconds / 3600 * devices
+    cost = None if machine.price is None else hours * machine.price
+    return Bill(seconds, hours * machine.watts / 1000, cost, computing / step)
+
+
+def traffic(step: Step, strategy: str, devices: int) -> int | float:
+    """Bytes that each device sends in a step.
+
+    A ring's all-reduce of the gradients sends them about twice, and so do `zero1` and `zero2` in two halves; `fsdp`
+    gathers the weights for both passes and scatters the gradients once.
+
+    Source:
+        Rajbhandari et al., 2020, arXiv:1910.02054, section 7.
+    """
+    share = (devices - 1) / devices
+    if strategy == "fsdp":
+        return (2 * step.weights + step.gradients) * share
+    return 2 * step.gradients * share

@@ -1,0 +1,131 @@
+"""Poisoned batches: bad steps are taken back on the device, lost runs go back, and good runs stay what they are."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lit_llm.callbacks.spike_recovery import SpikeRecovery
+from lit_llm.objectives.causal_lm import CausalLM
+from tests.cli.test_resume import losses
+
+SPIKES = "--trainer.callbacks+=lit_llm.callbacks.spike_recovery.SpikeRecovery"
+POISON = "--trainer.callbacks+=tests.callbacks.test_spike_recovery.Poison"
+
+
+class Poison(Callback):
+    """Makes the loss of some steps something else, and keeps the weights after each step.
+
+    A class attribute keeps them, since the command line makes the object.
+    """
+
+    weights: list[torch.Tensor] = []  # noqa: RUF012
+    state: list[torch.Tensor] = []  # noqa: RUF012
+
+    def __init__(self, first: int = 0, last: int = 0, factor: float = float("nan")) -> None:
+        self.first, self.last, self.factor = first, last, factor
+        Poison.weights, Poison.state = [], []
+
+    def on_train_start(self, trainer, pl_module):
+        plain = CausalLM.loss
+
+        def loss(batch):
+            total, targets = plain(pl_module, batch)
+            bad = self.first <= trainer.global_step < self.last
+            return (total * self.factor if bad else total), targets
+
+        pl_module.loss = loss
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        Poison.weights.append(torch.cat([p.detach().flatten().clone() for p in pl_module.parameters()]))
+        state = trainer.optimizers[0].state.values()
+        tensors = [t.detach().flatten().float().clone() for s in state for t in s.values() if torch.is_tensor(t)]
+        Poison.state.append(torch.cat(tensors or [torch.zeros(0)]))
+
+
+def words(tiny, *more, steps=6):
+    return [*tiny, "--trainer.max_steps", steps, "--trainer.limit_val_batches", 0, "--test_after_fit", "false", *more]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "lit_llm.optimizers.Muon"])
+def test_a_run_without_spikes_is_the_same_bit_for_bit(lit_llm, tiny, tmp_path, accumulate, optimizer):
+    more = ["--trainer.accumulate_grad_batches", accumulate, "--model.optimizer", optimizer]
+    assert lit_llm("fit", *words(tiny, *more, POISON), "--run_dir", tmp_path / "without").code == 0
+    without = Poison.weights[-1], Poison.state[-1], losses(tmp_path / "without")
+    outcome = lit_llm("fit", *words(tiny, *more, SPIKES, POISON), "--run_dir", tmp_path / "with")
+    assert outcome.code == 0, outcome.err
+    assert torch.equal(without[0], Poison.weights[-1])
+    assert torch.equal(without[1], Poison.state[-1])
+    assert without[2] == losses(tmp_path / "with")
+
+
+@pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "lit_llm.optimizers.Muon"])
+@pytest.mark.parametrize("first", [0, 3])
+def test_a_poisoned_step_changes_neither_weights_nor_optimizer(lit_llm, tiny, tmp_path, optimizer, first):
+    poisoned = [POISON, "--trainer.callbacks.first", first, "--trainer.callbacks.last", first + 1]
+    more = ["--model.optimizer", optimizer]
+    outcome = lit_llm("fit", *words(tiny, *more, SPIKES, *poisoned), "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert all(w.isfinite().all() for w in (*Poison.weights, *Poison.state))
+    if first:
+        assert torch.equal(Poison.weights[first - 1], Poison.weights[first])
+        assert torch.equal(Poison.state[first - 1], Poison.state[first])
+    else:
+        assert not Poison.state[0].any()
+    assert not torch.equal(Poison.weights[first], Poison.weights[first + 1])
+    assert "1 steps with an outlying loss or gradient were not taken" in outcome.err
+
+
+def test_a_finite_outlier_is_one_too_and_without_the_callback_it_is_not_noticed(lit_llm, tiny, tmp_path):
+    poisoned = [POISON, "--trainer.callbacks.first", 8, "--trainer.callbacks.last", 9, "--trainer.callbacks.factor", 50]
+    few = [SPIKES, "--trainer.callbacks.window", 8]
+    assert lit_llm("fit", *words(tiny, *few, *poisoned, steps=10), "--run_dir", tmp_path / "with").code == 0
+    assert torch.equal(Poison.weights[7], Poison.weights[8])
+    assert lit_llm("fit", *words(tiny, *poisoned, steps=10), "--run_dir", tmp_path / "without").code == 0
+    assert not torch.equal(Poison.weights[7], Poison.weights[8])
+
+
+def test_a_run_that_is_lost_goes_back_and_then_on_with_other_data(lit_llm, tiny, tmp_path):
+    few = [SPIKES, "--trainer.callbacks.window", 4, "--trainer.callbacks.patience", 3]
+    poisoned = [POISON, "--trainer.callbacks.first", 6, "--trainer.callbacks.last", 9]
+    outcome = lit_llm("fit", *words(tiny, *few, *poisoned, steps=12), "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "Step 9: the loss did not return, so the weights of step 6 do" in outcome.err
+    good = torch.load(tmp_path / "run/checkpoints/good.ckpt", weights_only=True)
+    assert good["global_step"] >= 6
+    assert torch.equal(Poison.weights[8], Poison.weights[5])
+    assert not torch.equal(Poison.weights[9], Poison.weights[8])
+    assert Poison.weights[-1].isfinite().all()
+
+
+def test_it_gives_up_in_one_line(lit_llm, tiny, tmp_path):
+    few = [SPIKES, "--trainer.callbacks.window", 4, "--trainer.callbacks.patience", 2]
+    poisoned = [POISON, "--trainer.callbacks.first", 4, "--trainer.callbacks.last", 99]
+    limit = ["--trainer.callbacks.max_rollbacks", 1]
+    outcome = lit_llm("fit", *words(tiny, *few, *limit, *poisoned, steps=30), "--run_dir", tmp_path / "run")
+    assert outcome.code == 2
+    assert "train/loss must return within 2 steps, but did not at step 8 after 1 roll-backs" in outcome.last_line
+
+
+def test_what_was_seen_survives_a_resume(lit_llm, tiny, tmp_path):
+    poisoned = [POISON, "--trainer.callbacks.first", 3, "--trainer.callbacks.last", 4]
+    whole = words(tiny, SPIKES, *poisoned, steps=10)
+    assert lit_llm("fit", *whole, "--run_dir", tmp_path / "whole").code == 0
+    weights = Poison.weights[-1]
+    crash = ["--checkpoint.every_n_steps", 5, "--trainer.callbacks+=tests.cli.test_resume.Crash"]
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm("fit", *whole, *crash, "--run_dir", tmp_path / "cut")
+    assert lit_llm("fit", *whole, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
+    assert torch.equal(weights, Poison.weights[-1])
+    states = [torch.load(tmp_path / run / "checkpoints/last.ckpt", weights_only=True) for run in ("whole", "cut")]
+    kept = [state["callbacks"]["SpikeRecovery"] for state in states]
+    assert int(kept[0]["skipped"]) == int(kept[1]["skipped"]) == 1
+    assert torch.equal(kept[0]["losses"], kept[1]["losses"])
+
+
+@pytest.mark.parametrize(("name", "value"), [("threshold", 0.0), ("window", 1), ("patience", 0), ("max_rollbacks", -1)])
+def test_values_out_of_range_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be"):
+        SpikeRecovery(**{name: value})

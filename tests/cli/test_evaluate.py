@@ -1,0 +1,115 @@
+"""The harness's scores are the network's own, on a task that is a file here."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import yaml
+
+from lit_llm.checkpoints import load_model, save_model
+from lit_llm.cli.evaluate import adapted
+from lit_llm.data.tokenizer import byte_tokenizer
+from tests.conftest import awake
+
+lm_eval = pytest.importorskip("lm_eval")
+
+ROWS = [("the cat", [" sat", " flew"], 0), ("a bird", [" swims", " flies"], 1), ("one red", [" mat", " of"], 0)]
+
+
+@pytest.fixture
+def model(tmp_path, tiny_llama):
+    save_model(tmp_path / "model", tiny_llama(vocab_size=257), byte_tokenizer())
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def task(tmp_path):
+    rows = [{"text": text, "choices": choices, "label": label} for text, choices, label in ROWS]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    content = {
+        "task": "tiny_choice",
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}},
+        "output_type": "multiple_choice",
+        "test_split": "test",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "choices",
+        "target_delimiter": "",
+        "doc_to_target": "label",
+        "metric_list": [{"metric": "acc"}],
+    }
+    (tmp_path / "task.yaml").write_text(yaml.safe_dump(content))
+    return tmp_path / "task.yaml"
+
+
+def nats(network, context, continuation):
+    ids = torch.tensor([list(context + continuation)])
+    said = network(ids[:, :-1]).log_softmax(dim=-1)[0, len(context) - 1 :]
+    return said.gather(1, ids[0, len(context) :, None]).sum().item()
+
+
+@torch.no_grad()
+def test_a_local_task_is_scored_by_the_networks_own_probabilities(lit_llm, model, task, tmp_path):
+    outcome = lit_llm("evaluate", "--model", model, "--tasks", task, "--json", tmp_path / "scores.json")
+    assert outcome.code == 0, outcome.err
+    network, _ = load_model(model)
+    right = sum(
+        max(range(2), key=lambda n: nats(network, text.encode(), choices[n].encode())) == label
+        for text, choices, label in ROWS
+    )
+    scores = json.loads((tmp_path / "scores.json").read_text())
+    assert scores["tiny_choice"]["acc,none"] == pytest.approx(right / 3)
+    assert "tiny_choice" in outcome.out
+
+
+@torch.no_grad()
+def test_the_adapter_holds_the_network_itself_and_batches_do_not_matter():
+    network = awake_network()
+    requests = [(("", ""), list(b"the c"), list(b"at")), (("", ""), list(b"x"), list(b" bird flies"))]
+    single = adapted(network, byte_tokenizer(), 1)._loglikelihood_tokens(requests)
+    both = adapted(network, byte_tokenizer(), 2)._loglikelihood_tokens(requests)
+    wanted = [nats(network, bytes(context), bytes(target)) for _, context, target in requests]
+    assert [value for value, _ in single] == pytest.approx(wanted, rel=1e-5)
+    assert [value for value, _ in both] == pytest.approx(wanted, rel=1e-5)
+
+
+@torch.no_grad()
+def test_a_long_text_is_read_in_windows_each_token_once():
+    network = awake_network()
+    model = adapted(network, byte_tokenizer(), 4)
+    text = "the cat sat on the mat and saw one red bird fly over. " * 3
+
+    class Request:
+        args = (text,)
+
+    found = model.loglikelihood_rolling([Request])[0]
+    ids = [model.eot_token_id, *text.encode()]
+    total = 0.0
+    for first in range(0, len(ids) - 1, 64):
+        row = torch.tensor([ids[first : first + 65]])
+        if row.shape[1] == 65:
+            said = network(row[:, :-1]).log_softmax(dim=-1)[0]
+            total += said.gather(1, row[0, 1:, None]).sum().item()
+    assert found < total  # the last window, filled up with what came before, adds to it
+    assert found == pytest.approx(total * (len(ids) - 1) / (64 * ((len(ids) - 1) // 64)), rel=0.25)
+
+
+def awake_network():
+    from lit_llm.models.llama import Llama
+
+    return awake(Llama, vocab_size=257)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "line"),
+    [
+        ("nothing.yaml", "--tasks must be names or files, but nothing.yaml does not exist"),
+        ("no_such_task", "--tasks must be tasks of lm-eval or YAML files, but no_such_task is neither"),
+    ],
+)
+def test_a_task_that_is_not_there_is_one_line(lit_llm, model, tasks, line):
+    outcome = lit_llm("evaluate", "--model", model, "--tasks", tasks)
+    assert outcome.code == 2
+    assert line in outcome.last_line

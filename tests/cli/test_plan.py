@@ -1,0 +1,74 @@
+"""`lit-llm plan`, as its users run it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.writing import REPOSITORY
+
+MAIN = ["--config", REPOSITORY / "configs/pretraining/llama_stdlib.yaml"]
+SMALL = ["--model.network.d_model", 16, "--model.network.num_layers", 1, "--model.network.num_heads", 2]
+SMALL += ["--model.network.d_ff", 48]
+
+
+def test_a_plan_needs_neither_data_nor_tokeniser_and_writes_nothing(lit_llm, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--devices", 4, "--nodes", 2, "--memory", "24GiB", "--price", 2.5, "--table", "--json", "plan.json"]
+    outcome = lit_llm("plan", *MAIN, *SMALL, "--data.path", "nowhere", *words)
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"]
+    found = json.loads(Path("plan.json").read_text())
+    assert found["devices"] == 8
+    assert found["steps"]["as configured"]["embeddings"] == 2048 * 16
+    assert set(found["memory"]) == {"as configured", "with activation checkpointing"}
+    assert list(found["table"]) == ["8", "16", "32", "64", "128", "256", "512", "1024"]
+    assert found["bill"] == pytest.approx({k: found["table"]["8"][k] for k in found["bill"]})
+    assert found["bill"]["cost"] == pytest.approx(found["bill"]["kilowatt_hours"] / 0.7 * 2.5)
+    for line in ("Memory of each of 8 devices, as configured; 24.00 GiB are there", "Compute-optimal: ", "   1,024 "):
+        assert line in outcome.out
+    assert outcome.out.count("  fits") == 10
+
+
+def test_what_does_not_fit_is_said(lit_llm):
+    outcome = lit_llm("plan", *MAIN, *SMALL, "--memory", "1MB")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.count("  does not fit") == 2
+
+
+def test_a_probe_replaces_the_assumed_speed_and_leaves_no_run(lit_llm, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    outcome = lit_llm("plan", *tiny, "--probe", "--json", "plan.json")
+    assert outcome.code == 0, outcome.err
+    assert [path.name for path in tmp_path.iterdir() if path.name != "corpus"] == ["plan.json"]
+    found = json.loads(Path("plan.json").read_text())
+    probe, bill = found["probe"], found["bill"]
+    assert probe["seconds_per_step"] == pytest.approx(4 * 32 / probe["tokens_per_second"])
+    assert bill["seconds"] == pytest.approx(found["tokens"] / probe["tokens_per_second"])
+    assert "measured here: " in outcome.out
+    assert "run folder" not in outcome.out
+
+
+def test_a_classifier_is_planned_by_its_first_batch(lit_llm, reviews):
+    config = REPOSITORY / "configs/finetuning/encoder_docmatch.yaml"
+    words = ["--data.path", reviews, "--data.tokenizer", "bert-bpe-300", "--data.max_seq_len", 32]
+    outcome = lit_llm("plan", "--config", config, *words, "--data.batch_size", 4)
+    assert outcome.code == 0, outcome.err
+    assert "parameters" in outcome.out
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--devices", 0], "--devices and --nodes must be at least 1, but are 0 and 1"),
+        (["--mfu", 2], "--mfu must be in (0, 1], but is 2"),
+        (["--memory", "much"], "size must be a number of bytes with a unit, as 80GiB, but is much"),
+        (["--tokens", 0], "--tokens must be above 0, but is 0"),
+    ],
+)
+def test_a_mistake_is_one_line(lit_llm, words, line):
+    outcome = lit_llm("plan", *MAIN, *SMALL, *words)
+    assert outcome.code == 2
+    assert line in outcome.last_line

@@ -1,0 +1,143 @@
+"""Plans are compared with steps that are taken, and with what the papers say of shapes that are too large to take."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+import yaml
+from torch.utils.flop_counter import FlopCounterMode
+
+from lit_llm.models.llama import Llama
+from lit_llm.objectives.losses import linear_cross_entropy_sum
+from lit_llm.optimizers import Muon, parameter_groups
+from lit_llm.planning import STRATEGIES, Machine, bill, measure_step, memory, traffic
+from tests.writing import REPOSITORY
+
+SMALL = {"vocab_size": 300, "d_model": 64, "num_layers": 3, "num_heads": 4, "d_ff": 128, "max_seq_len": 64}
+IDS = torch.zeros(4, 64, dtype=torch.long)
+ADAMW = functools.partial(torch.optim.AdamW, fused=True)
+
+
+def loss(network, batch):
+    return linear_cross_entropy_sum(network.hidden(batch), network.lm_head.weight, batch)
+
+
+def step(make=ADAMW, precision="32-true", checkpointed=None, **changes):
+    build = functools.partial(Llama, **(SMALL | changes))
+    return measure_step(build, lambda n: make(parameter_groups(n)), loss, IDS, precision, checkpointed)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return step()
+
+
+def test_parameters_weights_gradients_and_optimizer_are_those_of_the_network_itself(plain):
+    network = Llama(**SMALL)
+    count = sum(p.numel() for p in network.parameters())
+    assert (plain.parameters, plain.trained, plain.embeddings) == (count, count, 300 * 64)
+    assert plain.weights == plain.gradients == 4 * count
+    # Two averages of each number, and one step count a parameter.
+    assert plain.optimizer == 8 * count + 4 * len(list(network.parameters()))
+    assert plain.tokens == 4 * 64
+
+
+def test_what_the_forward_pass_keeps_is_what_autograd_saves(plain):
+    network, kept = Llama(**SMALL), {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    ours = {p.untyped_storage().data_ptr() for p in network.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        value = loss(network, IDS)
+    saved = sum(size for place, size in kept.items() if place not in ours)
+    gradients = sum(t.nbytes for t in value.grad_fn.gradients)  # that the loss makes while its logits are at hand
+    assert plain.activations == pytest.approx(saved + gradients, rel=0.05)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_operations_are_nearly_those_of_the_rule(precision):
+    found, network = step(precision=precision), Llama(**SMALL)
+    # Flash attention computes its scores again: one product in six of attention's more.
+    again = 2 * 3 * 64 * 64 if precision == "32-true" else 0
+    norms = 6 * sum(p.numel() for p in network.parameters() if p.ndim == 1)
+    assert found.flops / found.tokens == network.flops_per_token(64) + again - norms
+
+
+def test_operations_are_those_that_torch_counts_in_a_real_step():
+    network = Llama(**SMALL).bfloat16()
+    with FlopCounterMode(display=False) as counter:
+        loss(network, IDS).backward()
+    assert step(precision="bf16-true").flops == counter.get_total_flops() > 0
+
+
+def test_lower_precision_and_checkpointing_and_other_optimizers_keep_less(plain):
+    mixed, low, checkpointed, muon = (
+        step(precision="bf16-mixed"),
+        step(precision="bf16-true"),
+        step(checkpointed=True),
+        step(Muon),
+    )
+    assert mixed.weights == plain.weights == 2 * low.weights
+    assert mixed.casts > 0 == plain.casts == low.casts
+    assert low.gradients == plain.gradients / 2
+    assert checkpointed.activations < 0.5 * plain.activations
+    assert checkpointed.weights == plain.weights
+    assert muon.optimizer < plain.optimizer
+
+
+def test_a_network_that_cannot_compute_its_blocks_again_is_refused():
+    with pytest.raises(ValueError, match="network must have activation_checkpointing to plan with it, but is a Linear"):
+        measure_step(lambda: torch.nn.Linear(2, 2), ADAMW, loss, IDS, activation_checkpointing=True)
+
+
+def test_a_loss_that_needs_what_a_batch_holds_is_refused():
+    def picky(network, batch):
+        return network(batch[batch.nonzero()[:, 0]].float()).sum()
+
+    with pytest.raises(ValueError, match="model must be one whose loss can be planned from shapes alone, but needs"):
+        measure_step(lambda: torch.nn.Linear(64, 2), lambda n: ADAMW(n.parameters()), picky, IDS)
+
+
+def test_each_strategy_holds_no_more_than_the_one_before_and_one_device_holds_everything(plain):
+    peaks = [memory(plain, strategy, 8).peak for strategy in ("ddp", "zero1", "zero2", "fsdp")]
+    assert peaks == sorted(peaks, reverse=True)
+    assert {memory(plain, strategy, 1).peak for strategy in STRATEGIES} == {plain.peak}
+    sharded = memory(plain, "fsdp", 8)
+    assert (8 * sharded.weights, 8 * sharded.optimizer) == (plain.weights, plain.optimizer)
+    assert memory(plain, "zero1", 8).weights == plain.weights
+    with pytest.raises(ValueError, match="strategy must be one of ddp, zero1, zero2, fsdp, tensor_parallel, but is x"):
+        memory(plain, "x", 8)
+
+
+def test_time_energy_and_cost_follow_from_operations(plain):
+    machine = Machine(memory=80e9, peak_flops=1e15, mfu=0.5, watts=500, bandwidth=1e15, price=2.0)
+    found = bill(1e9, 1000, 0.0, 3.6e12, machine, 2)
+    assert found.seconds == pytest.approx(3.6e12 * 1e9 / 1e15)
+    assert found.kilowatt_hours == pytest.approx(1000 * 2 * 0.5)
+    assert found.cost == pytest.approx(1000 * 2 * 2.0)
+    assert found.efficiency == 1.0
+    slow = bill(1e9, 1000, 4e-3 * 1e15, 3.6e12, machine, 2)  # 2 ms to compute, 4 ms to exchange
+    assert slow.efficiency == pytest.approx(0.5)
+    assert slow.seconds == pytest.approx(2 * found.seconds)
+    assert traffic(plain, "fsdp", 2) == 1.5 * traffic(plain, "ddp", 2) == 1.5 * plain.gradients
+    assert traffic(plain, "ddp", 1) == 0
+
+
+@pytest.mark.parametrize(("field", "value"), [("mfu", 1.5), ("memory", 0.0), ("price", -1.0)])
+def test_a_machine_that_cannot_be_is_refused(field, value):
+    good = {"memory": 1.0, "peak_flops": 1.0, "mfu": 0.5, "watts": 1.0, "bandwidth": 1.0}
+    with pytest.raises(ValueError, match=f"--{field} must be"):
+        Machine(**(good | {field: value}))
+
+
+@pytest.mark.parametrize(("name", "published"), [("8b", 8_030_261_248), ("70b", 70_553_706_496)])
+def test_llama_3_has_the_parameters_that_were_published(name, published):
+    config = yaml.safe_load((REPOSITORY / f"configs/models/llama3_{name}.yaml").read_text())
+    with torch.device("meta"):
+        network = Llama(128_256, **config["init_args"])
+    assert sum(p.numel() for p in network.parameters()) == published
