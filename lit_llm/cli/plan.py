@@ -195,7 +195,7 @@ def example_batch(objective: Any, data: Any) -> dict[str, Any]:
     return batch
 
 
-def probe(words: list[str], details: dict[str, Any]) -> dict[str, float]:
+def probe(words: list[str], details: dict[str, Any]) -> dict[str, Any]:
     """Takes real steps on this machine, in a run folder that is thrown away.
 
     Args:
@@ -294,7 +294,7 @@ def report(found: dict[str, Any]) -> list[str]:
     return lines
 
 
-def peak_of(found: dict[str, Any]) -> float:
+def peak_of(found: dict[str, Any]) -> int | float:
     """Bytes that one device was planned to hold at once."""
     step = next(iter(found["steps"].values()))
     return step["weights"] + step["optimizer"] + max(step["passes"], step["stepping"])
@@ -305,12 +305,12 @@ def cost(bill: dict[str, Any]) -> str:
     return "" if bill["cost"] is None else f", cost {bill['cost']:,.4g}"
 
 
-def gib(count: float) -> str:
+def gib(count: int | float) -> str:
     """Bytes in words."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: int | float) -> str:
     """Seconds in words.
 
     Example:

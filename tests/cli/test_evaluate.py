@@ -45,9 +45,13 @@ def task(tmp_path):
 
 
 def nats(network, context, continuation):
-    ids = torch.tensor([list(context + continuation)])
-    said = network(ids[:, :-1]).log_softmax(dim=-1)[0, len(context) - 1 :]
-    return said.gather(1, ids[0, len(context) :, None]).sum().item()
+    row = torch.tensor([[*context, *continuation]])
+    said = network(row[:, :-1]).log_softmax(dim=-1)[0, len(context) - 1 :]
+    return said.gather(1, row[0, len(context) :, None]).sum().item()
+
+
+def ids(text):
+    return byte_tokenizer().encode(text, add_special_tokens=False)
 
 
 @torch.no_grad()
@@ -56,8 +60,7 @@ def test_a_local_task_is_scored_by_the_networks_own_probabilities(lit_llm, model
     assert outcome.code == 0, outcome.err
     network, _ = load_model(model)
     right = sum(
-        max(range(2), key=lambda n: nats(network, text.encode(), choices[n].encode())) == label
-        for text, choices, label in ROWS
+        max(range(2), key=lambda n: nats(network, ids(text), ids(choices[n]))) == label for text, choices, label in ROWS
     )
     scores = json.loads((tmp_path / "scores.json").read_text())
     assert scores["tiny_choice"]["acc,none"] == pytest.approx(right / 3)
@@ -85,7 +88,7 @@ def test_a_long_text_is_read_in_windows_each_token_once():
         args = (text,)
 
     found = model.loglikelihood_rolling([Request])[0]
-    ids = [model.eot_token_id, *text.encode()]
+    ids = [model.eot_token_id, *model.tok_encode(text)]
     total = 0.0
     for first in range(0, len(ids) - 1, 64):
         row = torch.tensor([ids[first : first + 65]])
