@@ -21,6 +21,8 @@ COMMANDS = {
     "predict": ("lit_llm.cli.training", "write what a checkpoint says of each item"),
     "generate": ("lit_llm.cli.generate", "continue prompts with a trained language model"),
     "compress": ("lit_llm.cli.compress", "make a trained model smaller and faster, and say what it cost"),
+    "sweep": ("lit_llm.cli.sweep", "search what a W&B sweep file describes, on this machine"),
+    "compare": ("lit_llm.cli.compare", "put runs side by side: mean and spread over seeds, tests, curves"),
     "tokenizer": ("lit_llm.cli.tokenizer", "train a tokeniser on a corpus"),
 }
 
