@@ -149,6 +149,11 @@ class RunConfig(SaveConfigCallback):
             return
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         config = {key: value for key, value in config.items() if key not in ABOUT_ONE_RUN}
+        loggers = config["trainer"].get("logger")
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            options = logger.get("init_args", {}) if isinstance(logger, dict) else {}
+            if options.get("save_dir") == config["trainer"]["default_root_dir"]:
+                options["save_dir"] = None  # a run that repeats this one logs into its own folder
         config["trainer"]["default_root_dir"] = None
         with replacing(Path(trainer.default_root_dir) / "config.yaml") as new:
             new.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
