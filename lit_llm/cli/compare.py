@@ -244,7 +244,7 @@ def paired_p(one: list[float], other: list[float]) -> float | None:
 
     Example:
         >>> round(paired_p([1.0, 2.0, 3.0], [1.5, 2.7, 3.6]), 4)
-        0.0092
+        0.0091
         >>> paired_p([1.0], [2.0])
     """
     from scipy.stats import ttest_rel
