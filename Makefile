@@ -29,5 +29,5 @@ test: .venv/dev  ## the whole suite, as CI runs it
 	@touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,compression]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,compression,sweep]'
 	@touch $@

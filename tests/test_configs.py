@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lit_llm.checkpoints import save_model
+from lit_llm.cli.sweep_file import read_sweep
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.models.lenet import LeNet
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
@@ -23,6 +24,7 @@ ADAPTATIONS = [path for path in CONFIGS if path.parent.name == "adaptation"]
 OVERLAYS = [path for path in CONFIGS if path.parent.name in ("logging", "strategy")]
 OVERLAYS += [path for path in CONFIGS if path.parent.name == "compression" and not path.stem.startswith("chain_")]
 
+SWEEPS = [path for path in CONFIGS if path.parent.name == "sweeps"]
 CHAINS = [path for path in CONFIGS if path.stem.startswith("chain_")]
 
 
@@ -130,6 +132,22 @@ def test_a_way_to_fine_tune_takes_two_steps_on_an_encoder(lit_llm, small, tmp_pa
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "run/model/config.json").exists()
     assert (tmp_path / "run/adapter/adapter_config.json").exists() == ("lora" in path.stem or "dora" in path.stem)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=name)
+def test_a_trial_of_a_sweep_takes_two_steps(lit_llm, small, tmp_path, monkeypatch, path):
+    monkeypatch.chdir(REPOSITORY)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    plan = read_sweep(path)
+    assert plan.run_cap
+    assert "configs/logging/wandb.yaml" in plan.command[0]  # for `wandb agent`
+    run = Path(plan.command[0][plan.command[0].index("--config") + 1])
+    short = {"data.batch_size": 2, "trainer.max_steps": 2, "trainer.val_check_interval": 2}
+    words = plan.words({parameter.key: parameter.extremes()[0] for parameter in plan.parameters} | short)
+    bounds = ["--trainer.limit_val_batches", "1", "--test_after_fit", "false"]
+    outcome = lit_llm("fit", *words, *bounds, "--run_dir", tmp_path / "run", *small(run))
+    assert outcome.code == 0, outcome.err
+    assert f"best/{plan.metric}" in json.loads((tmp_path / "run/results.json").read_text())
 
 
 @pytest.mark.slow

@@ -32,8 +32,8 @@ class RunReport(Callback):
     """Writes `results.json`, `learning_curve.png` and `model/` into the run folder.
 
     `results.json` holds the metrics of the last validation (`val/…`), of the best one (`best/val/…`, `best/step`), of
-    the test (`test/…`), and what it took (`step`, `tokens`, `seconds` of training, `commit`, `command`). `model/` holds
-    the weights of the best validation.
+    the test (`test/…`), what decides which is best (`monitor`, `mode`), and what it took (`step`, `tokens`, `seconds`
+    of training, `commit`, `command`). `model/` holds the weights of the best validation.
 
     Args:
         monitor: Metric that decides which validation is best.
@@ -96,10 +96,11 @@ class RunReport(Callback):
         for logger in trainer.loggers:
             logger.save()
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
+        judged = {"monitor": self.monitor, "mode": self.mode}
         cost = {"tokens": throughput.tokens, "seconds": round(throughput.seconds, 2)} if throughput else {}
         self._merge(
             trainer,
-            {**self.results, "step": trainer.global_step, **cost, "commit": commit(), "command": command()},
+            {**self.results, **judged, "step": trainer.global_step, **cost, "commit": commit(), "command": command()},
         )
         draw_learning_curve(Path(trainer.default_root_dir), self.monitor, self.mode)
 

@@ -58,6 +58,10 @@ class Samples(Callback):
         )
         lines = [f"--- step {trainer.global_step}"]
         lines += [tokenizer.decode(prompt[1:] + text) + "\n" for prompt, text in zip(ids, texts, strict=True)]
+        rows = [[trainer.global_step, p, tokenizer.decode(text)] for p, text in zip(self.prompts, texts, strict=True)]
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_text"):  # Weights & Biases shows it as a table
+                logger.log_text("samples", ["step", "prompt", "text"], rows, step=trainer.global_step)
         with (Path(trainer.default_root_dir) / "samples.txt").open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
         log.info("\n".join("  | " + line for line in lines[1].rstrip().splitlines()))

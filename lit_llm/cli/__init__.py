@@ -23,6 +23,8 @@ COMMANDS = {
     "generate": ("lit_llm.cli.generate", "continue prompts with a trained language model"),
     "evaluate": ("lit_llm.cli.evaluate", "score a language model at the tasks of lm-eval"),
     "compress": ("lit_llm.cli.compress", "make a trained model smaller and faster, and say what it cost"),
+    "sweep": ("lit_llm.cli.sweep", "search what a W&B sweep file describes, on this machine"),
+    "compare": ("lit_llm.cli.compare", "put runs side by side: mean and spread over seeds, tests, curves"),
     "tokenizer": ("lit_llm.cli.tokenizer", "train a tokeniser on a corpus"),
 }
 

@@ -28,6 +28,11 @@ def one_line(error: BaseException) -> str | None:
         line = _in_grammar(str(error))
         if line:
             return line
+    if type(error).__module__.startswith("wandb."):
+        return (
+            f"W&B must be reachable with an account, but is not ({_flat(str(error))}); set WANDB_MODE=offline, or "
+            f"leave configs/logging/wandb.yaml out"
+        )
     if isinstance(error, MisconfigurationException):
         return _flat(str(error))
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("lit_llm"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from pathlib import Path
 
@@ -45,6 +46,16 @@ def _name(command: str, config: Path | None) -> str:
         return command
     # A run's own config.yaml lies in runs/<name>/<time>/.
     return config.parent.parent.name if config.stem == "config" else config.stem
+
+
+def wandb_id(folder: Path) -> str | None:
+    """The name by which Weights & Biases knows the run: the same when it goes on; `None` where its agent gives one."""
+    path = folder / "wandb_id.txt"
+    if "WANDB_RUN_ID" in os.environ:
+        return None
+    if not path.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+        path.write_text(secrets.token_hex(4), encoding="utf-8")
+    return path.read_text(encoding="utf-8") if path.exists() else None
 
 
 def find_checkpoint(folder: Path, ckpt_path: str) -> Path:

@@ -166,6 +166,12 @@ class RunConfig(SaveConfigCallback):
             return
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         config = {key: value for key, value in config.items() if key not in ABOUT_ONE_RUN}
+        loggers = config["trainer"].get("logger")
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            options = logger.get("init_args", {}) if isinstance(logger, dict) else {}
+            if options.get("save_dir") == config["trainer"]["default_root_dir"]:
+                options["save_dir"] = None  # a run that repeats this one logs into its own folder
+                options |= {"id": None, "resume": None} if "id" in options else {}
         config["trainer"]["default_root_dir"] = None
         with replacing(Path(trainer.default_root_dir) / "config.yaml") as new:
             new.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -270,6 +276,8 @@ class TrainingCLI(LightningCLI):
             options = getattr(logger, "init_args", None)
             if options is not None and "save_dir" in options and options["save_dir"] in (None, "."):
                 options["save_dir"] = str(self.run_dir)
+            if options is not None and {"id", "resume"} <= vars(options).keys() and options["id"] is None:
+                options["id"], options["resume"] = run_folder.wandb_id(self.run_dir), "allow"
 
     def _starts_from_weights(self, config: Any) -> bool:
         """Whether no checkpoint is meant: in a training, and where a model directory outside of a run is evaluated."""

@@ -1,0 +1,27 @@
+"""A bound on the size of the network."""
+
+from __future__ import annotations
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class ParameterBudget(Callback):
+    """Refuses to train a network that is too large: for a search over architectures, where too large is no answer.
+
+    Args:
+        max_parameters: Most parameters that the network may have, those that tie being counted once.
+
+    Raises:
+        ValueError: When `max_parameters` is less than 1; and when training starts, where the network has more.
+    """
+
+    def __init__(self, max_parameters: int) -> None:
+        if max_parameters < 1:
+            raise ValueError(f"max_parameters must be at least 1, but is {max_parameters}")
+        self.max_parameters = max_parameters
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Counts."""
+        count = sum(p.numel() for p in pl_module.network.parameters())
+        if count > self.max_parameters:
+            raise ValueError(f"network must have at most {self.max_parameters:,} parameters, but has {count:,}")

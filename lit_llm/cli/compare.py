@@ -1,0 +1,342 @@
+"""`lit-llm compare`: runs side by side, those that differ by seed only taken together."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import logging
+import math
+import shlex
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from lit_llm.cli.parser import OneLineArguments
+
+log = logging.getLogger(__name__)
+
+NOT_OF_THE_SETTING = ("seed_everything", "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
+"""What two runs of one setting may differ in."""
+
+TASK = ("data", "data.path", "data.task", "data.column", "data.split_by", "data.validation_fraction")
+OF_TOKENS = ("data.tokenizer",)
+"""What runs must share to be compared, and to be compared by a metric that counts tokens."""
+
+MOST_CURVES = 10
+MOST_DIFFERENCES = 5
+
+
+def run(words: list[str]) -> None:
+    """Runs the command; `words` begins with its name."""
+    options = _parser().parse_args(words[1:])
+    compare(options.runs, options.out, options.metric)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineArguments(
+        prog="lit-llm compare",
+        description="Put finished runs side by side. Runs that differ by their seed only are one setting: "
+        "OUT/compare.md has its mean and standard deviation, and a paired t-test by seed against the first setting; "
+        "OUT/compare.csv has each run; OUT/learning_curves.png draws all of them.",
+        epilog="examples: lit-llm compare runs/muon/* runs/adamw/* --out reports/muon; "
+        "lit-llm compare sweeps/lr --out sweeps/lr/compared",
+    )
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of a sweep")
+    parser.add_argument("--out", required=True, type=Path, help="the only folder that is written to")
+    parser.add_argument(
+        "--metric",
+        help="what to compare by (default: val/bits_per_byte where all have it, or else what chose the best)",
+    )
+    return parser
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that came to its end.
+
+    Attributes:
+        folder: Its folder.
+        settings: Its config by dotted names, a class under the name of what it is.
+        results: What `results.json` holds.
+    """
+
+    folder: Path
+    settings: dict[str, Any]
+    results: dict[str, Any]
+
+    @property
+    def seed(self) -> int:
+        """What its randomness came from."""
+        return self.settings["seed_everything"]
+
+    @property
+    def setting(self) -> str:
+        """All of its config that is not the seed, as text."""
+        kept = {k: v for k, v in self.settings.items() if not k.startswith(NOT_OF_THE_SETTING)}
+        return json.dumps(kept, sort_keys=True, default=str)
+
+    def figure(self, metric: str) -> float | None:
+        """What it reached at its best validation, or at its end."""
+        found = self.results.get(f"best/{metric}", self.results.get(metric))
+        return None if found is None else float(found)
+
+
+@dataclass
+class Group:
+    """Runs of one setting, by their seeds."""
+
+    runs: dict[int, Finished] = field(default_factory=dict)
+    name: str = ""
+
+    def figures(self, metric: str) -> dict[int, float]:
+        """What each seed reached."""
+        found = {seed: run.figure(metric) for seed, run in sorted(self.runs.items())}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+
+def compare(runs: list[Path], out: Path, metric: str | None = None) -> None:
+    """Compares runs; arguments as in `lit-llm compare --help`.
+
+    Raises:
+        FileNotFoundError: When a folder holds no finished run.
+        ValueError: When the runs are of different tasks.
+    """
+    finished = [read_run(folder) for folder in _folders(runs)]
+    metric = metric or _shared_metric(finished)
+    _require_one_task(finished, metric)
+    groups = grouped(finished)
+    mode = min if falls(metric, finished) else max
+    if len(runs) == 1 and _is_sweep(runs[0]):
+        groups.sort(key=lambda group: mean(group.figures(metric).values()) * (1 if mode is min else -1))
+    out.mkdir(parents=True, exist_ok=True)
+    text = table(groups, metric)
+    command = shlex.join(["lit-llm", "compare", *map(str, runs), "--out", str(out)])
+    _write(out, groups, metric, f"{text}\nMade by `{command}`: {metric}, mean ± standard deviation over seeds.\n")
+    draw_curves(out / "learning_curves.png", groups, metric)
+    print(text, end="")
+    for name in ("compare.md", "compare.csv", "learning_curves.png"):
+        print(out / name)
+
+
+def _is_sweep(folder: Path) -> bool:
+    return (folder / "trials.csv").is_file()
+
+
+def _folders(runs: list[Path]) -> Iterator[Path]:
+    """The run folders; of a sweep those of the trials that came to their end, and their other seeds."""
+    for folder in runs:
+        if not _is_sweep(folder):
+            yield folder
+            continue
+        with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
+            complete = [row["trial"] for row in csv.DictReader(file) if row["state"] == "complete"]
+        for number in complete:
+            yield folder / "trials" / f"{int(number):03d}"
+            yield from sorted((folder / "seeds").glob(f"{int(number):03d}_seed*"))
+
+
+def read_run(folder: Path) -> Finished:
+    """Reads a run folder.
+
+    Raises:
+        FileNotFoundError: When it holds no finished run.
+    """
+    import yaml
+
+    for name in ("config.yaml", "results.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"RUN must be the folder of a finished run, but {folder} has no {name}")
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return Finished(folder, dict(_dotted(config)), results)
+
+
+def _dotted(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """A config by the names that its options have on the command line.
+
+    Example:
+        >>> dict(_dotted({"data": {"class_path": "x.Text", "init_args": {"path": "a/"}}, "seed": 1}))
+        {'data': 'x.Text', 'data.path': 'a/', 'seed': 1}
+    """
+    for name, value in content.items():
+        if name == "class_path":
+            yield prefix.rstrip("."), value
+        elif name == "init_args" and isinstance(value, dict):
+            yield from _dotted(value, prefix)
+        elif isinstance(value, dict):
+            yield from _dotted(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def falls(metric: str, runs: list[Finished]) -> bool:
+    """Whether less of a metric is better."""
+    mode = runs[0].results.get("mode") if runs[0].results.get("monitor") == metric else None
+    falling = ("loss", "perplexity", "bits_per_byte", "rmse", "mae", "seconds")
+    return mode == "min" if mode else metric.rpartition("/")[2] in falling
+
+
+def _shared_metric(runs: list[Finished]) -> str:
+    """Bits per byte, which compare over tokenisers, or what decided which validation was best."""
+    if all(run.figure("val/bits_per_byte") is not None for run in runs):
+        return "val/bits_per_byte"
+    monitors = {run.results.get("monitor", "val/loss"): run for run in runs}
+    if len(monitors) > 1:
+        (first, one), (second, other) = list(monitors.items())[:2]
+        raise ValueError(
+            f"runs must be of one task, but {one.folder} is judged by {first}, and {other.folder} by {second}; name "
+            f"one that all have with --metric"
+        )
+    return next(iter(monitors))
+
+
+def _require_one_task(runs: list[Finished], metric: str) -> None:
+    shared = TASK if metric.endswith("bits_per_byte") else TASK + OF_TOKENS
+    for other in runs:
+        if other.figure(metric) is None:
+            known = ", ".join(sorted(n for n in other.results if n.startswith(("val/", "test/")))) or "none"
+            raise ValueError(f"--metric must be one that all runs have, but {other.folder} has no {metric} ({known})")
+        for name in shared:
+            here, there = runs[0].settings.get(name), other.settings.get(name)
+            if here != there:
+                raise ValueError(
+                    f"runs must be of one task, but {name} is {here} in {runs[0].folder} and {there} in {other.folder}"
+                )
+
+
+def grouped(runs: Iterable[Finished]) -> list[Group]:
+    """The runs by their settings, in the order in which those come, each named by what sets it apart."""
+    groups: dict[str, Group] = {}
+    for run in runs:
+        group = groups.setdefault(run.setting, Group())
+        if run.seed in group.runs:
+            log.info(f"{run.folder} is left out: {group.runs[run.seed].folder} has its settings and its seed")
+        else:
+            group.runs[run.seed] = run
+    found = list(groups.values())
+    settings = [next(iter(group.runs.values())).settings for group in found]
+    names = list(dict.fromkeys(name for each in settings for name in each))
+    differ = [
+        name
+        for name in names
+        if not name.startswith(NOT_OF_THE_SETTING) and len({str(each.get(name, "")) for each in settings}) > 1
+    ]
+    for group, each in zip(found, settings, strict=True):
+        own = [f"{name.rpartition('.')[2]}={_short(each[name])}" for name in differ if name in each]
+        more = "" if len(own) <= MOST_DIFFERENCES else f" and {len(own) - MOST_DIFFERENCES} more"
+        group.name = " ".join(own[:MOST_DIFFERENCES]) + more or next(iter(group.runs.values())).folder.name
+    return found
+
+
+def _short(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return text.rpartition(".")[2] if "." in text and not isinstance(value, float) else text
+
+
+def paired_p(one: list[float], other: list[float]) -> float | None:
+    """p of the two-sided paired t-test; `None` where less than two pairs, or pairs that all differ alike, tell nothing.
+
+    Source: Student, "The probable error of a mean", Biometrika 6 (1908); `scipy.stats.ttest_rel`.
+
+    Example:
+        >>> round(paired_p([1.0, 2.0, 3.0], [1.5, 2.7, 3.6]), 4)
+        0.0091
+        >>> paired_p([1.0], [2.0])
+    """
+    from scipy.stats import ttest_rel
+
+    if len(one) < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that all pairs differ alike
+        p = float(ttest_rel(one, other).pvalue)
+    return p if math.isfinite(p) else None
+
+
+def _spread(values: list[float]) -> str:
+    if not values:
+        return "–"
+    return f"{mean(values):.4f}" + (f" ± {stdev(values):.4f}" if len(values) > 1 else "")
+
+
+def table(groups: list[Group], metric: str) -> str:
+    """The settings as a table in Markdown, with what each is away from the first by the seeds that both have."""
+    tested = metric.replace("val/", "test/")
+    columns = [metric, *([tested] if tested != metric and any(g.figures(tested) for g in groups) else []), "seconds"]
+    first = groups[0].figures(metric)
+    lines = [
+        f"| setting | seeds | {' | '.join(columns)} | against the first | p, paired by seed |",
+        f"| --- | ---: |{' ---: |' * len(columns)} ---: | ---: |",
+    ]
+    for group in groups:
+        own = group.figures(metric)
+        seeds = [seed for seed in own if seed in first] if group is not groups[0] else []
+        p = paired_p([own[seed] for seed in seeds], [first[seed] for seed in seeds])
+        away = f"{mean(own[seed] - first[seed] for seed in seeds):+.4f}" if seeds else "–"
+        name = group.name.replace("|", "\\|")
+        cells = [_spread(list(group.figures(column).values())) for column in columns[:-1]]
+        cells.append(f"{mean(group.figures('seconds').values()):.0f}" if group.figures("seconds") else "–")
+        test = "–" if p is None else f"{p:.2g}"
+        lines.append(f"| {name} | {len(own)} | {' | '.join(cells)} | {away} | {test} |")
+    return "\n".join(lines) + "\n"
+
+
+def _write(out: Path, groups: list[Group], metric: str, text: str) -> None:
+    from lit_llm.files import replacing
+
+    with replacing(out / "compare.md") as new:
+        new.write_text(text, encoding="utf-8")
+    runs = [(group.name, run) for group in groups for _, run in sorted(group.runs.items())]
+    names = {name for _, run in runs for name, value in run.results.items() if isinstance(value, int | float)}
+    columns = sorted(names)
+    with replacing(out / "compare.csv") as new, new.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["setting", "seed", "run", f"compared {metric}", *columns])
+        for name, run in runs:
+            cells = (run.results.get(column) for column in columns)
+            writer.writerow([name, run.seed, run.folder, run.figure(metric), *cells])
+
+
+def curves(group: Group, metric: str) -> list[tuple[int, float, float]]:
+    """Step, mean and standard deviation over the seeds that have the metric there."""
+    from lit_llm.callbacks.metrics_csv import read_metrics
+
+    found: dict[int, list[float]] = {}
+    for run in group.runs.values():
+        for row in read_metrics(run.folder / "metrics.csv"):
+            if metric in row:
+                found.setdefault(row["step"], []).append(row[metric])
+    return [(step, mean(v), stdev(v) if len(v) > 1 else 0.0) for step, v in sorted(found.items())]
+
+
+def draw_curves(path: Path, groups: list[Group], metric: str) -> None:
+    """Draws the mean of each setting by step, in a band of one standard deviation; of many settings the first ten."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    from lit_llm.files import replacing
+
+    if len(groups) > MOST_CURVES:
+        log.info(f"The picture has the first {MOST_CURVES} of {len(groups)} settings")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for group in groups[:MOST_CURVES]:
+        points = curves(group, metric)
+        if not points:
+            continue
+        steps, means, spreads = zip(*points, strict=True)
+        [line] = axes.plot(steps, means, marker="o", markersize=3, label=f"{group.name} ({len(group.runs)})")
+        low, high = ([m + sign * s for m, s in zip(means, spreads)] for sign in (-1, 1))
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    axes.set(xlabel="step", ylabel=metric)
+    axes.grid(alpha=0.3)
+    if axes.lines:
+        axes.legend(fontsize=8, title="setting (seeds)")
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120)

@@ -1,0 +1,444 @@
+"""`lit-llm sweep`: what a W&B sweep file asks for, on this machine, without an account."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import difflib
+import io
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from lit_llm.cli import main
+from lit_llm.cli.parser import OneLineArguments
+from lit_llm.cli.sweep_file import Sweep, read_sweep, written
+from lit_llm.cli.trial_run import TrialRun, figure_of, metrics_of
+
+log = logging.getLogger(__name__)
+
+SEED = 1337
+SECONDS_BETWEEN_LOOKS = 0.2
+
+
+def run(words: list[str]) -> None:
+    """Runs the command; `words` begins with its name."""
+    options, more = _parser().parse_known_args(words[1:])
+    sweep(options.config, options.trials, options.out, options.workers, options.seeds, more)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineArguments(
+        prog="lit-llm sweep",
+        description="Search what a sweep file of Weights & Biases describes, on this machine: `wandb sweep` and `wandb "
+        "agent` take the same file. Each trial is a run folder, OUT/trials/<number>. The same command goes on after an "
+        "interruption, and with more --trials after its end. Other options, such as --data.path, go to each trial.",
+        epilog="example: lit-llm sweep --config configs/sweeps/llama_stdlib_lr.yaml --trials 20 --out sweeps/lr",
+    )
+    parser.add_argument("--config", required=True, type=Path, help="the sweep file")
+    parser.add_argument("--trials", type=int, help="how many in all (default: the file's run_cap, or the whole grid)")
+    parser.add_argument("--out", required=True, type=Path, help="the only folder that is written to")
+    parser.add_argument("--workers", type=int, default=1, help="trials at a time, which share the cores (default 1)")
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        default=0,
+        help="at the end, train the best and its runner-up with so many further seeds, to tell them apart (default 0)",
+    )
+    return parser
+
+
+def sweep(config: Path, trials: int | None, out: Path, workers: int, seeds: int, more: list[str]) -> None:
+    """Runs a sweep, or goes on with it; arguments as in `lit-llm sweep --help`.
+
+    Raises:
+        ValueError: When the file or an option is not as it must be, no run logs the metric, or all trials failed.
+    """
+    plan = read_sweep(config)
+    size = sum(1 for _ in plan.grid()) if plan.method == "grid" else None
+    trials = trials if trials is not None else plan.run_cap or size
+    if trials is None or trials < 1:
+        raise ValueError(f"--trials must be at least 1, but is {trials}")
+    if workers < 1:
+        raise ValueError(f"--workers must be at least 1, but is {workers}")
+    if seeds < 0 or seeds == 1:
+        raise ValueError(f"--seeds must be 0, or at least 2 to show what a seed does, but is {seeds}")
+    try:
+        import optuna
+    except ImportError as error:
+        raise ValueError("optuna must be installed for a sweep, but is not; pip install 'lit-llm[sweep]'") from error
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    _require_options(plan, more)
+    with _alone_in(out):
+        study = _study(plan, out)
+        searched = _Search(plan, study, out, more, workers)
+        searched.go_on(min(trials, size) if size else trials)
+        searched.report()
+        searched.say_whether_seeds_matter(seeds)
+
+
+def _require_options(plan: Sweep, more: list[str]) -> None:
+    """Refuses a key that no run config has, or a value that it does not take, before anything is trained."""
+    values = {parameter.key: parameter.extremes() for parameter in plan.parameters}
+    first = {key: each[0] for key, each in values.items()}
+    base, line = _parsed([*plan.words({}), *more])
+    if line:
+        raise ValueError(f"command of {plan.path} must be one that lit-llm fit takes, but is not: {line}")
+    # A key on its own may lack the class that it is an argument of: each is tried with those before it.
+    for number, key in enumerate(first, 1):
+        settings = {name: first[name] for name in list(first)[:number]}
+        for value in values[key]:
+            _, line = _parsed([*plan.words(settings | {key: value}), *more])
+            if line:
+                known = sorted(_dotted(base))
+                close = difflib.get_close_matches(key, known, n=1)
+                guess = f"; did you mean {close[0]}?" if close and close[0] != key else ""
+                raise ValueError(
+                    f"parameters of {plan.path} must be options of its runs, but {key}={written(value)} is not: "
+                    f"{line.split('; did you mean')[0]}{guess}"
+                )
+
+
+def _parsed(words: list[str]) -> tuple[Any, str]:
+    """The config that the words of `lit-llm fit` come to, or what is wrong with them."""
+    import yaml
+
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main(["fit", *words, "--print_config"])
+    except SystemExit as end:
+        if end.code:
+            return None, err.getvalue().strip().splitlines()[-1].removeprefix("lit-llm: error: ")
+    finally:
+        sys.argv = before
+    return yaml.safe_load(out.getvalue()), ""
+
+
+def _dotted(content: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted names of all options of a config, as the command line has them."""
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if name == "init_args":
+            yield from _dotted(value, prefix)
+        elif name != "class_path":
+            yield f"{prefix}{name}"
+            yield from _dotted(value, f"{prefix}{name}.")
+
+
+@contextlib.contextmanager
+def _alone_in(out: Path) -> Iterator[None]:
+    """Makes the folder, and holds it: two sweeps in one would take up each other's trials."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"--out must be a folder that no sweep runs in, but is {out}, where one does") from error
+        yield
+
+
+def _study(plan: Sweep, out: Path) -> Any:
+    import optuna
+
+    direction = "minimize" if plan.mode == "min" else "maximize"
+    pruner = optuna.pruners.NopPruner()
+    if plan.early_terminate:
+        first, eta = plan.early_terminate
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=eta)
+    study = optuna.create_study(
+        storage=f"sqlite:///{out / 'study.db'}",
+        study_name="sweep",
+        direction=direction,
+        pruner=pruner,
+        load_if_exists=True,
+    )
+    described = {"parameters": [str(parameter) for parameter in plan.parameters], "goal": plan.mode}
+    judged = any(trial.value is not None for trial in study.get_trials(deepcopy=False))
+    for name, value in {**described, "metric": plan.metric}.items():
+        before = study.user_attrs.get(name, value)
+        if before != value and (name != "metric" or judged):
+            raise ValueError(f"--out must be a new folder or one of this sweep, but {out} holds one with other {name}")
+        study.set_user_attr(name, value)
+    return study
+
+
+class _Search:
+    """A study and the trials of it that run."""
+
+    def __init__(self, plan: Sweep, study: Any, out: Path, more: list[str], workers: int) -> None:
+        self.plan, self.study, self.out, self.more, self.workers = plan, study, out, more, workers
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        self.threads = max(1, cores // workers)
+        self.running: dict[int, tuple[Any, TrialRun]] = {}
+
+    def trials(self, *states: str) -> list[Any]:
+        """The trials in one of these states, by their numbers; all of them where none is named."""
+        return [t for t in self.study.get_trials(deepcopy=False) if not states or t.state.name in states]
+
+    def folder(self, number: int) -> Path:
+        """The run folder of a trial."""
+        return self.out / "trials" / f"{number:03d}"
+
+    # Searching.
+
+    def go_on(self, number: int) -> None:
+        """Takes up the trials that were running, and adds new ones until there are so many in all."""
+        from optuna.trial import Trial
+
+        if self.plan.method == "grid":
+            self._queue_the_grid(number)
+        cut = [Trial(self.study, trial._trial_id) for trial in self.trials("RUNNING")]
+        try:
+            while True:
+                while len(self.running) < self.workers and (cut or self._begun() < number):
+                    self._start(cut.pop(0) if cut else self._next())
+                if not self.running:
+                    return
+                time.sleep(SECONDS_BETWEEN_LOOKS)
+                for trial, process in list(self.running.values()):
+                    self._look_at(trial, process)
+        except BaseException:
+            for _, process in self.running.values():
+                process.interrupt()
+            for _, process in self.running.values():
+                process.wait()
+            raise
+
+    def _begun(self) -> int:
+        return len(self.trials()) - len(self.trials("WAITING"))
+
+    def _queue_the_grid(self, number: int) -> None:
+        from lit_llm.cli.sweep_file import label
+
+        drawn = {p.key for p in self.plan.parameters if p.distribution != "constant"}
+        for point in list(self.plan.grid())[len(self.trials()) : number]:
+            self.study.enqueue_trial({key: label(value) for key, value in point.items() if key in drawn})
+
+    def _next(self) -> Any:
+        """A new trial. Its sampler's seed is its number: what is drawn after an interruption is drawn for once."""
+        import optuna
+
+        seed = SEED + len(self.trials())
+        if self.plan.method == "bayes":
+            self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=self.workers > 1)
+        else:
+            self.study.sampler = optuna.samplers.RandomSampler(seed=seed)
+        return self.study.ask()
+
+    def _start(self, trial: Any) -> None:
+        settings = {parameter.key: parameter.suggest(trial) for parameter in self.plan.parameters}
+        trial.set_user_attr("settings", settings)
+        words = [*self.plan.words(settings), *self.more]
+        self.running[trial.number] = trial, TrialRun(words, self.folder(trial.number), self.threads)
+
+    def _look_at(self, trial: Any, process: TrialRun) -> None:
+        """Passes on what a trial has reported; ends it where it falls behind, and writes down how it ended."""
+        from lit_llm.callbacks.metrics_csv import read_metrics
+
+        ended, kind = process.exit_code, trial.study.get_trials(deepcopy=False)[trial.number].user_attrs.get("stopped")
+        if kind is None and self.plan.early_terminate:
+            rows = read_metrics(process.folder / "metrics.csv")
+            for count, value in enumerate((row[self.plan.metric] for row in rows if self.plan.metric in row), 1):
+                if count not in trial.storage.get_trial(trial._trial_id).intermediate_values:
+                    trial.report(value, count)
+                    if ended is None and trial.should_prune():
+                        trial.set_user_attr("stopped", count)
+                        process.interrupt()
+                        return
+        if ended is not None:
+            del self.running[trial.number]
+            self._finish(trial, process, stopped=kind is not None)
+
+    def _finish(self, trial: Any, process: TrialRun, stopped: bool) -> None:
+        from optuna.trial import TrialState
+
+        value = figure_of(process.folder, self.plan.metric)
+        if stopped:
+            self.study.tell(trial, state=TrialState.PRUNED)
+        elif process.exit_code:
+            trial.set_user_attr("error", process.last_line())
+            self.study.tell(trial, state=TrialState.FAIL)
+        elif value is None or value != value:
+            known = metrics_of(process.folder)
+            close = difflib.get_close_matches(self.plan.metric, known, n=1)
+            guess = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(
+                f"metric.name of {self.plan.path} must be one that its runs log ({', '.join(known)}), but is "
+                f"{self.plan.metric}{guess}"
+            )
+        else:
+            self.study.tell(trial, value)
+        self._say(trial.number, process.seconds)
+        self._write_tables()
+
+    def _say(self, number: int, seconds: float) -> None:
+        """One line about a trial that has ended."""
+        from rich.console import Console
+
+        trial = self.trials()[number]
+        state = {"COMPLETE": "done", "PRUNED": "stopped", "FAIL": "failed"}[trial.state.name]
+        value = figure_of(self.folder(number), self.plan.metric)
+        found = f"{self.plan.metric} {value:.4f}" if value is not None else ""
+        best = "  best so far" if self._best() and self._best()[0].number == number else ""
+        what = trial.user_attrs.get("error") or "  ".join(
+            f"{key.rpartition('.')[2]}={_short(v)}" for key, v in trial.user_attrs["settings"].items()
+        )
+        style = {"done": "green" if best else None, "stopped": "yellow", "failed": "red"}[state]
+        line = f"trial {number:>3}  {state:<8}{found}{best}  {seconds:.0f} s  {what}"
+        Console(stderr=True, soft_wrap=True, highlight=False).print(line, style=style, markup=False)
+
+    # What came out.
+
+    def _best(self) -> list[Any]:
+        """The trials that came to their end, best first."""
+        sign = 1 if self.plan.mode == "min" else -1
+        return sorted(self.trials("COMPLETE"), key=lambda trial: sign * trial.value)
+
+    def _write_tables(self) -> None:
+        """Writes `trials.csv`, a row a trial, and `best.yaml`, the best one as a run file."""
+        from lit_llm.callbacks.predictions import write_table
+        from lit_llm.files import replacing
+
+        keys = [parameter.key for parameter in self.plan.parameters]
+        rows = []
+        for trial in self.trials("COMPLETE", "PRUNED", "FAIL"):
+            settings = trial.user_attrs.get("settings", {})
+            value = figure_of(self.folder(trial.number), self.plan.metric)
+            rows.append([trial.number, trial.state.name.lower(), value, *(written(settings.get(key)) for key in keys)])
+        write_table(self.out / "trials.csv", ["trial", "state", self.plan.metric, *keys], rows)
+        if best := self._best():
+            folder = self.folder(best[0].number)
+            head = f"# Trial {best[0].number} of {self.plan.path.name}: {self.plan.metric} {best[0].value:.4f}.\n"
+            with replacing(self.out / "best.yaml") as new:
+                new.write_text(head + (folder / "config.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+
+    def report(self) -> None:
+        """Writes the tables and draws the pictures.
+
+        Raises:
+            ValueError: When no trial came to its end.
+        """
+        self._write_tables()
+        best = self._best()
+        if not best:
+            failed = self.trials("FAIL")
+            error = failed[-1].user_attrs.get("error") if failed else "all were stopped early"
+            raise ValueError(f"a sweep must have a trial that comes to its end, but has none; the last: {error}")
+        _draw(self.study, self.plan, self.out)
+        print(f"{'best trial':<22}{self.folder(best[0].number)}")
+        print(f"{self.plan.metric:<22}{best[0].value:.4f}")
+        print(f"{'its run file':<22}{self.out / 'best.yaml'}")
+
+    def say_whether_seeds_matter(self, seeds: int) -> None:
+        """Says in one line whether the best differs from the runner-up by more than seeds do."""
+        first, second = (*self._best(), None)[:2]
+        if second is None:
+            print("Only one trial came to its end: there is nothing to compare the best with.")
+            return
+        names = f"best trial {first.number}", f"runner-up {second.number}"
+        if not seeds:
+            print(
+                f"The {names[0]} is ahead of the {names[1]} by {abs(first.value - second.value):.4f}; one seed cannot "
+                f"tell whether that is chance: --seeds 5 trains both with five more."
+            )
+            return
+        # Not with the seed that chose them, which flatters the best.
+        values = [[self._with_seed(trial, SEED + 1 + n) for n in range(seeds)] for trial in (first, second)]
+        line = verdict(*values, *names, self.plan.mode)
+        self.study.set_user_attr("verdict", line)
+        print(line)
+
+    def _with_seed(self, trial: Any, seed: int) -> float:
+        """What a trial's settings reach with another seed; trained once."""
+        folder, done = self.out / "seeds" / f"{trial.number:03d}_seed{seed}", f"{trial.number}/{seed}"
+        if done not in self.study.user_attrs:
+            words = [*self.plan.words(trial.user_attrs["settings"]), *self.more, "--seed_everything", str(seed)]
+            process = TrialRun(words, folder, self.threads)
+            try:
+                process.process.wait()
+            except BaseException:
+                process.interrupt()
+                process.wait()
+                raise
+            value = figure_of(folder, self.plan.metric)
+            if process.exit_code or value is None:
+                raise ValueError(f"trial {trial.number} must train with seed {seed} too, but {process.last_line()}")
+            self.study.set_user_attr(done, value)
+            log.info(f"trial {trial.number} with seed {seed}: {self.plan.metric} {value:.4f}")
+        return self.study.user_attrs[done]
+
+
+def _short(value: Any) -> str:
+    """A value for one line among others."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return written(value).rpartition("/")[2] if isinstance(value, str) else json.dumps(value)
+
+
+def verdict(best: list[float], other: list[float], name: str, other_name: str, mode: str) -> str:
+    """Whether two settings differ by more than seeds do, as one line.
+
+    Args:
+        best: What the better one reached with each seed.
+        other: What the other reached with the same seeds.
+        name: What to call the better one.
+        other_name: What to call the other.
+        mode: Whether `min` or `max` is best.
+
+    Example:
+        >>> verdict([1.0, 1.1, 1.2], [2.0, 2.1, 2.3], "best trial 1", "runner-up 0", "min").split(": ")[0]
+        'The best trial 1 differs from the runner-up 0 by more than seeds do'
+    """
+    from statistics import mean, stdev
+
+    from lit_llm.cli.compare import paired_p
+
+    p, ahead = paired_p(best, other), (mean(best) - mean(other)) * (1 if mode == "min" else -1) < 0
+    figures = f"{mean(best):.4f} ± {stdev(best):.4f} against {mean(other):.4f} ± {stdev(other):.4f}"
+    found = "differs from" if p is not None and p < 0.05 else "does not differ from"
+    turned = "" if ahead or found != "differs from" else " (and is worse with them)"
+    return (
+        f"The {name} {found} the {other_name} by more than seeds do{turned}: {figures} over {len(best)} new seeds, "
+        f"p = {'–' if p is None else f'{p:.2g}'} (paired t-test)"
+    )
+
+
+def _draw(study: Any, plan: Sweep, out: Path) -> None:
+    """Draws the history, the parallel coordinates and the importance of the parameters, where there is enough."""
+    import warnings
+
+    import matplotlib
+    import optuna
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as pictures
+
+    from lit_llm.files import replacing
+
+    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
+    varied = {name for trial in complete for name in trial.params}
+    drawn = {"history": lambda: pictures.plot_optimization_history(study, target_name=plan.metric)}
+    if varied:
+        drawn["parallel_coordinates"] = lambda: pictures.plot_parallel_coordinate(study, target_name=plan.metric)
+    if varied and len({trial.value for trial in complete}) > 1:
+        drawn["importance"] = lambda: pictures.plot_param_importances(
+            study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=SEED), target_name=plan.metric
+        )
+    for name, draw in drawn.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that these pictures are experimental
+            axes = draw()
+        with replacing(out / f"{name}.png") as new:
+            axes.figure.savefig(new, dpi=120, bbox_inches="tight")
+        pyplot.close(axes.figure)

@@ -1,0 +1,123 @@
+"""One training in a process of its own, watched through the run folder that it writes."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import lit_llm
+
+PR_SET_PDEATHSIG = 1
+SECONDS_TO_SAVE = 120
+
+
+class TrialRun:
+    """A `lit-llm fit` that has been started; what it says goes to `output.txt` in its run folder.
+
+    A folder that holds a checkpoint is gone on from it; one without begins anew.
+
+    Args:
+        words: The words after `fit`.
+        folder: The run folder.
+        threads: How many CPU threads it may take, where the environment does not say it.
+    """
+
+    def __init__(self, words: list[str], folder: Path, threads: int) -> None:
+        self.folder, self.started = folder, time.perf_counter()
+        words = ["fit", *words, "--run_dir", str(folder)]
+        if (folder / "checkpoints" / "last.ckpt").is_file():
+            words += ["--ckpt_path", "last"]
+        elif folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "output.txt").open("ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "lit_llm", *words],
+                env=_environment(threads),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # Ctrl-C is passed on once, by the sweep
+                preexec_fn=_die_with_the_sweep if sys.platform.startswith("linux") else None,
+            )
+
+    @property
+    def exit_code(self) -> int | None:
+        """What it ended with; `None` while it runs."""
+        return self.process.poll()
+
+    @property
+    def seconds(self) -> float:
+        """How long ago it was started."""
+        return time.perf_counter() - self.started
+
+    def interrupt(self) -> None:
+        """Has it save and end, as Ctrl-C does."""
+        if self.exit_code is None:
+            self.process.send_signal(signal.SIGINT)
+
+    def wait(self) -> None:
+        """Waits for its end, and forces it where that takes too long."""
+        try:
+            self.process.wait(SECONDS_TO_SAVE)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+
+    def last_line(self) -> str:
+        """The last thing it said."""
+        lines = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        return lines[-1].removeprefix("lit-llm: error: ") if lines else f"it ended with code {self.exit_code}"
+
+
+def _die_with_the_sweep() -> None:
+    """Has the kernel end a training whose sweep was killed: it is taken up again, and two would write to its folder."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The sweep's own, where trials find the same package, share the cores and need no account."""
+    environment = dict(os.environ)
+    for name in ("LIT_LLM_RUN_DIR", "LOCAL_RANK"):
+        environment.pop(name, None)
+    package = str(Path(lit_llm.__file__).parents[1])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [package, environment.get("PYTHONPATH")]))
+    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.setdefault("WANDB_MODE", "offline")
+    return environment
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The `results.json` of a run folder; nothing where there is none."""
+    path = folder / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def figure_of(folder: Path, metric: str) -> float | None:
+    """What a run reached: the metric at its best validation, or at its end; `None` where it never logged it."""
+    from lit_llm.callbacks.metrics_csv import read_metrics
+
+    results = read_results(folder)
+    for name in (f"best/{metric}", metric):
+        if isinstance(results.get(name), int | float):
+            return float(results[name])
+    found = [row[metric] for row in read_metrics(folder / "metrics.csv") if metric in row]
+    return found[-1] if found else None
+
+
+def metrics_of(folder: Path) -> list[str]:
+    """The names of all that a run logged."""
+    from lit_llm.callbacks.metrics_csv import read_metrics
+
+    rows = read_metrics(folder / "metrics.csv")
+    found = {name for row in rows for name in row} | {name for name in read_results(folder) if "/" in name}
+    return sorted(name for name in found if "/" in name and not name.startswith("best/"))

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import yaml
+from scipy.stats import ttest_rel
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Writes what a finished run leaves that a comparison reads."""
+
+    def call(name, value, lr=0.01, seed=1, path="texts/", tokenizer="bytes", results=None, steps=(1, 2)):
+        folder = tmp_path / name
+        folder.mkdir(parents=True)
+        config = {
+            "seed_everything": seed,
+            "trainer": {"max_steps": 2, "logger": {"init_args": {"save_dir": name}}},
+            "model": {"class_path": "x.CausalLM", "init_args": {"optimizer": {"init_args": {"lr": lr}}}},
+            "data": {"class_path": "x.TextData", "init_args": {"path": path, "tokenizer": tokenizer}},
+        }
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+        found = results or {"best/val/bits_per_byte": value, "monitor": "val/loss", "mode": "min", "seconds": 3.0}
+        (folder / "results.json").write_text(json.dumps(found))
+        lines = [f"{step},{value + 1 / step}" for step in steps]
+        (folder / "metrics.csv").write_text("\n".join(["step,val/bits_per_byte", *lines]))
+        return folder
+
+    return call
+
+
+def test_runs_are_grouped_by_all_but_the_seed_and_tested_in_pairs(lit_llm, run, tmp_path):
+    slow, fast = [2.0, 2.2, 2.1], [1.8, 1.9, 1.95]
+    folders = [run(f"{lr}/{n}", v, lr, n) for lr, vs in ((0.01, slow), (0.02, fast)) for n, v in enumerate(vs)]
+    outcome = lit_llm("compare", *folders, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    p = ttest_rel(fast, slow).pvalue
+    table = (tmp_path / "out/compare.md").read_text()
+    assert "| lr=0.01 | 3 | 2.1000 ± 0.1000 | 3 | – | – |" in table
+    assert f"| lr=0.02 | 3 | 1.8833 ± 0.0764 | 3 | -0.2167 | {p:.2g} |" in table
+    assert f"Made by `lit-llm compare {folders[0]}" in table
+    assert (tmp_path / "out/learning_curves.png").stat().st_size > 5000
+    with (tmp_path / "out/compare.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["compared val/bits_per_byte"] for row in rows] == [str(value) for value in slow + fast]
+    assert [row["seed"] for row in rows] == ["0", "1", "2"] * 2
+
+
+def test_pairs_are_of_the_seeds_that_both_have(lit_llm, run, tmp_path):
+    folders = [run("a1", 2.0, 0.01, 1), run("a2", 3.0, 0.01, 2), run("b2", 2.5, 0.02, 2), run("b3", 9.0, 0.02, 3)]
+    outcome = lit_llm("compare", *folders, "--out", tmp_path / "out")
+    assert "| lr=0.02 | 2 | 5.7500 ± 4.5962 | 3 | -0.5000 | – |" in outcome.out
+
+
+def test_a_curve_is_the_mean_of_its_seeds_at_each_step(run):
+    from lit_llm.cli.compare import curves, grouped, read_run
+
+    folders = [run("a", 1.0, seed=1), run("b", 2.0, seed=2, steps=(2, 4))]
+    [group] = grouped(read_run(folder) for folder in folders)
+    assert curves(group, "val/bits_per_byte") == [
+        (1, 2.0, 0.0),
+        (2, 2.0, pytest.approx(0.5**0.5)),
+        (4, 2.25, 0.0),
+    ]
+
+
+def test_of_a_sweep_only_what_came_to_its_end_counts_and_the_best_is_first(lit_llm, run, tmp_path):
+    run("sweep/trials/000", 2.0, 0.01)
+    run("sweep/trials/001", 9.0, 0.02)
+    run("sweep/trials/002", 1.0, 0.03)
+    run("sweep/seeds/002_seed5", 1.2, 0.03, seed=5)
+    (tmp_path / "sweep/trials.csv").write_text("trial,state\n0,complete\n1,pruned\n2,complete\n")
+    outcome = lit_llm("compare", tmp_path / "sweep", "--out", tmp_path / "out")
+    lines = [line for line in outcome.out.splitlines() if line.startswith("| lr")]
+    assert lines == [
+        "| lr=0.03 | 2 | 1.1000 ± 0.1414 | 3 | – | – |",
+        "| lr=0.01 | 1 | 2.0000 | 3 | +1.0000 | – |",
+    ]
+
+
+def error(outcome):
+    assert outcome.code == 2
+    return outcome.last_line.removeprefix("lit-llm: error: ")
+
+
+def test_runs_of_different_tasks_are_refused_in_one_line(lit_llm, run, tmp_path):
+    one, other = run("one", 1.0), run("other", 1.0, path="images/")
+    assert error(lit_llm("compare", one, other, "--out", tmp_path / "out")) == (
+        f"runs must be of one task, but data.path is texts/ in {one} and images/ in {other}"
+    )
+    third = run("third", 1.0, results={"best/val/accuracy": 0.5, "monitor": "val/accuracy", "mode": "max"})
+    assert error(lit_llm("compare", one, third, "--out", tmp_path / "out")) == (
+        f"runs must be of one task, but {one} is judged by val/loss, and {third} by val/accuracy; name one that all "
+        f"have with --metric"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_does_not_compare_over_tokenisers_but_bits_per_byte_do(lit_llm, run, tmp_path):
+    found = {"best/val/loss": 1.0, "best/val/bits_per_byte": 2.0}
+    one, other = run("one", 1.0, results=found), run("other", 1.0, tokenizer="bpe-300", results=found)
+    assert lit_llm("compare", one, other, "--out", tmp_path / "out").code == 0
+    assert error(lit_llm("compare", one, other, "--metric", "val/loss", "--out", tmp_path / "out")) == (
+        f"runs must be of one task, but data.tokenizer is bytes in {one} and bpe-300 in {other}"
+    )
+
+
+def test_what_is_no_finished_run_is_named(lit_llm, run, tmp_path):
+    assert error(lit_llm("compare", tmp_path, "--out", tmp_path / "out")) == (
+        f"RUN must be the folder of a finished run, but {tmp_path} has no config.yaml"
+    )
+    one = run("one", 1.0)
+    assert error(lit_llm("compare", one, "--metric", "val/f1", "--out", tmp_path / "out")).startswith(
+        f"--metric must be one that all runs have, but {one} has no val/f1"
+    )

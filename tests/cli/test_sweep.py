@@ -1,0 +1,311 @@
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+
+from lit_llm.cli import main, trial_run
+from lit_llm.cli.sweep import verdict
+from tests.writing import REPOSITORY
+
+LR = {"model.optimizer.lr": {"distribution": "log_uniform_values", "min": 0.001, "max": 0.1}}
+RUN = str(REPOSITORY / "configs/pretraining/llama_stdlib.yaml")
+
+
+class Inside:
+    """As `subprocess.Popen`, but runs a training in this process, at once: a process of its own takes seconds."""
+
+    environment: dict[str, str]
+
+    def __init__(self, words, env, stdout, **_):
+        Inside.environment = env
+        argv = sys.argv
+        with os.fdopen(os.dup(stdout.fileno()), "w") as file, contextlib.ExitStack() as stack:
+            stack.enter_context(contextlib.redirect_stdout(file))
+            stack.enter_context(contextlib.redirect_stderr(file))
+            try:
+                main(words[3:])
+                self.returncode = 0
+            except SystemExit as end:
+                self.returncode = end.code
+            finally:
+                sys.argv = argv
+
+    def poll(self):
+        return self.returncode
+
+    wait = poll
+
+
+class Pretended:
+    """As `subprocess.Popen`, but only writes what a training would: the better, the nearer its rate is to 0.01.
+
+    At each look it has taken another step of four. Three heads do not fit; a seed adds a little.
+    """
+
+    started: list[list[str]]
+    interrupts_at: int | None
+
+    def __init__(self, words, **_):
+        Pretended.started.append(words[4:])
+        self.folder, self.returncode, self.steps = Path(words[words.index("--run_dir") + 1]), None, 0
+        settings = dict(word[2:].split("=", 1) for word in words if word.startswith("--model"))
+        self.rate, self.breaks = float(settings.get("model.optimizer.lr", 1)), settings.get("model.network.num_heads")
+        self.seed = int(words[words.index("--seed_everything") + 1]) if "--seed_everything" in words else 0
+        if "--ckpt_path" in words:
+            self.steps = int((self.folder / "checkpoints/last.ckpt").read_text())
+        (self.folder / "config.yaml").write_text(yaml.safe_dump({"seed_everything": self.seed, "lr": self.rate}))
+
+    def poll(self):
+        if self.returncode is not None:
+            return self.returncode
+        if self.breaks == "3":
+            (self.folder / "output.txt").write_text("a warning\nlit-llm: error: num_heads must fit, but is 3\n")
+            self.returncode = 2
+            return 2
+        self.steps = min(self.steps + 1, 4)
+        (self.folder / "checkpoints").mkdir(exist_ok=True)
+        (self.folder / "checkpoints/last.ckpt").write_text(str(self.steps))
+        if self.steps == Pretended.interrupts_at:
+            raise KeyboardInterrupt
+        loss = abs(math.log(self.rate / 0.01)) + 1 / self.steps + 0.01 * math.sin(self.seed + self.rate)
+        lines = [f"{step},{loss - 1 / self.steps + 1 / step}" for step in range(1, self.steps + 1)]
+        (self.folder / "metrics.csv").write_text("\n".join(["step,val/loss", *lines]))
+        results = {"best/val/loss": loss, "val/loss": loss, "step": self.steps}
+        (self.folder / "results.json").write_text(json.dumps(results))
+        if self.steps >= 4:
+            self.returncode = 0
+        return self.returncode
+
+    def wait(self, timeout=None):
+        while self.poll() is None:
+            pass
+        return self.returncode
+
+    def send_signal(self, number):
+        assert number == signal.SIGINT
+        self.returncode = 130
+
+
+@pytest.fixture
+def popen(monkeypatch):
+    """What stands for `subprocess.Popen` when trials are started; trials do not take time."""
+    Pretended.started, Pretended.interrupts_at = [], None
+    kind = SimpleNamespace(**vars(subprocess) | {"Popen": Pretended})
+    monkeypatch.setattr(trial_run, "subprocess", kind)
+    monkeypatch.setattr("lit_llm.cli.sweep.SECONDS_BETWEEN_LOOKS", 0.0)
+    return kind
+
+
+@pytest.fixture
+def started(popen):
+    return Pretended.started
+
+
+@pytest.fixture
+def sweep(lit_llm, tmp_path, popen):
+    """Runs a sweep file on trials that are pretended; keywords are keys of the file."""
+
+    def call(trials=2, more=(), **content):
+        path = tmp_path / "sweep.yaml"
+        base = {"method": "random", "metric": {"name": "val/loss", "goal": "minimize"}, "parameters": LR}
+        base["command"] = ["${env}", "lit-llm", "fit", "--config", RUN, "${args}"]
+        path.write_text(yaml.safe_dump(base | content))
+        words = ["--trials", trials] if trials is not None else []
+        return lit_llm("sweep", "--config", path, *words, "--out", tmp_path / "out", *more)
+
+    return call
+
+
+def rows(tmp_path):
+    with (tmp_path / "out/trials.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_sweep_leaves_run_folders_a_best_run_file_a_table_and_pictures(sweep, tmp_path, lit_llm, popen, tiny):
+    popen.Popen = Inside
+    outcome = sweep(2, method="bayes", more=[*tiny[2:], "--trainer.max_steps", "2", "--test_after_fit", "false"])
+    assert outcome.code == 0, outcome.err
+    out = tmp_path / "out"
+    found = {json.loads((out / f"trials/{n:03d}/results.json").read_text())["best/val/loss"] for n in range(2)}
+    assert {float(row["val/loss"]) for row in rows(tmp_path)} == found
+    best = min(rows(tmp_path), key=lambda row: float(row["val/loss"]))
+    config = yaml.safe_load((out / "best.yaml").read_text())
+    assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == float(best["model.optimizer.lr"])
+    assert {"history.png", "parallel_coordinates.png", "importance.png"} <= {path.name for path in out.iterdir()}
+    assert len(re.findall(r"^trial   \d  done .*val/loss \d.*lr=", outcome.err, re.MULTILINE)) == 2
+    assert f"The best trial {best['trial']} is ahead of the runner-up" in outcome.out
+    assert "one seed cannot tell" in outcome.out
+    again = lit_llm("fit", "--config", out / "best.yaml", "--run_dir", tmp_path / "again")
+    assert again.code == 0, again.err
+    assert json.loads((tmp_path / "again/results.json").read_text())["best/val/loss"] == float(best["val/loss"])
+
+
+def test_a_larger_number_goes_on_and_the_same_number_trains_nothing(sweep, tmp_path, started):
+    values = {"model.optimizer.lr": {"values": ["1e-3", 0.01]}, "seed_everything": {"values": [1, 2]}}
+    for number, trained in ((1, 1), (3, 3), (None, 4), (9, 4)):
+        assert sweep(number, method="grid", parameters=values).code == 0
+        assert len(started) == trained
+    found = [(row["model.optimizer.lr"], row["seed_everything"]) for row in rows(tmp_path)]
+    assert found == [("1e-3", "1"), ("1e-3", "2"), ("0.01", "1"), ("0.01", "2")]
+
+
+@pytest.mark.parametrize("method", ["random", "bayes"])
+def test_what_is_drawn_does_not_depend_on_an_interruption(sweep, tmp_path, started, method):
+    assert sweep(3, method=method).code == 0
+    whole = [row["model.optimizer.lr"] for row in rows(tmp_path)]
+    (tmp_path / "out").rename(tmp_path / "first")
+    Pretended.interrupts_at = 3
+    assert sweep(3, method=method).code == 130
+    Pretended.interrupts_at = None
+    assert sweep(2, method=method).code == 0
+    assert sweep(3, method=method).code == 0
+    assert [row["model.optimizer.lr"] for row in rows(tmp_path)] == whole
+    assert [row["state"] for row in rows(tmp_path)] == ["complete"] * 3
+    again = [words[-2:] == ["--ckpt_path", "last"] for words in started[3:]]
+    assert again == [False, True, False, False]
+
+
+def test_trials_that_fall_behind_are_stopped_and_the_others_not(sweep, tmp_path):
+    values = {"model.optimizer.lr": {"values": [0.01, 0.02, 0.5, 0.011]}}
+    early = {"type": "hyperband", "min_iter": 2, "eta": 2}
+    assert sweep(None, method="grid", parameters=values, early_terminate=early).code == 0
+    assert [row["state"] for row in rows(tmp_path)] == ["complete", "pruned", "pruned", "complete"]
+    steps = [json.loads((tmp_path / f"out/trials/{n:03d}/results.json").read_text())["step"] for n in range(4)]
+    assert [step < 4 for step in steps] == [False, True, True, False]
+
+
+def test_a_crashed_trial_is_kept_and_marked_and_the_sweep_goes_on(sweep, tmp_path):
+    outcome = sweep(None, method="grid", parameters={"model.network.num_heads": {"values": [3, 2]}})
+    assert outcome.code == 0, outcome.err
+    assert [row["state"] for row in rows(tmp_path)] == ["fail", "complete"]
+    assert (tmp_path / "out/trials/000/output.txt").exists()
+    assert re.search(r"^trial   0  failed .*num_heads must fit, but is 3$", outcome.err, re.MULTILINE)
+    assert "Only one trial came to its end" in outcome.out
+
+
+def test_a_sweep_of_which_all_trials_crash_says_why(sweep):
+    assert sweep(1, parameters={"model.network.num_heads": {"value": 3}}).last_line == (
+        "lit-llm: error: a sweep must have a trial that comes to its end, but has none; the last: num_heads must fit, "
+        "but is 3"
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "guess"),
+    [
+        ("model.optimizr.lr", "; did you mean model.optimizer.lr?"),
+        ("model.network.num_layer", "; did you mean model.network.num_layers?"),
+        ("trainer.max_stepz", "; did you mean trainer.max_steps?"),
+    ],
+)
+def test_a_key_that_no_run_has_is_named_before_anything_is_trained(sweep, started, key, guess, tmp_path):
+    line = sweep(parameters={key: {"values": [1, 2]}}).last_line
+    begin = f"lit-llm: error: parameters of {tmp_path / 'sweep.yaml'} must be options of its runs, but {key}=1 is not: "
+    assert line.startswith(begin)
+    assert line.endswith(guess)
+    assert started == []
+
+
+def test_a_value_that_no_run_takes_is_named_before_anything_is_trained(sweep, started):
+    assert (
+        "trainer.max_steps=many is not: " in sweep(parameters={"trainer.max_steps": {"values": [2, "many"]}}).last_line
+    )
+    assert started == []
+
+
+def test_a_metric_that_no_run_logs_is_named_and_costs_no_second_training(sweep, started, tmp_path):
+    outcome = sweep(2, metric={"name": "val/los", "goal": "minimize"})
+    assert outcome.last_line == (
+        f"lit-llm: error: metric.name of {tmp_path / 'sweep.yaml'} must be one that its runs log (val/loss), but is "
+        f"val/los; did you mean val/loss?"
+    )
+    assert len(started) == 1
+    assert sweep(1).code == 0
+    assert started[1][-2:] == ["--ckpt_path", "last"]
+
+
+def test_more_seeds_tell_the_best_from_its_runner_up(sweep, tmp_path, started):
+    values = {"model.optimizer.lr": {"values": [0.0001, 0.01]}}
+    for _ in range(2):
+        outcome = sweep(None, method="grid", parameters=values, more=["--seeds", "3"])
+        assert outcome.code == 0, outcome.err
+        assert "The best trial 1 differs from the runner-up 0 by more than seeds do: " in outcome.out
+        assert "over 3 new seeds, p = " in outcome.out
+        assert len(started) == 2 + 6
+    found = {path.name for path in (tmp_path / "out/seeds").iterdir()}
+    assert found == {f"{n:03d}_seed{seed}" for n in (0, 1) for seed in (1338, 1339, 1340)}
+
+
+def test_a_verdict_depends_on_the_spread():
+    names = "best trial 1", "runner-up 0", "min"
+    assert "does not differ from" in verdict([1.0, 1.2, 0.9], [1.1, 1.15, 1.0], *names)
+    assert "(and is worse with them)" in verdict([2.0, 2.1, 2.3], [1.0, 1.1, 1.2], *names)
+
+
+def test_workers_share_the_cores_and_log_nowhere_else(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    found = trial_run._environment(threads=3)
+    wanted = {"OMP_NUM_THREADS": "3", "OMP_WAIT_POLICY": "PASSIVE", "WANDB_MODE": "offline"}
+    assert wanted.items() <= found.items()
+
+
+def test_two_workers_train_two_at_a_time(sweep, tmp_path):
+    outcome = sweep(4, more=["--workers", "2"])
+    assert outcome.code == 0, outcome.err
+    assert [row["state"] for row in rows(tmp_path)] == ["complete"] * 4
+
+
+def test_another_sweep_does_not_go_on_in_the_folder_of_one(sweep, tmp_path):
+    assert sweep(1).code == 0
+    assert sweep(1, parameters={"seed_everything": {"values": [1, 2]}}).last_line == (
+        f"lit-llm: error: --out must be a new folder or one of this sweep, but {tmp_path / 'out'} holds one with other "
+        f"parameters"
+    )
+
+
+def command(tmp_path, tiny, *words):
+    """A sweep as a process of its own, with trainings that last some seconds."""
+    content = {
+        "method": "random",
+        "metric": {"name": "val/loss", "goal": "minimize"},
+        "command": ["lit-llm", "fit", "--config", RUN, "${args}"],
+        "parameters": LR,
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    where = ["--config", tmp_path / "sweep.yaml", "--out", tmp_path / "out"]
+    line = [sys.executable, "-m", "lit_llm", "sweep", *where, *tiny[2:], *words]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([str(word) for word in line], env=environment, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_loses_no_trial_and_repeats_none(tmp_path, tiny):
+    long = ["--trainer.max_steps", "400", "--trainer.val_check_interval", "100", "--checkpoint.every_n_steps", "5"]
+    first = command(tmp_path, tiny, "--trials", "2", *long)
+    last = tmp_path / "out/trials/000/checkpoints/last.ckpt"
+    until = time.monotonic() + 120
+    while not last.exists() and time.monotonic() < until:
+        time.sleep(0.1)
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    second = command(tmp_path, tiny, "--trials", "2", *long)
+    _, said = second.communicate(timeout=300)
+    assert second.returncode == 0, said
+    assert len(rows(tmp_path)) == 2
+    steps = [json.loads((tmp_path / f"out/trials/00{n}/results.json").read_text())["step"] for n in (0, 1)]
+    assert steps[0] == 400
+    assert "--ckpt_path last" in json.loads((tmp_path / "out/trials/000/results.json").read_text())["command"]

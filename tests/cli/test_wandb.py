@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import pytest
+import yaml
+
+from lit_llm.cli.errors import one_line
+from tests.writing import REPOSITORY
+
+OVERLAY = REPOSITORY / "configs/logging/wandb.yaml"
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.delenv("WANDB_RUN_ID", raising=False)
+
+
+def test_a_run_that_goes_on_keeps_its_id_and_one_that_repeats_it_has_its_own(lit_llm, tiny, tmp_path, offline):
+    import wandb
+
+    short = ["--trainer.max_steps", "3", "--test_after_fit", "false"]
+    outcome = lit_llm("fit", *tiny, *short, "--config", OVERLAY, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    wandb.finish()
+    name = (tmp_path / "run/wandb_id.txt").read_text()
+    options = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["trainer"]["logger"]["init_args"]
+    assert [options[key] for key in ("save_dir", "id", "resume")] == [None, None, None]
+    more = ["--ckpt_path", "last", "--trainer.max_steps", "4", "--test_after_fit", "false"]
+    outcome = lit_llm("fit", "--run_dir", tmp_path / "run", *more)
+    assert outcome.code == 0, outcome.err
+    wandb.finish()
+    assert (tmp_path / "run/wandb_id.txt").read_text() == name
+    found = [path for path in (tmp_path / "run/wandb").iterdir() if path.name.startswith("offline-run-")]
+    assert found
+    assert all(path.name.endswith(f"-{name}") for path in found)
+    assert list((tmp_path / "run/wandb").rglob("samples*.table.json"))
+
+
+def test_what_keeps_wandb_from_logging_is_one_line_with_a_way_out():
+    from wandb.errors import UsageError
+
+    assert one_line(UsageError("No API key configured. Use `wandb login` to log in.")) == (
+        "W&B must be reachable with an account, but is not (No API key configured. Use `wandb login` to log in.); set "
+        "WANDB_MODE=offline, or leave configs/logging/wandb.yaml out"
+    )
