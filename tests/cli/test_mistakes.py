@@ -270,7 +270,7 @@ def test_a_model_directory_with_a_missing_tensor(lit_llm, run):
 
 def test_an_unknown_command_and_a_command_without_its_options(lit_llm):
     assert said(lit_llm("fitt")) == (
-        "command must be one of fit, validate, test, predict, generate, compress, tokenizer, but is fitt; did you mean fit?"
+        "command must be one of fit, validate, test, predict, plan, generate, evaluate, compress, sweep, compare, tokenizer, but is fitt; did you mean fit?"
     )
     assert "--model" in said(lit_llm("generate"))
     assert said(lit_llm("fit")) == (
