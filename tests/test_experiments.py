@@ -90,6 +90,18 @@ def tiny_mnist(tmp_path):
     return tmp_path / "data"
 
 
+RECIPES = sorted({recipe.config for table in mnist.TABLES.values() for recipe in table.values() if recipe.config})
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_for_mnist_takes_two_steps(lit_llm, tiny_mnist, tmp_path, name):
+    small = ["--data.path", tiny_mnist / "mnist", "--data.batch_size", "2", "--trainer.max_steps", "2"]
+    few = ["--data.labels_per_class", "2"] if "fixmatch" in name else []
+    words = ["--config", mnist.run_file(name), *small, *few, "--trainer.limit_val_batches", "1"]
+    outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "run", "--test_after_fit", "false")
+    assert outcome.code == 0, outcome.err
+
+
 @pytest.mark.filterwarnings("ignore:dropout2d")
 def test_the_script_that_we_began_with_runs_and_its_network_is_our_cnn(tiny_mnist, tmp_path, capsys):
     seed.main(["--data", str(tiny_mnist), "--epochs", "2", "--out", str(tmp_path / "out.json")])

@@ -133,9 +133,14 @@ def seed_words(seed: int, out: Path, options: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", "experiments.mnist.seed", *(f"--{key}={value}" for key, value in given.items())]
 
 
+def run_file(name: str) -> Path:
+    """Where a recipe is: among the run files, or, until it has figures, here."""
+    return next(path for folder in (CONFIGS, HERE) if (path := folder / f"{name}.yaml").is_file())
+
+
 def fit_words(recipe: Recipe, seed: int, folder: Path, options: argparse.Namespace) -> list[str]:
     """`lit-llm fit`; the seed draws the weights, the order, the augmentation and, where few are labelled, which."""
-    given: dict[str, object] = {"config": CONFIGS / f"{recipe.config}.yaml", "run_dir": folder}
+    given: dict[str, object] = {"config": run_file(str(recipe.config)), "run_dir": folder}
     given |= (recipe.flags or {}) | {"data.path": options.data, "data.seed": seed, "seed_everything": seed}
     given |= {"data.max_examples": options.max_examples} if options.max_examples else {}
     given |= {"trainer.enable_progress_bar": "false"}
