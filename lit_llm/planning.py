@@ -7,7 +7,8 @@ added up as it comes and goes. So there is no formula of an architecture here th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -149,7 +150,20 @@ class _Believe(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__:
             return True
+        if func is Tensor.__deepcopy__:  # by its storage, which is nowhere; metrics copy their states' defaults
+            return args[0].clone()
         return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _accepting() -> Iterator[None]:
+    """Takes the first draw of a truncated normal, which torch would reject for ever where there is no content."""
+    drawing = nn.init._no_grad_trunc_normal_
+    nn.init._no_grad_trunc_normal_ = lambda tensor, *args, **kwargs: tensor
+    try:
+        yield
+    finally:
+        nn.init._no_grad_trunc_normal_ = drawing
 
 
 def measure_step(
@@ -179,7 +193,7 @@ def measure_step(
     tokens = _count(batch)
     ledger, counter = Ledger(), FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH)
     try:
-        with FakeTensorMode(), ledger, _Believe():
+        with FakeTensorMode(), ledger, _Believe(), _accepting():
             usual = torch.get_default_dtype()
             torch.set_default_dtype(low if low is not None and precision.endswith("true") else usual)
             try:
