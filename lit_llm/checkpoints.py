@@ -369,6 +369,14 @@ def _fill(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied:
             p.copy_(stored[name])
 
 
+def finish(network: nn.Module, adaptation: Adaptation | None) -> None:
+    """Makes of a network as it was trained, in place, the one to use: plain weights, or integers."""
+    if adaptation is not None:
+        adaptation.finish(network)
+    remove_masks(network)
+    convert(network)
+
+
 def read_adapted(path: Path) -> tuple[nn.Module, Adaptation | None]:
     """The network of a checkpoint as it was trained, with what its adaptation had made of it, and with its masks."""
     return _as_trained(path, read_checkpoint(path))
@@ -377,10 +385,7 @@ def read_adapted(path: Path) -> tuple[nn.Module, Adaptation | None]:
 def _from_checkpoint(path: Path) -> Model:
     checkpoint = read_checkpoint(path)
     network, adaptation = _as_trained(path, checkpoint)
-    if adaptation is not None:
-        adaptation.finish(network)
-    remove_masks(network)
-    convert(network)
+    finish(network, adaptation)
     return Model(network, _tokenizer_of(checkpoint), checkpoint["network"], None)
 
 

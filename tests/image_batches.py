@@ -71,6 +71,9 @@ class Images(LightningDataModule):
     def names(self, split: str, rows: list[int]) -> list[str]:
         return [f"{split}/{row}.png" for row in rows]
 
+    def texts(self, split: str, rows: list[int]) -> list[dict[str, str]]:
+        return [{"image": name} for name in self.names(split, rows)]
+
     def label_name(self, index: int) -> str:
         return self.class_names[index]
 

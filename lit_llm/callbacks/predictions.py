@@ -179,9 +179,7 @@ class GeneratedTexts(PredictionTable):
 
 
 def columns_of(data: Any, split: str, rows: list[int]) -> list[dict[str, Any]]:
-    """What the source says of some examples but their label: all columns of a table, the names of images."""
-    if not hasattr(data, "texts"):
-        return [{"image": name} for name in data.names(split, rows)]
+    """What the source says of some examples but their label; of images their names."""
     return [{name: value for name, value in line.items() if name != "label"} for line in data.texts(split, rows)]
 
 

@@ -19,10 +19,8 @@ from lightning.pytorch.utilities import rank_zero_only
 import lit_llm
 from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.throughput import Throughput
-from lit_llm.checkpoints import read_adapted, save_model
+from lit_llm.checkpoints import finish, read_adapted, save_model
 from lit_llm.compression.compression import is_reformed, records_of
-from lit_llm.compression.quantization import convert
-from lit_llm.compression.sparsity import remove_masks
 from lit_llm.files import replacing
 
 log = logging.getLogger(__name__)
@@ -118,14 +116,11 @@ class RunReport(Callback):
         else:
             changes = adaptation is not None or records_of(pl_module.evaluated)
             network = copy.deepcopy(pl_module.evaluated) if changes else pl_module.evaluated
-        if adaptation is not None:
-            if adaptation.adds:
-                with replacing(folder / "adapter") as new:
-                    new.mkdir()
-                    adaptation.save(network, new)
-            adaptation.finish(network)
-        remove_masks(network)
-        convert(network)
+        if adaptation is not None and adaptation.adds:
+            with replacing(folder / "adapter") as new:
+                new.mkdir()
+                adaptation.save(network, new)
+        finish(network, adaptation)
         if not hasattr(network, "to_hf_config"):
             log.info(f"No model directory: transformers has no class for a {type(network).__name__}")
             return

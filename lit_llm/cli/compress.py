@@ -182,8 +182,7 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
         previous = made
     chief.time(rows)
     _report(out, rows, {"command": done_by, "stopped": stopped, "model": model})
-    if not (out / "model").is_dir() or stopped or previous != original.folder:
-        _copy(previous, out / "model")
+    _copy(previous, out / "model")
     print((out / "report.md").read_text())
     print(f"{'model':<22}{out / 'model'}")
 
@@ -215,7 +214,7 @@ def _made(method: dict[str, Any]) -> Any:
 
 
 def _apply(stage: Stage, source: Path, target: Path, chief: _Evaluator) -> None:
-    from lit_llm.checkpoints import read_model, save_model
+    from lit_llm.checkpoints import read_image_processor, read_model, save_model
 
     model, method = read_model(source), _made(stage.method)
     batches = chief.calibration() if method.needs_batches else []
@@ -224,7 +223,7 @@ def _apply(stage: Stage, source: Path, target: Path, chief: _Evaluator) -> None:
     log.info(f"{stage.name}: {type(method).__name__} took {time.perf_counter() - started:.1f} s")
     said = json.dumps({name: value for name, value in record.items() if name != "form"}, indent=2)
     card = f"# {stage.name}\n\n{source}, compressed by lit-llm:\n\n```json\n{said}\n```\n"
-    save_model(target, model.network, model.tokenizer, card)
+    save_model(target, model.network, model.tokenizer, card, read_image_processor(source))
 
 
 def _fit(stage: Stage, folder: Path, places: dict[str, str], more: list[str]) -> None:

@@ -28,7 +28,7 @@ def one_line(error: BaseException) -> str | None:
         line = _in_grammar(str(error))
         if line:
             return line
-    if type(error).__module__.startswith("wandb."):
+    if type(error).__module__.startswith("wandb.errors"):
         return (
             f"W&B must be reachable with an account, but is not ({_flat(str(error))}); set WANDB_MODE=offline, or "
             f"leave configs/logging/wandb.yaml out"

@@ -48,8 +48,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineArguments(
         prog="lit-llm plan",
         description="What a run will need: parameters, operations, memory under each strategy, time, energy, cost. The "
-        "config is read and its training step is taken on tensors without content, so nothing is downloaded, read or "
-        "allocated. Other options, such as --model.network or --data.seq_len, are those of lit-llm fit.",
+        "config is read and its training step is taken on tensors without content: no weights are allocated, and of a "
+        "language model's data nothing is read (of other data a first batch). Other options, such as --model.network "
+        "or --data.seq_len, are those of lit-llm fit.",
         epilog="example: lit-llm plan --config configs/pretraining/llama_stdlib.yaml --model.network "
         "configs/models/llama3_8b.yaml --model.vocab_size 128256 --data.seq_len 8192 --data.batch_size 1 --devices 8 "
         "--table",
@@ -87,7 +88,9 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     steps, details = measured_steps(words)
     plain = next(iter(steps.values()))
     devices, flops = options.devices * options.nodes, details["flops_per_token"]
-    found: dict[str, Any] = details | {"steps": {name: asdict(step) for name, step in steps.items()}}
+    found: dict[str, Any] = details | {
+        "steps": {name: asdict(step) | {"peak": step.peak} for name, step in steps.items()}
+    }
     if options.probe:
         found["probe"] = probe(words, details)
         machine = Machine(
@@ -258,7 +261,7 @@ def report(found: dict[str, Any]) -> list[str]:
         p = found["probe"]
         lines += [
             f"measured here: {p['seconds_per_step']:.4g} s a step, {p['tokens_per_second']:,.0f} {unit}s/s, "
-            f"{p['flops_per_second']:.4g} operations/s; peak {gib(p['peak'])} (planned {gib(peak_of(found))})"
+            f"{p['flops_per_second']:.4g} operations/s; peak {gib(p['peak'])} (planned {gib(step['peak'])})"
         ]
     each = f"each of {devices} devices" if devices > 1 else "one device"
     for name, strategies in found["memory"].items():
@@ -292,12 +295,6 @@ def report(found: dict[str, Any]) -> list[str]:
                 f"{row['strong_efficiency']:>8.0%}{cost(row)}"
             )
     return lines
-
-
-def peak_of(found: dict[str, Any]) -> int | float:
-    """Bytes that one device was planned to hold at once."""
-    step = next(iter(found["steps"].values()))
-    return step["weights"] + step["optimizer"] + max(step["passes"], step["stepping"])
 
 
 def cost(bill: dict[str, Any]) -> str:

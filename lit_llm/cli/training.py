@@ -373,6 +373,9 @@ class TrainingCLI(LightningCLI):
                 log.info(f"Stopped at step {self.trainer.global_step}." + (f" To go on: {self._go_on()}" * saved))
                 sys.exit(130)
             raise
+        finally:
+            if "wandb" in sys.modules:  # its run is global: the next command of this process would log into it
+                sys.modules["wandb"].finish(exit_code=int(sys.exc_info()[0] is not None))
 
     def _go_on(self) -> str:
         return shlex.join(["lit-llm", "fit", "--run_dir", str(self.run_dir), "--ckpt_path", "last"])

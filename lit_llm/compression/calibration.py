@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-NOT_READ = frozenset({"labels", "rows", "unlabelled", "unlabelled_strong"})
-"""What a batch may hold beside what a network is called with, where the network's own signature does not tell."""
+from lit_llm.batch import inputs
 
 
 def answer(network: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     """What a network says of a batch: it is called, by name, with those fields that it reads."""
     asked = inspect.signature(network.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in asked):
-        return network(**{name: value for name, value in batch.items() if name not in NOT_READ})
+        return network(**inputs(batch))
     return network(**{p.name: batch[p.name] for p in asked if p.name in batch})
 
 

@@ -113,7 +113,7 @@ class QuantizedEmbedding(Quantized):
 
 
 class QuantizedConvolution(Quantized):
-    """A convolution whose kernels become real numbers to compute with: it is smaller, not faster."""
+    """A convolution whose kernels become real numbers to compute with, at each call."""
 
     def __init__(self, layer: nn.Module, weight: Tensor) -> None:
         super().__init__(layer, weight)
@@ -204,7 +204,7 @@ def _in_place_of(layer: nn.Module, weight: Tensor) -> Quantized:
 class Int8WeightOnly(Quantization):
     """Weights of 8 bits, a scale for each output; computed with as real numbers.
 
-    A quarter of the bytes, next to no loss, and as fast as before at best. Of convolutions and embeddings too.
+    A quarter of the bytes. Of convolutions and embeddings too.
 
     Args:
         layers: Patterns of names; `None` is all matrices inside blocks. `*` is all, embeddings and head included.
@@ -235,7 +235,7 @@ class Int8WeightOnly(Quantization):
 class Int8Dynamic(Quantization):
     """Weights of 8 bits, and what linear layers read rounded to 8 bits as it comes, a scale for each row.
 
-    Products are of integers: the one way that is faster on a CPU, where the network is compiled.
+    A quarter of the bytes; products are of integers.
 
     Args:
         layers: As in `Int8WeightOnly`, of linear layers.
@@ -256,7 +256,7 @@ class Int8Dynamic(Quantization):
 class Int4WeightOnly(Quantization):
     """Weights of 4 bits, a scale for each few inputs of an output; on disk two a byte, computed with as real numbers.
 
-    About a seventh of the bytes; not faster on a CPU. With `QuantizationAwareTraining` it loses less.
+    About a seventh of the bytes. `QuantizationAwareTraining` has a network learn with it.
 
     Args:
         layers: As in `Int8WeightOnly`, of linear layers and embeddings.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from lit_llm.batch import inputs
+from lit_llm.compression.calibration import evaluating
 
 
 class FeatureCache:
@@ -28,7 +28,7 @@ class FeatureCache:
     def __init__(self, network: Any, batches: Iterable[Mapping[str, Tensor]], num_rows: int) -> None:
         device = next(network.parameters()).device
         self._features: dict[str, Tensor] = {}
-        with evaluating(network):
+        with evaluating(network), torch.no_grad():
             for batch in batches:
                 given = network.features(**{name: x.to(device) for name, x in inputs(batch).items()})
                 for name, part in given.items():
@@ -44,19 +44,6 @@ class FeatureCache:
 def can_be_cached(network: Any, batch: Mapping[str, Tensor]) -> bool:
     """Whether each example has features of one size: not where the head reads whole sequences."""
     device = next(network.parameters()).device
-    with evaluating(network):
+    with evaluating(network), torch.no_grad():
         given = network.features(**{name: x.to(device) for name, x in inputs(batch).items()})
     return "last_hidden_state" not in given
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients; after it each module is in the mode it was in, as frozen ones stay in theirs."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_llm.batch import inputs
+from lit_llm.compression.calibration import evaluating
 from lit_llm.objectives.classification import Classification
-from lit_llm.objectives.features import evaluating
 from lit_llm.objectives.objective import Loss
 
 
@@ -117,7 +117,7 @@ class SemiSupervised(Classification):
 
     def _taught(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
         teacher = self.teacher
-        with evaluating(teacher):
+        with evaluating(teacher), torch.no_grad():
             return teacher(**inputs(batch)).float().softmax(dim=-1)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:

@@ -16,19 +16,15 @@ def offline(monkeypatch):
 
 
 def test_a_run_that_goes_on_keeps_its_id_and_one_that_repeats_it_has_its_own(lit_llm, tiny, tmp_path, offline):
-    import wandb
-
     short = ["--trainer.max_steps", "3", "--test_after_fit", "false"]
     outcome = lit_llm("fit", *tiny, *short, "--config", OVERLAY, "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
-    wandb.finish()
     name = (tmp_path / "run/wandb_id.txt").read_text()
     options = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["trainer"]["logger"]["init_args"]
     assert [options[key] for key in ("save_dir", "id", "resume")] == [None, None, None]
     more = ["--ckpt_path", "last", "--trainer.max_steps", "4", "--test_after_fit", "false"]
     outcome = lit_llm("fit", "--run_dir", tmp_path / "run", *more)
     assert outcome.code == 0, outcome.err
-    wandb.finish()
     assert (tmp_path / "run/wandb_id.txt").read_text() == name
     found = [path for path in (tmp_path / "run/wandb").iterdir() if path.name.startswith("offline-run-")]
     assert found
