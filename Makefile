@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: demo test lint
+.PHONY: demo test slow
 
 demo: .venv/base  ## train the main config, generate, print what came out
 	$(BIN)/lit-llm fit --config configs/pretraining/llama_stdlib.yaml --run_dir $(RUN)
@@ -19,9 +19,12 @@ demo: .venv/base  ## train the main config, generate, print what came out
 	@echo
 	@$(BIN)/python -c "import json; print('val/bits_per_byte', round(json.load(open('$(RUN)/results.json'))['val/bits_per_byte'], 4))"
 
-test: .venv/dev  ## the whole suite, as CI runs it
+test: .venv/dev  ## style, and all tests but those marked slow: minutes
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow"
+
+slow: .venv/dev  ## the tests marked slow: killed processes, whole chains, every command of the README
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m slow
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -134,6 +134,7 @@ def test_a_way_to_fine_tune_takes_two_steps_on_an_encoder(lit_llm, small, tmp_pa
     assert (tmp_path / "run/adapter/adapter_config.json").exists() == ("lora" in path.stem or "dora" in path.stem)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=name)
 def test_a_trial_of_a_sweep_takes_two_steps(lit_llm, small, tmp_path, monkeypatch, path):
     monkeypatch.chdir(REPOSITORY)

@@ -93,6 +93,7 @@ def tiny_mnist(tmp_path):
 RECIPES = sorted({recipe.config for table in mnist.TABLES.values() for recipe in table.values() if recipe.config})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_recipe_for_mnist_takes_two_steps(lit_llm, tiny_mnist, tmp_path, name):
     small = ["--data.path", tiny_mnist / "mnist", "--data.batch_size", "2", "--trainer.max_steps", "2"]

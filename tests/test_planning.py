@@ -75,6 +75,7 @@ def test_operations_are_those_that_torch_counts_in_a_real_step():
     assert step(precision="bf16-true").flops == counter.get_total_flops() > 0
 
 
+@pytest.mark.slow
 def test_lower_precision_and_checkpointing_and_other_optimizers_keep_less(plain):
     mixed, low, checkpointed, muon = (
         step(precision="bf16-mixed"),

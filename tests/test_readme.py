@@ -56,6 +56,7 @@ def test_every_file_that_is_linked_exists(name):
         assert (REPOSITORY / config).exists(), config
 
 
+@pytest.mark.slow
 def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
     """In order, in one folder; training commands are shrunk by further flags."""
     monkeypatch.chdir(tmp_path)

@@ -240,7 +240,7 @@ class Objective(LightningModule, ABC):
         place = self._start
         return None if str(place).endswith(".ckpt") else place  # a checkpoint brings its own
 
-    @property
+    @functools.cached_property
     def image_processor(self) -> dict[str, Any] | None:
         """How images are read for what the network starts from: for data that do not say it themselves."""
         return read_image_processor(self._start) if self._start else None

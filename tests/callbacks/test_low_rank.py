@@ -39,6 +39,7 @@ def test_a_resumed_run_has_the_losses_of_one_never_stopped(lit_llm, tiny, overla
     assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
 
 
+@pytest.mark.slow
 def test_a_factorised_run_is_tested_exported_and_trained_on(lit_llm, tiny, overlay, tmp_path):
     outcome = lit_llm("fit", *tiny, *overlay, "--trainer.max_steps", STEPS, "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err

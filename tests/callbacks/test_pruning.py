@@ -34,6 +34,7 @@ def sparsities(run) -> dict[int, float]:
     return {row["step"]: row["train/sparsity"] for row in rows if "train/sparsity" in row}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "accumulate"), [("Magnitude", 1), ("Movement", 3), ("Wanda", 1)])
 def test_a_resumed_run_prunes_and_learns_as_one_never_stopped(lit_llm, tiny, tmp_path, method, accumulate):
     words = [*tiny, *overlay(tmp_path, method), "--trainer.max_steps", STEPS, "--checkpoint.every_n_steps", 5]
@@ -94,6 +95,7 @@ def test_no_validation_from_before_the_end_of_the_pruning_is_the_best(pruned):
     assert kept == pytest.approx(0.5, abs=2e-3)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_pruned_model_keeps_its_zeros(lit_llm, tiny, pruned, tmp_path):
     words = ["fit", *tiny, "--model.weights", pruned, "--run_dir", tmp_path / "on"]
     keep = "--trainer.callbacks+=lit_llm.callbacks.pruning.KeepZeros"

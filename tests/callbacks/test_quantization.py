@@ -16,6 +16,7 @@ def callback(**options: object) -> str:
     return "--trainer.callbacks+=" + json.dumps(made | {"init_args": {"method": method, **options}})
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_goes_on_and_leaves_integers(lit_llm, tiny, tmp_path):
     words = ["fit", *tiny, callback(delay=0.3, freeze=0.6), "--checkpoint.every_n_steps", 3]
     outcome = lit_llm(*words, "--run_dir", tmp_path / "whole")

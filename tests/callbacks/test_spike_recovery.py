@@ -48,6 +48,7 @@ def words(tiny, *more, steps=6):
     return [*tiny, "--trainer.max_steps", steps, "--trainer.limit_val_batches", 0, "--test_after_fit", "false", *more]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "lit_llm.optimizers.Muon"])
 def test_a_run_without_spikes_is_the_same_bit_for_bit(lit_llm, tiny, tmp_path, accumulate, optimizer):
@@ -61,6 +62,7 @@ def test_a_run_without_spikes_is_the_same_bit_for_bit(lit_llm, tiny, tmp_path, a
     assert without[2] == losses(tmp_path / "with")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["torch.optim.AdamW", "lit_llm.optimizers.Muon"])
 @pytest.mark.parametrize("first", [0, 3])
 def test_a_poisoned_step_changes_neither_weights_nor_optimizer(lit_llm, tiny, tmp_path, optimizer, first):

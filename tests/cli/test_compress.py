@@ -98,6 +98,7 @@ def test_a_chain_distils_prunes_and_quantises_and_says_what_it_cost(chain, tmp_p
     assert words.code == 0, words.err
 
 
+@pytest.mark.slow
 def test_a_chain_that_was_killed_goes_on_where_it_stopped(chain, tmp_path, monkeypatch):
     options = RECOVER["options"] | {"checkpoint.every_n_steps": 2}
     stages = [PRUNE, RECOVER | {"options": options}]

@@ -50,6 +50,7 @@ def table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_a_run_is_asked_about_files_gone_on_from_and_trained_further_on_others(lit_llm, config, tmp_path) -> None:
     run = tmp_path / "run"
     outcome = lit_llm("fit", "--config", config, "--run_dir", run)

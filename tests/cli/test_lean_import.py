@@ -5,6 +5,8 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
+
 SCRIPT = """
 import sys
 from lit_llm.cli.lean_import import import_torchmetrics
@@ -22,6 +24,7 @@ assert bool(_SCIPY_AVAILABLE) == (find_spec("scipy") is not None)
 """
 
 
+@pytest.mark.slow
 def test_a_start_leaves_out_what_no_run_needs_and_hides_nothing():
     found = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True)
     assert found.returncode == 0, found.stderr

@@ -190,6 +190,7 @@ def test_a_truncated_checkpoint_is_refused_and_the_other_one_named(lit_llm, run)
     assert lit_llm("fit", "--run_dir", run, "--ckpt_path", "best", "--trainer.max_steps", "9").code == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_architecture_is_refused(lit_llm, run):
     words = ["--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", "9"]
     line = said(lit_llm("fit", *words, "--model.network.d_model", "32"))

@@ -14,6 +14,7 @@ SMALL = ["--model.network.d_model", 16, "--model.network.num_layers", 1, "--mode
 SMALL += ["--model.network.d_ff", 48]
 
 
+@pytest.mark.slow
 def test_a_plan_needs_neither_data_nor_tokeniser_and_writes_nothing(lit_llm, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--devices", 4, "--nodes", 2, "--memory", "24GiB", "--price", 2.5, "--table", "--json", "plan.json"]

@@ -34,10 +34,10 @@ def losses(run: Path) -> dict[int, float]:
 @pytest.mark.parametrize(
     ("optimizer", "accumulate", "every", "report"),
     [
-        ("lit_llm.optimizers.Muon", 1, 5, 1),
         ("lit_llm.optimizers.Muon", 3, 6, 4),  # a validation falls on step 6, too
-        ("torch.optim.AdamW", 3, 5, 1),
-        ("torch.optim.SGD", 1, 6, 4),
+        pytest.param("lit_llm.optimizers.Muon", 1, 5, 1, marks=pytest.mark.slow),
+        pytest.param("torch.optim.AdamW", 3, 5, 1, marks=pytest.mark.slow),
+        pytest.param("torch.optim.SGD", 1, 6, 4, marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_has_the_losses_of_one_never_stopped(
@@ -96,6 +96,7 @@ def wait_for(run: Path, step: int, process: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
+@pytest.mark.slow
 def test_a_killed_process_goes_on_with_the_losses_it_would_have_had(tiny, tmp_path):
     words = [
         *tiny,

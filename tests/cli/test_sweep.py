@@ -153,6 +153,7 @@ def test_a_sweep_leaves_run_folders_a_best_run_file_a_table_and_pictures(sweep, 
     assert json.loads((tmp_path / "again/results.json").read_text())["best/val/loss"] == float(best["val/loss"])
 
 
+@pytest.mark.slow
 def test_a_larger_number_goes_on_and_the_same_number_trains_nothing(sweep, tmp_path, started):
     values = {"model.optimizer.lr": {"values": ["1e-3", 0.01]}, "seed_everything": {"values": [1, 2]}}
     for number, trained in ((1, 1), (3, 3), (None, 4), (9, 4)):
@@ -162,6 +163,7 @@ def test_a_larger_number_goes_on_and_the_same_number_trains_nothing(sweep, tmp_p
     assert found == [("1e-3", "1"), ("1e-3", "2"), ("0.01", "1"), ("0.01", "2")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["random", "bayes"])
 def test_what_is_drawn_does_not_depend_on_an_interruption(sweep, tmp_path, started, method):
     assert sweep(3, method=method).code == 0
@@ -178,6 +180,7 @@ def test_what_is_drawn_does_not_depend_on_an_interruption(sweep, tmp_path, start
     assert again == [False, True, False, False]
 
 
+@pytest.mark.slow
 def test_trials_that_fall_behind_are_stopped_and_the_others_not(sweep, tmp_path):
     values = {"model.optimizer.lr": {"values": [0.01, 0.02, 0.5, 0.011]}}
     early = {"type": "hyperband", "min_iter": 2, "eta": 2}
@@ -187,6 +190,7 @@ def test_trials_that_fall_behind_are_stopped_and_the_others_not(sweep, tmp_path)
     assert [step < 4 for step in steps] == [False, True, True, False]
 
 
+@pytest.mark.slow
 def test_a_crashed_trial_is_kept_and_marked_and_the_sweep_goes_on(sweep, tmp_path):
     outcome = sweep(None, method="grid", parameters={"model.network.num_heads": {"values": [3, 2]}})
     assert outcome.code == 0, outcome.err
@@ -226,6 +230,7 @@ def test_a_value_that_no_run_takes_is_named_before_anything_is_trained(sweep, st
     assert started == []
 
 
+@pytest.mark.slow
 def test_a_metric_that_no_run_logs_is_named_and_costs_no_second_training(sweep, started, tmp_path):
     outcome = sweep(2, metric={"name": "val/los", "goal": "minimize"})
     assert outcome.last_line == (
@@ -237,6 +242,7 @@ def test_a_metric_that_no_run_logs_is_named_and_costs_no_second_training(sweep, 
     assert started[1][-2:] == ["--ckpt_path", "last"]
 
 
+@pytest.mark.slow
 def test_more_seeds_tell_the_best_from_its_runner_up(sweep, tmp_path, started):
     values = {"model.optimizer.lr": {"values": [0.0001, 0.01]}}
     for _ in range(2):
@@ -263,12 +269,14 @@ def test_workers_share_the_cores_and_log_nowhere_else(monkeypatch):
     assert wanted.items() <= found.items()
 
 
+@pytest.mark.slow
 def test_two_workers_train_two_at_a_time(sweep, tmp_path):
     outcome = sweep(4, more=["--workers", "2"])
     assert outcome.code == 0, outcome.err
     assert [row["state"] for row in rows(tmp_path)] == ["complete"] * 4
 
 
+@pytest.mark.slow
 def test_another_sweep_does_not_go_on_in_the_folder_of_one(sweep, tmp_path):
     assert sweep(1).code == 0
     assert sweep(1, parameters={"seed_everything": {"values": [1, 2]}}).last_line == (
@@ -294,7 +302,7 @@ def command(tmp_path, tiny, *words):
 
 @pytest.mark.slow
 def test_a_killed_sweep_loses_no_trial_and_repeats_none(tmp_path, tiny):
-    long = ["--trainer.max_steps", "400", "--trainer.val_check_interval", "100", "--checkpoint.every_n_steps", "5"]
+    long = ["--trainer.max_steps", "120", "--trainer.val_check_interval", "60", "--checkpoint.every_n_steps", "5"]
     first = command(tmp_path, tiny, "--trials", "2", *long)
     last = tmp_path / "out/trials/000/checkpoints/last.ckpt"
     until = time.monotonic() + 120
@@ -307,5 +315,5 @@ def test_a_killed_sweep_loses_no_trial_and_repeats_none(tmp_path, tiny):
     assert second.returncode == 0, said
     assert len(rows(tmp_path)) == 2
     steps = [json.loads((tmp_path / f"out/trials/00{n}/results.json").read_text())["step"] for n in (0, 1)]
-    assert steps[0] == 400
+    assert steps[0] == 120
     assert "--ckpt_path last" in json.loads((tmp_path / "out/trials/000/results.json").read_text())["command"]

@@ -104,6 +104,7 @@ def test_a_run_folder_with_a_run_is_refused(lit_llm, tiny, run):
     assert (run / "checkpoints/last.ckpt").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_going_on_with_more_steps_uses_the_runs_own_config(lit_llm, run, tmp_path):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -202,6 +203,7 @@ def test_a_run_without_validation_still_ends_with_a_model(lit_llm, tiny, tmp_pat
     assert (tmp_path / "run/model/model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_the_last_step_is_validated_wherever_the_interval_falls(lit_llm, tiny, tmp_path):
     words = [*tiny, "--trainer.max_steps", "5", "--trainer.val_check_interval", "4", "--run_dir", tmp_path / "run"]
     assert lit_llm("fit", *words).code == 0
@@ -214,6 +216,7 @@ def test_fast_dev_run_writes_nothing_but_an_empty_folder(lit_llm, tiny, tmp_path
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "config.yaml"]
 
 
+@pytest.mark.slow
 def test_wandb_joins_by_one_overlay_and_stays_in_the_run_folder(lit_llm, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     overlay = REPOSITORY / "configs/logging/wandb.yaml"
@@ -239,6 +242,7 @@ def test_going_on_with_another_batch_size(lit_llm, run, tmp_path):
     assert read_metrics(copy / "metrics.csv")[-1]["step"] == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["enable_progress_bar", "enable_checkpointing"])
 def test_the_trainers_own_switches_are_obeyed(lit_llm, tiny, tmp_path, flag):
     outcome = lit_llm("fit", *tiny, f"--trainer.{flag}", "false", "--run_dir", tmp_path / "run")
@@ -251,6 +255,7 @@ def test_help_keeps_its_examples_on_lines_of_their_own(lit_llm):
     assert "\n  lit-llm fit --config configs/pretraining/llama_stdlib.yaml\n" in outcome.out
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(lit_llm, tiny, tmp_path):
     """The same rows a step, shared out, give the same losses; each validation row is counted once."""
     import os

@@ -27,6 +27,7 @@ def rotated(tmp_path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_was_learnt_on_digits_helps_on_rotated_digits(lit_llm, rotated, tmp_path) -> None:
     first = [
         "--config",

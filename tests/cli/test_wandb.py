@@ -15,6 +15,7 @@ def offline(monkeypatch):
     monkeypatch.delenv("WANDB_RUN_ID", raising=False)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_its_id_and_one_that_repeats_it_has_its_own(lit_llm, tiny, tmp_path, offline):
     short = ["--trainer.max_steps", "3", "--test_after_fit", "false"]
     outcome = lit_llm("fit", *tiny, *short, "--config", OVERLAY, "--run_dir", tmp_path / "run")

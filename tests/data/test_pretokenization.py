@@ -120,6 +120,7 @@ def encoded(name: str, texts: list[str]) -> list[list[int]]:
     return [ids.tolist() for ids in encoder.encode(texts)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KNOWN | OTHER)
 @given(texts=st.lists(ANY_TEXT, min_size=1, max_size=4))
 @settings(deadline=None, max_examples=40)

@@ -230,6 +230,7 @@ def test_a_teacher_of_another_task_other_classes_or_another_tokeniser_is_refused
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [["--model.hidden_weight", "1"], ["--model.cache_top_k", "8"]])
 def test_a_run_that_is_cut_goes_on_bit_for_bit(way, llama, tmp_path, lit_llm, tiny):
     kind = ["--model", "lit_llm.objectives.distillation.CausalLMDistillation", "--model.teacher", llama, *way]

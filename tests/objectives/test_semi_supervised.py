@@ -260,6 +260,7 @@ def test_shares_of_confident_and_of_right_examples_are_those_since_the_last_repo
 # Whole runs.
 
 
+@pytest.mark.slow
 def test_a_run_that_was_cut_goes_on_to_the_same_model(lit_llm, tmp_path: Path) -> None:
     lines = [
         f"{row} {'good' if row % 2 else 'bad'} {'x ' * (row % 7)},{'yes' if row % 2 else 'no'}" for row in range(90)
