@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from experiments.compression import run as compression
 from experiments.mnist import run as mnist
 from experiments.mnist import seed
 from experiments.planning import run as planning
@@ -159,3 +160,43 @@ def test_a_setting_of_the_grid_is_planned_and_probed_by_the_command_line(lit_llm
     found = json.loads((tmp_path / "plan.json").read_text())
     assert planning.costs(found)[0] > 0
     assert planning.measured_of([found])[1] > 0
+
+
+@pytest.mark.slow
+def test_every_way_to_compress_is_measured_by_the_command_line(lit_llm, texts, tmp_path, monkeypatch):
+    def inside(words, log, options):
+        outcome = lit_llm(*words)
+        assert outcome.code == 0, outcome.err
+
+    monkeypatch.setattr(compression, "run", inside)
+    readme = tmp_path / "README.md"
+    readme.write_text("<!-- language_model --><!-- /language_model -->")
+    few = ["--data.path", str(texts), "--data.tokenizer", "bytes", "--data.seq_len", "32", "--data.batch_size", "4"]
+    few += ["--data.validation_fraction", "0.1", "--data.test_fraction", "0.1"]
+    few += ["--trainer.max_steps", "4", "--trainer.val_check_interval", "4", "--trainer.precision", "32-true"]
+    words = ["language_model", "--seeds", "0", "--work", str(tmp_path / "work"), "--readme", str(readme), *few]
+    compression.main(words)
+    lines = readme.read_text().splitlines()
+    stages = {stage["name"] for stages in compression.LANGUAGE_MODEL.chains.values() for stage in stages}
+    assert all(any(line.startswith(f"| {name} |") for line in lines) for name in {*stages, "original"})
+    assert sum(line.endswith(("| met |", "| **missed** |")) for line in lines) == len(compression.LANGUAGE_MODEL.goals)
+    half = next(line for line in lines if line.startswith("| Wanda 50 % |")).split("|")
+    assert int(half[3]) == 100  # parameters
+    assert 50 <= int(half[4]) < 80  # not zero: matrices inside blocks by half
+    compression.main(words)  # all is there: nothing is trained again
+    assert readme.read_text().splitlines() == lines
+
+
+def test_a_goal_of_compression_is_judged_by_the_mean_of_its_seeds():
+    def row(score: float) -> dict:
+        one = {"metric": score, "parameters": 10, "nonzero": 10, "times_smaller": 1.0, "times_faster": 1.0}
+        return one
+
+    options, _ = compression.parsed(["images", "--seeds", "0,1"])
+    rows = {"original": {0: row(0.990), 1: row(0.990)}, "int8": {0: row(0.991), 1: row(0.984)}}
+    lines = compression.lines(compression.IMAGES, rows, options)
+    assert "| int8 | 0.9875 ± 0.0049 | 100 ± 0 | 100 ± 0 | 1.00 ± 0.00 | 1.00 ± 0.00 |" in lines
+    assert lines[-1] == "| int8: points won | -0.20 | -0.250 ± 0.495 | **missed** |"
+    text = (REPOSITORY / "experiments/compression/README.md").read_text(encoding="utf-8")
+    for name in compression.TABLES:
+        assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1

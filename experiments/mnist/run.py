@@ -18,7 +18,14 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.throughput.report import environment, last_words, run_child, wait_for_quiet, write_table
+from experiments.throughput.report import (
+    environment,
+    last_words,
+    mean_and_deviation,
+    run_child,
+    wait_for_quiet,
+    write_table,
+)
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs" / "pretraining"
@@ -163,8 +170,8 @@ def table(found: dict[tuple[str, int], Found], options: argparse.Namespace) -> l
         if not runs:
             continue
         accuracies = [100 * run["accuracy"] for run in runs.values()]
-        cells = [name, spread(accuracies, ".2f"), goal(recipe.accuracy, statistics.mean(accuracies), ".1f")]
-        cells.append(spread([run["seconds"] for run in runs.values()], ".1f"))
+        cells = [name, mean_and_deviation(accuracies, ".2f"), goal(recipe.accuracy, statistics.mean(accuracies), ".1f")]
+        cells.append(mean_and_deviation([run["seconds"] for run in runs.values()], ".1f"))
         if theirs:
             # Of their own recipe for as many images; of others for what it takes.
             same = recipe.config == "cnn_mnist_seed"
@@ -173,9 +180,9 @@ def table(found: dict[tuple[str, int], Found], options: argparse.Namespace) -> l
                 for seed, run in runs.items()
                 if seed in theirs and name != SEEDS_SCRIPT
             ]
-            cells.append(spread(ratios, ".1f") if ratios else "")
+            cells.append(mean_and_deviation(ratios, ".1f") if ratios else "")
             cells.append(goal(recipe.times_sooner, statistics.mean(ratios), ".1f") if ratios else "")
-        cells.append(spread([60000 * run["seconds"] / run["images"] for run in runs.values()], ".1f"))
+        cells.append(mean_and_deviation([60000 * run["seconds"] / run["images"] for run in runs.values()], ".1f"))
         lines.append("| " + " | ".join(cells) + " |")
     return lines
 
@@ -183,12 +190,6 @@ def table(found: dict[tuple[str, int], Found], options: argparse.Namespace) -> l
 def goal(wanted: float | None, reached: float, form: str) -> str:
     """A goal and whether it is met."""
     return "" if wanted is None else f"{wanted:{form}} {'met' if reached >= wanted else '**missed**'}"
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean and standard deviation."""
-    middle = format(statistics.mean(values), form)
-    return middle if len(values) == 1 else f"{middle} ± {statistics.stdev(values):{form}}"
 
 
 if __name__ == "__main__":

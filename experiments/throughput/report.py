@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import statistics
 import subprocess
 import sys
 import threading
@@ -77,6 +78,12 @@ def last_words(log: Path) -> str:
     """The last line that a child wrote."""
     lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "no output"
+
+
+def mean_and_deviation(values: list[float], form: str) -> str:
+    """Mean ± standard deviation, where there are several."""
+    middle = format(statistics.mean(values), form)
+    return middle if len(values) == 1 else f"{middle} ± {statistics.stdev(values):{form}}"
 
 
 def command_line() -> str:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_llm.compression.calibration import answer, evaluating
 from lit_llm.compression.compression import Batch
-from lit_llm.compression.quantization import Quantized
+from lit_llm.compression.integers import Quantized
 
 BATCH_SIZES = (1, 32)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -11,18 +11,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llm.compression.calibration import answer, evaluating, gather, watching
+from lit_llm.compression.calibration import answer, evaluating, watching
 from lit_llm.compression.compression import (
     Batch,
     Compression,
     Record,
     is_reformed,
-    records_of,
-    replay,
     require_fraction,
 )
+from lit_llm.compression.importance import column_squares, per_example, surprise, taylor
 from lit_llm.compression.patterns import chosen_layers
-from lit_llm.models.block import Block
+from lit_llm.compression.surgery import (
+    keep_units,
+    linear_of,
+    list_of_blocks,
+    owners,
+    require_described,
+    set_size,
+    size_of,
+)
 
 Importance = Literal["magnitude", "activation", "taylor"]
 
@@ -42,135 +49,6 @@ HEADS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn
 NUM_HEADS = (("num_heads", "num_kv_heads"), ("num_attention_heads", "num_key_value_heads"))
 HEAD_WIDTHS = ("d_head", "head_dim")
 NUM_BLOCKS = ("num_layers", "num_hidden_layers", "n_layers")
-
-
-def blocks_of(network: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The one list of blocks that a network has, and its name.
-
-    Raises:
-        ValueError: When it has none, or several.
-    """
-    lists = {
-        name: module
-        for name, module in network.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(block, Block) for block in module)
-    }
-    if len(lists) != 1:
-        raise ValueError(
-            f"network must have one list of blocks, but a {type(network).__name__} has {len(lists)} "
-            f"({', '.join(lists) or 'none'})"
-        )
-    return next(iter(lists.items()))
-
-
-def _linear(block: nn.Module, name: str) -> nn.Linear | None:
-    for part in name.split("."):
-        block = getattr(block, part, None)
-    return block if isinstance(block, nn.Linear) else None
-
-
-def _owners(network: nn.Module) -> list[Any]:
-    """The network and the configs that say how large it is."""
-    configs = [getattr(network, "config", None), getattr(getattr(network, "model", None), "config", None)]
-    return [network, *(config.get_text_config() for config in configs if config is not None)]
-
-
-def _size(network: nn.Module, names: tuple[str, ...]) -> int | None:
-    found = (getattr(owner, name, None) for owner in _owners(network) for name in names)
-    return next((value for value in found if isinstance(value, int)), None)
-
-
-def _set_size(network: nn.Module, names: tuple[str, ...], size: int) -> None:
-    for owner in _owners(network):
-        for name in names:
-            if isinstance(vars(owner).get(name), int):
-                setattr(owner, name, size)
-
-
-@torch.no_grad()
-def _keep(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Keeps some outputs, or inputs, of a layer."""
-    weight, bias = layer.weight, layer.bias
-    if rows is not None:
-        weight, layer.out_features = weight[rows], len(rows)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias[rows].clone(), bias.requires_grad)
-    if columns is not None:
-        weight, layer.in_features = weight[:, columns], len(columns)
-    layer.weight = nn.Parameter(weight.clone(), layer.weight.requires_grad)
-
-
-def _require_described(network: nn.Module) -> None:
-    """Sees that the network is what its config now describes: else no directory of it could be read."""
-    with torch.device("meta"):
-        again = replay(type(network).from_hf_config(network.to_hf_config()), records_of(network))
-    shapes, expected = ({n: tuple(p.shape) for n, p in made.named_parameters()} for made in (network, again))
-    if shapes != expected:
-        name = min(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
-        raise ValueError(
-            f"network must still be one that its config can describe, but of a {type(network).__name__} {name} is "
-            f"{shapes.get(name, 'absent')} where that says {expected.get(name, 'absent')}"
-        )
-
-
-def column_squares(
-    network: nn.Module, layers: Mapping[str, nn.Linear], width: int, batches: list[Batch]
-) -> dict[str, Tensor]:
-    """For each unit, `width` inputs of a layer, how much it gives the output: `Σ E[x²] ‖column‖²` over its inputs."""
-    sums, counts = gather(network, layers, batches, lambda read: read.square().sum(0))
-    return {
-        name: (sums[name].float() / counts[name] * layer.weight.detach().float().square().sum(0))
-        .unflatten(0, (-1, width))
-        .sum(1)
-        for name, layer in layers.items()
-    }
-
-
-def surprise(network: nn.Module, batch: Batch) -> Tensor:
-    """The cross-entropy, in nats summed over targets, of a batch's `labels`; without them of what is most likely."""
-    logits = answer(network, batch)
-    labels = batch.get("labels")
-    if labels is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
-        labels = logits.detach().argmax(-1)
-    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), reduction="sum")
-
-
-def taylor(
-    network: nn.Module,
-    layers: Mapping[str, nn.Module],
-    batches: list[Batch],
-    units: Callable[[Tensor], Tensor],
-    outputs: bool = False,
-) -> dict[str, Tensor]:
-    """How much the loss would change, to first order, if a unit gave nothing: `|Σ a · ∂L/∂a|`, summed over examples.
-
-    Args:
-        network: Any network.
-        layers: Whose inputs, or outputs, are looked at.
-        batches: With labels, where there are any.
-        units: Sums the products of an example into one number a unit: from (batch, …) to (batch, units).
-        outputs: Look at outputs.
-
-    Source:
-        Molchanov et al., 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference",
-        arXiv:1611.06440, eq. 7; for heads Michel et al., 2019, arXiv:1905.10650, eq. 2.
-    """
-    totals: dict[str, Tensor] = {}
-    for batch in batches:
-        seen: dict[str, Tensor] = {}
-        learning = {p: p.requires_grad for p in network.parameters()}
-        try:
-            for p in network.parameters():  # what is looked at must be on the way of a gradient
-                p.requires_grad_(True)
-            with evaluating(network), watching(layers, seen.__setitem__, outputs), torch.enable_grad():
-                loss = surprise(network, batch)
-                gradients = torch.autograd.grad(loss, list(seen.values()))
-        finally:
-            for p, learns in learning.items():
-                p.requires_grad_(learns)
-        for (name, a), gradient in zip(seen.items(), gradients):
-            totals[name] = totals.get(name, 0) + units(a.detach() * gradient).abs().sum(0)
-    return totals
 
 
 @dataclass(frozen=True)
@@ -223,19 +101,19 @@ class _OfBlocks(Structured):
 
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
         """Takes the units out of each block."""
-        list_name, blocks = blocks_of(network)
+        list_name, blocks = list_of_blocks(network)
         found = [self.places(network, block) for block in blocks]
         if not all(found) or not hasattr(network, "to_hf_config"):
             raise ValueError(
                 f"network must have {self.what}, but a {type(getattr(network, 'model', network)).__name__} has not, or "
                 f"has been factorised"
             )
-        readers = {f"{list_name}.{i}.{place[1]}": _linear(blocks[i], place[1]) for i, place in enumerate(found)}
+        readers = {f"{list_name}.{i}.{place[1]}": linear_of(blocks[i], place[1]) for i, place in enumerate(found)}
         width = found[0][2]
         if self.importance == "activation":
             scores = column_squares(network, readers, width, batches)
         elif self.importance == "taylor":
-            scores = taylor(network, readers, batches, lambda x: _per_example(x).unflatten(1, (-1, width)).sum(2))
+            scores = taylor(network, readers, batches, lambda x: per_example(x).unflatten(1, (-1, width)).sum(2))
         else:
             scores = {name: self._squares(blocks[i], found[i]) for i, name in enumerate(readers)}
         kept = []
@@ -243,21 +121,21 @@ class _OfBlocks(Structured):
             stay = self.kept(score)
             kept.append(stay.tolist())
             for writer, rows in place[3].items():
-                layer = _linear(block, writer)
+                layer = linear_of(block, writer)
                 halves = layer.out_features // (rows * len(score))  # two where a gate is in the same matrix
                 places = [_spread(stay, rows) + half * rows * len(score) for half in range(halves)]
-                _keep(layer, rows=torch.cat(places))
-            _keep(_linear(block, place[1]), columns=_spread(stay, width))
+                keep_units(layer, rows=torch.cat(places))
+            keep_units(linear_of(block, place[1]), columns=_spread(stay, width))
         self.resize(network, len(kept[0]))
-        _require_described(network)
+        require_described(network)
         return {"kept": kept, "of": len(score)}
 
     def _squares(self, block: nn.Module, place: tuple[tuple[str, ...], str, int, dict[str, int]]) -> Tensor:
         """Sums of the squares of all weights of each unit."""
         _, reader, width, rows = place
-        total = _linear(block, reader).weight.detach().square().sum(0).unflatten(0, (-1, width)).sum(1)
+        total = linear_of(block, reader).weight.detach().square().sum(0).unflatten(0, (-1, width)).sum(1)
         for writer, num in rows.items():
-            squares = _linear(block, writer).weight.detach().square().sum(1)
+            squares = linear_of(block, writer).weight.detach().square().sum(1)
             total = total + squares.view(-1, len(total), num).sum((0, 2))
         return total
 
@@ -265,11 +143,6 @@ class _OfBlocks(Structured):
 def _spread(units: Tensor, width: int) -> Tensor:
     """The places of all parts of units that lie side by side."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
-
-
-def _per_example(x: Tensor) -> Tensor:
-    """Summed over positions: (batch, …, inputs) to (batch, inputs)."""
-    return x.flatten(1, -2).sum(1) if x.ndim > 2 else x
 
 
 @dataclass(frozen=True)
@@ -291,13 +164,13 @@ class Neurons(_OfBlocks):
     def places(self, network: nn.Module, block: nn.Module) -> tuple[tuple[str, ...], str, int, dict[str, int]] | None:
         """One row of each writer and one input of the reader."""
         for writers, reader in FEED_FORWARD:
-            if all(_linear(block, name) is not None for name in (*writers, reader)):
+            if all(linear_of(block, name) is not None for name in (*writers, reader)):
                 return writers, reader, 1, dict.fromkeys(writers, 1)
         return None
 
     def resize(self, network: nn.Module, num: int) -> None:
         """The width inside."""
-        _set_size(network, WIDTHS, num)
+        set_size(network, WIDTHS, num)
 
 
 @dataclass(frozen=True)
@@ -320,20 +193,20 @@ class Heads(_OfBlocks):
     def places(self, network: nn.Module, block: nn.Module) -> tuple[tuple[str, ...], str, int, dict[str, int]] | None:
         """A head of keys and of values, and as many of queries as share it."""
         writers, reader = HEADS
-        width = _size(network, HEAD_WIDTHS)
-        if width is None or any(_linear(block, name) is None for name in (*writers, reader)):
+        width = size_of(network, HEAD_WIDTHS)
+        if width is None or any(linear_of(block, name) is None for name in (*writers, reader)):
             return None
-        group = _linear(block, writers[0]).out_features // _linear(block, writers[1]).out_features
+        group = linear_of(block, writers[0]).out_features // linear_of(block, writers[1]).out_features
         rows = dict(zip(writers, (group * width, width, width)))
         return writers, reader, group * width, rows
 
     def resize(self, network: nn.Module, num: int) -> None:
         """Heads of queries, and of keys and values."""
         for queries, keys in NUM_HEADS:
-            heads, groups = _size(network, (queries,)), _size(network, (keys,))
+            heads, groups = size_of(network, (queries,)), size_of(network, (keys,))
             if heads is not None and groups is not None:
-                _set_size(network, (queries,), num * heads // groups)
-                _set_size(network, (keys,), num)
+                set_size(network, (queries,), num * heads // groups)
+                set_size(network, (keys,), num)
 
 
 @dataclass(frozen=True)
@@ -356,8 +229,8 @@ class Blocks(Structured):
 
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
         """Takes the blocks out."""
-        name, blocks = blocks_of(network)
-        if not hasattr(network, "to_hf_config") or _size(network, NUM_BLOCKS) is None:
+        name, blocks = list_of_blocks(network)
+        if not hasattr(network, "to_hf_config") or size_of(network, NUM_BLOCKS) is None:
             raise ValueError(
                 f"network must have a config that counts its blocks, but a {type(network).__name__} has none"
             )
@@ -373,11 +246,11 @@ class Blocks(Structured):
             for module in blocks[old].modules():
                 if vars(module).get("layer_idx") == old:
                     module.layer_idx = index
-        _set_size(network, NUM_BLOCKS, len(stay))
-        for owner in _owners(network)[1:]:
+        set_size(network, NUM_BLOCKS, len(stay))
+        for owner in owners(network)[1:]:
             if isinstance(getattr(owner, "layer_types", None), list):
                 owner.layer_types = [owner.layer_types[old] for old in stay]
-        _require_described(network)
+        require_described(network)
         return {"kept": stay, "of": len(scores)}
 
     def _scores(self, blocks: nn.ModuleList, network: nn.Module, batches: list[Batch]) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from lit_llm.callbacks.quantization import QuantizationAwareTraining
 from lit_llm.checkpoints import load_model
-from lit_llm.compression.quantization import Quantized
+from lit_llm.compression.integers import Quantized
 
 
 def callback(**options: object) -> str:

@@ -9,7 +9,7 @@ import yaml
 
 import lit_llm.cli.compress as command
 from lit_llm.checkpoints import load_model, save_model
-from lit_llm.compression.quantization import Quantized
+from lit_llm.compression.integers import Quantized
 from lit_llm.compression.structured import Neurons
 from lit_llm.data.tokenizer import byte_tokenizer
 from tests.writing import REPOSITORY

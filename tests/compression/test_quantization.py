@@ -10,17 +10,15 @@ from torchao.quantization import quantize_
 
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.compression.compression import records_of, replay
+from lit_llm.compression.integers import Quantized, pack, unpack
 from lit_llm.compression.quantization import (
     FakeQuantized,
     Int4WeightOnly,
     Int8Dynamic,
     Int8DynamicInt4,
     Int8WeightOnly,
-    Quantized,
     convert,
     freeze_scales,
-    pack,
-    unpack,
 )
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT

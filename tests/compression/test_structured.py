@@ -8,8 +8,9 @@ from torch import nn
 
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.compression.compression import records_of, replay
+from lit_llm.compression.importance import column_squares, taylor
 from lit_llm.compression.low_rank import SVD
-from lit_llm.compression.structured import Blocks, Channels, Heads, Neurons, column_squares, taylor
+from lit_llm.compression.structured import Blocks, Channels, Heads, Neurons
 from lit_llm.models.pretrained import PretrainedCausalLM
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT, example, together

@@ -1,0 +1,318 @@
+"""Compresses trained models in many ways, and writes what each costs and saves into README.md.
+
+    python -m experiments.compression.run language_model
+    python -m experiments.compression.run images --data.path DIR
+
+For each seed a model is trained by its run file. Then each way is a chain of `lit-llm compress` from that model; times
+are ratios to the original's, timed in turns with it. What was trained, or compressed, is there when a command is
+repeated. Options that are not named by --help go to each command of the package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from experiments.throughput.report import (
+    REPOSITORY,
+    environment,
+    last_words,
+    mean_and_deviation,
+    run_child,
+    write_table,
+)
+
+HERE = Path(__file__).parent
+CONFIGS = REPOSITORY / "configs"
+COMPRESSION = "lit_llm.compression"
+
+Stage = dict[str, Any]
+Rows = dict[str, list[dict[str, Any]]]
+"""Of each stage, by its name, the measurements of all seeds, in one order."""
+
+
+def method(name: str, path: str, **options: Any) -> Stage:
+    """A stage that compresses."""
+    return {"name": name, "class_path": f"{COMPRESSION}.{path}", "init_args": options}
+
+
+def training(name: str, *files: str, **options: Any) -> Stage:
+    """A stage that trains; `__` in a name is a dot."""
+    dotted = {key.replace("__", "."): value for key, value in options.items()}
+    return {"name": name, "fit": [str(REPOSITORY / file) for file in files], "options": dotted}
+
+
+class Goal(NamedTuple):
+    """Something to be reached.
+
+    Attributes:
+        text: What.
+        figure: What was reached, of a seed.
+        least: What `figure` has to reach.
+    """
+
+    text: str
+    figure: Callable[[dict[str, dict[str, Any]]], float]
+    least: float
+
+
+class Table(NamedTuple):
+    """Ways to make one model smaller.
+
+    Attributes:
+        run: The run files of the model, from the repository's root.
+        metric: What is measured.
+        chains: Stages by the name of the chain; no two stages have one name.
+        goals: What is to be reached.
+    """
+
+    run: list[str]
+    metric: str
+    chains: dict[str, list[Stage]]
+    goals: list[Goal]
+
+
+def metric(stages: dict[str, dict[str, Any]], name: str) -> float:
+    """What a stage's model scores."""
+    return stages[name]["metric"]
+
+
+def faster(stages: dict[str, dict[str, Any]], name: str) -> float:
+    """By which factor a stage's model answers 32 rows sooner than the original."""
+    return stages[name]["times_faster"]
+
+
+LLAMA = ["configs/pretraining/llama_stdlib.yaml", "experiments/compression/llama_1m.yaml"]
+AGAIN = {"model__network": None, "model__weights": "{previous}"}
+RECOVERY = {**AGAIN, "model__optimizer__lr": 0.01, "trainer__max_steps": 200, "trainer__val_check_interval": 200}
+DISTILLED = {
+    "model": "lit_llm.objectives.distillation.CausalLMDistillation",
+    "model__teacher": "{original}",
+    "model__temperature": 1.0,
+    "model__inherit": True,
+}
+
+LANGUAGE_MODEL = Table(
+    run=LLAMA,
+    metric="val/bits_per_byte",
+    chains={
+        "magnitude": [
+            method("magnitude 50 %", "sparsity.Magnitude", sparsity=0.5),
+            training("magnitude 50 %, recovered", *LLAMA, **RECOVERY),
+        ],
+        "wanda": [
+            method("Wanda 50 %", "sparsity.Wanda", sparsity=0.5),
+            training("Wanda 50 %, recovered", *LLAMA, **RECOVERY),
+        ],
+        "wanda_2_4": [
+            method("Wanda 2:4", "sparsity.Wanda", pattern="2:4"),
+            training("Wanda 2:4, recovered", *LLAMA, **RECOVERY),
+        ],
+        "svd": [method("SVD to half", "low_rank.SVD", parameters=0.5)],
+        "activation_svd": [
+            method("activation-aware SVD to half", "low_rank.ActivationSVD", parameters=0.5),
+            training("activation-aware SVD, recovered", *LLAMA, **RECOVERY),
+        ],
+        "structured": [
+            method("half of the heads", "structured.Heads", sparsity=0.5, importance="activation"),
+            method("and half of the neurons", "structured.Neurons", sparsity=0.5, importance="activation"),
+            training("heads and neurons, recovered", *LLAMA, **RECOVERY),
+        ],
+        "int8": [method("int8", "quantization.Int8WeightOnly")],
+        "int8_dynamic": [method("int8, activations too", "quantization.Int8Dynamic")],
+        "int4": [method("int4", "quantization.Int4WeightOnly", group_size=64)],
+        "qat": [training("int4, trained with it", *LLAMA, "configs/compression/qat_int4.yaml", **RECOVERY)],
+        "alone": [training("two blocks, alone", *LLAMA, model__network__num_layers=2)],
+        "distilled": [training("two blocks, with its teacher", *LLAMA, model__network__num_layers=2, **DISTILLED)],
+    },
+    goals=[
+        Goal(
+            "magnitude - Wanda at 50 %, bits per byte",
+            lambda s: metric(s, "magnitude 50 %") - metric(s, "Wanda 50 %"),
+            0.0,
+        ),
+        Goal(
+            "the same, recovered",
+            lambda s: metric(s, "magnitude 50 %, recovered") - metric(s, "Wanda 50 %, recovered"),
+            0.0,
+        ),
+        Goal(
+            "plain - activation-aware SVD at equal parameters, bits per byte",
+            lambda s: metric(s, "SVD to half") - metric(s, "activation-aware SVD to half"),
+            0.0,
+        ),
+        Goal(
+            "half of the blocks' parameters: times faster",
+            lambda s: faster(s, "and half of the neurons"),
+            1.6,
+        ),
+        Goal(
+            "part of what int4 loses that training with it recovers",
+            lambda s: (
+                (metric(s, "int4") - metric(s, "int4, trained with it")) / (metric(s, "int4") - metric(s, "original"))
+            ),
+            2 / 3,
+        ),
+        Goal(
+            "alone - with a teacher, two blocks, bits per byte",
+            lambda s: metric(s, "two blocks, alone") - metric(s, "two blocks, with its teacher"),
+            0.0,
+        ),
+    ],
+)
+
+DIGITS = ["experiments/mnist/cnn_mnist_fast.yaml"]
+EPOCH = {**AGAIN, "model__optimizer__lr": 1e-3, "trainer__max_epochs": 1}
+
+IMAGES = Table(
+    run=DIGITS,
+    metric="val/accuracy",
+    chains={
+        "sparse": [
+            training("90 % sparse, in two epochs", *DIGITS, "experiments/compression/sparse_90.yaml", **AGAIN),
+        ],
+        "int8": [method("int8", "quantization.Int8WeightOnly", layers=["*"])],
+        "low_rank": [
+            method("low-rank, half of the parameters", "low_rank.ActivationSVD", parameters=0.5),
+            training("low-rank, recovered", *DIGITS, **EPOCH),
+        ],
+    },
+    goals=[
+        Goal(
+            "90 % sparse: points of accuracy won (lost: below 0)",
+            lambda s: 100 * (metric(s, "90 % sparse, in two epochs") - metric(s, "original")),
+            -0.3,
+        ),
+        Goal("int8: points won", lambda s: 100 * (metric(s, "int8") - metric(s, "original")), -0.2),
+        Goal(
+            "low-rank: points won",
+            lambda s: 100 * (metric(s, "low-rank, recovered") - metric(s, "original")),
+            -0.3,
+        ),
+    ],
+)
+
+TABLES = {"language_model": LANGUAGE_MODEL, "images": IMAGES}
+
+
+def main(words: list[str] | None = None) -> None:
+    """Parses, trains, compresses, writes."""
+    options, more = parsed(words)
+    options.work.mkdir(parents=True, exist_ok=True)
+    given, rows = TABLES[options.table], {}
+    for seed in options.seeds:
+        model = trained(given, seed, options, more)
+        for name, stages in given.chains.items():
+            if options.chains and name not in options.chains:
+                continue
+            for row in compressed(name, stages, given, model, seed, options, more):
+                rows.setdefault(row["name"], {})[seed] = row
+        write_table(options.table, lines(given, rows, options), options.readme)
+
+
+def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line: our own options, and those of the package."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("table", choices=list(TABLES))
+    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), default=[0, 1, 2])
+    parser.add_argument("--chains", type=lambda text: text.split(","), help="some of them, for a trial")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("runs/compression"), help="models, reports, logs")
+    parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="what the table is written into")
+    options, more = parser.parse_known_args(words)
+    options.work = options.work.resolve()
+    return options, more
+
+
+def run(words: list[str], log: Path, options: argparse.Namespace) -> None:
+    """A command of the package.
+
+    Raises:
+        RuntimeError: When it fails.
+    """
+    if run_child([sys.executable, "-m", "lit_llm", *words], environment(options.work, options.threads), log):
+        raise RuntimeError(f"lit-llm {words[0]} must end well, but ended with {last_words(log)} (all of it: {log})")
+
+
+def trained(given: Table, seed: int, options: argparse.Namespace, more: list[str]) -> Path:
+    """A model made by the table's run file."""
+    folder = options.work / f"{options.table}-{seed}"
+    if not (folder / "results.json").is_file():
+        words = [word for file in given.run for word in ("--config", str(REPOSITORY / file))]
+        words += ["--run_dir", str(folder), "--seed_everything", str(seed)]
+        run(["fit", *words, "--test_after_fit", "false", *more], folder.with_suffix(".log"), options)
+    return folder / "model"
+
+
+def compressed(
+    name: str, stages: list[Stage], given: Table, model: Path, seed: int, options: argparse.Namespace, more: list[str]
+) -> list[dict[str, Any]]:
+    """A chain's measurements, stage by stage; the original is the first."""
+    out = options.work / f"{options.table}-{seed}-{name}"
+    config = out.with_suffix(".yaml")
+    chain = {"evaluate": [str(REPOSITORY / file) for file in given.run], "metric": given.metric, "floor": 0.0}
+    words = [stage | {"name": word(stage["name"])} for stage in stages]
+    config.write_text(yaml.safe_dump(chain | {"stages": words}, sort_keys=False))
+    if not (out / "report.json").is_file():
+        words = ["compress", "--config", str(config), "--model", str(model), "--out", str(out)]
+        run([*words, "--seed_everything", str(seed), *more], out.with_suffix(".log"), options)
+    measured = json.loads((out / "report.json").read_text())["stages"]
+    first = measured[0]
+    names = {word(stage["name"]): stage["name"] for stage in stages}
+    for row in measured:
+        row["name"] = names.get(row["name"], row["name"])
+        row["times_smaller"] = first["bytes"] / row["bytes"]
+        row["times_faster"] = first["latency_ms_p50_b32"] / row["latency_ms_p50_b32"]
+    said = ", ".join(f"{row['name']} {row['metric']:.4f}" for row in measured)
+    print(f"seed {seed}, {name}: {said}", flush=True)
+    return measured
+
+
+def word(name: str) -> str:
+    """A name as a stage may have it."""
+    return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")
+
+
+def lines(given: Table, rows: dict[str, dict[int, dict[str, Any]]], options: argparse.Namespace) -> list[str]:
+    """All that was measured, as Markdown."""
+    seeds = ", ".join(map(str, options.seeds))
+    found = [
+        f"Seeds {seeds}; mean ± standard deviation; {options.threads} threads.",
+        "",
+        f"| | {given.metric} | parameters, % | not zero, % | bytes: times smaller | 32 rows: times faster |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    original = rows["original"]
+    for name, of_seed in rows.items():
+        pairs = [(row, original[seed]) for seed, row in of_seed.items()]
+        columns = [
+            ([row["metric"] for row, _ in pairs], ".4f"),
+            ([100 * row["parameters"] / first["parameters"] for row, first in pairs], ".0f"),
+            ([100 * row["nonzero"] / first["parameters"] for row, first in pairs], ".0f"),
+            ([row["times_smaller"] for row, _ in pairs], ".2f"),
+            ([row["times_faster"] for row, _ in pairs], ".2f"),
+        ]
+        found.append(f"| {name} | {' | '.join(mean_and_deviation(*column) for column in columns)} |")
+    found += ["", "| goal | at least | reached | |", "| --- | ---: | ---: | --- |"]
+    for goal in given.goals:
+        figures = []
+        for seed in options.seeds:
+            try:
+                figures.append(goal.figure({name: of_seed[seed] for name, of_seed in rows.items() if seed in of_seed}))
+            except KeyError:
+                continue  # its chains have not run, in a trial
+        if figures:
+            met = "met" if statistics.mean(figures) >= goal.least else "**missed**"
+            found.append(f"| {goal.text} | {goal.least:.2f} | {mean_and_deviation(figures, '.3f')} | {met} |")
+    return found
+
+
+if __name__ == "__main__":
+    main()

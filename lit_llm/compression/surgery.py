@@ -1,0 +1,83 @@
+"""The blocks of a network and the sizes that it says of itself, to be read and cut."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lit_llm.compression.compression import records_of, replay
+from lit_llm.models.block import Block
+
+
+def list_of_blocks(network: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The one list of blocks that a network has, and its name.
+
+    Raises:
+        ValueError: When it has none, or several.
+    """
+    lists = {
+        name: module
+        for name, module in network.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) and all(isinstance(block, Block) for block in module)
+    }
+    if len(lists) != 1:
+        raise ValueError(
+            f"network must have one list of blocks, but a {type(network).__name__} has {len(lists)} "
+            f"({', '.join(lists) or 'none'})"
+        )
+    return next(iter(lists.items()))
+
+
+def linear_of(block: nn.Module, name: str) -> nn.Linear | None:
+    """A linear layer of a block, by its dotted name; `None` where there is none."""
+    for part in name.split("."):
+        block = getattr(block, part, None)
+    return block if isinstance(block, nn.Linear) else None
+
+
+def owners(network: nn.Module) -> list[Any]:
+    """The network and the configs that say how large it is."""
+    configs = [getattr(network, "config", None), getattr(getattr(network, "model", None), "config", None)]
+    return [network, *(config.get_text_config() for config in configs if config is not None)]
+
+
+def size_of(network: nn.Module, names: tuple[str, ...]) -> int | None:
+    """What a network calls one of its sizes, by the first of some names that it has."""
+    found = (getattr(owner, name, None) for owner in owners(network) for name in names)
+    return next((value for value in found if isinstance(value, int)), None)
+
+
+def set_size(network: nn.Module, names: tuple[str, ...], size: int) -> None:
+    """Sets a size wherever a network, or its config, says it."""
+    for owner in owners(network):
+        for name in names:
+            if isinstance(vars(owner).get(name), int):
+                setattr(owner, name, size)
+
+
+@torch.no_grad()
+def keep_units(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
+    """Keeps some outputs, or inputs, of a layer."""
+    weight, bias = layer.weight, layer.bias
+    if rows is not None:
+        weight, layer.out_features = weight[rows], len(rows)
+        if bias is not None:
+            layer.bias = nn.Parameter(bias[rows].clone(), bias.requires_grad)
+    if columns is not None:
+        weight, layer.in_features = weight[:, columns], len(columns)
+    layer.weight = nn.Parameter(weight.clone(), layer.weight.requires_grad)
+
+
+def require_described(network: nn.Module) -> None:
+    """Sees that the network is what its config now describes: else no directory of it could be read."""
+    with torch.device("meta"):
+        again = replay(type(network).from_hf_config(network.to_hf_config()), records_of(network))
+    shapes, expected = ({n: tuple(p.shape) for n, p in made.named_parameters()} for made in (network, again))
+    if shapes != expected:
+        name = min(name for name in shapes.keys() | expected.keys() if shapes.get(name) != expected.get(name))
+        raise ValueError(
+            f"network must still be one that its config can describe, but of a {type(network).__name__} {name} is "
+            f"{shapes.get(name, 'absent')} where that says {expected.get(name, 'absent')}"
+        )
