@@ -78,14 +78,19 @@ def main(words: list[str] | None = None) -> None:
     """Parses, trains, writes."""
     options = parsed(words)
     options.work.mkdir(parents=True, exist_ok=True)
-    found: dict[tuple[str, int], Found] = {}
+    measurements = options.work / "measurements.jsonl"
+    measurements.touch()
+    known = [json.loads(line) for line in measurements.read_text().splitlines()]
+    found: dict[tuple[str, int], Found] = {(result["name"], result["seed"]): result for result in known}
     for seed in options.seeds:
         for name, recipe in TABLES[options.table].items():
+            if (name, seed) in found:
+                continue
             result = trained(name, recipe, seed, options)
             if result is not None:
-                found[name, seed] = result
-                with (options.work / "measurements.jsonl").open("a") as file:
-                    file.write(json.dumps({"name": name, "seed": seed} | result) + "\n")
+                found[name, seed] = {"name": name, "seed": seed} | result
+                with measurements.open("a") as file:
+                    file.write(json.dumps(found[name, seed]) + "\n")
         write_table(options.table, table(found, options), options.readme)
 
 
@@ -99,7 +104,12 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max_examples", type=int, help="to train on, for a trial")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max_wait", type=float, default=120.0, help="seconds to wait for a quiet machine, each time")
-    parser.add_argument("--work", type=Path, default=Path("runs/mnist"), help="run folders, logs, measurements")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/mnist"),
+        help="run folders, logs, and measurements, which are not made again",
+    )
     parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="what the table is written into")
     options = parser.parse_args(words)
     options.work, options.data = options.work.resolve(), options.data.resolve()
