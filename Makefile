@@ -32,5 +32,5 @@ slow: .venv/dev  ## the tests marked slow: killed processes, whole chains, every
 	@touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,compression,sweep]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,compression,evaluation,sweep]'
 	@touch $@

@@ -72,17 +72,15 @@ def evaluate(
 
     from lit_llm.checkpoints import load_model
 
-    known = TaskManager()
-    given: list[Any] = []
+    files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
+    for file in files:
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"--tasks must be names or files, but {file} does not exist")
+    known = TaskManager(include_defaults=len(files) < len(tasks))  # thousands of files, which take seconds to read
     for task in tasks:
-        if task.endswith((".yaml", ".yml")):
-            if not Path(task).is_file():
-                raise FileNotFoundError(f"--tasks must be names or files, but {task} does not exist")
-            given.append(yaml.safe_load(Path(task).read_text(encoding="utf-8")))
-        elif task in known.all_tasks:
-            given.append(task)
-        else:
+        if task not in files and task not in known.all_tasks:
             raise ValueError(f"--tasks must be tasks of lm-eval or YAML files, but {task} is neither")
+    given = [yaml.safe_load(Path(task).read_text(encoding="utf-8")) if task in files else task for task in tasks]
     network, tokenizer = load_model(model)
     if tokenizer is None:
         raise ValueError(f"model must come with a tokeniser to read tasks, but {model} has none")
