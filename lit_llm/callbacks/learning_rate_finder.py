@@ -112,6 +112,8 @@ class LearningRateFinder(Callback):
             rate = rates[self.factors.index(self.suggestion)]
             axes.axvline(rate, color="tab:green", label=f"suggested: {rate:.3g}")
             axes.legend()
+            fall = self.losses[0] - min(self.losses)
+            axes.set_ylim(min(self.losses) - 0.1 * fall, self.losses[0] + fall)  # what diverged would hide the rest
         axes.set(xscale="log", xlabel=label, ylabel="loss")
         axes.grid(alpha=0.3)
         with replacing(path) as new:
