@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import sys
 import time
@@ -92,19 +93,25 @@ def outcome(name: str, stage: Callable[[argparse.Namespace], list[Row]], options
     if place.is_file():
         return json.loads(place.read_text(encoding="utf-8"))
     print(name, flush=True)
-    earlier, started = options.work / f"{name}.seconds", time.perf_counter()
-    before = float(earlier.read_text(encoding="utf-8")) if earlier.is_file() else 0.0
+    earlier, began = options.work / f"{name}.seconds", clocks()
+    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else [0.0, 0.0]
     try:
         rows = stage(options)
     finally:
-        spent = round(before + time.perf_counter() - started, 1)
-        earlier.write_text(f"{spent}\n", encoding="utf-8")
+        spent = [round(old + now - then, 1) for old, now, then in zip(before, clocks(), began, strict=True)]
+        earlier.write_text(json.dumps(spent) + "\n", encoding="utf-8")
     for row in rows:
-        row.setdefault("seconds", spent)
-    rows[-1]["spent"] = spent
+        row.setdefault("seconds", spent[0])
+    rows[-1] |= {"spent": spent, "load": os.getloadavg()[0]}
     with replacing(place) as new:
         new.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return rows
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds on the wall, and of processors: what this process and its ended children used."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def command(name: str, flags: Flags, log: str, options: argparse.Namespace, *more: str) -> Path:
@@ -330,12 +337,15 @@ def table(rows: list[Row], options: argparse.Namespace) -> list[str]:
             f"| {row['stage']} | {row['what']} | {row['metric']} | {parameters} | {row['bytes']:,} "
             f"| {row['seconds']:.0f} |"
         )
-    spent, threads = sum(row.get("spent", 0.0) for row in rows), options.threads
+    stages = [row for row in rows if "spent" in row]
+    wall, used = (sum(times) / 60 for times in zip(*(row["spent"] for row in stages), strict=True))
+    loads = sorted(row["load"] for row in stages)
+    threads = f"{options.threads} thread" + "s" * (options.threads > 1)
     return [
         *lines,
         "",
-        f"In all {spent / 60:.1f} minutes with {threads} thread{'s' * (threads > 1)}, starting Python and measuring "
-        f"each stage included, on a machine that did other work too: a quiet one takes less.",
+        f"In all {wall:.1f} minutes with {threads}, starting Python and measuring each stage included: {used:.1f} "
+        f"minutes of processor time, on {os.cpu_count()} cores at a load between {loads[0]:.1f} and {loads[-1]:.1f}.",
     ]
 
 
