@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +19,7 @@ from experiments.compression import run as compression
 from experiments.mnist import run as mnist
 from experiments.mnist import seed
 from experiments.planning import run as planning
+from experiments.scaling import run as scaling
 from experiments.throughput import peers, report, run, step_overhead
 from experiments.throughput.corpus import prepare
 from lit_llm.models.cnn import CNN
@@ -200,3 +203,80 @@ def test_a_goal_of_compression_is_judged_by_the_mean_of_its_seeds():
     text = (REPOSITORY / "experiments/compression/README.md").read_text(encoding="utf-8")
     for name in compression.TABLES:
         assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+
+
+STAGES = [
+    "clean",
+    "tokenise",
+    "pre-train",
+    "fine-tune",
+    "evaluate",
+    "distil",
+    "prune",
+    "quantise",
+    "export",
+    "generate",
+]
+
+
+@pytest.mark.slow
+def test_the_lifecycle_leads_from_files_to_answers_and_takes_no_stage_twice(tmp_path):
+    words = [sys.executable, "-m", "experiments.lifecycle.run", "--size", "tiny", "--threads", "1", "--no_table"]
+
+    def run():
+        done = subprocess.run([*words, "--work", tmp_path], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return [line for line in done.stdout.splitlines() if line.startswith(("|", "In all"))]
+
+    lines = run()
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[2:-1]]
+    assert [row[0] for row in rows if row[0]] == STAGES
+    assert all(int(row[4].replace(",", "")) > 0 for row in rows)
+    distilled, pruned, recovered, int4, int8 = (int(row[4].replace(",", "")) for row in rows[6:11])
+    assert distilled > pruned == recovered > 3 * int4 > 3 * int8
+    assert (tmp_path / "generated.txt").read_text().count("-->") == 3
+    assert (tmp_path / "exported/config.json").is_file()
+    picture = tmp_path / "lifecycle.png"
+    assert picture.stat().st_size > 5000
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path != picture}
+    assert run() == lines
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+
+
+def test_the_lifecycles_readme_has_a_place_for_what_it_writes():
+    text = (REPOSITORY / "experiments/lifecycle/README.md").read_text(encoding="utf-8")
+    for name in ("lifecycle", "generated"):
+        assert text.count(f"<!-- {name} -->") == text.count(f"<!-- /{name} -->") == 1
+
+
+def test_a_scaling_law_is_found_again_in_losses_made_by_it_and_has_no_floor_below_zero():
+    sizes = [1e5, 3e5, 1e6, 3e6, 1e7]
+    for made in (scaling.Law(1.2, 30.0, 0.3), scaling.Law(0.0, 8.0, 0.1)):
+        law = scaling.fitted(sizes, [made.loss(n) for n in sizes])
+        assert law.exponent == pytest.approx(made.exponent, rel=0.01)
+        assert law.loss(1e8) == pytest.approx(made.loss(1e8), rel=0.01)
+    falling_ever_faster = scaling.fitted(sizes, [5.0, 4.9, 4.5, 3.5, 1.0])
+    assert falling_ever_faster.floor == 0
+    assert scaling.fitted(sizes, [1.0, 2.0, 3.0, 4.0, 5.0]).scale == 0
+    options = scaling.parsed(["--seeds", "0,1"])
+    law, small = scaling.Law(1.0, 4.0, 0.5), [scaling.Trained(32, 4, [3.0, 3.2]), scaling.Trained(64, 16, [2.0, 2.0])]
+    lines = scaling.table(small, law, scaling.Trained(96, 64, [1.6, 1.7]), options)
+    assert "| 96 | 64 | 1.6000 | 1.7000 | 1.6500 | 1.5000 (predicted) |" in lines
+    assert "The last came out +0.1500 from what was predicted, 9.09%; seeds of one width differ by 0.0707" in lines[-1]
+    text = (REPOSITORY / "experiments/scaling/README.md").read_text(encoding="utf-8")
+    assert text.count("<!-- scaling -->") == text.count("<!-- /scaling -->") == 1
+
+
+@pytest.mark.slow
+def test_networks_of_several_widths_are_trained_once_and_the_next_is_predicted(tmp_path, capsys):
+    words = ["--size", "tiny", "--seeds", "0", "--threads", "1", "--work", str(tmp_path), "--no_table"]
+    scaling.main(words)
+    lines = capsys.readouterr().out.splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert [line.split("|")[1].strip() for line in table[2:]] == ["32", "64", "96", "128"]
+    assert table[-1].endswith("(predicted) |")
+    assert (tmp_path / "scaling.png").stat().st_size > 5000
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
+    assert len(before) == 4
+    scaling.main(words)
+    assert before == {path: path.stat().st_mtime_ns for path in before}

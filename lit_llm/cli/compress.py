@@ -160,17 +160,17 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
         log.info(f"{model} has been compressed before, by {names}: it is measured from there")
     _write(settings, made_of)
     chief = _Evaluator(chain, folder, more)
-    rows = [chief.measured("00-original", original.folder)]
+    rows = [chief.measured("00-original", original.folder, time.perf_counter())]
     previous, stopped = original.folder, None
     for number, stage in enumerate(chain.stages, 1):
-        place = folder / f"{number:02d}-{stage.name}"
+        place, started = folder / f"{number:02d}-{stage.name}", time.perf_counter()
         made = place / "model"
         if stage.method is not None:
             if not (made / "config.json").is_file():
                 _apply(stage, previous, made, chief)
         else:
             _fit(stage, place, {"previous": str(previous), "original": str(original.folder)}, more)
-        rows.append(chief.measured(place.name, made))
+        rows.append(chief.measured(place.name, made, started))
         if not _is_enough(rows[0], rows[-1], stage.floor):
             rows[-1]["kept"] = False
             stopped = (
@@ -269,8 +269,8 @@ class _Evaluator:
         self._cli = _command(self.chain.split, words)
         return self._cli
 
-    def measured(self, name: str, model: Path) -> dict[str, Any]:
-        """A row of the report, without the times."""
+    def measured(self, name: str, model: Path, started: float) -> dict[str, Any]:
+        """A row of the report, without how fast the model is; the stage began at `started` of the clock."""
         from lit_llm.checkpoints import load_model
         from lit_llm.compression.report import bytes_on_disk, count_nonzero, count_parameters, peak_memory, rows_of
 
@@ -292,6 +292,7 @@ class _Evaluator:
             "bytes": bytes_on_disk(model),
             "peak_memory": peak_memory(network, rows_of(batch, 32)),
             "metrics": found,
+            "seconds": round(time.perf_counter() - started, 1),
             "model": str(model),
             "kept": True,
         }

@@ -23,6 +23,7 @@ from lightning.pytorch.profilers import PassThroughProfiler
 from lit_llm.callbacks.confusion import ConfusionMatrix
 from lit_llm.callbacks.intervals import Intervals
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
+from lit_llm.callbacks.learning_rate_finder import LearningRateFinder
 from lit_llm.callbacks.metrics_csv import MetricsCSV
 from lit_llm.callbacks.mistakes import WorstMistakes
 from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions, GeneratedTexts
@@ -30,7 +31,7 @@ from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoint_files import AtomicCheckpointIO, read_checkpoint
-from lit_llm.cli import fail, run_folder
+from lit_llm.cli import fail, find_lr, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.errors import parser_line
 from lit_llm.files import replacing
@@ -48,7 +49,7 @@ HOOKS_OF_A_STEP = (
 FALLING = {"loss", "perplexity", "bits_per_byte", "rmse", "mae"}
 """Metrics of which less is better."""
 
-ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config"}
+ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config", "find_lr"}
 EXAMPLES = """
 
 A run is one YAML file, named by --config; more of them are laid over it, and each value can be set by its dotted flag,
@@ -61,6 +62,7 @@ examples:
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --data.path texts/ --data.tokenizer bpe-8192
   lit-llm fit --run_dir runs/llama_stdlib/2026-01-31_12-00-00 --ckpt_path last      # go on where it stopped
   lit-llm test --run_dir runs/llama_stdlib/2026-01-31_12-00-00                      # its best checkpoint
+  lit-llm fit --config configs/pretraining/llama_stdlib.yaml --find_lr true         # suggests learning rates
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --print_config         # what the run file comes to"""
 
 
@@ -235,6 +237,8 @@ class TrainingCLI(LightningCLI):
             default=True,
             help="After training, test the best checkpoint once, where there is a test split.",
         )
+        if sys.argv[1] == "fit":
+            parser.add_argument("--find_lr", type=bool, default=False, help=find_lr.HELP)
         parser.add_class_arguments(CheckpointOptions, "checkpoint")
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -263,6 +267,9 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Decides on the run folder, finds the checkpoint in it, and points all that writes there."""
         config = self.config[self.subcommand]
+        if config.get("find_lr"):
+            find_lr.prepare(config)
+            self.save_config_callback = None  # what is done here is no run to be repeated
         configs = [Path(str(getattr(path, "relative", path))) for path in config.get("config") or []]
         ckpt_path = config.get("ckpt_path") or (None if self._starts_from_weights(config) else "best")
         given = config.get("run_dir") or config["trainer"].get("default_root_dir")
@@ -318,6 +325,8 @@ class TrainingCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""
+        if self._get(self.config, "find_lr"):
+            return super().instantiate_trainer(callbacks=[LearningRateFinder()], **kwargs)
         options = self._get(self.config_init, "trainer")
         headline = getattr(self.datamodule, "monitor", None) or getattr(self.model, "monitor", ("val/loss", "min"))
         checkpoint = self._get(self.config_init, "checkpoint").decided(headline)
@@ -389,6 +398,9 @@ class TrainingCLI(LightningCLI):
 
     def after_fit(self) -> None:
         """Tests the best checkpoint, and says what came out and what can be done with it."""
+        if self._get(self.config, "find_lr"):
+            find_lr.say(self.config["fit"], self.trainer)
+            return
         if self.trainer.fast_dev_run:
             return
         best = self.run_dir / "checkpoints" / "best.ckpt"

@@ -80,6 +80,7 @@ def test_a_chain_distils_prunes_and_quantises_and_says_what_it_cost(chain, tmp_p
         "latency_ms_p95",
         "throughput",
         "peak_memory",
+        "seconds",
     }
     assert all(wanted <= row.keys() for row in stages)
     sizes = [row["parameters"] for row in stages]

@@ -1,0 +1,387 @@
+"""The whole road on text that every machine has: from raw files to a small model that answers, each stage measured.
+
+    python -m experiments.lifecycle.run
+
+Clean, tokenise, pre-train, fine-tune, evaluate, distil, prune, quantise, export, generate: each is a command of the
+package with a config of the package. A stage whose outcome is in the work folder is not run again, and a training that
+was cut goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import resource
+import shutil
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from experiments.throughput.report import REPOSITORY, environment, last_words, run_child, write_table
+from lit_llm.files import replacing
+
+HERE = Path(__file__).parent
+PRETRAINING = REPOSITORY / "configs/pretraining/llama_stdlib.yaml"
+FINETUNING = REPOSITORY / "configs/finetuning/llama_instructions.yaml"
+METRIC = "bits_per_byte"
+QUESTIONS = (
+    "What does this function of shutil do?\n\ndef copyfile(src, dst, *, follow_symlinks=True):",
+    "What does this function of os do?\n\ndef remove_all(path):",
+    "What does this function of json do?\n\ndef to_json(obj):",
+)
+
+Flags = dict[str, object]
+Row = dict[str, Any]
+
+SPLITS: Flags = {"data.validation_fraction": 0.2, "data.test_fraction": 0.2, "data.batch_size": 4}
+SIZES: dict[str, dict[str, Any]] = {
+    "full": {
+        "documents": None,
+        "pretraining": {"trainer.max_steps": 400, "trainer.val_check_interval": 200},
+        "finetuning": {"trainer.max_steps": 150, "trainer.val_check_interval": 50},
+        "instructions": {},
+        "compression": {"trainer.val_check_interval": 50},
+    },
+    "tiny": {
+        "documents": 40,
+        "pretraining": SPLITS | {"data.tokenizer": "bpe-300", "trainer.max_steps": 2, "trainer.precision": "32-true"},
+        "finetuning": {"trainer.max_steps": 2},
+        "instructions": SPLITS | {"data.max_documents": 100, "data.overlong": "cut", "trainer.precision": "32-true"},
+        "compression": {"trainer.max_steps": 2},
+    },
+}
+"""What is read, and what is set beside what the configs say. `tiny` is for the test."""
+
+
+def main(words: list[str] | None = None) -> None:
+    """Parses, goes through the stages, writes."""
+    options = parsed(words)
+    options.work.mkdir(parents=True, exist_ok=True)
+    os.environ.update(environment(options.work, options.threads))
+    rows = [row for name, stage in STAGES.items() for row in outcome(name, stage, options)]
+    lines = table(rows, options)
+    draw(options.work / "lifecycle.png", rows, options)
+    if not options.table:
+        print("\n".join(lines))
+        return
+    write_table("lifecycle", lines, HERE / "README.md")
+    text = (options.work / "generated.txt").read_text(encoding="utf-8").rstrip()
+    write_table("generated", [f"    {line}".rstrip() for line in text.splitlines()], HERE / "README.md")
+    shutil.copy(options.work / "lifecycle.png", HERE / "lifecycle.png")
+
+
+def parsed(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=SIZES, default="full", help="tiny is to try it out")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--work", type=Path, default=Path("runs/lifecycle"), help="all that the stages write")
+    parser.add_argument("--no_table", dest="table", action="store_false", help="leave README.md and picture alone")
+    options = parser.parse_args(words)
+    options.work = options.work.resolve()
+    return options
+
+
+def outcome(name: str, stage: Callable[[argparse.Namespace], list[Row]], options: argparse.Namespace) -> list[Row]:
+    """The rows of a stage: as it left them, or, where it has not been run, by running it."""
+    place = options.work / f"{name}.json"
+    if place.is_file():
+        return json.loads(place.read_text(encoding="utf-8"))
+    print(name, flush=True)
+    earlier, began = options.work / f"{name}.seconds", clocks()
+    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else [0.0, 0.0]
+    try:
+        rows = stage(options)
+    finally:
+        spent = [round(old + now - then, 1) for old, now, then in zip(before, clocks(), began, strict=True)]
+        earlier.write_text(json.dumps(spent) + "\n", encoding="utf-8")
+    for row in rows:
+        row.setdefault("seconds", spent[0])
+    rows[-1] |= {"spent": spent, "load": os.getloadavg()[0]}
+    with replacing(place) as new:
+        new.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    return rows
+
+
+def clocks() -> tuple[float, float]:
+    """Seconds on the wall, and of processors: what this process and its ended children used."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def command(name: str, flags: Flags, log: str, options: argparse.Namespace, *more: str) -> Path:
+    """Runs `lit-llm name`; what it says goes to the file `log`, whose path this is.
+
+    Raises:
+        RuntimeError: When it fails.
+    """
+    words = [sys.executable, "-m", "lit_llm", name, *(f"--{flag}={value}" for flag, value in flags.items()), *more]
+    said = options.work / f"{log}.log"
+    if run_child(words, environment(options.work, options.threads), said):
+        raise RuntimeError(f"lit-llm {name} failed: {last_words(said)} (all of it: {said})")
+    return said
+
+
+def fit(config: Path, flags: Flags, folder: Path, options: argparse.Namespace) -> Row:
+    """Trains, or goes on training, in a run folder, unless that has been done; its `results.json`."""
+    if (folder / "model" / "config.json").is_file():
+        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    given: Flags = {"config": config, **flags, "run_dir": folder, "test_after_fit": "false"}
+    given["trainer.enable_progress_bar"] = "false"
+    if (folder / "checkpoints" / "last.ckpt").is_file():
+        given["ckpt_path"] = "last"
+    command("fit", given, folder.name, options)
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+def size(folder: Path) -> Row:
+    """Parameters of a model directory, and bytes of its weights."""
+    from lit_llm.checkpoints import load_model
+    from lit_llm.compression.report import bytes_on_disk, count_parameters
+
+    return {"parameters": count_parameters(load_model(folder)[0]), "bytes": bytes_on_disk(folder)}
+
+
+# The stages. Each leaves what the next begins with in the work folder.
+
+
+def clean(options: argparse.Namespace) -> list[Row]:
+    """Raw files to a table of cleaned documents."""
+    from lit_llm.data.cleaning import Cleaning
+    from lit_llm.data.documents import open_corpus
+
+    corpus, limit, dropped, kept = open_corpus("stdlib"), SIZES[options.size]["documents"], Counter(), 0
+    corpus = corpus if limit is None else corpus.head(limit)
+    with replacing(options.work / "clean.jsonl") as new, new.open("w", encoding="utf-8") as file:
+        for document, _ in Cleaning().documents(corpus.read(None), dropped):
+            file.write(json.dumps({"text": document.text}) + "\n")
+            kept += 1
+    left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(dropped.items())) or "none"
+    what = f"{kept:,} of {kept + dropped.total():,} files and help topics of Python's library"
+    return [
+        {
+            "stage": "clean",
+            "what": what,
+            "metric": f"left out: {left_out}",
+            "bytes": (options.work / "clean.jsonl").stat().st_size,
+        }
+    ]
+
+
+def pretraining(options: argparse.Namespace) -> Flags:
+    """The run file's changes for this size, on the cleaned documents."""
+    return {"data.path": options.work / "clean.jsonl", **SIZES[options.size]["pretraining"]}
+
+
+def tokenise(options: argparse.Namespace) -> list[Row]:
+    """The data of the pre-training's config: splits by content, a BPE from those to train on, tokens on disk."""
+    from lit_llm.cli.training import read_run
+
+    flags = pretraining(options)
+    data = read_run(["--config", str(PRETRAINING), *(f"--{name}={value}" for name, value in flags.items())]).datamodule
+    data.prepare_data()
+    data.setup("fit")
+    found = data.manifest["splits"]
+    tokens, text = (sum(split[key] for split in found.values()) for key in ("tokens", "bytes"))
+    counts = " / ".join(f"{found[name]['documents']:,}" for name in ("train", "validation", "test"))
+    files = (file for file in (options.work / "cache" / "tokens").rglob("*.tokens"))
+    return [
+        {
+            "stage": "tokenise",
+            "what": f"{counts} documents to train, validate, test on; BPE of {data.manifest['vocab_size']:,} tokens",
+            "metric": f"{text / tokens:.2f} bytes a token",
+            "bytes": sum(file.stat().st_size for file in files),
+        }
+    ]
+
+
+def pretrain(options: argparse.Namespace) -> list[Row]:
+    """From random weights."""
+    results = fit(PRETRAINING, pretraining(options), options.work / "pretrained", options)
+    return [
+        {
+            "stage": "pre-train",
+            "what": f"Llama from random weights, {results['step']:,} steps, {results['tokens']:,} tokens",
+            "metric": f"{results[f'best/val/{METRIC}']:.3f} bits per byte of files to validate on",
+            **size(options.work / "pretrained" / "model"),
+        }
+    ]
+
+
+def instructions(options: argparse.Namespace) -> Flags:
+    """The data that is tuned, evaluated and compressed on, in the pre-trained model's tokens."""
+    return {"data.tokenizer": options.work / "pretrained" / "model", **SIZES[options.size]["instructions"]}
+
+
+def finetune(options: argparse.Namespace) -> list[Row]:
+    """On questions about functions and the docstrings that answer them."""
+    flags = instructions(options) | {"model.weights": options.work / "pretrained" / "model"}
+    results = fit(FINETUNING, flags | SIZES[options.size]["finetuning"], options.work / "finetuned", options)
+    return [
+        {
+            "stage": "fine-tune",
+            "what": f"on questions about functions, {results['step']:,} steps, {results['tokens']:,} tokens",
+            "metric": f"{results[f'best/val/{METRIC}']:.3f} bits per byte of the answers to validate on",
+            **size(options.work / "finetuned" / "model"),
+        }
+    ]
+
+
+def evaluate(options: argparse.Namespace) -> list[Row]:
+    """On the test questions, looked at for the first time: the tuned model, and the one that it was."""
+    flags: Flags = {"config": FINETUNING, **instructions(options)}
+    rows = []
+    for stage, model, what in (
+        ("evaluate", "pretrained", "before fine-tuning, on the test questions"),
+        ("", "finetuned", "after fine-tuning, on the test questions"),
+    ):
+        place, started = options.work / f"test_{model}", time.perf_counter()
+        given = flags | {"model.weights": options.work / model / "model", "run_dir": place}
+        command("test", given, place.name, options)
+        results = json.loads((place / "results.json").read_text(encoding="utf-8"))
+        value, low, high = (results[f"test/{METRIC}{end}"] for end in ("", "_low", "_high"))
+        row = {"stage": stage, "what": what, "metric": f"{value:.3f} bits per byte [{low:.3f}, {high:.3f}]"}
+        row |= size(options.work / model / "model") | {"value": value}
+        rows.append(row | {"seconds": round(time.perf_counter() - started, 1)})
+    return rows
+
+
+CHAIN = {
+    "distilled": ("distil", "a block less, taught by the fine-tuned model"),
+    "pruned": ("prune", "half of the neurons of each feed-forward layer taken out"),
+    "recovered": ("", "what is left, taught again"),
+    "int4": ("quantise", "matrices of the blocks in 4 bits"),
+    "int8": ("", "embeddings and head in 8 bits"),
+}
+
+
+def compress(options: argparse.Namespace) -> list[Row]:
+    """Distil, prune, recover, quantise: the chain beside this file, each stage measured on the test questions."""
+    flags: Flags = {"config": HERE / "chain.yaml", "model": options.work / "finetuned" / "model"}
+    flags |= {"out": options.work / "compressed", **instructions(options), **SIZES[options.size]["compression"]}
+    command("compress", flags | {"trainer.enable_progress_bar": "false"}, "compressed", options)
+    report = json.loads((options.work / "compressed" / "report.json").read_text(encoding="utf-8"))
+    rows = []
+    for found in report["stages"][1:]:
+        stage, what = CHAIN[found["name"]]
+        row = {"stage": stage, "what": what, "metric": f"{found['metric']:.3f} bits per byte", "value": found["metric"]}
+        rows.append(row | {key: found[key] for key in ("parameters", "bytes", "seconds")})
+    return rows
+
+
+def export(options: argparse.Namespace) -> list[Row]:
+    """The smallest dense model, which is a directory of transformers' already: opened with it and compared.
+
+    Raises:
+        RuntimeError: When transformers reads another network out of it.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from lit_llm.checkpoints import load_model
+
+    folder = options.work / "compressed" / "stages" / "03-recovered" / "model"
+    theirs, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    ours = load_model(folder)[0].eval()
+    ids = tokenizer(list(QUESTIONS), return_tensors="pt", padding=True).input_ids
+    with torch.no_grad():
+        expected, found = ours(ids), theirs(ids).logits
+    difference = (expected - found).abs().max().item()
+    if difference > 1e-3 * expected.abs().max().item():
+        raise RuntimeError(f"transformers must give the logits of lit-llm, but differs by {difference}")
+    with replacing(options.work / "exported") as new:
+        shutil.copytree(folder, new)
+    return [
+        {
+            "stage": "export",
+            "what": f"the recovered model as transformers' {type(theirs).__name__}",
+            "metric": f"its logits differ by at most {difference:.0e}",
+            "parameters": sum(p.numel() for p in theirs.parameters()),
+            "bytes": size(folder)["bytes"],
+        }
+    ]
+
+
+def generate(options: argparse.Namespace) -> list[Row]:
+    """The quantised model answers."""
+    model = options.work / "compressed" / "model"
+    prompts = [f"--prompt={question}" for question in QUESTIONS]
+    said = command("generate", {"model": model, "temperature": 0}, "generate", options, "--chat", *prompts)
+    answers = re.split(r"^--- \d+$", said.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    both = zip(QUESTIONS, map(str.strip, answers), strict=True)
+    text = "\n\n".join(f"{question}\n--> {answer}" for question, answer in both) + "\n"
+    (options.work / "generated.txt").write_text(text, encoding="utf-8")
+    row = {"stage": "generate", "what": "the quantised model answers", "metric": f"{len(answers)} answers, below"}
+    return [row | size(model)]
+
+
+STAGES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
+    stage.__name__: stage for stage in (clean, tokenise, pretrain, finetune, evaluate, compress, export, generate)
+}
+
+
+# What came of it.
+
+
+def table(rows: list[Row], options: argparse.Namespace) -> list[str]:
+    """All stages as Markdown."""
+    lines = ["| stage | what | metric | parameters | bytes | seconds |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    for row in rows:
+        parameters = f"{row['parameters']:,}" if "parameters" in row else ""
+        lines.append(
+            f"| {row['stage']} | {row['what']} | {row['metric']} | {parameters} | {row['bytes']:,} "
+            f"| {row['seconds']:.0f} |"
+        )
+    stages = [row for row in rows if "spent" in row]
+    wall, used = (sum(times) / 60 for times in zip(*(row["spent"] for row in stages), strict=True))
+    loads = sorted(row["load"] for row in stages)
+    threads = f"{options.threads} thread" + "s" * (options.threads > 1)
+    return [
+        *lines,
+        "",
+        f"In all {wall:.1f} minutes with {threads}, starting Python and measuring each stage included: {used:.1f} "
+        f"minutes of processor time, on {os.cpu_count()} cores at a load between {loads[0]:.1f} and {loads[-1]:.1f}.",
+    ]
+
+
+def draw(path: Path, rows: list[Row], options: argparse.Namespace) -> None:
+    """The losses of the four trainings one after the other, and how good and how large the model was on the way."""
+    import matplotlib
+
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    from lit_llm.callbacks.metrics_csv import read_metrics
+
+    stages = options.work / "compressed" / "stages"
+    trainings = {"pre-train": options.work / "pretrained", "fine-tune": options.work / "finetuned"}
+    trainings |= {"distil": stages / "01-distilled", "recover": stages / "03-recovered"}
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    before = 0
+    for name, folder in trainings.items():
+        found = [row for row in read_metrics(folder / "metrics.csv") if f"val/{METRIC}" in row]
+        left.plot([before + row["step"] for row in found], [row[f"val/{METRIC}"] for row in found], "o-", label=name)
+        before += found[-1]["step"]
+    left.set(xlabel="step", ylabel="bits per byte in validation")
+    left.legend()
+    measured = [row for row in rows if "value" in row]
+    names = ["pre-trained", "fine-tuned", *CHAIN]
+    right.plot([row["bytes"] for row in measured], [row["value"] for row in measured], "o-", color="tab:gray")
+    for name, row in zip(names, measured, strict=True):
+        right.annotate(name, (row["bytes"], row["value"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
+    right.set(xlabel="bytes of weights", ylabel="bits per byte of the test answers", xscale="log")
+    right.margins(x=0.15)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

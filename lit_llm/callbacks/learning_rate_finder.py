@@ -1,0 +1,166 @@
+"""A range test: how the loss changes while the learning rates rise from step to step."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_only
+
+from lit_llm.files import replacing
+
+STEPS = 100
+LOWEST, HIGHEST = 1e-3, 1e2
+"""Factors on the configured rates, at the first step and at the last."""
+
+DIVERGED = 4.0
+"""How many times the lowest loss a loss is that ends the test."""
+
+FEWEST_LOSSES = 8
+
+
+class LearningRateFinder(Callback):
+    """Multiplies all learning rates by a factor that rises from step to step, and notes the loss of each step.
+
+    Parameter groups keep the proportions of the config, those of Muon's four rates and of layer-wise ones: what is
+    searched is one factor. The training ends after `steps` steps or where the loss diverges, and its network is of no
+    use. `lr_find.csv` has the rates of the first group, the factors and the losses; `lr_find.png` draws them.
+
+    Lightning's own finder gives all parameter groups one rate, and leaves the random numbers that it drew.
+
+    Args:
+        steps: Optimiser steps to take, from a thousandth of the configured rates to a hundred times those.
+
+    Attributes:
+        rates: Of the first parameter group, at each step.
+        factors: On the configured rates, at each step.
+        losses: Mean loss of each step, before it was taken.
+
+    Raises:
+        ValueError: When there are too few steps to tell a slope.
+
+    Source:
+        Smith, 2015, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, section 3.3, with the
+        geometric steps and the end at four times the lowest loss that fast.ai's `lr_find` has.
+    """
+
+    def __init__(self, steps: int = STEPS) -> None:
+        if steps < FEWEST_LOSSES:
+            raise ValueError(f"steps must be at least {FEWEST_LOSSES}, but is {steps}")
+        self.steps = steps
+        self.rates: list[float] = []
+        self.factors: list[float] = []
+        self.losses: list[float] = []
+
+    @property
+    def suggestion(self) -> float | None:
+        """The factor on the configured rates that is suggested; `None` where none is."""
+        return steepest(self.factors[: len(self.losses)], self.losses)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Sets the rates of the step, in place of the schedule's."""
+        step = len(self.losses)
+        factor = LOWEST * (HIGHEST / LOWEST) ** (step / (self.steps - 1))
+        groups = trainer.optimizers[0].param_groups
+        for group in groups:
+            group["lr"] = group["initial_lr"] * group.get("rate", 1.0) * factor
+        if step == len(self.factors):
+            self.factors.append(factor)
+            self.rates.append(groups[0]["lr"])
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notes the loss, once the step's last batch is there; ends the test after the last step, or a divergence."""
+        if trainer.global_step == len(self.losses):
+            return
+        try:
+            self.losses.append(pl_module.take_train_loss())
+        except FloatingPointError:
+            trainer.should_stop = True
+            return
+        trainer.should_stop |= len(self.losses) == self.steps or self.losses[-1] > DIVERGED * min(self.losses)
+
+    @rank_zero_only
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes the table and the picture into the run folder."""
+        folder = Path(trainer.default_root_dir)
+        rows = list(zip(self.rates, self.factors, self.losses, strict=False))
+        with replacing(folder / "lr_find.csv") as new, new.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            writer.writerow(["learning_rate", "factor", "loss"])
+            writer.writerows(rows)
+        role = trainer.optimizers[0].param_groups[0].get("role", "parameters")
+        self._draw(folder / "lr_find.png", f"learning rate of the {role}, all others in proportion")
+
+    def _draw(self, path: Path, label: str) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg", force=False)
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        axes = figure.subplots()
+        rates = self.rates[: len(self.losses)]
+        axes.plot(rates, self.losses, ".", color="tab:gray", label="loss of a step")
+        if self.suggestion is not None:
+            axes.plot(rates, smoothed(self.losses), color="tab:blue", label="smoothed")
+            rate = rates[self.factors.index(self.suggestion)]
+            axes.axvline(rate, color="tab:green", label=f"suggested: {rate:.3g}")
+            axes.legend()
+            fall = self.losses[0] - min(self.losses)
+            axes.set_ylim(min(self.losses) - 0.1 * fall, self.losses[0] + fall)  # what diverged would hide the rest
+        axes.set(xscale="log", xlabel=label, ylabel="loss")
+        axes.grid(alpha=0.3)
+        with replacing(path) as new:
+            figure.savefig(new, dpi=120)
+
+
+def smoothed(losses: Sequence[float]) -> np.ndarray:
+    """Each loss as the line through its neighbours has it, a twelfth of all on either side."""
+    return _lines(losses)[0]
+
+
+def steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
+    """The rate at which the loss falls fastest, against the logarithm of the rate, before its minimum.
+
+    Losses are smoothed by lines through neighbours on both sides. (fast.ai's running mean lags behind by half of its
+    window, and so moves the steepest place to higher rates.)
+
+    Args:
+        rates: Rising geometrically.
+        losses: At each.
+
+    Returns:
+        One of the rates; `None` where there are fewer than eight, or the loss never falls.
+
+    Source:
+        fast.ai's `lr_find`, suggestion "steep".
+
+    Example:
+        >>> rates = [10 ** (step / 10) for step in range(41)]
+        >>> round(steepest(rates, [-np.tanh(np.log10(rate) - 2) for rate in rates]))
+        100
+    """
+    if len(losses) < FEWEST_LOSSES:
+        return None
+    lines, slopes = _lines(losses)
+    lowest = int(lines.argmin())
+    place = int(slopes[: lowest + 1].argmin())
+    return rates[place] if slopes[place] < 0 else None
+
+
+def _lines(losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Value and slope, at each place, of the least-squares line through its neighbours."""
+    reach, values, slopes = max(2, len(losses) // 12), [], []
+    for place in range(len(losses)):
+        first = max(0, place - reach)
+        near = np.asarray(losses[first : place + reach + 1])
+        slope, start = np.polyfit(np.arange(len(near)), near, 1)
+        values.append(start + slope * (place - first))
+        slopes.append(slope)
+    return np.array(values), np.array(slopes)
