@@ -157,7 +157,8 @@ class Progress(ProgressBar):
         step, total = trainer.global_step, float(trainer.estimated_stepping_batches)
         parts = [f"step {step:>6}/{total:.0f}"]
         if latest:
-            parts += [f"loss {latest['train/loss']:.3f}", f"{latest['train/tokens_per_second'] / 1e3:.1f}k tok/s"]
+            rate = f"{latest['train/tokens_per_second'] / 1e3:.1f}k {throughput.unit}/s"
+            parts += [f"loss {latest['train/loss']:.3f}", rate]
         if "train/mfu" in latest:
             parts.append(f"mfu {latest['train/mfu']:.0%}")
         done = step - self._first_step

@@ -22,12 +22,14 @@ class Throughput(Callback):
         latest: The last report.
         tokens: Tokens trained on so far (rows' items where the data has no tokens), over all processes and resumes.
         seconds: Time spent training, likewise.
+        unit: What is counted, in short: `tok`, or `rows` of data that have no tokens.
     """
 
     def __init__(self) -> None:
         self.latest: dict[str, float] = {}
         self.tokens = 0
         self.seconds = 0.0
+        self.unit = "tok"
         self._new_tokens = 0
         self._since = self._paused_at = 0.0
         self._reported_step = 0
@@ -67,6 +69,7 @@ class Throughput(Callback):
             self._new_tokens = 0
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        self.unit = "tok" if isinstance(batch, dict) and "input_ids" in batch else "rows"
         loss = pl_module.take_train_loss()  # waits for the device, so the clock below is right
         now = time.perf_counter()
         elapsed, self._since = now - self._since, now

@@ -5,9 +5,11 @@ import functools
 import torch
 
 from lit_llm.callbacks.throughput import Throughput, count_items, peak_flops, peak_memory
+from lit_llm.models.cnn import CNN
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.classification import Classification
 from tests.examples import BERT, Examples
+from tests.image_batches import Images
 from tests.objectives.test_classification import trainer
 
 
@@ -36,3 +38,13 @@ def test_the_steps_after_the_last_report_are_counted_too(tmp_path):
     reported = clock.latest
     assert reported["train/tokens"] == 4 * 8 * 6
     assert clock.seconds > reported["train/seconds"]
+    assert clock.unit == "tok"
+
+
+def test_a_rate_of_images_is_shown_as_rows(tmp_path):
+    clock = Throughput()
+    trainer(tmp_path, max_epochs=1, log_every_n_steps=1, callbacks=[clock]).fit(
+        Classification(CNN), datamodule=Images()
+    )
+    assert clock.unit == "rows"
+    assert clock.tokens == 24
