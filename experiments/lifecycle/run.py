@@ -310,7 +310,7 @@ def generate(options: argparse.Namespace) -> list[Row]:
     text = "\n\n".join(f"{question}\n--> {answer}" for question, answer in both) + "\n"
     (options.work / "generated.txt").write_text(text, encoding="utf-8")
     row = {"stage": "generate", "what": "the quantised model answers", "metric": f"{len(answers)} answers, below"}
-    return [row | size(model)]
+    return [row | size(model) | {"load": os.getloadavg()[2]}]
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
@@ -330,12 +330,13 @@ def table(rows: list[Row], options: argparse.Namespace) -> list[str]:
             f"| {row['stage']} | {row['what']} | {row['metric']} | {parameters} | {row['bytes']:,} "
             f"| {row['seconds']:.0f} |"
         )
-    spent, threads = sum(row.get("spent", 0.0) for row in rows), options.threads
+    spent, threads, load = sum(row.get("spent", 0.0) for row in rows), options.threads, rows[-1]["load"]
+    others = f"that did other work too (load {load:.1f} on {os.cpu_count()} cores)"
     return [
         *lines,
         "",
         f"In all {spent / 60:.1f} minutes with {threads} thread{'s' * (threads > 1)}, starting Python and measuring "
-        f"each stage included, on a machine that did other work too: a quiet one takes less.",
+        f"each stage included, on a machine {others if load > threads + 0.5 else 'that did nothing else'}.",
     ]
 
 
