@@ -68,7 +68,7 @@ def main(words: list[str] | None = None) -> None:
     if not options.table:
         print("\n".join(lines))
         return
-    write_table("lifecycle", lines, HERE / "README.md")
+    write_table("lifecycle", [*lines, "", "![bits per byte along the way](lifecycle.png)"], HERE / "README.md")
     text = (options.work / "generated.txt").read_text(encoding="utf-8").rstrip()
     write_table("generated", [f"    {line}".rstrip() for line in text.splitlines()], HERE / "README.md")
     shutil.copy(options.work / "lifecycle.png", HERE / "lifecycle.png")
