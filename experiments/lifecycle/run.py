@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import re
-import resource
 import shutil
 import sys
 import time
@@ -69,7 +68,7 @@ def main(words: list[str] | None = None) -> None:
     if not options.table:
         print("\n".join(lines))
         return
-    write_table("lifecycle", lines, HERE / "README.md")
+    write_table("lifecycle", [*lines, "", "![bits per byte along the way](lifecycle.png)"], HERE / "README.md")
     text = (options.work / "generated.txt").read_text(encoding="utf-8").rstrip()
     write_table("generated", [f"    {line}".rstrip() for line in text.splitlines()], HERE / "README.md")
     shutil.copy(options.work / "lifecycle.png", HERE / "lifecycle.png")
@@ -93,25 +92,19 @@ def outcome(name: str, stage: Callable[[argparse.Namespace], list[Row]], options
     if place.is_file():
         return json.loads(place.read_text(encoding="utf-8"))
     print(name, flush=True)
-    earlier, began = options.work / f"{name}.seconds", clocks()
-    before = json.loads(earlier.read_text(encoding="utf-8")) if earlier.is_file() else [0.0, 0.0]
+    earlier, started = options.work / f"{name}.seconds", time.perf_counter()
+    before = float(earlier.read_text(encoding="utf-8")) if earlier.is_file() else 0.0
     try:
         rows = stage(options)
     finally:
-        spent = [round(old + now - then, 1) for old, now, then in zip(before, clocks(), began, strict=True)]
-        earlier.write_text(json.dumps(spent) + "\n", encoding="utf-8")
+        spent = round(before + time.perf_counter() - started, 1)
+        earlier.write_text(f"{spent}\n", encoding="utf-8")
     for row in rows:
-        row.setdefault("seconds", spent[0])
-    rows[-1] |= {"spent": spent, "load": os.getloadavg()[0]}
+        row.setdefault("seconds", spent)
+    rows[-1]["spent"] = spent
     with replacing(place) as new:
         new.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return rows
-
-
-def clocks() -> tuple[float, float]:
-    """Seconds on the wall, and of processors: what this process and its ended children used."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return time.perf_counter(), sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def command(name: str, flags: Flags, log: str, options: argparse.Namespace, *more: str) -> Path:
@@ -317,7 +310,7 @@ def generate(options: argparse.Namespace) -> list[Row]:
     text = "\n\n".join(f"{question}\n--> {answer}" for question, answer in both) + "\n"
     (options.work / "generated.txt").write_text(text, encoding="utf-8")
     row = {"stage": "generate", "what": "the quantised model answers", "metric": f"{len(answers)} answers, below"}
-    return [row | size(model)]
+    return [row | size(model) | {"load": os.getloadavg()[2]}]
 
 
 STAGES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
@@ -337,15 +330,13 @@ def table(rows: list[Row], options: argparse.Namespace) -> list[str]:
             f"| {row['stage']} | {row['what']} | {row['metric']} | {parameters} | {row['bytes']:,} "
             f"| {row['seconds']:.0f} |"
         )
-    stages = [row for row in rows if "spent" in row]
-    wall, used = (sum(times) / 60 for times in zip(*(row["spent"] for row in stages), strict=True))
-    loads = sorted(row["load"] for row in stages)
-    threads = f"{options.threads} thread" + "s" * (options.threads > 1)
+    spent, threads, load = sum(row.get("spent", 0.0) for row in rows), options.threads, rows[-1]["load"]
+    others = f"that did other work too (load {load:.1f} on {os.cpu_count()} cores)"
     return [
         *lines,
         "",
-        f"In all {wall:.1f} minutes with {threads}, starting Python and measuring each stage included: {used:.1f} "
-        f"minutes of processor time, on {os.cpu_count()} cores at a load between {loads[0]:.1f} and {loads[-1]:.1f}.",
+        f"In all {spent / 60:.1f} minutes with {threads} thread{'s' * (threads > 1)}, starting Python and measuring "
+        f"each stage included, on a machine {others if load > threads + 0.5 else 'that did nothing else'}.",
     ]
 
 

@@ -86,7 +86,7 @@ def main(words: list[str] | None = None) -> None:
     if not options.table:
         print("\n".join(lines))
         return
-    write_table("scaling", lines, HERE / "README.md")
+    write_table("scaling", [*lines, "", "![bits per byte over parameters](scaling.png)"], HERE / "README.md")
     shutil.copy(options.work / "scaling.png", HERE / "scaling.png")
 
 
