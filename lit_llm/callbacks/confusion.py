@@ -67,9 +67,6 @@ def of_classes(counts: Int[Tensor, "classes classes"], names: list[str]) -> list
 
 def draw_confusion_matrix(path: Path, counts: Int[Tensor, "classes classes"], names: list[str], title: str) -> None:
     """Draws how often each class (a row) was taken for each (a column); shades are shares of a row."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     size = len(counts)

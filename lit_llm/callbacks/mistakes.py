@@ -85,9 +85,6 @@ class WorstMistakes(BestEvaluation):
 
 def draw_images(path: Path, images: UInt8[Tensor, "n channels height width"], says: list[str], title: str) -> None:
     """Draws images side by side, eight in a row, with words above each."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     across = min(8, len(images))

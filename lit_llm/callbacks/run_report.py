@@ -166,9 +166,13 @@ def commit() -> str | None:
         return None
 
 
+OURS = ("lit-llm", "__main__.py", "ipykernel_launcher.py")
+"""What starts a command: the shell, `python -m lit_llm`, a notebook, where its words are those of `lit-llm` too."""
+
+
 def command() -> str:
-    """The command line that started this process."""
-    name = "lit-llm" if Path(sys.argv[0]).name in ("lit-llm", "__main__.py") else sys.argv[0]
+    """The command line that started this process, or what a notebook runs in its place."""
+    name = "lit-llm" if Path(sys.argv[0]).name in OURS else sys.argv[0]
     return shlex.join([name, *sys.argv[1:]])
 
 
@@ -213,9 +217,6 @@ def draw_learning_curve(folder: Path, monitor: str = "val/loss", mode: str = "mi
     rows = read_metrics(folder / "metrics.csv")
     if not rows:
         return
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     headline = "val/bits_per_byte" if any("val/bits_per_byte" in row for row in rows) else monitor

@@ -315,9 +315,6 @@ def curves(group: Group, metric: str) -> list[tuple[int, float, float]]:
 
 def draw_curves(path: Path, groups: list[Group], metric: str) -> None:
     """Draws the mean of each setting by step, in a band of one standard deviation; of many settings the first ten."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     from lit_llm.files import replacing

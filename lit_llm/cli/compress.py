@@ -394,9 +394,6 @@ def _report(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> Non
 
 def _draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """Quality against size and against time; the line joins what nothing beats in both."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     from lit_llm.files import replacing

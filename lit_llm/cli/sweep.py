@@ -420,7 +420,8 @@ def _draw(study: Any, plan: Sweep, out: Path) -> None:
     import matplotlib
     import optuna
 
-    matplotlib.use("Agg", force=False)
+    if matplotlib.get_backend(auto_select=False) is None:  # a notebook has chosen
+        matplotlib.use("Agg")
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as pictures
 

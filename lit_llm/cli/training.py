@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.profilers import PassThroughProfiler
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_llm.callbacks.confusion import ConfusionMatrix
 from lit_llm.callbacks.intervals import Intervals
@@ -71,7 +72,8 @@ def run(words: list[str], summary: bool = True) -> TrainingCLI:
 
     Args:
         words: The command line.
-        summary: Say where the run writes and what came out.
+        summary: Say where the run writes and what came out. Without, a notebook asks what is returned: `run_dir`,
+            `results`, `model`, `datamodule`, `trainer`.
     """
     keep_freed_memory()
     cli = TrainingCLI if summary else SilentCLI
@@ -105,6 +107,7 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao registers when it is imported
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # that it was built for other accelerators too
     for text in (
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
@@ -394,6 +397,9 @@ class TrainingCLI(LightningCLI):
         for callback in self.trainer.callbacks:
             skip_empty_hooks(callback, Callback)
         skip_empty_hooks(self.model, LightningModule)
+        self._announce()
+
+    def _announce(self) -> None:
         log.info(f"Run folder {self.run_dir}")
 
     def after_fit(self) -> None:
@@ -421,11 +427,19 @@ class TrainingCLI(LightningCLI):
                 print(f"{name:<24}{float(value):.4f}")
 
     def _has_test(self) -> bool:
+        if not is_overridden("test_dataloader", self.datamodule, LightningDataModule):
+            return False
         loader = self.datamodule.test_dataloader()
         return loader is not None and len(loader) > 0
 
+    @property
+    def results(self) -> dict[str, Any]:
+        """What the run has come to, as `results.json` says it (see `RunReport`); nothing before its end."""
+        path = self.run_dir / "results.json"
+        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
     def _summary(self) -> None:
-        results = json.loads((self.run_dir / "results.json").read_text())
+        results = self.results
         self._print_metrics({name: v for name, v in results.items() if name.startswith(("val/", "test/", "seconds"))})
         print(f"{'run folder':<24}{self.run_dir}")
         if (self.run_dir / "model").is_dir():
@@ -433,12 +447,15 @@ class TrainingCLI(LightningCLI):
 
 
 class SilentCLI(TrainingCLI):
-    """A training that is part of another command, which does the talking."""
+    """A training that is part of another command, or of a notebook, which does the talking."""
 
-    def before_fit(self) -> None:
-        """Says nothing."""
+    def _announce(self) -> None:
+        pass
 
-    after_fit = before_fit
+    _summary = _announce
+
+    def _print_metrics(self, metrics: dict[str, Any]) -> None:
+        pass
 
 
 class ConfigCLI(TrainingCLI):

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from pathlib import Path
 
+import matplotlib
 import pytest
 from matplotlib.axes import Axes
 
 import lit_llm
 from lit_llm.callbacks import run_report
 from lit_llm.callbacks.metrics_csv import MetricsCSV
-from lit_llm.callbacks.run_report import RunReport, commit, draw_learning_curve
+from lit_llm.callbacks.run_report import RunReport, command, commit, draw_learning_curve
 
 
 def test_a_mode_that_is_none_is_refused():
@@ -36,6 +38,26 @@ def test_the_commit_is_that_of_the_package(tmp_path, monkeypatch):
     assert git("rev-parse", "HEAD").decode().startswith(commit())
     (package / "__init__.py").write_text("changed")
     assert commit().endswith("-dirty")
+
+
+def test_the_command_of_a_notebook_is_the_one_that_a_shell_repeats(monkeypatch):
+    for name, expected in {"x/ipykernel_launcher.py": "lit-llm fit --a 1", "x/mine.py": "x/mine.py fit --a 1"}.items():
+        monkeypatch.setattr(sys, "argv", [name, "fit", "--a", "1"])
+        assert command() == expected
+
+
+def test_pictures_leave_a_notebooks_way_to_show_its_own_alone(tmp_path):
+    before = matplotlib.get_backend()
+    logger = MetricsCSV(tmp_path)
+    logger.log_metrics({"val/loss": 1.0}, 1)
+    logger.save()
+    try:
+        matplotlib.use("svg")
+        draw_learning_curve(tmp_path)
+        assert matplotlib.get_backend() == "svg"
+    finally:
+        matplotlib.use(before)
+    assert (tmp_path / "learning_curve.png").is_file()
 
 
 def test_the_learning_curve_is_a_picture_of_what_was_logged(tmp_path, monkeypatch):

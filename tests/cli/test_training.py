@@ -2,13 +2,18 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch import LightningDataModule
 
 from lit_llm.callbacks.metrics_csv import read_metrics
+from lit_llm.cli import training
+from lit_llm.cli.training import TrainingCLI
 from tests.writing import REPOSITORY
 
 
@@ -304,3 +309,25 @@ def test_only_hooks_that_do_nothing_are_passed_over_in_a_step() -> None:
         skip_empty_hooks(callback, Callback)
     kept = [{name for name in HOOKS_OF_A_STEP if getattr(callback, name)} for callback in (own, given)]
     assert kept == [{"on_train_batch_end"}, {"on_after_backward"}]
+
+
+@pytest.mark.slow
+def test_a_notebook_is_told_nothing_and_asks_for_the_results(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["ipykernel_launcher.py"])
+    words = ["fit", *tiny, "--run_dir", str(tmp_path / "run"), "--trainer.enable_progress_bar", "false"]
+    fitted = training.run(words, summary=False)
+    assert capsys.readouterr().out == ""
+    assert fitted.results == json.loads((fitted.run_dir / "results.json").read_text())
+    assert {"val/loss", "test/loss", "seconds"} <= fitted.results.keys()
+
+
+def test_data_without_a_test_split_of_their_own_are_not_tested():
+    class Spirals(LightningDataModule):
+        pass
+
+    class Tested(Spirals):
+        def test_dataloader(self):
+            return [1]
+
+    has_test = [TrainingCLI._has_test(SimpleNamespace(datamodule=kind())) for kind in (Spirals, Tested)]
+    assert has_test == [False, True]
