@@ -15,6 +15,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
+from torch.distributed.tensor import DTensor
 
 import lit_llm
 from lit_llm.callbacks.metrics_csv import read_metrics
@@ -73,7 +74,7 @@ class RunReport(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes all of it."""
+        """Writes all of it; where weights are shared out, from the last checkpoint, if there is no best."""
         if trainer.fast_dev_run:
             return
         self._write(trainer)
@@ -110,9 +111,14 @@ class RunReport(Callback):
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
-        best, adaptation = folder / "checkpoints" / "best.ckpt", getattr(pl_module, "adaptation", None)
-        if best.exists():
-            network, _ = read_adapted(best)
+        best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+        adaptation = getattr(pl_module, "adaptation", None)
+        shared_out = any(isinstance(p, DTensor) for p in pl_module.parameters())
+        if best.exists() or (shared_out and last.exists()):
+            network, _ = read_adapted(best if best.exists() else last)
+        elif shared_out:
+            log.info("No model directory: the weights are shared out over devices, and there is no checkpoint")
+            return
         else:
             changes = adaptation is not None or records_of(pl_module.evaluated)
             network = copy.deepcopy(pl_module.evaluated) if changes else pl_module.evaluated
