@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,11 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What of each tensor is on this device, to be changed in place; of a plain one all."""
     with torch.no_grad():
         return [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def is_shared_out(tensors: Iterable[Tensor]) -> bool:
+    """Whether some are in parts on several devices."""
+    return any(isinstance(t, DTensor) for t in tensors)
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -51,8 +57,8 @@ def shared_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all tensors together, each shared out over some mesh or none."""
-    groups: dict[object, list[Tensor]] = {}
+    groups: dict[Any, list[Tensor]] = {}
     for t in tensors:
         groups.setdefault(t.device_mesh if isinstance(t, DTensor) else None, []).append(t)
     norms = [whole(torch.nn.utils.get_total_norm(members)) for members in groups.values()]
-    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)  # of none 0

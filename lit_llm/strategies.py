@@ -210,6 +210,11 @@ def share_out(network: nn.Module, mesh: DeviceMesh, gather_dtype: torch.dtype, *
         if isinstance(module, Block):
             fully_shard(module, mesh=data, **low, **options)
     fully_shard(network, mesh=data, **options)
+    for module in network.modules():
+        if hasattr(
+            module, "generate"
+        ):  # of transformers: who has written all writes on for as long as another one does
+            module._is_fsdp_managed_module = True
     for name in READING:
         if hasattr(network, name):
             register_fsdp_forward_method(network, name)
@@ -245,7 +250,7 @@ def cut_products(network: nn.Module, mesh: DeviceMesh) -> None:
             if type(block.get_submodule(name)) is not nn.Linear:
                 raise ValueError(f"tensor_parallel_size must be 1 where {name} has an adapter, but is {size}")
             cut.add(block.get_submodule(name))
-        parallelize_module(block, mesh, styles)
+        parallelize_module(block, mesh, styles, src_data_rank=None)  # each process has made the same weights
     shared: dict[nn.Parameter, nn.Parameter] = {}
     own_heads = set(_on_heads(blocks))
     for module in network.modules():
@@ -271,7 +276,7 @@ def _have_in_common(
     """
 
     def reading(name: str) -> property:
-        def read(layer: nn.Module) -> Tensor:
+        def read(layer: nn.Module) -> Tensor | None:
             p = layer._parameters[name]
             if not isinstance(p, DTensor) or p.device_mesh.ndim > 1:  # cut further, until it is gathered
                 return p

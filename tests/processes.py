@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,26 +19,29 @@ class Ended(NamedTuple):
     err: str
 
 
-def run(*commands: tuple[int, list[object]], timeout: int = 500) -> list[Ended]:
-    """Runs command lines one after the other, each by so many processes of one thread; how each ended."""
+def run(*commands: tuple[int, list[object]], timeout: int = 400) -> list[Ended]:
+    """Runs command lines one after the other, each by so many processes of one thread; how each ended.
+
+    Processes that wait for one another for longer than the timeout, in seconds, are ended by the alarm (code -14).
+    """
     asked = [(count, [str(word) for word in words]) for count, words in commands]
     done = subprocess.run(
         [sys.executable, "-m", "tests.processes"],
-        input=json.dumps(asked),
+        input=json.dumps([timeout, asked]),
         env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(REPOSITORY)},
         cwd=REPOSITORY,
         capture_output=True,
         text=True,
-        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
     return [Ended(*found) for found in json.loads(done.stdout)]
 
 
-def _fork(words: list[str], rank: int, count: int, port: int, folder: Path) -> int:
+def _fork(words: list[str], rank: int, count: int, port: int, folder: Path, timeout: int) -> int:
     child = os.fork()
     if child:
         return child
+    signal.alarm(timeout)
     output = os.open(folder / f"{port}-{rank}.txt", os.O_WRONLY | os.O_CREAT)
     os.dup2(output, 1), os.dup2(output, 2)
     os.environ.pop("LIT_LLM_RUN_DIR", None)
@@ -74,11 +78,12 @@ def _main() -> None:
     assert transformers.AutoModel
     found = []
     with tempfile.TemporaryDirectory() as name:
-        for count, words in json.load(sys.stdin):
+        timeout, commands = json.load(sys.stdin)
+        for count, words in commands:
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 port = free.getsockname()[1]
-            children = [_fork(words, rank, count, port, Path(name)) for rank in range(count)]
+            children = [_fork(words, rank, count, port, Path(name), timeout) for rank in range(count)]
             codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
             err = "".join(path.read_text() for path in sorted(Path(name).glob(f"{port}-*.txt")))
             found.append([codes, err])

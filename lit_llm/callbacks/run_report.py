@@ -15,7 +15,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
-from torch.distributed.tensor import DTensor
 
 import lit_llm
 from lit_llm.callbacks.metrics_csv import read_metrics
@@ -23,6 +22,7 @@ from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoints import finish, read_adapted, save_model
 from lit_llm.compression.compression import is_reformed, records_of
 from lit_llm.files import replacing
+from lit_llm.shards import is_shared_out
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +113,7 @@ class RunReport(Callback):
         folder = Path(trainer.default_root_dir)
         best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
         adaptation = getattr(pl_module, "adaptation", None)
-        shared_out = any(isinstance(p, DTensor) for p in pl_module.parameters())
+        shared_out = is_shared_out(pl_module.parameters())
         if best.exists() or (shared_out and last.exists()):
             network, _ = read_adapted(best if best.exists() else last)
         elif shared_out:

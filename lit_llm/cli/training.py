@@ -368,9 +368,10 @@ class TrainingCLI(LightningCLI):
                 self.run_dir.rmdir()  # a run that never started leaves nothing
             raise
         except SystemExit:
-            if self.trainer.interrupted and self.trainer.is_global_zero:
+            if self.trainer.interrupted:
                 saved = (self.run_dir / "checkpoints" / "last.ckpt").exists()
-                log.info(f"Stopped at step {self.trainer.global_step}." + (f" To go on: {self._go_on()}" * saved))
+                if self.trainer.is_global_zero:
+                    log.info(f"Stopped at step {self.trainer.global_step}." + (f" To go on: {self._go_on()}" * saved))
                 sys.exit(130)
             raise
         finally:
