@@ -22,6 +22,8 @@ class Ended(NamedTuple):
 def run(*commands: tuple[int, list[object]], timeout: int = 400) -> list[Ended]:
     """Runs command lines one after the other, each by so many processes of one thread; how each ended.
 
+    In a word `{rank}` is the number of the process that reads it.
+
     Processes that wait for one another for longer than the timeout, in seconds, are ended by the alarm (code -14).
     """
     asked = [(count, [str(word) for word in words]) for count, words in commands]
@@ -53,7 +55,7 @@ def _fork(words: list[str], rank: int, count: int, port: int, folder: Path, time
     try:
         from lit_llm.cli import main
 
-        main(words)
+        main([word.replace("{rank}", str(rank)) for word in words])
     except SystemExit as end:
         code = end.code or 0
     except BaseException:

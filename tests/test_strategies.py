@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lit_llm.cli.errors import one_line
 from lit_llm.models.block import Block
 from lit_llm.shards import is_shared_out, local, part, shared_as, total_norm, whole
 from lit_llm.strategies import STYLES, Sharded, share_out
@@ -125,3 +126,26 @@ def test_of_plain_tensors_the_share_and_the_whole_are_the_tensor():
     assert whole(tensors[0]) is tensors[0] is part(tensors[0], tensors[0])
     assert total_norm(tensors).item() == torch.nn.utils.get_total_norm(tensors).item()
     assert total_norm([]).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            ValueError("The strategy `fsdp` requires a GPU accelerator, but received `accelerator='cpu'`."),
+            "trainer.strategy must be one that this machine can run, but is fsdp, which needs a GPU; "
+            "configs/strategy/fsdp.yaml runs everywhere",
+        ),
+        (
+            ValueError("You selected an invalid strategy name: `strategy='dpp'`. It must be either a string or"),
+            "trainer.strategy must be a class path or a name that Lightning has, but is 'dpp'; see configs/strategy",
+        ),
+        (
+            RuntimeError("`BatchLoader` within local rank has zero length. Please make sure that it returns"),
+            "trainer.devices must leave each process something to evaluate, but the split has fewer rows; take fewer, or "
+            "set validation_fraction",
+        ),
+    ],
+)
+def test_what_lightning_says_of_a_strategy_is_said_in_one_line(error, line):
+    assert one_line(error) == line

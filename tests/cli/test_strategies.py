@@ -205,6 +205,9 @@ def test_a_strategy_that_cannot_be_is_refused_in_one_line(texts, tmp_path):
     commands = [
         (2, ["fit", *w, "--trainer.devices", 2, "--run_dir", tmp_path / str(n)]) for n, w in enumerate(refused.values())
     ]
+    differing = [*decoder("llama", texts), *over("ddp"), "--trainer.max_steps", "1{rank}", "--run_dir", tmp_path / "x"]
+    refused["trainer.max_steps must be the same in all processes, but is 11 in process 1 where process 0 has 10"] = []
+    commands.append((2, ["fit", *differing]))
     for line, ended in zip(refused, run(*commands), strict=True):
         assert ended.codes == [2, 2], ended.err
         assert f"lit-llm: error: {line}" in ended.err
