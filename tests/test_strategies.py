@@ -138,7 +138,7 @@ def test_of_plain_tensors_the_share_and_the_whole_are_the_tensor():
         ),
         (
             ValueError("You selected an invalid strategy name: `strategy='dpp'`. It must be either a string or"),
-            "trainer.strategy must be a class path or a name that Lightning has, but is 'dpp'; see configs/strategy",
+            "trainer.strategy must be a class path or a name of Lightning, but is 'dpp'; see configs/strategy",
         ),
         (
             RuntimeError("`BatchLoader` within local rank has zero length. Please make sure that it returns"),

@@ -17,7 +17,7 @@ GRAMMAR = re.compile(r"\bmust\b.*\bbut\b")
 OF_STRATEGIES = {
     r"strategy `(\w+)` requires a GPU": "trainer.strategy must be one that this machine can run, but is {}, which "
     "needs a GPU; configs/strategy/fsdp.yaml runs everywhere",
-    r"invalid strategy name: `strategy=(\S+)`": "trainer.strategy must be a class path or a name that Lightning has, but "
+    r"invalid strategy name: `strategy=(\S+)`": "trainer.strategy must be a class path or a name of Lightning, but "
     "is {}; see configs/strategy",
     r"(\w+Loader)` within local rank has zero length": "trainer.devices must leave each process something to evaluate, "
     "but the split has fewer rows; take fewer, or set validation_fraction",
