@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lit_llm.models.block import Block
+from lit_llm.shards import local, part, shared_as, whole
 
 ROLES = ("matrices", "embeddings", "head", "vectors")
 
@@ -106,7 +107,8 @@ class Muon(Optimizer):
 
     Source:
         Jordan et al., 2024, "Muon", kellerjordan.github.io/posts/muon, with its scale `sqrt(max(1, rows / cols))`.
-        Matrices of one shape are orthogonalised together in one batched product.
+        Matrices of one shape are orthogonalised together in one batched product; of those that are shared out over
+        devices (`strategies`) each device does all of it.
 
     Example:
         >>> network = nn.Linear(4, 4)
@@ -174,11 +176,11 @@ class Muon(Optimizer):
             if p.grad is not None:
                 by_shape[p.shape].append(p)
         for shape, members in by_shape.items():
-            grads = [p.grad for p in members]
+            grads = local(p.grad for p in members)
             for p in members:
                 if not self.state[p]:
                     self.state[p] |= {"step": 0, "momentum_buffer": torch.zeros_like(p)}
-            buffers = [self.state[p]["momentum_buffer"] for p in members]
+            buffers = local(self.state[p]["momentum_buffer"] for p in members)
             momentum = group["momentum"]
             if warmup := group["momentum_warmup_steps"]:
                 momentum += (0.85 - momentum) * max(0.0, 1 - self.state[members[0]]["step"] / warmup)
@@ -186,12 +188,15 @@ class Muon(Optimizer):
                 self.state[p]["step"] += 1
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             nesterov = torch._foreach_lerp(grads, buffers, momentum)
-            updates = orthogonalize(torch.stack([u.flatten(1) for u in nesterov]))
+            # Of a matrix that is shared out over devices each makes the whole update, and keeps its share.
+            wholes = [whole(shared_as(u, p)) for u, p in zip(nesterov, members)]
+            updates = orthogonalize(torch.stack([u.flatten(1) for u in wholes]))
             scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
+            mine = local(members)
             if group["weight_decay"]:
-                torch._foreach_mul_(members, 1 - group["lr"] * group["weight_decay"])
-            updates = [u.view(shape) for u in updates.to(members[0].dtype).unbind()]
-            torch._foreach_add_(members, updates, alpha=-group["lr"] * scale)
+                torch._foreach_mul_(mine, 1 - group["lr"] * group["weight_decay"])
+            updates = [part(u.view(shape), p) for u, p in zip(updates.to(members[0].dtype).unbind(), members)]
+            torch._foreach_add_(mine, updates, alpha=-group["lr"] * scale)
 
     def _adamw(self, group: dict[str, Any]) -> None:
         members = [p for p in group["params"] if p.grad is not None]
@@ -206,10 +211,10 @@ class Muon(Optimizer):
             self.state[p]["step"] = self.state[p]["step"].to(p.device)
         states = [self.state[p] for p in members]
         adamw(
-            members,
-            [p.grad for p in members],
-            [s["exp_avg"] for s in states],
-            [s["exp_avg_sq"] for s in states],
+            local(members),
+            local(p.grad for p in members),
+            local(s["exp_avg"] for s in states),
+            local(s["exp_avg_sq"] for s in states),
             [],
             [s["step"] for s in states],
             fused=members[0].device.type in ("cpu", "cuda"),

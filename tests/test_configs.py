@@ -22,6 +22,7 @@ CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 RUNS = [path for path in CONFIGS if path.parent.name in ("pretraining", "finetuning", "distillation")]
 ADAPTATIONS = [path for path in CONFIGS if path.parent.name == "adaptation"]
 OVERLAYS = [path for path in CONFIGS if path.parent.name in ("logging", "strategy")]
+OVERLAYS = [path for path in OVERLAYS if "strategy:" not in path.read_text()]  # tests/cli/test_strategies.py has those
 OVERLAYS += [path for path in CONFIGS if path.parent.name == "compression" and not path.stem.startswith("chain_")]
 
 SWEEPS = [path for path in CONFIGS if path.parent.name == "sweeps"]

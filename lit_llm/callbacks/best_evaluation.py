@@ -12,6 +12,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lit_llm.callbacks.run_report import RunReport
+from lit_llm.data.sampling import place
+
+
+def gather(pl_module: LightningModule, tensor: Tensor) -> Tensor:
+    """A tensor of each process that read rows of its own, along a new first axis."""
+    world_size = pl_module.trainer.world_size
+    found = pl_module.all_gather(tensor) if world_size > 1 else tensor[None]
+    return found[:: world_size // place(pl_module.trainer)[1]]  # those that share products are next to each other
 
 
 class BestEvaluation(Callback, ABC):

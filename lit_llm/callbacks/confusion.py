@@ -13,6 +13,7 @@ from torchmetrics import ConfusionMatrix as Counts
 
 from lit_llm.callbacks.best_evaluation import BestEvaluation
 from lit_llm.callbacks.predictions import write_table
+from lit_llm.data.sampling import place
 from lit_llm.files import replacing
 
 READABLE = 20
@@ -40,7 +41,10 @@ class ConfusionMatrix(BestEvaluation):
     def collect(self, pl_module: LightningModule) -> Int[Tensor, "classes classes"] | None:
         """How often each class (a row) was taken for each (a column)."""
         counts, self._counts = self._counts, None
-        return None if counts is None else counts.compute().cpu()
+        if counts is None:
+            return None
+        trainer = pl_module.trainer  # devices that share products count the same rows
+        return counts.compute().cpu() // (trainer.world_size // place(trainer)[1])
 
     def show(self, folder: Path, data: Any, found: Int[Tensor, "classes classes"], split: str, title: str) -> None:
         """Draws and writes."""

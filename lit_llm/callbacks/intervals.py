@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from lit_llm.callbacks.best_evaluation import gather
 from lit_llm.metrics import bootstrap_interval
 
 
@@ -60,14 +61,14 @@ class Intervals(Callback):
 
     def _collected(self, pl_module: LightningModule) -> dict[str, float]:
         """The metrics of what all processes kept, which is forgotten."""
-        sizes = pl_module.all_gather(torch.tensor(sum(map(len, self._values)), device=pl_module.device)).view(-1)
+        sizes = gather(pl_module, torch.tensor(sum(map(len, self._values)), device=pl_module.device))
         if not sizes.min():  # nothing to say of such examples, or fewer of them than processes
             self._values = []
             return {}
         mine = torch.cat(self._values)
         padded = mine.new_zeros(int(sizes.max()), mine.shape[1])
         padded[: len(mine)] = mine
-        every = pl_module.all_gather(padded).view(-1, *padded.shape)
+        every = gather(pl_module, padded)
         values = torch.cat([rows[: int(size)] for rows, size in zip(every, sizes, strict=True)]).cpu()
         columns = dict(zip(self._names, values.unbind(dim=1), strict=True))
         self._values = []

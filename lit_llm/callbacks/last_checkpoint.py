@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 log = logging.getLogger(__name__)
 
 
@@ -17,7 +19,7 @@ class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` of the run folder fresh, and turns Ctrl-C into a place to go on from.
 
     Saves after whole optimiser steps only: every so many, at the end, and when interrupted. A second Ctrl-C stops at
-    once.
+    once. What a cluster sends before it takes a machine away, SIGTERM, is as Ctrl-C.
 
     Args:
         every_n_steps: How often.
@@ -29,15 +31,14 @@ class LastCheckpoint(Checkpoint):
         self.every_n_steps = every_n_steps
         self._saved_step = -1
         self._interrupted = False
-        self._previous_handler: Any = None
+        self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens for Ctrl-C."""
         self._saved_step = trainer.global_step
-        try:
-            self._previous_handler = signal.signal(signal.SIGINT, self._on_interrupt)
-        except ValueError:  # not the main thread: a notebook's server, say, has its own way
-            self._previous_handler = None
+        with contextlib.suppress(ValueError):  # not the main thread: a notebook's server, say, has its own way
+            for number in INTERRUPTIONS:
+                self._previous_handlers[number] = signal.signal(number, self._on_interrupt)
 
     def _on_interrupt(self, number: int, frame: Any) -> None:
         self._interrupted = True
@@ -78,9 +79,9 @@ class LastCheckpoint(Checkpoint):
         self._restore_handler()
 
     def _restore_handler(self) -> None:
-        if self._previous_handler is not None:
-            signal.signal(signal.SIGINT, self._previous_handler)
-            self._previous_handler = None
+        for number, handler in self._previous_handlers.items():
+            signal.signal(number, handler)
+        self._previous_handlers = {}
 
     def _save(self, trainer: Trainer) -> None:
         if trainer.fast_dev_run:

@@ -12,7 +12,7 @@ from jaxtyping import UInt8
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lit_llm.callbacks.best_evaluation import BestEvaluation
+from lit_llm.callbacks.best_evaluation import BestEvaluation, gather
 from lit_llm.callbacks.predictions import columns_of, write_table
 from lit_llm.files import replacing
 
@@ -57,7 +57,7 @@ class WorstMistakes(BestEvaluation):
             both = torch.cat([self._nats[:, None].double(), self._facts.double()], dim=1)
             filled = both.new_full((self.count, 4), -math.inf)
             filled[: len(both)] = both
-            every = pl_module.all_gather(filled).flatten(0, 1)
+            every = gather(pl_module, filled).flatten(0, 1)
             self._nats = self._facts = None
             self._keep(every[:, 0], every[:, 1:].nan_to_num(neginf=-1).long())
         found = zip(self._facts.tolist(), self._nats.tolist(), strict=True)

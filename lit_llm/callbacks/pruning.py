@@ -26,6 +26,7 @@ from lit_llm.compression.sparsity import (
     masked_layers,
     sparsity_of,
 )
+from lit_llm.shards import local, part, whole
 
 log = logging.getLogger(__name__)
 
@@ -174,9 +175,11 @@ class Pruning(KeepZeros):
         layers = masked_layers(network)
         batches = calibration_batches(trainer, self.num_batches) if self.method.needs_batches else []
         masks = {name: getattr(layer, MASK) for name, layer in layers.items()}
-        for name, mask in self.method.masks(self.method.scores(network, layers, batches), sparsity, masks).items():
+        kept = {name: whole(mask) for name, mask in masks.items()}
+        for name, mask in self.method.masks(self.method.scores(network, layers, batches), sparsity, kept).items():
             # Each process has seen other batches; one decides.
-            masks[name].copy_(trainer.strategy.broadcast(mask) if trainer.world_size > 1 else mask)
+            mask = trainer.strategy.broadcast(mask) if trainer.world_size > 1 else mask
+            local([masks[name]])[0].copy_(part(mask, masks[name]))
         apply_masks(network)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

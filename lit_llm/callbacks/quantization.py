@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_llm.callbacks.run_report import forget_best
 from lit_llm.compression.compression import records_of
 from lit_llm.compression.quantization import FakeQuantized, Int4WeightOnly, Quantization, freeze_scales
+from lit_llm.shards import is_shared_out
 
 log = logging.getLogger(__name__)
 
@@ -60,6 +61,11 @@ class QuantizationAwareTraining(Callback):
         if getattr(getattr(pl_module, "adaptation", None), "adds", False):
             kind = type(pl_module.adaptation).__name__
             raise ValueError(f"model.adaptation must train the weights themselves to quantise them, but is a {kind}")
+        if is_shared_out(pl_module.parameters()):
+            raise ValueError(
+                "trainer.strategy must keep the weights whole on each device to quantise them, but shares them out; "
+                "take configs/strategy/ddp.yaml"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begins at once where there is no delay."""

@@ -22,6 +22,7 @@ from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoints import finish, read_adapted, save_model
 from lit_llm.compression.compression import is_reformed, records_of
 from lit_llm.files import replacing
+from lit_llm.shards import is_shared_out
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class RunReport(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes all of it."""
+        """Writes all of it; where weights are shared out, from the last checkpoint, if there is no best."""
         if trainer.fast_dev_run:
             return
         self._write(trainer)
@@ -110,9 +111,14 @@ class RunReport(Callback):
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
-        best, adaptation = folder / "checkpoints" / "best.ckpt", getattr(pl_module, "adaptation", None)
-        if best.exists():
-            network, _ = read_adapted(best)
+        best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+        adaptation = getattr(pl_module, "adaptation", None)
+        shared_out = is_shared_out(pl_module.parameters())
+        if best.exists() or (shared_out and last.exists()):
+            network, _ = read_adapted(best if best.exists() else last)
+        elif shared_out:
+            log.info("No model directory: the weights are shared out over devices, and there is no checkpoint")
+            return
         else:
             changes = adaptation is not None or records_of(pl_module.evaluated)
             network = copy.deepcopy(pl_module.evaluated) if changes else pl_module.evaluated

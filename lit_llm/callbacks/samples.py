@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_only
 
 from lit_llm.data.tokenizer import boundary_id
 from lit_llm.generation import generate
@@ -38,7 +37,6 @@ class Samples(Callback):
         self.max_new_tokens = max_new_tokens
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
 
-    @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the samples."""
         if not self.prompts or trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":
@@ -56,6 +54,8 @@ class Samples(Callback):
             seed=self.seed,
             stop=boundary,
         )
+        if not trainer.is_global_zero:  # they took part, as those must that share weights
+            return
         lines = [f"--- step {trainer.global_step}"]
         lines += [tokenizer.decode(prompt[1:] + text) + "\n" for prompt, text in zip(ids, texts, strict=True)]
         rows = [[trainer.global_step, p, tokenizer.decode(text)] for p, text in zip(self.prompts, texts, strict=True)]

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_llm.checkpoint_files import read_checkpoint
+from lit_llm.shards import local, total_norm
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,7 @@ class SpikeRecovery(Callback):
         targets = (now[1] - before[1]).clamp(min=1)
         loss = ((now[0] - before[0]) / targets).detach().float()
         members = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm([p.grad for p in members])).norm().float()
+        norm = total_norm(p.grad for p in members).float()
         if trainer.accumulate_grad_batches > 1 or trainer.world_size > 1:
             norm = norm / targets  # the gradient is still that of the sum
         fine = self._is_usual(loss, self.losses) & self._is_usual(norm, self.norms)
@@ -102,7 +103,7 @@ class SpikeRecovery(Callback):
         self.run = torch.where(fine, 0, self.run + 1)
         self._fine = fine
         changing = members + [t for p in members for t in optimizer.state[p].values() if isinstance(t, Tensor)]
-        self._backup = [(t, t.detach().clone()) for t in changing]
+        self._backup = [(t, t.detach().clone()) for t in local(changing)]
 
     def _is_usual(self, value: Tensor, last: Tensor) -> Tensor:
         filled = torch.arange(self.window, device=last.device) < self.seen
@@ -128,8 +129,8 @@ class SpikeRecovery(Callback):
             new.copy_(torch.where(fine, new, old.to(new.device)))
         copied = {id(new) for new, _ in self._backup}
         for values in trainer.optimizers[0].state.values():
-            for t in values.values():  # made by this step
-                if isinstance(t, Tensor) and id(t) not in copied:
+            for t in local(t for t in values.values() if isinstance(t, Tensor)):  # made by this step
+                if id(t) not in copied:
                     t.copy_(torch.where(fine.to(t.device), t, 0))
         now = pl_module.loss_sums
         pl_module.loss_sums = tuple(torch.where(fine, new, old) for new, old in zip(now, self._sums, strict=True))
@@ -162,12 +163,13 @@ class SpikeRecovery(Callback):
             )
         self.rollbacks += 1
         checkpoint = read_checkpoint(good)
-        pl_module.load_state_dict(checkpoint["state_dict"])
-        for optimizer, state in zip(trainer.optimizers, checkpoint["optimizer_states"], strict=True):
-            rates = [group["lr"] for group in optimizer.param_groups]
-            optimizer.load_state_dict(state)
-            for group, rate in zip(optimizer.param_groups, rates, strict=True):
-                group["lr"] = rate  # the schedule goes on
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        rates = [group["lr"] for group in groups]
+        trainer.strategy.load_model_state_dict(checkpoint)
+        trainer.strategy.load_optimizer_state_dict(checkpoint)
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate  # the schedule goes on
         self.run = torch.zeros_like(self.run)
         log.info(f"Step {step}: the loss did not return, so the weights of step {checkpoint['global_step']} do")
 

@@ -11,6 +11,8 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_llm.data.sampling import place
+
 
 class Throughput(Callback):
     """Logs a run's vital signs every `log_every_n_steps` steps, straight to the loggers.
@@ -54,7 +56,7 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts, and reports where it is time."""
-        self._new_tokens += count_items(batch) * trainer.world_size
+        self._new_tokens += count_items(batch) * place(trainer)[1]
         step = trainer.global_step
         if step == self._reported_step:
             return

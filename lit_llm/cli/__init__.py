@@ -103,7 +103,7 @@ class _Lines(logging.Handler):
 def _speak() -> None:
     """Shows what the package itself has to say, once per group of processes."""
     logger = logging.getLogger("lit_llm")
-    if not logger.handlers and os.environ.get("LOCAL_RANK", "0") == "0":
+    if not logger.handlers and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
         logger.addHandler(_Lines())
         logger.setLevel(logging.INFO)
         logger.propagate = False

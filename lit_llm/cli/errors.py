@@ -14,6 +14,16 @@ MAIN_CONFIG = "configs/pretraining/llama_stdlib.yaml"
 GRAMMAR = re.compile(r"\bmust\b.*\bbut\b")
 """What every error raised on purpose in this package says: `<name> must <rule>, but is <value>[; <remedy>]`."""
 
+OF_STRATEGIES = {
+    r"strategy `(\w+)` requires a GPU": "trainer.strategy must be one that this machine can run, but is {}, which "
+    "needs a GPU; configs/strategy/fsdp.yaml runs everywhere",
+    r"invalid strategy name: `strategy=(\S+)`": "trainer.strategy must be a class path or a name of Lightning, but "
+    "is {}; see configs/strategy",
+    r"(\w+Loader)` within local rank has zero length": "trainer.devices must leave each process something to evaluate, "
+    "but the split has fewer rows; take fewer, or set validation_fraction",
+}
+"""What Lightning says of a strategy, by our own words for it."""
+
 
 def one_line(error: BaseException) -> str | None:
     """What to tell the user; `None` for an error that is ours, whose traceback should be seen."""
@@ -33,6 +43,9 @@ def one_line(error: BaseException) -> str | None:
             f"W&B must be reachable with an account, but is not ({_flat(str(error))}); set WANDB_MODE=offline, or "
             f"leave configs/logging/wandb.yaml out"
         )
+    for pattern, line in OF_STRATEGIES.items():
+        if found := re.search(pattern, str(error)):
+            return line.format(found[1])
     if isinstance(error, MisconfigurationException):
         return _flat(str(error))
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("lit_llm"):

@@ -9,9 +9,11 @@ import os
 import shlex
 import sys
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch.distributed as dist
 import yaml
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -166,11 +168,22 @@ class RunConfig(SaveConfigCallback):
     """Writes the resolved config into the run folder: `lit-llm fit --config` of it repeats the run."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes `config.yaml` when a fit starts."""
-        if stage != "fit" or not trainer.is_global_zero:
+        """Writes `config.yaml` when a fit starts.
+
+        Raises:
+            ValueError: When processes were told different things, or read different data.
+        """
+        if stage != "fit":
             return
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         config = {key: value for key, value in config.items() if key not in ABOUT_ONE_RUN}
+        if dist.is_available() and dist.is_initialized():
+            manifest = getattr(trainer.datamodule, "manifest", {})
+            options = {name: value for name, value in config["trainer"].items() if name != "logger"}
+            facts = {name: fact for name, fact in manifest.items() if name != "files"}
+            require_same({**config, "trainer": options, "the data's": facts})
+        if not trainer.is_global_zero:
+            return
         loggers = config["trainer"].get("logger")
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             options = logger.get("init_args", {}) if isinstance(logger, dict) else {}
@@ -180,6 +193,33 @@ class RunConfig(SaveConfigCallback):
         config["trainer"]["default_root_dir"] = None
         with replacing(Path(trainer.default_root_dir) / "config.yaml") as new:
             new.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def require_same(said: dict[str, Any]) -> None:
+    """Sees that all processes say the same.
+
+    Raises:
+        ValueError: Naming the first thing that differs.
+    """
+    every: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, dict(_leaves(said)))
+    first = every[0]
+    for rank, other in enumerate(every):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"{name} must be the same in all processes, but is {other.get(name)} in process {rank} where "
+                    f"process 0 has {first.get(name)}; tell all of them the same, --run_dir too"
+                )
+
+
+def _leaves(said: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested values say, by dotted names."""
+    for name, value in said.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 class NoProfiler(PassThroughProfiler):
@@ -380,9 +420,10 @@ class TrainingCLI(LightningCLI):
                 self.run_dir.rmdir()  # a run that never started leaves nothing
             raise
         except SystemExit:
-            if self.trainer.interrupted and self.trainer.is_global_zero:
+            if self.trainer.interrupted:
                 saved = (self.run_dir / "checkpoints" / "last.ckpt").exists()
-                log.info(f"Stopped at step {self.trainer.global_step}." + (f" To go on: {self._go_on()}" * saved))
+                if self.trainer.is_global_zero:
+                    log.info(f"Stopped at step {self.trainer.global_step}." + (f" To go on: {self._go_on()}" * saved))
                 sys.exit(130)
             raise
         finally:

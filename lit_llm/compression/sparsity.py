@@ -17,6 +17,7 @@ from lit_llm.compression.calibration import input_norms
 from lit_llm.compression.compression import Batch, Compression, Record, records_of, require_fraction
 from lit_llm.compression.patterns import chosen_layers
 from lit_llm.models.block import Block
+from lit_llm.shards import local, whole
 
 MASK = "weight_mask"
 """The buffer beside a layer's weight that is true on what is kept."""
@@ -104,7 +105,8 @@ def apply_masks(network: nn.Module, gradients: bool = False) -> None:
     for layer in masked_layers(network).values():
         tensor = layer.weight.grad if gradients else layer.weight
         if tensor is not None:
-            tensor.masked_fill_(~getattr(layer, MASK), 0)  # a product would leave -0.0
+            here, mask = local((tensor, getattr(layer, MASK)))
+            here.masked_fill_(~mask, 0)  # a product would leave -0.0
 
 
 def remove_masks(network: nn.Module) -> None:
@@ -129,7 +131,7 @@ def remove_masks(network: nn.Module) -> None:
 def sparsity_of(network: nn.Module, names: list[str] | None = None) -> float:
     """The counted part of zeros among the weights of some layers, in [0, 1]; `None` is `chosen_layers` by default."""
     chosen = chosen_layers(network) if names is None else {name: network.get_submodule(name) for name in names}
-    zeros = sum(int((layer.weight == 0).sum()) for layer in chosen.values())
+    zeros = sum(int(whole((layer.weight.detach() == 0).sum())) for layer in chosen.values())
     return zeros / sum(layer.weight.numel() for layer in chosen.values())
 
 
@@ -268,7 +270,7 @@ class Magnitude(Sparsity):
 
     def scores(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> Scores:
         """`|w|`."""
-        return {name: layer.weight.detach().abs() for name, layer in layers.items()}
+        return {name: whole(layer.weight.detach()).abs() for name, layer in layers.items()}
 
 
 @dataclass(frozen=True)
@@ -293,8 +295,8 @@ class Wanda(Sparsity):
         """`|w| · ‖x‖`."""
         norms = input_norms(network, layers, batches)
         return {
-            name: layer.weight.detach().abs() * norms[name].view_as(layer.weight[0]).to(layer.weight)
-            for name, layer in layers.items()
+            name: weight.abs() * norms[name].view_as(weight[0]).to(weight)
+            for name, weight in ((name, whole(layer.weight.detach())) for name, layer in layers.items())
         }
 
 
@@ -324,14 +326,15 @@ class Movement(Sparsity):
                 raise ValueError(
                     f"Movement must be applied during a run, by callbacks.pruning, but {name} has no scores of one"
                 )
-        return {name: getattr(layer, SCORES) for name, layer in layers.items()}
+        return {name: whole(getattr(layer, SCORES)) for name, layer in layers.items()}
 
     @torch.no_grad()
     def watch(self, layers: Mapping[str, nn.Module]) -> None:
         """Adds a step's movement: to be called where the gradients are there."""
         for layer in layers.values():
             if layer.weight.grad is not None:
-                getattr(layer, SCORES).addcmul_(layer.weight, layer.weight.grad, value=-1)
+                scores, weight, grad = local((getattr(layer, SCORES), layer.weight, layer.weight.grad))
+                scores.addcmul_(weight, grad, value=-1)
 
 
 @dataclass(frozen=True)
@@ -355,7 +358,8 @@ class Zeros(Compression):
             raise ValueError("network must have zeros to keep, but has none; start from the weights of a pruned model")
         add_masks(network, list(chosen))
         for layer in chosen.values():
-            getattr(layer, MASK).copy_(layer.weight != 0)
+            mask, weight = local((getattr(layer, MASK), layer.weight))
+            mask.copy_(weight != 0)
         return {"form": {"names": list(chosen)}, "sparsity": sparsity}
 
     @classmethod

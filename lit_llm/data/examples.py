@@ -12,7 +12,7 @@ from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 
 from lit_llm.data.labels import LabelReader, few_of, labelled_splits, read_labels, require_seen, some_of
-from lit_llm.data.sampling import BatchLoader
+from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.tables import Columns, Split, both
 
 log = logging.getLogger(__name__)
@@ -284,7 +284,7 @@ class ExampleData(LightningDataModule, ABC):
 
     @property
     def _place(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return place(self.trainer)
 
     def _loader(self, name: str, seed: int | None = None, share: bool = True) -> BatchLoader:
         readable = self._read(name)
@@ -297,6 +297,6 @@ class ExampleData(LightningDataModule, ABC):
         few = name == "train" and self.labels_per_class is not None
         lengths = None if few else self._lengths(readable)
         classes = readable.labels if self.balance_classes and seed is not None else None
-        place = self._place if share else (0, 1)
-        loader = BatchLoader(cut, len(readable), self.batch_size, seed, *place, lengths, classes)
+        mine = self._place if share else (0, 1)
+        loader = BatchLoader(cut, len(readable), self.batch_size, seed, *mine, lengths, classes)
         return loader

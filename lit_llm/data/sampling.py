@@ -9,6 +9,14 @@ from typing import Any
 import numpy as np
 
 
+def place(trainer: Any) -> tuple[int, int]:
+    """Which share of the rows this process reads, and of how many: those that share each product read the same."""
+    if trainer is None:
+        return 0, 1
+    share = getattr(trainer, "distributed_sampler_kwargs", None)
+    return (share["rank"], share["num_replicas"]) if share else (trainer.global_rank, trainer.world_size)
+
+
 class BatchLoader:
     """Yields batches cut whole from data with random access, with a position that is a pair of numbers.
 
@@ -21,7 +29,8 @@ class BatchLoader:
         num_rows: Rows there are.
         batch_size: Rows in a batch of one rank.
         shuffle_seed: Seed of the order, drawn anew each epoch; `None` keeps the rows in order, shares them out so
-            that each is counted once whatever the number of ranks, and keeps the last, smaller batch.
+            that each is counted once whatever the number of ranks, and keeps the last, smaller batch. Several ranks
+            have equally many batches, which differ by a row: those that share weights take each step together.
         rank: This process.
         world_size: All processes.
         lengths: Length of each row: batches are made of rows of about one length, or, where rows are not shuffled, the
@@ -53,15 +62,20 @@ class BatchLoader:
         """Batches of one epoch, for this rank."""
         if self.shuffle_seed is not None:
             return self.num_rows // (self.batch_size * self.world_size)
-        mine = len(range(self.rank, self.num_rows, self.world_size))
-        return -(-mine // self.batch_size)
+        # As many on each rank, as long as each has rows.
+        least = self.num_rows // self.world_size or int(self.rank < self.num_rows)
+        return min(-(-self.num_rows // (self.batch_size * self.world_size)), least)
 
     def __iter__(self) -> Iterator[Any]:
         """Goes on from the current position to the end of its epoch; in order, always from the first row."""
         order = self._order(self.epoch)
         first = self.batch if self.shuffle_seed is not None else 0
+        even = self.shuffle_seed is None and self.world_size > 1
         for batch in range(first, len(self)):
-            cut = self.cut(order[batch * self.batch_size : (batch + 1) * self.batch_size])  # `epoch` is still its own
+            start, end = (
+                n * len(order) // len(self) if even else n * self.batch_size for n in (batch, batch + 1)
+            )  # the last is cut short by what there is
+            cut = self.cut(order[start:end])  # `epoch` is still its own
             # The position after this batch, also when the loop that reads us stops early.
             self.epoch, self.batch = (self.epoch, batch + 1) if batch + 1 < len(self) else (self.epoch + 1, 0)
             yield cut

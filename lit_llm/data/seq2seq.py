@@ -14,7 +14,7 @@ from lit_llm.batch import IGNORE_INDEX, Seq2SeqBatch
 from lit_llm.data.collation import Collation
 from lit_llm.data.docmatch import open_docmatch
 from lit_llm.data.labels import cut_splits
-from lit_llm.data.sampling import BatchLoader
+from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.table_tokenizer import tokenizer_files, trained_tokenizer
 from lit_llm.data.tables import Columns, Split, check_texts, choose_splits, open_table
 from lit_llm.data.tokenizer import load_tokenizer, training_of
@@ -240,7 +240,7 @@ class Seq2SeqData(LightningDataModule):
 
     @property
     def _place(self) -> tuple[int, int]:
-        return (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        return place(self.trainer)
 
     def _loader(self, name: str, seed: int | None = None) -> BatchLoader:
         if name not in self._collations:

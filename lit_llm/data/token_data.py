@@ -16,7 +16,7 @@ from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus
-from lit_llm.data.sampling import BatchLoader
+from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.token_cache import (
     Encode,
     TokenCache,
@@ -155,9 +155,7 @@ class TokenData(LightningDataModule, ABC):
 
     @property
     def _place(self) -> tuple[int, int]:
-        if self.trainer is None:
-            return 0, 1
-        return self.trainer.global_rank, self.trainer.world_size
+        return place(self.trainer)
 
     @abstractmethod
     def _check_train(self) -> None: ...

@@ -86,6 +86,15 @@ class GPT2FeedForward(nn.Module):
 class GPT2Block(Block):
     """Attention and a feed-forward layer, each normalised before and added to the residual stream."""
 
+    tensor_parallel: ClassVar[dict[str, str]] = {
+        "attn.c_attn": "columns, gathered",
+        "attn.c_proj": "rows, cut",
+        "mlp.c_fc": "columns",
+        "mlp.c_proj": "rows",
+    }
+    """How devices share its products (`strategies`). Heads lie across the columns of the one matrix of queries, keys
+    and values, so what it gives is gathered, and each device has all heads."""
+
     def __init__(
         self,
         attention: GPT2Attention,

@@ -19,6 +19,14 @@ from lit_llm.models.rotary import RopeScaling, Rotation, rope_from_hf, rotation
 class LlamaBlock(Block):
     """Attention and a gated feed-forward layer, each normalised before and added to the residual stream."""
 
+    tensor_parallel: ClassVar[dict[str, str]] = {
+        **dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "columns"),
+        **dict.fromkeys(("self_attn.q_norm", "self_attn.k_norm"), "heads"),
+        **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "columns"),
+        **dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), "rows"),
+    }
+    """How devices share its products (`strategies`): each has some of the heads, and some of the inner width."""
+
     def __init__(self, attention: Attention, feed_forward: SwiGLU, d_model: int, norm_eps: float) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(d_model, norm_eps)

@@ -30,6 +30,7 @@ from lit_llm.metrics import MeanLoss
 from lit_llm.objectives.features import FeatureCache, can_be_cached
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule
+from lit_llm.shards import local, total_norm
 
 log = logging.getLogger(__name__)
 
@@ -370,8 +371,9 @@ class Objective(LightningModule, ABC):
         self._step_targets = 0.0
         # Lightning has divided by the micro-batches, and data-parallel strategies average over processes.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
+        # (Devices that share products count the same targets, as often as they are counted among the processes.)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(gradients, PART_SCALE * parts / targets.clamp(min=1))
+        torch._foreach_mul_(local(gradients), PART_SCALE * parts / targets.clamp(min=1))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets go of the gradients at once: Lightning would hold them through the next forward pass."""
@@ -409,10 +411,13 @@ class Objective(LightningModule, ABC):
                 "trainer.gradient_clip_val must be None with a fused optimiser under 16-mixed, but is "
                 f"{gradient_clip_val}; train in bf16-mixed, or set the optimiser's fused to false"
             )
+        gradients = [p.grad for p in self.parameters() if p.grad is not None] if gradient_clip_val else []
         if gradient_clip_algorithm == "value" and gradient_clip_val:
-            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
+            torch._foreach_clamp_min_(local(gradients), -gradient_clip_val)
+            torch._foreach_clamp_max_(local(gradients), gradient_clip_val)
         elif gradient_clip_val:
-            self.grad_norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val)
+            self.grad_norm = total_norm(gradients)
+            torch._foreach_mul_(local(gradients), (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0))
 
     # Measuring.
 
@@ -472,11 +477,16 @@ class Objective(LightningModule, ABC):
         """What else there is to say of the steps since the last call, by name; asked for after the loss."""
         return {}
 
-    def _mean_loss(self) -> float:
+    def _summed_loss(self) -> tuple[Tensor, Tensor]:
+        """The loss summed since it was last taken, and its targets, over all processes."""
         loss_sum, target_sum = (
             self.trainer.strategy.reduce(torch.as_tensor(x, device=self.device).clone(), reduce_op="sum")
             for x in (self._loss_sum, self._target_sum)
         )
+        return loss_sum, target_sum
+
+    def _mean_loss(self) -> float:
+        loss_sum, target_sum = self._summed_loss()
         loss = float(loss_sum) / max(float(target_sum), 1.0)
         self._require_finite("train/loss", loss)
         return loss
@@ -502,10 +512,11 @@ class Objective(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds how to build the network; refuses to write weights that are spoilt over good ones."""
         if self.trainer.state.fn == "fit":
+            checkpoint["unreported_loss"] = [float(x) for x in self._summed_loss()]
             self._mean_loss()
-            checkpoint["unreported_loss"] = [float(self._loss_sum), float(self._target_sum)]
-            norms = torch._foreach_norm([p.detach() for p in self.network.parameters()])
-            self._require_finite("the norm of the weights", float(torch.stack(norms).sum()))
+            norms = torch._foreach_norm(local(p.detach() for p in self.network.parameters()))
+            norm = self.trainer.strategy.reduce(torch.stack(norms).sum(), reduce_op="sum")
+            self._require_finite("the norm of the weights", float(norm))
         checkpoint["network"] = {**self.hparams["network"], "size": self.hparams[self.size_name]}
         if hasattr(self.network, "arguments"):  # they say what a path or a name stood for
             checkpoint["network"]["init_args"] = self.network.arguments
@@ -526,7 +537,8 @@ class Objective(LightningModule, ABC):
         """
         if self.hparams["network"] is None:
             self.hparams.update(checkpoint["hyper_parameters"])
-        self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0))
+        first = self._trainer is None or self.trainer.is_global_zero  # the sum of all processes counts once
+        self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0)) if first else (0.0, 0.0)
         self._require_images_of(checkpoint.get("image_shape"))
         replay(self.network, checkpoint.get("compression", []))
         own, stored = self.state_dict(), checkpoint["state_dict"]

@@ -12,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lit_llm.batch import inputs
 from lit_llm.compression.calibration import evaluating
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.objective import Loss
+from lit_llm.shards import local
 
 
 class SemiSupervised(Classification):
@@ -129,7 +131,10 @@ class SemiSupervised(Classification):
     def _move_average(self, step: int) -> None:
         """Moves the average after so many steps; what is no parameter, as running statistics are, is copied."""
         decay = min(self.decay, step / (step + 1))
-        pairs = (list(network.parameters()) for network in (self.average, self.network))
+        for network in (self.average, self.network):
+            if isinstance(network, FSDPModule):  # what it was read with is no longer needed whole
+                network.reshard()
+        pairs = (local(network.parameters()) for network in (self.average, self.network))
         torch._foreach_lerp_(*pairs, 1 - decay)
         for mine, theirs in zip(self.average.buffers(), self.network.buffers(), strict=True):
             mine.copy_(theirs)

@@ -275,3 +275,11 @@ def test_balanced_and_grouped_a_loader_goes_on_where_it_was() -> None:
 def test_while_a_batch_is_cut_the_epoch_is_its_own() -> None:
     batches = BatchLoader(lambda rows: batches.epoch, 6, 2, 0)
     assert several_epochs(batches, 3) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+@given(rows=st.integers(4, 60), batch_size=st.integers(1, 5), world_size=st.integers(2, 4))
+def test_ranks_that_share_weights_have_equally_many_batches_to_evaluate(rows, batch_size, world_size) -> None:
+    parts = [list(loader(rows, batch_size, None, rank, world_size)) for rank in range(world_size)]
+    assert len({len(part) for part in parts}) == 1
+    assert all(batch for part in parts for batch in part)
+    assert max(len(batch) for part in parts for batch in part) <= batch_size + 1

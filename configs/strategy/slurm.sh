@@ -1,0 +1,21 @@
+#!/bin/bash
+# A run on a SLURM cluster: sbatch configs/strategy/slurm.sh --config RUN.yaml --config configs/strategy/fsdp.yaml
+# Before its time is over, or where it has to give way, it saves; then it is queued again and goes on where it was.
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+run=runs/slurm/$SLURM_JOB_ID
+if [ -e "$run/checkpoints/last.ckpt" ]; then
+  words=(--run_dir "$run" --ckpt_path last)
+else
+  words=("$@" --run_dir "$run" --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE")
+fi
+srun --kill-on-bad-exit=1 lit-llm fit "${words[@]}"
+code=$?
+# 130: interrupted, and saved.
+if [ "$code" = 130 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
+exit "$code"

@@ -1,0 +1,313 @@
+"""What Lightning lacks to share one network out over devices: where to cut it, and checkpoints that any strategy reads.
+
+DDP itself is a line of YAML (`configs/strategy/ddp.yaml`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
+from torchmetrics import Metric
+
+from lit_llm.models.block import Block
+from lit_llm.shards import part, shared_as, whole
+
+READING = ("hidden", "logits_at", "classify", "features", "generate")
+"""Methods besides `forward` by which an objective has a network read: they need its weights too."""
+
+STYLES = {
+    "columns": ColwiseParallel,
+    "rows": RowwiseParallel,
+    "columns, gathered": lambda: ColwiseParallel(output_layouts=Replicate()),
+    "rows, cut": lambda: RowwiseParallel(input_layouts=Replicate()),
+}
+"""How a matrix of a block is shared out; `heads` besides are weights that each device applies to its own heads."""
+
+
+class Sharded(ModelParallelStrategy):
+    """Shares weights, gradients and the optimiser's state out over all devices, and matrix products over some of them.
+
+    With `tensor_parallel_size` 1 that is fully sharded data parallelism: each device keeps a part of every block, the
+    whole block is gathered where it is read, and its gradients are scattered again (FSDP2). With more, devices next to
+    each other share the products of each block, and read the same rows; embeddings, norms and the head they have in
+    common. A network says by its blocks' `tensor_parallel` which matrices are cut by columns and which by rows. Of N
+    devices, `N / tensor_parallel_size` read different rows: that many times `data.batch_size` is the global batch.
+
+    Losses are those of one process with the same global batch, up to rounding. Checkpoints are gathered on the first
+    process, into the one form that all strategies and any number of devices read.
+
+    Args:
+        tensor_parallel_size: Devices that share each matrix product; divides their number.
+        cpu_offload: Keep weights, gradients and optimiser in the CPU's memory, and step there.
+        gather_dtype: What blocks are gathered as. `bfloat16` halves what is sent, and changes nothing but the norms'
+            gains where products are taken in bfloat16 anyway (`bf16-mixed`); gradients are added up in float32.
+        process_group_backend: As in Lightning; `None` is the device's own.
+        timeout_minutes: After which a process that waits for another one gives up.
+
+    Raises:
+        ValueError: When a size is below 1, or does not divide what it has to.
+
+    Source:
+        Zhao et al., 2023, "PyTorch FSDP", arXiv:2304.11277; Shoeybi et al., 2019, "Megatron-LM", arXiv:1909.08053,
+        section 3.
+    """
+
+    def __init__(
+        self,
+        tensor_parallel_size: int = 1,
+        cpu_offload: bool = False,
+        gather_dtype: Literal["float32", "bfloat16"] = "float32",
+        process_group_backend: str | None = None,
+        timeout_minutes: float = 30.0,
+    ) -> None:
+        if tensor_parallel_size < 1:
+            raise ValueError(f"tensor_parallel_size must be at least 1, but is {tensor_parallel_size}")
+        if timeout_minutes <= 0:
+            raise ValueError(f"timeout_minutes must be above 0, but is {timeout_minutes}")
+        super().__init__(
+            tensor_parallel_size=tensor_parallel_size,
+            save_distributed_checkpoint=False,
+            process_group_backend=process_group_backend,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+        self.tensor_parallel_size, self.cpu_offload, self.gather_dtype = tensor_parallel_size, cpu_offload, gather_dtype
+
+    def setup_environment(self) -> None:
+        """Arranges the devices in a mesh.
+
+        Raises:
+            ValueError: When they cannot be.
+        """
+        devices = self.num_processes * self.num_nodes
+        if devices % self.tensor_parallel_size:
+            raise ValueError(
+                f"tensor_parallel_size must divide the number of devices, {devices}, but is {self.tensor_parallel_size}"
+            )
+        self._data_parallel_size = devices // self.tensor_parallel_size
+        super().setup_environment()
+
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        # Norms of gradients that lie in the CPU's memory are added up there.
+        return f"cpu:gloo,cuda:{backend}" if self.cpu_offload and backend == "nccl" else backend
+
+    def setup(self, trainer: Trainer) -> None:
+        """Shares out what has been built, before an optimiser is made of it."""
+        options: dict[str, Any] = (
+            {"offload_policy": CPUOffloadPolicy(torch.accelerator.is_available())} if self.cpu_offload else {}
+        )
+        for child in self.lightning_module.children():
+            for module in child if isinstance(child, nn.ModuleList) else [child]:
+                plain = [not isinstance(p, DTensor) for p in module.parameters()]
+                if plain and all(plain):  # a test after a fit finds it shared out already
+                    share_out(module, self.device_mesh, getattr(torch, self.gather_dtype), **options)
+        for metric in self.lightning_module.modules():
+            if isinstance(metric, Metric):  # devices that read the same rows count them once
+                metric.process_group = self.device_mesh["data_parallel"].get_group()
+        super().setup(trainer)
+
+    def model_to_device(self) -> None:
+        """Brings to the device what is not shared out; the rest is where it belongs."""
+        for module in self.lightning_module.modules():
+            if isinstance(module, Metric):
+                module.to(self.root_device)
+            else:
+                for name, buffer in module._buffers.items():
+                    module._buffers[name] = buffer if buffer is None else buffer.to(self.root_device)
+                for p in module._parameters.values():
+                    if p is not None and not isinstance(p, DTensor):
+                        p.data = p.data.to(self.root_device)
+
+    # Checkpoints: whole, on the first process.
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """All that learns, gathered; on other processes nothing."""
+        return self._gathered(self.lightning_module.state_dict())
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """The optimiser's state, gathered; on other processes nothing."""
+        return self._gathered(getattr(optimizer, "_optimizer", optimizer).state_dict())
+
+    def _gathered(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        """The tensors of a state one after the other, so that a device holds no more than one whole."""
+
+        def gather(tensor: Tensor) -> Tensor | None:
+            tensor = whole(tensor.detach())
+            return tensor.cpu() if self.is_global_zero else None
+
+        gathered = tree_map_only(Tensor, gather, dict(state))
+        return gathered if self.is_global_zero else {}
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads a checkpoint of any strategy."""
+        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Takes of each whole tensor the share that belongs here."""
+        own = self.lightning_module.state_dict()
+        shares = {
+            name: shared_as(part(t, own[name]).to(own[name].device), own[name]) if name in own else t
+            for name, t in checkpoint["state_dict"].items()
+        }
+        self.lightning_module.load_state_dict(shares, strict=strict)
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Lightning asks for it as for any strategy."""
+        return True
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """As the weights."""
+        for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            members = [p for group in optimizer.param_groups for p in group["params"]]
+            numbers = [number for group in stored["param_groups"] for number in group["params"]]
+            owner = dict(zip(numbers, members, strict=True))
+            shares = {
+                number: {name: _share_of(value, owner[number]) for name, value in values.items()}
+                for number, values in stored["state"].items()
+            }
+            optimizer.load_state_dict({**stored, "state": shares})
+
+
+def _share_of(value: Any, p: Tensor) -> Any:
+    """What belongs here of an optimiser's value for a parameter: of one in its shape a share, of others all."""
+    if isinstance(value, Tensor) and value.shape == p.shape:
+        return shared_as(part(value, p).to(p.device), p)
+    return value
+
+
+def share_out(network: nn.Module, mesh: DeviceMesh, gather_dtype: torch.dtype, **options: Any) -> None:
+    """Cuts a network, in place, over a mesh of the dimensions `data_parallel` and `tensor_parallel`.
+
+    Args:
+        network: Each of its `Block`s is gathered by itself.
+        mesh: The devices.
+        gather_dtype: What the blocks are gathered as.
+        options: Of `fully_shard`, for all of it.
+    """
+    data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
+    if tensor.size() > 1:
+        cut_products(network, tensor)
+    if data.size() == 1:
+        return
+    policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    low = {"mp_policy": policy} if gather_dtype != torch.float32 else {}
+    for module in reversed(list(network.modules())):  # a block within a block comes first
+        if isinstance(module, Block):
+            fully_shard(module, mesh=data, **low, **options)
+    fully_shard(network, mesh=data, **options)
+    for module in network.modules():
+        if hasattr(
+            module, "generate"
+        ):  # of transformers: who has written all writes on for as long as another one does
+            module._is_fsdp_managed_module = True
+    for name in READING:
+        if hasattr(network, name):
+            register_fsdp_forward_method(network, name)
+
+
+# Tensor parallelism.
+
+
+def cut_products(network: nn.Module, mesh: DeviceMesh) -> None:
+    """Has the devices of a mesh share each product of a network's blocks, in place.
+
+    Args:
+        network: One whose blocks have `tensor_parallel`, by the names of their layers how each is cut.
+        mesh: Of one dimension.
+
+    Raises:
+        ValueError: When the network does not say how it is cut, cannot be cut in so many, or has adapters.
+    """
+    size, kind = mesh.size(), type(network).__name__
+    blocks = [module for module in network.modules() if isinstance(module, Block)]
+    if not blocks or not all(hasattr(block, "tensor_parallel") for block in blocks):
+        raise ValueError(
+            f"tensor_parallel_size must be 1 for a network whose blocks do not say how they are cut, but is {size} for "
+            f"a {kind}"
+        )
+    for name in ("num_heads", "num_kv_heads", "d_ff"):
+        if (number := getattr(network, name, size)) % size:
+            raise ValueError(f"tensor_parallel_size must divide the network's {name}, {number}, but is {size}")
+    cut: set[nn.Module] = set()
+    for block in blocks:
+        styles = {name: STYLES[style]() for name, style in block.tensor_parallel.items() if style in STYLES}
+        for name in styles:
+            if type(block.get_submodule(name)) is not nn.Linear:
+                raise ValueError(f"tensor_parallel_size must be 1 where {name} has an adapter, but is {size}")
+            cut.add(block.get_submodule(name))
+        parallelize_module(block, mesh, styles, src_data_rank=None)  # each process has made the same weights
+    shared: dict[nn.Parameter, nn.Parameter] = {}
+    own_heads = set(_on_heads(blocks))
+    for module in network.modules():
+        if module not in cut and any(p is not None for p in module._parameters.values()):
+            _have_in_common(module, mesh, shared, module in own_heads)
+
+
+def _on_heads(blocks: list[Block]) -> Iterator[nn.Module]:
+    """Layers of which each device applies all weights to its own heads."""
+    for block in blocks:
+        for name, style in block.tensor_parallel.items():
+            layer = block.get_submodule(name.rpartition(".")[0])
+            if style == "heads" and (layer := getattr(layer, name.rpartition(".")[2])) is not None:
+                yield layer
+
+
+def _have_in_common(
+    module: nn.Module, mesh: DeviceMesh, shared: dict[nn.Parameter, nn.Parameter], own_heads: bool
+) -> None:
+    """Gives each device of a mesh all of a layer's weights: as all weights are then, they are tensors of the mesh.
+
+    The layer computes with plain ones. Where each device applies them to other heads, gradients are added up.
+    """
+
+    def reading(name: str) -> property:
+        def read(layer: nn.Module) -> Tensor | None:
+            p = layer._parameters[name]
+            if not isinstance(p, DTensor) or p.device_mesh.ndim > 1:  # cut further, until it is gathered
+                return p
+            weight = p.to_local()
+            return _SummedGradient.apply(weight, mesh.get_group()) if own_heads else weight
+
+        return property(read)
+
+    for name, p in module._parameters.items():
+        if p is not None and p not in shared:
+            everywhere = distribute_tensor(p.detach(), mesh, [Replicate()], src_data_rank=None)
+            shared[p] = nn.Parameter(everywhere, requires_grad=p.requires_grad)
+        module._parameters[name] = shared.get(p)
+    kind = type(module)
+    module.__class__ = type(
+        kind.__name__, (kind,), {"__module__": kind.__module__} | {n: reading(n) for n in module._parameters}
+    )
+
+
+class _SummedGradient(torch.autograd.Function):
+    """Passes weights on, and adds their gradients up over devices."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
+        """As it is."""
+        ctx.group = group
+        return weight.view_as(weight)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        """The sum."""
+        grad = grad.clone()
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None

@@ -1,0 +1,290 @@
+"""A run over several processes is the run of one: its losses, its checkpoints in any other's place, its model."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from lit_llm.callbacks.metrics_csv import read_metrics
+from lit_llm.checkpoints import load_model
+from tests.processes import run
+from tests.writing import REPOSITORY
+
+pytestmark = pytest.mark.slow
+
+CONFIGS = REPOSITORY / "configs"
+NETWORKS = {
+    # Biases and norms of all kinds; a head of its own, and one that is the embedding too.
+    "llama": ["lit_llm.models.llama.Llama", "--model.network.qk_norm", "true"],
+    "gpt2": ["lit_llm.models.gpt2.GPT2", "--model.network.max_seq_len", "64"],
+}
+PROCESSES = {"ddp": 2, "fsdp": 2, "fsdp_offload": 2, "tensor_parallel": 2, "fsdp_tensor_parallel": 4}
+READERS = {"ddp": 2, "fsdp": 2, "fsdp_offload": 2, "tensor_parallel": 1, "fsdp_tensor_parallel": 2}
+"""How many read rows of their own."""
+
+ADAM = [
+    "--model.optimizer",
+    "torch.optim.AdamW",
+    "--model.optimizer.lr",
+    "0.01",
+    "--model.optimizer.weight_decay",
+    "0.1",
+]
+SHORT = [
+    *("--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"),
+    *("--trainer.precision", "32-true", "--trainer.num_sanity_val_steps", "0", "--trainer.gradient_clip_val", "1.0"),
+    *("--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"),
+]
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+    "hidden_dropout_prob": 0.0,
+    "attention_probs_dropout_prob": 0.0,
+}
+T5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
+
+
+def decoder(name: str, texts: Path) -> list[object]:
+    options = [*("--config", CONFIGS / "pretraining/llama_stdlib.yaml"), "--model.network", *NETWORKS[name]]
+    options += ["--model.network.d_model", "32", "--model.network.num_layers", "2", "--model.network.num_heads", "2"]
+    options += ["--data.path", texts, "--data.tokenizer", "bytes", "--data.seq_len", "32"]
+    return [*options, "--data.validation_fraction", "0.1", "--data.test_fraction", "0.1", *SHORT]
+
+
+def over(name: str) -> list[object]:
+    """A strategy's overlay, and a global batch of four rows."""
+    batch = ["--data.batch_size", 4 // READERS.get(name, 1)]
+    if name == "one":
+        return batch
+    return [*batch, "--config", CONFIGS / f"strategy/{name}.yaml", "--trainer.devices", PROCESSES[name]]
+
+
+def fit(folder: Path, *runs: tuple[str, str, list[object]]) -> None:
+    """Trains, each run by its name in a folder of that name, under its strategy."""
+    commands = [
+        (PROCESSES.get(strategy, 1), ["fit", *words, *over(strategy), "--run_dir", folder / name])
+        for name, strategy, words in runs
+    ]
+    for (name, *_), ended in zip(runs, run(*commands), strict=True):
+        assert not any(ended.codes), f"{name}: {ended.codes}\n{ended.err}"
+
+
+def assert_same_losses(one: Path, other: Path, rel: float = 2e-5) -> None:
+    mine, theirs = (read_metrics(path / "metrics.csv") for path in (one, other))
+    assert [row["step"] for row in mine] == [row["step"] for row in theirs]
+    names = {"train/loss", "train/grad_norm", "train/tokens"} | {n for row in mine for n in row if n.startswith("val/")}
+    for left, right in zip(mine, theirs, strict=True):
+        for name in names:
+            assert (name in left) == (name in right), name
+            assert right.get(name, 0.0) == pytest.approx(left.get(name, 0.0), rel=rel, abs=1e-6), (name, left["step"])
+
+
+def assert_same_model(one: Path, other: Path) -> None:
+    mine, theirs = (dict(load_model(path)[0].named_parameters()) for path in (one / "model", other / "model"))
+    assert mine.keys() == theirs.keys()
+    for name in mine:
+        torch.testing.assert_close(theirs[name], mine[name], rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_a_decoder_has_the_losses_and_the_model_of_one_process(network, texts, tmp_path):
+    words = [*decoder(network, texts), *ADAM, "--trainer.accumulate_grad_batches", 2]
+    words += ["--model.network.activation_checkpointing", "true"]
+    fit(tmp_path, *((name, name, words) for name in ("one", *PROCESSES)))
+    for name in PROCESSES:
+        assert_same_losses(tmp_path / "one", tmp_path / name)
+        assert_same_model(tmp_path / "one", tmp_path / name)
+        tests = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("one", name)]
+        assert tests[1]["test/loss"] == pytest.approx(tests[0]["test/loss"], rel=1e-5)
+
+
+def test_a_checkpoint_goes_on_under_any_strategy_and_number_of_processes(texts, tmp_path):
+    """Muon's momentum too, whose steps are made in bfloat16, so that rounding shows sooner."""
+    words = decoder("llama", texts)
+    moves = [("one", "fsdp_tensor_parallel"), ("fsdp_tensor_parallel", "one"), ("fsdp", "tensor_parallel")]
+    moves += [("tensor_parallel", "ddp"), ("ddp", "fsdp")]
+    fit(tmp_path, *((name, name, words) for name in ("one", *READERS) if name != "fsdp_offload"))
+    longer = [*words, "--trainer.max_steps", 6, "--ckpt_path", "last"]
+    onward = [(f"{start}-{end}", end, longer) for start, end in [*moves, ("one", "one")]]
+    for name, *_ in onward:
+        shutil.copytree(tmp_path / name.split("-")[0], tmp_path / name)
+    fit(tmp_path, *onward)
+    for name, *_ in onward:
+        assert_same_losses(tmp_path / "one-one", tmp_path / name, rel=1e-3)
+        assert len(read_metrics(tmp_path / name / "metrics.csv")) == 6
+
+
+def examples(reviews: Path) -> list[object]:
+    data = ["--data.path", reviews, "--data.tokenizer", "bert-bpe-300", "--data.validation_fraction", "0.2"]
+    network = "lit_llm.models.pretrained_classifier.PretrainedClassifier"
+    options = ["--model.network", network, "--model.network.config", json.dumps(BERT), *SHORT]
+    return [
+        "--config",
+        CONFIGS / "finetuning/encoder_docmatch.yaml",
+        "--data",
+        "lit_llm.data.glue.GLUEData",
+        *data,
+        *options,
+    ]
+
+
+def test_other_objectives_have_the_losses_of_one_process(texts, reviews, chats, pictures, tmp_path):
+    masked = ["--config", CONFIGS / "pretraining/modernbert_stdlib.yaml", "--data.path", texts, *ADAM]
+    masked += ["--model.network.config.hidden_size", "32", "--model.network.config.intermediate_size", "32"]
+    masked += ["--data.tokenizer", "bert-bpe-300", "--data.seq_len", "32", "--data.validation_fraction", "0.1", *SHORT]
+    adapted = [*examples(reviews), "--config", CONFIGS / "adaptation/lora.yaml"]
+    averaged = [*examples(reviews), "--model", "lit_llm.objectives.semi_supervised.MeanTeacher"]
+    averaged += ["--data.labels_per_class", "8", "--data.unlabelled_ratio", "1"]
+    images = ["--config", CONFIGS / "pretraining/cnn_digits.yaml", "--data.path", pictures]
+    images += ["--data.validation_fraction", "0.2", "--model.network", CONFIGS / "models/vit_400k.yaml", *SHORT]
+    runs = {"masked": masked, "classes": examples(reviews), "adapted": adapted, "averaged": averaged, "images": images}
+    fit(tmp_path, *((f"{name}-{on}", on, words) for name, words in runs.items() for on in ("one", "fsdp")))
+    for name in runs:
+        assert_same_losses(tmp_path / f"{name}-one", tmp_path / f"{name}-fsdp")
+    assert (tmp_path / "adapted-fsdp/adapter/adapter_config.json").exists()
+
+
+def test_masks_hold_and_go_on_where_weights_are_shared_out(texts, tmp_path):
+    words = [*decoder("llama", texts), *ADAM, "--config", CONFIGS / "compression/pruning.yaml"]
+    runs = [(f"{on}", on, words) for on in ("one", "fsdp", "fsdp_tensor_parallel")]
+    fit(tmp_path, *runs)
+    shutil.copytree(tmp_path / "fsdp", tmp_path / "onward")
+    fit(tmp_path, ("onward", "one", [*words, "--trainer.max_steps", "5", "--ckpt_path", "last"]))
+    for name in ("fsdp", "fsdp_tensor_parallel"):
+        assert_same_losses(tmp_path / "one", tmp_path / name, rel=1e-4)
+    for name in ("one", "fsdp", "fsdp_tensor_parallel", "onward"):
+        assert read_metrics(tmp_path / name / "metrics.csv")[-1]["train/sparsity"] == pytest.approx(0.5, abs=1e-3)
+
+
+def test_blocks_gathered_in_bfloat16_change_nothing_but_rounding_under_autocast(texts, tmp_path):
+    words = [*decoder("llama", texts), *ADAM, "--trainer.precision", "bf16-mixed"]
+    fit(tmp_path, ("one", "fsdp", words), ("two", "fsdp", [*words, "--trainer.strategy.gather_dtype", "bfloat16"]))
+    assert_same_losses(tmp_path / "one", tmp_path / "two", rel=5e-3)
+
+
+def test_a_strategy_that_cannot_be_is_refused_in_one_line(texts, tmp_path):
+    words = [*decoder("llama", texts), "--trainer.strategy", "lit_llm.strategies.Sharded"]
+    lstm = [*words, "--model.network", CONFIGS / "models/lstm_5m.yaml"]
+    refused = {
+        "tensor_parallel_size must divide the number of devices, 2, but is 3": [
+            *words,
+            "--trainer.strategy.tensor_parallel_size",
+            "3",
+        ],
+        "tensor_parallel_size must divide the network's num_heads, 3, but is 2": [
+            *words,
+            *("--trainer.strategy.tensor_parallel_size", "2"),
+            *("--model.network.num_heads", "3", "--model.network.d_model", "48"),
+        ],
+        "tensor_parallel_size must be 1 for a network whose blocks do not say how they are cut, but is 2 for a LSTM": [
+            *lstm,
+            "--trainer.strategy.tensor_parallel_size",
+            "2",
+        ],
+        "trainer.strategy must keep the weights whole on each device to quantise them, but shares them out": [
+            *words,
+            "--config",
+            CONFIGS / "compression/qat_int4.yaml",
+        ],
+    }
+    commands = [
+        (2, ["fit", *w, "--trainer.devices", 2, "--run_dir", tmp_path / str(n)]) for n, w in enumerate(refused.values())
+    ]
+    differing = [*decoder("llama", texts), *over("ddp"), "--trainer.max_steps", "1{rank}", "--run_dir", tmp_path / "x"]
+    refused["trainer.max_steps must be the same in all processes, but is 11 in process 1 where process 0 has 10"] = []
+    commands.append((2, ["fit", *differing]))
+    for line, ended in zip(refused, run(*commands), strict=True):
+        assert ended.codes == [2, 2], ended.err
+        assert f"lit-llm: error: {line}" in ended.err
+        assert "Traceback" not in ended.err
+
+
+def test_the_commands_of_the_readme_run_several_processes(texts, tmp_path):
+    """By Lightning's own launcher, and by torchrun."""
+    text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
+    commands = [shlex.split(line) for line in text.splitlines() if "--trainer.devices 2" in line]
+    assert [words[0] for words in commands] == ["lit-llm", "torchrun"]
+    small = decoder("llama", texts)[2:]
+    for words in commands:
+        python = {"lit-llm": ["-m", "lit_llm"], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
+        where = words.index("--run_dir") + 1
+        words[where] = str(tmp_path / words[where])
+        started(sys.executable, *python, *words[1:], *small, "--data.batch_size", 2)
+    one, two = (read_metrics(tmp_path / "runs" / name / "metrics.csv") for name in ("two", "torchrun"))
+    assert [row.get("val/loss") for row in one] == pytest.approx([row.get("val/loss") for row in two], rel=1e-3)
+
+
+def started(*words: object, **environment: str) -> subprocess.CompletedProcess:
+    surroundings = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "PYTHONPATH": str(REPOSITORY)}
+    return subprocess.run(
+        [str(word) for word in words],
+        env=surroundings | environment,
+        cwd=REPOSITORY,
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=400,
+    )
+
+
+class TakenAway(Callback):
+    """A cluster asks one of the processes to give way after two steps; the others hear of it from that one."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+SRUN = """#!{python}
+# As many processes as a node has tasks, with what SLURM tells each; the highest exit code.
+import os, subprocess, sys
+count = int(os.environ["SLURM_NTASKS_PER_NODE"])
+about = {{"SLURM_NTASKS": count, "SLURM_NODEID": 0, "SLURM_NODELIST": "127.0.0.1", "SLURM_JOB_NAME": "test"}}
+def start(rank):
+    task = about | {{"SLURM_PROCID": rank, "SLURM_LOCALID": rank}}
+    words = [sys.executable, "-m", "lit_llm", *sys.argv[3:]]
+    return subprocess.Popen(words, env={{**os.environ, **{{name: str(value) for name, value in task.items()}}}})
+sys.exit(max(process.wait() for process in [start(rank) for rank in range(count)]))
+"""
+
+
+def test_a_job_of_slurm_that_is_taken_away_is_queued_again_and_goes_on(texts, tmp_path):
+    for name, content in (
+        ("srun", SRUN.format(python=sys.executable)),
+        ("scontrol", '#!/bin/bash\necho "$@" >> queue'),
+    ):
+        (tmp_path / "bin").mkdir(exist_ok=True)
+        (tmp_path / "bin" / name).write_text(content)
+        (tmp_path / "bin" / name).chmod(0o755)
+    job = {"SLURM_JOB_ID": str(random.randrange(20000, 29999)), "SLURM_NTASKS_PER_NODE": "2", "SLURM_NNODES": "1"}
+    words = [
+        *decoder("llama", texts),
+        *over("fsdp")[:-2],
+        "--trainer.callbacks+",
+        "tests.cli.test_strategies.TakenAway",
+    ]
+    call = f"cd {tmp_path} && PATH={tmp_path}/bin:$PATH exec bash {CONFIGS}/strategy/slurm.sh"
+    with pytest.raises(subprocess.CalledProcessError) as ended:
+        started("bash", "-c", call + ' "$@"', "bash", *words, **job)
+    assert ended.value.returncode == 130, ended.value.stderr
+    assert (tmp_path / "queue").read_text() == f"requeue {job['SLURM_JOB_ID']}\n"
+    run = tmp_path / "runs/slurm" / job["SLURM_JOB_ID"]
+    assert read_metrics(run / "metrics.csv")[-1]["step"] == 2
+    started("bash", "-c", call, **job)
+    assert read_metrics(run / "metrics.csv")[-1]["step"] == 4
+    assert (run / "model/config.json").exists()

@@ -1,0 +1,151 @@
+"""Where a network is cut; tests/cli/test_strategies.py has the runs of several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from lit_llm.cli.errors import one_line
+from lit_llm.models.block import Block
+from lit_llm.shards import is_shared_out, local, part, shared_as, total_norm, whole
+from lit_llm.strategies import STYLES, Sharded, share_out
+
+
+@contextmanager
+def devices(rank: int, data: int, tensor: int) -> Iterator[DeviceMesh]:
+    """A mesh of devices of which there is one, whose messages go nowhere."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=data * tensor)
+    try:
+        yield init_device_mesh("cpu", (data, tensor), mesh_dim_names=("data_parallel", "tensor_parallel"))
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(params=["llama", "gpt2"])
+def network(request, tiny_llama, tiny_gpt2):
+    # 37 tokens and 3 * 32 rows: neither shares out evenly.
+    return tiny_llama(qk_norm=True) if request.param == "llama" else tiny_gpt2()
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(3, 1), (1, 2)])
+def test_what_a_device_takes_of_a_checkpoint_is_what_it_was_given_of_the_network(network, data, tensor):
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    for rank in (0, data * tensor - 1):
+        copy = type(network)(37, d_model=32, num_layers=2, num_heads=4, d_ff=48, max_seq_len=64, **options(network))
+        copy.load_state_dict(state)
+        with devices(rank, data, tensor) as mesh:
+            share_out(copy, mesh, torch.float32)
+            for name, p in copy.named_parameters():
+                assert isinstance(p, DTensor)
+                assert p.shape == state[name].shape
+                mine = part(state[name], p)
+                torch.testing.assert_close(p.to_local(), mine, rtol=0, atol=0, msg=name)
+                assert shared_as(mine, p).shape == p.shape
+            here = sum(t.numel() for t in local(copy.parameters()))
+            assert here < sum(t.numel() for t in state.values()) * (0.4 if data == 3 else 0.8)
+            assert is_shared_out(copy.parameters())
+
+
+def options(network: nn.Module) -> dict[str, bool]:
+    return {"qk_norm": True} if hasattr(network, "qk_norm") else {}
+
+
+def test_a_block_says_of_each_of_its_matrices_how_it_is_cut(network):
+    for block in (module for module in network.modules() if isinstance(module, Block)):
+        matrices = {name for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
+        assert {name for name, style in block.tensor_parallel.items() if style in STYLES} == matrices
+        assert set(block.tensor_parallel.values()) <= {*STYLES, "heads"}
+
+
+def test_a_layer_that_devices_have_in_common_computes_with_plain_weights_and_keeps_its_class(network):
+    ids = torch.arange(6)[None]
+    with devices(0, 1, 2) as mesh:
+        share_out(network, mesh, torch.float32)
+        head = network.lm_head
+        assert type(head).__name__ == "Linear"
+        assert isinstance(head, nn.Linear)
+        assert not isinstance(head.weight, DTensor)
+        assert isinstance(
+            dict(network.named_parameters())["lm_head.weight" if not tied(network) else "wte.weight"], DTensor
+        )
+        assert network(ids).shape == (1, 6, 37)
+
+
+def tied(network: nn.Module) -> bool:
+    return network.lm_head._parameters["weight"] is not None and hasattr(network, "wte")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"num_heads": 2, "num_kv_heads": 1},
+            "tensor_parallel_size must divide the network's num_kv_heads, 1, but is 2",
+        ),
+        ({"d_ff": 47}, "tensor_parallel_size must divide the network's d_ff, 47, but is 2"),
+    ],
+)
+def test_a_network_that_does_not_divide_is_refused(tiny_llama, changes, message):
+    with devices(0, 1, 2) as mesh, pytest.raises(ValueError, match=f"^{message}$"):
+        share_out(tiny_llama(**changes), mesh, torch.float32)
+
+
+def test_a_network_with_adapters_or_without_a_plan_is_refused(tiny_llama):
+    from lit_llm.adaptation import LoRA
+    from lit_llm.models.recurrent import LSTM
+
+    adapted = tiny_llama()
+    LoRA().prepare(adapted)
+    with devices(0, 1, 2) as mesh:
+        with pytest.raises(
+            ValueError, match=r"^tensor_parallel_size must be 1 where self_attn.q_proj has an adapter, but is 2$"
+        ):
+            share_out(adapted, mesh, torch.float32)
+        with pytest.raises(ValueError, match=r"how they are cut, but is 2 for a LSTM$"):
+            share_out(LSTM(37, d_model=16), mesh, torch.float32)
+
+
+def test_arguments_out_of_range_are_refused():
+    with pytest.raises(ValueError, match=r"^tensor_parallel_size must be at least 1, but is 0$"):
+        Sharded(tensor_parallel_size=0)
+    with pytest.raises(ValueError, match=r"^timeout_minutes must be above 0, but is 0.0$"):
+        Sharded(timeout_minutes=0.0)
+
+
+def test_of_plain_tensors_the_share_and_the_whole_are_the_tensor():
+    tensors = [torch.randn(3, 4), torch.randn(5)]
+    assert local(tensors)[0] is tensors[0]
+    assert whole(tensors[0]) is tensors[0] is part(tensors[0], tensors[0])
+    assert total_norm(tensors).item() == torch.nn.utils.get_total_norm(tensors).item()
+    assert total_norm([]).item() == 0
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (
+            ValueError("The strategy `fsdp` requires a GPU accelerator, but received `accelerator='cpu'`."),
+            "trainer.strategy must be one that this machine can run, but is fsdp, which needs a GPU; "
+            "configs/strategy/fsdp.yaml runs everywhere",
+        ),
+        (
+            ValueError("You selected an invalid strategy name: `strategy='dpp'`. It must be either a string or"),
+            "trainer.strategy must be a class path or a name of Lightning, but is 'dpp'; see configs/strategy",
+        ),
+        (
+            RuntimeError("`BatchLoader` within local rank has zero length. Please make sure that it returns"),
+            "trainer.devices must leave each process something to evaluate, but the split has fewer rows; take fewer, or "
+            "set validation_fraction",
+        ),
+    ],
+)
+def test_what_lightning_says_of_a_strategy_is_said_in_one_line(error, line):
+    assert one_line(error) == line
