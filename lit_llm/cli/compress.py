@@ -300,7 +300,7 @@ class _Evaluator:
         return row
 
     def _headline(self, found: dict[str, float]) -> tuple[str, str]:
-        from lit_llm.cli.training import FALLING
+        from lit_llm.metrics import FALLING
 
         headline = getattr(self._cli.datamodule, "monitor", None) or self._cli.model.monitor
         prefix = "val" if self.chain.split == "validate" else "test"

@@ -9,18 +9,14 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-import torch.distributed as dist
-import yaml
 from jsonargparse import DefaultHelpFormatter
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.profilers import PassThroughProfiler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_llm.callbacks.confusion import ConfusionMatrix
@@ -37,22 +33,12 @@ from lit_llm.checkpoint_files import AtomicCheckpointIO, read_checkpoint
 from lit_llm.cli import fail, find_lr, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.errors import parser_line
-from lit_llm.files import replacing
+from lit_llm.cli.lean_loop import NoProfiler, skip_empty_hooks
+from lit_llm.cli.run_config import RunConfig
+from lit_llm.metrics import FALLING
 
 log = logging.getLogger(__name__)
 
-HOOKS_OF_A_STEP = (
-    "on_train_batch_start",
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "on_train_batch_end",
-)
-FALLING = {"loss", "perplexity", "bits_per_byte", "rmse", "mae"}
-"""Metrics of which less is better."""
-
-ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config", "find_lr"}
 EXAMPLES = """
 
 A run is one YAML file, named by --config; more of them are laid over it, and each value can be set by its dotted flag,
@@ -162,81 +148,6 @@ class ParagraphHelp(DefaultHelpFormatter):
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "".join(indent + line for line in text.splitlines(keepends=True))
-
-
-class RunConfig(SaveConfigCallback):
-    """Writes the resolved config into the run folder: `lit-llm fit --config` of it repeats the run."""
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes `config.yaml` when a fit starts.
-
-        Raises:
-            ValueError: When processes were told different things, or read different data.
-        """
-        if stage != "fit":
-            return
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        config = {key: value for key, value in config.items() if key not in ABOUT_ONE_RUN}
-        if dist.is_available() and dist.is_initialized():
-            manifest = getattr(trainer.datamodule, "manifest", {})
-            options = {name: value for name, value in config["trainer"].items() if name != "logger"}
-            facts = {name: fact for name, fact in manifest.items() if name != "files"}
-            require_same({**config, "trainer": options, "the data's": facts})
-        if not trainer.is_global_zero:
-            return
-        loggers = config["trainer"].get("logger")
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            options = logger.get("init_args", {}) if isinstance(logger, dict) else {}
-            if options.get("save_dir") == config["trainer"]["default_root_dir"]:
-                options["save_dir"] = None  # a run that repeats this one logs into its own folder
-                options |= {"id": None, "resume": None} if "id" in options else {}
-        config["trainer"]["default_root_dir"] = None
-        with replacing(Path(trainer.default_root_dir) / "config.yaml") as new:
-            new.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def require_same(said: dict[str, Any]) -> None:
-    """Sees that all processes say the same.
-
-    Raises:
-        ValueError: Naming the first thing that differs.
-    """
-    every: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every, dict(_leaves(said)))
-    first = every[0]
-    for rank, other in enumerate(every):
-        for name in sorted(first.keys() | other.keys()):
-            if first.get(name) != other.get(name):
-                raise ValueError(
-                    f"{name} must be the same in all processes, but is {other.get(name)} in process {rank} where "
-                    f"process 0 has {first.get(name)}; tell all of them the same, --run_dir too"
-                )
-
-
-def _leaves(said: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """What nested values say, by dotted names."""
-    for name, value in said.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-class NoProfiler(PassThroughProfiler):
-    """Lightning's profiler of nothing, without the generator that it makes some seventy times a step."""
-
-    _nothing = contextlib.nullcontext()
-
-    def profile(self, action_name: str) -> contextlib.AbstractContextManager[Any]:
-        """A context that does nothing."""
-        return self._nothing
-
-
-def skip_empty_hooks(owner: Any, base: type) -> None:
-    """Has Lightning pass over the hooks of a step that `owner` leaves as they are: it calls all but `None`."""
-    for name in HOOKS_OF_A_STEP:
-        if name not in vars(owner) and getattr(type(owner), name) is getattr(base, name):
-            setattr(owner, name, None)
 
 
 class CheckpointOptions:

@@ -299,7 +299,7 @@ def test_a_run_of_a_network_that_transformers_does_not_know_leaves_all_but_a_mod
 def test_only_hooks_that_do_nothing_are_passed_over_in_a_step() -> None:
     from lightning.pytorch.callbacks import Callback, LambdaCallback
 
-    from lit_llm.cli.training import HOOKS_OF_A_STEP, skip_empty_hooks
+    from lit_llm.cli.lean_loop import HOOKS_OF_A_STEP, skip_empty_hooks
 
     class Counting(Callback):
         def on_train_batch_end(self, *args: object) -> None: ...

@@ -1,0 +1,74 @@
+"""The file that repeats a run, and what processes of one run have to agree on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import SaveConfigCallback
+
+from lit_llm.files import replacing
+
+ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config", "find_lr"}
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved config into the run folder: `lit-llm fit --config` of it repeats the run."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes `config.yaml` when a fit starts.
+
+        Raises:
+            ValueError: When processes were told different things, or read different data.
+        """
+        if stage != "fit":
+            return
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        config = {key: value for key, value in config.items() if key not in ABOUT_ONE_RUN}
+        if dist.is_available() and dist.is_initialized():
+            manifest = getattr(trainer.datamodule, "manifest", {})
+            options = {name: value for name, value in config["trainer"].items() if name != "logger"}
+            facts = {name: fact for name, fact in manifest.items() if name != "files"}
+            require_same({**config, "trainer": options, "the data's": facts})
+        if not trainer.is_global_zero:
+            return
+        loggers = config["trainer"].get("logger")
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            options = logger.get("init_args", {}) if isinstance(logger, dict) else {}
+            if options.get("save_dir") == config["trainer"]["default_root_dir"]:
+                options["save_dir"] = None  # a run that repeats this one logs into its own folder
+                options |= {"id": None, "resume": None} if "id" in options else {}
+        config["trainer"]["default_root_dir"] = None
+        with replacing(Path(trainer.default_root_dir) / "config.yaml") as new:
+            new.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def require_same(said: dict[str, Any]) -> None:
+    """Sees that all processes say the same.
+
+    Raises:
+        ValueError: Naming the first thing that differs.
+    """
+    every: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(every, dict(_leaves(said)))
+    first = every[0]
+    for rank, other in enumerate(every):
+        for name in sorted(first.keys() | other.keys()):
+            if first.get(name) != other.get(name):
+                raise ValueError(
+                    f"{name} must be the same in all processes, but is {other.get(name)} in process {rank} where "
+                    f"process 0 has {first.get(name)}; tell all of them the same, --run_dir too"
+                )
+
+
+def _leaves(said: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """What nested values say, by dotted names."""
+    for name, value in said.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
