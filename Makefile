@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: demo test lint
+.PHONY: demo test notebooks
 
 demo: .venv/base  ## train the main config, generate, print what came out
 	$(BIN)/lit-llm fit --config configs/pretraining/llama_stdlib.yaml --run_dir $(RUN)
@@ -22,6 +22,10 @@ demo: .venv/base  ## train the main config, generate, print what came out
 test: .venv/dev  ## the whole suite, as CI runs it
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
+
+notebooks: .venv/dev  ## run all notebooks in place, as they are committed
+	$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --log-level WARN --ExecutePreprocessor.timeout=1800 \
+	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
