@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: demo test slow
+.PHONY: demo test slow notebooks
 
 demo: .venv/base  ## train the main config, generate, print what came out
 	$(BIN)/lit-llm fit --config configs/pretraining/llama_stdlib.yaml --run_dir $(RUN)
@@ -25,6 +25,10 @@ test: .venv/dev  ## style, and all tests but those marked slow: minutes
 
 slow: .venv/dev  ## the tests marked slow: killed processes, whole chains, every command of the README
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m slow
+
+notebooks: .venv/dev  ## run all notebooks in place, as they are committed
+	$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --log-level WARN --ExecutePreprocessor.timeout=1800 \
+	  --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 .venv/base: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
