@@ -96,6 +96,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao registers when it is imported
     logging.getLogger("torchao").setLevel(logging.ERROR)  # that it was built for other accelerators too
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # how a checkpoint is gathered
     for text in (
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.optim import Optimizer
 
 from lit_llm.batch import inputs
@@ -132,7 +131,7 @@ class SemiSupervised(Classification):
         """Moves the average after so many steps; what is no parameter, as running statistics are, is copied."""
         decay = min(self.decay, step / (step + 1))
         for network in (self.average, self.network):
-            if isinstance(network, FSDPModule):  # what it was read with is no longer needed whole
+            if hasattr(network, "reshard"):  # by FSDP2: what it was read with is no longer needed whole
                 network.reshard()
         pairs = (local(network.parameters()) for network in (self.average, self.network))
         torch._foreach_lerp_(*pairs, 1 - decay)
