@@ -5,11 +5,13 @@ Nothing heavy is imported before a sub-command is known, so `--help` and `--vers
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 
 from lit_llm import __version__
 from lit_llm.cli.lean_import import import_torchmetrics
@@ -73,11 +75,11 @@ def main(args: list[str] | None = None) -> None:
         fail(f"command must be one of {', '.join(COMMANDS)}, but is {words[0]}; {remedy}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the working directory can be named in configs
-    _speak()
     import_torchmetrics()
     module = importlib.import_module(COMMANDS[words[0]][0])
     try:
-        module.run(words)
+        with _speaking():
+            module.run(words)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -100,10 +102,17 @@ class _Lines(logging.Handler):
         print(self.format(record), file=sys.stderr, flush=True)
 
 
-def _speak() -> None:
-    """Shows what the package itself has to say, once per group of processes."""
-    logger = logging.getLogger("lit_llm")
-    if not logger.handlers and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) == "0":
-        logger.addHandler(_Lines())
-        logger.setLevel(logging.INFO)
-        logger.propagate = False
+@contextlib.contextmanager
+def _speaking() -> Iterator[None]:
+    """Shows what the package itself has to say, once per group of processes, until the command ends."""
+    logger, lines = logging.getLogger("lit_llm"), _Lines()
+    if logger.handlers or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
+        yield
+        return
+    logger.addHandler(lines)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)

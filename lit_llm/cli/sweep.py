@@ -437,7 +437,7 @@ def _draw(study: Any, plan: Sweep, out: Path) -> None:
             study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=SEED), target_name=plan.metric
         )
     for name, draw in drawn.items():
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna changes the style of all that follows
             warnings.simplefilter("ignore")  # that these pictures are experimental
             axes = draw()
         with replacing(out / f"{name}.png") as new:
