@@ -167,8 +167,9 @@ def fit_words(recipe: Recipe, seed: int, folder: Path, options: argparse.Namespa
 def table(found: dict[tuple[str, int], Found], options: argparse.Namespace) -> list[str]:
     """Everything measured so far as Markdown."""
     theirs = {seed: result for (name, seed), result in found.items() if name == SEEDS_SCRIPT}
+    seeds = ", ".join(map(str, sorted({seed for _, seed in found})))
     lines = [
-        f"{options.threads} threads; seeds {', '.join(map(str, options.seeds))}; mean ± standard deviation.",
+        f"Threads: {options.threads}; seeds: {seeds}; mean ± standard deviation.",
         "",
         "| | test accuracy, % | goal | training, s | "
         + ("seeds' script ÷ it | goal | " if theirs else "")
