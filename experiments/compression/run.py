@@ -168,7 +168,7 @@ LANGUAGE_MODEL = Table(
     ],
 )
 
-DIGITS = ["experiments/mnist/cnn_mnist_fast.yaml"]
+DIGITS = ["configs/pretraining/cnn_mnist_fast.yaml"]
 EPOCH = {**AGAIN, "model__optimizer__lr": 1e-3, "trainer__max_epochs": 1}
 
 IMAGES = Table(
