@@ -101,6 +101,7 @@ def _quiet() -> None:
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
         ".*Checkpoint directory.*",
+        r".*module\(s\) in eval mode.*",  # what is frozen is so on purpose
         ".*You are using `torch.load`.*",
         ".*LightningCLI's args parameter.*",
         ".*isinstance.treespec.*",
