@@ -96,7 +96,7 @@ class Gathering(Classification):
 
     @property
     def trainer(self) -> Any:
-        return SimpleNamespace(world_size=1 if self.others is None else 2)
+        return SimpleNamespace(global_rank=0, world_size=1 if self.others is None else 2)
 
     def all_gather(self, mine: torch.Tensor) -> torch.Tensor:
         return torch.stack([mine, self.others.to(mine)])
