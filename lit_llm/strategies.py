@@ -98,6 +98,11 @@ class Sharded(ModelParallelStrategy):
                 f"tensor_parallel_size must divide the number of devices, {devices}, but is {self.tensor_parallel_size}"
             )
         self._data_parallel_size = devices // self.tensor_parallel_size
+        if self._data_parallel_size == 1 and (self.cpu_offload or self.gather_dtype != "float32"):
+            raise ValueError(
+                f"trainer.devices must be at least {2 * self.tensor_parallel_size} for cpu_offload or another "
+                f"gather_dtype than float32, but is {devices}: no two share weights out"
+            )
         super().setup_environment()
 
     def _get_process_group_backend(self) -> str:

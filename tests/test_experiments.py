@@ -234,9 +234,9 @@ def test_the_lifecycle_leads_from_files_to_answers_and_takes_no_stage_twice(tmp_
     assert all(int(row[4].replace(",", "")) > 0 for row in rows)
     distilled, pruned, recovered, int4, int8 = (int(row[4].replace(",", "")) for row in rows[6:11])
     assert distilled > pruned == recovered > 3 * int4 > 3 * int8
-    assert (tmp_path / "generated.txt").read_text().count("-->") == 3
-    assert (tmp_path / "exported/config.json").is_file()
-    picture = tmp_path / "lifecycle.png"
+    assert (tmp_path / "tiny/generated.txt").read_text().count("-->") == 3
+    assert (tmp_path / "tiny/exported/config.json").is_file()
+    picture = tmp_path / "tiny/lifecycle.png"
     assert picture.stat().st_size > 5000
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file() and path != picture}
     assert run() == lines
@@ -275,7 +275,7 @@ def test_networks_of_several_widths_are_trained_once_and_the_next_is_predicted(t
     table = [line for line in lines if line.startswith("|")]
     assert [line.split("|")[1].strip() for line in table[2:]] == ["32", "64", "96", "128"]
     assert table[-1].endswith("(predicted) |")
-    assert (tmp_path / "scaling.png").stat().st_size > 5000
+    assert (tmp_path / "tiny/scaling.png").stat().st_size > 5000
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("model.safetensors")}
     assert len(before) == 4
     scaling.main(words)

@@ -14,8 +14,8 @@ if [ -e "$run/checkpoints/last.ckpt" ]; then
 else
   words=("$@" --run_dir "$run" --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE")
 fi
-srun --kill-on-bad-exit=1 lit-llm fit "${words[@]}"
+srun --kill-on-bad-exit=0 --wait=120 lit-llm fit "${words[@]}"
 code=$?
-# 130: interrupted, and saved.
+# 130: interrupted, and saved. All processes are let end, so that none is killed while another still saves.
 if [ "$code" = 130 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

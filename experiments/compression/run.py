@@ -30,12 +30,9 @@ from experiments.throughput.report import (
 )
 
 HERE = Path(__file__).parent
-CONFIGS = REPOSITORY / "configs"
 COMPRESSION = "lit_llm.compression"
 
 Stage = dict[str, Any]
-Rows = dict[str, list[dict[str, Any]]]
-"""Of each stage, by its name, the measurements of all seeds, in one order."""
 
 
 def method(name: str, path: str, **options: Any) -> Stage:
@@ -168,20 +165,20 @@ LANGUAGE_MODEL = Table(
     ],
 )
 
-DIGITS = ["configs/pretraining/cnn_mnist_fast.yaml"]
+MNIST = ["configs/pretraining/cnn_mnist_fast.yaml"]
 EPOCH = {**AGAIN, "model__optimizer__lr": 1e-3, "trainer__max_epochs": 1}
 
 IMAGES = Table(
-    run=DIGITS,
+    run=MNIST,
     metric="val/accuracy",
     chains={
         "sparse": [
-            training("90 % sparse, in two epochs", *DIGITS, "experiments/compression/sparse_90.yaml", **AGAIN),
+            training("90 % sparse, in two epochs", *MNIST, "experiments/compression/sparse_90.yaml", **AGAIN),
         ],
         "int8": [method("int8", "quantization.Int8WeightOnly", layers=["*"])],
         "low_rank": [
             method("low-rank, half of the parameters", "low_rank.ActivationSVD", parameters=0.5),
-            training("low-rank, recovered", *DIGITS, **EPOCH),
+            training("low-rank, recovered", *MNIST, **EPOCH),
         ],
     },
     goals=[
@@ -244,9 +241,10 @@ def run(words: list[str], log: Path, options: argparse.Namespace) -> None:
 def trained(given: Table, seed: int, options: argparse.Namespace, more: list[str]) -> Path:
     """A model made by the table's run file."""
     folder = options.work / f"{options.table}-{seed}"
-    if not (folder / "results.json").is_file():
+    if not (folder / "model" / "config.json").is_file():
         words = [word for file in given.run for word in ("--config", str(REPOSITORY / file))]
         words += ["--run_dir", str(folder), "--seed_everything", str(seed)]
+        words += ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").is_file() else []
         run(["fit", *words, "--test_after_fit", "false", *more], folder.with_suffix(".log"), options)
     return folder / "model"
 

@@ -82,7 +82,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/lifecycle"), help="all that the stages write")
     parser.add_argument("--no_table", dest="table", action="store_false", help="leave README.md and picture alone")
     options = parser.parse_args(words)
-    options.work = options.work.resolve()
+    options.work = options.work.resolve() / options.size
     return options
 
 
@@ -342,9 +342,6 @@ def table(rows: list[Row], options: argparse.Namespace) -> list[str]:
 
 def draw(path: Path, rows: list[Row], options: argparse.Namespace) -> None:
     """The losses of the four trainings one after the other, and how good and how large the model was on the way."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     from lit_llm.callbacks.metrics_csv import read_metrics

@@ -81,14 +81,19 @@ def main(words: list[str] | None = None) -> None:
     measurements = options.work / "measurements.jsonl"
     measurements.touch()
     known = [json.loads(line) for line in measurements.read_text().splitlines()]
-    found: dict[tuple[str, int], Found] = {(result["name"], result["seed"]): result for result in known}
+    setting = {"threads": options.threads, "epochs": options.epochs, "max_examples": options.max_examples}
+    found: dict[tuple[str, int], Found] = {
+        (result["name"], result["seed"]): result
+        for result in known
+        if result["name"] in TABLES[options.table] and setting.items() <= result.items()
+    }
     for seed in options.seeds:
         for name, recipe in TABLES[options.table].items():
             if (name, seed) in found:
                 continue
             result = trained(name, recipe, seed, options)
             if result is not None:
-                found[name, seed] = {"name": name, "seed": seed} | result
+                found[name, seed] = {"name": name, "seed": seed} | setting | result
                 with measurements.open("a") as file:
                     file.write(json.dumps(found[name, seed]) + "\n")
         write_table(options.table, table(found, options), options.readme)

@@ -99,7 +99,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/scaling"), help="all that is trained")
     parser.add_argument("--no_table", dest="table", action="store_false", help="leave README.md and picture alone")
     options = parser.parse_args(words)
-    options.work = options.work.resolve()
+    options.work = options.work.resolve() / options.size
     return options
 
 
@@ -162,9 +162,6 @@ def table(small: list[Trained], law: Law, last: Trained, options: argparse.Names
 
 def draw(path: Path, small: list[Trained], law: Law, last: Trained) -> None:
     """The law, what it was fitted to, and what it predicted."""
-    import matplotlib
-
-    matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

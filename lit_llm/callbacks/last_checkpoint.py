@@ -80,7 +80,7 @@ class LastCheckpoint(Checkpoint):
 
     def _restore_handler(self) -> None:
         for number, handler in self._previous_handlers.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python's making
         self._previous_handlers = {}
 
     def _save(self, trainer: Trainer) -> None:

@@ -98,9 +98,6 @@ class LearningRateFinder(Callback):
         self._draw(folder / "lr_find.png", f"learning rate of the {role}, all others in proportion")
 
     def _draw(self, path: Path, label: str) -> None:
-        import matplotlib
-
-        matplotlib.use("Agg", force=False)
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 4), layout="constrained")

@@ -126,7 +126,7 @@ class SpikeRecovery(Callback):
         if fine is None:
             return
         for new, old in self._backup:
-            new.copy_(torch.where(fine, new, old.to(new.device)))
+            new.copy_(torch.where(fine.to(new.device), new, old.to(new.device)))
         copied = {id(new) for new, _ in self._backup}
         for values in trainer.optimizers[0].state.values():
             for t in local(t for t in values.values() if isinstance(t, Tensor)):  # made by this step

@@ -109,6 +109,7 @@ def _speaking() -> Iterator[None]:
     if logger.handlers or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
         yield
         return
+    level, propagate = logger.level, logger.propagate
     logger.addHandler(lines)
     logger.setLevel(logging.INFO)
     logger.propagate = False
@@ -116,3 +117,5 @@ def _speaking() -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(lines)
+        logger.setLevel(level)
+        logger.propagate = propagate

@@ -59,6 +59,7 @@ def flags(config: Any, optimizer: Optimizer, factor: float) -> list[str]:
             f"--model.optimizer.lr={own['lr'] * factor:.3g}",
             f"--model.optimizer.betas={list(own['betas'])}",
             f"--model.optimizer.weight_decay={own['weight_decay']}",
+            f"--model.optimizer.fused={str(bool(own['fused'])).lower()}",
         ]
     rates = {name: rate for name, rate in options["init_args"].items() if name == "lr" or name.endswith("_lr")}
     return [f"--model.optimizer.{name}={rate * factor:.3g}" for name, rate in rates.items()]

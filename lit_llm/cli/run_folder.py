@@ -53,7 +53,7 @@ def wandb_id(folder: Path) -> str | None:
     path = folder / "wandb_id.txt"
     if "WANDB_RUN_ID" in os.environ:
         return None
-    if not path.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+    if not path.exists() and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         path.write_text(secrets.token_hex(4), encoding="utf-8")
     return path.read_text(encoding="utf-8") if path.exists() else None
 

@@ -359,7 +359,8 @@ class TrainingCLI(LightningCLI):
     def after_fit(self) -> None:
         """Tests the best checkpoint, and says what came out and what can be done with it."""
         if self._get(self.config, "find_lr"):
-            find_lr.say(self.config["fit"], self.trainer)
+            if self.trainer.is_global_zero:
+                find_lr.say(self.config["fit"], self.trainer)
             return
         if self.trainer.fast_dev_run:
             return

@@ -198,7 +198,7 @@ class ExampleData(LightningDataModule, ABC):
             )
         if stage != "fit":
             return
-        rows, devices = len(self.splits["train"]), self._place[1]
+        rows, devices = len(self.splits["train"]), place(self.trainer)[1]
         if rows < self.batch_size * devices:
             raise ValueError(
                 f"data.batch_size must be at most the examples there are to train on, but is {self.batch_size} on "
@@ -235,7 +235,7 @@ class ExampleData(LightningDataModule, ABC):
             return batch
 
         size, lengths = self.batch_size * self.unlabelled_ratio, self._lengths(unlabelled)
-        loader = BatchLoader(cut, len(unlabelled), size, self.seed, *self._place, lengths)
+        loader = BatchLoader(cut, len(unlabelled), size, self.seed, *place(self.trainer), lengths)
         return loader
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
@@ -282,10 +282,6 @@ class ExampleData(LightningDataModule, ABC):
             self._readable[name] = self._make_readable(self.splits[name])
         return self._readable[name]
 
-    @property
-    def _place(self) -> tuple[int, int]:
-        return place(self.trainer)
-
     def _loader(self, name: str, seed: int | None = None, share: bool = True) -> BatchLoader:
         readable = self._read(name)
         augmentation = None if seed is None else self.augmentation
@@ -297,6 +293,6 @@ class ExampleData(LightningDataModule, ABC):
         few = name == "train" and self.labels_per_class is not None
         lengths = None if few else self._lengths(readable)
         classes = readable.labels if self.balance_classes and seed is not None else None
-        mine = self._place if share else (0, 1)
+        mine = place(self.trainer) if share else (0, 1)
         loader = BatchLoader(cut, len(readable), self.batch_size, seed, *mine, lengths, classes)
         return loader

@@ -20,7 +20,7 @@ from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, open_corpus
 from lit_llm.data.packing import lay_rows, pack
-from lit_llm.data.sampling import BatchLoader
+from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.token_cache import SPLITS, TokenSplit, split_documents
 from lit_llm.data.token_data import TokenData
 from lit_llm.data.tokenizer import boundary_id, byte_tokenizer
@@ -146,7 +146,7 @@ class InstructionData(TokenData):
         def cut(rows: np.ndarray) -> TokenBatch:
             return examples.batch(rows, padding, with_bytes=seed is None, with_documents=with_documents)
 
-        return BatchLoader(cut, examples.num_rows, self.batch_size, seed, *self._place)
+        return BatchLoader(cut, examples.num_rows, self.batch_size, seed, *place(self.trainer))
 
     @property
     def _padding(self) -> int:

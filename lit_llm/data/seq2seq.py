@@ -156,7 +156,7 @@ class Seq2SeqData(LightningDataModule):
         """
         if stage != "fit":
             return
-        rows, devices = len(self.splits["train"]), self._place[1]
+        rows, devices = len(self.splits["train"]), place(self.trainer)[1]
         if rows < self.batch_size * devices:
             raise ValueError(
                 f"data.batch_size must be at most the examples there are to train on, but is {self.batch_size} on "
@@ -238,10 +238,6 @@ class Seq2SeqData(LightningDataModule):
 
     # How batches are made.
 
-    @property
-    def _place(self) -> tuple[int, int]:
-        return place(self.trainer)
-
     def _loader(self, name: str, seed: int | None = None) -> BatchLoader:
         if name not in self._collations:
             limits = (self.max_source_len, self.max_target_len)
@@ -258,7 +254,7 @@ class Seq2SeqData(LightningDataModule):
             return {**batch, "labels": labels}
 
         lengths = sources.lengths + targets.lengths if self.length_grouping else None
-        return BatchLoader(cut, len(sources), self.batch_size, seed, *self._place, lengths)
+        return BatchLoader(cut, len(sources), self.batch_size, seed, *place(self.trainer), lengths)
 
 
 def _docstrings() -> dict[str, Dataset]:

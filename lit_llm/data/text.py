@@ -17,7 +17,7 @@ from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, open_corpus
 from lit_llm.data.packing import cut_rows, document_ids, label_documents, num_rows
 from lit_llm.data.pretokenization import DocumentEncoder
-from lit_llm.data.sampling import BatchLoader, StreamLoader
+from lit_llm.data.sampling import BatchLoader, StreamLoader, place
 from lit_llm.data.token_cache import TokenSplit, cut_documents, split_documents
 from lit_llm.data.token_data import TokenData
 from lit_llm.data.tokenizer import boundary_id
@@ -102,7 +102,7 @@ class TextData(TokenData):
 
     def train_dataloader(self) -> BatchLoader | StreamLoader:
         """Rows in an order drawn anew each epoch, or as the stream brings them."""
-        rank, world_size = self._place
+        rank, world_size = place(self.trainer)
         if self.streaming:
             return StreamLoader(self._stream, self._batch, self.seq_len, self.batch_size, world_size)
         split = self._cache.split("train")
@@ -115,7 +115,7 @@ class TextData(TokenData):
 
     def _evaluation_loader(self, name: str, with_documents: bool = False) -> BatchLoader | list[Any]:
         rows = self.split_rows(name)
-        return self._loader(self._cache.split(name), rows, None, *self._place, with_documents) if rows else []
+        return self._loader(self._cache.split(name), rows, None, *place(self.trainer), with_documents) if rows else []
 
     def _loader(
         self, split: TokenSplit, rows: int, seed: int | None, rank: int, world_size: int, with_documents: bool = False
@@ -142,7 +142,7 @@ class TextData(TokenData):
 
     def _stream(self, skip: int) -> Iterator[list[int]]:
         """Token lists of this rank's training documents, without the first `skip` of them."""
-        rank, world_size = self._place
+        rank, world_size = place(self.trainer)
         documents = self._split(self._corpus(), Counter())
         mine = itertools.islice(
             (document.text for document, _, split in documents if split == "train"), rank, None, world_size

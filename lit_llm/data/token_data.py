@@ -153,18 +153,15 @@ class TokenData(LightningDataModule, ABC):
     @abstractmethod
     def _evaluation_loader(self, name: str, with_documents: bool = False) -> BatchLoader | list[Any]: ...
 
-    @property
-    def _place(self) -> tuple[int, int]:
-        return place(self.trainer)
-
     @abstractmethod
     def _check_train(self) -> None: ...
 
     def _check_batch(self, rows: int, remedy: str) -> None:
-        if rows < self.batch_size * self._place[1]:
+        devices = place(self.trainer)[1]
+        if rows < self.batch_size * devices:
             raise ValueError(
                 f"data.batch_size must be at most the rows there are to train on, but is {self.batch_size} on "
-                f"{self._place[1]} devices where the training split of {self.path} has {rows} rows of {self.seq_len} "
+                f"{devices} devices where the training split of {self.path} has {rows} rows of {self.seq_len} "
                 f"tokens; {remedy}"
             )
 

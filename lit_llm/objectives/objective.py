@@ -373,7 +373,8 @@ class Objective(LightningModule, ABC):
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         # (Devices that share products count the same targets, as often as they are counted among the processes.)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        torch._foreach_mul_(local(gradients), PART_SCALE * parts / targets.clamp(min=1))
+        if gradients := local(gradients):  # which may lie in the CPU's memory
+            torch._foreach_mul_(gradients, (PART_SCALE * parts / targets.clamp(min=1)).to(gradients[0].device))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets go of the gradients at once: Lightning would hold them through the next forward pass."""
@@ -512,8 +513,8 @@ class Objective(LightningModule, ABC):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds how to build the network; refuses to write weights that are spoilt over good ones."""
         if self.trainer.state.fn == "fit":
-            checkpoint["unreported_loss"] = [float(x) for x in self._summed_loss()]
-            self._mean_loss()
+            loss_sum, target_sum = checkpoint["unreported_loss"] = [float(x) for x in self._summed_loss()]
+            self._require_finite("train/loss", loss_sum / max(target_sum, 1.0))
             norms = torch._foreach_norm(local(p.detach() for p in self.network.parameters()))
             norm = self.trainer.strategy.reduce(torch.stack(norms).sum(), reduce_op="sum")
             self._require_finite("the norm of the weights", float(norm))
