@@ -139,7 +139,7 @@ def test_a_way_to_fine_tune_takes_two_steps_on_an_encoder(lit_llm, small, tmp_pa
 @pytest.mark.parametrize("path", SWEEPS, ids=name)
 def test_a_trial_of_a_sweep_takes_two_steps(lit_llm, small, tmp_path, monkeypatch, path):
     monkeypatch.chdir(REPOSITORY)
-    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("WANDB_MODE", "offline")
     plan = read_sweep(path)
     assert plan.run_cap
     assert "configs/logging/wandb.yaml" in plan.command[0]  # for `wandb agent`

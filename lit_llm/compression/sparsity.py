@@ -156,10 +156,12 @@ class Sparsity(Compression):
     sparsity: float = 0.5
     layers: list[str] | None = None
     scope: Scope = "layer"
-    pattern: str | None = None
+    pattern: str | int | None = None
 
     def __post_init__(self) -> None:
         require_fraction("sparsity", self.sparsity)
+        if isinstance(self.pattern, int):  # YAML reads 2:4 as minutes and seconds, which are 124
+            object.__setattr__(self, "pattern", "{}:{}".format(*divmod(self.pattern, 60)))
         if self.pattern is not None:
             n, m = self._n_of_m
             if not 0 < n < m:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import nn
 
 from lit_llm.checkpoints import load_model, save_model
@@ -294,3 +295,9 @@ def test_zeros_of_a_dense_network_are_refused(tiny_llama) -> None:
 def test_wanda_without_batches_is_refused(tiny_llama) -> None:
     with pytest.raises(ValueError, match="calibration of Wanda must have at least one batch, but is empty"):
         Wanda().apply(tiny_llama())
+
+
+def test_a_pattern_that_yaml_takes_for_a_time_is_one_still() -> None:
+    read = yaml.safe_load("pattern: 2:4")
+    assert read == {"pattern": 124}
+    assert Magnitude(**read) == Magnitude(pattern="2:4")
