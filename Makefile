@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: demo test slow notebooks
+.PHONY: demo test slow processes notebooks
 
 demo: .venv/base  ## train the main config, generate, print what came out
 	$(BIN)/lit-llm fit --config configs/pretraining/llama_stdlib.yaml --run_dir $(RUN)
@@ -24,7 +24,10 @@ test: .venv/dev  ## style, and all tests but those marked slow: minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow"
 
 slow: .venv/dev  ## the tests marked slow: killed processes, whole chains, every command of the README
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "slow and not processes"
+
+processes: .venv/dev  ## whole runs over several processes, under each strategy: half an hour
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m processes
 
 notebooks: .venv/dev  ## run all notebooks in place, as they are committed
 	$(BIN)/jupyter-nbconvert --to notebook --execute --inplace --log-level WARN --ExecutePreprocessor.timeout=1800 \

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import Optimizer
@@ -53,8 +53,6 @@ class Sharded(ModelParallelStrategy):
     Args:
         tensor_parallel_size: Devices that share each matrix product; divides their number.
         cpu_offload: Keep weights, gradients and optimiser in the CPU's memory, and step there.
-        gather_dtype: What blocks are gathered as. `bfloat16` halves what is sent, and changes nothing but the norms'
-            gains where products are taken in bfloat16 anyway (`bf16-mixed`); gradients are added up in float32.
         process_group_backend: As in Lightning; `None` is the device's own.
         timeout_minutes: After which a process that waits for another one gives up.
 
@@ -70,7 +68,6 @@ class Sharded(ModelParallelStrategy):
         self,
         tensor_parallel_size: int = 1,
         cpu_offload: bool = False,
-        gather_dtype: Literal["float32", "bfloat16"] = "float32",
         process_group_backend: str | None = None,
         timeout_minutes: float = 30.0,
     ) -> None:
@@ -84,7 +81,7 @@ class Sharded(ModelParallelStrategy):
             process_group_backend=process_group_backend,
             timeout=timedelta(minutes=timeout_minutes),
         )
-        self.tensor_parallel_size, self.cpu_offload, self.gather_dtype = tensor_parallel_size, cpu_offload, gather_dtype
+        self.tensor_parallel_size, self.cpu_offload = tensor_parallel_size, cpu_offload
 
     def setup_environment(self) -> None:
         """Arranges the devices in a mesh.
@@ -98,10 +95,10 @@ class Sharded(ModelParallelStrategy):
                 f"tensor_parallel_size must divide the number of devices, {devices}, but is {self.tensor_parallel_size}"
             )
         self._data_parallel_size = devices // self.tensor_parallel_size
-        if self._data_parallel_size == 1 and (self.cpu_offload or self.gather_dtype != "float32"):
+        if self._data_parallel_size == 1 and self.cpu_offload:
             raise ValueError(
-                f"trainer.devices must be at least {2 * self.tensor_parallel_size} for cpu_offload or another "
-                f"gather_dtype than float32, but is {devices}: no two share weights out"
+                f"trainer.devices must be at least {2 * self.tensor_parallel_size} for cpu_offload, but is {devices}; "
+                "no two share weights out"
             )
         super().setup_environment()
 
@@ -119,7 +116,7 @@ class Sharded(ModelParallelStrategy):
             for module in child if isinstance(child, nn.ModuleList) else [child]:
                 plain = [not isinstance(p, DTensor) for p in module.parameters()]
                 if plain and all(plain):  # a test after a fit finds it shared out already
-                    share_out(module, self.device_mesh, getattr(torch, self.gather_dtype), **options)
+                    share_out(module, self.device_mesh, **options)
         for metric in self.lightning_module.modules():
             if isinstance(metric, Metric):  # devices that read the same rows count them once
                 metric.process_group = self.device_mesh["data_parallel"].get_group()
@@ -195,13 +192,12 @@ def _share_of(value: Any, p: Tensor) -> Any:
     return value
 
 
-def share_out(network: nn.Module, mesh: DeviceMesh, gather_dtype: torch.dtype, **options: Any) -> None:
+def share_out(network: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
     """Cuts a network, in place, over a mesh of the dimensions `data_parallel` and `tensor_parallel`.
 
     Args:
         network: Each of its `Block`s is gathered by itself.
         mesh: The devices.
-        gather_dtype: What the blocks are gathered as.
         options: Of `fully_shard`, for all of it.
     """
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
@@ -209,11 +205,9 @@ def share_out(network: nn.Module, mesh: DeviceMesh, gather_dtype: torch.dtype, *
         cut_products(network, tensor)
     if data.size() == 1:
         return
-    policy = MixedPrecisionPolicy(param_dtype=gather_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    low = {"mp_policy": policy} if gather_dtype != torch.float32 else {}
     for module in reversed(list(network.modules())):  # a block within a block comes first
         if isinstance(module, Block):
-            fully_shard(module, mesh=data, **low, **options)
+            fully_shard(module, mesh=data, **options)
     fully_shard(network, mesh=data, **options)
     for module in network.modules():
         if hasattr(

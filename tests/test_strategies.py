@@ -42,7 +42,7 @@ def test_what_a_device_takes_of_a_checkpoint_is_what_it_was_given_of_the_network
         copy = type(network)(37, d_model=32, num_layers=2, num_heads=4, d_ff=48, max_seq_len=64, **options(network))
         copy.load_state_dict(state)
         with devices(rank, data, tensor) as mesh:
-            share_out(copy, mesh, torch.float32)
+            share_out(copy, mesh)
             for name, p in copy.named_parameters():
                 assert isinstance(p, DTensor)
                 assert p.shape == state[name].shape
@@ -68,7 +68,7 @@ def test_a_block_says_of_each_of_its_matrices_how_it_is_cut(network):
 def test_a_layer_that_devices_have_in_common_computes_with_plain_weights_and_keeps_its_class(network):
     ids = torch.arange(6)[None]
     with devices(0, 1, 2) as mesh:
-        share_out(network, mesh, torch.float32)
+        share_out(network, mesh)
         head = network.lm_head
         assert type(head).__name__ == "Linear"
         assert isinstance(head, nn.Linear)
@@ -95,7 +95,7 @@ def tied(network: nn.Module) -> bool:
 )
 def test_a_network_that_does_not_divide_is_refused(tiny_llama, changes, message):
     with devices(0, 1, 2) as mesh, pytest.raises(ValueError, match=f"^{message}$"):
-        share_out(tiny_llama(**changes), mesh, torch.float32)
+        share_out(tiny_llama(**changes), mesh)
 
 
 def test_a_network_with_adapters_or_without_a_plan_is_refused(tiny_llama):
@@ -108,9 +108,9 @@ def test_a_network_with_adapters_or_without_a_plan_is_refused(tiny_llama):
         with pytest.raises(
             ValueError, match=r"^tensor_parallel_size must be 1 where self_attn.q_proj has an adapter, but is 2$"
         ):
-            share_out(adapted, mesh, torch.float32)
+            share_out(adapted, mesh)
         with pytest.raises(ValueError, match=r"how they are cut, but is 2 for a LSTM$"):
-            share_out(LSTM(37, d_model=16), mesh, torch.float32)
+            share_out(LSTM(37, d_model=16), mesh)
 
 
 def test_arguments_out_of_range_are_refused():

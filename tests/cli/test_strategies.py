@@ -21,7 +21,7 @@ from lit_llm.checkpoints import load_model
 from tests.processes import run
 from tests.writing import REPOSITORY
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 CONFIGS = REPOSITORY / "configs"
 NETWORKS = {
@@ -169,15 +169,6 @@ def test_masks_hold_and_go_on_where_weights_are_shared_out(texts, tmp_path):
         assert_same_losses(tmp_path / "one", tmp_path / name, rel=1e-4)
     for name in ("one", "fsdp", "fsdp_tensor_parallel", "onward"):
         assert read_metrics(tmp_path / name / "metrics.csv")[-1]["train/sparsity"] == pytest.approx(0.5, abs=1e-3)
-
-
-def test_blocks_gathered_in_bfloat16_change_nothing_but_rounding_under_autocast(texts, tmp_path):
-    words = [*decoder("llama", texts), *ADAM, "--trainer.precision", "bf16-mixed"]
-    fit(tmp_path, ("one", "fsdp", words))
-    gathered = [*words, *over("fsdp"), "--trainer.strategy.gather_dtype", "bfloat16"]
-    [two] = run((2, ["fit", *gathered, "--run_dir", tmp_path / "two"]))
-    assert two.codes == [0, 0], two.err
-    assert_same_losses(tmp_path / "one", tmp_path / "two", rel=5e-3)
 
 
 def test_a_strategy_that_cannot_be_is_refused_in_one_line(texts, tmp_path):
