@@ -55,6 +55,7 @@ def generate(
     seed: int | None = None,
     stop: int | Collection[int] = (),
     on_tokens: Callable[[list[int | None]], None] | None = None,
+    device: torch.device | None = None,
 ) -> list[list[int]]:
     """Continues each prompt.
 
@@ -70,6 +71,7 @@ def generate(
         seed: Of the draws; the same seed gives the same text.
         stop: Token, or any of several, that ends a text; it is not part of the result.
         on_tokens: Called after each step with the new token of each prompt, `None` for those that have ended.
+        device: Where the network computes; `None` is where its weights are.
 
     Returns:
         The new tokens of each prompt.
@@ -95,7 +97,7 @@ def generate(
             f"{limit} leaves after a prompt of {longest} tokens, but is {max_new_tokens}"
         )
     stops = {stop} if isinstance(stop, int) else set(stop)
-    device = next(network.parameters()).device
+    device = device or next(network.parameters()).device
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=device)
     padding = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]

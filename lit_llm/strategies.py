@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from torch import Tensor, nn
@@ -123,7 +124,8 @@ class Sharded(ModelParallelStrategy):
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Brings to the device what is not shared out; the rest is where it belongs."""
+        """Brings to the device what is not shared out; the rest is where it belongs, and computes on the device."""
+        _update_properties(self.lightning_module, self.root_device)
         for module in self.lightning_module.modules():
             if isinstance(module, Metric):
                 module.to(self.root_device)

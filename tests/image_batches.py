@@ -68,11 +68,8 @@ class Images(LightningDataModule):
             image[:, corner : corner + 3, :4] = 255
         return made
 
-    def names(self, split: str, rows: list[int]) -> list[str]:
-        return [f"{split}/{row}.png" for row in rows]
-
     def texts(self, split: str, rows: list[int]) -> list[dict[str, str]]:
-        return [{"image": name} for name in self.names(split, rows)]
+        return [{"image": f"{split}/{row}.png"} for row in rows]
 
     def label_name(self, index: int) -> str:
         return self.class_names[index]

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch import LightningModule
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -149,3 +151,10 @@ def test_of_plain_tensors_the_share_and_the_whole_are_the_tensor():
 )
 def test_what_lightning_says_of_a_strategy_is_said_in_one_line(error, line):
     assert one_line(error) == line
+
+
+def test_a_module_says_where_it_computes_wherever_its_weights_are():
+    module = LightningModule()
+    module.register_buffer("seen", torch.zeros(2))
+    Sharded.model_to_device(SimpleNamespace(lightning_module=module, root_device=torch.device("meta")))
+    assert module.device == module.seen.device == torch.device("meta")

@@ -53,6 +53,7 @@ class Samples(Callback):
             top_p=self.top_p,
             seed=self.seed,
             stop=boundary,
+            device=pl_module.device,
         )
         if not trainer.is_global_zero:  # they took part, as those must that share weights
             return

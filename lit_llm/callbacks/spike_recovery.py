@@ -27,8 +27,8 @@ class SpikeRecovery(Callback):
     `log_every_n_steps` steps, the count of bad steps is read. After `patience` of them in a row weights and optimiser
     of `checkpoints/good.ckpt` come back; data and schedule go on from where they are, so what was read since then is
     not read again. That file is written every half `window` of good steps, where none since the last report was bad. A
-    run without bad steps is the
-    same as without this, bit for bit. (What an optimiser counts outside of tensors goes on over a step undone.)
+    run without bad steps is the same as without this, bit for bit. (What an optimiser counts outside of tensors goes on
+    over a step undone.)
 
     Args:
         threshold: Standard deviations above the mean of the last `window` steps from which a value is an outlier.

@@ -153,12 +153,8 @@ class VisionData(ExampleData):
         """Some of the images as they are, from 0 to 255."""
         return self._read(split).images(np.asarray(rows, dtype=np.int64))
 
-    def names(self, split: str, rows: list[int]) -> list[str]:
-        """What some of the images are called: the path, or the number of the row in the source."""
-        return [line["image"] for line in self.texts(split, rows)]
-
     def texts(self, split: str, rows: list[int]) -> list[dict[str, Any]]:
-        """What the source says of some of the images, `image` being their names."""
+        """What the source says of some of the images; `image` is the path, or the number of the row there."""
         kept = [name for name in self.splits[split].rows.column_names if name not in (PLACE, CONTENT)]
         table = self.splits[split].rows.select_columns(kept)
         return [table[row] for row in rows]

@@ -35,7 +35,7 @@ def expected(made: Classification, data: Images, split: str, count: int) -> list
     found = []
     for row, (p, label) in enumerate(zip(probabilities, batch["labels"].tolist(), strict=True)):
         if p.argmax() != label:
-            name = data.names(split, [row])[0]
+            name = data.texts(split, [row])[0]["image"]
             found.append((name, data.label_name(label), data.label_name(int(p.argmax())), p[label].item()))
     return sorted(found, key=lambda line: line[-1])[:count]
 

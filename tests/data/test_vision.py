@@ -21,6 +21,10 @@ from tests.images import noise, tree, truncated
 MNIST = Path(lit_llm.__file__).parents[2] / "shared" / "data" / "mnist"
 
 
+def names(data: VisionData, split: str, rows: list[int]) -> list[str]:
+    return [line["image"] for line in data.texts(split, rows)]
+
+
 def made(stage: str = "fit", doing: str | None = None, **arguments: Any) -> VisionData:
     data = VisionData(**{"batch_size": 4, **arguments})
     if doing is not None:
@@ -36,7 +40,7 @@ def folder(tmp_path: Path) -> str:
 
 
 def pixels_of(data: VisionData, split: str, row: int) -> np.ndarray:
-    [name] = data.names(split, [row])
+    [name] = names(data, split, [row])
     return np.asarray(Pillow.open(name))[None]
 
 
@@ -55,7 +59,7 @@ def test_each_image_is_read_with_its_own_label_and_normalised_whatever_the_order
         for batch in loader:
             rows = batch["rows"].tolist()
             for row, label, pixels in zip(rows, batch["labels"].tolist(), batch["pixel_values"], strict=True):
-                [name] = data.names(split, [row])
+                [name] = names(data, split, [row])
                 assert Path(name).parent.name == data.label_name(label)
                 expected = (pixels_of(data, split, row) / 255 - mean) / std
                 np.testing.assert_allclose(pixels, expected, atol=1e-5)
@@ -287,7 +291,7 @@ def test_a_broken_image_is_named_and_refused_or_skipped(folder, caplog) -> None:
         data = made(path=folder, broken="skip", image_size=6, validation_fraction=0.0)
     assert f"Skipped 1 broken of 41 images of the train split: '{broken}'" in caplog.text
     assert data.class_counts == [20, 9, 11]
-    assert str(broken) not in data.names("train", list(range(40)))
+    assert str(broken) not in names(data, "train", list(range(40)))
     for row in (0, 25, 39):
         assert np.array_equal(data.images("train", [row])[0], pixels_of(data, "train", row))
 
@@ -297,7 +301,7 @@ def test_mixed_sizes_and_modes_become_one(tmp_path) -> None:
     noise(50, 9, 12, "RGB").save(tmp_path / "a" / "large.png")
     data = made(path=str(tmp_path), validation_fraction=0.0, image_size=8)
     assert data.image_shape == (3, 8, 8)
-    [row] = [row for row in range(9) if data.names("train", [row])[0].endswith("large.png")]
+    [row] = [row for row in range(9) if names(data, "train", [row])[0].endswith("large.png")]
     expected = noise(50, 9, 12, "RGB").resize((10, 8), Pillow.Resampling.BILINEAR).crop((1, 0, 9, 8))
     assert np.array_equal(data.images("train", [row])[0].permute(1, 2, 0), np.asarray(expected))
 
