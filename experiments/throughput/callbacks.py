@@ -7,7 +7,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from experiments.throughput.clock import Clock
@@ -21,30 +20,16 @@ class StepClock(Callback):
         steps: As in `Clock`.
         warmup: As in `Clock`.
         tokens_per_step: As in `Clock`.
-        compile: Compile the network first.
     """
 
-    def __init__(self, path: str, steps: int, warmup: int, tokens_per_step: int, compile: bool = False) -> None:
+    def __init__(self, path: str, steps: int, warmup: int, tokens_per_step: int) -> None:
         self.clock = Clock(path, steps, warmup, tokens_per_step)
-        self.compile = compile
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compiles."""
-        if self.compile:
-            compile_network(pl_module.network)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ticks."""
         self.clock.tick(outputs["loss"], pl_module.network)
-
-
-def compile_network(network: torch.nn.Module) -> None:
-    """Compiles what an objective calls of a network: its forward, or all but its head, which the loss then applies."""
-    network.compile()
-    if hasattr(network, "hidden"):
-        network.hidden = torch.compile(network.hidden)
 
 
 class Stamp(Callback):

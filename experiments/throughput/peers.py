@@ -84,9 +84,9 @@ def bare(setting: Setting) -> None:
     objective.configure_model()
     network = objective.network.to(setting.device).train()
     if setting.compile:
-        from experiments.throughput.callbacks import compile_network
+        from lit_llm.callbacks.compile import compile_blocks
 
-        compile_network(network)
+        compile_blocks(network)
 
     def loss(ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         total, targets = objective.loss({"input_ids": ids, "labels": labels})

@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments.throughput.report import (
     HERE,
+    REPOSITORY,
     environment,
     last_words,
     run_child,
@@ -187,9 +188,10 @@ def fit_words(
         "trainer.callbacks.steps": options.steps,
         "trainer.callbacks.warmup": options.warmup,
         "trainer.callbacks.tokens_per_step": sizes["batch_size"] * sizes["seq_len"],
-        "trainer.callbacks.compile": str(options.compile).lower(),
     }
-    return [sys.executable, "-m", "lit_llm", "fit", *(f"--{name}={value}" for name, value in flags.items())]
+    overlay = [f"--config={REPOSITORY / 'configs/strategy/compile.yaml'}"] if options.compile else []
+    given = [f"--{name}={value}" for name, value in flags.items()]
+    return [sys.executable, "-m", "lit_llm", "fit", *given[:1], *overlay, *given[1:]]
 
 
 def table(found: dict[tuple[str, int, str], dict[str, dict[int, Found]]], options: argparse.Namespace) -> list[str]:

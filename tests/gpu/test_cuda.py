@@ -1,0 +1,96 @@
+"""What only an accelerator shows: that what this package does there is what it does on a CPU. Elsewhere all is skipped."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from lit_llm.generation import generate
+from lit_llm.models.attention import attend
+from tests.cli.test_resume import losses
+from tests.writing import REPOSITORY
+
+DEVICE = "cuda"
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator of CUDA"),
+]
+
+ON_CPU = ["--trainer.accelerator", "cpu"]
+ON_DEVICE = ["--trainer.accelerator", DEVICE, "--trainer.devices", "1"]
+
+
+@pytest.fixture
+def plain(lit_llm, tiny, tmp_path) -> dict[int, float]:
+    """The losses of a run on the CPU."""
+    outcome = lit_llm("fit", *tiny, *ON_CPU, "--test_after_fit", "false", "--run_dir", tmp_path / "cpu")
+    assert outcome.code == 0, outcome.err
+    return losses(tmp_path / "cpu")
+
+
+def strategy(name: str) -> list[str]:
+    return ["--config", str(REPOSITORY / f"configs/strategy/{name}.yaml")]
+
+
+@pytest.mark.parametrize(
+    "more", [[], strategy("compile"), strategy("fsdp"), ["--model.network.activation_checkpointing", "true"]]
+)
+def test_losses_are_those_of_a_cpu(lit_llm, tiny, tmp_path, plain, more):
+    outcome = lit_llm("fit", *tiny, *more, *ON_DEVICE, "--test_after_fit", "false", "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert losses(tmp_path / "run") == pytest.approx(plain, abs=1e-3)
+
+
+def test_a_run_that_was_cut_goes_on_as_one_that_was_not(lit_llm, tiny, tmp_path):
+    words = [*tiny, *ON_DEVICE, "--trainer.max_steps", "12", "--checkpoint.every_n_steps", "5"]
+    words += ["--test_after_fit", "false"]
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--trainer.callbacks+=tests.cli.test_resume.Crash")
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
+    assert losses(tmp_path / "cut") == pytest.approx(losses(tmp_path / "whole"), abs=1e-5)
+
+
+class NoWaiting(Callback):
+    """Has torch complain of each operation in a training step after the first that waits for the device."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Complains from here on."""
+        if batch_idx:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Does not, from here on."""
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_step_never_waits_for_the_device(lit_llm, tiny, tmp_path, precision):
+    words = [*tiny, *ON_DEVICE, "--trainer.precision", precision, "--trainer.log_every_n_steps", "100"]
+    words += ["--trainer.callbacks+=tests.gpu.test_cuda.NoWaiting", "--test_after_fit", "false"]
+    outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "run")
+    torch.cuda.set_sync_debug_mode("default")
+    assert outcome.code == 0, outcome.err
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+def test_attention_in_half_precision_is_that_of_a_cpu(masked, kv_heads):
+    q, k, v = torch.randn(2, 4, 16, 8), torch.randn(2, kv_heads, 16, 8), torch.randn(2, kv_heads, 16, 8)
+    mask = torch.ones(2, 1, 16, 16, dtype=torch.bool).tril() if masked else None
+    expected = attend(q, k, v, mask)
+    there = [None if t is None else t.to(DEVICE) for t in (q.bfloat16(), k.bfloat16(), v.bfloat16(), mask)]
+    torch.testing.assert_close(attend(*there).float().cpu(), expected, atol=3e-2, rtol=3e-2)
+
+
+def test_the_same_text_is_written(tiny_llama):
+    network = tiny_llama()
+    prompts = [[1, 2, 3], [4, 5]]
+    expected = generate(network, prompts, max_new_tokens=8, temperature=0.0)
+    assert generate(network.to(DEVICE), prompts, max_new_tokens=8, temperature=0.0) == expected
