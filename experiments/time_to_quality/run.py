@@ -100,7 +100,7 @@ def main(words: list[str] | None = None) -> None:
 def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The command line: our own options, and those of the package."""
     made = parser(__doc__, HERE, threads=1)
-    made.add_argument("--steps", type=int, default=300, help="of each run, of 2,048 tokens")
+    made.add_argument("--steps", type=int, default=240, help="of each run, of 2,048 tokens")
     made.add_argument("--ideas", type=ideas, default=[*IDEAS], help=f"of {', '.join(IDEAS)}; {WHOLE} always is")
     return made.parse_known_args(words)
 
