@@ -54,3 +54,11 @@ def pairs(count: int) -> list[dict[str, str]]:
 def exactly(message: str) -> str:
     """A pattern for `pytest.raises(match=…)` that the whole message must match."""
     return rf"\A{re.escape(message)}\Z"
+
+
+def places(experiment: str, table: str) -> int:
+    """How many places the README of an experiment has for a table."""
+    text = (REPOSITORY / "experiments" / experiment / "README.md").read_text(encoding="utf-8")
+    starts, ends = text.count(f"<!-- {table} -->"), text.count(f"<!-- /{table} -->")
+    assert starts == ends
+    return starts

@@ -13,21 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from experiments.throughput.report import (
-    REPOSITORY,
-    environment,
-    last_words,
-    mean_and_deviation,
-    run_child,
-    write_table,
-)
+from experiments import trainings
+from experiments.throughput.report import REPOSITORY, mean_and_deviation, write_table
 
 HERE = Path(__file__).parent
 COMPRESSION = "lit_llm.compression"
@@ -202,7 +195,6 @@ TABLES = {"language_model": LANGUAGE_MODEL, "images": IMAGES}
 def main(words: list[str] | None = None) -> None:
     """Parses, trains, compresses, writes."""
     options, more = parsed(words)
-    options.work.mkdir(parents=True, exist_ok=True)
     given, rows = TABLES[options.table], {}
     for seed in options.seeds:
         model = trained(given, seed, options, more)
@@ -216,36 +208,17 @@ def main(words: list[str] | None = None) -> None:
 
 def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The command line: our own options, and those of the package."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=list(TABLES))
-    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), default=[0, 1, 2])
-    parser.add_argument("--chains", type=lambda text: text.split(","), help="some of them, for a trial")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--work", type=Path, default=Path("runs/compression"), help="models, reports, logs")
-    parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="what the table is written into")
-    options, more = parser.parse_known_args(words)
-    options.work = options.work.resolve()
-    return options, more
-
-
-def run(words: list[str], log: Path, options: argparse.Namespace) -> None:
-    """A command of the package.
-
-    Raises:
-        RuntimeError: When it fails.
-    """
-    if run_child([sys.executable, "-m", "lit_llm", *words], environment(options.work, options.threads), log):
-        raise RuntimeError(f"lit-llm {words[0]} must end well, but ended with {last_words(log)} (all of it: {log})")
+    made = trainings.parser(__doc__, HERE)
+    made.add_argument("table", choices=list(TABLES))
+    made.add_argument("--chains", type=lambda text: text.split(","), help="some of them, for a trial")
+    return made.parse_known_args(words)
 
 
 def trained(given: Table, seed: int, options: argparse.Namespace, more: list[str]) -> Path:
     """A model made by the table's run file."""
     folder = options.work / f"{options.table}-{seed}"
-    if not (folder / "model" / "config.json").is_file():
-        words = [word for file in given.run for word in ("--config", str(REPOSITORY / file))]
-        words += ["--run_dir", str(folder), "--seed_everything", str(seed)]
-        words += ["--ckpt_path", "last"] if (folder / "checkpoints" / "last.ckpt").is_file() else []
-        run(["fit", *words, "--test_after_fit", "false", *more], folder.with_suffix(".log"), options)
+    flags = {"config": [REPOSITORY / file for file in given.run], "seed_everything": seed}
+    trainings.fit(flags, folder, options, *more)
     return folder / "model"
 
 
@@ -260,7 +233,7 @@ def compressed(
     config.write_text(yaml.safe_dump(chain | {"stages": words}, sort_keys=False))
     if not (out / "report.json").is_file():
         words = ["compress", "--config", str(config), "--model", str(model), "--out", str(out)]
-        run([*words, "--seed_everything", str(seed), *more], out.with_suffix(".log"), options)
+        trainings.lit_llm([*words, "--seed_everything", str(seed), *more], out.with_suffix(".log"), options)
     measured = json.loads((out / "report.json").read_text())["stages"]
     first = measured[0]
     names = {word(stage["name"]): stage["name"] for stage in stages}

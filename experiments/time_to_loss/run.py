@@ -9,51 +9,48 @@ Both are `lit-llm fit` of a file in configs/pretraining. A loss is over the whol
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 from experiments.throughput.report import write_table
+from experiments.trainings import Flags, fit_anew, parser, whole_path, words_of
 
 HERE = Path(__file__).parent
 CONFIGS = HERE.parents[1] / "configs" / "pretraining"
 RECIPES = {"nanoGPT's": CONFIGS / "gpt2_shakespeare_nanogpt.yaml", "ours": CONFIGS / "llama_shakespeare.yaml"}
-ABLATIONS = {
-    "all of it": [],
-    "AdamW (3e-3) instead of Muon": ["--model.optimizer=torch.optim.AdamW", "--model.optimizer.lr=0.003"],
-    "queries and keys not normalised": ["--model.network.qk_norm=false"],
-    "fp32": ["--trainer.precision=32-true"],
-    "four layers": ["--model.network.num_layers=4"],
-    "cosine schedule": ["--model.schedule=lit_llm.schedulers.Cosine"],
-    "no momentum warm-up": ["--model.optimizer.momentum_warmup_steps=0"],
-    "nanoGPT's network": [
-        "--model.network=lit_llm.models.gpt2.GPT2",
-        *(f"--model.network.{name}" for name in ("d_model=128", "num_layers=4", "num_heads=4", "max_seq_len=64")),
-        "--model.network.bias=false",
-    ],
+ABLATIONS: dict[str, Flags] = {
+    "all of it": {},
+    "AdamW (3e-3) instead of Muon": {"model.optimizer": "torch.optim.AdamW", "model.optimizer.lr": 0.003},
+    "queries and keys not normalised": {"model.network.qk_norm": "false"},
+    "fp32": {"trainer.precision": "32-true"},
+    "four layers": {"model.network.num_layers": 4},
+    "cosine schedule": {"model.schedule": "lit_llm.schedulers.Cosine"},
+    "no momentum warm-up": {"model.optimizer.momentum_warmup_steps": 0},
+    "nanoGPT's network": {
+        "model.network": "lit_llm.models.gpt2.GPT2",
+        "model.network.d_model": 128,
+        "model.network.num_layers": 4,
+        "model.network.num_heads": 4,
+        "model.network.max_seq_len": 64,
+        "model.network.bias": "false",
+    },
 }
 
 
 def main() -> None:
     """Parses, measures, writes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True, help="tinyshakespeare, one file")
-    parser.add_argument("--seeds", type=lambda text: list(map(int, text.split(","))), default=[1337, 1, 2])
-    parser.add_argument("--ablations", action="store_true", help="our recipe with one thing different at a time")
-    parser.add_argument("--work", type=Path, default=Path("runs/time_to_loss"))
-    options = parser.parse_args()
+    made = parser(__doc__, HERE, seeds=(1337, 1, 2))
+    made.add_argument("--text", type=whole_path, required=True, help="tinyshakespeare, one file")
+    made.add_argument("--ablations", action="store_true", help="our recipe with one thing different at a time")
+    options = made.parse_args()
     (ablations if options.ablations else recipes)(options)
 
 
 def recipes(options: argparse.Namespace) -> None:
     """Both recipes, interleaved."""
     found = {
-        (name, seed): trained(config, seed, [], options) for seed in options.seeds for name, config in RECIPES.items()
+        (name, seed): trained(config, seed, {}, options) for seed in options.seeds for name, config in RECIPES.items()
     }
     lines = [
         "| | seed | nats per character | seconds of training | sooner |",
@@ -66,7 +63,7 @@ def recipes(options: argparse.Namespace) -> None:
             reached = loss <= found["nanoGPT's", seed][0]
             sooner = "" if name != "ours" else f"{ratio:.1f} ×" if reached else "not reached"
             lines.append(f"| {name} | {seed} | {loss:.4f} | {seconds:.1f} | {sooner} |")
-    write_table("recipes", lines, HERE / "README.md")
+    write_table("recipes", lines, options.readme)
 
 
 def ablations(options: argparse.Namespace) -> None:
@@ -77,21 +74,16 @@ def ablations(options: argparse.Namespace) -> None:
         losses, seconds = zip(*runs, strict=True)
         spread = f" ± {statistics.stdev(losses):.4f}" if len(runs) > 1 else ""
         lines.append(f"| {name} | {statistics.mean(losses):.4f}{spread} | {statistics.median(seconds):.1f} |")
-    write_table("ablations", lines, HERE / "README.md")
+    write_table("ablations", lines, options.readme)
 
 
-def trained(config: Path, seed: int, flags: list[str], options: argparse.Namespace) -> tuple[float, float]:
+def trained(config: Path, seed: int, flags: Flags, options: argparse.Namespace) -> tuple[float, float]:
     """Loss at the end and seconds of training."""
-    folder = options.work / f"{config.stem}-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    given = {"config": config, "data.path": options.text.resolve(), "seed_everything": seed, "data.seed": seed}
-    given |= {"run_dir": folder, "trainer.enable_progress_bar": "false"}
-    words = [sys.executable, "-m", "lit_llm", "fit", *(f"--{name}={value}" for name, value in given.items()), *flags]
-    environment = os.environ | {"PYTHONPATH": str(HERE.parents[1]), "OMP_NUM_THREADS": "2"}
-    subprocess.run(words, env=environment, check=True, stdout=subprocess.DEVNULL)
-    results = json.loads((folder / "results.json").read_text())
+    given: Flags = {"config": config, "data.path": options.text, "seed_everything": seed, "data.seed": seed}
+    results = fit_anew(given | flags, options.work / f"{config.stem}-{seed}", options)
     loss, seconds = results["val/bits_per_byte"] * math.log(2), results["seconds"]
-    print(f"{config.stem} seed {seed} {' '.join(flags)}: {loss:.4f} nats per character in {seconds:.1f} s", flush=True)
+    said = " ".join([f"{config.stem} seed {seed}", *words_of(flags)])
+    print(f"{said}: {loss:.4f} nats per character in {seconds:.1f} s", flush=True)
     return loss, seconds
 
 

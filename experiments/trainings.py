@@ -1,0 +1,117 @@
+"""What experiments share that train by the command line: a process for each run, and measurements not made again."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.throughput.report import environment, last_words, run_child
+
+Flags = dict[str, object]
+Found = dict[str, Any]
+
+
+def parser(
+    description: str | None, folder: Path, seeds: Sequence[int] = (0, 1, 2), threads: int = 2
+) -> argparse.ArgumentParser:
+    """A command line with `seeds`, `threads`, `work` and `readme`, for the experiment of a folder."""
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--seeds", type=whole_numbers, default=[*seeds])
+    made.add_argument("--threads", type=int, default=threads)
+    work = Path("runs", folder.name).resolve()
+    made.add_argument("--work", type=whole_path, default=work, help="run folders, logs, and what is not made again")
+    made.add_argument("--readme", type=Path, default=folder / "README.md", help="what tables are written into")
+    return made
+
+
+def whole_numbers(text: str) -> list[int]:
+    """Of an option: `0,1,2`."""
+    return list(map(int, text.split(",")))
+
+
+def whole_path(text: str) -> Path:
+    """Of an option: a path that means the same in another folder."""
+    return Path(text).resolve()
+
+
+def words_of(flags: Flags) -> list[str]:
+    """Flags as they stand on a command line; one with a list stands there several times."""
+    pairs = ((name, value if isinstance(value, list) else [value]) for name, value in flags.items())
+    return [f"--{name}={value}" for name, values in pairs for value in values]
+
+
+def run(words: list[str], log: Path, options: argparse.Namespace) -> None:
+    """Runs a command in a process of its own, of `options.threads` threads; what it says goes to a file.
+
+    Raises:
+        RuntimeError: When it fails.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    if run_child(words, environment(options.work, options.threads), log):
+        raise RuntimeError(f"{log.stem} must end well, but ended with {last_words(log)!r} (all of it: {log})")
+
+
+def lit_llm(words: list[str], log: Path, options: argparse.Namespace) -> None:
+    """`run` of a command of the package."""
+    run([sys.executable, "-m", "lit_llm", *words], log, options)
+
+
+def fit(flags: Flags, folder: Path, options: argparse.Namespace, *more: str) -> Found:
+    """Trains a model, or goes on where that was cut, unless it has been done; its `results.json`."""
+    if not (folder / "model" / "config.json").is_file():
+        last = (folder / "checkpoints" / "last.ckpt").is_file()
+        _fit(flags | {"test_after_fit": "false"} | ({"ckpt_path": "last"} if last else {}), folder, options, *more)
+    return _results(folder)
+
+
+def fit_anew(flags: Flags, folder: Path, options: argparse.Namespace, *more: str) -> Found:
+    """Trains from the first step on, whatever the run folder holds, so that its seconds are those of one process."""
+    shutil.rmtree(folder, ignore_errors=True)
+    _fit(flags, folder, options, *more)
+    return _results(folder)
+
+
+def _fit(flags: Flags, folder: Path, options: argparse.Namespace, *more: str) -> None:
+    given = flags | {"run_dir": folder, "trainer.enable_progress_bar": "false"}
+    lit_llm(["fit", *words_of(given), *more], folder.parent / f"{folder.name}.log", options)
+
+
+def _results(folder: Path) -> Found:
+    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+
+
+class Measurements:
+    """Measurements that are noted when they are made, a line of JSON each, and not made again.
+
+    Args:
+        path: The file. Measurements in another setting may be in it, too.
+        setting: What those that are asked for have in common.
+
+    Attributes:
+        found: Those, each with what it is of.
+    """
+
+    def __init__(self, path: Path, setting: Found) -> None:
+        self.path, self.setting = path, setting
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+        known = map(json.loads, path.read_text(encoding="utf-8").splitlines())
+        self.found: list[Found] = [one for one in known if setting.items() <= one.items()]
+
+    def make(self, of: Found, measure: Callable[..., Found], *arguments: Any) -> None:
+        """Adds what `measure` gives, unless it has been measured; where it fails, a line says why."""
+        if any(of.items() <= one.items() for one in self.found):
+            return
+        try:
+            one = of | self.setting | measure(*arguments)
+        except RuntimeError as error:
+            print(f"{', '.join(map(str, of.values()))}: {error}", flush=True)
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(one) + "\n")
+        self.found.append(one)
