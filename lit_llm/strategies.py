@@ -136,6 +136,11 @@ class Sharded(ModelParallelStrategy):
                     if p is not None and not isinstance(p, DTensor):
                         p.data = p.data.to(self.root_device)
 
+    def teardown(self) -> None:
+        """As Lightning's, which forgets to wait for checkpoints that are being written."""
+        super().teardown()
+        self.checkpoint_io.teardown()
+
     # Checkpoints: whole, on the first process.
 
     def lightning_module_state_dict(self) -> dict[str, Any]:

@@ -2,6 +2,7 @@ import os
 import pickle
 import random
 import re
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from lit_llm.checkpoint_files import AtomicCheckpointIO, read_checkpoint
+from lit_llm.checkpoint_files import AsyncCheckpointIO, AtomicCheckpointIO, read_checkpoint, snapshot
 from lit_llm.checkpoints import load_model
 from lit_llm.files import replacing
 from tests.writing import exactly
@@ -194,3 +195,72 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     message = f"ckpt_path must be a checkpoint file, but is {path}, which does not exist"
     with pytest.raises(FileNotFoundError, match=exactly(message)):
         read_checkpoint(path)
+
+
+# Written while training goes on.
+
+
+@pytest.fixture
+def go(monkeypatch) -> threading.Event:
+    """What is saved is written only after this is set."""
+    event, write = threading.Event(), AtomicCheckpointIO.save_checkpoint
+
+    def wait(*saved: Any) -> None:
+        assert event.wait(30)
+        write(*saved)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", wait)
+    return event
+
+
+def test_what_changes_while_a_checkpoint_is_written_is_not_in_it(tmp_path: Path, go: threading.Event) -> None:
+    io, path = AsyncCheckpointIO(), tmp_path / "last.ckpt"
+    training = {"step": 3, "state_dict": {"weight": torch.arange(50.0)}, "names": ["a", "b"]}
+    io.save_checkpoint(training, path)
+    training["state_dict"]["weight"].zero_()
+    training["names"].append("c")
+    training["step"] = 4
+    assert not path.exists()
+    go.set()
+    assert same(io.load_checkpoint(path), CHECKPOINT)
+
+
+def test_the_next_save_waits_for_the_last_one(tmp_path: Path, go: threading.Event) -> None:
+    io = AsyncCheckpointIO()
+    io.save_checkpoint({"step": 1}, tmp_path / "one.ckpt")
+    threading.Timer(0.2, go.set).start()
+    io.save_checkpoint({"step": 2}, tmp_path / "two.ckpt")
+    assert read_checkpoint(tmp_path / "one.ckpt") == {"step": 1}
+    io.teardown()
+    assert read_checkpoint(tmp_path / "two.ckpt") == {"step": 2}
+
+
+@pytest.mark.parametrize("then", ["save_checkpoint", "load_checkpoint", "remove_checkpoint", "teardown"])
+def test_a_write_that_failed_is_heard_of_once_and_spares_the_last_one(saved: Path, monkeypatch, then: str) -> None:
+    io = AsyncCheckpointIO()
+
+    def full(*given: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        io.save_checkpoint({"step": 4}, saved)
+        given = {"save_checkpoint": ({"step": 5}, saved), "teardown": ()}.get(then, (saved,))
+        with pytest.raises(
+            OSError, match=r"^disk must have room to write [^\n]+, but writing failed: [^\n]+ is whole$"
+        ):
+            getattr(io, then)(*given)
+    io.teardown()
+    assert same(read_checkpoint(saved), CHECKPOINT)
+    assert [p.name for p in saved.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_copy_keeps_what_a_state_dict_knows_beside_its_tensors() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    state = network.state_dict()
+    copied = snapshot({"state_dict": state, "transposed": state["0.weight"].t(), "none": torch.empty(0)})
+    assert copied["state_dict"]._metadata == state._metadata
+    assert same(copied["state_dict"], state)
+    assert torch.equal(copied["transposed"], state["0.weight"].t())
+    pointers = {t.data_ptr() for t in state.values()}
+    assert pointers.isdisjoint(t.data_ptr() for t in copied["state_dict"].values())
