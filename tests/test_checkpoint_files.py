@@ -3,15 +3,23 @@ import pickle
 import random
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from lit_llm.checkpoint_files import AsyncCheckpointIO, AtomicCheckpointIO, read_checkpoint, snapshot
+from lit_llm.checkpoint_files import (
+    AsyncCheckpointIO,
+    AtomicCheckpointIO,
+    Shares,
+    read_checkpoint,
+    snapshot,
+    write_sealed,
+)
 from lit_llm.checkpoints import load_model
 from lit_llm.files import replacing
 from tests.writing import exactly
@@ -264,3 +272,122 @@ def test_a_copy_keeps_what_a_state_dict_knows_beside_its_tensors() -> None:
     assert torch.equal(copied["transposed"], state["0.weight"].t())
     pointers = {t.data_ptr() for t in state.values()}
     assert pointers.isdisjoint(t.data_ptr() for t in copied["state_dict"].values())
+
+
+# Written by several processes.
+
+COMMON = {"step": 3, "state_dict": {"weight": torch.empty(50, device="meta")}, "names": ["a", "b"]}
+WEIGHT = "['state_dict']['weight']"
+WRITERS = [AtomicCheckpointIO, AsyncCheckpointIO]
+
+
+@pytest.fixture(params=WRITERS)
+def save(request, monkeypatch) -> Iterator[Callable[..., None]]:
+    """Saves by two processes, the first one last; `failed` is what the second one says."""
+
+    def by_both(
+        path: Path,
+        name: str = "one",
+        weight: torch.Tensor = CHECKPOINT["state_dict"]["weight"],
+        failed: str | None = None,
+    ):
+        def gather(said: list[Any], own: str | None, group: Any) -> None:
+            said[:] = [own, failed]
+
+        monkeypatch.setattr(dist, "all_gather_object", gather)
+        monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+        for rank, (start, end) in ((1, (30, 50)), (0, (0, 30))):
+            monkeypatch.setattr(dist, "get_rank", lambda group=None, rank=rank: rank)
+            io = request.param()
+            shares = Shares({WEIGHT: ([start], weight[start:end])}, name, None)
+            try:
+                io.save_checkpoint(COMMON if rank == 0 else {}, path, storage_options=shares)
+                io.teardown()
+            except OSError:
+                if rank == 0:
+                    raise
+
+    return by_both
+
+
+def test_what_several_processes_have_written_is_read_as_a_whole_or_in_part(tmp_path: Path, save) -> None:
+    path = tmp_path / "run" / "last.ckpt"
+    save(path)
+    assert sorted(content(path.parent)) == [
+        "last.ckpt",
+        "last.shares/one/00000-of-00002.pt",
+        "last.shares/one/00001-of-00002.pt",
+    ]
+    assert (path.parent / "last.shares/one/00001-of-00002.pt").stat().st_size < 2000
+    assert same(read_checkpoint(path), CHECKPOINT)
+    assert same(AtomicCheckpointIO().load_checkpoint(path), CHECKPOINT)
+    weight = read_checkpoint(path, in_pieces=True)["state_dict"]["weight"]
+    assert weight.shape == (50,)
+    assert torch.equal(weight.part([(25, 10)]), torch.arange(25.0, 35.0))
+    assert weight.part([(25, 0)]).shape == (0,)
+
+
+def test_the_shares_of_earlier_saves_go_when_the_new_one_is_there(tmp_path: Path, save) -> None:
+    path = tmp_path / "last.ckpt"
+    save(path)
+    save(path, name="two", weight=torch.zeros(50))
+    assert [p.name for p in (tmp_path / "last.shares").iterdir()] == ["two"]
+    assert not read_checkpoint(path)["state_dict"]["weight"].any()
+    AtomicCheckpointIO().save_checkpoint(CHECKPOINT, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    save(path)
+    AtomicCheckpointIO().remove_checkpoint(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_one_process_cannot_write_the_last_checkpoint_stays(tmp_path: Path, save) -> None:
+    path = tmp_path / "last.ckpt"
+    save(path)
+    message = "checkpoint must be written by all processes, but process 1 could not: its disk is full"
+    with pytest.raises(OSError, match=exactly(message)):
+        save(path, name="two", failed="its disk is full")
+    assert same(read_checkpoint(path), CHECKPOINT)
+    assert not (tmp_path / "last.shares/two").exists()
+
+
+@pytest.fixture
+def share(tmp_path: Path, save) -> Path:
+    save(tmp_path / "last.ckpt")
+    return tmp_path / "last.shares/one/00001-of-00002.pt"
+
+
+def refused(share: Path) -> str:
+    path = share.parents[2] / "last.ckpt"
+    with pytest.raises(ValueError, match=ONE_LINE) as caught:
+        read_checkpoint(path)
+    return str(caught.value).replace(str(share), "SHARE").replace(str(path), "PATH")
+
+
+def test_a_checkpoint_that_lacks_a_share_is_refused(share: Path) -> None:
+    share.unlink()
+    assert refused(share) == "ckpt_path must be a whole checkpoint, but PATH lacks its share SHARE"
+
+
+def test_a_damaged_share_is_refused_where_it_is_read(share: Path) -> None:
+    whole = bytearray(share.read_bytes())
+    whole[whole.index(torch.arange(30.0, 50.0).numpy().tobytes()) + 7] ^= 4
+    share.write_bytes(whole)
+    assert refused(share) == "ckpt_path must be a whole checkpoint, but SHARE is damaged"
+    weight = read_checkpoint(share.parents[2] / "last.ckpt", in_pieces=True)["state_dict"]["weight"]
+    assert torch.equal(weight.part([(0, 30)]), torch.arange(30.0))
+    with pytest.raises(ValueError, match=r"is damaged$"):
+        weight.part([(29, 2)])
+    share.write_bytes(share.read_bytes()[:500])
+    assert refused(share).startswith("ckpt_path must be a whole checkpoint, but SHARE is ")
+
+
+def test_shares_that_do_not_make_a_whole_are_refused(share: Path) -> None:
+    write_sealed({WEIGHT: [[31], torch.arange(31.0, 50.0)]}, share)
+    assert refused(share) == f"ckpt_path must hold all of {WEIGHT}, but holds 49 of 50 values"
+
+
+def test_a_share_that_would_run_code_is_refused_and_does_not(share: Path) -> None:
+    trap = share.parent / "trap"
+    torch.save({WEIGHT: Malicious(trap)}, share)
+    assert refused(share).startswith("ckpt_path must hold plain values and tensors only, but SHARE does not: ")
+    assert not trap.exists()

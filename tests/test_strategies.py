@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lit_llm.checkpoint_files import AtomicCheckpointIO, Shares, cut, read_checkpoint
 from lit_llm.cli.errors import one_line
 from lit_llm.models.block import Block
 from lit_llm.shards import is_shared_out, local, part, shared_as, total_norm, whole
@@ -54,6 +55,36 @@ def test_what_a_device_takes_of_a_checkpoint_is_what_it_was_given_of_the_network
             here = sum(t.numel() for t in local(copy.parameters()))
             assert here < sum(t.numel() for t in state.values()) * (0.4 if data == 3 else 0.8)
             assert is_shared_out(copy.parameters())
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(3, 1), (1, 2)])
+def test_what_devices_write_is_the_whole_network_and_any_others_find_their_shares_in_it(
+    network, data, tensor, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dist, "all_gather_object", lambda *said, group: None)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+
+    def shared_out(mesh: DeviceMesh) -> nn.Module:
+        copy = type(network)(37, d_model=32, num_layers=2, num_heads=4, d_ff=48, max_seq_len=64, **options(network))
+        copy.load_state_dict(state)
+        share_out(copy, mesh)
+        return copy
+
+    for rank in reversed(range(data * tensor)):
+        with devices(rank, data, tensor) as mesh:
+            rest, tensors = cut({"step": 3, "state_dict": shared_out(mesh).state_dict()})
+            shares = Shares(tensors, "save", None)
+            AtomicCheckpointIO().save_checkpoint(rest, tmp_path / "x.ckpt", storage_options=shares)
+    sizes = [path.stat().st_size for path in (tmp_path / "x.shares/save").iterdir()]
+    assert sum(sizes) < 4 * sum(p.numel() for p in network.parameters()) + len(sizes) * 25_000  # each value once
+    stored = read_checkpoint(tmp_path / "x.ckpt")
+    assert stored["step"] == 3
+    for name, value in state.items():
+        assert torch.equal(stored["state_dict"][name], value), name
+    pieces = read_checkpoint(tmp_path / "x.ckpt", in_pieces=True)["state_dict"]
+    with devices(1, 2, 1) as mesh:
+        for name, p in shared_out(mesh).named_parameters():
+            assert torch.equal(part(pieces[name], p), p.to_local()), name
 
 
 def options(network: nn.Module) -> dict[str, bool]:

@@ -258,7 +258,7 @@ class TrainingCLI(LightningCLI):
         options = config["model"].get("init_args") or {}
         weights = options.get("weights")
         if config.get("ckpt_path"):
-            self._complete(options, read_checkpoint(Path(config["ckpt_path"])))
+            self._complete(options, read_checkpoint(Path(config["ckpt_path"]), in_pieces=True))
         if weights and config.get("ckpt_path"):
             options["weights"] = config["ckpt_path"]
         super().instantiate_classes()
