@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
 from lit_llm.checkpoint_files import Shares, cut, read_checkpoint
+from lit_llm.deferred_init import materialize
 from lit_llm.models.block import Block
 from lit_llm.shards import Pieces, part, shared_as, whole
 
@@ -51,7 +52,8 @@ class Sharded(ModelParallelStrategy):
     devices, `N / tensor_parallel_size` read different rows: that many times `data.batch_size` is the global batch.
 
     Losses are those of one process with the same global batch, up to rounding. Checkpoints are gathered on the first
-    process, or each process writes its share; either form all strategies and any number of devices read.
+    process, or each process writes its share; either form all strategies and any number of devices read. A fresh
+    network of a class with `defers_init` is made without memory, and each device draws the shares that it keeps.
 
     Args:
         tensor_parallel_size: Devices that share each matrix product; divides their number.
@@ -69,6 +71,9 @@ class Sharded(ModelParallelStrategy):
         Zhao et al., 2023, "PyTorch FSDP", arXiv:2304.11277; Shoeybi et al., 2019, "Megatron-LM", arXiv:1909.08053,
         section 3.
     """
+
+    defers_init = True
+    """Networks may come without weights (`deferred_init`)."""
 
     def __init__(
         self,
@@ -127,6 +132,8 @@ class Sharded(ModelParallelStrategy):
                 plain = [not isinstance(p, DTensor) for p in module.parameters()]
                 if plain and all(plain):  # a test after a fit finds it shared out already
                     share_out(module, self.device_mesh, **options)
+                if hasattr(module, "fills"):
+                    materialize(module, torch.device("cpu") if self.cpu_offload else self.root_device)
         for metric in self.lightning_module.modules():
             if isinstance(metric, Metric):  # devices that read the same rows count them once
                 metric.process_group = self.device_mesh["data_parallel"].get_group()
