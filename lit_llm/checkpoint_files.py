@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import hashlib
+import shutil
+import threading
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError
+from torch import Tensor
+from torch.utils._pytree import keystr, tree_leaves, tree_map, tree_map_with_path
 
 from lit_llm.files import replacing
+from lit_llm.shards import Pieces, is_shared_out, share_to_keep, whole
 
 SEAL = b"lit-llm sha256:"
 """Stands, before a hash of all that precedes it, at the end of our checkpoints; torch reads over it."""
@@ -31,39 +39,263 @@ def plain_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
+class Shares(NamedTuple):
+    """What one of several processes writes of a checkpoint.
+
+    Attributes:
+        tensors: By where in the checkpoint a tensor is: where in that this share of it begins, and the share.
+        name: Of this save, the same in all processes: that of a folder of files, one a process.
+        group: The processes, for nothing else: they wait here for one another, maybe beside a training.
+    """
+
+    tensors: dict[str, tuple[list[int], Tensor]]
+    name: str
+    group: Any
+
+    def write(self, path: Path) -> None:
+        """Writes them beside a checkpoint, and waits until all processes have.
+
+        Raises:
+            OSError: When one of them could not.
+        """
+        rank, count = dist.get_rank(self.group), dist.get_world_size(self.group)
+        folder, failed = path.with_suffix(FOLDER) / self.name, None
+        try:
+            write_sealed(
+                {name: [start, _alone(share)] for name, (start, share) in self.tensors.items()},
+                folder / _file_name(rank, count),
+            )
+        except Exception as error:
+            failed = error
+        said: list[Any] = [None] * count
+        dist.all_gather_object(said, failed and repr(failed), group=self.group)
+        if rank == 0 and any(said):
+            shutil.rmtree(folder, ignore_errors=True)
+        if failed is not None:
+            raise failed
+        for other, line in enumerate(said):
+            if line:
+                raise OSError(f"checkpoint must be written by all processes, but process {other} could not: {line}")
+
+
+FOLDER = ".shares"
+"""Instead of `.ckpt`: where the shares of a checkpoint are, in a folder of their own for each save."""
+
+
+def _file_name(rank: int, count: int) -> str:
+    return f"{rank:05}-of-{count:05}.pt"
+
+
+def _alone(share: Tensor) -> Tensor:
+    """A share in the CPU's memory, without the rest of the memory that it may be a view of: that would be saved too."""
+    share = share.cpu()
+    return share if share.untyped_storage().nbytes() == share.nbytes else share.clone()
+
+
+def cut(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[list[int], Tensor]]]:
+    """A checkpoint with an empty tensor for each that is shared out, and the shares that this device keeps of those."""
+    shares = {}
+
+    def emptied(path: Any, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and is_shared_out([value])):
+            return value
+        if (share := share_to_keep(value)) is not None:
+            shares[keystr(path)] = share
+        return torch.empty(value.shape, dtype=value.dtype, device="meta")
+
+    return tree_map_with_path(emptied, checkpoint), shares
+
+
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it; reads one without executing anything in it."""
+    """Writes a checkpoint beside its place and renames it; reads one without executing anything in it.
+
+    Of one that several processes write, `NAME.ckpt` holds what they have in common, and says which folder in
+    `NAME.shares/` holds the rest: it is replaced when all is there, in one step, which a folder could not be.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Saves, so that at every moment `path` is either the old checkpoint or the new one."""
-        with replacing(Path(path)) as new:
-            with plain_errors(Path(path)):
-                torch.save(checkpoint, new)
-            digest = _digest(new)
-            with new.open("ab") as file:
-                file.write(SEAL + digest)
+        """Saves, so that at every moment `path` is either the old checkpoint or the new one.
+
+        Args:
+            checkpoint: All of it, or, where several processes write, what is not in shares; the first one's counts.
+            path: Where.
+            storage_options: What of it this process writes, where there are several: `Shares`.
+        """
+        path, shares = Path(path), storage_options
+        if shares is not None:
+            shares.write(path)
+            if dist.get_rank(shares.group) > 0:
+                return
+            checkpoint = {**checkpoint, "shares": [shares.name, dist.get_world_size(shares.group)]}
+        write_sealed(checkpoint, path)
+        _discard_shares(path, but=shares and shares.name)
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
         """Loads plain values and tensors only."""
         return read_checkpoint(Path(path), map_location)
 
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes it, with its shares."""
+        super().remove_checkpoint(path)
+        _discard_shares(Path(path))
 
-def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
+
+def write_sealed(values: dict[str, Any], path: Path) -> None:
+    """Writes plain values and tensors, and a hash of the file at its end."""
+    with replacing(path) as new:
+        with plain_errors(path):
+            torch.save(values, new)
+        digest = _digest(new)
+        with new.open("ab") as file:
+            file.write(SEAL + digest)
+
+
+def _discard_shares(path: Path, but: str | None = None) -> None:
+    """Removes the shares of earlier saves of a checkpoint, and of saves that were cut short."""
+    folder = path.with_suffix(FOLDER)
+    for save in folder.iterdir() if folder.is_dir() else ():
+        if save.name != but:
+            shutil.rmtree(save, ignore_errors=True)
+    if but is None:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class AsyncCheckpointIO(AtomicCheckpointIO):
+    """Has training go on while a checkpoint is written, by a thread, from a copy in the CPU's memory.
+
+    The next save waits until the last one is written, as do loading, removing and `teardown`: there is one copy at a
+    time. What went wrong while writing is raised by the first of them. The process does not end before the thread.
+
+    Lightning's class of this name is not enough: saves queue up, with a copy each, which stays on the device; nobody
+    who loads waits; and an error of the last write comes after a run has said what it reached, from its tear-down.
+    """
+
+    def __init__(self) -> None:
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
+        """Copies, and starts to write."""
+        self.teardown()
+        checkpoint, shares = snapshot(checkpoint), storage_options
+        if shares is not None:
+            shares = shares._replace(tensors=snapshot(shares.tensors))
+        self._writer = threading.Thread(target=self._write, args=(checkpoint, path, shares))
+        self._writer.start()
+
+    def _write(self, *saved: Any) -> None:
+        try:
+            super().save_checkpoint(*saved)
+        except BaseException as error:  # raised where somebody listens
+            self._error = error
+
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
+        """Loads, once all is written."""
+        self.teardown()
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Removes, once all is written."""
+        self.teardown()
+        super().remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        """Waits until the last checkpoint is written.
+
+        Raises:
+            OSError: When it could not be.
+        """
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+
+def snapshot(checkpoint: Any) -> Any:
+    """A copy, in the CPU's memory, that shares nothing with what training changes; a tensor that is there twice is so.
+
+    Example:
+        >>> weight = torch.zeros(2)
+        >>> copied = snapshot({"embedding": weight, "head": weight.detach(), "steps": [3]})
+        >>> copied["embedding"] is copied["head"], copied["embedding"].data_ptr() == weight.data_ptr()
+        (True, False)
+    """
+    copies: dict[Any, Tensor] = {}
+    memo: dict[int, Any] = {}
+    on_devices = set()
+    for t in tree_leaves(checkpoint):
+        if not isinstance(t, Tensor) or t.is_meta:
+            continue
+        key = (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) if t.numel() else id(t)
+        if key not in copies and t.device.type == "cpu":
+            copies[key] = t.detach().clone()
+        elif key not in copies:  # pinned memory is faster to copy to, and torch keeps it for the next time
+            copies[key] = torch.empty_like(t, device="cpu", pin_memory=True).copy_(t.detach(), non_blocking=True)
+            on_devices.add(t.device)
+        memo[id(t)] = copies[key]
+    for device in on_devices:
+        torch.accelerator.synchronize(device)
+    return copy.deepcopy(checkpoint, memo)
+
+
+def read_checkpoint(path: Path, map_location: Any = "cpu", in_pieces: bool = False) -> dict[str, Any]:
     """Reads a checkpoint file after checking that it is whole.
+
+    Args:
+        path: Where.
+        map_location: As of `torch.load`; what several processes have written comes to the CPU.
+        in_pieces: Leave what several processes have written where it is, as `shards.Pieces`, for one who wants a part.
 
     Raises:
         FileNotFoundError: When there is none.
-        ValueError: When it is truncated, damaged, or holds more than plain values and tensors.
+        ValueError: When it is truncated, damaged, lacks a share, or holds more than plain values and tensors.
     """
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path must be a checkpoint file, but is {path}, which does not exist")
     others = [p.name for p in sorted(path.parent.glob("*.ckpt")) if p.name != path.name]
     remedy = f"; {path.parent} also holds {', '.join(others)}" if others else ""
+    _require_whole(path, remedy)
+    checkpoint = _load(path, remedy, map_location=map_location)
+    if "shares" not in checkpoint:
+        return checkpoint
+    checkpoint = _with_pieces(path, checkpoint, remedy)
+    return checkpoint if in_pieces else tree_map(lambda v: whole(v) if isinstance(v, Pieces) else v, checkpoint)
+
+
+def _with_pieces(path: Path, checkpoint: dict[str, Any], remedy: str) -> dict[str, Any]:
+    """Puts in a checkpoint, for its empty tensors, the pieces that are in the files of shares, mapped into memory."""
+    name, count = checkpoint.pop("shares")
+    files = [path.with_suffix(FOLDER) / Path(name).name / _file_name(rank, count) for rank in range(count)]
+    if lacking := [file for file in files if not file.is_file()]:
+        more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
+        raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} lacks its share {lacking[0]}{more}{remedy}")
+    require_whole, found = functools.cache(_require_whole), {}
+    for file in files:
+        check = functools.partial(require_whole, file, remedy)  # a file that nothing is read of is not read to check it
+        for key, (start, share) in _load(file, remedy, map_location="cpu", mmap=True).items():
+            found.setdefault(key, []).append((start, share, check))
+
+    def pieces(where: Any, value: Any) -> Any:
+        if not (isinstance(value, Tensor) and value.is_meta):
+            return value
+        return Pieces(keystr(where), value.shape, value.dtype, found.get(keystr(where), []))
+
+    return tree_map_with_path(pieces, checkpoint)
+
+
+def _require_whole(path: Path, remedy: str) -> None:
     if damage := _damage(path):
         raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} {damage}{remedy}")
+
+
+def _load(path: Path, remedy: str, **options: Any) -> dict[str, Any]:
+    """What is in a file, of plain values and tensors."""
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, weights_only=True, **options)
     except Exception as error:
+        _require_whole(path, remedy)
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"ckpt_path must hold plain values and tensors only, but {path} does not: {reason}{remedy}"

@@ -29,6 +29,7 @@ from lit_llm.compression.sparsity import remove_masks
 from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
 from lit_llm.models.pretrained_network import Pretrained
+from lit_llm.shards import whole
 
 IMAGE_PROCESSOR = "preprocessor_config.json"
 COMPRESSION = "compression.json"
@@ -152,7 +153,7 @@ def read_image_processor(path: str | Path) -> dict[str, Any] | None:
     """
     path = _place(path)
     if path.is_file():
-        states = [state for state in read_checkpoint(path).values() if isinstance(state, dict)]
+        states = [state for state in read_checkpoint(path, in_pieces=True).values() if isinstance(state, dict)]
         return next((state["image_processor"] for state in states if "image_processor" in state), None)
     file = path / IMAGE_PROCESSOR
     return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
@@ -379,11 +380,11 @@ def finish(network: nn.Module, adaptation: Adaptation | None) -> None:
 
 def read_adapted(path: Path) -> tuple[nn.Module, Adaptation | None]:
     """The network of a checkpoint as it was trained, with what its adaptation had made of it, and with its masks."""
-    return _as_trained(path, read_checkpoint(path))
+    return _as_trained(path, read_checkpoint(path, in_pieces=True))
 
 
 def _from_checkpoint(path: Path) -> Model:
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, in_pieces=True)
     network, adaptation = _as_trained(path, checkpoint)
     finish(network, adaptation)
     return Model(network, _tokenizer_of(checkpoint), checkpoint["network"], None)
@@ -399,7 +400,7 @@ def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adap
         adaptation.prepare(network)
     prefix = checkpoint.get("evaluated", "network") + "."
     state = checkpoint["state_dict"]
-    stored = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+    stored = {k.removeprefix(prefix): whole(v) for k, v in state.items() if k.startswith(prefix)}
     _fill(_own(network), stored, path, network.state_dict())
     return network, adaptation
 

@@ -5,6 +5,7 @@ DDP itself is a line of YAML (`configs/strategy/ddp.yaml`).
 
 from __future__ import annotations
 
+import secrets
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch import Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
@@ -24,8 +25,10 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
+from lit_llm.checkpoint_files import Shares, cut, read_checkpoint
+from lit_llm.deferred_init import materialize
 from lit_llm.models.block import Block
-from lit_llm.shards import part, shared_as, whole
+from lit_llm.shards import Pieces, part, shared_as, whole
 
 READING = ("hidden", "logits_at", "classify", "features", "generate")
 """Methods besides `forward` by which an objective has a network read: they need its weights too."""
@@ -49,11 +52,15 @@ class Sharded(ModelParallelStrategy):
     devices, `N / tensor_parallel_size` read different rows: that many times `data.batch_size` is the global batch.
 
     Losses are those of one process with the same global batch, up to rounding. Checkpoints are gathered on the first
-    process, into the one form that all strategies and any number of devices read.
+    process, or each process writes its share; either form all strategies and any number of devices read. A fresh
+    network of a class with `defers_init` is made without memory, and each device draws the shares that it keeps.
 
     Args:
         tensor_parallel_size: Devices that share each matrix product; divides their number.
         cpu_offload: Keep weights, gradients and optimiser in the CPU's memory, and step there.
+        sharded_checkpoints: Have each process write its share of a checkpoint, and read what it needs; the first one
+            alone reads all weights, to export them. `NAME.ckpt` belongs together with the folder `NAME.shares/` then,
+            and all processes have to see both.
         process_group_backend: As in Lightning; `None` is the device's own.
         timeout_minutes: After which a process that waits for another one gives up.
 
@@ -65,10 +72,14 @@ class Sharded(ModelParallelStrategy):
         section 3.
     """
 
+    defers_init = True
+    """Networks may come without weights (`deferred_init`)."""
+
     def __init__(
         self,
         tensor_parallel_size: int = 1,
         cpu_offload: bool = False,
+        sharded_checkpoints: bool = False,
         process_group_backend: str | None = None,
         timeout_minutes: float = 30.0,
     ) -> None:
@@ -83,6 +94,7 @@ class Sharded(ModelParallelStrategy):
             timeout=timedelta(minutes=timeout_minutes),
         )
         self.tensor_parallel_size, self.cpu_offload = tensor_parallel_size, cpu_offload
+        self.sharded_checkpoints = sharded_checkpoints
 
     def setup_environment(self) -> None:
         """Arranges the devices in a mesh.
@@ -102,6 +114,8 @@ class Sharded(ModelParallelStrategy):
                 "no two share weights out"
             )
         super().setup_environment()
+        if self.sharded_checkpoints:
+            self._writers = dist.new_group(backend="gloo", timeout=self._timeout)
 
     def _get_process_group_backend(self) -> str:
         backend = super()._get_process_group_backend()
@@ -118,6 +132,8 @@ class Sharded(ModelParallelStrategy):
                 plain = [not isinstance(p, DTensor) for p in module.parameters()]
                 if plain and all(plain):  # a test after a fit finds it shared out already
                     share_out(module, self.device_mesh, **options)
+                if hasattr(module, "fills"):
+                    materialize(module, torch.device("cpu") if self.cpu_offload else self.root_device)
         for metric in self.lightning_module.modules():
             if isinstance(metric, Metric):  # devices that read the same rows count them once
                 metric.process_group = self.device_mesh["data_parallel"].get_group()
@@ -136,15 +152,32 @@ class Sharded(ModelParallelStrategy):
                     if p is not None and not isinstance(p, DTensor):
                         p.data = p.data.to(self.root_device)
 
-    # Checkpoints: whole, on the first process.
+    def teardown(self) -> None:
+        """As Lightning's, which forgets to wait for checkpoints that are being written."""
+        super().teardown()
+        self.checkpoint_io.teardown()
+
+    # Checkpoints: whole, on the first process, or in shares.
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """All that learns, gathered; on other processes nothing."""
-        return self._gathered(self.lightning_module.state_dict())
+        """All that learns: gathered, and on other processes nothing; or in shares."""
+        state = self.lightning_module.state_dict()
+        return dict(state) if self.sharded_checkpoints else self._gathered(state)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """The optimiser's state, gathered; on other processes nothing."""
-        return self._gathered(getattr(optimizer, "_optimizer", optimizer).state_dict())
+        """As the weights."""
+        state = getattr(optimizer, "_optimizer", optimizer).state_dict()
+        return dict(state) if self.sharded_checkpoints else self._gathered(state)
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
+        """Has the first process write, or each its share."""
+        if not self.sharded_checkpoints:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        path, name = self.broadcast((str(filepath), secrets.token_hex(8)))
+        rest, tensors = cut(checkpoint)
+        shares = Shares(tensors, name, self._writers)
+        self.checkpoint_io.save_checkpoint(rest if self.is_global_zero else {}, path, storage_options=shares)
 
     def _gathered(self, state: Mapping[str, Any]) -> dict[str, Any]:
         """The tensors of a state one after the other, so that a device holds no more than one whole."""
@@ -157,8 +190,9 @@ class Sharded(ModelParallelStrategy):
         return gathered if self.is_global_zero else {}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint of any strategy."""
-        return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
+        """Reads a checkpoint of any strategy; of shares what belongs here is taken later."""
+        self.checkpoint_io.teardown()  # it may still be written
+        return read_checkpoint(Path(checkpoint_path), in_pieces=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Takes of each whole tensor the share that belongs here."""
@@ -189,9 +223,9 @@ class Sharded(ModelParallelStrategy):
 
 def _share_of(value: Any, p: Tensor) -> Any:
     """What belongs here of an optimiser's value for a parameter: of one in its shape a share, of others all."""
-    if isinstance(value, Tensor) and value.shape == p.shape:
+    if isinstance(value, Tensor | Pieces) and value.shape == p.shape:
         return shared_as(part(value, p).to(p.device), p)
-    return value
+    return whole(value) if isinstance(value, Pieces) else value
 
 
 def share_out(network: nn.Module, mesh: DeviceMesh, **options: Any) -> None:

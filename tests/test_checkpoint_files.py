@@ -2,15 +2,24 @@ import os
 import pickle
 import random
 import re
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
-from lit_llm.checkpoint_files import AtomicCheckpointIO, read_checkpoint
+from lit_llm.checkpoint_files import (
+    AsyncCheckpointIO,
+    AtomicCheckpointIO,
+    Shares,
+    read_checkpoint,
+    snapshot,
+    write_sealed,
+)
 from lit_llm.checkpoints import load_model
 from lit_llm.files import replacing
 from tests.writing import exactly
@@ -194,3 +203,191 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
     message = f"ckpt_path must be a checkpoint file, but is {path}, which does not exist"
     with pytest.raises(FileNotFoundError, match=exactly(message)):
         read_checkpoint(path)
+
+
+# Written while training goes on.
+
+
+@pytest.fixture
+def go(monkeypatch) -> threading.Event:
+    """What is saved is written only after this is set."""
+    event, write = threading.Event(), AtomicCheckpointIO.save_checkpoint
+
+    def wait(*saved: Any) -> None:
+        assert event.wait(30)
+        write(*saved)
+
+    monkeypatch.setattr(AtomicCheckpointIO, "save_checkpoint", wait)
+    return event
+
+
+def test_what_changes_while_a_checkpoint_is_written_is_not_in_it(tmp_path: Path, go: threading.Event) -> None:
+    io, path = AsyncCheckpointIO(), tmp_path / "last.ckpt"
+    training = {"step": 3, "state_dict": {"weight": torch.arange(50.0)}, "names": ["a", "b"]}
+    io.save_checkpoint(training, path)
+    training["state_dict"]["weight"].zero_()
+    training["names"].append("c")
+    training["step"] = 4
+    assert not path.exists()
+    go.set()
+    assert same(io.load_checkpoint(path), CHECKPOINT)
+
+
+def test_the_next_save_waits_for_the_last_one(tmp_path: Path, go: threading.Event) -> None:
+    io = AsyncCheckpointIO()
+    io.save_checkpoint({"step": 1}, tmp_path / "one.ckpt")
+    threading.Timer(0.2, go.set).start()
+    io.save_checkpoint({"step": 2}, tmp_path / "two.ckpt")
+    assert read_checkpoint(tmp_path / "one.ckpt") == {"step": 1}
+    io.teardown()
+    assert read_checkpoint(tmp_path / "two.ckpt") == {"step": 2}
+
+
+@pytest.mark.parametrize("then", ["save_checkpoint", "load_checkpoint", "remove_checkpoint", "teardown"])
+def test_a_write_that_failed_is_heard_of_once_and_spares_the_last_one(saved: Path, monkeypatch, then: str) -> None:
+    io = AsyncCheckpointIO()
+
+    def full(*given: Any) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        io.save_checkpoint({"step": 4}, saved)
+        given = {"save_checkpoint": ({"step": 5}, saved), "teardown": ()}.get(then, (saved,))
+        with pytest.raises(
+            OSError, match=r"^disk must have room to write [^\n]+, but writing failed: [^\n]+ is whole$"
+        ):
+            getattr(io, then)(*given)
+    io.teardown()
+    assert same(read_checkpoint(saved), CHECKPOINT)
+    assert [p.name for p in saved.parent.iterdir()] == ["last.ckpt"]
+
+
+def test_a_copy_keeps_what_a_state_dict_knows_beside_its_tensors() -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    state = network.state_dict()
+    copied = snapshot({"state_dict": state, "transposed": state["0.weight"].t(), "none": torch.empty(0)})
+    assert copied["state_dict"]._metadata == state._metadata
+    assert same(copied["state_dict"], state)
+    assert torch.equal(copied["transposed"], state["0.weight"].t())
+    pointers = {t.data_ptr() for t in state.values()}
+    assert pointers.isdisjoint(t.data_ptr() for t in copied["state_dict"].values())
+
+
+# Written by several processes.
+
+COMMON = {"step": 3, "state_dict": {"weight": torch.empty(50, device="meta")}, "names": ["a", "b"]}
+WEIGHT = "['state_dict']['weight']"
+WRITERS = [AtomicCheckpointIO, AsyncCheckpointIO]
+
+
+@pytest.fixture(params=WRITERS)
+def save(request, monkeypatch) -> Iterator[Callable[..., None]]:
+    """Saves by two processes, the first one last; `failed` is what the second one says."""
+
+    def by_both(
+        path: Path,
+        name: str = "one",
+        weight: torch.Tensor = CHECKPOINT["state_dict"]["weight"],
+        failed: str | None = None,
+    ):
+        def gather(said: list[Any], own: str | None, group: Any) -> None:
+            said[:] = [own, failed]
+
+        monkeypatch.setattr(dist, "all_gather_object", gather)
+        monkeypatch.setattr(dist, "get_world_size", lambda group=None: 2)
+        for rank, (start, end) in ((1, (30, 50)), (0, (0, 30))):
+            monkeypatch.setattr(dist, "get_rank", lambda group=None, rank=rank: rank)
+            io = request.param()
+            shares = Shares({WEIGHT: ([start], weight[start:end])}, name, None)
+            try:
+                io.save_checkpoint(COMMON if rank == 0 else {}, path, storage_options=shares)
+                io.teardown()
+            except OSError:
+                if rank == 0:
+                    raise
+
+    return by_both
+
+
+def test_what_several_processes_have_written_is_read_as_a_whole_or_in_part(tmp_path: Path, save) -> None:
+    path = tmp_path / "run" / "last.ckpt"
+    save(path)
+    assert sorted(content(path.parent)) == [
+        "last.ckpt",
+        "last.shares/one/00000-of-00002.pt",
+        "last.shares/one/00001-of-00002.pt",
+    ]
+    assert (path.parent / "last.shares/one/00001-of-00002.pt").stat().st_size < 2000
+    assert same(read_checkpoint(path), CHECKPOINT)
+    assert same(AtomicCheckpointIO().load_checkpoint(path), CHECKPOINT)
+    weight = read_checkpoint(path, in_pieces=True)["state_dict"]["weight"]
+    assert weight.shape == (50,)
+    assert torch.equal(weight.part([(25, 10)]), torch.arange(25.0, 35.0))
+    assert weight.part([(25, 0)]).shape == (0,)
+
+
+def test_the_shares_of_earlier_saves_go_when_the_new_one_is_there(tmp_path: Path, save) -> None:
+    path = tmp_path / "last.ckpt"
+    save(path)
+    save(path, name="two", weight=torch.zeros(50))
+    assert [p.name for p in (tmp_path / "last.shares").iterdir()] == ["two"]
+    assert not read_checkpoint(path)["state_dict"]["weight"].any()
+    AtomicCheckpointIO().save_checkpoint(CHECKPOINT, path)
+    assert [p.name for p in tmp_path.iterdir()] == ["last.ckpt"]
+    save(path)
+    AtomicCheckpointIO().remove_checkpoint(path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_where_one_process_cannot_write_the_last_checkpoint_stays(tmp_path: Path, save) -> None:
+    path = tmp_path / "last.ckpt"
+    save(path)
+    message = "checkpoint must be written by all processes, but process 1 could not: its disk is full"
+    with pytest.raises(OSError, match=exactly(message)):
+        save(path, name="two", failed="its disk is full")
+    assert same(read_checkpoint(path), CHECKPOINT)
+    assert not (tmp_path / "last.shares/two").exists()
+
+
+@pytest.fixture
+def share(tmp_path: Path, save) -> Path:
+    save(tmp_path / "last.ckpt")
+    return tmp_path / "last.shares/one/00001-of-00002.pt"
+
+
+def refused(share: Path) -> str:
+    path = share.parents[2] / "last.ckpt"
+    with pytest.raises(ValueError, match=ONE_LINE) as caught:
+        read_checkpoint(path)
+    return str(caught.value).replace(str(share), "SHARE").replace(str(path), "PATH")
+
+
+def test_a_checkpoint_that_lacks_a_share_is_refused(share: Path) -> None:
+    share.unlink()
+    assert refused(share) == "ckpt_path must be a whole checkpoint, but PATH lacks its share SHARE"
+
+
+def test_a_damaged_share_is_refused_where_it_is_read(share: Path) -> None:
+    whole = bytearray(share.read_bytes())
+    whole[whole.index(torch.arange(30.0, 50.0).numpy().tobytes()) + 7] ^= 4
+    share.write_bytes(whole)
+    assert refused(share) == "ckpt_path must be a whole checkpoint, but SHARE is damaged"
+    weight = read_checkpoint(share.parents[2] / "last.ckpt", in_pieces=True)["state_dict"]["weight"]
+    assert torch.equal(weight.part([(0, 30)]), torch.arange(30.0))
+    with pytest.raises(ValueError, match=r"is damaged$"):
+        weight.part([(29, 2)])
+    share.write_bytes(share.read_bytes()[:500])
+    assert refused(share).startswith("ckpt_path must be a whole checkpoint, but SHARE is ")
+
+
+def test_shares_that_do_not_make_a_whole_are_refused(share: Path) -> None:
+    write_sealed({WEIGHT: [[31], torch.arange(31.0, 50.0)]}, share)
+    assert refused(share) == f"ckpt_path must hold all of {WEIGHT}, but holds 49 of 50 values"
+
+
+def test_a_share_that_would_run_code_is_refused_and_does_not(share: Path) -> None:
+    trap = share.parent / "trap"
+    torch.save({WEIGHT: Malicious(trap)}, share)
+    assert refused(share).startswith("ckpt_path must hold plain values and tensors only, but SHARE does not: ")
+    assert not trap.exists()

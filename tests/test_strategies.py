@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lit_llm.checkpoint_files import AtomicCheckpointIO, Shares, cut, read_checkpoint
 from lit_llm.cli.errors import one_line
+from lit_llm.deferred_init import deferred, materialize
 from lit_llm.models.block import Block
+from lit_llm.models.gpt2 import GPT2
+from lit_llm.models.llama import Llama
+from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.shards import is_shared_out, local, part, shared_as, total_norm, whole
 from lit_llm.strategies import STYLES, Sharded, share_out
 
@@ -56,8 +63,90 @@ def test_what_a_device_takes_of_a_checkpoint_is_what_it_was_given_of_the_network
             assert is_shared_out(copy.parameters())
 
 
+@pytest.mark.parametrize(("data", "tensor"), [(3, 1), (1, 2)])
+def test_what_devices_write_is_the_whole_network_and_any_others_find_their_shares_in_it(
+    network, data, tensor, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(dist, "all_gather_object", lambda *said, group: None)
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+
+    def shared_out(mesh: DeviceMesh) -> nn.Module:
+        copy = type(network)(37, d_model=32, num_layers=2, num_heads=4, d_ff=48, max_seq_len=64, **options(network))
+        copy.load_state_dict(state)
+        share_out(copy, mesh)
+        return copy
+
+    for rank in reversed(range(data * tensor)):
+        with devices(rank, data, tensor) as mesh:
+            rest, tensors = cut({"step": 3, "state_dict": shared_out(mesh).state_dict()})
+            shares = Shares(tensors, "save", None)
+            AtomicCheckpointIO().save_checkpoint(rest, tmp_path / "x.ckpt", storage_options=shares)
+    sizes = [path.stat().st_size for path in (tmp_path / "x.shares/save").iterdir()]
+    assert sum(sizes) < 4 * sum(p.numel() for p in network.parameters()) + len(sizes) * 25_000  # each value once
+    stored = read_checkpoint(tmp_path / "x.ckpt")
+    assert stored["step"] == 3
+    for name, value in state.items():
+        assert torch.equal(stored["state_dict"][name], value), name
+    pieces = read_checkpoint(tmp_path / "x.ckpt", in_pieces=True)["state_dict"]
+    with devices(1, 2, 1) as mesh:
+        for name, p in shared_out(mesh).named_parameters():
+            assert torch.equal(part(pieces[name], p), p.to_local()), name
+
+
 def options(network: nn.Module) -> dict[str, bool]:
     return {"qk_norm": True} if hasattr(network, "qk_norm") else {}
+
+
+@pytest.mark.parametrize(("data", "tensor"), [(1, 1), (3, 1), (1, 2)])
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [(Llama, {"qk_norm": True}), (Llama, {"tie_embeddings": True}), (GPT2, {}), (GPT2, {"tie_embeddings": False})],
+)
+def test_what_is_drawn_share_by_share_is_what_one_process_would_have_drawn(kind, more, data, tensor):
+    make = partial(kind, d_model=32, num_layers=2, num_heads=4, d_ff=48, max_seq_len=64, **more)
+    torch.manual_seed(1)
+    real, after = make(37), torch.get_rng_state()
+    for rank in range(data * tensor):
+        torch.manual_seed(1)
+        network = deferred(make, 37)
+        assert torch.equal(torch.get_rng_state(), after)
+        assert all(p.is_meta for p in network.parameters())
+        with devices(rank, data, tensor) as mesh:
+            share_out(network, mesh)
+            materialize(network, torch.device("cpu"))
+            found = dict(network.named_parameters())
+            for name, p in real.named_parameters():
+                mine = part(p.detach(), found[name])
+                assert torch.equal(local([found[name]])[0], mine), name
+                assert local([found[name]])[0].untyped_storage().nbytes() == mine.nbytes
+                assert found[name].shape == p.shape
+        assert torch.equal(torch.get_rng_state(), after)
+        assert network.state_dict().keys() == real.state_dict().keys()
+
+
+class Looks(CausalLM):
+    """Asks something of its network as soon as there is one."""
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.seen = self.network.lm_head.weight.sum().item()
+
+
+@pytest.mark.parametrize(
+    ("objective", "strategy", "deferred"),
+    [
+        (CausalLM, Sharded(), True),
+        (CausalLM, SingleDeviceStrategy(), False),
+        (CausalLM, None, False),
+        (Looks, Sharded(), False),
+    ],
+)
+def test_weights_wait_only_for_a_strategy_that_draws_them_and_where_nobody_looks_before(objective, strategy, deferred):
+    made = objective(partial(Llama, d_model=16, num_layers=1, num_heads=2), vocab_size=37)
+    if strategy is not None:
+        made._trainer = SimpleNamespace(strategy=strategy, datamodule=None, state=SimpleNamespace(fn="fit"))
+    made.configure_model()
+    assert all(p.is_meta == deferred for p in made.network.parameters())
 
 
 def test_a_block_says_of_each_of_its_matrices_how_it_is_cut(network):

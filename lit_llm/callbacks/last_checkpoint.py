@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,16 @@ from lightning.pytorch.callbacks import Checkpoint
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 log = logging.getLogger(__name__)
+
+
+def settle(trainer: Trainer) -> None:
+    """Waits until each process has written its checkpoints: then any of them may read them.
+
+    Raises:
+        OSError: When one could not be written here.
+    """
+    trainer.strategy.checkpoint_io.teardown()
+    trainer.strategy.barrier("lit_llm.settle")
 
 
 class LastCheckpoint(Checkpoint):
@@ -34,8 +45,11 @@ class LastCheckpoint(Checkpoint):
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens for Ctrl-C."""
+        """Listens for Ctrl-C, and removes what a killed process had begun to write."""
         self._saved_step = trainer.global_step
+        if trainer.is_global_zero:
+            for half in (Path(trainer.default_root_dir) / "checkpoints").glob(".*.ckpt-*"):
+                shutil.rmtree(half, ignore_errors=True)
         with contextlib.suppress(ValueError):  # not the main thread: a notebook's server, say, has its own way
             for number in INTERRUPTIONS:
                 self._previous_handlers[number] = signal.signal(number, self._on_interrupt)
@@ -69,14 +83,16 @@ class LastCheckpoint(Checkpoint):
             self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the end."""
+        """Saves the end; what follows, such as the export of the best, finds all checkpoints written."""
         self._restore_handler()
         if trainer.global_step != self._saved_step:
             self._save(trainer)
+        settle(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives Ctrl-C back."""
+        """Gives Ctrl-C back, and waits for what this process is writing, but for no other one: it may be gone."""
         self._restore_handler()
+        trainer.strategy.checkpoint_io.teardown()
 
     def _restore_handler(self) -> None:
         for number, handler in self._previous_handlers.items():

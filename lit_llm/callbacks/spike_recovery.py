@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_llm.checkpoint_files import read_checkpoint
+from lit_llm.callbacks.last_checkpoint import settle
 from lit_llm.shards import local, total_norm
 
 log = logging.getLogger(__name__)
@@ -156,13 +156,14 @@ class SpikeRecovery(Callback):
 
     def _go_back(self, trainer: Trainer, pl_module: LightningModule, good: Path) -> None:
         step = trainer.global_step
+        settle(trainer)
         if self.rollbacks >= self.max_rollbacks or not good.exists():
             raise FloatingPointError(
                 f"train/loss must return within {self.patience} steps, but did not at step {step} after "
                 f"{self.rollbacks} roll-backs; lower the learning rate, lengthen the warm-up or look at the data"
             )
         self.rollbacks += 1
-        checkpoint = read_checkpoint(good)
+        checkpoint = trainer.strategy.load_checkpoint(good)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         rates = [group["lr"] for group in groups]
         trainer.strategy.load_model_state_dict(checkpoint)

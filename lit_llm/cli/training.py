@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from jsonargparse import DefaultHelpFormatter
+from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -257,7 +258,7 @@ class TrainingCLI(LightningCLI):
         options = config["model"].get("init_args") or {}
         weights = options.get("weights")
         if config.get("ckpt_path"):
-            self._complete(options, read_checkpoint(Path(config["ckpt_path"])))
+            self._complete(options, read_checkpoint(Path(config["ckpt_path"]), in_pieces=True))
         if weights and config.get("ckpt_path"):
             options["weights"] = config["ckpt_path"]
         super().instantiate_classes()
@@ -296,7 +297,9 @@ class TrainingCLI(LightningCLI):
                 standard.append(TensorBoardLogger(self.run_dir, name="", version="tensorboard"))
             loggers = [*given, *standard]
         plugins = options["plugins"] or []
-        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), AtomicCheckpointIO()]
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins = [*plugins, AtomicCheckpointIO()]
         profiler = options["profiler"] or NoProfiler()
         return super().instantiate_trainer(
             callbacks=callbacks, logger=loggers, plugins=plugins, profiler=profiler, **kwargs

@@ -158,6 +158,9 @@ class GPT2(nn.Module):
     hf_buffers: ClassVar[tuple[str, ...]] = (".attn.bias", ".attn.masked_bias")
     """Ends of the names of tensors in older directories that are no parameters."""
 
+    defers_init: ClassVar[bool] = True
+    """All weights are drawn by `reset_parameters`, and there is nothing else to be made (`deferred_init`)."""
+
     def __init__(
         self,
         vocab_size: int,

@@ -90,6 +90,9 @@ class Llama(nn.Module):
     hf_buffers: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
     """Ends of the names of tensors in older directories that are no parameters."""
 
+    defers_init: ClassVar[bool] = True
+    """All weights are drawn by `reset_parameters`, and there is nothing else to be made (`deferred_init`)."""
+
     def __init__(
         self,
         vocab_size: int,

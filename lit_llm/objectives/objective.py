@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import math
+import pkgutil
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -26,6 +27,7 @@ from lit_llm.batch import inputs
 from lit_llm.checkpoints import Model, class_path, copy_weights, first_argument, plain, read_image_processor, read_model
 from lit_llm.compression.compression import records_of, replay
 from lit_llm.data.tokenizer import fingerprint
+from lit_llm.deferred_init import deferred
 from lit_llm.metrics import MeanLoss
 from lit_llm.objectives.features import FeatureCache, can_be_cached
 from lit_llm.optimizers import parameter_groups
@@ -169,7 +171,7 @@ class Objective(LightningModule, ABC):
         if self.hparams.get(name) is None:
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
         if self.make_network is not None:
-            self.network = self.make_network(self.hparams[name])
+            self.network = self._make_network(fresh=source is None and self.adaptation is None)
             if hasattr(self.network, "read_tokens_of") and self._trainer and self.trainer.state.fn == "fit":
                 tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
                 if tokenizer is not None:
@@ -181,6 +183,15 @@ class Objective(LightningModule, ABC):
         self._require_room()
         if self.adaptation is not None:
             self.adaptation.prepare(self.network)
+
+    def _make_network(self, fresh: bool) -> nn.Module:
+        """The network; without weights, where nobody needs them before the strategy, which gives it them."""
+        size, untouched = self.hparams[self.size_name], type(self).configure_model is Objective.configure_model
+        if fresh and untouched and getattr(getattr(self._trainer, "strategy", None), "defers_init", False):
+            kind = pkgutil.resolve_name(self.hparams["network"]["class_path"])
+            if getattr(kind, "defers_init", False):
+                return deferred(self.make_network, size)
+        return self.make_network(size)
 
     @property
     def _image_shape(self) -> tuple[int, int, int] | None:

@@ -11,6 +11,8 @@ import sys
 import pytest
 import torch
 
+from tests.writing import REPOSITORY
+
 
 def said(outcome) -> str:
     assert outcome.code == 2, outcome.err
@@ -222,7 +224,11 @@ def test_a_model_directory_with_a_larger_tokeniser_is_refused(lit_llm, run, text
     )
 
 
-def test_a_full_disk_while_saving_spares_the_last_checkpoint(lit_llm, run, monkeypatch):
+@pytest.mark.parametrize(
+    "overlay",
+    [[], pytest.param(["--config", REPOSITORY / "configs/strategy/async_checkpoints.yaml"], marks=pytest.mark.slow)],
+)
+def test_a_full_disk_while_saving_spares_the_last_checkpoint(lit_llm, run, monkeypatch, overlay):
     last = run / "checkpoints/last.ckpt"
     good = last.read_bytes()
 
@@ -234,6 +240,7 @@ def test_a_full_disk_while_saving_spares_the_last_checkpoint(lit_llm, run, monke
     line = said(
         lit_llm(
             "fit",
+            *(["--config", run / "config.yaml", *overlay] if overlay else []),
             "--run_dir",
             run,
             "--ckpt_path",

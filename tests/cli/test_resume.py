@@ -5,15 +5,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch import Callback
 
 from lit_llm.callbacks.metrics_csv import read_metrics
+from lit_llm.checkpoint_files import read_checkpoint
+from tests.writing import REPOSITORY
 
 STEPS = 14  # past the end of an epoch
+ASYNC = ["--config", str(REPOSITORY / "configs/strategy/async_checkpoints.yaml")]
 
 
 class Crash(Callback):
@@ -146,3 +151,67 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     assert f"To go on: lit-llm fit --run_dir {run} --ckpt_path last" in err
     assert (run / "checkpoints/last.ckpt").exists()
     assert (run / "learning_curve.png").exists()
+
+
+class SlowWrites(Callback):
+    """A disk on which a checkpoint takes until training is two steps further; the one of a step kills the process."""
+
+    def __init__(self, kills: int = 0) -> None:
+        self.kills = kills
+
+    def on_train_start(self, trainer, pl_module):
+        write, current = torch.save, threading.current_thread()
+
+        def slowly(checkpoint, path):
+            assert threading.current_thread() is not current
+            path.write_bytes(b"half")
+            until = time.monotonic() + 3
+            while trainer.global_step < checkpoint["global_step"] + 2 and time.monotonic() < until:
+                time.sleep(0.01)
+            if checkpoint["global_step"] == self.kills:
+                assert trainer.global_step == self.kills + 2
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(checkpoint, path)
+
+        torch.save = slowly
+
+
+@pytest.mark.slow
+def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(lit_llm, tiny, tmp_path):
+    """Bit for bit as a run that waits for its checkpoints, and is never stopped."""
+    words = [*tiny, "--trainer.max_steps", STEPS, "--checkpoint.every_n_steps", "5", "--test_after_fit", "false"]
+    words += ["--trainer.val_check_interval", "7"]
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
+    words += ASYNC
+    killed = ["--trainer.callbacks+", "tests.cli.test_resume.SlowWrites", "--trainer.callbacks.kills", "10"]
+    process = start([str(word) for word in ["fit", *words, *killed, "--run_dir", tmp_path / "cut"]])
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == -signal.SIGKILL, err
+    assert max(losses(tmp_path / "cut")) >= 11
+    folder = tmp_path / "cut/checkpoints"
+    assert read_checkpoint(folder / "last.ckpt")["global_step"] in (5, 7)  # the validation's, or that before
+    assert any(path.name.startswith(".last.ckpt-") for path in folder.iterdir())
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt"}
+    ends = [read_checkpoint(tmp_path / run / "checkpoints/last.ckpt") for run in ("cut", "whole")]
+    for name, weight in ends[0]["state_dict"].items():
+        assert torch.equal(weight, ends[1]["state_dict"][name]), name
+    results = [json.loads((tmp_path / run / "results.json").read_text()) for run in ("cut", "whole")]
+    assert results[0]["best/step"] == results[1]["best/step"]
+    assert results[0]["val/loss"] == results[1]["val/loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_who_interrupts_a_run_has_its_checkpoint_when_it_ends(tiny, tmp_path, number):
+    run = tmp_path / "run"
+    words = [*tiny, *ASYNC, "--trainer.callbacks+", "tests.cli.test_resume.SlowWrites"]
+    words += ["--trainer.max_steps", "100000", "--trainer.val_check_interval", "100000"]
+    process = start(["fit", *words, "--checkpoint.every_n_steps", "100000", "--run_dir", str(run)])
+    wait_for(run, 5, process)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert f"To go on: lit-llm fit --run_dir {run} --ckpt_path last" in err
+    assert read_checkpoint(run / "checkpoints/last.ckpt")["global_step"] == max(losses(run))

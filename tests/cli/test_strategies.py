@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -15,8 +16,10 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch.utils._pytree import tree_flatten
 
 from lit_llm.callbacks.metrics_csv import read_metrics
+from lit_llm.checkpoint_files import read_checkpoint
 from lit_llm.checkpoints import load_model
 from tests.processes import run
 from tests.writing import REPOSITORY
@@ -67,17 +70,19 @@ def decoder(name: str, texts: Path) -> list[object]:
 
 
 def over(name: str) -> list[object]:
-    """A strategy's overlay, and a global batch of four rows."""
-    batch = ["--data.batch_size", 4 // READERS.get(name, 1)]
+    """A strategy's overlay, with those that are laid over it after a `+`, and a global batch of four rows."""
+    first = name.split("+")[0]
+    batch = ["--data.batch_size", 4 // READERS.get(first, 1)]
     if name == "one":
         return batch
-    return [*batch, "--config", CONFIGS / f"strategy/{name}.yaml", "--trainer.devices", PROCESSES[name]]
+    overlays = [word for overlay in name.split("+") for word in ("--config", CONFIGS / f"strategy/{overlay}.yaml")]
+    return [*batch, *overlays, "--trainer.devices", PROCESSES[first]]
 
 
 def fit(folder: Path, *runs: tuple[str, str, list[object]]) -> None:
     """Trains, each run by its name in a folder of that name, under its strategy."""
     commands = [
-        (PROCESSES.get(strategy, 1), ["fit", *words, *over(strategy), "--run_dir", folder / name])
+        (PROCESSES.get(strategy.split("+")[0], 1), ["fit", *words, *over(strategy), "--run_dir", folder / name])
         for name, strategy, words in runs
     ]
     for (name, *_), ended in zip(runs, run(*commands), strict=True):
@@ -127,6 +132,91 @@ def test_a_checkpoint_goes_on_under_any_strategy_and_number_of_processes(texts, 
     for name, *_ in onward:
         assert_same_losses(tmp_path / "one-one", tmp_path / name, rel=1e-3)
         assert len(read_metrics(tmp_path / name / "metrics.csv")) == 6
+
+
+SHARDED = "+sharded_checkpoints"
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    """Bit for bit."""
+    mine, theirs = (read_checkpoint(path / "checkpoints/last.ckpt") for path in (one, other))
+    for name in ("state_dict", "optimizer_states", "global_step"):
+        left, right = (tree_flatten(state[name]) for state in (mine, theirs))
+        assert left[1] == right[1], name
+        for a, b in zip(left[0], right[0], strict=True):
+            assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b, name
+
+
+def test_a_checkpoint_in_shares_is_that_of_one_process_and_goes_on_anywhere(texts, tmp_path):
+    words = decoder("llama", texts)
+    both = f"fsdp{SHARDED}+async_checkpoints"
+    runs = [("one", "one"), ("gathered", "fsdp"), ("shares", both), ("four", f"fsdp_tensor_parallel{SHARDED}")]
+    runs += [("four_gathered", "fsdp_tensor_parallel")]
+    fit(tmp_path, *((name, strategy, words) for name, strategy in runs))
+    assert len(list((tmp_path / "shares/checkpoints/last.shares").glob("*/*.pt"))) == 2
+    assert len(list((tmp_path / "four/checkpoints/last.shares").glob("*/*.pt"))) == 4
+    assert_same_checkpoint(tmp_path / "gathered", tmp_path / "shares")
+    assert_same_checkpoint(tmp_path / "four_gathered", tmp_path / "four")
+    assert_same_model(tmp_path / "gathered", tmp_path / "shares")
+    moves = [("one", "one"), ("one", both), ("shares", "one"), ("shares", "ddp"), ("shares", "fsdp_tensor_parallel")]
+    moves += [("gathered", "fsdp"), ("shares", both), ("four", f"fsdp{SHARDED}")]
+    longer = [*words, "--trainer.max_steps", 6, "--ckpt_path", "last"]
+    onward = [(f"{start}-{end}", end, longer) for start, end in moves]
+    for name, *_ in onward:
+        shutil.copytree(tmp_path / name.split("-")[0], tmp_path / name)
+    fit(tmp_path, *onward)
+    for name, *_ in onward:
+        assert_same_losses(tmp_path / "one-one", tmp_path / name, rel=1e-3)
+    assert_same_checkpoint(tmp_path / "gathered-fsdp", tmp_path / f"shares-{both}")
+    for command in ("test", "validate"):
+        [ended] = run(
+            (1, [command, "--run_dir", tmp_path / "shares", "--trainer.devices", 1, "--trainer.strategy", "auto"])
+        )
+        assert ended.codes == [0], ended.err
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("gathered", "shares")]
+    assert results[1]["test/loss"] == pytest.approx(results[0]["test/loss"], rel=1e-6)
+
+
+class KilledWhileSaving(Callback):
+    """Kills the second process when it has half of its share of the third checkpoint."""
+
+    def on_train_start(self, trainer, pl_module):
+        write, saves = torch.save, itertools.count(1)
+
+        def half(values, path):
+            if trainer.global_rank == 1 and next(saves) == 3:
+                Path(path).write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            write(values, path)
+
+        torch.save = half
+
+
+@pytest.mark.parametrize("more", ["", "+async_checkpoints"])
+def test_where_a_process_dies_while_it_writes_its_share_the_last_checkpoint_is_there(texts, tmp_path, more):
+    words = [*decoder("llama", texts), "--checkpoint.every_n_steps", "1", "--trainer.val_check_interval", "4"]
+    strategy = f"fsdp{SHARDED}{more}"
+    dies = ["--trainer.callbacks+", "tests.cli.test_strategies.KilledWhileSaving"]
+    [ended] = run((2, ["fit", *words, *over(strategy), *dies, "--run_dir", tmp_path / "run"]))
+    assert ended.codes[1] == -signal.SIGKILL
+    assert ended.codes[0] not in (0, -signal.SIGALRM), ended.err
+    last = tmp_path / "run/checkpoints/last.ckpt"
+    assert read_checkpoint(last)["global_step"] == 2
+    partial = shutil.copytree(tmp_path / "run", tmp_path / "partial") / "checkpoints"
+    lost = next((partial / "last.shares").glob("*/00001-of-00002.pt"))
+    for path in (partial / "last.shares").glob("*/00001-of-00002.pt"):
+        path.unlink()
+    fit(tmp_path, ("run", strategy, [*words, "--ckpt_path", "last"]), ("whole", strategy, words))
+    assert_same_losses(tmp_path / "whole", tmp_path / "run")
+    assert [path.name for path in last.parent.iterdir() if path.name.startswith(".")] == []
+    assert len(list((last.parent / "last.shares").iterdir())) == 1
+    [ended] = run((2, ["fit", *words, *over(strategy), "--run_dir", tmp_path / "partial", "--ckpt_path", "last"]))
+    assert ended.codes == [2, 2]
+    assert (
+        f"lit-llm: error: ckpt_path must be a whole checkpoint, but {partial / 'last.ckpt'} lacks its share"
+        in ended.err
+    )
+    assert lost.name in ended.err
 
 
 def examples(reviews: Path) -> list[object]:
