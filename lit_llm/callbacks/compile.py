@@ -13,10 +13,10 @@ from lit_llm.compression.taps import blocks_of
 class Compile(Callback):
     """Has torch.compile make the network's blocks faster in training steps.
 
-    Each block is compiled by itself, once for all of one kind: that takes a fraction of the time that the whole
-    network would, at nearly its speed, and goes with activation checkpointing and every strategy. A network without
-    blocks is compiled whole. Losses are those without this up to rounding; checkpoints and exported models are the
-    same. Validations, samples and tests, whose shapes vary, run as if nothing were compiled.
+    Each block is compiled by itself, and those of one kind share what comes of it: that takes a fraction of the time
+    that the whole network would, at nearly its speed, and goes with activation checkpointing. A network without blocks
+    is compiled whole. Losses are those without this up to rounding; checkpoints and exported models are the same.
+    Validations, samples and tests, whose shapes vary, run as if nothing were compiled.
 
     Args:
         mode: As in torch.compile: `default`; `reduce-overhead`, by CUDA graphs, which take memory; `max-autotune`, by
@@ -24,7 +24,7 @@ class Compile(Callback):
         dynamic: Whether lengths and numbers of rows are to be left open; `None` leaves open what has changed once.
 
     Raises:
-        ValueError: When a mode is none of these, or the objective looks into blocks (distillation of hidden states).
+        ValueError: When the objective looks into blocks (distillation of hidden states).
 
     Source:
         Ansel et al., 2024, "PyTorch 2", ASPLOS; one block at a time as in Liang et al., 2024, "TorchTitan",
@@ -34,8 +34,6 @@ class Compile(Callback):
     def __init__(
         self, mode: Literal["default", "reduce-overhead", "max-autotune"] = "default", dynamic: bool | None = None
     ) -> None:
-        if mode not in ("default", "reduce-overhead", "max-autotune"):
-            raise ValueError(f"mode must be default, reduce-overhead or max-autotune, but is {mode}")
         self.mode, self.dynamic = mode, dynamic
         self._compiled: dict[nn.Module, Any] = {}
 

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import os
 import shutil
-from types import SimpleNamespace
+import subprocess
+import sys
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from lit_llm.callbacks.compile import Compile, compile_blocks
@@ -14,80 +18,86 @@ from tests.cli.test_resume import losses
 from tests.writing import REPOSITORY, exactly
 
 
-@pytest.fixture
-def compiled_anew():
+class Layer(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x).relu()
+
+
+class Doubled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x.relu()
+
+
+@pytest.fixture(autouse=True)
+def _compiled_anew():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
-def test_all_blocks_of_a_kind_are_compiled_once(tiny_llama, compiled_anew):
-    network = tiny_llama(num_layers=12)
-    ids = torch.randint(37, (2, 8))
-    plain = network(ids)
-    counter = CompileCounter()
-    assert compile_blocks(network, backend=counter) == [m for m in network.modules() if isinstance(m, Block)]
-    torch.testing.assert_close(network(ids), plain)
-    assert 1 <= counter.frame_count <= 3
+def test_blocks_of_a_kind_share_what_is_compiled() -> None:
+    network, counter, x = nn.Sequential(*(Layer() for _ in range(12))), CompileCounter(), torch.randn(2, 3)
+    plain = network(x)
+    assert compile_blocks(network, backend=counter) == list(network)
+    torch.testing.assert_close(network(x), plain)
+    assert 1 <= counter.frame_count <= 2  # the second one finds what differs
 
 
-class Doubled(torch.nn.Module):
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return 2 * x.relu()
-
-
-def test_a_network_without_blocks_is_compiled_whole(compiled_anew):
+def test_a_network_without_blocks_is_compiled_whole() -> None:
     network, counter = Doubled(), CompileCounter()
     assert compile_blocks(network, backend=counter) == [network]
     assert network(torch.ones(2)).tolist() == [2, 2]
     assert counter.frame_count == 1
 
 
+@pytest.fixture
+def module() -> LightningModule:
+    made = LightningModule()
+    made.network = nn.Sequential(Layer(), Layer())
+    return made
+
+
+@pytest.fixture
+def trainer() -> Trainer:
+    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+
+def test_only_training_steps_are_compiled(module: LightningModule, trainer: Trainer) -> None:
+    callback, seen = Compile(), []
+    trainer.training = True
+    for hook in ("fit_start", "train_start", "validation_start", "validation_end", "fit_end"):
+        getattr(callback, f"on_{hook}")(trainer, module)
+        [compiled] = {layer._compiled_call_impl is not None for layer in module.network}
+        seen.append(compiled)
+    assert seen == [False, True, False, True, False]
+
+
+def test_what_looks_into_blocks_is_refused(module: LightningModule, trainer: Trainer) -> None:
+    module.hidden_weight = 1.0
+    with pytest.raises(
+        ValueError, match=exactly("model.hidden_weight must be 0 where blocks are compiled, but is 1.0")
+    ):
+        Compile().on_fit_start(trainer, module)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
-def test_a_compiled_run_has_the_losses_and_the_checkpoint_of_a_plain_one(lit_llm, tiny, tmp_path, compiled_anew):
-    from torch._dynamo.utils import counters
-
-    counters.clear()
-    words = [*tiny, "--test_after_fit", "false"]
-    assert lit_llm("fit", *words, "--run_dir", tmp_path / "plain").code == 0
-    assert not counters["stats"]
+def test_a_compiled_run_has_the_losses_and_the_checkpoint_of_a_plain_one(tiny, tmp_path) -> None:
+    """In processes of their own: what checks types in the tests cannot be compiled."""
     overlay = ["--config", REPOSITORY / "configs/strategy/compile.yaml"]
-    outcome = lit_llm("fit", *words, *overlay, "--run_dir", tmp_path / "compiled")
-    assert outcome.code == 0, outcome.err
-    assert 1 <= counters["stats"]["unique_graphs"] <= 2
+    for run, more in {"plain": [], "compiled": overlay}.items():
+        words = [*tiny, *more, "--test_after_fit", "false", "--run_dir", tmp_path / run]
+        command = [sys.executable, "-m", "lit_llm", "fit", *map(str, words)]
+        environment = os.environ | {"TORCH_LOGS": "recompiles,graph_code"}
+        done = subprocess.run(command, env=environment, cwd=REPOSITORY, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert ("TRACED GRAPH" in done.stderr) == (run == "compiled")
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), abs=1e-4)
     ends = [read_checkpoint(tmp_path / run / "checkpoints/last.ckpt")["state_dict"] for run in ("plain", "compiled")]
     assert ends[0].keys() == ends[1].keys()
     for name, tensor in ends[0].items():
         torch.testing.assert_close(ends[1][name], tensor, atol=1e-3, rtol=1e-3)
-
-
-def test_only_training_steps_are_compiled(tiny_llama, compiled_anew):
-    network, callback = tiny_llama(), Compile()
-    blocks = [module for module in network.modules() if isinstance(module, Block)]
-    module, trainer = SimpleNamespace(network=network), SimpleNamespace(training=True)
-
-    def compiled() -> bool:
-        [found] = {block._compiled_call_impl is not None for block in blocks}
-        return found
-
-    seen = []
-    for hook in ("fit_start", "train_start", "validation_start", "validation_end", "fit_end"):
-        getattr(callback, f"on_{hook}")(trainer, module)
-        seen.append(compiled())
-    assert seen == [False, True, False, True, False]
-
-
-def test_another_mode_is_refused():
-    message = "mode must be default, reduce-overhead or max-autotune, but is fast"
-    with pytest.raises(ValueError, match=exactly(message)):
-        Compile(mode="fast")
-
-
-def test_what_looks_into_blocks_is_refused(tiny_llama):
-    module = SimpleNamespace(network=tiny_llama(), hidden_weight=1.0)
-    with pytest.raises(
-        ValueError, match=exactly("model.hidden_weight must be 0 where blocks are compiled, but is 1.0")
-    ):
-        Compile().on_fit_start(None, module)
