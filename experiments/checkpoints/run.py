@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.throughput.report import REPOSITORY, environment, last_words, run_child, wait_for_quiet, write_table
+from experiments.trainings import words_of
 
 HERE = Path(__file__).parent
 CONFIG = REPOSITORY / "configs/pretraining/llama_stdlib.yaml"
@@ -84,7 +85,7 @@ def fit_words(variant: str, out: Path, options: argparse.Namespace) -> list[str]
         "run_dir": out.with_suffix(".run"),
     }
     overlay = [f"--config={OVERLAY}"] if variant == "async" else []
-    given = [f"--config={CONFIG}", *overlay, *(f"--{name}={value}" for name, value in flags.items())]
+    given = [f"--config={CONFIG}", *overlay, *words_of(flags)]
     return [sys.executable, "-m", "lit_llm", "fit", *given]
 
 

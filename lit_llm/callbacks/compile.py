@@ -11,12 +11,12 @@ from lit_llm.compression.taps import blocks_of
 
 
 class Compile(Callback):
-    """Has torch.compile make the network's blocks faster in training steps.
+    """Has torch.compile compile the network's blocks for training steps.
 
-    Each block is compiled by itself, and those of one kind share what comes of it: that takes a fraction of the time
-    that the whole network would, at nearly its speed, and goes with activation checkpointing. A network without blocks
-    is compiled whole. Losses are those without this up to rounding; checkpoints and exported models are the same.
-    Validations, samples and tests, whose shapes vary, run as if nothing were compiled.
+    Each block is compiled by itself, and those of one kind share what comes of it, so that the time to compile does not
+    grow with the depth. A network without blocks is compiled whole. Losses are those without this up to rounding;
+    checkpoints and exported models are the same. Validations, samples and tests, whose shapes vary, run as if nothing
+    were compiled.
 
     Args:
         mode: As in torch.compile: `default`; `reduce-overhead`, by CUDA graphs, which take memory; `max-autotune`, by
