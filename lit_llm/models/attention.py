@@ -91,12 +91,42 @@ def attend(
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     if num_heads != num_kv_heads:
         k, v = (t.repeat_interleave(num_heads // num_kv_heads, dim=1) for t in (k, v))
-    if mask is None:
+    return attend_by_products(q, k, v, mask, is_causal=mask is None, scale=q.shape[-1] ** -0.5)
+
+
+def attend_by_products(
+    q: Float[Tensor, "batch heads new d_head"],
+    k: Float[Tensor, "batch heads seq d_head"],
+    v: Float[Tensor, "batch heads seq d_value"],
+    mask: Bool[Tensor, "#batch #heads #new seq"] | None,
+    is_causal: bool,
+    scale: float,
+    dropout: float = 0.0,
+) -> Float[Tensor, "batch heads new d_value"]:
+    """Softmax attention as two matrix products, which keeps all probabilities.
+
+    On a CPU in bfloat16 it is faster than the flash kernel while sequences are short, for gradients most of all.
+
+    Args:
+        q: Queries.
+        k: Keys.
+        v: Values.
+        mask: True where a query may look. One that may look nowhere gets something finite.
+        is_causal: Where there is no mask, whether none may look ahead.
+        scale: Of the scores.
+        dropout: Share of the probabilities that is dropped.
+    """
+    (num_heads, new), seq = q.shape[1:3], k.shape[2]
+    if mask is not None:
+        least = torch.finfo(q.dtype).min  # not -inf, for a query of padding that may look nowhere
+        bias = q.new_zeros(mask.shape).masked_fill(~mask, least).expand(len(q), num_heads, new, -1).flatten(0, 1)
+    elif is_causal:
         bias = q.new_full((new, seq), -math.inf).triu(1)
     else:
-        bias = q.new_zeros(mask.shape).masked_fill(~mask, -math.inf).expand(len(q), num_heads, -1, -1).flatten(0, 1)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=q.shape[-1] ** -0.5)
-    return torch.bmm(scores.softmax(dim=-1), v.flatten(0, 1)).unflatten(0, (-1, num_heads))
+        bias = q.new_zeros(1)
+    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
+    shares = F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0)
+    return torch.bmm(shares, v.flatten(0, 1)).unflatten(0, (-1, num_heads))
 
 
 class Attention(nn.Module):

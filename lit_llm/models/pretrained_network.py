@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lit_llm.models.block import Block
+from lit_llm.models.pretrained_attention import attend_faster
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -60,6 +61,7 @@ class Pretrained(nn.Module):
         from transformers.modeling_layers import GradientCheckpointingLayer
 
         self.model = model.train()  # from a directory it comes as for evaluation, without dropout
+        attend_faster(model)
         kinds = {type(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
         for kind in kinds or _repeated(model):
             Block.register(kind)

@@ -1,0 +1,62 @@
+"""The attention with which networks of transformers are trained here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lit_llm.models.attention import MAX_MATMUL_SEQ, attend_by_products
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+NAME = "lit-llm"
+
+
+def attend_faster(model: PreTrainedModel) -> None:
+    """Has a network that attends by torch's `scaled_dot_product_attention` take two matrix products where they win.
+
+    That is in training on a CPU in bfloat16, over sequences that are not long. What is saved does not tell.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+        AttentionInterface.register(NAME, _attend)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
+        model.set_attn_implementation(NAME)
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **more: Any,
+) -> tuple[Tensor, None]:
+    """As transformers calls it: (batch, heads, seq, d_head) in, (batch, seq, heads, d_head) out."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    # As the kernel does under autocast, where rotated queries come in full precision.
+    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
+    wins = query.device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled()
+    plain = attention_mask is None or attention_mask.dtype == torch.bool
+    plain = plain and query.shape[2] == key.shape[2] and more.get("position_bias") is None
+    if not (wins and plain and 1 < query.shape[2] <= MAX_MATMUL_SEQ):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **more
+        )
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if (queries := query.shape[1] // key.shape[1]) > 1:  # to each key
+        key, value = (t.repeat_interleave(queries, dim=1) for t in (key, value))
+    query, key, value = (t.to(dtype) for t in (query, key, value))
+    found = attend_by_products(query, key, value, attention_mask, is_causal, scale, dropout)
+    return found.transpose(1, 2).contiguous(), None
