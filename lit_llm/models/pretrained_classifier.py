@@ -69,7 +69,7 @@ class PretrainedClassifier(Pretrained):
         activation_checkpointing: bool = False,
     ) -> None:
         if (path is None) == (config is None):
-            given = "neither is" if path is None else "both are"
+            given = "neither is" if path is None else "both are; set the one that is not meant to null"
             raise ValueError(f"path or config must be given, one of them, but {given}")
         self._start = None if path is None else _place(path)
         self.strict = strict
