@@ -116,14 +116,9 @@ def seed_words(seed: int, out: Path, options: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", "experiments.mnist.seed", *words_of(given)]
 
 
-def run_file(name: str) -> Path:
-    """Where a recipe is: among the run files, or, until it has figures, here."""
-    return next(path for folder in (CONFIGS, HERE) if (path := folder / f"{name}.yaml").is_file())
-
-
 def flags(recipe: Recipe, seed: int, options: argparse.Namespace) -> Flags:
     """Of `lit-llm fit`; the seed draws the weights, the order, the augmentation and, where few are labelled, which."""
-    given: Flags = {"config": run_file(str(recipe.config)), **(recipe.flags or {})}
+    given: Flags = {"config": CONFIGS / f"{recipe.config}.yaml", **(recipe.flags or {})}
     given |= {"data.path": options.data, "data.seed": seed, "seed_everything": seed}
     return given | ({"data.max_examples": options.max_examples} if options.max_examples else {})
 

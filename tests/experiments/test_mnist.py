@@ -43,7 +43,7 @@ RECIPES = sorted({recipe.config for table in mnist.TABLES.values() for recipe in
 def test_a_recipe_for_mnist_takes_two_steps(lit_llm, tiny_mnist, tmp_path, name):
     small = ["--data.path", tiny_mnist / "mnist", "--data.batch_size", "2", "--trainer.max_steps", "2"]
     few = ["--data.labels_per_class", "2"] if "fixmatch" in name else []
-    words = ["--config", mnist.run_file(name), *small, *few, "--trainer.limit_val_batches", "1"]
+    words = ["--config", mnist.CONFIGS / f"{name}.yaml", *small, *few, "--trainer.limit_val_batches", "1"]
     outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "run", "--test_after_fit", "false")
     assert outcome.code == 0, outcome.err
 
