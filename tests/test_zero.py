@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
@@ -86,7 +87,8 @@ def test_a_machine_without_cuda_and_half_precision_are_refused(installed, monkey
 def test_what_its_engine_cannot_share_gradients_and_files_with_is_refused(installed, callbacks, clip, io, message):
     strategy = DeepSpeed()
     strategy.checkpoint_io = io
-    trainer = SimpleNamespace(callbacks=callbacks, gradient_clip_algorithm=clip, state=SimpleNamespace(fn="fit"))
+    trainer = Trainer(accelerator="cpu", logger=False, callbacks=callbacks, gradient_clip_algorithm=clip)
+    trainer.state.fn = "fit"
     with pytest.raises(ValueError, match=f"^{message}"):
         strategy.setup(trainer)
 
@@ -112,7 +114,7 @@ def test_an_optimiser_of_matrices_and_parameters_that_wait_are_refused(installed
     monkeypatch.setattr(DDPStrategy, "setup_optimizers", lambda self, trainer: None)
     strategy._optimizers = [make(groups)]
     with pytest.raises(ValueError, match=f"^{message}"):
-        strategy.setup_optimizers(SimpleNamespace())
+        strategy.setup_optimizers(Trainer(accelerator="cpu", logger=False))
 
 
 def test_a_stage_with_a_second_network_is_refused_where_no_device_has_all_weights(installed, monkeypatch):
