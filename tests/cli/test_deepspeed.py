@@ -38,9 +38,9 @@ def fit(folder: Path, *runs: tuple[str, str, list[object]]) -> None:
 @pytest.mark.parametrize("stages", [["zero1", "zero3"], ["zero2_offload", "zero3_offload"]])
 def test_a_decoder_has_the_losses_and_the_model_of_one_process(texts, tmp_path, stages):
     words = [*decoder("llama", texts), *ADAM, "--trainer.accumulate_grad_batches", 2]
-    words += ["--model.network.activation_checkpointing", "true"]
+    words += ["--model.network.activation_checkpointing", "true", "--trainer.gradient_clip_val", 0.5]
     fit(tmp_path, *((name, name, words) for name in ("one", *stages)))
-    assert min(row["train/grad_norm"] for row in read_metrics(tmp_path / "one/metrics.csv")) > 1.0  # clipped
+    assert min(row["train/grad_norm"] for row in read_metrics(tmp_path / "one/metrics.csv")) > 0.5  # clipped
     for name in stages:
         assert_same_losses(tmp_path / "one", tmp_path / name)
         assert_same_model(tmp_path / "one", tmp_path / name)
@@ -61,7 +61,7 @@ def test_targets_count_the_same_where_processes_and_micro_batches_have_different
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_a_run_goes_on_bit_for_bit_and_others_read_its_weights(texts, tmp_path, stage):
     words = [*decoder("llama", texts), *ADAM, "--model.schedule", "lit_llm.schedulers.Constant"]
-    words += ["--test_after_fit", "false"]
+    words += ["--model.schedule.warmup_steps", "0", "--test_after_fit", "false"]
     longer = [*words, "--trainer.max_steps", 6]
     last = ["--ckpt_path", "last"]
     fit(tmp_path, ("whole", stage, longer), ("cut", stage, words))
