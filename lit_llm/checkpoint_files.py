@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import functools
 import hashlib
+import io
+import os
 import shutil
 import threading
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,7 +121,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Args:
             checkpoint: All of it, or, where several processes write, what is not in shares; the first one's counts.
             path: Where.
-            storage_options: What of it this process writes, where there are several: `Shares`.
+            storage_options: What of it this process writes, where there are several: `Shares`, or what writes as they.
         """
         path, shares = Path(path), storage_options
         if shares is not None:
@@ -145,9 +147,14 @@ def write_sealed(values: dict[str, Any], path: Path) -> None:
     with replacing(path) as new:
         with plain_errors(path):
             torch.save(values, new)
-        digest = _digest(new)
-        with new.open("ab") as file:
-            file.write(SEAL + digest)
+        seal(new)
+
+
+def seal(path: Path) -> None:
+    """Adds to a file a hash of it."""
+    digest = _digest(path)
+    with path.open("ab") as file:
+        file.write(SEAL + digest)
 
 
 def _discard_shares(path: Path, but: str | None = None) -> None:
@@ -256,7 +263,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", in_pieces: bool = Fal
         raise FileNotFoundError(f"ckpt_path must be a checkpoint file, but is {path}, which does not exist")
     others = [p.name for p in sorted(path.parent.glob("*.ckpt")) if p.name != path.name]
     remedy = f"; {path.parent} also holds {', '.join(others)}" if others else ""
-    _require_whole(path, remedy)
+    require_whole(path, remedy)
     checkpoint = _load(path, remedy, map_location=map_location)
     if "shares" not in checkpoint:
         return checkpoint
@@ -267,13 +274,24 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", in_pieces: bool = Fal
 def _with_pieces(path: Path, checkpoint: dict[str, Any], remedy: str) -> dict[str, Any]:
     """Puts in a checkpoint, for its empty tensors, the pieces that are in the files of shares, mapped into memory."""
     name, count = checkpoint.pop("shares")
-    files = [path.with_suffix(FOLDER) / Path(name).name / _file_name(rank, count) for rank in range(count)]
+    folder, stage = path.with_suffix(FOLDER) / Path(name).name, checkpoint.get("zero")
+    files = (
+        [folder / _file_name(rank, count) for rank in range(count)]
+        if stage is None
+        else zero_files(folder, stage, count)
+    )
     if lacking := [file for file in files if not file.is_file()]:
         more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
         raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} lacks its share {lacking[0]}{more}{remedy}")
-    require_whole, found = functools.cache(_require_whole), {}
+    if stage is not None:
+        state = {name: torch.empty(t.shape, dtype=t.dtype) for name, t in checkpoint["state_dict"].items()}
+        fill = functools.cache(functools.partial(_fill_from_zero, state, folder, files, remedy))
+        converted = {n: Pieces(n, t.shape, t.dtype, [([0] * t.ndim, t, fill)]) for n, t in state.items()}
+        zero = {"stage": stage, "devices": count, "folder": str(folder)}
+        return {**checkpoint, "state_dict": converted, "zero": zero}
+    check_once, found = functools.cache(require_whole), {}
     for file in files:
-        check = functools.partial(require_whole, file, remedy)  # a file that nothing is read of is not read to check it
+        check = functools.partial(check_once, file, remedy)  # a file that nothing is read of is not read to check it
         for key, (start, share) in _load(file, remedy, map_location="cpu", mmap=True).items():
             found.setdefault(key, []).append((start, share, check))
 
@@ -285,7 +303,55 @@ def _with_pieces(path: Path, checkpoint: dict[str, Any], remedy: str) -> dict[st
     return tree_map_with_path(pieces, checkpoint)
 
 
-def _require_whole(path: Path, remedy: str) -> None:
+def zero_files(folder: Path, stage: int, count: int) -> list[Path]:
+    """What DeepSpeed writes of a network in float32 that so many processes share out: two files a process, or one."""
+    ranks = [f"zero_pp_rank_{rank}_" for rank in range(count)]
+    names = [f"{rank}mp_rank_00_optim_states.pt" for rank in ranks]
+    names += [f"{rank}mp_rank_00_model_states.pt" for rank in (ranks if stage == 3 else [""])]
+    return [folder / name for name in names]
+
+
+def _fill_from_zero(state: dict[str, Tensor], folder: Path, files: list[Path], remedy: str) -> None:
+    """Has DeepSpeed's own conversion give the weights."""
+    for file in files:
+        require_whole(file, remedy)
+    try:
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as convert
+    except ImportError as error:
+        raise ImportError(
+            f"package deepspeed must be installed to read {folder}, but is not; pip install 'lit-llm[deepspeed]'"
+        ) from error
+    with without_pickles(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        found = convert(str(folder.parent), tag=folder.name)
+    for name, tensor in state.items():
+        tensor.copy_(found[name])
+
+
+@contextmanager
+def without_pickles() -> Iterator[None]:
+    """DeepSpeed reads its files as pickles, which execute what they like; here only its own plain classes are made."""
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
+
+
+def require_whole(path: Path, remedy: str = "") -> None:
+    """Refuses a file that is cut short or damaged.
+
+    Raises:
+        ValueError: Saying how; `remedy` is added.
+    """
     if damage := _damage(path):
         raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} {damage}{remedy}")
 
@@ -295,7 +361,7 @@ def _load(path: Path, remedy: str, **options: Any) -> dict[str, Any]:
     try:
         return torch.load(path, weights_only=True, **options)
     except Exception as error:
-        _require_whole(path, remedy)
+        require_whole(path, remedy)
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"ckpt_path must hold plain values and tensors only, but {path} does not: {reason}{remedy}"

@@ -69,7 +69,12 @@ def local(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 def is_shared_out(tensors: Iterable[Tensor]) -> bool:
     """Whether some are in parts on several devices."""
-    return any(_is_shared_out(t) for t in tensors)
+    return any(_is_shared_out(t) or hasattr(t, "ds_id") for t in tensors)
+
+
+def whole_shape(tensor: Tensor) -> torch.Size:
+    """The shape of all of a tensor; DeepSpeed's third stage leaves that of a parameter empty."""
+    return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def whole(tensor: Tensor | Pieces) -> Tensor:

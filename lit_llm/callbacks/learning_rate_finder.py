@@ -48,6 +48,9 @@ class LearningRateFinder(Callback):
         geometric steps and the end at four times the lowest loss that fast.ai's `lr_find` has.
     """
 
+    needs_plain_weights = True
+    """Not for a strategy whose engine keeps weights or gradients of its own."""
+
     def __init__(self, steps: int = STEPS) -> None:
         if steps < FEWEST_LOSSES:
             raise ValueError(f"steps must be at least {FEWEST_LOSSES}, but is {steps}")

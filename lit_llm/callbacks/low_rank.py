@@ -31,6 +31,9 @@ class LowRank(Callback):
         ValueError: When a value is out of range, or several processes train.
     """
 
+    needs_plain_weights = True
+    """Not for a strategy whose engine keeps weights or gradients of its own."""
+
     def __init__(self, method: SVD = SVD(), start: float = 0.0, num_batches: int = 8) -> None:  # noqa: B008 (frozen)
         if not 0 <= start <= 1:
             raise ValueError(f"start must be in [0, 1], but is {start}")

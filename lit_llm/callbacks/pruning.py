@@ -41,6 +41,9 @@ class KeepZeros(Callback):
         layers: Patterns of the names of layers; `None` is all matrices inside blocks (`compression.patterns`).
     """
 
+    needs_plain_weights = True
+    """Not for a strategy whose engine keeps weights or gradients of its own."""
+
     def __init__(self, layers: list[str] | None = None) -> None:
         self.layers = layers
         self._logged_step = -1

@@ -37,6 +37,9 @@ class QuantizationAwareTraining(Callback):
         Jacob et al., 2017, arXiv:1712.05877, section 3.1 (delay); Krishnamoorthi, 2018, arXiv:1806.08342, section 3.2.
     """
 
+    needs_plain_weights = True
+    """Not for a strategy whose engine keeps weights or gradients of its own."""
+
     def __init__(
         self,
         method: Quantization = Int4WeightOnly(),  # noqa: B008 (frozen)

@@ -50,6 +50,9 @@ class SpikeRecovery(Callback):
         arXiv:2204.02311, section 5.1.
     """
 
+    needs_plain_weights = True
+    """Not for a strategy whose engine keeps weights or gradients of its own."""
+
     def __init__(self, threshold: float = 6.0, window: int = 128, patience: int = 20, max_rollbacks: int = 3) -> None:
         if threshold <= 0:
             raise ValueError(f"threshold must be above 0, but is {threshold}")

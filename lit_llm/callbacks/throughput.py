@@ -12,6 +12,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_llm.data.sampling import place
+from lit_llm.shards import whole_shape
 
 
 class Throughput(Callback):
@@ -91,7 +92,8 @@ class Throughput(Callback):
         if pl_module.grad_norm is not None:
             report["train/grad_norm"] = float(pl_module.grad_norm)
         flops = getattr(pl_module.network, "flops_per_token", None)
-        if flops is not None and self._peak:
+        countable = all(p.shape == whole_shape(p) for p in pl_module.parameters())  # else DeepSpeed has emptied them
+        if flops is not None and self._peak and countable:
             report["train/mfu"] = rate * flops(batch["input_ids"].shape[1]) / (self._peak * trainer.world_size)
         self.latest = report
         for logger in trainer.loggers:

@@ -17,6 +17,8 @@ GRAMMAR = re.compile(r"\bmust\b.*\bbut\b")
 OF_STRATEGIES = {
     r"strategy `(\w+)` requires a GPU": "trainer.strategy must be one that this machine can run, but is {}, which "
     "needs a GPU; configs/strategy/fsdp.yaml runs everywhere",
+    r"(DeepSpeed) strategy is only supported on CUDA": "trainer.strategy must be one that this machine can run, but is "
+    "{}, which needs a GPU; configs/strategy/fsdp.yaml runs everywhere",
     r"invalid strategy name: `strategy=(\S+)`": "trainer.strategy must be a class path or a name of Lightning, but "
     "is {}; see configs/strategy",
     r"(\w+Loader)` within local rank has zero length": "trainer.devices must leave each process something to evaluate, "

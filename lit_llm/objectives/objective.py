@@ -32,7 +32,7 @@ from lit_llm.metrics import MeanLoss
 from lit_llm.objectives.features import FeatureCache, can_be_cached
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule
-from lit_llm.shards import local, total_norm
+from lit_llm.shards import local, total_norm, whole_shape
 
 log = logging.getLogger(__name__)
 
@@ -143,8 +143,13 @@ class Objective(LightningModule, ABC):
         """Takes from the data what sizes the network.
 
         Raises:
-            ValueError: When the data needs more than the config allows.
+            ValueError: When the data needs more than the config allows, or the strategy would average averages.
         """
+        if getattr(self.trainer.strategy, "handles_gradient_accumulation", False):  # Lightning's own for DeepSpeed
+            raise ValueError(
+                f"trainer.strategy must leave the weighing of gradients to the objective, but is "
+                f"{type(self.trainer.strategy).__name__}; take configs/strategy/deepspeed_zero2.yaml"
+            )
         name = self.size_name
         needed = getattr(self.trainer.datamodule, name, None)
         given = self.hparams.get(name)
@@ -383,9 +388,13 @@ class Objective(LightningModule, ABC):
         # Lightning has divided by the micro-batches, and data-parallel strategies average over processes.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
         # (Devices that share products count the same targets, as often as they are counted among the processes.)
+        factor = PART_SCALE * parts / targets.clamp(min=1)
+        if self._gradients_are_elsewhere:
+            self.trainer.strategy.scale_gradients(factor)
+            return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         if gradients := local(gradients):  # which may lie in the CPU's memory
-            torch._foreach_mul_(gradients, (PART_SCALE * parts / targets.clamp(min=1)).to(gradients[0].device))
+            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets go of the gradients at once: Lightning would hold them through the next forward pass."""
@@ -396,9 +405,16 @@ class Objective(LightningModule, ABC):
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
         """Lets go of all gradients; as torch's, without the profiler's mark that costs more than the work."""
+        if self._gradients_are_elsewhere:
+            return
         for group in optimizer.param_groups:
             for p in group["params"]:
                 p.grad = None
+
+    @property
+    def _gradients_are_elsewhere(self) -> bool:
+        """Whether the strategy scales, clips and lets go of gradients, in a place of its own (`zero`)."""
+        return getattr(self.trainer.strategy, "owns_gradients", False)
 
     @property
     def _step_has_parts(self) -> bool:
@@ -417,6 +433,8 @@ class Objective(LightningModule, ABC):
         Raises:
             ValueError: With a fused optimiser under 16-mixed, which unscales gradients only after they were clipped.
         """
+        if self._gradients_are_elsewhere:
+            return
         scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         if gradient_clip_val and scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
             raise ValueError(
@@ -526,8 +544,11 @@ class Objective(LightningModule, ABC):
         if self.trainer.state.fn == "fit":
             loss_sum, target_sum = checkpoint["unreported_loss"] = [float(x) for x in self._summed_loss()]
             self._require_finite("train/loss", loss_sum / max(target_sum, 1.0))
-            norms = torch._foreach_norm(local(p.detach() for p in self.network.parameters()))
-            norm = self.trainer.strategy.reduce(torch.stack(norms).sum(), reduce_op="sum")
+            parts = [
+                getattr(p, "ds_tensor", p).detach() for p in self.network.parameters()
+            ]  # DeepSpeed's name for them
+            norm = torch.stack(torch._foreach_norm(local(parts))).sum().to(self.device)
+            norm = self.trainer.strategy.reduce(norm, reduce_op="sum")
             self._require_finite("the norm of the weights", float(norm))
         checkpoint["network"] = {**self.hparams["network"], "size": self.hparams[self.size_name]}
         if hasattr(self.network, "arguments"):  # they say what a path or a name stood for
@@ -553,14 +574,30 @@ class Objective(LightningModule, ABC):
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0)) if first else (0.0, 0.0)
         self._require_images_of(checkpoint.get("image_shape"))
         replay(self.network, checkpoint.get("compression", []))
-        own, stored = self.state_dict(), checkpoint["state_dict"]
+        self._require_same_zero(checkpoint.get("zero"))
+        own, stored = self.state_dict(keep_vars=True), checkpoint["state_dict"]
         for name in sorted(own.keys() | stored.keys()):
-            here, there = (tuple(d[name].shape) if name in d else "absent" for d in (own, stored))
+            here, there = (tuple(whole_shape(d[name])) if name in d else "absent" for d in (own, stored))
             if here != there:
                 raise ValueError(
                     f"ckpt_path must be a checkpoint of this network, but its {name} is {there} where the network's "
                     f"is {here}"
                 )
+
+    def _require_same_zero(self, there: dict[str, Any] | None) -> None:
+        """Refuses to train on where the optimiser's state is in another form: DeepSpeed converts weights only."""
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        own = getattr(self.trainer.strategy, "zero", None)
+        here, there = (
+            f"DeepSpeed's ZeRO {z['stage']} on {z['devices']} devices" if z else "a strategy that is not DeepSpeed"
+            for z in (own, there)
+        )
+        if here != there:
+            raise ValueError(
+                f"ckpt_path must be written by {here} to train on with it, but is by {there}; a new run takes its "
+                f"weights with --model.weights"
+            )
 
     def _require_images_of(self, there: list[int] | None) -> None:
         """Refuses to go on with images of other channels or size than a checkpoint's; elsewhere takes those of it."""
