@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,24 +60,32 @@ class Shares(NamedTuple):
         Raises:
             OSError: When one of them could not.
         """
-        rank, count = dist.get_rank(self.group), dist.get_world_size(self.group)
-        folder, failed = path.with_suffix(FOLDER) / self.name, None
-        try:
-            write_sealed(
-                {name: [start, _alone(share)] for name, (start, share) in self.tensors.items()},
-                folder / _file_name(rank, count),
-            )
-        except Exception as error:
-            failed = error
-        said: list[Any] = [None] * count
-        dist.all_gather_object(said, failed and repr(failed), group=self.group)
-        if rank == 0 and any(said):
-            shutil.rmtree(folder, ignore_errors=True)
-        if failed is not None:
-            raise failed
-        for other, line in enumerate(said):
-            if line:
-                raise OSError(f"checkpoint must be written by all processes, but process {other} could not: {line}")
+        shares = {name: [start, _alone(share)] for name, (start, share) in self.tensors.items()}
+        folder = path.with_suffix(FOLDER) / self.name
+        file = folder / _file_name(dist.get_rank(self.group), dist.get_world_size(self.group))
+        write_together(lambda: write_sealed(shares, file), folder, self.group)
+
+
+def write_together(write: Callable[[], None], folder: Path, group: Any) -> None:
+    """Has each process of a group write its part of a folder, and waits until all have.
+
+    Raises:
+        OSError: In all of them, when one of them could not; the folder is gone then.
+    """
+    failed = None
+    try:
+        write()
+    except Exception as error:
+        failed = error
+    said: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(said, failed and repr(failed), group=group)
+    if dist.get_rank(group) == 0 and any(said):
+        shutil.rmtree(folder, ignore_errors=True)
+    if failed is not None:
+        raise failed
+    for other, line in enumerate(said):
+        if line:
+            raise OSError(f"checkpoint must be written by all processes, but process {other} could not: {line}")
 
 
 FOLDER = ".shares"

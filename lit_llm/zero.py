@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import re
 import secrets
@@ -29,6 +30,7 @@ from lit_llm.checkpoint_files import (
     require_whole,
     seal,
     without_pickles,
+    write_together,
 )
 from lit_llm.shards import whole, whole_shape
 
@@ -53,13 +55,20 @@ class Parts(NamedTuple):
     group: None = None
 
     def write(self, path: Path) -> None:
-        """Writes its folder beside a checkpoint, and waits until all processes have."""
-        folder = path.with_suffix(FOLDER)
-        with plain_errors(path):
-            self.engine.save_checkpoint(str(folder), tag=self.name, save_latest=False)
-        for file in _own(folder / self.name):
-            seal(file)
-        dist.barrier()
+        """Writes its folder beside a checkpoint, and waits until all processes have.
+
+        Raises:
+            OSError: When one of them could not.
+        """
+        shares = path.with_suffix(FOLDER)
+
+        def write() -> None:
+            with plain_errors(path):
+                self.engine.save_checkpoint(str(shares), tag=self.name, save_latest=False)
+                for file in _own(shares / self.name):
+                    seal(file)
+
+        write_together(write, shares / self.name, self.group)
 
 
 def _own(folder: Path) -> list[Path]:
@@ -160,9 +169,11 @@ class DeepSpeed(DDPStrategy):
             ValueError: When a callback or an option of the run is not for it.
         """
         if isinstance(self.checkpoint_io, AsyncCheckpointIO):
-            raise ValueError("trainer.plugins must have DeepSpeed write checkpoints, but has AsyncCheckpointIO")
+            raise ValueError(
+                "trainer.plugins must let DeepSpeed write checkpoints, but has AsyncCheckpointIO; leave it out"
+            )
         if trainer.gradient_clip_algorithm == "value":
-            raise ValueError("trainer.gradient_clip_algorithm must be norm for DeepSpeed, but is value")
+            raise ValueError("trainer.gradient_clip_algorithm must be norm for DeepSpeed, but is value; leave it out")
         for callback in trainer.callbacks:
             if trainer.state.fn == "fit" and getattr(callback, "needs_plain_weights", False):
                 raise ValueError(
@@ -285,6 +296,8 @@ class DeepSpeed(DDPStrategy):
         self._engine.step()
         self._engine.optimizer.loss_scale = self._scale = 1.0
         self.lightning_module.grad_norm = self._engine.get_global_grad_norm()
+        if getattr(self._engine.optimizer, "overflow", False):  # it has left the step out
+            self.lightning_module.require_finite("train/grad_norm", math.inf)
         return loss
 
     # Checkpoints: DeepSpeed's own, and one file for the rest.
@@ -333,7 +346,7 @@ class DeepSpeed(DDPStrategy):
         try:
             for file in _own(folder):
                 require_whole(file)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             damage = str(error)
         said: list[Any] = [None] * self.world_size
         dist.all_gather_object(said, damage)

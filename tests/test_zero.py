@@ -79,9 +79,9 @@ def test_a_machine_without_cuda_and_half_precision_are_refused(installed, monkey
             [],
             "value",
             AtomicCheckpointIO(),
-            "trainer.gradient_clip_algorithm must be norm for DeepSpeed, but is value$",
+            "trainer.gradient_clip_algorithm must be norm for DeepSpeed, but is value; leave it out$",
         ),
-        ([], "norm", AsyncCheckpointIO(), "trainer.plugins must have DeepSpeed write checkpoints, but has Async"),
+        ([], "norm", AsyncCheckpointIO(), "trainer.plugins must let DeepSpeed write checkpoints, but has Async"),
     ],
 )
 def test_what_its_engine_cannot_share_gradients_and_files_with_is_refused(installed, callbacks, clip, io, message):

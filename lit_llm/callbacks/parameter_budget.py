@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_llm.shards import whole_shape
+
 
 class ParameterBudget(Callback):
     """Refuses to train a network that is too large: for a search over architectures, where too large is no answer.
@@ -22,6 +24,6 @@ class ParameterBudget(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Counts."""
-        count = sum(p.numel() for p in pl_module.network.parameters())
+        count = sum(whole_shape(p).numel() for p in pl_module.network.parameters())
         if count > self.max_parameters:
             raise ValueError(f"network must have at most {self.max_parameters:,} parameters, but has {count:,}")

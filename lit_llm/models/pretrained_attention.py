@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,12 +20,15 @@ NAME = "lit-llm"
 def attend_faster(model: PreTrainedModel) -> None:
     """Has a network that attends by torch's `scaled_dot_product_attention` take two matrix products where they win.
 
-    That is in training on a CPU in bfloat16, over sequences that are not long. What is saved does not tell.
+    That is in training on a CPU in bfloat16, over sequences that are not long. What is saved does not tell. Networks
+    made of several, and those whose code asks for attention by its name, stay as they are.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    if model.config._attn_implementation == "sdpa" and model._can_set_attn_implementation():
+    simple = model.config._attn_implementation == "sdpa" and not model.config.sub_configs
+    simple = simple and model._can_set_attn_implementation()
+    if simple and '"sdpa"' not in inspect.getsource(sys.modules[type(model).__module__]):
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
@@ -47,7 +52,8 @@ def _attend(
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     wins = query.device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled()
     plain = attention_mask is None or attention_mask.dtype == torch.bool
-    plain = plain and query.shape[2] == key.shape[2] and more.get("position_bias") is None
+    plain = plain and len(query) == len(key) and query.shape[2] == key.shape[2]
+    plain = plain and all(more.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
     if not (wins and plain and 1 < query.shape[2] <= MAX_MATMUL_SEQ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **more

@@ -477,7 +477,7 @@ class Objective(LightningModule, ABC):
         (Lightning would log those of a validation one step too early.)
         """
         for name in {"val/loss", "test/loss"} & metrics.keys():
-            self._require_finite(name, float(metrics[name]))
+            self.require_finite(name, float(metrics[name]))
         self.log_dict(metrics, logger=False, sync_dist=True)
         # Outside a fit there is no step that a row could stand at.
         if self.trainer.global_step and not self.trainer.sanity_checking:
@@ -518,10 +518,15 @@ class Objective(LightningModule, ABC):
     def _mean_loss(self) -> float:
         loss_sum, target_sum = self._summed_loss()
         loss = float(loss_sum) / max(float(target_sum), 1.0)
-        self._require_finite("train/loss", loss)
+        self.require_finite("train/loss", loss)
         return loss
 
-    def _require_finite(self, name: str, value: float) -> None:
+    def require_finite(self, name: str, value: float) -> None:
+        """Refuses to go on with what is no number.
+
+        Raises:
+            FloatingPointError: Saying at which step.
+        """
         if not math.isfinite(value):
             raise FloatingPointError(
                 f"{name} must be finite, but is {value} at step {self.trainer.global_step}; lower the learning rate, "
@@ -543,13 +548,11 @@ class Objective(LightningModule, ABC):
         """Adds how to build the network; refuses to write weights that are spoilt over good ones."""
         if self.trainer.state.fn == "fit":
             loss_sum, target_sum = checkpoint["unreported_loss"] = [float(x) for x in self._summed_loss()]
-            self._require_finite("train/loss", loss_sum / max(target_sum, 1.0))
-            parts = [
-                getattr(p, "ds_tensor", p).detach() for p in self.network.parameters()
-            ]  # DeepSpeed's name for them
-            norm = torch.stack(torch._foreach_norm(local(parts))).sum().to(self.device)
+            self.require_finite("train/loss", loss_sum / max(target_sum, 1.0))
+            own = [getattr(p, "ds_tensor", p).detach() for p in self.network.parameters()]  # DeepSpeed's of its part
+            norm = torch.stack(torch._foreach_norm(local(own))).sum().to(self.device)
             norm = self.trainer.strategy.reduce(norm, reduce_op="sum")
-            self._require_finite("the norm of the weights", float(norm))
+            self.require_finite("the norm of the weights", float(norm))
         checkpoint["network"] = {**self.hparams["network"], "size": self.hparams[self.size_name]}
         if hasattr(self.network, "arguments"):  # they say what a path or a name stood for
             checkpoint["network"]["init_args"] = self.network.arguments

@@ -87,3 +87,13 @@ def test_dropout_drops_probabilities() -> None:
     dropped = some == 0
     assert 0.3 < dropped.float().mean() < 0.7
     torch.testing.assert_close(some[~dropped], 2 * kept[~dropped], atol=1e-2, rtol=2e-2)
+
+
+def test_a_network_whose_code_asks_for_attention_by_its_name_stays_as_it_is() -> None:
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    size |= {"num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "n_routed_experts": 2, "n_group": 1}
+    size |= {"num_experts_per_tok": 1, "topk_group": 1, "moe_intermediate_size": 8}
+    sparse = AutoModel.from_config(AutoConfig.for_model("deepseek_v32", vocab_size=37, **size))  # would become dense
+    assert sparse._can_set_attn_implementation()
+    attend_faster(sparse)
+    assert sparse.config._attn_implementation == "sdpa"
