@@ -92,8 +92,8 @@ class Throughput(Callback):
         if pl_module.grad_norm is not None:
             report["train/grad_norm"] = float(pl_module.grad_norm)
         flops = getattr(pl_module.network, "flops_per_token", None)
-        countable = all(p.shape == whole_shape(p) for p in pl_module.parameters())  # else DeepSpeed has emptied them
-        if flops is not None and self._peak and countable:
+        # (They count the network's parameters, which DeepSpeed's third stage leaves empty.)
+        if flops is not None and self._peak and all(p.shape == whole_shape(p) for p in pl_module.parameters()):
             report["train/mfu"] = rate * flops(batch["input_ids"].shape[1]) / (self._peak * trainer.world_size)
         self.latest = report
         for logger in trainer.loggers:

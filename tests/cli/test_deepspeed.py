@@ -58,6 +58,14 @@ def test_targets_count_the_same_where_processes_and_micro_batches_have_different
         assert_same_losses(tmp_path / "one", tmp_path / name)
 
 
+def test_in_bfloat16_losses_are_those_of_one_process_up_to_its_rounding(texts, tmp_path):
+    words = [*decoder("llama", texts), *ADAM, "--trainer.precision", "bf16-mixed", "--test_after_fit", "false"]
+    fit(tmp_path, *((name, name, words) for name in ("one", "zero2", "zero3")))
+    one, *others = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "zero2", "zero3"))
+    for other in others:
+        assert [row["train/loss"] for row in other] == pytest.approx([row["train/loss"] for row in one], rel=1e-4)
+
+
 @pytest.mark.parametrize("stage", ["zero2", "zero3"])
 def test_a_run_goes_on_bit_for_bit_and_others_read_its_weights(texts, tmp_path, stage):
     words = [*decoder("llama", texts), *ADAM, "--model.schedule", "lit_llm.schedulers.Constant"]
