@@ -1,0 +1,145 @@
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForMaskedLM
+
+from lit_llm.checkpoint_files import AtomicCheckpointIO
+from lit_llm.checkpoints import load_model, save_model
+from lit_llm.data.tokenizer import byte_tokenizer
+from lit_llm.models.block import Block, depths
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.models.pretrained_pooling import MeanClassifier, PairClassifier, PooledClassifier
+from tests.examples import T5, twenty_tokens
+from tests.models.test_pretrained_classifier import CONFIGS, IMAGES, config, stirred
+from tests.writing import exactly
+
+SEPARATOR = 3
+KINDS = {"mean": MeanClassifier, "pair": PairClassifier}
+kinds = pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
+encoders = pytest.mark.parametrize("encoder", sorted(set(CONFIGS) - IMAGES))
+
+
+def awake(kind: type[PooledClassifier], encoder: str, num_classes: int = 3, **changes: Any) -> PooledClassifier:
+    return stirred(kind(num_classes, config=config(encoder, sep_token_id=SEPARATOR, **changes)))
+
+
+def pairs() -> dict[str, torch.Tensor]:
+    """Two rows `[2] a a [3] b b b [3]` and `[2] a [3] b [3]`, the second one padded."""
+    rows = [[2, 7, 8, 3, 9, 10, 11, 3], [2, 12, 3, 13, 3, 0, 0, 0]]
+    mask = [[1] * 8, [1] * 5 + [0] * 3]
+    types = [[0, 0, 0, 0, 1, 1, 1, 1], [0, 0, 0, 1, 1, 0, 0, 0]]
+    names = ("input_ids", "attention_mask", "token_type_ids")
+    return dict(zip(names, map(torch.tensor, (rows, mask, types)), strict=True))
+
+
+@encoders
+@torch.no_grad()
+def test_the_head_reads_means_as_numpy_makes_them(encoder: str) -> None:
+    batch = pairs()
+    for kind in KINDS.values():
+        network = awake(kind, encoder)
+        heard = {} if encoder != "bert" and encoder != "electra" else {"token_type_ids": batch["token_type_ids"]}
+        hidden = network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"], **heard)[0].numpy()
+        expected = []
+        for row, length in zip(hidden, (8, 5), strict=True):
+            first, second = (4, 8) if length == 8 else (3, 5)
+            u, v = row[:first].mean(axis=0), row[first:second].mean(axis=0)
+            whole = row[:length].mean(axis=0)
+            expected.append(whole if kind is MeanClassifier else np.concatenate([u, v, abs(u - v), u * v]))
+        pooled = network.features(**batch)["pooled"]
+        np.testing.assert_allclose(pooled.numpy(), np.stack(expected), atol=2e-5, rtol=1e-4)
+        assert torch.equal(network.classify({"pooled": pooled}), network(**batch))
+
+
+@kinds
+@encoders
+@torch.no_grad()
+def test_directories_and_checkpoints_give_the_network_back(kind: type, encoder: str, tmp_path: Path) -> None:
+    network, batch = awake(kind, encoder), pairs()
+    network.class_names = ["no", "maybe", "yes"]
+    save_model(tmp_path / "model", network, byte_tokenizer())
+    path = f"{kind.__module__}.{kind.__qualname__}"
+    recipe = {"class_path": path, "init_args": network.arguments, "size": network.num_classes}
+    state = {f"network.{name}": tensor for name, tensor in network.state_dict().items()}
+    AtomicCheckpointIO().save_checkpoint({"network": recipe, "state_dict": state}, tmp_path / "x.ckpt")
+    for place in ("model", "x.ckpt"):
+        again, _ = load_model(tmp_path / place)
+        assert type(again) is kind
+        assert again.class_names == ["no", "maybe", "yes"]
+        torch.testing.assert_close(again(**batch), network(**batch), atol=1e-6, rtol=1e-5)
+
+
+@kinds
+@pytest.mark.parametrize("source", ["encoder", "masked language model", "other classifier"])
+def test_an_encoder_is_taken_from_any_model_that_has_it(kind: type, source: str, tmp_path: Path, caplog) -> None:
+    if source == "other classifier":
+        start = stirred(PretrainedClassifier(5, config=config("bert")))
+        save_model(tmp_path, start)
+        before = start.backbone
+    else:
+        auto = AutoModel if source == "encoder" else AutoModelForMaskedLM
+        made = stirred(auto.from_config(awake(kind, "bert").config))
+        made.save_pretrained(tmp_path)
+        before = made if source == "encoder" else made.bert
+    with caplog.at_level(logging.INFO, "lit_llm"):
+        network = kind(3, str(tmp_path))
+    [line] = [record.getMessage() for record in caplog.records]
+    assert line == f"The head is new, {tmp_path} has none: pooled_head.1.bias, pooled_head.1.weight"
+    stored = before.state_dict()
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in network.backbone.state_dict().items())
+    assert not any("pooler" in name for name in network.state_dict())
+    network.read_tokens_of(twenty_tokens())
+    assert network(**pairs()).shape == (2, 3)
+
+
+@kinds
+@encoders
+@torch.no_grad()
+def test_padding_says_nothing(kind: type, encoder: str) -> None:
+    network, batch = awake(kind, encoder), pairs()
+    alone = network(**{name: tensor[1:, :5] for name, tensor in batch.items()})
+    torch.testing.assert_close(network(**batch)[1:], alone, atol=2e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_of_a_text_alone_the_second_mean_is_zero() -> None:
+    pooled = PairClassifier.pool(torch.randn(1, 4, 2), torch.tensor([[2, 5, 6, 3]]), torch.ones(1, 4).long(), 3)
+    u, v, apart, product = pooled.chunk(4, dim=-1)
+    assert torch.equal(v, torch.zeros(1, 2))
+    assert torch.equal(product, torch.zeros(1, 2))
+    assert torch.equal(apart, u.abs())
+
+
+def test_gradients_reach_all_of_it_and_its_head_is_the_last_depth() -> None:
+    network = awake(PairClassifier, "modernbert").train()
+    network(**pairs()).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in network.parameters())
+    found, top = depths(network)
+    assert {name for name, p in network.named_parameters() if found[p] == top} == {
+        "model.pooled_head.1.weight",
+        "model.pooled_head.1.bias",
+    }
+    assert sum(isinstance(module, Block) for module in network.modules()) == 2
+
+
+@kinds
+@pytest.mark.parametrize("described", [T5, config("vit"), config("resnet")], ids=["t5", "vit", "resnet"])
+def test_what_is_no_encoder_of_texts_is_refused(kind: type, described: dict) -> None:
+    message = f"model_type must be that of an encoder of texts, but is {described['model_type']}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        kind(2, config=described)
+
+
+def test_a_tokeniser_without_a_separator_is_refused_where_two_texts_are_compared() -> None:
+    network = PairClassifier(2, config=config("bert"))
+    message = (
+        "data.tokenizer must have a separator for a PairClassifier, which compares two texts, but has none; set "
+        "model.network to lit_llm.models.pretrained_pooling.MeanClassifier"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        network.read_tokens_of(byte_tokenizer())
+    MeanClassifier(2, config=config("bert")).read_tokens_of(byte_tokenizer())
