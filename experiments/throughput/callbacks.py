@@ -13,7 +13,7 @@ from experiments.throughput.clock import Clock
 
 
 class StepClock(Callback):
-    """Hands every step to a `Clock`.
+    """Hands every step to a `Clock`, of several processes the first one's.
 
     Args:
         path: As in `Clock`.
@@ -29,7 +29,8 @@ class StepClock(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ticks."""
-        self.clock.tick(outputs["loss"], pl_module.network)
+        if trainer.is_global_zero:
+            self.clock.tick(outputs["loss"], pl_module.network)
 
 
 class Stamp(Callback):

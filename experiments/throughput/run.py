@@ -135,10 +135,7 @@ def measure(peer: str, size: str, vocab_size: int, dtype: str, options: argparse
     out = options.work / f"{name}.json"
     log = options.work / f"{name}.log"
     env = environment(options.work, options.threads) | ({} if options.compile else {"TORCH_COMPILE_DISABLE": "1"})
-    prepare = "import sys; from pathlib import Path; from experiments.throughput.corpus import prepare; "
-    prepare += "prepare(Path(sys.argv[1]), *map(int, sys.argv[2:]))"
-    whole = (folder / "tokens.npy").exists()
-    if not whole and run_child([sys.executable, "-c", prepare, str(folder), str(vocab_size), str(tokens)], env, log):
+    if not prepared(folder, vocab_size, tokens, env, log):
         print(f"{name}: no corpus: {last_words(log)}", flush=True)
         return None
     out.unlink(missing_ok=True)
@@ -162,6 +159,15 @@ def measure(peer: str, size: str, vocab_size: int, dtype: str, options: argparse
         flush=True,
     )
     return result
+
+
+def prepared(folder: Path, vocab_size: int, tokens: int, env: dict[str, str], log: Path) -> bool:
+    """Whether the corpus is there; it is made in a process of its own, so that this one stays small."""
+    if (folder / "tokens.npy").exists():
+        return True
+    prepare = "import sys; from pathlib import Path; from experiments.throughput.corpus import prepare; "
+    prepare += "prepare(Path(sys.argv[1]), *map(int, sys.argv[2:]))"
+    return run_child([sys.executable, "-c", prepare, str(folder), str(vocab_size), str(tokens)], env, log) == 0
 
 
 def fit_words(

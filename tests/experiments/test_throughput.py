@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from experiments.throughput import peers, report, run, step_overhead
+from experiments.throughput import peers, processes, report, run, step_overhead
 from experiments.throughput.corpus import prepare
 from tests.writing import places
 
@@ -49,7 +49,19 @@ def test_the_table_holds_the_ratio_of_each_round_and_goes_between_its_markers(tm
         report.write_table("gpu", [], readme)
 
 
-@pytest.mark.parametrize("name", ["cpu", "cuda", "step_overhead", "first_step", "loading", "tokenising"])
+@pytest.mark.slow
+def test_two_processes_are_timed_beside_one(tmp_path, capsys):
+    words = ["--size", "tiny", "--dtypes", "fp32", "--steps", "4", "--warmup", "1", "--rounds", "1"]
+    processes.main([*words, "--max_wait", "0", "--work", str(tmp_path), "--no_table"])
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("| fp32, tokens/s | ")
+    both = [json.loads((tmp_path / f"processes-{number}-fp32.json").read_text()) for number in (1, 2)]
+    assert both[0]["threads"] == 2
+    assert both[1]["threads"] == 1
+    assert both[0]["parameters"] == both[1]["parameters"]
+
+
+@pytest.mark.parametrize("name", ["cpu", "cuda", "step_overhead", "processes", "first_step", "loading", "tokenising"])
 def test_the_readme_has_a_place_for_every_table(name):
     assert places("throughput", name) == 1
 
