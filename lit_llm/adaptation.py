@@ -130,6 +130,7 @@ class LayerDecay(Adaptation):
 
     Args:
         decay: Factor from a layer to the one below, in (0, 1]; 0.65 to 0.95 is usual, the smaller the fewer examples.
+        head_factor: Factor on the head's rate alone, above 0: a new head may learn faster than what has been trained.
 
     Source:
         Howard & Ruder, 2018, "ULMFiT", arXiv:1801.06146, section 3.2 (with 1/2.6); Clark et al., 2020, "ELECTRA",
@@ -137,18 +138,21 @@ class LayerDecay(Adaptation):
     """
 
     decay: float = 0.8
+    head_factor: float = 1.0
 
     def __post_init__(self) -> None:
         if not 0 < self.decay <= 1:
             raise ValueError(f"decay must be in (0, 1], but is {self.decay}")
+        if self.head_factor <= 0:
+            raise ValueError(f"head_factor must be above 0, but is {self.head_factor}")
 
     def start(self, depth: int, top: int) -> float | None:
         """All from the beginning."""
         return 0.0
 
     def rate(self, depth: int, top: int) -> float:
-        """1 for the head."""
-        return self.decay ** (top - depth)
+        """`head_factor` for the head, and `decay` to the power of the layers from it to a depth below."""
+        return self.head_factor if depth == top else self.decay ** (top - depth)
 
 
 @dataclass(frozen=True)
@@ -159,6 +163,7 @@ class GradualUnfreezing(LayerDecay):
 
     Args:
         decay: As in `LayerDecay`; 1 for equal rates.
+        head_factor: As in `LayerDecay`.
         until: Part of the training, in (0, 1), after which all learn.
 
     Source:

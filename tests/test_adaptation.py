@@ -118,6 +118,15 @@ def test_what_starts_first_starts_at_once_where_the_head_is_tied_to_the_embeddin
     assert starts == pytest.approx({2: 0, 1: 1 / 6, 0: 1 / 3})
 
 
+@pytest.mark.parametrize("kind", [LayerDecay, GradualUnfreezing])
+def test_each_layer_steps_slower_than_the_one_above_and_the_head_by_a_factor_of_its_own(kind: type) -> None:
+    network = NETWORK(3)
+    found, top = depths(network)
+    groups = kind(decay=0.5, head_factor=10.0).groups(parameter_groups(network), network)
+    rates = {found[p]: group["rate"] for group in groups for p in group["params"]}
+    assert rates == pytest.approx({top: 10.0, 2: 0.5, 1: 0.25, 0: 0.125})
+
+
 def test_features_are_forgotten_after_training(tmp_path: Path) -> None:
     made = objective(HeadOnly())
     trainer(tmp_path).fit(made, datamodule=Ordered())
@@ -301,6 +310,7 @@ def test_targets_that_are_none_are_refused_with_what_there_is() -> None:
     [
         (lambda: FrozenLayers(-1), "num_layers must be at least 0, but is -1"),
         (lambda: LayerDecay(0.0), "decay must be in (0, 1], but is 0.0"),
+        (lambda: LayerDecay(head_factor=0.0), "head_factor must be above 0, but is 0.0"),
         (lambda: GradualUnfreezing(until=1.0), "until must be in (0, 1), but is 1.0"),
         (lambda: LoRA(rank=0), "rank must be at least 1, but is 0"),
         (lambda: LoRA(dropout=1.0), "dropout must be in [0, 1), but is 1.0"),

@@ -110,6 +110,7 @@ def _quiet() -> None:
         ".*across ranks is zero.*",
         ".*was deprecated in.*",
         ".*No positional arguments.*",
+        ".*SpearmanCorrcoef` will save all.*",  # a value an example, which is little
     ):
         warnings.filterwarnings("ignore", message=text)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
