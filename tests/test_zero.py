@@ -17,7 +17,7 @@ from lit_llm.callbacks.spike_recovery import SpikeRecovery
 from lit_llm.checkpoint_files import AsyncCheckpointIO, AtomicCheckpointIO, Shares, read_checkpoint
 from lit_llm.cli.errors import one_line
 from lit_llm.objectives.causal_lm import CausalLM
-from lit_llm.objectives.objective import PART_SCALE
+from lit_llm.objectives.exact_steps import PART_SCALE
 from lit_llm.optimizers import Muon
 from lit_llm.shards import is_shared_out, whole_shape
 from lit_llm.zero import DeepSpeed

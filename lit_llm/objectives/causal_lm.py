@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lit_llm.adaptation import Adaptation
 from lit_llm.batch import IGNORE_INDEX, TokenBatch
 from lit_llm.metrics import LanguageModeling
+from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.losses import cross_entropy_sum, linear_cross_entropy_sum, token_nats
-from lit_llm.objectives.objective import Loss, Objective
+from lit_llm.objectives.objective import Objective
 from lit_llm.schedulers import Schedule
 
 

@@ -14,7 +14,8 @@ from torchmetrics import MetricCollection
 
 from lit_llm.adaptation import Adaptation
 from lit_llm.metrics import classification_metrics
-from lit_llm.objectives.objective import Loss, Objective
+from lit_llm.objectives.exact_steps import Loss
+from lit_llm.objectives.objective import Objective
 from lit_llm.schedulers import Schedule
 
 

@@ -18,9 +18,10 @@ from lit_llm.compression.taps import UNSEEN, Tapped, tapping
 from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.divergences import Divergence, ForwardKL, Taught, linear_loss_sum
+from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.losses import cross_entropy_sum
 from lit_llm.objectives.masked_lm import MaskedLM
-from lit_llm.objectives.objective import Loss, Objective
+from lit_llm.objectives.objective import Objective
 from lit_llm.objectives.teacher import Teacher, TeacherCache
 
 

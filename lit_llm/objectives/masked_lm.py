@@ -15,8 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from lit_llm.adaptation import Adaptation
 from lit_llm.batch import TokenBatch
 from lit_llm.metrics import TokenPrediction
+from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.masking import chances, ordinary_tokens, word_edges, word_starts
-from lit_llm.objectives.objective import Loss, Objective
+from lit_llm.objectives.objective import Objective
 from lit_llm.schedulers import Schedule
 
 

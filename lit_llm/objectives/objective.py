@@ -8,13 +8,10 @@ import logging
 import math
 import pkgutil
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
-from jaxtyping import Float
-from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
@@ -29,23 +26,16 @@ from lit_llm.compression.compression import records_of, replay
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.deferred_init import deferred
 from lit_llm.metrics import MeanLoss
+from lit_llm.objectives.exact_steps import ExactSteps
 from lit_llm.objectives.features import FeatureCache, can_be_cached
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule
-from lit_llm.shards import local, total_norm, whole_shape
+from lit_llm.shards import local, whole_shape
 
 log = logging.getLogger(__name__)
 
-Loss = tuple[Float[Tensor, ""], Float[Tensor, ""]]
-"""A loss summed over a batch's targets, and how many those were."""
 
-PART_SCALE = 1024.0
-"""What summed losses are divided by until the step's targets are counted: a size that half precision can hold."""
-
-SET_OFTEN = frozenset({"_current_fx_name", "_loss_sum", "_target_sum", "_step_targets", "grad_norm"})
-
-
-class Objective(LightningModule, ABC):
+class Objective(ExactSteps):
     """What is minimised. A subclass writes `loss(batch)`, and names the fact about the data that sizes its network.
 
     What it measures over a split is the mean of that loss, until it writes `measure` and makes metrics of its own.
@@ -53,8 +43,7 @@ class Objective(LightningModule, ABC):
     The network is built in `configure_model`, from a recipe rather than an object, so that the same config serves
     construction on a GPU, on the meta device and from a checkpoint. Its first argument is decided by the data.
 
-    Losses are summed and divided by the number of targets in the whole step, over micro-batches and processes: eight
-    batches of one give the gradient of one batch of eight, whatever the rows' lengths.
+    Its steps are those of `ExactSteps`: the mean over all targets, over micro-batches and processes.
 
     Args:
         network: Makes the network from its first argument; `None` is the network that `weights` are of.
@@ -99,31 +88,13 @@ class Objective(LightningModule, ABC):
         self.adaptation = adaptation
         self.network: nn.Module | None = None
         self.val_metric, self.test_metric = MeanLoss(), MeanLoss()
-        self.grad_norm: Tensor | None = None
-        self._step_targets: Tensor | float = 0.0
-        self._loss_sum: Tensor | float = 0.0
-        self._target_sum: Tensor | float = 0.0
         self._waiting: list[dict[str, Any]] = []
         self._features: dict[RunningStage, FeatureCache] = {}
-
-    @abstractmethod
-    def loss(self, batch: Any) -> Loss:
-        """The loss to be minimised, summed over the batch's targets, and their number."""
 
     def measure(self, metric: Any, batch: Any) -> dict[str, Tensor] | None:
         """Adds a batch to `val_metric` or `test_metric`; what it gives is for callbacks. By default the mean loss."""
         metric.update(*self.loss(batch))
         return None
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """As torch's, but for what is set many times a step: that never is a parameter, which torch takes time to see.
-
-        Lightning notes at every hook which one it is in.
-        """
-        if name in SET_OFTEN:
-            self.__dict__[name] = value
-        else:
-            super().__setattr__(name, value)
 
     # Building.
 
@@ -362,92 +333,18 @@ class Objective(LightningModule, ABC):
                 for p in group["params"]:
                     p.requires_grad_(id(group) not in asleep)
 
-    # Training.
-
-    def training_step(self, batch: Any, batch_idx: int) -> Float[Tensor, ""]:
-        """The mean loss of this batch, or, where a step has several, their share of the step's: see below."""
-        total, targets = self.loss(batch)
-        self._loss_sum = self._loss_sum + total.detach()
-        self._target_sum = self._target_sum + targets
-        if not self._step_has_parts:
-            return total / targets.clamp(min=1)
-        self._step_targets = self._step_targets + targets
-        return total / PART_SCALE
-
-    training_step.__signature__ = inspect.signature(training_step)  # Lightning asks for it at every step
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Turns the gradient of the scaled sum into the gradient of the mean over all targets of the step."""
+        """As `ExactSteps`; groups whose turn has not come get no gradient."""
         for group in self._waiting:
             for p in group["params"]:
                 p.grad = None
-        if not self._step_has_parts:
-            return
-        targets = self.trainer.strategy.reduce(self._step_targets, reduce_op="sum")
-        self._step_targets = 0.0
-        # Lightning has divided by the micro-batches, and data-parallel strategies average over processes.
-        parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        # (Devices that share products count the same targets, as often as they are counted among the processes.)
-        factor = PART_SCALE * parts / targets.clamp(min=1)
-        if self._gradients_are_elsewhere:
-            self.trainer.strategy.scale_gradients(factor)
-            return
-        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients := local(gradients):  # which may lie in the CPU's memory
-            torch._foreach_mul_(gradients, factor.to(gradients[0].device))
+        super().on_before_optimizer_step(optimizer)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Steps, and lets go of the gradients at once: Lightning would hold them through the next forward pass."""
+        """As `ExactSteps`; has the groups learn whose turn comes with the next step."""
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
-        self.optimizer_zero_grad(epoch, batch_idx, optimizer)
         if self._waiting:
             self._wake(optimizer, self.trainer.global_step + 1)
-
-    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Lets go of all gradients; as torch's, without the profiler's mark that costs more than the work."""
-        if self._gradients_are_elsewhere:
-            return
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                p.grad = None
-
-    @property
-    def _gradients_are_elsewhere(self) -> bool:
-        """Whether the strategy scales, clips and lets go of gradients, in a place of its own (`zero`)."""
-        return getattr(self.trainer.strategy, "owns_gradients", False)
-
-    @property
-    def _step_has_parts(self) -> bool:
-        return self.trainer.accumulate_grad_batches > 1 or self.trainer.world_size > 1
-
-    def configure_gradient_clipping(
-        self,
-        optimizer: Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
-    ) -> None:
-        """Clips by the global norm, and keeps that norm for the logs.
-
-        Lightning's own refuses a fused optimiser under bf16-mixed, which needs no unscaling.
-
-        Raises:
-            ValueError: With a fused optimiser under 16-mixed, which unscales gradients only after they were clipped.
-        """
-        if self._gradients_are_elsewhere:
-            return
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if gradient_clip_val and scaled and getattr(optimizer, "_step_supports_amp_scaling", False):
-            raise ValueError(
-                "trainer.gradient_clip_val must be None with a fused optimiser under 16-mixed, but is "
-                f"{gradient_clip_val}; train in bf16-mixed, or set the optimiser's fused to false"
-            )
-        gradients = [p.grad for p in self.parameters() if p.grad is not None] if gradient_clip_val else []
-        if gradient_clip_algorithm == "value" and gradient_clip_val:
-            torch._foreach_clamp_min_(local(gradients), -gradient_clip_val)
-            torch._foreach_clamp_max_(local(gradients), gradient_clip_val)
-        elif gradient_clip_val:
-            self.grad_norm = total_norm(gradients)
-            torch._foreach_mul_(local(gradients), (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0))
 
     # Measuring.
 
@@ -483,55 +380,6 @@ class Objective(LightningModule, ABC):
         if self.trainer.global_step and not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
                 logger.log_metrics({name: float(v) for name, v in metrics.items()}, step=self.trainer.global_step)
-
-    @property
-    def loss_sums(self) -> tuple[Tensor | float, Tensor | float]:
-        """The loss summed since it was last taken, and its targets: for a callback that takes a step back."""
-        return self._loss_sum, self._target_sum
-
-    @loss_sums.setter
-    def loss_sums(self, sums: tuple[Tensor | float, Tensor | float]) -> None:
-        self._loss_sum, self._target_sum = sums
-
-    def take_train_loss(self) -> float:
-        """The mean loss over the targets since the last call: the one place that waits for the device.
-
-        Raises:
-            FloatingPointError: When it is not finite.
-        """
-        loss = self._mean_loss()
-        self._loss_sum = self._target_sum = 0.0
-        return loss
-
-    def take_train_metrics(self) -> dict[str, float]:
-        """What else there is to say of the steps since the last call, by name; asked for after the loss."""
-        return {}
-
-    def _summed_loss(self) -> tuple[Tensor, Tensor]:
-        """The loss summed since it was last taken, and its targets, over all processes."""
-        loss_sum, target_sum = (
-            self.trainer.strategy.reduce(torch.as_tensor(x, device=self.device).clone(), reduce_op="sum")
-            for x in (self._loss_sum, self._target_sum)
-        )
-        return loss_sum, target_sum
-
-    def _mean_loss(self) -> float:
-        loss_sum, target_sum = self._summed_loss()
-        loss = float(loss_sum) / max(float(target_sum), 1.0)
-        self.require_finite("train/loss", loss)
-        return loss
-
-    def require_finite(self, name: str, value: float) -> None:
-        """Refuses to go on with what is no number.
-
-        Raises:
-            FloatingPointError: Saying at which step.
-        """
-        if not math.isfinite(value):
-            raise FloatingPointError(
-                f"{name} must be finite, but is {value} at step {self.trainer.global_step}; lower the learning rate, "
-                f"lengthen the warm-up or clip gradients, and go on from the last good checkpoint with --ckpt_path last"
-            )
 
     def require_numbers(self, predictions: Tensor) -> None:
         """Refuses predictions that say nothing.

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from lit_llm.adaptation import Adaptation
 from lit_llm.metrics import RegressionMetrics
-from lit_llm.objectives.objective import Loss, Objective
+from lit_llm.objectives.exact_steps import Loss
+from lit_llm.objectives.objective import Objective
 from lit_llm.schedulers import Schedule
 
 

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from lit_llm.batch import inputs
 from lit_llm.compression.calibration import evaluating
 from lit_llm.objectives.classification import Classification
-from lit_llm.objectives.objective import Loss
+from lit_llm.objectives.exact_steps import Loss
 from lit_llm.shards import local
 
 
