@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
-class PooledClassifier(PretrainedClassifier):
+class PooledClassifier(PretrainedClassifier, ABC):
     """An encoder below a linear head that reads what a subclass makes of all of the encoder's tokens.
 
     Transformers has no such head: only this package opens what it is saved as. Its encoder has transformers' names. A
