@@ -49,7 +49,7 @@ class PooledClassifier(PretrainedClassifier, ABC):
         hidden: Float[Tensor, "batch seq d_model"],
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
-        separator: int | None,
+        separator: int,
     ) -> Float[Tensor, "batch features"]:
         """What the head reads, in fp32.
 
@@ -57,7 +57,7 @@ class PooledClassifier(PretrainedClassifier, ABC):
             hidden: What the encoder gives at each token.
             input_ids: The tokens.
             attention_mask: 0 where there is padding.
-            separator: The token between two texts.
+            separator: The token between two texts; -1 where the tokeniser, or the config, names none.
         """
 
     @classmethod
@@ -124,7 +124,7 @@ class MeanClassifier(PooledClassifier):
         hidden: Float[Tensor, "batch seq d_model"],
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
-        separator: int | None,
+        separator: int,
     ) -> Float[Tensor, "batch d_model"]:
         """The mean of all tokens that are not padding."""
         return _mean(hidden, attention_mask)
@@ -178,7 +178,7 @@ class PairClassifier(PooledClassifier):
         hidden: Float[Tensor, "batch seq d_model"],
         input_ids: Int[Tensor, "batch seq"],
         attention_mask: Int[Tensor, "batch seq"],
-        separator: int | None,
+        separator: int,
     ) -> Float[Tensor, "batch features"]:
         """`[u; v; |u - v|; u * v]` of the means of two texts; a mark counts with the text that it follows."""
         marks = (input_ids == separator).long()
@@ -235,7 +235,8 @@ def _with_head(kind: type[PooledClassifier], config_class: type[PretrainedConfig
             segments = with_segments and getattr(self.config, "type_vocab_size", 1) > 1
             more = {"token_type_ids": token_type_ids} if segments else {}
             hidden = self.base_model(input_ids, attention_mask=mask, **more)[0]
-            return kind.pool(hidden, input_ids, mask, getattr(self.config, "sep_token_id", None))
+            separator = getattr(self.config, "sep_token_id", None)
+            return kind.pool(hidden, input_ids, mask, -1 if separator is None else separator)
 
         def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
             return SequenceClassifierOutput(logits=self.pooled_head(self.pooled(**inputs)))
