@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -26,6 +27,7 @@ class MemoryRise(Callback):
 
     def __init__(self) -> None:
         self._before = (0, 0)
+        self._most = 0
         self._trainer: Trainer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -35,14 +37,18 @@ class MemoryRise(Callback):
                 CLEAR.write_text("5")  # the peak begins anew
             self._trainer, self._before = trainer, peak_and_files()
 
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Looks again: of files there may be more later than there were at the peak."""
+        (peak, files), (peak_before, files_before) = peak_and_files(), self._before
+        self._most = max(self._most, peak - peak_before - (files - files_before))
+
     @property
     def bytes(self) -> int:
-        """The most so far."""
+        """The most after any step."""
         device = self._trainer.strategy.root_device
-        if device.type != "cpu":
-            return peak_memory(device)
-        (peak, files), (peak_before, files_before) = peak_and_files(), self._before
-        return peak - peak_before - (files - files_before)
+        return self._most if device.type == "cpu" else peak_memory(device)
 
 
 def peak_and_files() -> tuple[int, int]:
