@@ -95,6 +95,9 @@ class GPT2Block(Block):
     """How devices share its products (`strategies`). Heads lie across the columns of the one matrix of queries, keys
     and values, so what it gives is gathered, and each device has all heads."""
 
+    whole_sequence: ClassVar[tuple[str, ...]] = ("attn", "mlp")
+    """Layers that read all positions, where what lies between them is shared out by positions."""
+
     def __init__(
         self,
         attention: GPT2Attention,
