@@ -343,7 +343,7 @@ def share_sequences(blocks: list[Block], mesh: DeviceMesh) -> None:
     """Has each device compute what lies between the products of blocks for its part of each sequence.
 
     Args:
-        blocks: In their order; a product by rows gives summands, and `whole_sequence` names what wants all positions.
+        blocks: In their order. What `whole_sequence` names begins with products by columns and ends with one by rows.
         mesh: The devices.
     """
 
@@ -366,6 +366,7 @@ def share_sequences(blocks: list[Block], mesh: DeviceMesh) -> None:
         return (placed(args[0], Shard(1), Replicate()), *args[1:]) if torch.is_grad_enabled() else args
 
     def add_up(layer: nn.Module, args: tuple[Any, ...], y: DTensor) -> Tensor:
+        # (Its last product gave summands.)
         return y.redistribute(placements=[Shard(1) if torch.is_grad_enabled() else Replicate()]).to_local()
 
     def put_together(block: nn.Module, args: tuple[Any, ...], x: Tensor) -> Tensor:
@@ -374,9 +375,7 @@ def share_sequences(blocks: list[Block], mesh: DeviceMesh) -> None:
     for block in blocks:
         for name in block.whole_sequence:
             block.get_submodule(name).register_forward_pre_hook(gather)
-        for name, style in block.tensor_parallel.items():
-            if style.startswith("rows"):
-                block.get_submodule(name).register_forward_hook(add_up)
+            block.get_submodule(name).register_forward_hook(add_up)
     blocks[0].register_forward_pre_hook(divide)
     blocks[-1].register_forward_hook(put_together)
 

@@ -117,7 +117,7 @@ class GPT2Block(Block):
     def forward(
         self,
         x: Float[Tensor, "batch new d_model"],
-        mask: Bool[Tensor, "#batch 1 new seq"] | None = None,
+        mask: Bool[Tensor, "#batch 1 _ seq"] | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "batch new d_model"]:

@@ -41,7 +41,7 @@ class LlamaBlock(Block):
         self,
         x: Float[Tensor, "batch new d_model"],
         by: Rotation,
-        mask: Bool[Tensor, "#batch 1 new seq"] | None = None,
+        mask: Bool[Tensor, "#batch 1 _ seq"] | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "batch new d_model"]:
