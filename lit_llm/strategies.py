@@ -83,7 +83,8 @@ class Sharded(ModelParallelStrategy):
     Source:
         Zhao et al., 2023, "PyTorch FSDP", arXiv:2304.11277; Shoeybi et al., 2019, "Megatron-LM", arXiv:1909.08053,
         section 3, the loss there too; Korthikanti et al., 2022, arXiv:2205.05198, section 4.2, for sequences, where
-        embeddings and the last norm are shared out besides.
+        embeddings and the last norm are shared out besides, and what is gathered is gathered again for the backward
+        pass instead of kept.
     """
 
     defers_init = True

@@ -227,6 +227,27 @@ def test_what_lies_between_products_is_shared_out_and_gradients_are_those_of_one
             torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
 
 
+def test_what_lies_between_products_is_kept_for_a_part_of_the_positions_only(network):
+    def kept(sequence_parallel: bool) -> int:
+        copy = type(network)(37, d_model=32, num_layers=2, num_heads=4, d_ff=48, max_seq_len=64, **options(network))
+        sizes: dict[int, int] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            [here] = local([t])
+            sizes[here.untyped_storage().data_ptr()] = here.untyped_storage().nbytes()
+            held.append(here)
+            return t
+
+        held: list[torch.Tensor] = []
+        with devices(0, 1, 4) as mesh:
+            share_out(copy, mesh, sequence_parallel)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                copy.hidden(torch.zeros(4, 64, dtype=torch.long))
+        return sum(sizes.values())
+
+    assert kept(sequence_parallel=True) < 0.9 * kept(sequence_parallel=False)
+
+
 def test_sequences_that_cannot_be_shared_out_are_refused(tiny_llama, tiny_gpt2):
     with devices(0, 1, 2) as mesh:
         network = tiny_llama()
