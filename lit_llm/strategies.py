@@ -68,8 +68,8 @@ class Sharded(ModelParallelStrategy):
         tensor_parallel_size: Devices that share each matrix product; divides their number.
         sequence_parallel: Have them share what lies between products, too, by positions; divides sequences. The
             last norm stays as it is.
-        loss_parallel: Have them share the logits and the head's product, by tokens of the vocabulary. Its weights stay
-            whole: they may be the embedding's, too, and be tied to any number of tokens.
+        loss_parallel: Have them share the logits and the head's product, by tokens of the vocabulary. The head's
+            weights stay whole on each: they may be the embedding's, too.
         cpu_offload: Keep weights, gradients and optimiser in the CPU's memory, and step there.
         sharded_checkpoints: Have each process write its share of a checkpoint, and read what it needs; the first one
             alone reads all weights, to export them. `NAME.ckpt` belongs together with the folder `NAME.shares/` then,
@@ -93,12 +93,12 @@ class Sharded(ModelParallelStrategy):
     def __init__(
         self,
         tensor_parallel_size: int = 1,
+        sequence_parallel: bool = False,
+        loss_parallel: bool = False,
         cpu_offload: bool = False,
         sharded_checkpoints: bool = False,
         process_group_backend: str | None = None,
         timeout_minutes: float = 30.0,
-        sequence_parallel: bool = False,
-        loss_parallel: bool = False,
     ) -> None:
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, but is {tensor_parallel_size}")
@@ -300,8 +300,8 @@ def cut_products(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool =
         sequence_parallel: As in `Sharded`.
 
     Raises:
-        ValueError: When the network does not say how it is cut, cannot be cut in so many, has adapters, or would drop
-            the same components of different positions.
+        ValueError: When the network does not say how it is cut, cannot be cut in so many, has adapters, or with
+            `sequence_parallel` does not say what reads whole sequences, or would drop alike in all parts of one.
     """
     size, kind = mesh.size(), type(network).__name__
     blocks = [module for module in network.modules() if isinstance(module, Block)]
@@ -313,6 +313,11 @@ def cut_products(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool =
     for name in ("num_heads", "num_kv_heads", "d_ff"):
         if (number := getattr(network, name, size)) % size:
             raise ValueError(f"tensor_parallel_size must divide the network's {name}, {number}, but is {size}")
+    if sequence_parallel and not all(hasattr(block, "whole_sequence") for block in blocks):
+        raise ValueError(
+            "sequence_parallel must be false for a network whose blocks do not say what reads whole sequences, but is "
+            f"true for a {kind}"
+        )
     if sequence_parallel and getattr(network, "dropout", 0):
         raise ValueError(
             f"sequence_parallel must be false where devices would drop alike, but is true with the network's dropout "
@@ -393,8 +398,8 @@ def _on_heads(blocks: list[Block]) -> Iterator[nn.Module]:
 def _have_in_common(module: nn.Module, mesh: DeviceMesh, shared: dict[nn.Parameter, nn.Parameter], apart: bool) -> None:
     """Gives each device of a mesh all of a layer's weights: as all weights are then, they are tensors of the mesh.
 
-    The layer computes with plain ones. Where each device applies them to other heads or positions,
-    `apart`, gradients are added up.
+    The layer computes with plain ones. Where each device applies them to other heads or positions, gradients are added
+    up.
     """
 
     def reading(name: str) -> property:

@@ -21,7 +21,7 @@ from lit_llm.checkpoint_files import AtomicCheckpointIO, Shares, cut, read_check
 from lit_llm.cli.errors import one_line
 from lit_llm.deferred_init import deferred, materialize
 from lit_llm.models.block import Block
-from lit_llm.models.gpt2 import GPT2
+from lit_llm.models.gpt2 import GPT2, GPT2Block
 from lit_llm.models.llama import Llama
 from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.objectives.classification import Classification
@@ -248,7 +248,7 @@ def test_what_lies_between_products_is_kept_for_a_part_of_the_positions_only(net
     assert kept(sequence_parallel=True) < 0.9 * kept(sequence_parallel=False)
 
 
-def test_sequences_that_cannot_be_shared_out_are_refused(tiny_llama, tiny_gpt2):
+def test_sequences_that_cannot_be_shared_out_are_refused(tiny_llama, tiny_gpt2, monkeypatch):
     with devices(0, 1, 2) as mesh:
         network = tiny_llama()
         share_out(network, mesh, sequence_parallel=True)
@@ -264,6 +264,9 @@ def test_sequences_that_cannot_be_shared_out_are_refused(tiny_llama, tiny_gpt2):
             r"dropout 0.1$",
         ):
             share_out(tiny_gpt2(dropout=0.1), mesh, sequence_parallel=True)
+        monkeypatch.delattr(GPT2Block, "whole_sequence")
+        with pytest.raises(ValueError, match=r"do not say what reads whole sequences, but is true for a GPT2$"):
+            share_out(tiny_gpt2(), mesh, sequence_parallel=True)
 
 
 def test_an_objective_that_wants_all_logits_does_not_share_its_loss():

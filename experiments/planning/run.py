@@ -48,6 +48,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=["memory", "time"], help="leave the other out")
+    parser.add_argument("--width", type=int, nargs="+", help="leave settings of other widths out")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each setting whose time is measured")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="32-true")
@@ -57,6 +58,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_table", dest="table", action="store_false", help="leave README.md alone")
     options = parser.parse_args(words)
     options.work = options.work.resolve()
+    options.grid = [setting for setting in options.grid if not options.width or setting["d_model"] in options.width]
     return options
 
 
