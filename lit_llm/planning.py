@@ -283,7 +283,8 @@ def memory(step: Step, strategy: str, devices: int) -> Memory:
     `ddp` holds everything, and the gradients once more in the buckets that it exchanges. `zero1` shares out the
     optimiser's state, `zero2` the gradients too, `fsdp` (ZeRO's third stage) the weights too, of which two blocks are
     gathered at a time, and cast there. `tensor_parallel` divides each matrix, and by sequence parallelism what flows
-    between them, among the devices that work on one batch.
+    between them, among the devices that work on one batch: the least that there can be, as `strategies.Sharded` keeps
+    what it gathers, embeddings and head on each.
 
     Args:
         step: What the step takes on one device.

@@ -19,7 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
@@ -36,10 +36,13 @@ READING = ("hidden", "logits_at", "classify", "features", "generate")
 STYLES = {
     "columns": ColwiseParallel,
     "rows": RowwiseParallel,
-    "columns, gathered": lambda: ColwiseParallel(output_layouts=Replicate()),
-    "rows, cut": lambda: RowwiseParallel(input_layouts=Replicate()),
+    "columns, gathered": lambda **options: ColwiseParallel(output_layouts=Replicate(), **options),
+    "rows, cut": lambda **options: RowwiseParallel(input_layouts=Replicate(), **options),
 }
 """How a matrix of a block is shared out; `heads` besides are weights that each device applies to its own heads."""
+
+SUMMANDS = {"output_layouts": Partial(), "use_local_output": False}
+"""Has a matrix that is cut by rows give what is still to be added up over devices."""
 
 
 class Sharded(ModelParallelStrategy):
@@ -51,12 +54,22 @@ class Sharded(ModelParallelStrategy):
     common. A network says by its blocks' `tensor_parallel` which matrices are cut by columns and which by rows. Of N
     devices, `N / tensor_parallel_size` read different rows: that many times `data.batch_size` is the global batch.
 
+    Between those products each device computes the same, and keeps it for the backward pass. With `sequence_parallel`
+    it does that for its part of each sequence: what the rows' products give is added up and shared out in one go, and
+    gathered where a block's `whole_sequence` wants all positions. With `loss_parallel` it makes the logits of its part
+    of the vocabulary, and the loss is put together from those. Both act where gradients are made; evaluation keeps
+    nothing, and has prompts of any length.
+
     Losses are those of one process with the same global batch, up to rounding. Checkpoints are gathered on the first
     process, or each process writes its share; either form all strategies and any number of devices read. A fresh
     network of a class with `defers_init` is made without memory, and each device draws the shares that it keeps.
 
     Args:
         tensor_parallel_size: Devices that share each matrix product; divides their number.
+        sequence_parallel: Have them share what lies between products, too, by positions; divides sequences. The
+            last norm stays as it is.
+        loss_parallel: Have them share the logits and the head's product, by tokens of the vocabulary. The head's
+            weights stay whole on each: they may be the embedding's, too.
         cpu_offload: Keep weights, gradients and optimiser in the CPU's memory, and step there.
         sharded_checkpoints: Have each process write its share of a checkpoint, and read what it needs; the first one
             alone reads all weights, to export them. `NAME.ckpt` belongs together with the folder `NAME.shares/` then,
@@ -65,11 +78,13 @@ class Sharded(ModelParallelStrategy):
         timeout_minutes: After which a process that waits for another one gives up.
 
     Raises:
-        ValueError: When a size is below 1, or does not divide what it has to.
+        ValueError: When a size is below 1, or does not divide what it has to, or there are no products to share.
 
     Source:
         Zhao et al., 2023, "PyTorch FSDP", arXiv:2304.11277; Shoeybi et al., 2019, "Megatron-LM", arXiv:1909.08053,
-        section 3.
+        section 3, the loss there too; Korthikanti et al., 2022, arXiv:2205.05198, section 4.2, for sequences, where
+        embeddings and the last norm are shared out besides, and what is gathered is gathered again for the backward
+        pass instead of kept.
     """
 
     defers_init = True
@@ -78,6 +93,8 @@ class Sharded(ModelParallelStrategy):
     def __init__(
         self,
         tensor_parallel_size: int = 1,
+        sequence_parallel: bool = False,
+        loss_parallel: bool = False,
         cpu_offload: bool = False,
         sharded_checkpoints: bool = False,
         process_group_backend: str | None = None,
@@ -85,6 +102,9 @@ class Sharded(ModelParallelStrategy):
     ) -> None:
         if tensor_parallel_size < 1:
             raise ValueError(f"tensor_parallel_size must be at least 1, but is {tensor_parallel_size}")
+        for name, asked in {"sequence_parallel": sequence_parallel, "loss_parallel": loss_parallel}.items():
+            if asked and tensor_parallel_size == 1:
+                raise ValueError(f"tensor_parallel_size must be at least 2 for {name}, but is 1")
         if timeout_minutes <= 0:
             raise ValueError(f"timeout_minutes must be above 0, but is {timeout_minutes}")
         super().__init__(
@@ -95,6 +115,7 @@ class Sharded(ModelParallelStrategy):
         )
         self.tensor_parallel_size, self.cpu_offload = tensor_parallel_size, cpu_offload
         self.sharded_checkpoints = sharded_checkpoints
+        self.sequence_parallel, self.loss_parallel = sequence_parallel, loss_parallel
 
     def setup_environment(self) -> None:
         """Arranges the devices in a mesh.
@@ -123,7 +144,18 @@ class Sharded(ModelParallelStrategy):
         return f"cpu:gloo,cuda:{backend}" if self.cpu_offload and backend == "nccl" else backend
 
     def setup(self, trainer: Trainer) -> None:
-        """Shares out what has been built, before an optimiser is made of it."""
+        """Shares out what has been built, before an optimiser is made of it.
+
+        Raises:
+            ValueError: When `loss_parallel` is for an objective that wants all logits at once.
+        """
+        if self.loss_parallel:
+            if not getattr(self.lightning_module, "shares_vocabulary", False):
+                raise ValueError(
+                    "loss_parallel must be false for an objective that wants all logits at once, but is true for a "
+                    f"{type(self.lightning_module).__name__}"
+                )
+            self.lightning_module.vocabulary_group = self.device_mesh["tensor_parallel"].get_group()
         options: dict[str, Any] = (
             {"offload_policy": CPUOffloadPolicy(torch.accelerator.is_available())} if self.cpu_offload else {}
         )
@@ -131,7 +163,7 @@ class Sharded(ModelParallelStrategy):
             for module in child if isinstance(child, nn.ModuleList) else [child]:
                 plain = [not isinstance(p, DTensor) for p in module.parameters()]
                 if plain and all(plain):  # a test after a fit finds it shared out already
-                    share_out(module, self.device_mesh, **options)
+                    share_out(module, self.device_mesh, self.sequence_parallel, **options)
                 if hasattr(module, "fills"):
                     materialize(module, torch.device("cpu") if self.cpu_offload else self.root_device)
         for metric in self.lightning_module.modules():
@@ -228,17 +260,18 @@ def _share_of(value: Any, p: Tensor) -> Any:
     return whole(value) if isinstance(value, Pieces) else value
 
 
-def share_out(network: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
+def share_out(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = False, **options: Any) -> None:
     """Cuts a network, in place, over a mesh of the dimensions `data_parallel` and `tensor_parallel`.
 
     Args:
         network: Each of its `Block`s is gathered by itself.
         mesh: The devices.
+        sequence_parallel: As in `Sharded`.
         options: Of `fully_shard`, for all of it.
     """
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
     if tensor.size() > 1:
-        cut_products(network, tensor)
+        cut_products(network, tensor, sequence_parallel)
     if data.size() == 1:
         return
     for module in reversed(list(network.modules())):  # a block within a block comes first
@@ -258,15 +291,17 @@ def share_out(network: nn.Module, mesh: DeviceMesh, **options: Any) -> None:
 # Tensor parallelism.
 
 
-def cut_products(network: nn.Module, mesh: DeviceMesh) -> None:
+def cut_products(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = False) -> None:
     """Has the devices of a mesh share each product of a network's blocks, in place.
 
     Args:
         network: One whose blocks have `tensor_parallel`, by the names of their layers how each is cut.
         mesh: Of one dimension.
+        sequence_parallel: As in `Sharded`.
 
     Raises:
-        ValueError: When the network does not say how it is cut, cannot be cut in so many, or has adapters.
+        ValueError: When the network does not say how it is cut, cannot be cut in so many, has adapters, or with
+            `sequence_parallel` does not say what reads whole sequences, or would drop alike in all parts of one.
     """
     size, kind = mesh.size(), type(network).__name__
     blocks = [module for module in network.modules() if isinstance(module, Block)]
@@ -278,19 +313,77 @@ def cut_products(network: nn.Module, mesh: DeviceMesh) -> None:
     for name in ("num_heads", "num_kv_heads", "d_ff"):
         if (number := getattr(network, name, size)) % size:
             raise ValueError(f"tensor_parallel_size must divide the network's {name}, {number}, but is {size}")
+    if sequence_parallel and not all(hasattr(block, "whole_sequence") for block in blocks):
+        raise ValueError(
+            "sequence_parallel must be false for a network whose blocks do not say what reads whole sequences, but is "
+            f"true for a {kind}"
+        )
+    if sequence_parallel and getattr(network, "dropout", 0):
+        raise ValueError(
+            f"sequence_parallel must be false where devices would drop alike, but is true with the network's dropout "
+            f"{network.dropout}"
+        )
     cut: set[nn.Module] = set()
     for block in blocks:
-        styles = {name: STYLES[style]() for name, style in block.tensor_parallel.items() if style in STYLES}
+        styles = {
+            name: STYLES[style](**SUMMANDS if sequence_parallel and style.startswith("rows") else {})
+            for name, style in block.tensor_parallel.items()
+            if style in STYLES
+        }
         for name in styles:
             if type(block.get_submodule(name)) is not nn.Linear:
                 raise ValueError(f"tensor_parallel_size must be 1 where {name} has an adapter, but is {size}")
             cut.add(block.get_submodule(name))
         parallelize_module(block, mesh, styles, src_data_rank=None)  # each process has made the same weights
     shared: dict[nn.Parameter, nn.Parameter] = {}
-    own_heads = set(_on_heads(blocks))
+    apart = set(_on_heads(blocks))
+    if sequence_parallel:
+        apart.update(module for block in blocks for module in block.modules())
+        share_sequences(blocks, mesh)
     for module in network.modules():
         if module not in cut and any(p is not None for p in module._parameters.values()):
-            _have_in_common(module, mesh, shared, module in own_heads)
+            _have_in_common(module, mesh, shared, module in apart)
+
+
+def share_sequences(blocks: list[Block], mesh: DeviceMesh) -> None:
+    """Has each device compute what lies between the products of blocks for its part of each sequence.
+
+    Args:
+        blocks: In their order. What `whole_sequence` names begins with products by columns and ends with one by rows.
+        mesh: The devices.
+    """
+
+    def placed(x: Tensor, here: Placement, there: Placement) -> DTensor:
+        return DTensor.from_local(x, mesh, [here], run_check=False).redistribute(placements=[there])
+
+    def divide(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return args
+        x, size = args[0], mesh.size()
+        if x.shape[1] % size:
+            raise ValueError(
+                f"sequence length must be a multiple of tensor_parallel_size, {size}, for sequence_parallel, but is "
+                f"{x.shape[1]}; set data.seq_len"
+            )
+        return placed(x, Replicate(), Shard(1)).to_local(), *args[1:]
+
+    def gather(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # (A product by columns takes it as it is, and gives back a gradient that is still to be added up.)
+        return (placed(args[0], Shard(1), Replicate()), *args[1:]) if torch.is_grad_enabled() else args
+
+    def add_up(layer: nn.Module, args: tuple[Any, ...], y: DTensor) -> Tensor:
+        # (Its last product gave summands.)
+        return y.redistribute(placements=[Shard(1) if torch.is_grad_enabled() else Replicate()]).to_local()
+
+    def put_together(block: nn.Module, args: tuple[Any, ...], x: Tensor) -> Tensor:
+        return placed(x, Shard(1), Replicate()).to_local() if torch.is_grad_enabled() else x
+
+    for block in blocks:
+        for name in block.whole_sequence:
+            block.get_submodule(name).register_forward_pre_hook(gather)
+            block.get_submodule(name).register_forward_hook(add_up)
+    blocks[0].register_forward_pre_hook(divide)
+    blocks[-1].register_forward_hook(put_together)
 
 
 def _on_heads(blocks: list[Block]) -> Iterator[nn.Module]:
@@ -302,12 +395,11 @@ def _on_heads(blocks: list[Block]) -> Iterator[nn.Module]:
                 yield layer
 
 
-def _have_in_common(
-    module: nn.Module, mesh: DeviceMesh, shared: dict[nn.Parameter, nn.Parameter], own_heads: bool
-) -> None:
+def _have_in_common(module: nn.Module, mesh: DeviceMesh, shared: dict[nn.Parameter, nn.Parameter], apart: bool) -> None:
     """Gives each device of a mesh all of a layer's weights: as all weights are then, they are tensors of the mesh.
 
-    The layer computes with plain ones. Where each device applies them to other heads, gradients are added up.
+    The layer computes with plain ones. Where each device applies them to other heads or positions, gradients are added
+    up.
     """
 
     def reading(name: str) -> property:
@@ -316,7 +408,7 @@ def _have_in_common(
             if not isinstance(p, DTensor) or p.device_mesh.ndim > 1:  # cut further, until it is gathered
                 return p
             weight = p.to_local()
-            return _SummedGradient.apply(weight, mesh.get_group()) if own_heads else weight
+            return _SummedGradient.apply(weight, mesh.get_group()) if apart else weight
 
         return property(read)
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -21,11 +21,14 @@ from lit_llm.checkpoint_files import AtomicCheckpointIO, Shares, cut, read_check
 from lit_llm.cli.errors import one_line
 from lit_llm.deferred_init import deferred, materialize
 from lit_llm.models.block import Block
-from lit_llm.models.gpt2 import GPT2
+from lit_llm.models.gpt2 import GPT2, GPT2Block
 from lit_llm.models.llama import Llama
 from lit_llm.objectives.causal_lm import CausalLM
+from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.distillation import CausalLMDistillation
 from lit_llm.shards import is_shared_out, local, part, shared_as, total_norm, whole
 from lit_llm.strategies import STYLES, Sharded, share_out
+from tests.threads import each
 
 
 @contextmanager
@@ -154,6 +157,7 @@ def test_a_block_says_of_each_of_its_matrices_how_it_is_cut(network):
         matrices = {name for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
         assert {name for name, style in block.tensor_parallel.items() if style in STYLES} == matrices
         assert set(block.tensor_parallel.values()) <= {*STYLES, "heads"}
+        assert matrices == {name for name in matrices if name.startswith(block.whole_sequence)}
 
 
 def test_a_layer_that_devices_have_in_common_computes_with_plain_weights_and_keeps_its_class(network):
@@ -189,6 +193,94 @@ def test_a_network_that_does_not_divide_is_refused(tiny_llama, changes, message)
         share_out(tiny_llama(**changes), mesh)
 
 
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_what_lies_between_products_is_shared_out_and_gradients_are_those_of_one_device(network, size, checkpointing):
+    network.activation_checkpointing = checkpointing
+    ids = torch.randint(0, 37, (3, 8), generator=torch.Generator().manual_seed(0))
+    state = {name: value.clone() for name, value in network.state_dict().items()}
+    network.hidden(ids).square().sum().backward()
+    expected = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+
+    def work() -> tuple[dict[str, torch.Tensor], set[int], int]:
+        copy = type(network)(37, d_model=32, num_layers=2, num_heads=4, d_ff=48, max_seq_len=64, **options(network))
+        copy.load_state_dict(state)
+        copy.activation_checkpointing = checkpointing
+        mesh = init_device_mesh("cpu", (1, size), mesh_dim_names=("data_parallel", "tensor_parallel"))
+        share_out(copy, mesh, sequence_parallel=True)
+        lengths = set()
+        for name, module in copy.named_modules():
+            if name.endswith(("layernorm", "ln_1", "ln_2")):
+                module.register_forward_hook(lambda layer, args, out: lengths.add(out.shape[1]))
+        copy.hidden(ids).square().sum().backward()
+        found = {name: whole(p.grad) for name, p in copy.named_parameters() if p.grad is not None}
+        seen = set(lengths)
+        with torch.no_grad():  # any length, and the same numbers
+            torch.testing.assert_close(copy.hidden(ids[:, :5]), network.hidden(ids[:, :5]).detach())
+        return found, seen, max(lengths)
+
+    for found, during_training, evaluated in each(size, work):
+        assert during_training == {8 // size}
+        assert evaluated == 5
+        assert found.keys() == expected.keys()
+        for name, gradient in expected.items():
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_what_lies_between_products_is_kept_for_a_part_of_the_positions_only(network):
+    def kept(sequence_parallel: bool) -> int:
+        copy = type(network)(37, d_model=32, num_layers=2, num_heads=4, d_ff=48, max_seq_len=64, **options(network))
+        sizes: dict[int, int] = {}
+
+        def pack(t: torch.Tensor) -> torch.Tensor:
+            [here] = local([t])
+            sizes[here.untyped_storage().data_ptr()] = here.untyped_storage().nbytes()
+            held.append(here)
+            return t
+
+        held: list[torch.Tensor] = []
+        with devices(0, 1, 4) as mesh:
+            share_out(copy, mesh, sequence_parallel)
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+                copy.hidden(torch.zeros(4, 64, dtype=torch.long))
+        return sum(sizes.values())
+
+    assert kept(sequence_parallel=True) < 0.9 * kept(sequence_parallel=False)
+
+
+def test_sequences_that_cannot_be_shared_out_are_refused(tiny_llama, tiny_gpt2, monkeypatch):
+    with devices(0, 1, 2) as mesh:
+        network = tiny_llama()
+        share_out(network, mesh, sequence_parallel=True)
+        with pytest.raises(
+            ValueError,
+            match="^sequence length must be a multiple of tensor_parallel_size, 2, for sequence_parallel, but is 5; "
+            r"set data.seq_len$",
+        ):
+            network(torch.arange(5)[None])
+        with pytest.raises(
+            ValueError,
+            match="^sequence_parallel must be false where devices would drop alike, but is true with the network's "
+            r"dropout 0.1$",
+        ):
+            share_out(tiny_gpt2(dropout=0.1), mesh, sequence_parallel=True)
+        monkeypatch.delattr(GPT2Block, "whole_sequence")
+        with pytest.raises(ValueError, match=r"do not say what reads whole sequences, but is true for a GPT2$"):
+            share_out(tiny_gpt2(), mesh, sequence_parallel=True)
+
+
+def test_an_objective_that_wants_all_logits_does_not_share_its_loss():
+    strategy = Sharded(tensor_parallel_size=2, loss_parallel=True)
+    strategy._lightning_module = Classification(partial(Llama, d_model=16), num_classes=2)
+    line = (
+        "loss_parallel must be false for an objective that wants all logits at once, but is true for a Classification"
+    )
+    with pytest.raises(ValueError, match=f"^{line}$"):
+        strategy.setup(Trainer(accelerator="cpu", logger=False))
+    assert CausalLM.shares_vocabulary
+    assert not CausalLMDistillation.shares_vocabulary
+
+
 def test_a_network_with_adapters_or_without_a_plan_is_refused(tiny_llama):
     from lit_llm.adaptation import LoRA
     from lit_llm.models.recurrent import LSTM
@@ -207,6 +299,9 @@ def test_a_network_with_adapters_or_without_a_plan_is_refused(tiny_llama):
 def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"^tensor_parallel_size must be at least 1, but is 0$"):
         Sharded(tensor_parallel_size=0)
+    for name in ("sequence_parallel", "loss_parallel"):
+        with pytest.raises(ValueError, match=f"^tensor_parallel_size must be at least 2 for {name}, but is 1$"):
+            Sharded(**{name: True})
     with pytest.raises(ValueError, match=r"^timeout_minutes must be above 0, but is 0.0$"):
         Sharded(timeout_minutes=0.0)
 

@@ -1,4 +1,4 @@
-"""Compares what `lit-llm plan` says of small runs with what they take, and writes the table into README.md.
+"""Compares what `lit-llm plan` says of small runs with what they take, and writes the tables into README.md.
 
 python -m experiments.planning.run
 """
@@ -26,6 +26,9 @@ TINY = [{"d_model": d, "num_layers": 1, "batch_size": b, "seq_len": 32} for d, b
 """For the test."""
 
 GOALS = {"memory": 0.10, "time": 0.15}
+MEMORY_STEPS = 6
+MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Has the C library map each tensor by itself and hand it back when it is freed."""
 
 Found = dict[str, Any]
 
@@ -34,15 +37,19 @@ def main(words: list[str] | None = None) -> None:
     """Parses, measures, writes."""
     options = parsed(words)
     options.work.mkdir(parents=True, exist_ok=True)
-    found = [(setting, runs) for setting in options.grid if (runs := measured(setting, options))]
-    if options.table:
-        write_table("planning", table(found, options), HERE / "README.md")
+    for name, (measure, table) in TABLES.items():
+        if options.only in (None, name):
+            found = [(setting, runs) for setting in options.grid if (runs := measure(setting, options))]
+            if options.table:
+                write_table(f"planning-{name}", table(found, options), HERE / "README.md")
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=["memory", "time"], help="leave the other out")
+    parser.add_argument("--width", type=int, nargs="+", help="leave settings of other widths out")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each setting whose time is measured")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--max_wait", type=float, default=120.0, help="seconds to wait for a quiet machine, each time")
@@ -51,10 +58,11 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--no_table", dest="table", action="store_false", help="leave README.md alone")
     options = parser.parse_args(words)
     options.work = options.work.resolve()
+    options.grid = [setting for setting in options.grid if not options.width or setting["d_model"] in options.width]
     return options
 
 
-def plan_words(setting: dict[str, int], out: Path, precision: str) -> list[str]:
+def plan_words(setting: dict[str, int], out: Path, precision: str, steps: int) -> list[str]:
     """`lit-llm plan --probe` of one setting of the grid."""
     flags = {
         "config": CONFIG,
@@ -68,60 +76,102 @@ def plan_words(setting: dict[str, int], out: Path, precision: str) -> list[str]:
         "trainer.precision": precision,
     }
     given = [f"--{name}={value}" for name, value in flags.items()]
-    return [sys.executable, "-m", "lit_llm", "plan", *given, "--probe"]
+    return [sys.executable, "-m", "lit_llm", "plan", *given, "--probe", str(steps)]
 
 
-def measured(setting: dict[str, int], options: argparse.Namespace) -> list[Found]:
-    """The plans of one setting, each with a probe, in processes of their own."""
+def probed(setting: dict[str, int], options: argparse.Namespace, steps: int, **surroundings: str) -> Found | None:
+    """The plan of one setting with a probe of so many steps, in a process of its own."""
     name = "-".join(map(str, setting.values()))
+    out, log = options.work / f"{name}.json", options.work / f"{name}.log"
+    out.unlink(missing_ok=True)
+    words, env = plan_words(setting, out, options.precision, steps), environment(options.work, options.threads)
+    run_child(words, env | surroundings, log)
+    if out.exists():
+        return json.loads(out.read_text())
+    print(f"{name}: failed: {last_words(log)} (all of it: {log})", flush=True)
+    return None
+
+
+def measured_memory(setting: dict[str, int], options: argparse.Namespace) -> list[Found]:
+    """A setting's plan, with the probe's memory where all that is freed is handed back, and where it is kept."""
+    runs = [probed(setting, options, MEMORY_STEPS, **surroundings) for surroundings in (MAPPED, {})]
+    return runs if all(runs) else []
+
+
+def measured_time(setting: dict[str, int], options: argparse.Namespace) -> list[Found]:
+    """A setting's plans, each with a probe of 20 steps on a machine as quiet as it gets."""
     runs = []
     for _ in range(options.rounds):
-        out, log = options.work / f"{name}.json", options.work / f"{name}.log"
-        out.unlink(missing_ok=True)
         wait_for_quiet(options.max_wait)
-        run_child(plan_words(setting, out, options.precision), environment(options.work, options.threads), log)
-        if not out.exists():
-            print(f"{name}: failed: {last_words(log)} (all of it: {log})", flush=True)
-            return []
-        runs.append(json.loads(out.read_text()))
-    return runs
+        runs.append(probed(setting, options, 20))
+    return runs if all(runs) else []
 
 
-def table(found: list[tuple[dict[str, int], list[Found]]], options: argparse.Namespace) -> list[str]:
-    """Everything measured as Markdown.
+def memory_table(found: list[tuple[dict[str, int], list[Found]]], options: argparse.Namespace) -> list[str]:
+    """Planned and measured bytes as Markdown."""
+    lines = [
+        f"{options.threads} threads, {options.precision}, {MEMORY_STEPS} steps. Handed back: every tensor is mapped by "
+        "itself. Kept: the heap keeps what is freed, as runs do for speed.",
+        "",
+        "| width × layers | batch | planned | handed back | planned is off | kept | over the plan |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    worst, holes = 0.0, []
+    for setting, (mapped, kept) in found:
+        planned, taken, held = costs(mapped)[2], mapped["probe"]["peak"], kept["probe"]["peak"]
+        worst = max(worst, abs(planned / taken - 1))
+        holes.append(held / planned - 1)
+        lines.append(
+            f"| {named(setting)} | {planned / 2**20:,.0f} MiB | {taken / 2**20:,.0f} MiB | {planned / taken - 1:+.1%} "
+            f"| {held / 2**20:,.0f} MiB | {holes[-1]:+.1%} |"
+        )
+    if not found:
+        return ["Too little was measured."]
+    return [
+        *lines,
+        "",
+        f"{verdict('memory', worst)}. A heap that keeps what is freed holds {min(holes):.0%} to {max(holes):.0%} more.",
+    ]
+
+
+def time_table(found: list[tuple[dict[str, int], list[Found]]], options: argparse.Namespace) -> list[str]:
+    """Planned and measured seconds as Markdown.
 
     The speed is calibrated on the first and the last setting: seconds are so many per operation, and so many per byte
     that operations move. Those two are not judged.
     """
     if len(found) < 3:
         return ["Too little was measured."]
-    rows = [(setting, costs(runs[0]), measured_of(runs)) for setting, runs in found]
+    rows = [(setting, costs(runs[0])[:2], seconds_of(runs)) for setting, runs in found]
     per_operation, per_byte = calibrated(rows[0], rows[-1])
     lines = [
         f"{options.threads} threads, {options.precision}, medians of {options.rounds} runs of 20 steps. Calibrated on "
         f"the first and last row: {1 / per_operation:.3g} operations/s"
         + (f" and {1 / per_byte:.3g} bytes/s." if per_byte else "."),
         "",
-        "| width × layers | batch | memory planned | measured | off | step planned | measured | off |",
-        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| width × layers | batch | step planned | measured | off |",
+        "| --- | --- | ---: | ---: | ---: |",
     ]
-    worst = {"memory": 0.0, "time": 0.0}
-    for index, (setting, (flops, moved, peak), (bytes_taken, seconds)) in enumerate(rows):
+    worst = 0.0
+    for index, (setting, (flops, moved), seconds) in enumerate(rows):
         planned = flops * per_operation + moved * per_byte
-        memory_off, time_off = peak / bytes_taken - 1, planned / seconds - 1
-        judged = 0 < index < len(rows) - 1
-        worst["memory"] = max(worst["memory"], abs(memory_off))
-        worst["time"] = max(worst["time"], abs(time_off)) if judged else worst["time"]
+        off, judged = planned / seconds - 1, 0 < index < len(rows) - 1
+        worst = max(worst, abs(off)) if judged else worst
         lines.append(
-            f"| {setting['d_model']} × {setting['num_layers']} | {setting['batch_size']} × {setting['seq_len']} "
-            f"| {peak / 2**20:,.0f} MiB | {bytes_taken / 2**20:,.0f} MiB | {memory_off:+.1%} "
-            f"| {planned:.3f} s | {seconds:.3f} s | {time_off:+.1%}{'' if judged else ' (calibrates)'} |"
+            f"| {named(setting)} | {planned:.3f} s | {seconds:.3f} s | {off:+.1%}{'' if judged else ' (calibrates)'} |"
         )
-    verdicts = [
-        f"{name}: at most {worst[name]:.1%} off, goal {goal:.0%}: {'met' if worst[name] <= goal else '**missed**'}"
-        for name, goal in GOALS.items()
-    ]
-    return [*lines, "", "; ".join(verdicts) + "."]
+    return [*lines, "", f"{verdict('time', worst)}."]
+
+
+def named(setting: dict[str, int]) -> str:
+    """The first columns of a row."""
+    return f"{setting['d_model']} × {setting['num_layers']} | {setting['batch_size']} × {setting['seq_len']}"
+
+
+def verdict(name: str, worst: float) -> str:
+    """Whether a goal was met."""
+    met = "met" if worst <= GOALS[name] else "**missed**"
+    return f"{name}: at most {worst:.1%} off, goal {GOALS[name]:.0%}: {met}"
 
 
 def costs(plan: Found) -> tuple[float, float, float]:
@@ -130,15 +180,14 @@ def costs(plan: Found) -> tuple[float, float, float]:
     return step["flops"], step["moved"], step["weights"] + step["optimizer"] + max(step["passes"], step["stepping"])
 
 
-def measured_of(runs: list[Found]) -> tuple[float, float]:
-    """Peak bytes and seconds of a step: medians."""
-    probes = [run["probe"] for run in runs]
-    return statistics.median(p["peak"] for p in probes), statistics.median(p["seconds_per_step"] for p in probes)
+def seconds_of(runs: list[Found]) -> float:
+    """Seconds of a step: the median."""
+    return statistics.median(run["probe"]["seconds_per_step"] for run in runs)
 
 
 def calibrated(first: Any, last: Any) -> tuple[float, float]:
     """Seconds per operation and per byte that explain two settings; where one would be negative, operations alone."""
-    (_, (f1, m1, _), (_, s1)), (_, (f2, m2, _), (_, s2)) = first, last
+    (_, (f1, m1), s1), (_, (f2, m2), s2) = first, last
     determinant = f1 * m2 - f2 * m1
     if determinant:
         per_operation, per_byte = (s1 * m2 - s2 * m1) / determinant, (f1 * s2 - f2 * s1) / determinant
@@ -146,6 +195,8 @@ def calibrated(first: Any, last: Any) -> tuple[float, float]:
             return per_operation, per_byte
     return (s1 + s2) / (f1 + f2), 0.0
 
+
+TABLES = {"memory": (measured_memory, memory_table), "time": (measured_time, time_table)}
 
 if __name__ == "__main__":
     main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -12,10 +13,12 @@ def keep_freed_memory() -> None:
     """Tells glibc to reuse freed memory instead of handing it back to the kernel.
 
     By default each tensor of more than a few megabytes is mapped anew and its pages faulted in one by one, at every
-    step: on a CPU that costs more than many of the operations on it. To be called before the first large allocation.
-    Does nothing where the C library is another one.
+    step: on a CPU that costs more than many of the operations on it. What is kept has holes, of about a fifth of what
+    tensors take (`experiments/planning`). To be called before the first large allocation. Does nothing where the C
+    library is another one, or the environment says how it shall be: `MALLOC_MMAP_THRESHOLD_=65536` hands all back.
     """
-    if not sys.platform.startswith("linux"):
+    decided = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(n.startswith("MALLOC_") for n in os.environ)
+    if decided or not sys.platform.startswith("linux"):
         return
     try:
         mallopt = ctypes.CDLL(None).mallopt

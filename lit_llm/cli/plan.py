@@ -25,6 +25,8 @@ def run(words: list[str]) -> None:
         fail(f"--devices and --nodes must be at least 1, but are {options.devices} and {options.nodes}")
     if options.tokens is not None and options.tokens <= 0:
         fail(f"--tokens must be above 0, but is {options.tokens:g}")
+    if options.probe is not None and options.probe < 2:
+        fail(f"--probe must be at least 2 steps, but is {options.probe}")
     found = plan(options, more)
     print("\n".join(report(found)))
     if options.json:
@@ -65,7 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--price", type=float, help="of a device for an hour, in your currency")
     parser.add_argument("--tokens", type=float, help="of the training (default: 20 for each parameter)")
     parser.add_argument("--table", action="store_true", help="the same for 8 to 1,024 devices")
-    parser.add_argument("--probe", action="store_true", help=f"take {PROBE_STEPS} real steps here and plan with those")
+    parser.add_argument(
+        "--probe",
+        type=int,
+        nargs="?",
+        const=PROBE_STEPS,
+        metavar="STEPS",
+        help=f"take so many real steps here (default {PROBE_STEPS}) and plan with those",
+    )
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     return parser
 
@@ -92,7 +101,7 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         "steps": {name: asdict(step) | {"peak": step.peak} for name, step in steps.items()}
     }
     if options.probe:
-        found["probe"] = probe(words, details)
+        found["probe"] = probe(words, details, options.probe)
         machine = Machine(
             **{**asdict(machine), "peak_flops": found["probe"]["flops_per_second"], "mfu": 1.0}  # measured, not assumed
         )
@@ -198,40 +207,40 @@ def example_batch(objective: Any, data: Any) -> dict[str, Any]:
     return batch
 
 
-def probe(words: list[str], details: dict[str, Any]) -> dict[str, Any]:
+def probe(words: list[str], details: dict[str, Any], steps: int) -> dict[str, Any]:
     """Takes real steps on this machine, in a run folder that is thrown away.
 
     Args:
         words: Options of `lit-llm fit`.
         details: As `measured_steps` gives them.
+        steps: How many.
 
     Returns:
-        Seconds of a step, tokens a second, what that is in operations a second, and the peak's bytes beyond those of
-        the process before it (of an accelerator all of them).
+        Seconds of a step, tokens a second, what that is in operations a second, and the peak's bytes, as
+        `callbacks.memory_rise` counts them.
     """
-    from lit_llm.callbacks.throughput import Throughput, peak_memory
+    from lit_llm.callbacks.memory_rise import MemoryRise
+    from lit_llm.callbacks.throughput import Throughput
     from lit_llm.cli import training
 
     folder = Path(tempfile.mkdtemp(prefix="lit-llm-probe-"))
     flags = {
         "run_dir": folder,
         "test_after_fit": False,
-        "trainer.max_steps": PROBE_STEPS,
+        "trainer.max_steps": steps,
         "trainer.max_epochs": -1,
         "trainer.limit_val_batches": 0,
         "trainer.num_sanity_val_steps": 0,
-        "trainer.log_every_n_steps": PROBE_STEPS // 2,  # the report of the second half is that of a warm machine
+        "trainer.log_every_n_steps": steps // 2,  # the report of the second half is that of a warm machine
         "trainer.enable_checkpointing": False,
         "trainer.enable_progress_bar": False,
+        "trainer.callbacks+": "lit_llm.callbacks.memory_rise.MemoryRise",
     }
-    import torch
-
-    before = peak_memory(torch.device("cpu"))
     try:
         given = [f"--{name}={value}" for name, value in flags.items()]
         trainer = training.run(["fit", *words, *given], summary=False).trainer
         report = next(c for c in trainer.callbacks if isinstance(c, Throughput)).latest
-        device = trainer.strategy.root_device
+        rise = next(c for c in trainer.callbacks if isinstance(c, MemoryRise)).bytes
         world = trainer.world_size
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -241,7 +250,7 @@ def probe(words: list[str], details: dict[str, Any]) -> dict[str, Any]:
         "seconds_per_step": per_step / rate,
         "tokens_per_second": rate,
         "flops_per_second": rate * details["flops_per_token"],
-        "peak": peak_memory(device) - (before if device.type == "cpu" else 0),
+        "peak": rise,
     }
 
 

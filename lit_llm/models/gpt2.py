@@ -95,6 +95,9 @@ class GPT2Block(Block):
     """How devices share its products (`strategies`). Heads lie across the columns of the one matrix of queries, keys
     and values, so what it gives is gathered, and each device has all heads."""
 
+    whole_sequence: ClassVar[tuple[str, ...]] = ("attn", "mlp")
+    """Layers that read all positions, where what lies between them is shared out by positions."""
+
     def __init__(
         self,
         attention: GPT2Attention,
@@ -114,7 +117,7 @@ class GPT2Block(Block):
     def forward(
         self,
         x: Float[Tensor, "batch new d_model"],
-        mask: Bool[Tensor, "#batch 1 new seq"] | None = None,
+        mask: Bool[Tensor, "#batch 1 _ seq"] | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "batch new d_model"]:

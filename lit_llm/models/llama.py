@@ -27,6 +27,9 @@ class LlamaBlock(Block):
     }
     """How devices share its products (`strategies`): each has some of the heads, and some of the inner width."""
 
+    whole_sequence: ClassVar[tuple[str, ...]] = ("self_attn", "mlp")
+    """Layers that read all positions, where what lies between them is shared out by positions."""
+
     def __init__(self, attention: Attention, feed_forward: SwiGLU, d_model: int, norm_eps: float) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(d_model, norm_eps)
@@ -38,7 +41,7 @@ class LlamaBlock(Block):
         self,
         x: Float[Tensor, "batch new d_model"],
         by: Rotation,
-        mask: Bool[Tensor, "#batch 1 new seq"] | None = None,
+        mask: Bool[Tensor, "#batch 1 _ seq"] | None = None,
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "batch new d_model"]:

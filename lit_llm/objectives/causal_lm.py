@@ -45,6 +45,12 @@ class CausalLM(Objective):
 
     size_name: ClassVar[str] = "vocab_size"
 
+    shares_vocabulary: ClassVar[bool] = True
+    """Whether its loss is put together by the devices of `vocabulary_group`, where a strategy says so."""
+
+    vocabulary_group: Any = None
+    """Devices that have the same batch and share its logits by tokens of the vocabulary."""
+
     def __init__(
         self,
         network: Callable[..., nn.Module] | None = None,
@@ -79,7 +85,8 @@ class CausalLM(Objective):
         targets = (labels != IGNORE_INDEX).sum().float()
         if hasattr(self.network, "hidden"):
             hidden, weight = self.network.hidden(**_inputs(batch)), self.network.lm_head.weight
-            return linear_cross_entropy_sum(hidden, weight, labels, self.label_smoothing, self.z_loss), targets
+            smoothing, group = self.label_smoothing, self.vocabulary_group
+            return linear_cross_entropy_sum(hidden, weight, labels, smoothing, self.z_loss, group), targets
         return cross_entropy_sum(self.logits(batch), labels, self.label_smoothing, self.z_loss), targets
 
     def measure(self, metric: LanguageModeling, batch: TokenBatch) -> dict[str, Tensor]:

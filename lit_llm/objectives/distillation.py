@@ -287,6 +287,9 @@ class CausalLMDistillation(Distillation, CausalLM):
         As `Distillation`; at each token, as Kim & Rush, 2016, arXiv:1606.07947, section 3.1.
     """
 
+    shares_vocabulary: ClassVar[bool] = False
+    """Divergences are of all logits of a token."""
+
     def loss(self, batch: TokenBatch) -> Loss:
         """The mixed loss, summed over the labels, and their number."""
         labels = batch["labels"].flatten()

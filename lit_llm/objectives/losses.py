@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -53,27 +54,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, label_smoothing: float, z_loss: float
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        label_smoothing: float,
+        z_loss: float,
+        group: dist.ProcessGroup | None,
     ) -> Tensor:
         """Loops over chunks of tokens."""
         vocab, d_model = weight.shape
-        head, kept, targets = weight.to(hidden.dtype), (labels != IGNORE_INDEX)[:, None], labels.clamp(min=0)[:, None]
+        first, end = (0, vocab) if group is None else _own_tokens(vocab, group)
+        head, kept, targets = weight[first:end].to(hidden.dtype), (labels != IGNORE_INDEX)[:, None], labels[:, None]
         wanted = any(ctx.needs_input_grad)
         total = torch.zeros((), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         step = 2 * d_model  # with fewer tokens a chunk, adding up the weight's gradient would cost more than the logits
-        for first in range(0, len(hidden), step):
-            here = slice(first, first + step)
-            h, keep, target = hidden[here], kept[here], targets[here]
+        for start in range(0, len(hidden), step):
+            here = slice(start, start + step)
+            h, keep = hidden[here], kept[here]
+            target = targets[here] - first
+            own = (target >= 0) & (target < end - first)
+            target = target.clamp(0, end - first - 1)
             logits = h @ head.T
-            log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-            nats = -log_p.gather(1, target)
+            log_p, log_z, nats = _log_softmax(logits, target, own, group)
             loss = (1 - label_smoothing) * nats
             if label_smoothing:
-                loss -= label_smoothing * log_p.mean(dim=1, keepdim=True)
+                of_all = log_p.sum(dim=1, keepdim=True)
+                if group is not None:
+                    dist.all_reduce(of_all, group=group)
+                loss -= label_smoothing / vocab * of_all
             if z_loss:
-                log_z = logits.gather(1, target) + nats
                 loss += z_loss * log_z.square()
             total += loss.where(keep, 0).sum()
             if not wanted:
@@ -83,13 +95,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad.mul_(1 + 2 * z_loss * log_z)
             if label_smoothing:
                 grad.sub_(label_smoothing / vocab)
-            grad.scatter_add_(1, target, torch.full_like(nats, label_smoothing - 1))
+            grad.scatter_add_(1, target, (label_smoothing - 1) * own.float())
             grad = grad.to(h.dtype)
             torch.mm(grad, head, out=grad_hidden[here]).mul_(keep)
             if h.dtype == torch.float32:
-                grad_weight.addmm_(grad.T, h * keep)
+                grad_weight[first:end].addmm_(grad.T, h * keep)
             else:
-                grad_weight += grad.T @ (h * keep)
+                grad_weight[first:end] += grad.T @ (h * keep)
+        if wanted and group is not None:
+            dist.all_reduce(grad_hidden, group=group)
+            dist.all_reduce(grad_weight, group=group)
         ctx.gradients = grad_hidden, grad_weight
         return total
 
@@ -99,7 +114,38 @@ class _LinearCrossEntropy(torch.autograd.Function):
         """Scales, in place: the gradients are used once."""
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None
+        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None
+
+
+def _log_softmax(
+    logits: Tensor, target: Tensor, own: Tensor, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities in fp32; of each row the log of their denominator, and the nats of the label.
+
+    Args:
+        logits: All of them, or those of this device's part of the vocabulary; spoilt.
+        target: Where among these the label is.
+        own: Whether it is there.
+        group: Devices that have the others.
+    """
+    if group is None:
+        log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        nats = -log_p.gather(1, target)
+        return log_p, logits.gather(1, target) + nats, nats
+    logits = logits.float()
+    most = logits.amax(dim=1, keepdim=True)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group)
+    logits.sub_(most)
+    sums = torch.cat([logits.exp().sum(dim=1, keepdim=True), logits.gather(1, target) * own], dim=1)
+    dist.all_reduce(sums, group=group)
+    log_z, of_target = sums[:, :1].log(), sums[:, 1:]
+    return logits.sub_(log_z), log_z + most, log_z - of_target
+
+
+def _own_tokens(vocab: int, group: dist.ProcessGroup) -> tuple[int, int]:
+    """The part of a vocabulary whose logits this device makes, as its first token and the one after its last."""
+    rank, size = group.rank(), group.size()
+    return vocab * rank // size, vocab * (rank + 1) // size
 
 
 def linear_cross_entropy_sum(
@@ -108,6 +154,7 @@ def linear_cross_entropy_sum(
     labels: Int[Tensor, "batch seq"],
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
     """What `cross_entropy_sum` gives for the logits `hidden @ weight.T`, which are never held all at once.
 
@@ -120,10 +167,13 @@ def linear_cross_entropy_sum(
         labels: As in `cross_entropy_sum`.
         label_smoothing: As in `cross_entropy_sum`.
         z_loss: As in `cross_entropy_sum`.
+        group: Devices that have the same arguments and share the work: each makes the logits of its part of the
+            vocabulary, and all have the whole loss and its whole gradients. There are no more of them than tokens.
 
     Source:
         Wijmans et al., 2024, "Cut Your Losses", arXiv:2411.09009, and Hsu et al., 2024, "Liger Kernel",
         arXiv:2410.10989, section 3.2, whose chunking over tokens, with gradients made in the forward pass, this is.
+        Parts of the vocabulary: Shoeybi et al., 2019, "Megatron-LM", arXiv:1909.08053, section 3.
 
     Example:
         >>> hidden, weight = torch.randn(1, 3, 4), torch.randn(5, 4)
@@ -143,4 +193,4 @@ def linear_cross_entropy_sum(
     if not torch.is_grad_enabled():  # which the function cannot see
         hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(kind, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, z_loss)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, z_loss, group)

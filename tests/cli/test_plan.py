@@ -67,6 +67,7 @@ def test_a_classifier_is_planned_by_its_first_batch(lit_llm, reviews):
         (["--mfu", 2], "--mfu must be in (0, 1], but is 2"),
         (["--memory", "much"], "size must be a number of bytes with a unit, as 80GiB, but is much"),
         (["--tokens", 0], "--tokens must be above 0, but is 0"),
+        (["--probe", 1], "--probe must be at least 2 steps, but is 1"),
     ],
 )
 def test_a_mistake_is_one_line(lit_llm, words, line):

@@ -32,8 +32,22 @@ NETWORKS = {
     "llama": ["lit_llm.models.llama.Llama", "--model.network.qk_norm", "true"],
     "gpt2": ["lit_llm.models.gpt2.GPT2", "--model.network.max_seq_len", "64"],
 }
-PROCESSES = {"ddp": 2, "fsdp": 2, "fsdp_offload": 2, "tensor_parallel": 2, "fsdp_tensor_parallel": 4}
-READERS = {"ddp": 2, "fsdp": 2, "fsdp_offload": 2, "tensor_parallel": 1, "fsdp_tensor_parallel": 2}
+PROCESSES = {
+    "ddp": 2,
+    "fsdp": 2,
+    "fsdp_offload": 2,
+    "tensor_parallel": 2,
+    "sequence_parallel": 2,
+    "fsdp_tensor_parallel": 4,
+}
+READERS = {
+    "ddp": 2,
+    "fsdp": 2,
+    "fsdp_offload": 2,
+    "tensor_parallel": 1,
+    "sequence_parallel": 1,
+    "fsdp_tensor_parallel": 2,
+}
 """How many read rows of their own."""
 
 ADAM = [
@@ -132,6 +146,28 @@ def test_a_checkpoint_goes_on_under_any_strategy_and_number_of_processes(texts, 
     for name, *_ in onward:
         assert_same_losses(tmp_path / "one-one", tmp_path / name, rel=1e-3)
         assert len(read_metrics(tmp_path / name / "metrics.csv")) == 6
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+def test_what_lies_between_products_and_the_loss_are_shared_by_two_and_four_devices(network, texts, tmp_path):
+    words = [*decoder(network, texts), *ADAM, "--model.network.num_heads", 4, "--data.mask_documents", "true"]
+    words += ["--model.label_smoothing", "0.1", "--model.z_loss", "0.001"]
+    four = ["--trainer.devices", 4, "--trainer.strategy.tensor_parallel_size", 4]
+    pairs = f"fsdp_tensor_parallel+sequence_parallel{SHARDED}"
+    fit(tmp_path, ("one", "one", words), ("two", "sequence_parallel", words), ("pairs", pairs, words))
+    [ended] = run((4, ["fit", *words, *over("sequence_parallel"), *four, "--run_dir", tmp_path / "four"]))
+    assert ended.codes == [0] * 4, ended.err
+    for name in ("two", "pairs", "four"):
+        assert_same_losses(tmp_path / "one", tmp_path / name)
+        assert_same_model(tmp_path / "one", tmp_path / name)
+    longer = [*words, "--trainer.max_steps", 6, "--ckpt_path", "last"]
+    moves = [("one", "one"), ("one", "sequence_parallel"), ("pairs", "one"), ("two", pairs)]
+    onward = [(f"{start}-{end}", end, longer) for start, end in moves]
+    for name, *_ in onward:
+        shutil.copytree(tmp_path / name.split("-")[0], tmp_path / name)
+    fit(tmp_path, *onward)
+    for name, *_ in onward:
+        assert_same_losses(tmp_path / "one-one", tmp_path / name, rel=1e-4)
 
 
 SHARDED = "+sharded_checkpoints"
@@ -279,6 +315,10 @@ def test_a_strategy_that_cannot_be_is_refused_in_one_line(texts, tmp_path):
             *lstm,
             "--trainer.strategy.tensor_parallel_size",
             "2",
+        ],
+        "sequence length must be a multiple of tensor_parallel_size, 2, for sequence_parallel, but is 31; set data.seq_l": [
+            *decoder("llama", texts),
+            *("--config", CONFIGS / "strategy/sequence_parallel.yaml", "--data.seq_len", "31"),
         ],
         "trainer.strategy must keep the weights whole on each device to quantise them, but shares them out": [
             *decoder("llama", texts),

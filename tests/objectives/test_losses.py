@@ -2,12 +2,14 @@ from typing import ClassVar
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_llm.batch import IGNORE_INDEX
 from lit_llm.objectives.losses import _LinearCrossEntropy, cross_entropy_sum, linear_cross_entropy_sum, token_nats
+from tests.threads import each
 
 BATCH, SEQ, VOCAB = 3, 7, 11
 
@@ -123,7 +125,7 @@ def test_under_autocast_a_loss_in_chunks_differs_from_the_plain_one_by_rounding(
 
 def test_ignored_labels_are_masked_where_they_are_not_left_out(hidden, weight, labels) -> None:
     plain = gradients(cross_entropy_sum(hidden @ weight.T, labels, 0.1, 0.01), hidden, weight)
-    loss = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), 0.1, 0.01)  # as on an accelerator
+    loss = _LinearCrossEntropy.apply(hidden.flatten(0, 1), weight, labels.flatten(), 0.1, 0.01, None)  # as on a GPU
     for ours, theirs in zip(gradients(loss, hidden, weight), plain, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -164,3 +166,26 @@ def test_a_loss_in_chunks_without_gradients_makes_none(hidden, weight, labels) -
     assert "scatter_add_" in learning.names
     torch.testing.assert_close(loss, cross_entropy_sum(hidden @ weight.T, labels).detach())
     assert not loss.requires_grad
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_devices_that_share_the_vocabulary_have_the_loss_and_the_gradients_of_one(precision):
+    generator = torch.Generator().manual_seed(3)
+    hidden, weight = (torch.randn(*shape, generator=generator) for shape in ((2, 9, 4), (37, 4)))
+    labels = torch.randint(0, 37, (2, 9), generator=generator)
+    labels[0, :2] = IGNORE_INDEX
+
+    def found(group: dist.ProcessGroup | None) -> tuple[torch.Tensor, ...]:
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16-mixed"):
+            loss = linear_cross_entropy_sum(h, w, labels, 0.1, 1e-2, group)
+        loss.backward()
+        with torch.no_grad():
+            assert linear_cross_entropy_sum(hidden, weight, labels, 0.1, 1e-2, group) == pytest.approx(
+                loss.item(), rel=1e-6 if precision == "32-true" else 1e-2
+            )
+        return loss.detach(), h.grad, w.grad
+
+    one, near = found(None), {} if precision == "32-true" else {"rtol": 2e-2, "atol": 2e-2}
+    for device in each(3, lambda: found(dist.group.WORLD)):  # 37 tokens: not as many for each
+        torch.testing.assert_close(device, one, **near)
