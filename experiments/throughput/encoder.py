@@ -124,6 +124,7 @@ def fit_words(out: Path, dtype: str, options: argparse.Namespace) -> list[str]:
         "data.path": folder / "data",
         "data.tokenizer": folder / "tokenizer",
         "data.batch_size": BATCH_SIZE,
+        "model.network": "lit_llm.models.pretrained_classifier.PretrainedClassifier",  # the Trainer's head
         "model.network.config": folder,
         "trainer.accelerator": "cpu",
         "trainer.max_epochs": 1,

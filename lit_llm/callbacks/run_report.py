@@ -182,15 +182,23 @@ def command() -> str:
     return shlex.join([name, *sys.argv[1:]])
 
 
+def known_to_transformers(network: Any) -> bool:
+    """Whether transformers has a class of the name that a network is exported under."""
+    import transformers
+
+    return hasattr(transformers, network.to_hf_config()["architectures"][0])
+
+
 def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> str:
     """What a model is, what it was made from and by, and what it reaches, as Markdown."""
     figures = {k: v for k, v in results.items() if isinstance(v, float) and k.startswith(("val/", "best/", "test/"))}
     manifest = {k: v for k, v in getattr(data, "manifest", {}).items() if k != "files"}
     parameters, reformed = sum(p.numel() for p in network.parameters()), is_reformed(network)
+    known = not reformed and known_to_transformers(network)
     return "\n".join(
         [
             "---",
-            "library_name: transformers",
+            *(["library_name: transformers"] * known),
             "tags: [lit-llm]",
             "---",
             f"# {name}",
@@ -204,6 +212,7 @@ def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> s
             f"{results.get('seconds', 0):,.0f} s.",
             "",
             *(["Its form is that of `compression.json`, which lit-llm reads; transformers does not.", ""] * reformed),
+            *(["Transformers has no such network; lit-llm reads it.", ""] * (not known and not reformed)),
             "| metric | value |",
             "| --- | ---: |",
             *(f"| {k} | {v:.4f} |" for k, v in sorted(figures.items())),

@@ -11,7 +11,10 @@ from matplotlib.axes import Axes
 import lit_llm
 from lit_llm.callbacks import run_report
 from lit_llm.callbacks.metrics_csv import MetricsCSV
-from lit_llm.callbacks.run_report import RunReport, command, commit, draw_learning_curve
+from lit_llm.callbacks.run_report import RunReport, command, commit, draw_learning_curve, model_card
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.models.pretrained_pooling import MeanClassifier, PairClassifier
+from tests.examples import BERT
 
 
 def test_a_mode_that_is_none_is_refused():
@@ -44,6 +47,15 @@ def test_the_command_of_a_notebook_is_the_one_that_a_shell_repeats(monkeypatch):
     for name, expected in {"x/ipykernel_launcher.py": "lit-llm fit --a 1", "x/mine.py": "x/mine.py fit --a 1"}.items():
         monkeypatch.setattr(sys, "argv", [name, "fit", "--a", "1"])
         assert command() == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "known"), [(PretrainedClassifier, True), (MeanClassifier, False), (PairClassifier, False)]
+)
+def test_a_card_says_whether_transformers_opens_the_model(kind, known):
+    card = model_card("x", kind(3, config=BERT), None, {"step": 1})
+    assert ("library_name: transformers" in card) == known
+    assert ("Transformers has no such network; lit-llm reads it." in card) != known
 
 
 def test_pictures_leave_a_notebooks_way_to_show_its_own_alone(tmp_path):
