@@ -80,6 +80,7 @@ def faster(stages: dict[str, dict[str, Any]], name: str) -> float:
 
 
 LLAMA = ["configs/pretraining/llama_stdlib.yaml", "experiments/compression/llama_1m.yaml"]
+KEEP_ZEROS = "experiments/compression/keep_zeros.yaml"
 AGAIN = {"model__network": None, "model__weights": "{previous}"}
 RECOVERY = {**AGAIN, "model__optimizer__lr": 0.01, "trainer__max_steps": 200, "trainer__val_check_interval": 200}
 DISTILLED = {
@@ -95,15 +96,15 @@ LANGUAGE_MODEL = Table(
     chains={
         "magnitude": [
             method("magnitude 50 %", "sparsity.Magnitude", sparsity=0.5),
-            training("magnitude 50 %, recovered", *LLAMA, **RECOVERY),
+            training("magnitude 50 %, recovered", *LLAMA, KEEP_ZEROS, **RECOVERY),
         ],
         "wanda": [
             method("Wanda 50 %", "sparsity.Wanda", sparsity=0.5),
-            training("Wanda 50 %, recovered", *LLAMA, **RECOVERY),
+            training("Wanda 50 %, recovered", *LLAMA, KEEP_ZEROS, **RECOVERY),
         ],
         "wanda_2_4": [
             method("Wanda 2:4", "sparsity.Wanda", pattern="2:4"),
-            training("Wanda 2:4, recovered", *LLAMA, **RECOVERY),
+            training("Wanda 2:4, recovered", *LLAMA, KEEP_ZEROS, **RECOVERY),
         ],
         "svd": [method("SVD to half", "low_rank.SVD", parameters=0.5)],
         "activation_svd": [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -87,9 +88,14 @@ def mean_and_deviation(values: list[float], form: str) -> str:
 
 
 def command_line() -> str:
-    """The command that is running, as a reader would repeat it."""
-    spec = sys.modules["__main__"].__spec__
-    return " ".join(["python", "-m", spec.name if spec else Path(sys.argv[0]).stem, *sys.argv[1:]])
+    """The command that is running, as a reader would repeat it; where its work lies is left out."""
+    words, shown = iter(sys.orig_argv[1:]), ["python"]
+    for word in words:
+        if word == "--work":
+            next(words, None)
+        elif not word.startswith("--work="):
+            shown.append(word)
+    return shlex.join(shown)
 
 
 def write_table(name: str, lines: list[str], readme: Path = HERE / "README.md") -> None:
