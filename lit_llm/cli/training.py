@@ -12,7 +12,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
-from jsonargparse import DefaultHelpFormatter
+from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
@@ -177,6 +177,15 @@ class CheckpointOptions:
         return CheckpointOptions(monitor, mode, self.every_n_steps)
 
 
+def restore_nulls(config: Namespace) -> None:
+    """Makes of the text `None` nothing again, in place: jsonargparse gives it for a flag's `null` inside a class."""
+    for name, value in vars(config).items():
+        if isinstance(value, Namespace):
+            restore_nulls(value)
+        elif value == "None":
+            config[name] = None
+
+
 class TrainingCLI(LightningCLI):
     """LightningCLI, with a folder that is all a run writes to."""
 
@@ -225,6 +234,7 @@ class TrainingCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Decides on the run folder, finds the checkpoint in it, and points all that writes there."""
         config = self.config[self.subcommand]
+        restore_nulls(config)
         if config.get("find_lr"):
             find_lr.prepare(config)
             self.save_config_callback = None  # what is done here is no run to be repeated

@@ -10,6 +10,8 @@ import torch
 import yaml
 from transformers import AutoModelForSequenceClassification
 
+from lit_llm.checkpoints import save_model
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT, example
 
 
@@ -57,3 +59,19 @@ def test_a_run_leaves_what_there_is_to_know_and_is_gone_on_with_and_asked(lit_ll
         probabilities = model(ids).logits.softmax(-1)
     found = [[float(line[f"p(class {index})"]) for index in range(3)] for line in table]
     torch.testing.assert_close(torch.tensor(found), probabilities, atol=1e-5, rtol=0)
+
+
+def test_a_config_of_the_run_file_gives_way_to_a_path_when_a_flag_says_null(lit_llm, config, tmp_path) -> None:
+    save_model(tmp_path / "start", PretrainedClassifier(3, config=BERT))
+    words = [
+        "--model.network.config",
+        "null",
+        "--model.network.path",
+        tmp_path / "start",
+        "--run_dir",
+        tmp_path / "run",
+    ]
+    outcome = lit_llm("fit", "--config", config, *words)
+    assert outcome.code == 0, outcome.err
+    network = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]["network"]
+    assert network["init_args"]["config"] is None
