@@ -131,6 +131,7 @@ class LayerDecay(Adaptation):
     Args:
         decay: Factor from a layer to the one below, in (0, 1]; 0.65 to 0.95 is usual, the smaller the fewer examples.
         head_factor: Factor on the head's rate alone, above 0: a new head may learn faster than what has been trained.
+            One that is tied to the embeddings has theirs.
 
     Source:
         Howard & Ruder, 2018, "ULMFiT", arXiv:1801.06146, section 3.2 (with 1/2.6); Clark et al., 2020, "ELECTRA",
@@ -190,7 +191,8 @@ class LoRA(Adaptation):
     A convolution gets two, the first with its kernel and the second with one of 1 x 1; one by groups gets none. A head
     learns as it is, unless it predicts tokens: then it has been trained with the rest, and stays.
 
-    Merged into plain weights when the model is exported, and saved alone beside it, as `adapter/`, in peft's form.
+    Merged into plain weights when the model is exported, and saved alone beside it, as `adapter/`, in peft's form: peft
+    opens it on a network that transformers has.
 
     Args:
         rank: Width of the adapters.

@@ -263,7 +263,7 @@ def _architecture(config: dict[str, Any]) -> Any:
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, type):
                 written |= dict.fromkeys(getattr(value, "hf_architectures", ()), value)
-                if issubclass(value, Pretrained) and hasattr(value, "tasks"):
+                if issubclass(value, Pretrained) and hasattr(value, "tasks") and not hasattr(value, "pool"):
                     wrapping[value.description] = value
     if wanted in written:
         return written[wanted]

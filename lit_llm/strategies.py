@@ -147,8 +147,14 @@ class Sharded(ModelParallelStrategy):
         """Shares out what has been built, before an optimiser is made of it.
 
         Raises:
-            ValueError: When `loss_parallel` is for an objective that wants all logits at once.
+            ValueError: When `loss_parallel` is for an objective that wants all logits at once, or products are shared
+                where hidden states are compared.
         """
+        if self.tensor_parallel_size > 1 and (weight := getattr(self.lightning_module, "hidden_weight", 0)):
+            raise ValueError(
+                f"model.hidden_weight must be 0 where products are shared out over devices, but is {weight}; take "
+                f"configs/strategy/fsdp.yaml"
+            )
         if self.loss_parallel:
             if not getattr(self.lightning_module, "shares_vocabulary", False):
                 raise ValueError(
@@ -186,6 +192,8 @@ class Sharded(ModelParallelStrategy):
 
     def teardown(self) -> None:
         """As Lightning's, which forgets to wait for checkpoints that are being written."""
+        if self.loss_parallel and self.lightning_module is not None:
+            self.lightning_module.vocabulary_group = None
         super().teardown()
         self.checkpoint_io.teardown()
 

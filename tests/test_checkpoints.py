@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lit_llm.checkpoint_files import AtomicCheckpointIO
 from lit_llm.checkpoints import load_model, read_image_processor, save_model
@@ -17,6 +17,7 @@ from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.rotary import YaRN
 from lit_llm.objectives.objective import described
+from tests.examples import BERT
 from tests.writing import exactly
 
 
@@ -189,7 +190,7 @@ def test_an_unknown_architecture_is_said_with_those_there_are(model: Path, archi
     wanted = (architectures or [""])[0]
     with pytest.raises(ValueError, match=r"\Aarchitectures in config\.json must be one of ") as caught:
         load_model(model)
-    ours = "CNN, GPT2LMHeadModel, LeNet, LlamaForCausalLM, MLP, Qwen3ForCausalLM"
+    ours = "CNN, GPT2LMHeadModel, LeNet, LlamaForCausalLM, MLP, MeanClassifier, PairClassifier, Qwen3ForCausalLM"
     wrapped = "a causal language model or a classifier or a masked language model or an encoder-decoder"
     assert str(caught.value).endswith(f" must be one of {ours}, or of transformers {wrapped}, but is {wanted!r}")
 
@@ -287,3 +288,12 @@ def test_a_model_of_images_comes_with_how_it_wants_them(tmp_path: Path) -> None:
 
 def test_a_model_of_text_says_nothing_of_images(model: Path) -> None:
     assert read_image_processor(model) is None
+
+
+def test_an_encoder_without_a_head_is_refused_and_what_it_could_be_does_not_name_it(tmp_path):
+    AutoModel.from_config(AutoConfig.for_model(**BERT)).save_pretrained(tmp_path)
+    with pytest.raises(
+        ValueError, match=r"^architectures in config.json must be one of .*, but is 'BertModel'$"
+    ) as refused:
+        load_model(tmp_path)
+    assert "an encoder of texts" not in str(refused.value)

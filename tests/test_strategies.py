@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -279,6 +280,17 @@ def test_an_objective_that_wants_all_logits_does_not_share_its_loss():
         strategy.setup(Trainer(accelerator="cpu", logger=False))
     assert CausalLM.shares_vocabulary
     assert not CausalLMDistillation.shares_vocabulary
+
+
+def test_hidden_states_are_not_compared_where_products_are_shared_out():
+    strategy = Sharded(tensor_parallel_size=2)
+    strategy._lightning_module = SimpleNamespace(hidden_weight=0.5)
+    line = (
+        "model.hidden_weight must be 0 where products are shared out over devices, but is 0.5; take "
+        "configs/strategy/fsdp.yaml"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        strategy.setup(Trainer(accelerator="cpu", logger=False))
 
 
 def test_a_network_with_adapters_or_without_a_plan_is_refused(tiny_llama):

@@ -50,6 +50,8 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=Path("runs/throughput"), help="corpora, logs, measurements")
     parser.add_argument("--no_table", dest="table", action="store_false", help="leave README.md alone")
     options = parser.parse_args(words)
+    if unknown := set(options.dtypes) - set(run.GOALS):
+        parser.error(f"dtypes must be of {', '.join(run.GOALS)}, but has {', '.join(sorted(unknown))}")
     options.work, options.device, options.compile = options.work.resolve(), "cpu", False
     return options
 

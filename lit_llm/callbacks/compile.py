@@ -41,8 +41,11 @@ class Compile(Callback):
         """Notes what is to be compiled; the first step that reads it compiles.
 
         Raises:
-            ValueError: When the objective looks into blocks by hooks, which come and go.
+            ValueError: When the objective looks into blocks by hooks, which come and go, or the strategy has some there
+                that share sequences out.
         """
+        if getattr(trainer.strategy, "sequence_parallel", False):
+            raise ValueError("sequence_parallel must be false where blocks are compiled, but is true")
         for name in ("hidden_weight", "attention_weight"):
             if weight := getattr(pl_module, name, 0):
                 raise ValueError(f"model.{name} must be 0 where blocks are compiled, but is {weight}")

@@ -20,7 +20,7 @@ class MemoryRise(Callback):
     Counted are the weights, since the network is built after that, the optimiser's state, gradients and activations,
     and what libraries set aside when they are first used. Not counted are pages of files, as of the libraries' code or
     of tokens that are read in place: the kernel lends them, and takes them back. Where there is no `/proc`, they are
-    counted, and only what lies above an earlier peak is.
+    counted; where the peak cannot begin anew, only what lies above an earlier one is.
 
     On an accelerator it is the allocator's peak.
     """
@@ -55,7 +55,7 @@ def peak_and_files() -> tuple[int, int]:
     """Most bytes that this process has held since its peak last began, and how many it holds now of files."""
     try:
         lines = STATUS.read_text().splitlines()
-    except OSError:
+        found = {name: value for name, _, value in (line.partition(":") for line in lines)}
+        return int(found["VmHWM"].split()[0]) * 1024, int(found["RssFile"].split()[0]) * 1024
+    except (OSError, KeyError):
         return peak_memory(torch.device("cpu")), 0
-    found = {name: value for name, _, value in (line.partition(":") for line in lines)}
-    return int(found["VmHWM"].split()[0]) * 1024, int(found["RssFile"].split()[0]) * 1024

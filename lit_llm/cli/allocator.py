@@ -7,6 +7,8 @@ import os
 import sys
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+DECISIVE = ("trim_threshold", "top_pad", "mmap_max", "mmap_threshold")
+"""What the environment may say of freed memory: as `MALLOC_…_`, or among glibc's tunables."""
 
 
 def keep_freed_memory() -> None:
@@ -17,7 +19,8 @@ def keep_freed_memory() -> None:
     tensors take (`experiments/planning`). To be called before the first large allocation. Does nothing where the C
     library is another one, or the environment says how it shall be: `MALLOC_MMAP_THRESHOLD_=65536` hands all back.
     """
-    decided = "glibc.malloc" in os.environ.get("GLIBC_TUNABLES", "") or any(n.startswith("MALLOC_") for n in os.environ)
+    tunables = os.environ.get("GLIBC_TUNABLES", "")
+    decided = any(f"MALLOC_{n.upper()}_" in os.environ or f"glibc.malloc.{n}=" in tunables for n in DECISIVE)
     if decided or not sys.platform.startswith("linux"):
         return
     try:

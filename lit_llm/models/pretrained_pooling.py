@@ -180,7 +180,7 @@ class PairClassifier(PooledClassifier):
         attention_mask: Int[Tensor, "batch seq"],
         separator: int,
     ) -> Float[Tensor, "batch features"]:
-        """`[u; v; |u - v|; u * v]` of the means of two texts; a mark counts with the text that it follows."""
+        """`[u; v; |u - v|; u * v]` of the means of two texts: the first ends with the first separator."""
         marks = (input_ids == separator).long()
         second = ((marks.cumsum(dim=1) - marks) > 0).long() * attention_mask
         u, v = _mean(hidden, attention_mask - second), _mean(hidden, second)
@@ -232,7 +232,7 @@ def _with_head(kind: type[PooledClassifier], config_class: type[PretrainedConfig
             self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
         ) -> Tensor:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-            segments = with_segments and getattr(self.config, "type_vocab_size", 1) > 1
+            segments = with_segments and getattr(self.config, "type_vocab_size", 2) > 1
             more = {"token_type_ids": token_type_ids} if segments else {}
             hidden = self.base_model(input_ids, attention_mask=mask, **more)[0]
             separator = getattr(self.config, "sep_token_id", None)

@@ -76,6 +76,14 @@ def test_only_training_steps_are_compiled(module: LightningModule, trainer: Trai
     assert seen == [False, True, False, True, False]
 
 
+def test_sequences_that_are_shared_out_by_hooks_are_refused(module: LightningModule, trainer: Trainer) -> None:
+    trainer.strategy.sequence_parallel = True
+    with pytest.raises(
+        ValueError, match=exactly("sequence_parallel must be false where blocks are compiled, but is true")
+    ):
+        Compile().on_fit_start(trainer, module)
+
+
 def test_what_looks_into_blocks_is_refused(module: LightningModule, trainer: Trainer) -> None:
     module.hidden_weight = 1.0
     with pytest.raises(
