@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_llm.objectives.exact_steps import ExactSteps, Loss
+from tests.writing import exactly
+
+ROWS = [torch.arange(1.0, 1 + length)[:, None] for length in (1, 4, 2, 5)]  # as many targets as a row is long
+
+
+class Line(ExactSteps):
+    """Fits `2 x`, and keeps the gradient with which it steps."""
+
+    def __init__(self, wrong: float = 0.0) -> None:
+        super().__init__()
+        self.line, self.wrong, self.gradients = nn.Linear(1, 1), wrong, []
+        nn.init.ones_(self.line.weight)
+        nn.init.zeros_(self.line.bias)
+
+    def loss(self, batch: Tensor) -> Loss:
+        return (self.line(batch) - 2 * batch).square().sum() + self.wrong, torch.tensor(float(len(batch)))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure=None) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, closure)
+        assert all(p.grad is None for p in self.parameters())
+
+    def configure_gradient_clipping(self, *args, **kwargs) -> None:
+        super().configure_gradient_clipping(*args, **kwargs)
+        self.gradients.append(torch.cat([p.grad.flatten() for p in self.parameters()]))
+
+
+def fitted(folder: Path, made: Line, **options) -> Line:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        max_epochs=1, accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **quiet, **options
+    )
+    made.trainer = trainer
+    trainer.fit(made, DataLoader(ROWS, batch_size=None))
+    return made
+
+
+def mean_gradient() -> Tensor:
+    made = Line()
+    total, targets = made.loss(torch.cat(ROWS))
+    return torch.cat([g.flatten() for g in torch.autograd.grad(total / targets, list(made.parameters()))])
+
+
+def test_a_step_of_uneven_parts_has_the_gradient_of_the_mean_over_all_targets(tmp_path: Path) -> None:
+    [gradient] = fitted(tmp_path, Line(), accumulate_grad_batches=4).gradients
+    torch.testing.assert_close(gradient, mean_gradient())
+
+
+def test_gradients_are_clipped_by_the_norm_of_the_whole_step(tmp_path: Path) -> None:
+    made = fitted(tmp_path, Line(), accumulate_grad_batches=4, gradient_clip_val=0.5)
+    expected = mean_gradient()
+    torch.testing.assert_close(made.grad_norm, expected.norm())
+    torch.testing.assert_close(made.gradients[0], 0.5 * expected / expected.norm(), rtol=1e-4, atol=0)
+
+
+def test_what_the_steps_lost_is_their_mean_over_targets_and_is_taken_once(tmp_path: Path) -> None:
+    made = fitted(tmp_path, Line())
+    total, targets = Line().loss(torch.cat(ROWS))
+    assert made.take_train_loss() == pytest.approx(float(total / targets))
+    assert made.take_train_loss() == 0.0
+
+
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path: Path) -> None:
+    made = fitted(tmp_path, Line(wrong=float("nan")))
+    message = (
+        "train/loss must be finite, but is nan at step 4; lower the learning rate, lengthen the warm-up or clip "
+        "gradients, and go on from the last good checkpoint with --ckpt_path last"
+    )
+    with pytest.raises(FloatingPointError, match=exactly(message)):
+        made.take_train_loss()
