@@ -262,8 +262,9 @@ def _architecture(config: dict[str, Any]) -> Any:
     for module in pkgutil.iter_modules(lit_llm.models.__path__, "lit_llm.models."):
         for value in vars(importlib.import_module(module.name)).values():
             if isinstance(value, type):
-                written |= dict.fromkeys(getattr(value, "hf_architectures", ()), value)
-                if issubclass(value, Pretrained) and hasattr(value, "tasks") and not hasattr(value, "pool"):
+                if hasattr(value, "hf_architectures"):
+                    written |= dict.fromkeys(value.hf_architectures, value)
+                elif issubclass(value, Pretrained) and hasattr(value, "tasks"):
                     wrapping[value.description] = value
     if wanted in written:
         return written[wanted]

@@ -40,6 +40,9 @@ class PooledClassifier(PretrainedClassifier, ABC):
     tasks: ClassVar[dict[str, str]] = {"AutoModel": "MODEL_MAPPING_NAMES"}
     description = "an encoder of texts"
 
+    hf_architectures: ClassVar[tuple[str, ...]] = ()
+    """A directory is one of these by its own name alone: an encoder without a head is not."""
+
     means: ClassVar[int]
     """How many times the encoder's width the head reads."""
 
@@ -69,11 +72,6 @@ class PooledClassifier(PretrainedClassifier, ABC):
         return made
 
     @classmethod
-    def builds(cls, architecture: str) -> bool:
-        """A directory is one of these by its own name alone: an encoder without a head is not."""
-        return False
-
-    @classmethod
     def _auto(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
         return _with_head(cls, type(config))
 
@@ -97,7 +95,7 @@ class PooledClassifier(PretrainedClassifier, ABC):
 class MeanClassifier(PooledClassifier):
     """An encoder below a linear head that reads the mean of all tokens, marks included.
 
-    For encoders that were trained by such means, as sentence-transformers' are: their first position says little.
+    For encoders that were trained by such means, as sentence-transformers' are, rather than by their first position.
 
     Args:
         num_classes: As in `PooledClassifier`.
@@ -116,7 +114,7 @@ class MeanClassifier(PooledClassifier):
         torch.Size([1, 2])
     """
 
-    hf_architectures: ClassVar[tuple[str, ...]] = ("MeanClassifier",)
+    hf_architectures = ("MeanClassifier",)
     means = 1
 
     @staticmethod
@@ -160,7 +158,7 @@ class PairClassifier(PooledClassifier):
         torch.Size([1, 2])
     """
 
-    hf_architectures: ClassVar[tuple[str, ...]] = ("PairClassifier",)
+    hf_architectures = ("PairClassifier",)
     means = 4
 
     def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
