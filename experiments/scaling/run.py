@@ -1,10 +1,11 @@
-"""A small scaling law: trains networks of several widths on as many tokens each, and predicts the next.
+"""Two small scaling laws: trains smaller networks, or on fewer tokens, and predicts the next before it is trained.
 
     python -m experiments.scaling.run
 
-Each is `lit-llm fit` of configs/pretraining/llama_stdlib.yaml, of another width. Its loss is taken to be E + A/N^alpha,
-where N counts the parameters in matrices of blocks (Kaplan et al., 2020, arXiv:2001.08361, whose law has no E; Hoffmann
-et al., 2022, arXiv:2203.15556, at a fixed number of tokens). A training that is done is not run again.
+Each run is `lit-llm fit` of configs/pretraining/llama_stdlib.yaml, of another width or of other steps. Its loss is
+taken to be E + A/x^alpha, where x counts the parameters in matrices of blocks, or the tokens (Kaplan et al., 2020,
+arXiv:2001.08361, whose laws have no E; Hoffmann et al., 2022, arXiv:2203.15556, one of its two terms at a time). A
+training that is done is not run again.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import shutil
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,46 +27,84 @@ HERE = Path(__file__).parent
 PRETRAINING = REPOSITORY / "configs/pretraining/llama_stdlib.yaml"
 METRIC = "best/val/bits_per_byte"
 HEAD_WIDTH = 32
-SIZES: dict[str, dict[str, Any]] = {
+
+
+class Axis(NamedTuple):
+    """What grows from run to run.
+
+    Attributes:
+        unit: What is counted, as a table says it.
+        setting: What is set.
+        fitted: The settings that the law is fitted to.
+        next: The setting that is predicted.
+        flags: What all runs have in common.
+    """
+
+    unit: str
+    setting: str
+    fitted: tuple[int, ...]
+    next: int
+    flags: Flags
+
+    def flags_of(self, value: int) -> Flags:
+        """What makes the run of a setting: the width of a network, or steps of which the last is validated."""
+        if self.setting == "steps":
+            return self.flags | {"trainer.max_steps": value, "trainer.val_check_interval": value}
+        return self.flags | _wide(value)
+
+
+def _wide(width: int) -> Flags:
+    return {
+        "model.network.d_model": width,
+        "model.network.d_ff": 3 * width,
+        "model.network.num_heads": width // HEAD_WIDTH,
+    }
+
+
+TINY: Flags = {
+    "data.max_documents": 40,
+    "data.tokenizer": "bpe-300",
+    "data.validation_fraction": 0.2,
+    "data.test_fraction": 0.2,
+    "data.batch_size": 4,
+    "trainer.precision": "32-true",
+}
+AXES: dict[str, dict[str, Axis]] = {
     "full": {
-        "widths": (64, 96, 128, 160, 192),
-        "next": 256,
-        "flags": {"trainer.max_steps": 300, "trainer.val_check_interval": 300},
+        "model": Axis(
+            "parameters in blocks",
+            "width",
+            (64, 96, 128, 160, 192),
+            256,
+            {"trainer.max_steps": 300, "trainer.val_check_interval": 300},
+        ),
+        "data": Axis("tokens", "steps", (75, 125, 200, 350, 600), 1200, _wide(128)),
     },
     "tiny": {
-        "widths": (32, 64, 96),
-        "next": 128,
-        "flags": {
-            "data.max_documents": 40,
-            "data.tokenizer": "bpe-300",
-            "data.validation_fraction": 0.2,
-            "data.test_fraction": 0.2,
-            "data.batch_size": 4,
-            "trainer.max_steps": 2,
-            "trainer.precision": "32-true",
-        },
+        "model": Axis("parameters in blocks", "width", (32, 64, 96), 128, TINY | {"trainer.max_steps": 2}),
+        "data": Axis("tokens", "steps", (1, 2, 3), 4, TINY | _wide(32)),
     },
 }
 """What is trained. `tiny` is for the test."""
 
 
 class Law(NamedTuple):
-    """`loss = floor + scale / parameters ** exponent`."""
+    """`loss = floor + scale / amount ** exponent`."""
 
     floor: float
     scale: float
     exponent: float
 
-    def loss(self, parameters: float) -> float:
-        """What a network of so many parameters should reach."""
-        return self.floor + self.scale / parameters**self.exponent
+    def loss(self, amount: float) -> float:
+        """What a run of so many parameters, or tokens, should reach."""
+        return self.floor + self.scale / amount**self.exponent
 
 
 class Trained(NamedTuple):
-    """The runs of one width."""
+    """The runs of one setting, and how many parameters or tokens it comes to."""
 
-    width: int
-    parameters: int
+    setting: int
+    amount: int
     losses: list[float]
 
     @property
@@ -75,46 +114,49 @@ class Trained(NamedTuple):
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, trains, fits, predicts, trains, writes."""
+    """Parses, and for each axis trains, fits, predicts, trains, writes."""
     options = parsed(words)
     options.work.mkdir(parents=True, exist_ok=True)
-    size = SIZES[options.size]
-    small = [trained(width, options) for width in size["widths"]]
-    law = fitted([run.parameters for run in small], [run.mean for run in small])
-    last = trained(size["next"], options)
-    lines = table(small, law, last, options)
-    draw(options.work / "scaling.png", small, law, last)
-    if not options.table:
-        print("\n".join(lines))
-        return
-    write_table("scaling", [*lines, "", "![bits per byte over parameters](scaling.png)"], HERE / "README.md")
-    shutil.copy(options.work / "scaling.png", HERE / "scaling.png")
+    for name in options.axes:
+        axis = AXES[options.size][name]
+        small = [trained(axis, value, options) for value in axis.fitted]
+        law = fitted([run.amount for run in small], [run.mean for run in small])
+        last = trained(axis, axis.next, options)
+        lines = table(axis, small, law, last, options)
+        picture = f"{name}.png"
+        draw(options.work / picture, axis, small, law, last)
+        if not options.table:
+            print("\n".join(lines))
+            continue
+        write_table(name, [*lines, "", f"![bits per byte over {axis.unit}]({picture})"], HERE / "README.md")
+        shutil.copy(options.work / picture, HERE / picture)
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=SIZES, default="full", help="tiny is to try it out")
+    parser.add_argument("--size", choices=AXES, default="full", help="tiny is to try it out")
+    parser.add_argument("--axes", nargs="+", choices=AXES["full"], default=[*AXES["full"]], help="what grows")
     parser.add_argument("--seeds", type=whole_numbers, default=[0, 1])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("runs/scaling"), help="all that is trained")
-    parser.add_argument("--no_table", dest="table", action="store_false", help="leave README.md and picture alone")
+    parser.add_argument("--no_table", dest="table", action="store_false", help="leave README.md and pictures alone")
     options = parser.parse_args(words)
     options.work = options.work.resolve() / options.size
     return options
 
 
-def trained(width: int, options: argparse.Namespace) -> Trained:
-    """The networks of a width, one a seed."""
-    losses = []
+def trained(axis: Axis, value: int, options: argparse.Namespace) -> Trained:
+    """The runs of a setting, one a seed."""
+    losses, amount = [], 0
     for seed in options.seeds:
-        folder = options.work / f"{width}-{seed}"
-        flags: Flags = {"config": PRETRAINING, "model.network.d_model": width, "model.network.d_ff": 3 * width}
-        flags |= {"model.network.num_heads": width // HEAD_WIDTH, "trainer.callbacks": "null", "seed_everything": seed}
-        results = fit(flags | SIZES[options.size]["flags"], folder, options)
+        folder = options.work / f"{axis.setting}-{value}-{seed}"
+        flags: Flags = {"config": PRETRAINING, "trainer.callbacks": "null", "seed_everything": seed}
+        results = fit(flags | axis.flags_of(value), folder, options)
         losses.append(results[METRIC])
-        print(f"{width} seed {seed}: {losses[-1]:.4f} in {results['seconds']:.0f} s", flush=True)
-    return Trained(width, in_blocks(folder / "model"), losses)
+        amount = results["tokens"] if axis.setting == "steps" else in_blocks(folder / "model")
+        print(f"{axis.setting} {value} seed {seed}: {losses[-1]:.4f} in {results['seconds']:.0f} s", flush=True)
+    return Trained(value, amount, losses)
 
 
 def in_blocks(folder: Path) -> int:
@@ -126,9 +168,9 @@ def in_blocks(folder: Path) -> int:
     return next(sum(p.numel() for p in group["params"]) for group in groups if group["role"] == "matrices")
 
 
-def fitted(parameters: Sequence[float], losses: Sequence[float]) -> Law:
+def fitted(amounts: Sequence[float], losses: Sequence[float]) -> Law:
     """The law of least squares, with a floor of at least 0: a search over exponents, for each of which it is linear."""
-    n, y = np.asarray(parameters, dtype=float), np.asarray(losses, dtype=float)
+    n, y = np.asarray(amounts, dtype=float), np.asarray(losses, dtype=float)
     found = []
     for exponent in np.geomspace(0.01, 3, 3000):
         x = n**-exponent
@@ -140,40 +182,40 @@ def fitted(parameters: Sequence[float], losses: Sequence[float]) -> Law:
     return min(found)[1]
 
 
-def table(small: list[Trained], law: Law, last: Trained, options: argparse.Namespace) -> list[str]:
-    """All networks as Markdown, and what was predicted beside what came."""
+def table(axis: Axis, small: list[Trained], law: Law, last: Trained, options: argparse.Namespace) -> list[str]:
+    """All runs as Markdown, and what was predicted beside what came."""
     seeds = " | ".join(f"seed {seed}" for seed in options.seeds)
     columns = len(options.seeds) + 4
-    lines = [f"| width | parameters in blocks | {seeds} | mean | of the law |", "|" + " ---: |" * columns]
+    lines = [f"| {axis.setting} | {axis.unit} | {seeds} | mean | of the law |", "|" + " ---: |" * columns]
     for run in (*small, last):
         each = " | ".join(f"{loss:.4f}" for loss in run.losses)
         predicted = " (predicted)" * (run is last)
-        expected = law.loss(run.parameters)
-        lines.append(f"| {run.width} | {run.parameters:,} | {each} | {run.mean:.4f} | {expected:.4f}{predicted} |")
-    off = last.mean - law.loss(last.parameters)
+        expected = law.loss(run.amount)
+        lines.append(f"| {run.setting} | {run.amount:,} | {each} | {run.mean:.4f} | {expected:.4f}{predicted} |")
+    off = last.mean - law.loss(last.amount)
     spread = [statistics.stdev(run.losses) for run in (*small, last) if len(run.losses) > 1]
-    apart = f"; seeds of one width differ by {statistics.mean(spread):.4f} (standard deviation)" if spread else ""
+    apart = f"; seeds of one row differ by {statistics.mean(spread):.4f} (standard deviation)" if spread else ""
     return [
         *lines,
         "",
-        f"Fitted to the first {len(small)}: {law.floor:.3f} + {law.scale:.3g} / N^{law.exponent:.3f} bits per byte. "
+        f"Fitted to the first {len(small)}: {law.floor:.3f} + {law.scale:.3g} / x^{law.exponent:.3f} bits per byte. "
         f"The last came out {off:+.4f} from what was predicted, {abs(off) / last.mean:.2%}{apart}.",
     ]
 
 
-def draw(path: Path, small: list[Trained], law: Law, last: Trained) -> None:
+def draw(path: Path, axis: Axis, small: list[Trained], law: Law, last: Trained) -> None:
     """The law, what it was fitted to, and what it predicted."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
-    curve = np.geomspace(small[0].parameters * 0.8, last.parameters * 1.25, 100)
-    label = f"{law.floor:.2f} + {law.scale:.3g} / N^{law.exponent:.2f}"
-    axes.plot(curve, [law.loss(n) for n in curve], color="tab:gray", label=label)
+    curve = np.geomspace(small[0].amount * 0.8, last.amount * 1.25, 100)
+    label = f"{law.floor:.2f} + {law.scale:.3g} / x^{law.exponent:.2f}"
+    axes.plot(curve, [law.loss(x) for x in curve], color="tab:gray", label=label)
     for runs, colour, name in ((small, "tab:blue", "fitted to"), ([last], "tab:red", "predicted, then trained")):
-        points = [(run.parameters, loss) for run in runs for loss in run.losses]
+        points = [(run.amount, loss) for run in runs for loss in run.losses]
         axes.plot(*zip(*points, strict=True), "o", color=colour, label=name)
-    axes.set(xscale="log", xlabel="parameters in blocks", ylabel="bits per byte in validation")
+    axes.set(xscale="log", xlabel=axis.unit, ylabel="bits per byte in validation")
     axes.legend()
     axes.grid(alpha=0.3, which="both")
     with replacing(path) as new:
