@@ -283,7 +283,8 @@ class LoRA(Adaptation):
         name_of = getattr(network, "hf_name", lambda name: name.removeprefix("model."))
         config = self._config([name_of(n) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)])
         learnt = {name_of(name): p for name, p in network.named_parameters() if p.requires_grad}
-        config.modules_to_save = sorted({name.rpartition(".")[0] for name in learnt if "lora_" not in name}) or None
+        whole = {name.rpartition(".")[0] for name in learnt if "lora_" not in name}
+        config.modules_to_save = sorted(n for n in whole if not any(n.startswith(f"{o}.") for o in whole)) or None
         config.inference_mode = True
         config.save_pretrained(folder)
         tensors = {f"base_model.model.{_saved(name)}": p.detach().cpu().contiguous() for name, p in learnt.items()}

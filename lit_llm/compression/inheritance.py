@@ -11,6 +11,10 @@ FUSED = {"Wqkv": 3, "qkv": 3, "c_attn": 3, "Wi": 2, "gate_up_proj": 2}
 """Matrices whose outputs are several layers' side by side, by the last part of their names, and of how many."""
 
 
+JOINED = {"compare": 4, "aggregate": 2}
+"""Matrices whose inputs are several vectors side by side, in the same way."""
+
+
 def layer_map(student: nn.Module, teacher: nn.Module, layers: list[int] | None = None) -> list[int]:
     """Which block of a teacher each block of a student goes with.
 
@@ -44,7 +48,8 @@ def inherit(student: nn.Module, teacher: nn.Module, layers: list[int] | None = N
 
     What is as large as the teacher's is copied whole, so that a student of the teacher's width is the teacher without
     some blocks. Of layers that lie side by side in one matrix (queries, keys and values, a gate and what it lets
-    through) each is cut by itself. Heads have to be as wide as the teacher's: a narrower student has its first ones.
+    through), and of vectors side by side that a matrix reads, each is cut by itself. Heads have to be as wide as the
+    teacher's: a narrower student has its first ones.
 
     Args:
         student: The smaller network, of the same architecture.
@@ -91,13 +96,16 @@ def _cut(source: Tensor, target: Tensor, name: str) -> Tensor:
             f"student must be at most as large as its teacher, but its {name} is {tuple(target.shape)} where the "
             f"teacher's is {tuple(source.shape)}"
         )
-    parts = next((count for part, count in FUSED.items() if part in name.split(".")), 1)
-    if parts == 1 or source.shape[0] % parts or target.shape[0] % parts:
-        parts = 1
-    pieces = source.unflatten(0, (parts, -1)) if source.ndim else source[None]
-    rows = target.shape[0] // parts if target.ndim else None
-    kept = pieces[(slice(None), slice(rows), *(slice(size) for size in target.shape[1:]))] if target.ndim else pieces
-    return kept.reshape(target.shape)
+    parts = (_parts(FUSED, name, source, target, 0), _parts(JOINED, name, source, target, 1))
+    for dim, count in enumerate(parts[: source.ndim]):
+        source = source.unflatten(dim, (count, -1)).narrow(dim + 1, 0, target.shape[dim] // count).flatten(dim, dim + 1)
+    return source[tuple(map(slice, target.shape))]
+
+
+def _parts(table: dict[str, int], name: str, source: Tensor, target: Tensor, dim: int) -> int:
+    """Of how many pieces, each to be cut by itself, a dimension is made."""
+    found = next((count for part, count in table.items() if part in name.split(".")), 1)
+    return found if source.ndim > dim and not source.shape[dim] % found and not target.shape[dim] % found else 1
 
 
 def _head_width(network: nn.Module) -> int | None:

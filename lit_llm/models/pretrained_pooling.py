@@ -1,9 +1,10 @@
-"""Encoders of transformers below heads that read all tokens: the mean of a text, or two texts compared."""
+"""Encoders of transformers below heads that read all tokens: their mean, or each held against another text's."""
 
 from __future__ import annotations
 
 import functools
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -18,8 +19,120 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+class Head(nn.Module, ABC):
+    """What makes logits of an encoder's tokens, in two steps: what can be kept of a row, and what then learns.
+
+    Args:
+        d_model: Width of the encoder.
+        num_classes: Width of the logits.
+        dropout: Of what each layer reads.
+    """
+
+    @abstractmethod
+    def __init__(self, d_model: int, num_classes: int, dropout: float) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout)
+
+    @staticmethod
+    @abstractmethod
+    def read(
+        hidden: Float[Tensor, "batch seq d_model"],
+        first: Int[Tensor, "batch seq"],
+        second: Int[Tensor, "batch seq"],
+    ) -> dict[str, Tensor]:
+        """What `forward` reads, in fp32 and by name, without a parameter of the head's.
+
+        Args:
+            hidden: What the encoder gives at each token.
+            first: 1 at the tokens of the first text, or of the only one.
+            second: 1 at those of the second.
+        """
+
+    @abstractmethod
+    def forward(self, **read: Tensor) -> Float[Tensor, "batch classes"]:
+        """Logits of what `read` gave."""
+
+
+class MeanHead(Head):
+    """Linear in the mean of all tokens.
+
+    Args:
+        d_model: As in `Head`.
+        num_classes: As in `Head`.
+        dropout: As in `Head`.
+    """
+
+    def __init__(self, d_model: int, num_classes: int, dropout: float) -> None:
+        super().__init__(d_model, num_classes, dropout)
+        self.out = nn.Linear(d_model, num_classes)
+
+    @staticmethod
+    def read(
+        hidden: Float[Tensor, "batch seq d_model"],
+        first: Int[Tensor, "batch seq"],
+        second: Int[Tensor, "batch seq"],
+    ) -> dict[str, Tensor]:
+        """The mean of all tokens that are not padding."""
+        return {"pooled": _mean(hidden.float(), first + second)}
+
+    def forward(self, pooled: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch classes"]:
+        """Logits of a mean."""
+        return self.out(self.dropout(pooled))
+
+
+class AlignedHead(Head):
+    """Holds each token of two texts against what the other text has that is like it; see `PairClassifier`.
+
+    Args:
+        d_model: As in `Head`.
+        num_classes: As in `Head`.
+        dropout: As in `Head`.
+    """
+
+    sharpness = 16.0
+    """What cosines are multiplied by to begin with: a token that is there counts far more than all that are not."""
+
+    def __init__(self, d_model: int, num_classes: int, dropout: float) -> None:
+        super().__init__(d_model, num_classes, dropout)
+        self.compare = nn.Linear(4 * d_model, d_model)
+        self.aggregate = nn.Linear(2 * d_model, num_classes)
+        self.scale = nn.Parameter(torch.empty(1))
+        self.reset()
+
+    def reset(self) -> None:
+        """Gives the scale, which stands alone, its first value."""
+        nn.init.constant_(self.scale, math.log(self.sharpness))
+
+    @staticmethod
+    def read(
+        hidden: Float[Tensor, "batch seq d_model"],
+        first: Int[Tensor, "batch seq"],
+        second: Int[Tensor, "batch seq"],
+    ) -> dict[str, Tensor]:
+        """All of it."""
+        return {"last_hidden_state": hidden, "first": first, "second": second}
+
+    def forward(
+        self,
+        last_hidden_state: Float[Tensor, "batch seq d_model"],
+        first: Int[Tensor, "batch seq"],
+        second: Int[Tensor, "batch seq"],
+    ) -> Float[Tensor, "batch classes"]:
+        """Logits of two texts' tokens."""
+        hidden = last_hidden_state.float()
+        direction = nn.functional.normalize(hidden, dim=-1)
+        alike = self.scale.exp() * (direction @ direction.mT).float()
+        across = first[:, :, None] * second[:, None] + second[:, :, None] * first[:, None]
+        weights = alike.masked_fill(across == 0, -1e4).softmax(dim=-1)  # finite, for texts that have no other
+        other = (weights * across) @ hidden
+        pairs = torch.cat([hidden, other, (hidden - other).abs(), hidden * other], dim=-1)
+        compared = self.compare(self.dropout(pairs)).relu()
+        means = torch.cat([_mean(compared.float(), mask) for mask in (first, second)], dim=-1)
+        return self.aggregate(self.dropout(means))
+
+
 class PooledClassifier(PretrainedClassifier, ABC):
-    """An encoder below a linear head that reads what a subclass makes of all of the encoder's tokens.
+    """An encoder below a head that reads all of the encoder's tokens.
 
     Transformers has no such head: only this package opens what it is saved as. Its encoder has transformers' names. A
     pooler that comes with an encoder is left out.
@@ -43,25 +156,8 @@ class PooledClassifier(PretrainedClassifier, ABC):
     hf_architectures: ClassVar[tuple[str, ...]] = ()
     """A directory is one of these by its own name alone: an encoder without a head is not."""
 
-    means: ClassVar[int]
-    """How many times the encoder's width the head reads."""
-
-    @staticmethod
-    @abstractmethod
-    def pool(
-        hidden: Float[Tensor, "batch seq d_model"],
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"],
-        separator: int,
-    ) -> Float[Tensor, "batch features"]:
-        """What the head reads, in fp32.
-
-        Args:
-            hidden: What the encoder gives at each token.
-            input_ids: The tokens.
-            attention_mask: 0 where there is padding.
-            separator: The token between two texts; -1 where the tokeniser, or the config, names none.
-        """
+    head: ClassVar[type[Head]]
+    """What reads the tokens."""
 
     @classmethod
     def read_config(cls, config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:
@@ -73,7 +169,7 @@ class PooledClassifier(PretrainedClassifier, ABC):
 
     @classmethod
     def _auto(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
-        return _with_head(cls, type(config))
+        return _with_head(cls.head, type(config))
 
     def _adopt(self, model: PreTrainedModel) -> None:
         super()._adopt(model)
@@ -84,12 +180,12 @@ class PooledClassifier(PretrainedClassifier, ABC):
         return {**super().to_hf_config(), "architectures": [type(self).__name__]}
 
     def features(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """What the head reads, by the name `pooled`."""
-        return {"pooled": self.model.pooled(**self._read(inputs))}
+        """What the head reads, by name: `pooled`, or the tokens themselves."""
+        return self.model.read(**self._read(inputs))
 
     def classify(self, features: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
         """Logits of what `features` gave."""
-        return self.model.pooled_head(features["pooled"])
+        return self.model.pooled_head(**features)
 
 
 class MeanClassifier(PooledClassifier):
@@ -115,26 +211,17 @@ class MeanClassifier(PooledClassifier):
     """
 
     hf_architectures = ("MeanClassifier",)
-    means = 1
-
-    @staticmethod
-    def pool(
-        hidden: Float[Tensor, "batch seq d_model"],
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"],
-        separator: int,
-    ) -> Float[Tensor, "batch d_model"]:
-        """The mean of all tokens that are not padding."""
-        return _mean(hidden, attention_mask)
+    head = MeanHead
 
 
 class PairClassifier(PooledClassifier):
-    """An encoder that reads two texts together, below a head that compares what it makes of each.
+    """An encoder that reads two texts together, below a head that holds each token against the other text.
 
-    With `u` the mean of what it gives at the tokens of the first text, and `v` at those of the second, the head is
-    linear in `[u; v; |u - v|; u * v]`. That two texts are alike, which an encoder from zero takes long to find out and
-    to move to one position, can then be read off from the first step on. The second text is what comes after the first
-    separator; where nothing does, `v` is 0.
+    For each token `a` of one text the head makes the mean `b` of the other text's tokens, weighted by a softmax of how
+    much each is like `a` (cosine, times a learnt number). A layer compares `[a; b; |a - b|; a * b]`, and a linear layer
+    reads the mean of that over the first text and the mean over the second. What two texts share, which an encoder from
+    zero takes long to find out and to move to one position, can so be read off from the first step on. The second text
+    is what comes after the first separator; where nothing does, `b` is 0.
 
     Args:
         num_classes: As in `PooledClassifier`.
@@ -147,8 +234,9 @@ class PairClassifier(PooledClassifier):
         ValueError: As in `PretrainedClassifier`; and when the tokeniser has no separator.
 
     Source:
-        Conneau et al., 2017, "InferSent", arXiv:1705.02364, section 3.1 (the comparison), where, as in Reimers &
-        Gurevych, 2019, "Sentence-BERT", arXiv:1908.10084, each text is read alone; here each is read beside the other.
+        Parikh et al., 2016, "A Decomposable Attention Model", arXiv:1606.01933, eq. 1 to 5 (attend, compare, sum up),
+        with what is compared as in Chen et al., 2017, "ESIM", arXiv:1609.06038, eq. 14, where each text is read alone;
+        here each is read beside the other, likeness is a cosine, and means stand for sums.
 
     Example:
         >>> size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -159,7 +247,7 @@ class PairClassifier(PooledClassifier):
     """
 
     hf_architectures = ("PairClassifier",)
-    means = 4
+    head = AlignedHead
 
     def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """As `PretrainedClassifier.read_tokens_of`; and learns which token stands between two texts."""
@@ -171,24 +259,11 @@ class PairClassifier(PooledClassifier):
             )
         self.config.sep_token_id = self.model.config.sep_token_id = tokenizer.sep_token_id
 
-    @staticmethod
-    def pool(
-        hidden: Float[Tensor, "batch seq d_model"],
-        input_ids: Int[Tensor, "batch seq"],
-        attention_mask: Int[Tensor, "batch seq"],
-        separator: int,
-    ) -> Float[Tensor, "batch features"]:
-        """`[u; v; |u - v|; u * v]` of the means of two texts: the first ends with the first separator."""
-        marks = (input_ids == separator).long()
-        second = ((marks.cumsum(dim=1) - marks) > 0).long() * attention_mask
-        u, v = _mean(hidden, attention_mask - second), _mean(hidden, second)
-        return torch.cat([u, v, (u - v).abs(), u * v], dim=-1)
 
-
-def _mean(hidden: Float[Tensor, "batch seq d_model"], mask: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch d_model"]:
-    """Over the tokens whose mask is 1, in fp32; 0 where none is."""
+def _mean(x: Float[Tensor, "batch seq features"], mask: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch features"]:
+    """Over the tokens whose mask is 1; 0 where none is."""
     weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
-    return (hidden.float() * weights[..., None]).sum(dim=1)
+    return (x * weights[..., None]).sum(dim=1)
 
 
 def _encoder(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
@@ -200,7 +275,7 @@ def _encoder(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
 
 
 @functools.cache
-def _with_head(kind: type[PooledClassifier], config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
+def _with_head(kind: type[Head], config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
     """The class, in transformers' manner, of an architecture's encoder with a head on it."""
     from transformers import PreTrainedModel
     from transformers.modeling_outputs import SequenceClassifierOutput
@@ -218,25 +293,31 @@ def _with_head(kind: type[PooledClassifier], config_class: type[PretrainedConfig
             setattr(self, self.base_model_prefix, made)
             dropout = getattr(config, "classifier_dropout", None)
             dropout = getattr(config, "hidden_dropout_prob", 0.0) if dropout is None else dropout
-            width = kind.means * config.hidden_size
-            self.pooled_head = nn.Sequential(nn.Dropout(dropout), nn.Linear(width, config.num_labels))
+            self.pooled_head = kind(config.hidden_size, config.num_labels, dropout)
             self.post_init()
 
         @classmethod
         def from_config(cls, config: PretrainedConfig, dtype: torch.dtype, **_: Any) -> PreTrainedModel:
             return cls._from_config(config, dtype=dtype)
 
-        def pooled(
+        def _init_weights(self, module: nn.Module) -> None:
+            super()._init_weights(module)
+            if isinstance(module, AlignedHead):
+                module.reset()
+
+        def read(
             self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
-        ) -> Tensor:
+        ) -> dict[str, Tensor]:
             mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
             segments = with_segments and getattr(self.config, "type_vocab_size", 2) > 1
             more = {"token_type_ids": token_type_ids} if segments else {}
             hidden = self.base_model(input_ids, attention_mask=mask, **more)[0]
             separator = getattr(self.config, "sep_token_id", None)
-            return kind.pool(hidden, input_ids, mask, -1 if separator is None else separator)
+            marks = (input_ids == (-1 if separator is None else separator)).long()
+            second = ((marks.cumsum(dim=1) - marks) > 0) * mask
+            return kind.read(hidden, mask - second, second)
 
         def forward(self, **inputs: Tensor) -> SequenceClassifierOutput:
-            return SequenceClassifierOutput(logits=self.pooled_head(self.pooled(**inputs)))
+            return SequenceClassifierOutput(logits=self.pooled_head(**self.read(**inputs)))
 
     return Pooled

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -43,10 +43,18 @@ class SemiSupervised(Classification):
         ramp_up_steps: Steps over which that factor rises to `unlabelled_weight`, as `exp(-5 (1 - x)²)`.
         decay: What remains of the average at each step, in [0, 1): it is about one of the last `1 / (1 - decay)` steps.
             Before as many are done it is of all steps so far.
+        distribution_alignment: Scale what the teacher says, class by class, by how often the class is among labelled
+            examples over how often the teacher has said it lately (a mean with `decay`), before it is held against
+            `threshold`: it then cannot end up calling everything one class. Where classes are as frequent among
+            unlabelled examples as among labelled ones.
         kwargs: As in `Classification`; smoothing and weights are of the labelled examples.
 
     Raises:
         ValueError: When a value is not in its range, or a batch has no unlabelled examples.
+
+    Source:
+        Of the alignment: Berthelot et al., 2020, "ReMixMatch", arXiv:1911.09785, section 3.1, where both shares are
+        plain means, that of the teacher over 128 batches.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class SemiSupervised(Classification):
         unlabelled_weight: float = 1.0,
         ramp_up_steps: int = 0,
         decay: float = 0.99,
+        distribution_alignment: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
@@ -68,7 +77,7 @@ class SemiSupervised(Classification):
                 raise ValueError(f"model.{name} must be at least 0, but is {value}")
         self.save_arguments()
         self.threshold, self.unlabelled_weight, self.ramp_up_steps = threshold, unlabelled_weight, ramp_up_steps
-        self.decay = decay
+        self.decay, self.distribution_alignment = decay, distribution_alignment
         # Confident examples, all; right ones among the confident of known label, all those. Since the last report.
         self.register_buffer("counts", torch.zeros(4))
 
@@ -94,6 +103,9 @@ class SemiSupervised(Classification):
             return
         super().configure_model()
         self.average = copy.deepcopy(self.network).requires_grad_(False)
+        if self.distribution_alignment:  # of each class among labelled examples, and in what the teacher says
+            num_classes = self.hparams[self.size_name]
+            self.register_buffer("shares", torch.full((2, num_classes), 1 / num_classes))
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
         """That of the labelled examples, and for each of them its share of the mean over the unlabelled ones."""
@@ -104,6 +116,8 @@ class SemiSupervised(Classification):
             )
         total, targets = super().loss(batch)
         taught = self._taught(batch["unlabelled"])
+        if self.distribution_alignment:
+            taught = self._aligned(taught, batch["labels"])
         logits = self.network(**inputs(batch["unlabelled_strong"])).float()
         confident = taught.amax(dim=-1) >= self.threshold
         self._count(taught, confident, batch["unlabelled"].get("labels"))
@@ -120,6 +134,20 @@ class SemiSupervised(Classification):
         teacher = self.teacher
         with evaluating(teacher), torch.no_grad():
             return teacher(**inputs(batch)).float().softmax(dim=-1)
+
+    @torch.no_grad()
+    def _aligned(
+        self,
+        taught: Float[Tensor, "batch classes"],
+        labels: Int[Tensor, " labelled"] | Float[Tensor, "labelled classes"],
+    ) -> Float[Tensor, "batch classes"]:
+        """The same probabilities, their mean lately that of the labels; notes this batch first."""
+        if labels.ndim == 1:
+            labels = F.one_hot(labels, taught.shape[-1]).float()
+        self.shares.lerp_(torch.stack([labels.mean(dim=0), taught.mean(dim=0)]), 1 - self.decay)
+        known, said = self.shares
+        scaled = taught * known / said.clamp(min=1e-6)
+        return scaled / scaled.sum(dim=-1, keepdim=True)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Steps, and moves the average."""

@@ -5,6 +5,7 @@ import torch
 
 from lit_llm.compression.inheritance import inherit, layer_map
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.models.pretrained_pooling import PairClassifier
 from tests.examples import BERT
 
 MODERNBERT = {
@@ -46,6 +47,16 @@ def test_a_narrow_student_has_the_first_heads_and_the_first_of_each_fused_part()
         weight = next(n for n in mine if n.endswith(f"layers.1.{name}.weight"))
         pieces = [piece[:kept, : mine[weight].shape[1]] for piece in theirs[weight].chunk(parts)]
         assert torch.equal(mine[weight], torch.cat(pieces))
+
+
+def test_of_vectors_that_a_matrix_reads_side_by_side_each_is_cut_by_itself():
+    wide, narrow = ({"hidden_size": 16}, {"hidden_size": 8, "num_attention_heads": 2})
+    teacher, student = (PairClassifier(3, config=MODERNBERT | size) for size in (wide, narrow))
+    inherit(student, teacher)
+    theirs, mine = teacher.model.pooled_head, student.model.pooled_head
+    for layer, rows, parts in (("compare", 8, 4), ("aggregate", 3, 2)):
+        pieces = [piece[:rows, :8] for piece in getattr(theirs, layer).weight.chunk(parts, dim=1)]
+        assert torch.equal(getattr(mine, layer).weight, torch.cat(pieces, dim=1))
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.models.block import Block, depths
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.pretrained_pooling import MeanClassifier, PairClassifier, PooledClassifier
+from lit_llm.objectives.features import can_be_cached
 from tests.examples import T5, twenty_tokens
 from tests.models.test_pretrained_classifier import CONFIGS, IMAGES, config, stirred
 from tests.writing import exactly
@@ -36,23 +37,41 @@ def pairs() -> dict[str, torch.Tensor]:
     return dict(zip(names, map(torch.tensor, (rows, mask, types)), strict=True))
 
 
+def hidden_of(network: PooledClassifier, encoder: str, batch: dict[str, torch.Tensor]) -> np.ndarray:
+    heard = {"token_type_ids": batch["token_type_ids"]} if encoder in ("bert", "electra") else {}
+    return network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"], **heard)[0].numpy()
+
+
 @encoders
 @torch.no_grad()
-def test_the_head_reads_means_as_numpy_makes_them(encoder: str) -> None:
-    batch = pairs()
-    for kind in KINDS.values():
-        network = awake(kind, encoder)
-        heard = {} if encoder != "bert" and encoder != "electra" else {"token_type_ids": batch["token_type_ids"]}
-        hidden = network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"], **heard)[0].numpy()
-        expected = []
-        for row, length in zip(hidden, (8, 5), strict=True):
-            first, second = (4, 8) if length == 8 else (3, 5)
-            u, v = row[:first].mean(axis=0), row[first:second].mean(axis=0)
-            whole = row[:length].mean(axis=0)
-            expected.append(whole if kind is MeanClassifier else np.concatenate([u, v, abs(u - v), u * v]))
-        pooled = network.features(**batch)["pooled"]
-        np.testing.assert_allclose(pooled.numpy(), np.stack(expected), atol=2e-5, rtol=1e-4)
-        assert torch.equal(network.classify({"pooled": pooled}), network(**batch))
+def test_means_are_as_numpy_makes_them(encoder: str) -> None:
+    network, batch = awake(MeanClassifier, encoder), pairs()
+    expected = [row[:length].mean(axis=0) for row, length in zip(hidden_of(network, encoder, batch), (8, 5))]
+    features = network.features(**batch)
+    np.testing.assert_allclose(features["pooled"].numpy(), np.stack(expected), atol=2e-5, rtol=1e-4)
+    assert torch.equal(network.classify(features), network(**batch))
+
+
+@encoders
+@torch.no_grad()
+def test_texts_are_compared_as_numpy_compares_them(encoder: str) -> None:
+    network, batch = awake(PairClassifier, encoder), pairs()
+    head = network.model.pooled_head
+    weight, bias = head.compare.weight.numpy(), head.compare.bias.numpy()
+
+    def against(a: np.ndarray, others: np.ndarray) -> np.ndarray:
+        cosines = others @ a / np.linalg.norm(others, axis=1) / np.linalg.norm(a)
+        shares = np.exp(head.scale.exp().item() * cosines)
+        b = shares @ others / shares.sum()
+        return np.maximum(0, weight @ np.concatenate([a, b, abs(a - b), a * b]) + bias)
+
+    expected = []
+    for row, (first, second) in zip(hidden_of(network, encoder, batch), ((4, 8), (3, 5)), strict=True):
+        u, v = row[:first], row[first:second]
+        means = [np.mean([against(a, others) for a in own], axis=0) for own, others in ((u, v), (v, u))]
+        expected.append(head.aggregate.weight.numpy() @ np.concatenate(means) + head.aggregate.bias.numpy())
+    np.testing.assert_allclose(network(**batch).numpy(), np.stack(expected), atol=2e-5, rtol=1e-4)
+    assert torch.equal(network.classify(network.features(**batch)), network(**batch))
 
 
 @kinds
@@ -88,7 +107,8 @@ def test_an_encoder_is_taken_from_any_model_that_has_it(kind: type, source: str,
     with caplog.at_level(logging.INFO, "lit_llm"):
         network = kind(3, str(tmp_path))
     [line] = [record.getMessage() for record in caplog.records]
-    assert line == f"The head is new, {tmp_path} has none: pooled_head.1.bias, pooled_head.1.weight"
+    new = ", ".join(sorted(f"pooled_head.{name}" for name, _ in network.model.pooled_head.named_parameters()))
+    assert line == f"The head is new, {tmp_path} has none: {new}"
     stored = before.state_dict()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in network.backbone.state_dict().items())
     assert not any("pooler" in name for name in network.state_dict())
@@ -105,13 +125,22 @@ def test_padding_says_nothing(kind: type, encoder: str) -> None:
     torch.testing.assert_close(network(**batch)[1:], alone, atol=2e-5, rtol=1e-4)
 
 
-@torch.no_grad()
-def test_of_a_text_alone_the_second_mean_is_zero() -> None:
-    pooled = PairClassifier.pool(torch.randn(1, 4, 2), torch.tensor([[2, 5, 6, 3]]), torch.ones(1, 4).long(), 3)
-    u, v, apart, product = pooled.chunk(4, dim=-1)
-    assert torch.equal(v, torch.zeros(1, 2))
-    assert torch.equal(product, torch.zeros(1, 2))
-    assert torch.equal(apart, u.abs())
+def test_a_text_alone_is_compared_with_nothing() -> None:
+    network = awake(PairClassifier, "bert").train()
+    head, seen = network.model.pooled_head, []
+    head.compare.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    head.dropout.p = 0.0
+    network(input_ids=torch.tensor([[2, 5, 6, 3]])).sum().backward()
+    a, b, apart, product = seen[0].chunk(4, dim=-1)
+    assert torch.equal(b, torch.zeros_like(a))
+    assert torch.equal(product, torch.zeros_like(a))
+    assert torch.equal(apart, a.abs())
+    assert all(p.grad is None or p.grad.isfinite().all() for p in network.parameters())
+
+
+def test_features_of_two_texts_are_as_long_as_they_are_and_so_not_kept() -> None:
+    assert can_be_cached(awake(MeanClassifier, "bert"), pairs())
+    assert not can_be_cached(awake(PairClassifier, "bert"), pairs())
 
 
 def test_gradients_reach_all_of_it_and_its_head_is_the_last_depth() -> None:
@@ -120,8 +149,8 @@ def test_gradients_reach_all_of_it_and_its_head_is_the_last_depth() -> None:
     assert all(p.grad is not None and p.grad.any() for p in network.parameters())
     found, top = depths(network)
     assert {name for name, p in network.named_parameters() if found[p] == top} == {
-        "model.pooled_head.1.weight",
-        "model.pooled_head.1.bias",
+        *(f"model.pooled_head.{layer}.{part}" for layer in ("compare", "aggregate") for part in ("weight", "bias")),
+        "model.pooled_head.scale",
     }
     assert sum(isinstance(module, Block) for module in network.modules()) == 2
 

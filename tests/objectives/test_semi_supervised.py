@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -91,6 +92,23 @@ def test_mean_teacher_is_the_squared_distance_from_what_the_average_says() -> No
     expected = labelled + 3.0 * (taught - said).square().sum(-1).mean()
     torch.testing.assert_close(total / count, expected)
     assert (taught - said).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distribution_alignment_is_the_papers_with_running_means(kind: type, tmp_path: Path) -> None:
+    made, heard = built(kind, distribution_alignment=True, decay=0.8, threshold=0.0), []
+    made.disagreement = lambda taught, logits: (heard.append(taught.numpy()), logits.sum(-1) * 0)[1]
+    known = said = np.full(3, 1 / 3)
+    for count in (1, 4, 2):
+        batch = batch_of(count)
+        made.loss(batch)
+        raw = probabilities(made.network.eval(), batch["unlabelled"]).numpy()
+        known = 0.8 * known + 0.2 * np.bincount(batch["labels"], minlength=3) / len(batch["labels"])
+        said = 0.8 * said + 0.2 * raw.mean(axis=0)
+        expected = raw * known / said
+        np.testing.assert_allclose(heard[-1], expected / expected.sum(axis=1, keepdims=True), rtol=1e-5)
+        assert abs(heard[-1] - raw).max() > 0.01
+    assert len(heard) == 3
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -271,6 +289,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_model(lit_llm, tmp_path: Path) -
     options = {
         "config": REPOSITORY / "configs/finetuning/encoder_semi_supervised.yaml",
         "model.threshold": 0.5,
+        "model.distribution_alignment": "true",
         "model.network.config": tmp_path / "config.json",
         "data.path": tmp_path / "table.csv",
         "data.tokenizer": "bert-bpe-300",
