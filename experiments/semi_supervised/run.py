@@ -20,8 +20,8 @@ HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "finetuning" / "encoder_semi_supervised.yaml"
 OBJECTIVES = "lit_llm.objectives"
 SUPERVISED: Flags = {"model": f"{OBJECTIVES}.classification.Classification", "data.unlabelled_ratio": 0}
-SUPERVISED |= {"trainer.max_epochs": -1, "trainer.max_steps": 62}  # the steps of one pass over 2,000 unlabelled texts
-SUPERVISED |= {"trainer.check_val_every_n_epoch": "null", "trainer.val_check_interval": 62}
+SUPERVISED |= {"trainer.max_epochs": -1, "trainer.max_steps": 187}  # those of one pass over 6,000 unlabelled texts
+SUPERVISED |= {"trainer.check_val_every_n_epoch": "null", "trainer.val_check_interval": 187}
 METHODS: dict[str, Flags] = {
     "supervised, labelled texts augmented": SUPERVISED,
     "supervised": {**SUPERVISED, "data.augmentation": "null"},
