@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -28,6 +29,9 @@ class BestEvaluation(Callback, ABC):
     Of a fit the best validation is shown, when it ends; a test, or a validation by itself, is shown over it. Acts on
     objectives whose steps give `predicted`, `labels` and `nats`, as `Classification`'s do; leaves others alone.
     """
+
+    files: ClassVar[tuple[str, ...]]
+    """What `show` may write: pictures and tables, which Weights & Biases is given too."""
 
     def __init__(self) -> None:
         self._best: tuple[Any, str, str] | None = None
@@ -88,4 +92,19 @@ class BestEvaluation(Callback, ABC):
         if self._best is None or trainer.fast_dev_run:
             return
         best, self._best = self._best, None
-        self.show(Path(trainer.default_root_dir), trainer.datamodule, *best)
+        folder = Path(trainer.default_root_dir)
+        self.show(folder, trainer.datamodule, *best)
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_table"):
+                _pass_on(logger, [path for name in self.files if (path := folder / name).is_file()])
+
+
+def _pass_on(logger: Any, paths: list[Path]) -> None:
+    """Gives pictures and tables to a logger that shows them."""
+    for path in paths:
+        if path.suffix == ".png":
+            logger.log_image(path.stem, [str(path)])
+            continue
+        with path.open(newline="", encoding="utf-8") as file:
+            columns, *rows = csv.reader(file)
+        logger.log_table(path.stem, columns, rows)

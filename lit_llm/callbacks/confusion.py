@@ -27,6 +27,8 @@ class ConfusionMatrix(BestEvaluation):
     each class how many examples it has, and precision, recall and F1 (0 where there is nothing to divide by).
     """
 
+    files = ("confusion_matrix.png", "classes.csv")
+
     def __init__(self) -> None:
         super().__init__()
         self._counts: Counts | None = None

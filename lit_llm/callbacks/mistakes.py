@@ -27,6 +27,8 @@ class WorstMistakes(BestEvaluation):
         count: How many.
     """
 
+    files = ("mistakes.png", "mistakes.csv")
+
     def __init__(self, count: int = 24) -> None:
         super().__init__()
         if count < 1:

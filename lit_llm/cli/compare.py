@@ -19,10 +19,14 @@ from lit_llm.cli.parser import OneLineArguments
 
 log = logging.getLogger(__name__)
 
-NOT_OF_THE_SETTING = ("seed_everything", "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
+SEEDS = ("seed_everything", "data.seed")
+"""What randomness comes from: that of the run, and that of the order of its data."""
+
+NOT_OF_THE_SETTING = (*SEEDS, "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
 """What two runs of one setting may differ in."""
 
 TASK = ("data", "data.path", "data.task", "data.column", "data.split_by", "data.validation_fraction")
+TASK += ("data.max_documents",)
 OF_TOKENS = ("data.tokenizer",)
 """What runs must share to be compared, and to be compared by a metric that counts tokens."""
 
@@ -69,9 +73,9 @@ class Finished:
     results: dict[str, Any]
 
     @property
-    def seed(self) -> int:
-        """What its randomness came from."""
-        return self.settings["seed_everything"]
+    def seed(self) -> tuple[Any, ...]:
+        """What its randomness came from; see `SEEDS`."""
+        return tuple(self.settings.get(name) for name in SEEDS)
 
     @property
     def setting(self) -> str:
@@ -89,12 +93,16 @@ class Finished:
 class Group:
     """Runs of one setting, by their seeds."""
 
-    runs: dict[int, Finished] = field(default_factory=dict)
+    runs: dict[tuple[Any, ...], Finished] = field(default_factory=dict)
     name: str = ""
 
-    def figures(self, metric: str) -> dict[int, float]:
+    def in_order(self) -> list[tuple[tuple[Any, ...], Finished]]:
+        """Seeds and runs, by seed."""
+        return sorted(self.runs.items(), key=lambda pair: [(part is not None, part) for part in pair[0]])
+
+    def figures(self, metric: str) -> dict[tuple[Any, ...], float]:
         """What each seed reached."""
-        found = {seed: run.figure(metric) for seed, run in sorted(self.runs.items())}
+        found = {seed: run.figure(metric) for seed, run in self.in_order()}
         return {seed: value for seed, value in found.items() if value is not None}
 
 
@@ -106,7 +114,9 @@ def compare(runs: list[Path], out: Path, metric: str | None = None) -> None:
         ValueError: When the runs are of different tasks.
     """
     finished = [read_run(folder) for folder in _folders(runs)]
-    metric = metric or _shared_metric(finished)
+    if not finished:
+        raise ValueError(f"RUN must hold trials that came to their end, but {runs[0]} has none")
+    metric = metric or _metric_of_sweeps(runs) or _shared_metric(finished)
     _require_one_task(finished, metric)
     groups = grouped(finished)
     mode = min if falls(metric, finished) else max
@@ -124,6 +134,15 @@ def compare(runs: list[Path], out: Path, metric: str | None = None) -> None:
 
 def _is_sweep(folder: Path) -> bool:
     return (folder / "trials.csv").is_file()
+
+
+def _metric_of_sweeps(runs: list[Path]) -> str | None:
+    """What all of some sweeps were judged by; `None` where they were not by one, or not all are sweeps."""
+    found = set()
+    for folder in runs:
+        header = (folder / "trials.csv").read_text(encoding="utf-8").splitlines()[0] if _is_sweep(folder) else ""
+        found.add(next(iter(header.split(",")[2:3]), None))
+    return found.pop() if len(found) == 1 else None
 
 
 def _folders(runs: list[Path]) -> Iterator[Path]:
@@ -144,14 +163,18 @@ def read_run(folder: Path) -> Finished:
 
     Raises:
         FileNotFoundError: When it holds no finished run.
+        ValueError: When what it holds was cut off.
     """
     import yaml
 
     for name in ("config.yaml", "results.json"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"RUN must be the folder of a finished run, but {folder} has no {name}")
-    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    try:
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    except (yaml.YAMLError, json.JSONDecodeError) as error:
+        raise ValueError(f"RUN must be the folder of a finished run, but files of {folder} are not whole") from error
     return Finished(folder, dict(_dotted(config)), results)
 
 
@@ -200,12 +223,41 @@ def _require_one_task(runs: list[Finished], metric: str) -> None:
         if other.figure(metric) is None:
             known = ", ".join(sorted(n for n in other.results if n.startswith(("val/", "test/")))) or "none"
             raise ValueError(f"--metric must be one that all runs have, but {other.folder} has no {metric} ({known})")
+        _require_one_objective(runs[0], other)
         for name in shared:
             here, there = runs[0].settings.get(name), other.settings.get(name)
             if here != there:
                 raise ValueError(
                     f"runs must be of one task, but {name} is {here} in {runs[0].folder} and {there} in {other.folder}"
                 )
+
+
+def _require_one_objective(one: Finished, other: Finished) -> None:
+    """Refuses losses that mean different things: of objectives of which neither has what the other minimises."""
+    paths = [run.settings.get("model") for run in (one, other)]
+    if paths[0] == paths[1]:
+        return
+    kinds = [_concrete(path) for path in paths]
+    if all(kinds) and not kinds[0] & kinds[1]:
+        here, there = ((path or "nothing").rpartition(".")[2] for path in paths)
+        raise ValueError(
+            f"runs must be of one task, but model is a {here} in {one.folder} and a {there} in {other.folder}"
+        )
+
+
+def _concrete(path: str | None) -> set[type]:
+    """An objective and those it extends, by the path of its class; none where it cannot be found."""
+    import inspect
+    from importlib import import_module
+
+    from lit_llm.objectives.objective import Objective
+
+    module, _, name = (path or "").rpartition(".")
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError, ValueError):
+        return set()
+    return {kind for kind in found.__mro__ if issubclass(kind, Objective) and not inspect.isabstract(kind)}
 
 
 def grouped(runs: Iterable[Finished]) -> list[Group]:
@@ -290,15 +342,15 @@ def _write(out: Path, groups: list[Group], metric: str, text: str) -> None:
 
     with replacing(out / "compare.md") as new:
         new.write_text(text, encoding="utf-8")
-    runs = [(group.name, run) for group in groups for _, run in sorted(group.runs.items())]
+    runs = [(group.name, run) for group in groups for _, run in group.in_order()]
     names = {name for _, run in runs for name, value in run.results.items() if isinstance(value, int | float)}
     columns = sorted(names)
     with replacing(out / "compare.csv") as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["setting", "seed", "run", f"compared {metric}", *columns])
+        writer.writerow(["setting", "seed", "data.seed", "run", f"compared {metric}", *columns])
         for name, run in runs:
             cells = (run.results.get(column) for column in columns)
-            writer.writerow([name, run.seed, run.folder, run.figure(metric), *cells])
+            writer.writerow([name, *run.seed, run.folder, run.figure(metric), *cells])
 
 
 def curves(group: Group, metric: str) -> list[tuple[int, float, float]]:

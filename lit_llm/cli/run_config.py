@@ -45,6 +45,9 @@ class RunConfig(SaveConfigCallback):
         config["trainer"]["default_root_dir"] = None
         with replacing(Path(trainer.default_root_dir) / "config.yaml") as new:
             new.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_table"):  # Weights & Biases compares runs by it
+                logger.log_hyperparams(config)
 
 
 def require_same(said: dict[str, Any]) -> None:

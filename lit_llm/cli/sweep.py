@@ -8,6 +8,7 @@ import difflib
 import io
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llm.cli import main
+from lit_llm.cli.compare import paired_p, read_run
 from lit_llm.cli.parser import OneLineArguments
 from lit_llm.cli.sweep_file import Sweep, read_sweep, written
 from lit_llm.cli.trial_run import TrialRun, figure_of, metrics_of
@@ -180,6 +182,7 @@ class _Search:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = max(1, cores // workers)
         self.running: dict[int, tuple[Any, TrialRun]] = {}
+        self.wanted = 0
 
     def trials(self, *states: str) -> list[Any]:
         """The trials in one of these states, by their numbers; all of them where none is named."""
@@ -195,6 +198,7 @@ class _Search:
         """Takes up the trials that were running, and adds new ones until there are so many in all."""
         from optuna.trial import Trial
 
+        self.wanted = number
         if self.plan.method == "grid":
             self._queue_the_grid(number)
         cut = [Trial(self.study, trial._trial_id) for trial in self.trials("RUNNING")]
@@ -268,7 +272,10 @@ class _Search:
         elif process.exit_code:
             trial.set_user_attr("error", process.last_line())
             self.study.tell(trial, state=TrialState.FAIL)
-        elif value is None or value != value:
+        elif value is not None and not math.isfinite(value):
+            trial.set_user_attr("error", f"{self.plan.metric} must be a number, but is {value}")
+            self.study.tell(trial, state=TrialState.FAIL)
+        elif value is None:
             known = metrics_of(process.folder)
             close = difflib.get_close_matches(self.plan.metric, known, n=1)
             guess = f"; did you mean {close[0]}?" if close else ""
@@ -282,8 +289,10 @@ class _Search:
         self._write_tables()
 
     def _say(self, number: int, seconds: float) -> None:
-        """One line about a trial that has ended."""
+        """One line about a trial that has ended, and how many have."""
         from rich.console import Console
+
+        varied = {parameter.key for parameter in self.plan.parameters if parameter.distribution != "constant"}
 
         trial = self.trials()[number]
         state = {"COMPLETE": "done", "PRUNED": "stopped", "FAIL": "failed"}[trial.state.name]
@@ -291,10 +300,13 @@ class _Search:
         found = f"{self.plan.metric} {value:.4f}" if value is not None else ""
         best = "  best so far" if self._best() and self._best()[0].number == number else ""
         what = trial.user_attrs.get("error") or "  ".join(
-            f"{key.rpartition('.')[2]}={_short(v)}" for key, v in trial.user_attrs["settings"].items()
+            f"{key.rpartition('.')[2]}={_short(v)}"
+            for key, v in trial.user_attrs["settings"].items()
+            if key in varied or not varied
         )
         style = {"done": "green" if best else None, "stopped": "yellow", "failed": "red"}[state]
-        line = f"trial {number:>3}  {state:<8}{found}{best}  {seconds:.0f} s  {what}"
+        ended = len(self.trials("COMPLETE", "PRUNED", "FAIL"))
+        line = f"{ended} of {self.wanted}: trial {number:>3}  {state:<8}{found}{best}  {seconds:.0f} s  {what}"
         Console(stderr=True, soft_wrap=True, highlight=False).print(line, style=style, markup=False)
 
     # What came out.
@@ -363,6 +375,8 @@ class _Search:
         folder, done = self.out / "seeds" / f"{trial.number:03d}_seed{seed}", f"{trial.number}/{seed}"
         if done not in self.study.user_attrs:
             words = [*self.plan.words(trial.user_attrs["settings"]), *self.more, "--seed_everything", str(seed)]
+            if "data.seed" in read_run(self.folder(trial.number)).settings:
+                words += ["--data.seed", str(seed)]
             process = TrialRun(words, folder, self.threads)
             try:
                 process.process.wait()
@@ -400,8 +414,6 @@ def verdict(best: list[float], other: list[float], name: str, other_name: str, m
         'The best trial 1 differs from the runner-up 0 by more than seeds do'
     """
     from statistics import mean, stdev
-
-    from lit_llm.cli.compare import paired_p
 
     p, ahead = paired_p(best, other), (mean(best) - mean(other)) * (1 if mode == "min" else -1) < 0
     figures = f"{mean(best):.4f} ± {stdev(best):.4f} against {mean(other):.4f} ± {stdev(other):.4f}"

@@ -164,7 +164,11 @@ def read_sweep(path: Path) -> Sweep:
 
     if not path.is_file():
         raise FileNotFoundError(f"--config must be a file, but is {path}, which does not exist")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
+        raise ValueError(f"--config must be YAML, but {path} is not, at line {line}") from error
     if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict) or not content["parameters"]:
         raise ValueError(f"--config must be a sweep file, with parameters, but {path} is none")
     _require_keys(content, KEYS, f"sweep file {path}")

@@ -12,14 +12,19 @@ from scipy.stats import ttest_rel
 def run(tmp_path):
     """Writes what a finished run leaves that a comparison reads."""
 
-    def call(name, value, lr=0.01, seed=1, path="texts/", tokenizer="bytes", results=None, steps=(1, 2)):
+    def call(
+        name, value, lr=0.01, seed=1, path="texts/", results=None, steps=(1, 2), model="x.CausalLM", order=0, **data
+    ):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         config = {
             "seed_everything": seed,
             "trainer": {"max_steps": 2, "logger": {"init_args": {"save_dir": name}}},
-            "model": {"class_path": "x.CausalLM", "init_args": {"optimizer": {"init_args": {"lr": lr}}}},
-            "data": {"class_path": "x.TextData", "init_args": {"path": path, "tokenizer": tokenizer}},
+            "model": {"class_path": model, "init_args": {"optimizer": {"init_args": {"lr": lr}}}},
+            "data": {
+                "class_path": "x.TextData",
+                "init_args": {"path": path, "tokenizer": "bytes", "seed": order} | data,
+            },
         }
         (folder / "config.yaml").write_text(yaml.safe_dump(config))
         found = results or {"best/val/bits_per_byte": value, "monitor": "val/loss", "mode": "min", "seconds": 3.0}
@@ -80,6 +85,27 @@ def test_of_a_sweep_only_what_came_to_its_end_counts_and_the_best_is_first(lit_l
     ]
 
 
+def test_a_sweep_is_compared_by_what_judged_it(lit_llm, run, tmp_path):
+    both = {"monitor": "val/accuracy", "mode": "max"}
+    run("sweep/trials/000", 2.0, 0.01, results=both | {"best/val/loss": 1.0, "best/val/accuracy": 0.8})
+    run("sweep/trials/001", 2.0, 0.02, results=both | {"best/val/loss": 2.0, "best/val/accuracy": 0.9})
+    (tmp_path / "sweep/trials.csv").write_text("trial,state,val/loss,x\n0,complete,1.0,0\n1,complete,2.0,0\n")
+    first = [
+        lit_llm("compare", tmp_path / "sweep", "--out", tmp_path / "out", *more).out.splitlines()[2]
+        for more in ([], ["--metric", "val/accuracy"])
+    ]
+    assert [line.split("|")[1:4] for line in first] == [
+        [" lr=0.01 ", " 1 ", " 1.0000 "],
+        [" lr=0.02 ", " 1 ", " 0.9000 "],
+    ]
+
+
+def test_the_order_of_the_data_is_a_seed_too(lit_llm, run, tmp_path):
+    folders = [run(f"{lr}-{n}", lr + 0.1 * n**2, lr, n, order=n) for lr in (1.0, 2.0) for n in (0, 1, 2)]
+    outcome = lit_llm("compare", *folders, "--out", tmp_path / "out")
+    assert [line.split("|")[1:3] for line in outcome.out.splitlines()[2:4]] == [[" lr=1 ", " 3 "], [" lr=2 ", " 3 "]]
+
+
 def error(outcome):
     assert outcome.code == 2
     return outcome.last_line.removeprefix("lit-llm: error: ")
@@ -114,4 +140,29 @@ def test_what_is_no_finished_run_is_named(lit_llm, run, tmp_path):
     one = run("one", 1.0)
     assert error(lit_llm("compare", one, "--metric", "val/f1", "--out", tmp_path / "out")).startswith(
         f"--metric must be one that all runs have, but {one} has no val/f1"
+    )
+
+
+def test_losses_of_objectives_that_mean_different_things_are_not_compared(lit_llm, run, tmp_path):
+    module, found = "lit_llm.objectives", {"best/val/loss": 1.0}
+    causal, taught, masked = (
+        run(path, 1.0, results=found, model=f"{module}.{path}")
+        for path in ("causal_lm.CausalLM", "distillation.CausalLMDistillation", "masked_lm.MaskedLM")
+    )
+    assert lit_llm("compare", causal, taught, "--metric", "val/loss", "--out", tmp_path / "out").code == 0
+    outcome = lit_llm("compare", causal, masked, "--metric", "val/loss", "--out", tmp_path / "out")
+    assert error(outcome) == (
+        f"runs must be of one task, but model is a CausalLM in {causal} and a MaskedLM in {masked}"
+    )
+
+
+def test_what_was_cut_off_is_one_line(lit_llm, run, tmp_path):
+    one = run("one", 1.0)
+    (one / "results.json").write_text('{"best/val')
+    assert error(lit_llm("compare", one, "--out", tmp_path / "out")) == (
+        f"RUN must be the folder of a finished run, but files of {one} are not whole"
+    )
+    (tmp_path / "trials.csv").write_text("trial,state,val/loss\n0,fail,\n")
+    assert error(lit_llm("compare", tmp_path, "--out", tmp_path / "out")) == (
+        f"RUN must hold trials that came to their end, but {tmp_path} has none"
     )

@@ -64,9 +64,12 @@ class Pretended:
         settings = dict(word[2:].split("=", 1) for word in words if word.startswith("--model"))
         self.rate, self.breaks = float(settings.get("model.optimizer.lr", 1)), settings.get("model.network.num_heads")
         self.seed = int(words[words.index("--seed_everything") + 1]) if "--seed_everything" in words else 0
+        order = int(words[words.index("--data.seed") + 1]) if "--data.seed" in words else 0
         if "--ckpt_path" in words:
             self.steps = int((self.folder / "checkpoints/last.ckpt").read_text())
-        (self.folder / "config.yaml").write_text(yaml.safe_dump({"seed_everything": self.seed, "lr": self.rate}))
+        (self.folder / "config.yaml").write_text(
+            yaml.safe_dump({"seed_everything": self.seed, "lr": self.rate, "data": {"seed": order}})
+        )
 
     def poll(self):
         if self.returncode is not None:
@@ -83,6 +86,8 @@ class Pretended:
         loss = abs(math.log(self.rate / 0.01)) + 1 / self.steps + 0.01 * math.sin(self.seed + self.rate)
         lines = [f"{step},{loss - 1 / self.steps + 1 / step}" for step in range(1, self.steps + 1)]
         (self.folder / "metrics.csv").write_text("\n".join(["step,val/loss", *lines]))
+        if self.breaks == "5":
+            loss = math.nan
         results = {"best/val/loss": loss, "val/loss": loss, "step": self.steps}
         (self.folder / "results.json").write_text(json.dumps(results))
         if self.steps >= 4:
@@ -145,7 +150,7 @@ def test_a_sweep_leaves_run_folders_a_best_run_file_a_table_and_pictures(sweep, 
     config = yaml.safe_load((out / "best.yaml").read_text())
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == float(best["model.optimizer.lr"])
     assert {"history.png", "parallel_coordinates.png", "importance.png"} <= {path.name for path in out.iterdir()}
-    assert len(re.findall(r"^trial   \d  done .*val/loss \d.*lr=", outcome.err, re.MULTILINE)) == 2
+    assert len(re.findall(r"^\d of 2: trial   \d  done .*val/loss \d.*lr=", outcome.err, re.MULTILINE)) == 2
     assert f"The best trial {best['trial']} is ahead of the runner-up" in outcome.out
     assert "one seed cannot tell" in outcome.out
     again = lit_llm("fit", "--config", out / "best.yaml", "--run_dir", tmp_path / "again")
@@ -196,8 +201,24 @@ def test_a_crashed_trial_is_kept_and_marked_and_the_sweep_goes_on(sweep, tmp_pat
     assert outcome.code == 0, outcome.err
     assert [row["state"] for row in rows(tmp_path)] == ["fail", "complete"]
     assert (tmp_path / "out/trials/000/output.txt").exists()
-    assert re.search(r"^trial   0  failed .*num_heads must fit, but is 3$", outcome.err, re.MULTILINE)
+    assert re.search(r"^1 of 2: trial   0  failed .*num_heads must fit, but is 3$", outcome.err, re.MULTILINE)
     assert "Only one trial came to its end" in outcome.out
+
+
+@pytest.mark.slow
+def test_a_trial_that_ends_at_no_number_is_marked_and_the_sweep_goes_on(sweep, tmp_path):
+    outcome = sweep(None, method="grid", parameters={"model.network.num_heads": {"values": [5, 2]}})
+    assert outcome.code == 0, outcome.err
+    assert [row["state"] for row in rows(tmp_path)] == ["fail", "complete"]
+    assert re.search(r"^1 of 2: trial   0  failed .*val/loss must be a number, but is nan$", outcome.err, re.MULTILINE)
+
+
+def test_a_file_that_is_no_yaml_is_refused_in_one_line(lit_llm, tmp_path):
+    (tmp_path / "sweep.yaml").write_text("method: random\nmetric: {name: [\n")
+    outcome = lit_llm("sweep", "--config", tmp_path / "sweep.yaml", "--out", tmp_path / "out")
+    assert outcome.code == 2
+    line = f"lit-llm: error: --config must be YAML, but {tmp_path / 'sweep.yaml'} is not, at line "
+    assert outcome.last_line.startswith(line)
 
 
 def test_a_sweep_of_which_all_trials_crash_says_why(sweep):
@@ -253,6 +274,8 @@ def test_more_seeds_tell_the_best_from_its_runner_up(sweep, tmp_path, started):
         assert len(started) == 2 + 6
     found = {path.name for path in (tmp_path / "out/seeds").iterdir()}
     assert found == {f"{n:03d}_seed{seed}" for n in (0, 1) for seed in (1338, 1339, 1340)}
+    again = yaml.safe_load((tmp_path / "out/seeds/000_seed1338/config.yaml").read_text())
+    assert again["seed_everything"] == again["data"]["seed"] == 1338  # the order of the data is chance, too
 
 
 def test_a_verdict_depends_on_the_spread():

@@ -33,6 +33,19 @@ def test_a_run_that_goes_on_keeps_its_id_and_one_that_repeats_it_has_its_own(lit
     assert list((tmp_path / "run/wandb").rglob("samples*.table.json"))
 
 
+@pytest.mark.slow
+def test_a_run_has_all_of_its_config_its_confusions_and_its_mistakes_there(lit_llm, tmp_path, offline):
+    config, steps = REPOSITORY / "configs/pretraining/cnn_digits.yaml", ["--trainer.max_steps", "4"]
+    outcome = lit_llm("fit", "--config", config, *steps, "--config", OVERLAY, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    [folder] = (path for path in (tmp_path / "run/wandb").iterdir() if path.name.startswith("offline-run-"))
+    names = {path.name.split("_")[0] for path in (folder / "files/media").rglob("*.*")}
+    assert {"confusion", "classes", "mistakes"} <= names
+    written = next(folder.glob("*.wandb")).read_bytes()
+    for said in (b"seed_everything", b"batch_size", b"lit_llm.data.vision.VisionData", b"precision"):
+        assert said in written
+
+
 def test_what_keeps_wandb_from_logging_is_one_line_with_a_way_out():
     from wandb.errors import UsageError
 
