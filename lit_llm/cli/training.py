@@ -343,8 +343,10 @@ class TrainingCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except Exception:
-            with contextlib.suppress(OSError):
-                self.run_dir.rmdir()  # a run that never started leaves nothing
+            with contextlib.suppress(OSError):  # a run that never started leaves nothing
+                if [path.name for path in self.run_dir.iterdir()] == ["wandb_id.txt"]:
+                    (self.run_dir / "wandb_id.txt").unlink()
+                self.run_dir.rmdir()
             raise
         except SystemExit:
             if self.trainer.interrupted:

@@ -39,6 +39,7 @@ class TrialRun:
             shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "output.txt").open("ab") as output:
+            self._said_before = output.tell()
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "lit_llm", *words],
                 env=_environment(threads),
@@ -73,8 +74,9 @@ class TrialRun:
             self.process.wait()
 
     def last_line(self) -> str:
-        """The last thing it said."""
-        lines = (self.folder / "output.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        """The last thing it said, since it was started or gone on with."""
+        said = (self.folder / "output.txt").read_bytes()[self._said_before :]
+        lines = said.decode("utf-8", errors="replace").strip().splitlines()
         return lines[-1].removeprefix("lit-llm: error: ") if lines else f"it ended with code {self.exit_code}"
 
 

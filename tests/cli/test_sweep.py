@@ -284,6 +284,14 @@ def test_a_verdict_depends_on_the_spread():
     assert "(and is worse with them)" in verdict([2.0, 2.1, 2.3], [1.0, 1.1, 1.2], *names)
 
 
+def test_a_trial_that_dies_silently_is_not_blamed_for_what_was_said_before(tmp_path, popen, monkeypatch):
+    monkeypatch.setattr(Pretended, "poll", lambda self: -9)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").write_text("1")
+    (tmp_path / "output.txt").write_text("all is well\n")
+    assert trial_run.TrialRun([], tmp_path, 1).last_line() == "it ended with code -9"
+
+
 def test_workers_share_the_cores_and_log_nowhere_else(monkeypatch):
     for name in ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "WANDB_MODE"):
         monkeypatch.delenv(name, raising=False)

@@ -46,6 +46,19 @@ def test_a_run_has_all_of_its_config_its_confusions_and_its_mistakes_there(lit_l
         assert said in written
 
 
+def test_a_run_that_wandb_refuses_leaves_nothing(lit_llm, tiny, tmp_path, monkeypatch):
+    from wandb.errors import UsageError
+
+    def refused(*args, **kwargs):
+        raise UsageError("No API key configured.")
+
+    monkeypatch.setattr("wandb.init", refused)
+    outcome = lit_llm("fit", *tiny, "--config", OVERLAY, "--run_dir", tmp_path / "run")
+    assert outcome.code == 2
+    assert outcome.last_line.startswith("lit-llm: error: W&B must be reachable with an account, but is not (No API key")
+    assert not (tmp_path / "run").exists()
+
+
 def test_what_keeps_wandb_from_logging_is_one_line_with_a_way_out():
     from wandb.errors import UsageError
 
