@@ -13,6 +13,7 @@ import yaml
 
 from lit_llm.cli import trial_run
 from tests.cli.test_sweep import Inside
+from tests.test_configs import SPLITS, TOKENIZERS
 from tests.writing import REPOSITORY
 
 READMES = ["README.md", "README.zh-CN.md"]
@@ -56,6 +57,14 @@ def test_every_file_that_is_linked_exists(name):
         assert (REPOSITORY / config).exists(), config
 
 
+def test_the_index_has_every_experiment_and_each_has_a_verdict():
+    folder = REPOSITORY / "experiments"
+    rows = [row.split(" | ") for row in (folder / "README.md").read_text().splitlines() if row.startswith("| [")]
+    assert {row[0].strip("| []").split("]")[0] for row in rows} == {p.parent.name for p in folder.glob("*/README.md")}
+    assert {row[2] for row in rows} <= {"kept", "dropped", "open"}
+    assert all("**Verdict**" in path.read_text() for path in folder.glob("*/README.md"))
+
+
 @pytest.mark.slow
 def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
     """In order, in one folder; training commands are shrunk by further flags."""
@@ -86,6 +95,13 @@ def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
             config = Path(words[words.index("--config") + 1]) if "--config" in words else None
             if config is not None and "GLUEData" in config.read_text() + data_of(config):
                 extra = [*EXAMPLES, *([] if "--data.path" in given else ["--data.path", "my_table.csv"])]
+                assert lit_llm(*words, *extra).code == 0, words
+                continue
+            content = config.read_text() if config is not None else ""
+            of_kind = next((spec for kind, spec in TOKENIZERS.items() if f".{kind}\n" in content), None)
+            if of_kind is not None:
+                extra = ["--trainer.max_steps", "4", "--data.batch_size", "4", *SPLITS, "--data.path"]
+                extra += [texts, "--data.seq_len", "64", "--data.tokenizer", of_kind]
                 assert lit_llm(*words, *extra).code == 0, words
                 continue
             from_weights = config is not None and "weights:" in config.read_text()

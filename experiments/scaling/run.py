@@ -198,8 +198,8 @@ def table(axis: Axis, small: list[Trained], law: Law, last: Trained, options: ar
     return [
         *lines,
         "",
-        f"Fitted to the first {len(small)}: {law.floor:.3f} + {law.scale:.3g} / x^{law.exponent:.3f} bits per byte. "
-        f"The last came out {off:+.4f} from what was predicted, {abs(off) / last.mean:.2%}{apart}.",
+        f"Fitted to the first {len(small)}: {law.floor:.4f} + {law.scale:.5g} / x^{law.exponent:.5f} bits per byte. "
+        f"The last came out {off:+.4f} from what was predicted, {abs(off) / law.loss(last.amount):.2%} of it{apart}.",
     ]
 
 

@@ -30,7 +30,7 @@ class BestEvaluation(Callback, ABC):
     objectives whose steps give `predicted`, `labels` and `nats`, as `Classification`'s do; leaves others alone.
     """
 
-    files: ClassVar[tuple[str, ...]]
+    files: ClassVar[tuple[str, ...]] = ()
     """What `show` may write: pictures and tables, which Weights & Biases is given too."""
 
     def __init__(self) -> None:
@@ -107,4 +107,12 @@ def _pass_on(logger: Any, paths: list[Path]) -> None:
             continue
         with path.open(newline="", encoding="utf-8") as file:
             columns, *rows = csv.reader(file)
-        logger.log_table(path.stem, columns, rows)
+        logger.log_table(path.stem, columns, [[_value(cell) for cell in row] for row in rows])
+
+
+def _value(cell: str) -> float | str:
+    """A number where a cell is one."""
+    try:
+        return float(cell)
+    except ValueError:
+        return cell

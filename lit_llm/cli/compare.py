@@ -20,15 +20,20 @@ from lit_llm.cli.parser import OneLineArguments
 log = logging.getLogger(__name__)
 
 SEEDS = ("seed_everything", "data.seed")
-"""What randomness comes from: that of the run, and that of the order of its data."""
+"""What randomness comes from: that of the run, and that of which data are read in which order."""
 
 NOT_OF_THE_SETTING = (*SEEDS, "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
 """What two runs of one setting may differ in."""
 
-TASK = ("data", "data.path", "data.task", "data.column", "data.split_by", "data.validation_fraction")
-TASK += ("data.max_documents",)
+TASK = (
+    *("data", "data.path", "data.task", "data.column", "data.split_by"),
+    *("data.validation_fraction", "data.max_documents"),
+)
 OF_TOKENS = ("data.tokenizer",)
 """What runs must share to be compared, and to be compared by a metric that counts tokens."""
+
+LOSSES = ("loss", "perplexity", "bits_per_byte")
+"""Metrics that mean what the objective minimises."""
 
 MOST_CURVES = 10
 MOST_DIFFERENCES = 5
@@ -140,8 +145,8 @@ def _metric_of_sweeps(runs: list[Path]) -> str | None:
     """What all of some sweeps were judged by; `None` where they were not by one, or not all are sweeps."""
     found = set()
     for folder in runs:
-        header = (folder / "trials.csv").read_text(encoding="utf-8").splitlines()[0] if _is_sweep(folder) else ""
-        found.add(next(iter(header.split(",")[2:3]), None))
+        lines = (folder / "trials.csv").read_text(encoding="utf-8").splitlines() if _is_sweep(folder) else []
+        found.add(next(iter(lines[0].split(",")[2:3]), None) if lines else None)
     return found.pop() if len(found) == 1 else None
 
 
@@ -223,7 +228,8 @@ def _require_one_task(runs: list[Finished], metric: str) -> None:
         if other.figure(metric) is None:
             known = ", ".join(sorted(n for n in other.results if n.startswith(("val/", "test/")))) or "none"
             raise ValueError(f"--metric must be one that all runs have, but {other.folder} has no {metric} ({known})")
-        _require_one_objective(runs[0], other)
+        if metric.rpartition("/")[2] in LOSSES:
+            _require_one_objective(runs[0], other)
         for name in shared:
             here, there = runs[0].settings.get(name), other.settings.get(name)
             if here != there:
@@ -233,7 +239,7 @@ def _require_one_task(runs: list[Finished], metric: str) -> None:
 
 
 def _require_one_objective(one: Finished, other: Finished) -> None:
-    """Refuses losses that mean different things: of objectives of which neither has what the other minimises."""
+    """Refuses losses that mean different things: of objectives that extend no common one."""
     paths = [run.settings.get("model") for run in (one, other)]
     if paths[0] == paths[1]:
         return
@@ -246,7 +252,7 @@ def _require_one_objective(one: Finished, other: Finished) -> None:
 
 
 def _concrete(path: str | None) -> set[type]:
-    """An objective and those it extends, by the path of its class; none where it cannot be found."""
+    """An objective and those it extends, by the path of its class, which is imported; none where it cannot be found."""
     import inspect
     from importlib import import_module
 
@@ -256,6 +262,8 @@ def _concrete(path: str | None) -> set[type]:
     try:
         found = getattr(import_module(module), name)
     except (ImportError, AttributeError, ValueError):
+        return set()
+    if not isinstance(found, type):
         return set()
     return {kind for kind in found.__mro__ if issubclass(kind, Objective) and not inspect.isabstract(kind)}
 

@@ -293,7 +293,6 @@ class _Search:
         from rich.console import Console
 
         varied = {parameter.key for parameter in self.plan.parameters if parameter.distribution != "constant"}
-
         trial = self.trials()[number]
         state = {"COMPLETE": "done", "PRUNED": "stopped", "FAIL": "failed"}[trial.state.name]
         value = figure_of(self.folder(number), self.plan.metric)
@@ -372,7 +371,7 @@ class _Search:
 
     def _with_seed(self, trial: Any, seed: int) -> float:
         """What a trial's settings reach with another seed; trained once."""
-        folder, done = self.out / "seeds" / f"{trial.number:03d}_seed{seed}", f"{trial.number}/{seed}"
+        folder, done = self.out / "seeds" / f"{trial.number:03d}_seed{seed}", f"{trial.number}/{seed} of all"
         if done not in self.study.user_attrs:
             words = [*self.plan.words(trial.user_attrs["settings"]), *self.more, "--seed_everything", str(seed)]
             if "data.seed" in read_run(self.folder(trial.number)).settings:
@@ -385,7 +384,7 @@ class _Search:
                 process.wait()
                 raise
             value = figure_of(folder, self.plan.metric)
-            if process.exit_code or value is None:
+            if process.exit_code or value is None or not math.isfinite(value):
                 raise ValueError(f"trial {trial.number} must train with seed {seed} too, but {process.last_line()}")
             self.study.set_user_attr(done, value)
             log.info(f"trial {trial.number} with seed {seed}: {self.plan.metric} {value:.4f}")

@@ -11,7 +11,7 @@ FUSED = {"Wqkv": 3, "qkv": 3, "c_attn": 3, "Wi": 2, "gate_up_proj": 2}
 """Matrices whose outputs are several layers' side by side, by the last part of their names, and of how many."""
 
 
-JOINED = {"compare": 4, "aggregate": 2}
+JOINED = {"pooled_head.compare": 4, "pooled_head.aggregate": 2}
 """Matrices whose inputs are several vectors side by side, in the same way."""
 
 
@@ -104,7 +104,7 @@ def _cut(source: Tensor, target: Tensor, name: str) -> Tensor:
 
 def _parts(table: dict[str, int], name: str, source: Tensor, target: Tensor, dim: int) -> int:
     """Of how many pieces, each to be cut by itself, a dimension is made."""
-    found = next((count for part, count in table.items() if part in name.split(".")), 1)
+    found = next((count for part, count in table.items() if f".{part}." in f".{name}."), 1)
     return found if source.ndim > dim and not source.shape[dim] % found and not target.shape[dim] % found else 1
 
 

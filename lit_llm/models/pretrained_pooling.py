@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class Head(nn.Module, ABC):
-    """What makes logits of an encoder's tokens, in two steps: what can be kept of a row, and what then learns.
+    """What makes logits of an encoder's tokens, in two steps: what it reads of a row, and what it learns.
 
     Args:
         d_model: Width of the encoder.
@@ -40,13 +40,16 @@ class Head(nn.Module, ABC):
         first: Int[Tensor, "batch seq"],
         second: Int[Tensor, "batch seq"],
     ) -> dict[str, Tensor]:
-        """What `forward` reads, in fp32 and by name, without a parameter of the head's.
+        """What `forward` reads, by name: made without any parameter of the head's, so that it may be kept.
 
         Args:
             hidden: What the encoder gives at each token.
             first: 1 at the tokens of the first text, or of the only one.
             second: 1 at those of the second.
         """
+
+    def reset(self) -> None:
+        """Gives parameters that belong to no layer their first values."""
 
     @abstractmethod
     def forward(self, **read: Tensor) -> Float[Tensor, "batch classes"]:
@@ -77,7 +80,7 @@ class MeanHead(Head):
 
     def forward(self, pooled: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch classes"]:
         """Logits of a mean."""
-        return self.out(self.dropout(pooled))
+        return self.out(self.dropout(pooled).to(self.out.weight.dtype))
 
 
 class AlignedHead(Head):
@@ -90,7 +93,7 @@ class AlignedHead(Head):
     """
 
     sharpness = 16.0
-    """What cosines are multiplied by to begin with: a token that is there counts far more than all that are not."""
+    """Factor on cosines to begin with: the same token counts thousands of times what an unlike one counts."""
 
     def __init__(self, d_model: int, num_classes: int, dropout: float) -> None:
         super().__init__(d_model, num_classes, dropout)
@@ -100,7 +103,7 @@ class AlignedHead(Head):
         self.reset()
 
     def reset(self) -> None:
-        """Gives the scale, which stands alone, its first value."""
+        """Gives the scale its first value."""
         nn.init.constant_(self.scale, math.log(self.sharpness))
 
     @staticmethod
@@ -122,13 +125,14 @@ class AlignedHead(Head):
         hidden = last_hidden_state.float()
         direction = nn.functional.normalize(hidden, dim=-1)
         alike = self.scale.exp() * (direction @ direction.mT).float()
-        across = first[:, :, None] * second[:, None] + second[:, :, None] * first[:, None]
-        weights = alike.masked_fill(across == 0, -1e4).softmax(dim=-1)  # finite, for texts that have no other
-        other = (weights * across) @ hidden
+        u, v = first.bool(), second.bool()
+        across = (u[:, :, None] & v[:, None]) | (v[:, :, None] & u[:, None])
+        weights = alike.masked_fill(~across, -1e4).softmax(dim=-1)  # finite, for texts that have no other
+        other = ((weights * across) @ hidden).float()
         pairs = torch.cat([hidden, other, (hidden - other).abs(), hidden * other], dim=-1)
-        compared = self.compare(self.dropout(pairs)).relu()
+        compared = self.compare(self.dropout(pairs).to(self.compare.weight.dtype)).relu()
         means = torch.cat([_mean(compared.float(), mask) for mask in (first, second)], dim=-1)
-        return self.aggregate(self.dropout(means))
+        return self.aggregate(self.dropout(means).to(self.aggregate.weight.dtype))
 
 
 class PooledClassifier(PretrainedClassifier, ABC):
@@ -302,13 +306,13 @@ def _with_head(kind: type[Head], config_class: type[PretrainedConfig]) -> type[P
 
         def _init_weights(self, module: nn.Module) -> None:
             super()._init_weights(module)
-            if isinstance(module, AlignedHead):
+            if isinstance(module, Head):
                 module.reset()
 
         def read(
             self, input_ids: Tensor, attention_mask: Tensor | None = None, token_type_ids: Tensor | None = None
         ) -> dict[str, Tensor]:
-            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.long()
             segments = with_segments and getattr(self.config, "type_vocab_size", 2) > 1
             more = {"token_type_ids": token_type_ids} if segments else {}
             hidden = self.base_model(input_ids, attention_mask=mask, **more)[0]

@@ -45,7 +45,7 @@ class SemiSupervised(Classification):
             Before as many are done it is of all steps so far.
         distribution_alignment: Scale what the teacher says, class by class, by how often the class is among labelled
             examples over how often the teacher has said it lately (a mean with `decay`), before it is held against
-            `threshold`: it then cannot end up calling everything one class. Where classes are as frequent among
+            `threshold`: it is kept from calling everything one class. Where classes are as frequent among
             unlabelled examples as among labelled ones.
         kwargs: As in `Classification`; smoothing and weights are of the labelled examples.
 
@@ -144,8 +144,11 @@ class SemiSupervised(Classification):
         """The same probabilities, their mean lately that of the labels; notes this batch first."""
         if labels.ndim == 1:
             labels = F.one_hot(labels, taught.shape[-1]).float()
-        self.shares.lerp_(torch.stack([labels.mean(dim=0), taught.mean(dim=0)]), 1 - self.decay)
-        known, said = self.shares
+        now = torch.stack([labels.mean(dim=0), taught.mean(dim=0)])
+        if self._trainer is not None and self.trainer.world_size > 1:  # all align alike
+            now = self.trainer.strategy.reduce(now, reduce_op="mean")
+        self.shares.lerp_(now.to(self.shares.dtype), 1 - self.decay)
+        known, said = self.shares.float()
         scaled = taught * known / said.clamp(min=1e-6)
         return scaled / scaled.sum(dim=-1, keepdim=True)
 

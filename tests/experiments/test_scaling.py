@@ -21,7 +21,10 @@ def test_a_scaling_law_is_found_again_in_losses_made_by_it_and_has_no_floor_belo
     law, small = scaling.Law(1.0, 4.0, 0.5), [scaling.Trained(32, 4, [3.0, 3.2]), scaling.Trained(64, 16, [2.0, 2.0])]
     lines = scaling.table(scaling.AXES["full"]["model"], small, law, scaling.Trained(96, 64, [1.6, 1.7]), options)
     assert "| 96 | 64 | 1.6000 | 1.7000 | 1.6500 | 1.5000 (predicted) |" in lines
-    assert "The last came out +0.1500 from what was predicted, 9.09%; seeds of one row differ by 0.0707" in lines[-1]
+    assert (
+        "The last came out +0.1500 from what was predicted, 10.00% of it; seeds of one row differ by 0.0707"
+        in lines[-1]
+    )
     assert places("scaling", "model") == places("scaling", "data") == 1
 
 

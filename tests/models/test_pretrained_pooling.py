@@ -1,3 +1,4 @@
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -5,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
+from lit_llm.adaptation import LoRA
 from lit_llm.checkpoint_files import AtomicCheckpointIO
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.data.tokenizer import byte_tokenizer
@@ -123,6 +126,30 @@ def test_padding_says_nothing(kind: type, encoder: str) -> None:
     network, batch = awake(kind, encoder), pairs()
     alone = network(**{name: tensor[1:, :5] for name, tensor in batch.items()})
     torch.testing.assert_close(network(**batch)[1:], alone, atol=2e-5, rtol=1e-4)
+
+
+@kinds
+@pytest.mark.parametrize("how", ["autocast", "weights"])
+@torch.no_grad()
+def test_in_half_precision_it_says_nearly_the_same(kind: type, how: str) -> None:
+    network, batch = awake(kind, "bert"), pairs()
+    expected = network(**batch)
+    if how == "weights":
+        network.to(torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        found = network(**batch | {"attention_mask": batch["attention_mask"].bool()})
+    torch.testing.assert_close(found.float(), expected, atol=0.1 * expected.abs().max().item(), rtol=0.1)
+
+
+def test_an_adapter_beside_it_is_saved_with_the_whole_head(tmp_path: Path) -> None:
+    network = awake(PairClassifier, "bert")
+    adaptation = LoRA(rank=2)
+    adaptation.prepare(network)
+    adaptation.save(network, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["pooled_head"]
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    head = {name for name in saved if "lora_" not in name}
+    assert head == {f"base_model.model.pooled_head.{name}" for name, _ in network.model.pooled_head.named_parameters()}
 
 
 def test_a_text_alone_is_compared_with_nothing() -> None:
