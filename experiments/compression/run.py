@@ -1,6 +1,7 @@
 """Compresses trained models in many ways, and writes what each costs and saves into README.md.
 
     python -m experiments.compression.run language_model
+    python -m experiments.compression.run encoder
     python -m experiments.compression.run images --data.path DIR
 
 For each seed a model is trained by its run file. Then each way is a chain of `lit-llm compress` from that model; times
@@ -59,13 +60,13 @@ class Table(NamedTuple):
     Attributes:
         run: The run files of the model, from the repository's root.
         metric: What is measured.
-        chains: Stages by the name of the chain; no two stages have one name.
+        chains: Stages by the name of the chain, or its file; no two stages have one name.
         goals: What is to be reached.
     """
 
     run: list[str]
     metric: str
-    chains: dict[str, list[Stage]]
+    chains: dict[str, list[Stage] | Path]
     goals: list[Goal]
 
 
@@ -190,7 +191,35 @@ IMAGES = Table(
     ],
 )
 
-TABLES = {"language_model": LANGUAGE_MODEL, "images": IMAGES}
+DOCMATCH = ["configs/finetuning/encoder_docmatch.yaml"]
+CHAIN = REPOSITORY / "configs/compression/chain_encoder.yaml"
+STUDENT = yaml.safe_load(CHAIN.read_text(encoding="utf-8"))["stages"][0]["options"]["model.network.config"]
+
+ENCODER = Table(
+    run=DOCMATCH,
+    metric="val/accuracy",
+    chains={
+        "chain": CHAIN,
+        "alone": [training("the student, alone", *DOCMATCH, model__network__config=STUDENT)],
+    },
+    goals=[
+        Goal(
+            "the student's parameters less than its teacher's, %",
+            lambda s: 100 * (1 - s["distilled"]["parameters"] / s["original"]["parameters"]),
+            40.0,
+        ),
+        Goal("the student's score by its teacher's", lambda s: metric(s, "distilled") / metric(s, "original"), 0.97),
+        Goal(
+            "with a teacher - alone, points of accuracy",
+            lambda s: 100 * (metric(s, "distilled") - metric(s, "the student, alone")),
+            0.0,
+        ),
+        Goal("the chain: times smaller", lambda s: s["int8"]["times_smaller"], 8.0),
+        Goal("the chain: score by the original's", lambda s: metric(s, "int8") / metric(s, "original"), 0.95),
+    ],
+)
+
+TABLES = {"language_model": LANGUAGE_MODEL, "encoder": ENCODER, "images": IMAGES}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -224,20 +253,27 @@ def trained(given: Table, seed: int, options: argparse.Namespace, more: list[str
 
 
 def compressed(
-    name: str, stages: list[Stage], given: Table, model: Path, seed: int, options: argparse.Namespace, more: list[str]
+    name: str,
+    stages: list[Stage] | Path,
+    given: Table,
+    model: Path,
+    seed: int,
+    options: argparse.Namespace,
+    more: list[str],
 ) -> list[dict[str, Any]]:
     """A chain's measurements, stage by stage; the original is the first."""
     out = options.work / f"{options.table}-{seed}-{name}"
-    config = out.with_suffix(".yaml")
-    chain = {"evaluate": [str(REPOSITORY / file) for file in given.run], "metric": given.metric, "floor": 0.0}
-    words = [stage | {"name": word(stage["name"])} for stage in stages]
-    config.write_text(yaml.safe_dump(chain | {"stages": words}, sort_keys=False))
+    config, names = stages, {}
+    if not isinstance(stages, Path):
+        config, names = out.with_suffix(".yaml"), {word(stage["name"]): stage["name"] for stage in stages}
+        chain = {"evaluate": [str(REPOSITORY / file) for file in given.run], "metric": given.metric, "floor": 0.0}
+        chain["stages"] = [stage | {"name": word(stage["name"])} for stage in stages]
+        config.write_text(yaml.safe_dump(chain, sort_keys=False))
     if not (out / "report.json").is_file():
         words = ["compress", "--config", str(config), "--model", str(model), "--out", str(out)]
         trainings.lit_llm([*words, "--seed_everything", str(seed), *more], out.with_suffix(".log"), options)
     measured = json.loads((out / "report.json").read_text())["stages"]
     first = measured[0]
-    names = {word(stage["name"]): stage["name"] for stage in stages}
     for row in measured:
         row["name"] = names.get(row["name"], row["name"])
         row["times_smaller"] = first["bytes"] / row["bytes"]
