@@ -256,7 +256,7 @@ def _concrete(path: str | None) -> set[type]:
     import inspect
     from importlib import import_module
 
-    from lit_llm.objectives.objective import Objective
+    from lightning.pytorch import LightningModule
 
     module, _, name = (path or "").rpartition(".")
     try:
@@ -265,7 +265,8 @@ def _concrete(path: str | None) -> set[type]:
         return set()
     if not isinstance(found, type):
         return set()
-    return {kind for kind in found.__mro__ if issubclass(kind, Objective) and not inspect.isabstract(kind)}
+    kinds = {kind for kind in found.__mro__ if issubclass(kind, LightningModule) and not inspect.isabstract(kind)}
+    return kinds - {LightningModule}
 
 
 def grouped(runs: Iterable[Finished]) -> list[Group]:

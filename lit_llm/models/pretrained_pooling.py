@@ -160,8 +160,10 @@ class PooledClassifier(PretrainedClassifier, ABC):
     hf_architectures: ClassVar[tuple[str, ...]] = ()
     """A directory is one of these by its own name alone: an encoder without a head is not."""
 
-    head: ClassVar[type[Head]]
-    """What reads the tokens."""
+    @property
+    @abstractmethod
+    def head(self) -> type[Head]:
+        """What reads the tokens: a subclass says it for all of its instances."""
 
     @classmethod
     def read_config(cls, config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:
