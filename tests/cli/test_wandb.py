@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import time
+
 import pytest
 import yaml
 
@@ -41,9 +43,12 @@ def test_a_run_has_all_of_its_config_its_confusions_and_its_mistakes_there(lit_l
     [folder] = (path for path in (tmp_path / "run/wandb").iterdir() if path.name.startswith("offline-run-"))
     names = {path.name.split("_")[0] for path in (folder / "files/media").rglob("*.*")}
     assert {"confusion", "classes", "mistakes"} <= names
-    written = next(folder.glob("*.wandb")).read_bytes()
-    for said in (b"seed_everything", b"batch_size", b"lit_llm.data.vision.VisionData", b"precision"):
-        assert said in written
+    [log] = folder.glob("*.wandb")
+    wanted = (b"seed_everything", b"batch_size", b"lit_llm.data.vision.VisionData", b"precision")
+    end = time.monotonic() + 60  # a process of its own writes it
+    while not all(said in log.read_bytes() for said in wanted) and time.monotonic() < end:
+        time.sleep(0.5)
+    assert [said for said in wanted if said not in log.read_bytes()] == []
 
 
 def test_a_run_that_wandb_refuses_leaves_nothing(lit_llm, tiny, tmp_path, monkeypatch):
