@@ -169,7 +169,7 @@ class SlowWrites(Callback):
             while trainer.global_step < checkpoint["global_step"] + 2 and time.monotonic() < until:
                 time.sleep(0.01)
             if checkpoint["global_step"] == self.kills:
-                assert trainer.global_step == self.kills + 2
+                assert trainer.global_step >= self.kills + 2
                 os.kill(os.getpid(), signal.SIGKILL)
             write(checkpoint, path)
 
@@ -187,7 +187,7 @@ def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(lit
     process = start([str(word) for word in ["fit", *words, *killed, "--run_dir", tmp_path / "cut"]])
     _, err = process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL, err
-    assert max(losses(tmp_path / "cut")) >= 11
+    assert max(losses(tmp_path / "cut")) >= 10  # a row is written with the next: a step was done while it was saved
     folder = tmp_path / "cut/checkpoints"
     assert read_checkpoint(folder / "last.ckpt")["global_step"] in (5, 7)  # the validation's, or that before
     assert any(path.name.startswith(".last.ckpt-") for path in folder.iterdir())
