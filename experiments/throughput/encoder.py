@@ -5,7 +5,9 @@
 BERT of 6 layers, 384 wide, 30,522 tokens, from random weights; batches of 32 sentences of SST-2's lengths (13 tokens in
 the mean, 64 at most) of random words. The rate is that of a whole epoch but its first two steps, so that every length
 counts. `hf-128` pads to 128 tokens, as the Trainer's examples do, `hf-dynamic` to the longest of a batch, `hf-group`
-groups by length besides; `ours` is a run of the command line with all its callbacks.
+groups by length besides; `ours` is a run of the command line with all its callbacks and the Trainer's head, which reads
+one position, so that the last layer need not make the others; `ours-mean` has the head of encoder_glue.yaml, which
+reads them all.
 """
 
 from __future__ import annotations
@@ -32,7 +34,11 @@ CONFIG = {
 }
 BATCH_SIZE = 32
 GOALS = {"hf-group": 1.15, "hf-128": 10.0}
-WAYS = ("ours", "hf-group", "hf-dynamic", "hf-128")
+HEADS = {
+    "ours": "lit_llm.models.pretrained_classifier.PretrainedClassifier",
+    "ours-mean": "lit_llm.models.pretrained_pooling.MeanClassifier",
+}
+WAYS = (*HEADS, "hf-group", "hf-dynamic", "hf-128")
 
 
 def main() -> None:
@@ -102,9 +108,9 @@ def measure(way: str, dtype: str, options: argparse.Namespace) -> dict[str, floa
     """One run in a process of its own."""
     out, log = options.work / f"encoder-{way}-{dtype}.json", options.work / f"encoder-{way}-{dtype}.log"
     out.unlink(missing_ok=True)
-    if way == "ours":
+    if way in HEADS:
         shutil.rmtree(out.with_suffix(".run"), ignore_errors=True)
-        words = [sys.executable, "-m", "lit_llm", *fit_words(out, dtype, options)]
+        words = [sys.executable, "-m", "lit_llm", *fit_words(way, out, dtype, options)]
     else:
         python = str(Path(options.peers_python).absolute())
         words = [python, "-m", "experiments.throughput.encoder", "--one", way, "--dtype", dtype, "--out", str(out)]
@@ -115,8 +121,8 @@ def measure(way: str, dtype: str, options: argparse.Namespace) -> dict[str, floa
     return json.loads(out.read_text())
 
 
-def fit_words(out: Path, dtype: str, options: argparse.Namespace) -> list[str]:
-    """The command line of `ours`."""
+def fit_words(way: str, out: Path, dtype: str, options: argparse.Namespace) -> list[str]:
+    """The command line of one of `ours`."""
     folder, place = options.work / "sentences", "experiments.throughput.encoder_callbacks"
     flags = {
         "config": "configs/finetuning/encoder_glue.yaml",
@@ -124,10 +130,11 @@ def fit_words(out: Path, dtype: str, options: argparse.Namespace) -> list[str]:
         "data.path": folder / "data",
         "data.tokenizer": folder / "tokenizer",
         "data.batch_size": BATCH_SIZE,
-        "model.network": "lit_llm.models.pretrained_classifier.PretrainedClassifier",  # the Trainer's head
+        "model.network": HEADS[way],
         "model.network.config": folder,
         "trainer.accelerator": "cpu",
         "trainer.max_epochs": 1,
+        "trainer.val_check_interval": 1.0,  # the Trainer neither evaluates nor saves within the steps that count
         "trainer.precision": "bf16-mixed" if dtype == "bf16" else "32-true",
         "trainer.callbacks+": f"{place}.EpochClock",
         "trainer.callbacks.path": out,

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lit_llm.models.image_classifier import Shape, require_images
+from lit_llm.models.pretrained_last_layer import compute_what_is_read
 from lit_llm.models.pretrained_network import Pretrained, answering
 
 if TYPE_CHECKING:
@@ -105,6 +106,8 @@ class PretrainedClassifier(Pretrained):
         parameters = inspect.signature(model.forward).parameters
         segments = getattr(self.config, "type_vocab_size", 2)
         self._unread = set() if "token_type_ids" in parameters and segments > 1 else {"token_type_ids"}
+        if not self.activation_checkpointing:  # which may compute again when a hook has gone
+            compute_what_is_read(model)
 
     @property
     def num_classes(self) -> int:
@@ -256,7 +259,7 @@ class PretrainedClassifier(Pretrained):
             pooled = {}
         first = {"first_hidden_state": given[0][:, :1]}
         if self._kept is None:
-            if given[0].shape[1] == 1:  # here the first position is all of them
+            if inputs[self.model.main_input_name].shape[1] == given[0].shape[1] == 1:  # the first position is all
                 return whole | pooled
             smaller = [found for found in (pooled, first, pooled | first, whole) if found]
             enough = (found for found in smaller if self._is_enough(found, whole | pooled))
