@@ -85,19 +85,22 @@ def inherit(student: nn.Module, teacher: nn.Module, layers: list[int] | None = N
         theirs_name = within[mine] + name.removeprefix(mine) if mine else name
         if theirs_name not in source:
             raise ValueError(f"student must be of its teacher's architecture, but the teacher has no {theirs_name}")
-        tensor.copy_(_cut(source[theirs_name], tensor, name))
+        # GPT-2's matrices in transformers have their outputs as columns.
+        turned = type(student.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D" and tensor.ndim == 2
+        tensor.copy_(_cut(source[theirs_name], tensor, name, outputs=int(turned)))
 
 
-def _cut(source: Tensor, target: Tensor, name: str) -> Tensor:
-    """The first of everything, as much as the target holds."""
+def _cut(source: Tensor, target: Tensor, name: str, outputs: int) -> Tensor:
+    """The first of everything, as much as the target holds; `outputs` is the dimension of a matrix that they are."""
     small = source.ndim == target.ndim and all(a <= b for a, b in zip(target.shape, source.shape))
     if not small:
         raise ValueError(
             f"student must be at most as large as its teacher, but its {name} is {tuple(target.shape)} where the "
             f"teacher's is {tuple(source.shape)}"
         )
-    parts = (_parts(FUSED, name, source, target, 0), _parts(JOINED, name, source, target, 1))
-    for dim, count in enumerate(parts[: source.ndim]):
+    tables = (JOINED, FUSED) if outputs else (FUSED, JOINED)
+    for dim, table in enumerate(tables[: source.ndim]):
+        count = _parts(table, name, source, target, dim)
         source = source.unflatten(dim, (count, -1)).narrow(dim + 1, 0, target.shape[dim] // count).flatten(dim, dim + 1)
     return source[tuple(map(slice, target.shape))]
 
@@ -105,7 +108,7 @@ def _cut(source: Tensor, target: Tensor, name: str) -> Tensor:
 def _parts(table: dict[str, int], name: str, source: Tensor, target: Tensor, dim: int) -> int:
     """Of how many pieces, each to be cut by itself, a dimension is made."""
     found = next((count for part, count in table.items() if f".{part}." in f".{name}."), 1)
-    return found if source.ndim > dim and not source.shape[dim] % found and not target.shape[dim] % found else 1
+    return found if not source.shape[dim] % found and not target.shape[dim] % found else 1
 
 
 def _head_width(network: nn.Module) -> int | None:

@@ -80,6 +80,7 @@ class SemiSupervised(Classification):
         self.decay, self.distribution_alignment = decay, distribution_alignment
         # Confident examples, all; right ones among the confident of known label, all those. Since the last report.
         self.register_buffer("counts", torch.zeros(4))
+        self._ddp_params_and_buffers_to_ignore = ["counts"]  # each process has its own
 
     @property
     @abstractmethod

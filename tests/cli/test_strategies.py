@@ -106,7 +106,7 @@ def fit(folder: Path, *runs: tuple[str, str, list[object]]) -> None:
 def assert_same_losses(one: Path, other: Path, rel: float = 2e-5) -> None:
     mine, theirs = (read_metrics(path / "metrics.csv") for path in (one, other))
     assert [row["step"] for row in mine] == [row["step"] for row in theirs]
-    names = {"train/loss", "train/grad_norm", "train/tokens"} | {n for row in mine for n in row if n.startswith("val/")}
+    names = {"train/loss", "train/grad_norm", "train/tokens", "train/confident"} | {n for row in mine for n in row if n.startswith("val/")}
     for left, right in zip(mine, theirs, strict=True):
         for name in names:
             assert (name in left) == (name in right), name
@@ -257,6 +257,7 @@ def test_where_a_process_dies_while_it_writes_its_share_the_last_checkpoint_is_t
 
 def examples(reviews: Path) -> list[object]:
     data = ["--data.path", reviews, "--data.tokenizer", "bert-bpe-300", "--data.validation_fraction", "0.2"]
+    data += ["--data.max_seq_len", "64"]
     network = "lit_llm.models.pretrained_classifier.PretrainedClassifier"
     options = ["--model.network", network, "--model.network.config", json.dumps(BERT), *SHORT]
     return [
@@ -276,12 +277,18 @@ def test_other_objectives_have_the_losses_of_one_process(texts, reviews, chats, 
     adapted = [*examples(reviews), "--config", CONFIGS / "adaptation/lora.yaml"]
     averaged = [*examples(reviews), "--model", "lit_llm.objectives.semi_supervised.MeanTeacher"]
     averaged += ["--data.labels_per_class", "8", "--data.unlabelled_ratio", "1"]
+    aligned = [*averaged, "--model.distribution_alignment", "true", "--model.threshold", "0.51"]
     images = ["--config", CONFIGS / "pretraining/cnn_digits.yaml", "--data.path", pictures]
     images += ["--data.validation_fraction", "0.2", "--model.network", CONFIGS / "models/vit_400k.yaml", *SHORT]
     runs = {"masked": masked, "classes": examples(reviews), "adapted": adapted, "averaged": averaged, "images": images}
-    fit(tmp_path, *((f"{name}-{on}", on, words) for name, words in runs.items() for on in ("one", "fsdp")))
+    runs["aligned"] = aligned
+    whole = [(f"{name}-{on}", on, words) for name, words in runs.items() for on in ("one", "fsdp")]
+    fit(tmp_path, *whole, ("aligned-ddp", "ddp", aligned))
     for name in runs:
         assert_same_losses(tmp_path / f"{name}-one", tmp_path / f"{name}-fsdp")
+    assert_same_losses(tmp_path / "aligned-one", tmp_path / "aligned-ddp")
+    confident = [row.get("train/confident") for row in read_metrics(tmp_path / "aligned-one/metrics.csv")]
+    assert any(share not in (None, 0.0, 1.0) for share in confident)
     assert (tmp_path / "adapted-fsdp/adapter/adapter_config.json").exists()
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lit_llm.compression.inheritance import inherit, layer_map
+from lit_llm.models.pretrained import PretrainedCausalLM
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.pretrained_pooling import PairClassifier
 from tests.examples import BERT
@@ -47,6 +48,19 @@ def test_a_narrow_student_has_the_first_heads_and_the_first_of_each_fused_part()
         weight = next(n for n in mine if n.endswith(f"layers.1.{name}.weight"))
         pieces = [piece[:kept, : mine[weight].shape[1]] for piece in theirs[weight].chunk(parts)]
         assert torch.equal(mine[weight], torch.cat(pieces))
+
+
+def test_where_outputs_are_columns_it_is_columns_that_fused_parts_are_cut_from():
+    def gpt2(width: int, heads: int) -> PretrainedCausalLM:
+        size = {"n_embd": width, "n_head": heads, "n_layer": 1, "n_positions": 8}
+        return PretrainedCausalLM(16, config={"model_type": "gpt2", **size})
+
+    teacher, student = gpt2(16, 4), gpt2(8, 2)
+    inherit(student, teacher)
+    theirs, mine = (network.model.transformer.h[0] for network in (teacher, student))
+    pieces = [piece[:8, :8] for piece in theirs.attn.c_attn.weight.chunk(3, dim=1)]
+    assert torch.equal(mine.attn.c_attn.weight, torch.cat(pieces, dim=1))
+    assert torch.equal(mine.mlp.c_fc.weight, theirs.mlp.c_fc.weight[:8, :32])
 
 
 def test_of_vectors_that_a_matrix_reads_side_by_side_each_is_cut_by_itself():
