@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def choose(
@@ -44,7 +48,6 @@ def choose(
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 
 
-@torch.inference_mode()
 def generate(
     network: nn.Module,
     prompts: list[list[int]],
@@ -54,10 +57,34 @@ def generate(
     top_p: float | None = None,
     seed: int | None = None,
     stop: int | Collection[int] = (),
-    on_tokens: Callable[[list[int | None]], None] | None = None,
     device: torch.device | None = None,
 ) -> list[list[int]]:
-    """Continues each prompt.
+    """Continues each prompt; arguments and errors are those of `steps`.
+
+    Returns:
+        The new tokens of each prompt.
+    """
+    texts: list[list[int]] = [[] for _ in prompts]
+    for new in steps(network, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, device):
+        for text, token in zip(texts, new, strict=True):
+            if token is not None:
+                text.append(token)
+    return texts
+
+
+@torch.inference_mode()
+def steps(
+    network: nn.Module,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stop: int | Collection[int] = (),
+    device: torch.device | None = None,
+) -> Iterator[list[int | None]]:
+    """Continues each prompt, a token at a time.
 
     Prompts of unequal length are padded on the left, and the padding is never looked at.
 
@@ -70,11 +97,10 @@ def generate(
         top_p: As in `choose`.
         seed: Of the draws; the same seed gives the same text.
         stop: Token, or any of several, that ends a text; it is not part of the result.
-        on_tokens: Called after each step with the new token of each prompt, `None` for those that have ended.
         device: Where the network computes; `None` is where its weights are.
 
-    Returns:
-        The new tokens of each prompt.
+    Yields:
+        The new token of each prompt, `None` for those that have ended.
 
     Raises:
         ValueError: When a value is out of range, a prompt is empty, or prompt and new tokens outgrow the network.
@@ -113,7 +139,6 @@ def generate(
         # A padding position may look at itself: a row of a softmax must have something in it.
         mask = (causal & written)[..., :longest] | torch.eye(longest, dtype=torch.bool, device=device)
         logits = network(ids, positions=positions, mask=mask, cache=cache)[:, -1]
-        texts: list[list[int]] = [[] for _ in prompts]
         ended = [False] * len(prompts)
         for step in range(max_new_tokens):
             chosen = choose(logits, temperature, top_k, top_p, generator)
@@ -121,16 +146,68 @@ def generate(
             for index, token in enumerate(chosen.tolist()):
                 ended[index] = ended[index] or token in stops
                 new.append(None if ended[index] else token)
-                if not ended[index]:
-                    texts[index].append(token)
-            if on_tokens is not None:
-                on_tokens(new)
+            yield new
             if all(ended) or step + 1 == max_new_tokens:
                 break
             place = longest + step
             logits = network(chosen[:, None], positions=place - padding, mask=written[..., : place + 1], cache=cache)[
                 :, -1
             ]
-        return texts
     finally:
         network.train(was_training)
+
+
+class Writing:
+    """A text whose tokens come one by one: what each adds, without the bytes of a character that is not whole yet.
+
+    Args:
+        tokenizer: Of the tokens.
+        tokens: Those that are there before.
+
+    Attributes:
+        text: What has been given out.
+
+    Example:
+        >>> from lit_llm.data.tokenizer import byte_tokenizer
+        >>> tokenizer = byte_tokenizer()
+        >>> writing = Writing(tokenizer)
+        >>> [writing.add(token) for token in tokenizer.encode("aé")]
+        ['a', '', 'é']
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] = ()) -> None:
+        self.tokenizer, self.tokens = tokenizer, list(tokens)
+        self.text = tokenizer.decode(self.tokens) if tokens else ""
+
+    def add(self, token: int) -> str:
+        """The text that the token adds, with what was held back before."""
+        self.tokens.append(token)
+        text = self.tokenizer.decode(self.tokens)
+        if text.endswith("\ufffd"):
+            return ""
+        added, self.text = text[len(self.text) :], text
+        return added
+
+
+def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The pieces of a text, up to the first place at which any of some words begins.
+
+    What may be the beginning of such a word is held back until it is clear.
+
+    Example:
+        >>> "".join(until(["one t", "w", "o three"], ["two", "three"]))
+        'one '
+    """
+    held = ""
+    for piece in pieces:
+        held += piece
+        places = [held.find(stop) for stop in stops if stop in held]
+        if places:
+            yield held[: min(places)]
+            return
+        begun = max((n for stop in stops for n in range(1, len(stop)) if held.endswith(stop[:n])), default=0)
+        ready, held = held[: len(held) - begun], held[len(held) - begun :]
+        if ready:
+            yield ready
+    if held:
+        yield held

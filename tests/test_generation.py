@@ -3,7 +3,7 @@ from collections import Counter
 import pytest
 import torch
 
-from lit_llm.generation import choose, generate
+from lit_llm.generation import choose, generate, steps, until
 from tests.writing import exactly
 
 PROMPTS = [[5], [3, 14, 15, 9, 2, 6], [1, 2, 3], [8, 8, 8, 8]]
@@ -134,13 +134,34 @@ def test_when_all_texts_have_ended_nothing_more_is_computed(tiny_llama) -> None:
 def test_tokens_are_handed_over_as_they_come(tiny_llama) -> None:
     network = tiny_llama()
     stop = generate(network, PROMPTS, NEW, temperature=0.0)[1][3]
-    steps: list[list[int | None]] = []
-    texts = generate(network, PROMPTS, NEW, temperature=0.0, stop=stop, on_tokens=steps.append)
-    assert [[token for token in column if token is not None] for column in zip(*steps)] == texts
-    for column in zip(*steps):
+    texts = generate(network, PROMPTS, NEW, temperature=0.0, stop=stop)
+    taken = list(steps(network, PROMPTS, NEW, temperature=0.0, stop=stop))
+    assert [[token for token in column if token is not None] for column in zip(*taken)] == texts
+    for column in zip(*taken):
         ended = [token is None for token in column]
         assert ended == sorted(ended)
-    assert 1 <= len(steps) <= NEW
+    assert 1 <= len(taken) <= NEW
+
+
+@pytest.mark.parametrize(
+    ("stops", "text"),
+    [
+        (["two"], "one "),
+        (["thr", "two"], "one "),
+        (["ree"], "one two th"),
+        (["x"], "one two three"),
+        ([], "one two three"),
+    ],
+)
+def test_a_text_ends_where_a_stop_begins_however_it_is_cut(stops: list[str], text: str) -> None:
+    whole = "one two three"
+    for size in (1, 2, 5, 20):
+        pieces = [whole[i : i + size] for i in range(0, len(whole), size)]
+        assert "".join(until(pieces, stops)) == text
+
+
+def test_what_may_begin_a_stop_is_held_back_and_given_out_where_it_does_not() -> None:
+    assert list(until(["on", "e t", "ea"], ["two"])) == ["on", "e ", "tea"]
 
 
 def test_the_last_place_of_the_network_can_be_used_and_no_more(tiny_llama) -> None:
@@ -173,11 +194,9 @@ def test_the_network_stays_in_the_mode_it_was_in(tiny_llama, training: bool) -> 
     generate(network, PROMPTS, 2)
     assert network.training == training
 
-    def interrupt(new: list[int | None]) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        generate(network, PROMPTS, 2, on_tokens=interrupt)
+    begun = steps(network, PROMPTS, 2)
+    next(begun)
+    begun.close()
     assert network.training == training
 
 

@@ -82,7 +82,7 @@ def generate(
     from lit_llm.checkpoints import load_model
     from lit_llm.data.chat import prompt_ids, turn_ends
     from lit_llm.data.tokenizer import boundary_id
-    from lit_llm.generation import generate as continue_prompts
+    from lit_llm import generation
 
     if system is not None and not chat:
         raise ValueError("--system must be given with --chat, but is given without")
@@ -104,20 +104,28 @@ def generate(
     boundary = boundary_id(tokenizer)
     stop = turn_ends(tokenizer) if chat else {boundary}
 
-    def write(prompts: list[list[int]], writer: _Writer | None) -> list[list[int]]:
+    def write(prompts: list[list[int]], streamed_after: list[int] | None) -> list[list[int]]:
+        """The new tokens of each prompt; of one, printed as they come after those that are shown of it."""
         largest, size = max(map(max, prompts)), getattr(network, "vocab_size", sys.maxsize)
         if largest >= size:
             raise ValueError(
                 f"tokenizer must be the network's, of {size} tokens, but in {model} it makes token {largest}"
             )
         new = max(1, min(128, limit - max(map(len, prompts)))) if max_new_tokens is None else max_new_tokens
-        on_tokens = writer and writer.write
-        return continue_prompts(network, prompts, new, temperature, top_k, top_p, seed, stop, on_tokens)
+        how = network, prompts, new, temperature, top_k, top_p, seed, stop
+        if streamed_after is None:
+            return generation.generate(*how)
+        writing = generation.Writing(tokenizer, streamed_after)
+        print(writing.text, end="", flush=True)
+        for [token] in generation.steps(*how):
+            if token is not None:
+                print(writing.add(token), end="", flush=True)
+        return [writing.tokens[len(streamed_after) :]]
 
     told = [{"role": "system", "content": system}] if system is not None else []
     if not prompt:
         wanted = min(128, limit // 4) if max_new_tokens is None else max_new_tokens
-        _converse(tokenizer, told, limit - wanted, lambda ids: write([ids], _Writer(tokenizer, []))[0])
+        _converse(tokenizer, told, limit - wanted, lambda ids: write([ids], [])[0])
         return
     if chat:
         prompts = [prompt_ids(tokenizer, [*told, {"role": "user", "content": text}]) for text in prompt]
@@ -129,7 +137,7 @@ def generate(
         stream = len(prompt) == 1 and sys.stdout.isatty()
     if stream and len(prompt) > 1:
         raise ValueError(f"--stream must be given with one prompt, but there are {len(prompt)}")
-    texts = write(prompts, _Writer(tokenizer, shown[0]) if stream else None)
+    texts = write(prompts, shown[0] if stream else None)
     if stream:
         print()
         return
@@ -163,24 +171,3 @@ def _converse(
         answer = tokenizer.decode(reply(ids), skip_special_tokens=True)
         print(flush=True)
         messages.append({"role": "assistant", "content": answer})
-
-
-class _Writer:
-    """Prints a text as its tokens come, holding back bytes that are not yet a whole character."""
-
-    def __init__(self, tokenizer: Any, prompt: list[int]) -> None:
-        self.tokenizer = tokenizer
-        self.tokens = list(prompt)
-        self.written = 0
-        self._print()
-
-    def write(self, new: list[int | None]) -> None:
-        if new[0] is not None:
-            self.tokens.append(new[0])
-            self._print()
-
-    def _print(self) -> None:
-        text = self.tokenizer.decode(self.tokens)
-        if not text.endswith("\ufffd"):
-            print(text[self.written :], end="", flush=True)
-            self.written = len(text)
