@@ -1,5 +1,7 @@
 """Useful tokens a second of training steps on packed rows, and on rows padded to one length or to the longest.
 
+    OMP_NUM_THREADS=2 python -m experiments.instruction_packing.packing
+
 All three read the same conversations through the same objective, network and optimiser, with the same budget of tokens
 a batch, padding included. Useful tokens are those of conversations. The three take turns, so that a machine that slows
 down slows all of them; each figure is a median over steps.
@@ -8,12 +10,14 @@ down slows all of them; each figure is a median over steps.
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from experiments.throughput.report import write_table
 from lit_llm.batch import IGNORE_INDEX
 from lit_llm.data.instructions import Examples, InstructionData
 from lit_llm.models.llama import Llama
@@ -28,8 +32,10 @@ parser.add_argument("--d_model", type=int, default=256)
 parser.add_argument("--num_layers", type=int, default=3)
 parser.add_argument("--steps", type=int, default=30, help="steps of each kind that count")
 parser.add_argument("--device", default="cpu")
+readme = Path(__file__).with_name("README.md")
+parser.add_argument("--readme", type=Path, default=readme, help="what the table is written into")
 options = parser.parse_args()
-PADDING, WARM_UP = 0, 3
+PADDING, WARM_UP, GOAL = 0, 3, 3.0
 
 
 def opened(packed: bool) -> InstructionData:
@@ -105,9 +111,14 @@ for number in range(options.steps + WARM_UP):
         if number >= WARM_UP:
             rates[name].append(useful / seconds)
 
-print("| rows | useful of all tokens | useful tokens a second | ratio |\n| --- | ---: | ---: | ---: |")
+lines = [
+    "| rows | useful of all tokens | useful tokens a second | ratio | goal |",
+    "| --- | ---: | ---: | ---: | ---: |",
+]
 plain = statistics.median(next(iter(rates.values())))
 for name, made in kinds.items():
     part = sum(useful for _, useful in made) / sum(batch["input_ids"].numel() for batch, _ in made)
     rate = statistics.median(rates[name])
-    print(f"| {name} | {100 * part:.0f} % | {rate:,.0f} | {rate / plain:.2f} |")
+    judged = f"{GOAL:.2f} {'met' if rate >= GOAL * plain else '**missed**'}" if name.startswith("packed") else ""
+    lines.append(f"| {name} | {100 * part:.0f} % | {rate:,.0f} | {rate / plain:.2f} | {judged} |")
+write_table("packing", lines, options.readme)

@@ -99,7 +99,12 @@ def command_line() -> str:
 
 
 def write_table(name: str, lines: list[str], readme: Path = HERE / "README.md") -> None:
-    """Puts lines between `<!-- name -->` and `<!-- /name -->` of the README, under the command that made them."""
+    """Puts lines between `<!-- name -->` and `<!-- /name -->` of the README, under the command that made them.
+
+    What the README shows of `experiments/pictures.yaml` is drawn anew.
+    """
+    from experiments.pictures import draw  # other processes, of peers, read this module as well
+
     text = readme.read_text(encoding="utf-8")
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if start not in text or end not in text:
@@ -108,3 +113,4 @@ def write_table(name: str, lines: list[str], readme: Path = HERE / "README.md") 
     text = re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: f"{start}{body}{end}", text, flags=re.DOTALL)
     readme.write_text(text, encoding="utf-8")
     print("\n".join(lines), flush=True)
+    draw(readme)
