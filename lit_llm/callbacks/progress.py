@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from typing import Any
@@ -19,11 +20,14 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_MOVES = 0.1
 
+STEP_OF_TOTAL = re.compile(r"^step +(\d+)/(\d+)", re.MULTILINE)
+"""How a line about a training begins, for who watches one in another process."""
+
 
 class Progress(ProgressBar):
     """One bar for the whole run, with loss, tokens a second, share of peak and time left; a line at each validation.
 
-    Where the output is not a terminal the bar becomes a line every so often.
+    Where the output is not a terminal the bar becomes a line at the start, and then one every so often.
 
     Args:
         seconds_between_lines: How often, where the output is not a terminal.
@@ -55,6 +59,8 @@ class Progress(ProgressBar):
         self._started = self._last_line = time.perf_counter()
         self._first_step = trainer.global_step
         self._show("training", float(trainer.estimated_stepping_batches), trainer.global_step)
+        if self._bar is None and self._enabled:
+            self.print(self._status(trainer))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

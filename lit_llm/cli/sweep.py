@@ -20,6 +20,8 @@ from lit_llm.cli import main
 from lit_llm.cli.compare import paired_p, read_run
 from lit_llm.cli.parser import OneLineArguments
 from lit_llm.cli.sweep_file import Sweep, read_sweep, written
+from lit_llm.cli.sweep_pictures import draw
+from lit_llm.cli.sweep_progress import SweepProgress
 from lit_llm.cli.trial_run import TrialRun, figure_of, metrics_of
 
 log = logging.getLogger(__name__)
@@ -87,6 +89,12 @@ def sweep(config: Path, trials: int | None, out: Path, workers: int, seeds: int,
 def _require_options(plan: Sweep, more: list[str]) -> None:
     """Refuses a key that no run config has, or a value that it does not take, before anything is trained."""
     values = {parameter.key: parameter.extremes() for parameter in plan.parameters}
+    # All together, which is quick; where that fails one by one, which names what is wrong.
+    together = (
+        {key: each[:n][-1] for key, each in values.items()} for n in range(1, 1 + max(map(len, values.values())))
+    )
+    if not any(_parsed([*plan.words(settings), *more])[1] for settings in together):
+        return
     first = {key: each[0] for key, each in values.items()}
     base, line = _parsed([*plan.words({}), *more])
     if line:
@@ -182,7 +190,7 @@ class _Search:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         self.threads = max(1, cores // workers)
         self.running: dict[int, tuple[Any, TrialRun]] = {}
-        self.wanted = 0
+        self.progress = SweepProgress(plan.metric, 0)
 
     def trials(self, *states: str) -> list[Any]:
         """The trials in one of these states, by their numbers; all of them where none is named."""
@@ -198,19 +206,21 @@ class _Search:
         """Takes up the trials that were running, and adds new ones until there are so many in all."""
         from optuna.trial import Trial
 
-        self.wanted = number
         if self.plan.method == "grid":
             self._queue_the_grid(number)
         cut = [Trial(self.study, trial._trial_id) for trial in self.trials("RUNNING")]
+        ended = len(self.trials("COMPLETE", "PRUNED", "FAIL"))
         try:
-            while True:
-                while len(self.running) < self.workers and (cut or self._begun() < number):
-                    self._start(cut.pop(0) if cut else self._next())
-                if not self.running:
-                    return
-                time.sleep(SECONDS_BETWEEN_LOOKS)
-                for trial, process in list(self.running.values()):
-                    self._look_at(trial, process)
+            with SweepProgress(self.plan.metric, max(number, self._begun()), ended) as self.progress:
+                while True:
+                    while len(self.running) < self.workers and (cut or self._begun() < number):
+                        self._start(cut.pop(0) if cut else self._next())
+                    if not self.running:
+                        return
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    for trial, process in list(self.running.values()):
+                        self._look_at(trial, process)
+                    self.progress.look()
         except BaseException:
             for _, process in self.running.values():
                 process.interrupt()
@@ -243,7 +253,9 @@ class _Search:
         settings = {parameter.key: parameter.suggest(trial) for parameter in self.plan.parameters}
         trial.set_user_attr("settings", settings)
         words = [*self.plan.words(settings), *self.more]
-        self.running[trial.number] = trial, TrialRun(words, self.folder(trial.number), self.threads)
+        process = TrialRun(words, self.folder(trial.number), self.threads)
+        self.running[trial.number] = trial, process
+        self.progress.begin(f"trial {trial.number}", process)
 
     def _look_at(self, trial: Any, process: TrialRun) -> None:
         """Passes on what a trial has reported; ends it where it falls behind, and writes down how it ended."""
@@ -261,6 +273,7 @@ class _Search:
                         return
         if ended is not None:
             del self.running[trial.number]
+            self.progress.end(f"trial {trial.number}")
             self._finish(trial, process, stopped=kind is not None)
 
     def _finish(self, trial: Any, process: TrialRun, stopped: bool) -> None:
@@ -290,8 +303,6 @@ class _Search:
 
     def _say(self, number: int, seconds: float) -> None:
         """One line about a trial that has ended, and how many have."""
-        from rich.console import Console
-
         varied = {parameter.key for parameter in self.plan.parameters if parameter.distribution != "constant"}
         trial = self.trials()[number]
         state = {"COMPLETE": "done", "PRUNED": "stopped", "FAIL": "failed"}[trial.state.name]
@@ -304,9 +315,9 @@ class _Search:
             if key in varied or not varied
         )
         style = {"done": "green" if best else None, "stopped": "yellow", "failed": "red"}[state]
-        ended = len(self.trials("COMPLETE", "PRUNED", "FAIL"))
-        line = f"{ended} of {self.wanted}: trial {number:>3}  {state:<8}{found}{best}  {seconds:.0f} s  {what}"
-        Console(stderr=True, soft_wrap=True, highlight=False).print(line, style=style, markup=False)
+        ended, wanted = len(self.trials("COMPLETE", "PRUNED", "FAIL")), self.progress.wanted
+        line = f"{ended} of {wanted}: trial {number:>3}  {state:<8}{found}{best}  {seconds:.0f} s  {what}"
+        self.progress.say(line, style)
 
     # What came out.
 
@@ -345,7 +356,7 @@ class _Search:
             failed = self.trials("FAIL")
             error = failed[-1].user_attrs.get("error") if failed else "all were stopped early"
             raise ValueError(f"a sweep must have a trial that comes to its end, but has none; the last: {error}")
-        _draw(self.study, self.plan, self.out)
+        draw(self.study, self.plan.metric, self.out, SEED)
         print(f"{'best trial':<22}{self.folder(best[0].number)}")
         print(f"{self.plan.metric:<22}{best[0].value:.4f}")
         print(f"{'its run file':<22}{self.out / 'best.yaml'}")
@@ -364,7 +375,8 @@ class _Search:
             )
             return
         # Not with the seed that chose them, which flatters the best.
-        values = [[self._with_seed(trial, SEED + 1 + n) for n in range(seeds)] for trial in (first, second)]
+        with SweepProgress(self.plan.metric, 2 * seeds) as self.progress:
+            values = [[self._with_seed(trial, SEED + 1 + n) for n in range(seeds)] for trial in (first, second)]
         line = verdict(*values, *names, self.plan.mode)
         self.study.set_user_attr("verdict", line)
         print(line)
@@ -372,22 +384,29 @@ class _Search:
     def _with_seed(self, trial: Any, seed: int) -> float:
         """What a trial's settings reach with another seed; trained once."""
         folder, done = self.out / "seeds" / f"{trial.number:03d}_seed{seed}", f"{trial.number}/{seed} of all"
-        if done not in self.study.user_attrs:
+        if done in self.study.user_attrs:
+            self.progress.ended += 1
+        else:
             words = [*self.plan.words(trial.user_attrs["settings"]), *self.more, "--seed_everything", str(seed)]
             if "data.seed" in read_run(self.folder(trial.number)).settings:
                 words += ["--data.seed", str(seed)]
             process = TrialRun(words, folder, self.threads)
+            name = f"trial {trial.number} with seed {seed}"
+            self.progress.begin(name, process)
             try:
-                process.process.wait()
+                while process.exit_code is None:
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    self.progress.look()
             except BaseException:
                 process.interrupt()
                 process.wait()
                 raise
+            self.progress.end(name)
             value = figure_of(folder, self.plan.metric)
             if process.exit_code or value is None or not math.isfinite(value):
                 raise ValueError(f"trial {trial.number} must train with seed {seed} too, but {process.last_line()}")
             self.study.set_user_attr(done, value)
-            log.info(f"trial {trial.number} with seed {seed}: {self.plan.metric} {value:.4f}")
+            log.info(f"{name}: {self.plan.metric} {value:.4f}")
         return self.study.user_attrs[done]
 
 
@@ -422,35 +441,3 @@ def verdict(best: list[float], other: list[float], name: str, other_name: str, m
         f"The {name} {found} the {other_name} by more than seeds do{turned}: {figures} over {len(best)} new seeds, "
         f"p = {'–' if p is None else f'{p:.2g}'} (paired t-test)"
     )
-
-
-def _draw(study: Any, plan: Sweep, out: Path) -> None:
-    """Draws the history, the parallel coordinates and the importance of the parameters, where there is enough."""
-    import warnings
-
-    import matplotlib
-    import optuna
-
-    if matplotlib.get_backend(auto_select=False) is None:  # a notebook has chosen
-        matplotlib.use("Agg")
-    from matplotlib import pyplot
-    from optuna.visualization import matplotlib as pictures
-
-    from lit_llm.files import replacing
-
-    complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
-    varied = {name for trial in complete for name in trial.params}
-    drawn = {"history": lambda: pictures.plot_optimization_history(study, target_name=plan.metric)}
-    if varied:
-        drawn["parallel_coordinates"] = lambda: pictures.plot_parallel_coordinate(study, target_name=plan.metric)
-    if varied and len({trial.value for trial in complete}) > 1:
-        drawn["importance"] = lambda: pictures.plot_param_importances(
-            study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=SEED), target_name=plan.metric
-        )
-    for name, draw in drawn.items():
-        with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna changes the style of all that follows
-            warnings.simplefilter("ignore")  # that these pictures are experimental
-            axes = draw()
-        with replacing(out / f"{name}.png") as new:
-            axes.figure.savefig(new, dpi=120, bbox_inches="tight")
-        pyplot.close(axes.figure)

@@ -73,10 +73,13 @@ class TrialRun:
             self.process.kill()
             self.process.wait()
 
+    def said(self) -> str:
+        """What it has said since it was started or gone on with."""
+        return (self.folder / "output.txt").read_bytes()[self._said_before :].decode("utf-8", errors="replace")
+
     def last_line(self) -> str:
         """The last thing it said, since it was started or gone on with."""
-        said = (self.folder / "output.txt").read_bytes()[self._said_before :]
-        lines = said.decode("utf-8", errors="replace").strip().splitlines()
+        lines = self.said().strip().splitlines()
         return lines[-1].removeprefix("lit-llm: error: ") if lines else f"it ended with code {self.exit_code}"
 
 

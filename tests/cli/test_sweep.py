@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from lit_llm.callbacks.progress import STEP_OF_TOTAL
 from lit_llm.cli import main, trial_run
 from lit_llm.cli.sweep import verdict
 from tests.writing import REPOSITORY
@@ -84,6 +85,8 @@ class Pretended:
         if self.steps == Pretended.interrupts_at:
             raise KeyboardInterrupt
         loss = abs(math.log(self.rate / 0.01)) + 1 / self.steps + 0.01 * math.sin(self.seed + self.rate)
+        with (self.folder / "output.txt").open("a") as output:
+            output.write(f"step      {self.steps}/4  left 0:01\n")
         lines = [f"{step},{loss - 1 / self.steps + 1 / step}" for step in range(1, self.steps + 1)]
         (self.folder / "metrics.csv").write_text("\n".join(["step,val/loss", *lines]))
         if self.breaks == "5":
@@ -149,6 +152,8 @@ def test_a_sweep_leaves_run_folders_a_best_run_file_a_table_and_pictures(sweep, 
     best = min(rows(tmp_path), key=lambda row: float(row["val/loss"]))
     config = yaml.safe_load((out / "best.yaml").read_text())
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == float(best["model.optimizer.lr"])
+    said = (out / "trials/000/output.txt").read_text()
+    assert STEP_OF_TOTAL.findall(said)[0] == ("0", "2")  # by which the sweep knows how far it is
     assert {"history.png", "parallel_coordinates.png", "importance.png"} <= {path.name for path in out.iterdir()}
     assert len(re.findall(r"^\d of 2: trial   \d  done .*val/loss \d.*lr=", outcome.err, re.MULTILINE)) == 2
     assert f"The best trial {best['trial']} is ahead of the runner-up" in outcome.out
@@ -305,6 +310,50 @@ def test_two_workers_train_two_at_a_time(sweep, tmp_path):
     outcome = sweep(4, more=["--workers", "2"])
     assert outcome.code == 0, outcome.err
     assert [row["state"] for row in rows(tmp_path)] == ["complete"] * 4
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Has a sweep say at each look how far its trials are."""
+    monkeypatch.setattr("lit_llm.cli.sweep_progress.SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr("lit_llm.cli.sweep_progress.SECONDS_BETWEEN_MOVES", 0.0)
+
+
+def test_trials_under_way_are_told_of_where_no_terminal_is(sweep, looks):
+    outcome = sweep(2)
+    assert outcome.code == 0, outcome.err
+    for number in range(2):
+        line = rf"^{number} of 2 ended, 0:00:\d\d left: trial {number}  step 2/4  val/loss \d+\.\d{{4}}$"
+        assert len(re.findall(line, outcome.err, re.MULTILINE)) == 1, outcome.err
+
+
+@pytest.mark.slow
+def test_seeds_that_are_trained_at_the_end_are_told_of_too(sweep, looks):
+    outcome = sweep(2, more=["--seeds", "2", "--workers", "2"])
+    assert outcome.code == 0, outcome.err
+    assert re.search(r"^0 of 2 ended.*: trial 0  step 2/4 .*; trial 1  step 2/4 ", outcome.err, re.MULTILINE)
+    assert re.search(r"^3 of 4 ended.*: trial \d with seed 1339  step 3/4 ", outcome.err, re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ends", ["failed", "stopped", "interrupted"])
+def test_on_a_terminal_a_bar_ends_however_its_trial_does(sweep, looks, monkeypatch, ends):
+    for name, value in {"FORCE_COLOR": "1", "TERM": "xterm", "COLUMNS": "120"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(Pretended, "interrupts_at", 3 if ends == "interrupted" else None)
+    heads = {"model.network.num_heads": {"values": [2, 3]}}
+    rates = {"model.optimizer.lr": {"values": [0.01, 0.5]}}
+    early = {"type": "hyperband", "min_iter": 2, "eta": 2} if ends == "stopped" else None
+    content = {"method": "grid", "parameters": heads if ends == "failed" else rates, "early_terminate": early}
+    outcome = sweep(None, **content)
+    assert outcome.code == (130 if ends == "interrupted" else 0), outcome.err
+    assert "trial 0 " in outcome.err
+    assert "step 2/4  val/loss " in outcome.err
+    assert outcome.err.count("\x1b[?25l") == outcome.err.count("\x1b[?25h") == 1  # the cursor goes and comes back
+    after = outcome.err.rpartition("\x1b[?25h")[2]
+    assert "step " not in after
+    if ends != "interrupted":
+        assert f"2 of 2: trial   1  {ends}" in outcome.err
 
 
 @pytest.mark.slow

@@ -1,0 +1,197 @@
+"""What a sweep shows of the trials that are under way."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+
+from lit_llm.callbacks.metrics_csv import read_metrics
+from lit_llm.callbacks.progress import STEP_OF_TOTAL
+from lit_llm.cli.trial_run import TrialRun
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_MOVES = 1.0
+SECONDS_BETWEEN_LINES = 15.0
+
+
+@dataclass
+class _UnderWay:
+    """What a trial has come to, by what it has written.
+
+    Attributes:
+        process: The trial.
+        bar: What shows it on a terminal.
+        first: Optimiser steps that had been taken before: not none where it goes on from a checkpoint.
+        step: Those that have been taken.
+        total: How many are to be, once it has said so.
+        values: The latest of the metrics that are shown.
+    """
+
+    process: TrialRun
+    bar: TaskID | None
+    first: int = 0
+    step: int = 0
+    total: int | None = None
+    values: dict[str, float] = field(default_factory=dict)
+
+    def read(self, metric: str) -> None:
+        """Takes up what is new; a file that is just being written waits for the next look."""
+        with contextlib.suppress(OSError, ValueError):
+            if said := STEP_OF_TOTAL.findall(self.process.said()):
+                self.first, (self.step, self.total) = int(said[0][0]), map(int, said[-1])
+            rows = read_metrics(self.process.folder / "metrics.csv")
+            self.step = max([self.step, *(row["step"] for row in rows[-1:])])
+            for name in dict.fromkeys([metric, "train/loss"]):
+                if found := [row[name] for row in rows if name in row]:
+                    self.values[name] = found[-1]
+
+    def part(self, step: int) -> float:
+        """What part of all its steps some are; nothing as long as nobody knows."""
+        return min(1.0, step / self.total) if self.total else 0.0
+
+    def __str__(self) -> str:
+        if not self.step and not self.total:
+            return "starts"
+        of = f"/{self.total}" if self.total else ""
+        return "  ".join([f"step {self.step}{of}", *(f"{name} {value:.4f}" for name, value in self.values.items())])
+
+
+class _Console(Console):
+    """Says no more where nobody listens; rich would end the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+
+
+def _harmless(method: Callable[..., None]) -> Callable[..., None]:
+    """Has a display that fails say no more, where the sweep goes on."""
+
+    @functools.wraps(method)
+    def guarded(self: SweepProgress, *args: Any) -> None:
+        if self._failed:
+            return
+        try:
+            method(self, *args)
+        except Exception as error:
+            self._failed = True
+            log.debug(f"No progress is shown: {error}")
+            with contextlib.suppress(Exception):
+                self._stop()
+
+    return guarded
+
+
+class SweepProgress:
+    """A bar for each trial that is under way, and one for the sweep; a line every so often where no terminal is.
+
+    It reads what trials write and takes no part in them: where it fails, the sweep goes on without.
+
+    Args:
+        metric: What the sweep judges by; shown beside the training loss.
+        wanted: How many trials are to be ended in all.
+        ended: How many had ended before.
+    """
+
+    def __init__(self, metric: str, wanted: int, ended: int = 0) -> None:
+        self.metric, self.wanted, self.ended = metric, wanted, ended
+        self._console = _Console(stderr=True, highlight=False)
+        self._bars: Progress | None = None
+        self._whole: TaskID | None = None
+        self._under_way: dict[str, _UnderWay] = {}
+        self._done = 0.0
+        self._failed = False
+        self._started = self._looked = time.perf_counter()
+
+    @_harmless
+    def _start(self) -> None:
+        self._started = self._looked = time.perf_counter()
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            texts = (TextColumn(f"{{task.{what}}}", markup=False) for what in ("description", "fields[status]"))
+            columns = next(texts), BarColumn(bar_width=None), next(texts)
+            self._bars = Progress(*columns, console=self._console, expand=True, transient=True, auto_refresh=False)
+            self._whole = self._bars.add_task("sweep", total=self.wanted, completed=self.ended, status="")
+            self._bars.start()
+
+    def _stop(self) -> None:
+        bars, self._bars = self._bars, None
+        if bars is not None:
+            bars.stop()
+
+    def __enter__(self) -> SweepProgress:
+        self._start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        with contextlib.suppress(Exception):
+            self._stop()
+
+    @_harmless
+    def begin(self, name: str, process: TrialRun) -> None:
+        """Shows a trial that has been started."""
+        bar = self._bars.add_task(name, total=None, status="starts") if self._bars is not None else None
+        self._under_way[name] = _UnderWay(process, bar)
+        self._draw()
+
+    @_harmless
+    def end(self, name: str) -> None:
+        """Takes a trial's bar away."""
+        run = self._under_way.pop(name)
+        self.ended += 1
+        self._done += 1 - run.part(run.first)
+        if self._bars is not None:
+            self._bars.remove_task(run.bar)
+            self._draw()
+
+    @_harmless
+    def look(self) -> None:
+        """Says how far the trials are, unless it has just been said."""
+        now = time.perf_counter()
+        if now - self._looked < (SECONDS_BETWEEN_LINES if self._bars is None else SECONDS_BETWEEN_MOVES):
+            return
+        self._looked = now
+        for run in self._under_way.values():
+            run.read(self.metric)
+        if self._bars is not None:
+            self._draw()
+        elif self._under_way:
+            self._print(f"{self}: " + "; ".join(f"{name}  {run}" for name, run in self._under_way.items()))
+
+    def say(self, line: str, style: str | None = None) -> None:
+        """Writes a line that stays, above the bars."""
+        with contextlib.suppress(Exception):
+            self._print(line, style)
+        if self._bars is None:
+            self._looked = time.perf_counter()
+
+    def _print(self, line: str, style: str | None = None) -> None:
+        self._console.print(line, style=style, markup=False, soft_wrap=True)
+
+    def _draw(self) -> None:
+        if self._bars is None:
+            return
+        for run in self._under_way.values():
+            self._bars.update(run.bar, total=run.total, completed=run.step, status=str(run))
+        self._bars.update(self._whole, completed=self.ended + self._parts(), status=str(self))
+        self._bars.refresh()
+
+    def _parts(self) -> float:
+        return sum((run.part(run.step) for run in self._under_way.values()), 0.0)
+
+    def __str__(self) -> str:
+        """How many trials have ended, and how long the others take at the pace so far."""
+        done = self._done + self._parts() - sum(run.part(run.first) for run in self._under_way.values())
+        left = ""
+        if done > 0:
+            seconds = (time.perf_counter() - self._started) / done * (self.wanted - self.ended - self._parts())
+            left = f", {timedelta(seconds=round(max(0.0, seconds)))} left"
+        return f"{self.ended} of {self.wanted} ended{left}"
