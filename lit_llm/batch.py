@@ -27,6 +27,7 @@ class TokenBatch(TypedDict):
         positions: Index of each token in its own document, from 0; where absent, in its row.
         num_bytes: UTF-8 bytes of text that each row's labels stand for: the denominator of bits per byte.
         documents: Index, within the split, of the document that each label belongs to; present when predicting.
+        sources: Index of the source that each row of a mixture starts in; present when evaluating.
     """
 
     input_ids: Int[Tensor, "batch seq"]
@@ -35,6 +36,7 @@ class TokenBatch(TypedDict):
     positions: NotRequired[Int[Tensor, "batch seq"]]
     num_bytes: NotRequired[Float[Tensor, " batch"]]
     documents: NotRequired[Int[Tensor, "batch seq"]]
+    sources: NotRequired[Int[Tensor, " batch"]]
 
 
 class ExampleBatch(TypedDict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -65,6 +66,10 @@ class LanguageModeling(Metric):
     comparable between tokenisers; 8 knows nothing). Sums are kept in double precision where the device has it, and over
     all processes.
 
+    Args:
+        sources: What the sources of a mixture are called: of each that had rows, `compute` also gives `<source>/loss`
+            and `<source>/bits_per_byte`.
+
     Example:
         >>> metric = LanguageModeling()
         >>> metric.update(torch.full((1, 4), math.log(2)), torch.zeros(1, 4, dtype=torch.long), torch.tensor([8.0]))
@@ -74,22 +79,32 @@ class LanguageModeling(Metric):
 
     full_state_update = False
 
-    def __init__(self) -> None:
+    def __init__(self, sources: Sequence[str] = ()) -> None:
         super().__init__()
+        self.sources = tuple(sources)
         for name in ("nats", "tokens", "bytes"):
             self.add_state(name, torch.zeros((), dtype=_wide()), dist_reduce_fx="sum")
+            if sources:
+                self.add_state(f"{name}_of", torch.zeros(len(sources), dtype=_wide()), dist_reduce_fx="sum")
 
     def update(
         self,
         nats: Float[Tensor, "batch seq"],
         labels: Int[Tensor, "batch seq"],
         num_bytes: Float[Tensor, " batch"] | None = None,
+        sources: Int[Tensor, " batch"] | None = None,
     ) -> None:
-        """Adds a batch: the cross-entropy of each label, the labels, and the bytes that each row stands for."""
+        """Adds a batch: the cross-entropy of each label, the labels, and the bytes and the source of each row."""
         self.nats += nats.sum(dtype=self.nats.dtype)
         self.tokens += (labels != IGNORE_INDEX).sum()
         if num_bytes is not None:
             self.bytes += num_bytes.sum(dtype=self.bytes.dtype)
+        if sources is not None and self.sources:
+            each = (sources[:, None] == torch.arange(len(self.sources), device=sources.device)).to(self.nats.dtype)
+            self.nats_of += nats.sum(dim=1, dtype=each.dtype) @ each
+            self.tokens_of += (labels != IGNORE_INDEX).sum(dim=1, dtype=each.dtype) @ each
+            if num_bytes is not None:
+                self.bytes_of += num_bytes.to(each.dtype) @ each
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics so far."""
@@ -97,6 +112,11 @@ class LanguageModeling(Metric):
         metrics = {"loss": loss, "perplexity": loss.exp()}
         if self.bytes > 0:
             metrics["bits_per_byte"] = self.nats / self.bytes / math.log(2)
+        for place, source in enumerate(self.sources):
+            if self.tokens_of[place] > 0:
+                metrics[f"{source}/loss"] = self.nats_of[place] / self.tokens_of[place]
+            if self.bytes_of[place] > 0:
+                metrics[f"{source}/bits_per_byte"] = self.nats_of[place] / self.bytes_of[place] / math.log(2)
         return {name: value.float() for name, value in metrics.items()}
 
 

@@ -66,6 +66,23 @@ def test_knowing_nothing_of_bytes_is_eight_bits_a_byte() -> None:
     assert found["perplexity"].item() == pytest.approx(256, rel=1e-5)
 
 
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_each_source_is_measured_as_if_there_were_no_other(data, size: int) -> None:
+    sources = torch.arange(ROWS) % 3 // 2 * 2  # of the second there is none
+    metric = LanguageModeling(["code", "prose", "talk"])
+    for rows in torch.randperm(ROWS).split(size):
+        metric.update(*(part[rows] for part in data), sources[rows])
+    found = {name: value.item() for name, value in metric.compute().items()}
+    expected = dict(reference(*data))
+    for place, source in ((0, "code"), (2, "talk")):
+        own = reference(*(part[sources == place] for part in data))
+        expected |= {f"{source}/{name}": own[name] for name in ("loss", "bits_per_byte")}
+    assert found == pytest.approx(expected, rel=1e-6)
+    metric.reset()
+    metric.update(*data)
+    assert metric.compute().keys() == reference(*data).keys()
+
+
 def test_a_reset_metric_begins_anew(data) -> None:
     metric = LanguageModeling()
     metric.update(*data)

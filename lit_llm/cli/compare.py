@@ -16,6 +16,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from lit_llm.cli.parser import OneLineArguments
+from lit_llm.data.documents import corpus_name
 
 log = logging.getLogger(__name__)
 
@@ -189,13 +190,15 @@ def _dotted(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     Example:
         >>> dict(_dotted({"data": {"class_path": "x.Text", "init_args": {"path": "a/"}}, "seed": 1}))
         {'data': 'x.Text', 'data.path': 'a/', 'seed': 1}
+
+    The weights of a mixture of corpora are one value.
     """
     for name, value in content.items():
         if name == "class_path":
             yield prefix.rstrip("."), value
         elif name == "init_args" and isinstance(value, dict):
             yield from _dotted(value, prefix)
-        elif isinstance(value, dict):
+        elif isinstance(value, dict) and f"{prefix}{name}" != "data.path":
             yield from _dotted(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
@@ -231,11 +234,16 @@ def _require_one_task(runs: list[Finished], metric: str) -> None:
         if metric.rpartition("/")[2] in LOSSES:
             _require_one_objective(runs[0], other)
         for name in shared:
-            here, there = runs[0].settings.get(name), other.settings.get(name)
+            here, there = (_evaluated(run.settings.get(name)) for run in (runs[0], other))
             if here != there:
                 raise ValueError(
                     f"runs must be of one task, but {name} is {here} in {runs[0].folder} and {there} in {other.folder}"
                 )
+
+
+def _evaluated(value: Any) -> Any:
+    """What a setting means for an evaluation: of a mixture of corpora the sources, of which all is read."""
+    return corpus_name(value) if isinstance(value, dict) else value
 
 
 def _require_one_objective(one: Finished, other: Finished) -> None:
@@ -294,6 +302,8 @@ def grouped(runs: Iterable[Finished]) -> list[Group]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {weight:g}" for name, weight in value.items())
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.rpartition(".")[2] if "." in text and not isinstance(value, float) else text
 

@@ -22,7 +22,7 @@ def _parser() -> argparse.ArgumentParser:
         "--data.tokenizer bpe-4096.)",
         epilog="example: lit-llm tokenizer --path texts/ --vocab_size 8192 --out tokenizers/texts",
     )
-    parser.add_argument("--path", default="stdlib", help="as data.path of a run (default stdlib)")
+    parser.add_argument("--path", default="stdlib", help="as data.path of a run, one corpus (default stdlib)")
     parser.add_argument("--subset", help="configuration of a hub data set")
     parser.add_argument("--column", default="text", help="where a table keeps its text (default text)")
     parser.add_argument("--max_documents", type=int, help="read only the first ones")

@@ -395,7 +395,7 @@ class TrainingCLI(LightningCLI):
     def _print_metrics(self, metrics: dict[str, Any]) -> None:
         if self.trainer.is_global_zero:
             for name, value in metrics.items():
-                print(f"{name:<24}{float(value):.4f}")
+                print(f"{name:<23} {float(value):.4f}")
 
     def _has_test(self) -> bool:
         if not is_overridden("test_dataloader", self.datamodule, LightningDataModule):

@@ -21,11 +21,13 @@ class Document(NamedTuple):
         id: Where it came from, unique in its corpus.
         text: What it says.
         split: The split its source puts it in (`train`, `validation`, `test`); `None` where the source has none.
+        source: Which source of a mixture it is of; `None` where there is but one.
     """
 
     id: str
     text: str
     split: str | None = None
+    source: str | None = None
 
 
 def stdlib_files() -> list[Path]:

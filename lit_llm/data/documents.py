@@ -9,8 +9,8 @@ import logging
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -90,6 +90,7 @@ class Corpus:
         read: Starts reading; takes the most documents wanted of each split of its own, `None` for all.
         has_validation: Whether the source has a validation split of its own.
         has_test: Whether the source has a test split of its own.
+        sources: Of a mixture what it is made of, by name.
     """
 
     name: str
@@ -97,9 +98,14 @@ class Corpus:
     read: Callable[[int | None], Iterator[Document]]
     has_validation: bool = False
     has_test: bool = False
+    sources: dict[str, Corpus] = field(default_factory=dict)
+
+    def source_of(self, document: Document) -> Corpus:
+        """Which corpus of a mixture a document is of; this one, where it is none."""
+        return self if document.source is None else self.sources[document.source]
 
     def head(self, max_documents: int) -> Corpus:
-        """The first documents of each split of this corpus."""
+        """The first documents of each split of this corpus, and of each source of a mixture."""
         known = min(max_documents, self.identity.get("max_documents", max_documents))
         return replace(
             self,
@@ -160,6 +166,34 @@ def open_corpus(
             f"but is {path}, which does not exist"
         )
     return _hub(path, subset, rows, streaming, {"hub": path})
+
+
+def corpus_name(path: str | Mapping[str, Any]) -> str:
+    """What the text of one path, or of several, is called.
+
+    Example:
+        >>> corpus_name("texts/"), corpus_name({"stdlib-code": 3, "texts/": 1})
+        ('texts/', 'stdlib-code + texts/')
+    """
+    return " + ".join(path) if isinstance(path, Mapping) else path
+
+
+def mixture(sources: dict[str, Corpus]) -> Corpus:
+    """Several corpora as one: one after another, each document under a name that begins with its source's.
+
+    Example:
+        >>> corpus = mixture({"a/": Corpus("a/", {}, lambda limit: iter([Document("x.txt", "text")]))})
+        >>> list(corpus.read(None))
+        [Document(id='a/:x.txt', text='text', split=None, source='a/')]
+    """
+
+    def read(limit: int | None = None) -> Iterator[Document]:
+        for name, corpus in sources.items():
+            for document in corpus.read(limit):
+                yield document._replace(id=f"{name}:{document.id}", source=name)
+
+    identity = {"sources": [[name, corpus.identity] for name, corpus in sources.items()]}  # in their order
+    return Corpus(corpus_name(sources), identity, read, sources=sources)
 
 
 def stamps(files: list[Path]) -> str:

@@ -36,6 +36,7 @@ class BatchLoader:
         lengths: Length of each row: batches are made of rows of about one length, or, where rows are not shuffled, the
             longest rows come first. An epoch that goes on with another batch size then goes on with other rows.
         classes: Class of each row, from 0: each comes equally often in an epoch, which is as long as without.
+        weights: Weight of each class: each comes as often in an epoch as its weight is of their sum.
     """
 
     def __init__(
@@ -48,13 +49,14 @@ class BatchLoader:
         world_size: int = 1,
         lengths: np.ndarray | None = None,
         classes: np.ndarray | None = None,
+        weights: np.ndarray | None = None,
     ) -> None:
         self.cut = cut
         self.num_rows = num_rows
         self.batch_size = batch_size
         self.shuffle_seed = shuffle_seed
         self.rank, self.world_size = rank, world_size
-        self.lengths, self.classes = lengths, classes
+        self.lengths, self.classes, self.weights = lengths, classes, weights
         self.epoch = self.batch = 0
         self._drawn: tuple[int, np.ndarray] | None = None
 
@@ -92,7 +94,10 @@ class BatchLoader:
             order = np.arange(self.num_rows) if self.lengths is None else np.argsort(-self.lengths, kind="stable")
             return order[self.rank :: self.world_size]
         chance = np.random.default_rng((self.shuffle_seed, epoch))
-        order = chance.permutation(self.num_rows) if self.classes is None else balanced(self.classes, chance)
+        if self.classes is None:
+            order = chance.permutation(self.num_rows)
+        else:
+            order = balanced(self.classes, chance, self.weights)
         # Batch by batch, so that a global batch holds the same rows however many ranks share it.
         order = order[: len(self) * self.batch_size * self.world_size]
         if self.lengths is not None:
@@ -136,22 +141,34 @@ def grouped(order: np.ndarray, lengths: np.ndarray, batch_size: int, chance: np.
     return chance.permutation(batches).ravel()
 
 
-def balanced(classes: np.ndarray, chance: np.random.Generator) -> np.ndarray:
-    """As many rows as there are, in random order, of each class equally many, or one more of some.
+def balanced(classes: np.ndarray, chance: np.random.Generator, weights: np.ndarray | None = None) -> np.ndarray:
+    """As many rows as there are, in random order, of each class its share, to the row.
 
     Of a class with too many some are left out; those of a class with too few come again, but none for the third time
-    before all have come twice, and so on.
+    before all have come twice, and so on. What the shares leave over when they are cut to whole rows goes to those that
+    lost most by it, by chance to one of equals.
+
+    Args:
+        classes: Class of each row, from 0.
+        chance: What draws.
+        weights: Weight of each class, whose share is its part of their sum; `None` is equal shares.
 
     Example:
         >>> order = balanced(np.array([0, 0, 0, 0, 1, 1]), np.random.default_rng(0))
         >>> sorted(order[order > 3].tolist()), len(order)
         ([4, 4, 5], 6)
+        >>> order = balanced(np.array([0, 0, 0, 0, 0, 1]), np.random.default_rng(0), weights=np.array([1, 2]))
+        >>> int((order == 5).sum())
+        4
     """
     kinds = chance.permutation(np.unique(classes))
+    weights = np.ones(len(kinds)) if weights is None else weights[kinds]
+    shares = len(classes) * weights / weights.sum()
+    counts = np.floor(shares).astype(np.int64)
+    counts[np.argsort(counts - shares, kind="stable")[: len(classes) - counts.sum()]] += 1
     drawn = []
-    for number, kind in enumerate(kinds):
+    for kind, wanted in zip(kinds, counts, strict=True):
         mine = np.flatnonzero(classes == kind)
-        wanted = len(classes) // len(kinds) + (number < len(classes) % len(kinds))
         rounds = [chance.permutation(mine) for _ in range(-(-wanted // len(mine)))]
         drawn.append(np.concatenate([mine[:0], *rounds])[:wanted])
     return chance.permutation(np.concatenate(drawn))

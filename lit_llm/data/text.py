@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
 import numpy as np
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_llm.batch import TokenBatch
 from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.corpora import Document
-from lit_llm.data.documents import Corpus, open_corpus
+from lit_llm.data.documents import Corpus, mixture, open_corpus
 from lit_llm.data.packing import cut_rows, document_ids, label_documents, num_rows
 from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.sampling import BatchLoader, StreamLoader, place
@@ -33,15 +34,22 @@ class TextData(TokenData):
     end in rows of `seq_len` tokens. A split that the source itself has is used as it is. A single file is cut into
     documents of about 8,192 characters, so that there is something to split.
 
+    Of a mixture of corpora each has its share of the rows that are trained on, its weight by the sum of all, whatever
+    its size: an epoch is as long as without weights, and of a source with too few rows for its share they come again,
+    none for the third time before all have come twice. A row is of the source in which it starts. All are cleaned,
+    rid of duplicates (what two have is of the first) and tokenised together, and validation and test read all rows of
+    all of them.
+
     Args:
         path: The name of an embedded corpus (`stdlib`, `stdlib-code`, `stdlib-prose`), a file or folder of `.txt`,
             `.md` or `.py`, a table (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), or a data set on the Hugging Face
-            hub, by name or as a local folder.
+            hub, by name or as a local folder. A mapping mixes several: from each to its weight, which is above 0, as
+            in `{stdlib-code: 3, my_texts/: 1}`; the other arguments are then those of all.
         subset: Configuration of a hub data set.
         column: Where a table keeps its text.
-        max_documents: Read only the first ones.
+        max_documents: Read only the first ones, of a mixture those of each source.
         streaming: Train on documents as they come, without tokenising (or downloading) all of them first. Validation,
-            test and a tokeniser to be trained come from the first 10,000 documents.
+            test and a tokeniser to be trained come from the first 10,000 documents. Not of a mixture.
         cleaning: Which cleaning steps are taken.
         validation_fraction: Part of the documents to validate on; 0 for none.
         test_fraction: Part of the documents to test on; 0 for none.
@@ -57,7 +65,8 @@ class TextData(TokenData):
         seed: Of the order in which rows are drawn.
 
     Raises:
-        ValueError: When there is no text, not enough for one row or batch, or none to validate on.
+        ValueError: When there is no text, not enough for one row (of each source) or batch, or none to validate on;
+            when a weight is none, or a mixture is to be streamed.
 
     Example:
         >>> data = TextData(path="stdlib-prose", tokenizer="bytes", seq_len=8, batch_size=2)
@@ -68,7 +77,7 @@ class TextData(TokenData):
 
     def __init__(
         self,
-        path: str = "stdlib",
+        path: str | dict[str, Any] = "stdlib",
         subset: str | None = None,
         column: str = "text",
         max_documents: int | None = None,
@@ -83,8 +92,9 @@ class TextData(TokenData):
         mask_documents: bool = False,
         seed: int = 0,
     ) -> None:
+        self.weights = _weights(path) if isinstance(path, Mapping) else {}
         super().__init__(
-            path,
+            self.weights or path,
             subset,
             max_documents,
             cleaning,
@@ -97,6 +107,22 @@ class TextData(TokenData):
         )
         self.column, self.streaming, self.mask_documents = column, streaming, mask_documents
         self.split_by = split_by
+        if self.weights and streaming:
+            raise ValueError(
+                "data.streaming must be false where data.path is a mixture, but is true; tokenise the sources first"
+            )
+
+    # Facts that objectives and model directories ask for.
+
+    @property
+    def sources(self) -> list[str]:
+        """What the sources of a mixture are called in metrics, in their order; none where there is but one corpus."""
+        return [name.strip("/") for name in self.weights]
+
+    @property
+    def manifest(self) -> dict[str, Any]:
+        """What the data is and how it was made, with a mixture's weights; there from `setup` on."""
+        return super().manifest | ({"weights": self.weights} if self.weights else {})
 
     # How rows are made.
 
@@ -108,6 +134,15 @@ class TextData(TokenData):
         split = self._cache.split("train")
         rows = (len(split.tokens) - 1) // self.seq_len  # a row that is not full waits for more text
         return self._loader(split, rows, self.seed, rank, world_size)
+
+    def row_sources(self, name: str, rows: int) -> np.ndarray | None:
+        """Which source each row of a split starts in, by its place among all; `None` where there is but one corpus."""
+        if not self.weights:
+            return None
+        found = self.manifest["splits"][name].get("sources", {})
+        starts = [about["start"] for about in found.values()]
+        places = np.array([list(self.weights).index(source) for source in found], dtype=np.int64)
+        return places[np.searchsorted(starts, np.arange(rows) * self.seq_len, side="right") - 1]
 
     def split_rows(self, name: str) -> int:
         """Rows of a split, a last and partly filled one included."""
@@ -121,17 +156,21 @@ class TextData(TokenData):
         self, split: TokenSplit, rows: int, seed: int | None, rank: int, world_size: int, with_documents: bool = False
     ) -> BatchLoader:
         starts = np.array(split.documents["start"]) if with_documents else None
+        sources = self.row_sources(split.name, rows)
 
         def cut(rows: np.ndarray) -> TokenBatch:
             batch = self._batch(split.tokens, rows)
             if seed is None:
                 places = split.bytes_before(rows * self.seq_len), split.bytes_before((rows + 1) * self.seq_len)
                 batch["num_bytes"] = torch.from_numpy(places[1] - places[0]).float()
+                if sources is not None:
+                    batch["sources"] = torch.from_numpy(sources[rows])
             if starts is not None:
                 batch["documents"] = torch.from_numpy(label_documents(starts, rows, self.seq_len))
             return batch
 
-        return BatchLoader(cut, rows, self.batch_size, seed, rank, world_size)
+        weights = np.array(list(self.weights.values())) if self.weights else None
+        return BatchLoader(cut, rows, self.batch_size, seed, rank, world_size, classes=sources, weights=weights)
 
     def _batch(self, tokens: np.ndarray, rows: np.ndarray) -> TokenBatch:
         ids, labels = cut_rows(tokens, rows, self.seq_len)
@@ -157,7 +196,11 @@ class TextData(TokenData):
 
     def _corpus(self) -> Corpus:
         in_pieces = self.split_by == "document"
-        corpus = open_corpus(self.path, self.subset, self.column, self.streaming, in_pieces)
+
+        def opened(path: str) -> Corpus:
+            return open_corpus(path, self.subset, self.column, self.streaming, in_pieces)
+
+        corpus = mixture({path: opened(path) for path in self.weights}) if self.weights else opened(self.path)
         return corpus if self.max_documents is None else corpus.head(self.max_documents)
 
     def _corpus_to_tokenize(self) -> Corpus:
@@ -177,10 +220,29 @@ class TextData(TokenData):
         if rows < 1:
             raise ValueError(
                 f"data.seq_len must leave at least one row to train on, but is {self.seq_len} where the training "
-                f"split of {self.path} has {tokens:,} tokens; lower it or give more text"
+                f"split of {self.corpus_name} has {tokens:,} tokens; lower it or give more text"
             )
+        if self.weights:
+            counts = np.bincount(self.row_sources("train", rows), minlength=len(self.weights))
+            for source, count in zip(self.weights, counts, strict=True):
+                if not count:
+                    raise ValueError(
+                        f"data.path must have a row of {self.seq_len} tokens to train on of each source, but {source} "
+                        f"has none of its own; lower data.seq_len, or leave the source out"
+                    )
         if not self.streaming:
             self._check_batch(rows, "lower it or data.seq_len")
+
+
+def _weights(path: Mapping[Any, Any]) -> dict[str, float]:
+    """The weights of a mixture, checked; a folder may have a number's name."""
+    if not path:
+        raise ValueError("data.path must be a path, or a mapping of paths to weights, but is {}")
+    for source, weight in path.items():
+        number = isinstance(weight, int | float) and not isinstance(weight, bool)
+        if not number or not 0 < weight < math.inf:
+            raise ValueError(f"data.path must give each source a finite weight above 0, but {source} has {weight!r}")
+    return {str(source): float(weight) for source, weight in path.items()}
 
 
 def read_texts(

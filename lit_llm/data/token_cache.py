@@ -121,7 +121,8 @@ class TokenCache:
 
     Attributes:
         folder: Where it lies.
-        manifest: Corpus, cleaning, tokeniser, documents, bytes and tokens of each split, and what was dropped and why.
+        manifest: Corpus, cleaning, tokeniser, documents, bytes and tokens of each split, and what was dropped and why;
+            of a mixture also where in a split each source starts, and how much of it there is.
     """
 
     folder: Path
@@ -152,12 +153,15 @@ def split_documents(
 
     A split that the source has is kept; one that it lacks is cut from the rest by content hash.
     """
-    validation_fraction = 0.0 if corpus.has_validation else validation_fraction
-    test_fraction = 0.0 if corpus.has_test else test_fraction
     for document, content in cleaning.documents(corpus.read(None), dropped):
         split = document.split
         if split is None or split == "train":
-            split = split_of(content, validation_fraction, test_fraction)
+            source = corpus.source_of(document)
+            split = split_of(
+                content,
+                0.0 if source.has_validation else validation_fraction,
+                0.0 if source.has_test else test_fraction,
+            )
         yield document, content, split
 
 
@@ -175,8 +179,9 @@ def cut_documents(
         if document.split in ("validation", "test"):
             yield document, content, document.split
             continue
-        test = 0.0 if corpus.has_test else test_fraction
-        held_out = test + (0.0 if corpus.has_validation else validation_fraction)
+        source = corpus.source_of(document)
+        test = 0.0 if source.has_test else test_fraction
+        held_out = test + (0.0 if source.has_validation else validation_fraction)
         n = len(document.text)
         edges = [0, int(n * (1 - held_out)), int(n * (1 - test)), n]
         for split, (start, end) in zip(SPLITS, itertools.pairwise(edges)):
@@ -252,9 +257,12 @@ class _SplitWriter:
         self.ids = (folder / f"{name}.ids").open("w", encoding="ascii")
         self.learnt: BinaryIO | None = None
         self.index: list[tuple[int, int, int]] = []
+        self.sources: dict[str, int] = {}
         self.written = 0
 
     def add(self, document: Document, content: int, encoded: Encoded) -> None:
+        if document.source is not None:
+            self.sources.setdefault(document.source, len(self.index))
         self.index.append((self.written, encoded.num_bytes, content))
         self.tokens.write(self.boundary + np.asarray(encoded.ids, dtype=self.dtype).tobytes())
         self.ids.write(json.dumps(document.id) + "\n")
@@ -263,7 +271,7 @@ class _SplitWriter:
             self.learnt = self.learnt or (self.folder / f"{self.name}.learnt").open("wb")
             self.learnt.write(np.concatenate([[False], encoded.learnt]).tobytes())
 
-    def finish(self) -> dict[str, int]:
+    def finish(self) -> dict[str, Any]:
         self.tokens.write(self.boundary)
         self.tokens.close()
         self.ids.close()
@@ -273,4 +281,19 @@ class _SplitWriter:
         index = np.array(self.index, dtype=INDEX)
         np.save(self.folder / f"{self.name}.documents.npy", index)
         size = int(index["num_bytes"].sum())
-        return {"documents": len(index), "bytes": size, "tokens": self.written}
+        counts = {"documents": len(index), "bytes": size, "tokens": self.written}
+        return counts | ({"sources": self._sources(index)} if self.sources else {})
+
+    def _sources(self, index: np.ndarray) -> dict[str, dict[str, int]]:
+        """Where each source starts, whose documents follow one another, and how much of it there is."""
+        edges = [*self.sources.values(), len(index)]
+        places = [*index["start"].tolist(), self.written]
+        return {
+            name: {
+                "start": places[first],
+                "documents": end - first,
+                "bytes": int(index["num_bytes"][first:end].sum()),
+                "tokens": places[end] - places[first],
+            }
+            for name, (first, end) in zip(self.sources, itertools.pairwise(edges), strict=True)
+        }

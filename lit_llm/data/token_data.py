@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.corpora import Document
-from lit_llm.data.documents import Corpus
+from lit_llm.data.documents import Corpus, corpus_name
 from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.token_cache import (
     Encode,
@@ -43,7 +43,7 @@ class TokenData(LightningDataModule, ABC):
 
     def __init__(
         self,
-        path: str,
+        path: str | dict[str, Any],
         subset: str | None,
         max_documents: int | None,
         cleaning: Cleaning,
@@ -64,6 +64,7 @@ class TokenData(LightningDataModule, ABC):
                 f"but are {validation_fraction} and {test_fraction}"
             )
         self.path, self.subset, self.max_documents = path, subset, max_documents
+        self.corpus_name = corpus_name(path)
         self.cleaning = cleaning
         self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
         self.tokenizer_spec = tokenizer
@@ -136,7 +137,8 @@ class TokenData(LightningDataModule, ABC):
         """
         if state_dict["tokenizer"]["tokenizer.json"] != self.state_dict()["tokenizer"]["tokenizer.json"]:
             raise ValueError(
-                f"data.tokenizer must be the checkpoint's, but is {self.tokenizer_spec} of {self.path}, which differs"
+                f"data.tokenizer must be the checkpoint's, but is {self.tokenizer_spec} of {self.corpus_name}, "
+                f"which differs"
             )
 
     # How rows are made.
@@ -161,8 +163,8 @@ class TokenData(LightningDataModule, ABC):
         if rows < self.batch_size * devices:
             raise ValueError(
                 f"data.batch_size must be at most the rows there are to train on, but is {self.batch_size} on "
-                f"{devices} devices where the training split of {self.path} has {rows} rows of {self.seq_len} "
-                f"tokens; {remedy}"
+                f"{devices} devices where the training split of {self.corpus_name} has {rows} rows of "
+                f"{self.seq_len} tokens; {remedy}"
             )
 
     def _check_validation(self) -> None:
@@ -170,7 +172,7 @@ class TokenData(LightningDataModule, ABC):
             total = sum(split["documents"] for split in self.manifest["splits"].values())
             raise ValueError(
                 f"data.validation_fraction must leave a document to validate on, but is {self.validation_fraction}, "
-                f"which takes none of the {total} of {self.path}; raise it, or set it to 0 to go without"
+                f"which takes none of the {total} of {self.corpus_name}; raise it, or set it to 0 to go without"
             )
 
     # How the cache is made.
@@ -221,7 +223,7 @@ class TokenData(LightningDataModule, ABC):
                 yield item
             if not found:
                 reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items()) or "no documents"
-                raise ValueError(f"data.path must hold {self.wanted}, but {self.path} has none ({reasons})")
+                raise ValueError(f"data.path must hold {self.wanted}, but {self.corpus_name} has none ({reasons})")
 
         return build_cache(
             folder,

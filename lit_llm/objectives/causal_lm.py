@@ -21,7 +21,8 @@ class CausalLM(Objective):
     """Minimises the cross-entropy of each next token.
 
     Logs `val/loss` (nats per token), `val/perplexity` and `val/bits_per_byte`, over the whole split; the same under
-    `test/`. `predict` gives the nats of each label.
+    `test/`. Of a mixture also each source's `val/<source>/loss` and `val/<source>/bits_per_byte`. `predict` gives the
+    nats of each label.
 
     Args:
         network: Makes a language model from its number of tokens. Called with `input_ids`, `document_ids` and
@@ -72,6 +73,12 @@ class CausalLM(Objective):
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.val_metric, self.test_metric = LanguageModeling(), LanguageModeling()
 
+    def setup(self, stage: str) -> None:
+        """Takes from the data what sizes the network, and which sources there are to tell apart."""
+        super().setup(stage)
+        if sources := getattr(self.trainer.datamodule, "sources", None):
+            self.val_metric, self.test_metric = LanguageModeling(sources), LanguageModeling(sources)
+
     def logits(self, batch: TokenBatch) -> Any:
         """What the network says of each next token."""
         return self.network(**_inputs(batch))
@@ -92,7 +99,7 @@ class CausalLM(Objective):
     def measure(self, metric: LanguageModeling, batch: TokenBatch) -> dict[str, Tensor]:
         """Adds the nats of each label, and the bytes that its row stands for."""
         nats = token_nats(self.logits(batch), batch["labels"])
-        metric.update(nats, batch["labels"], batch.get("num_bytes"))
+        metric.update(nats, batch["labels"], batch.get("num_bytes"), batch.get("sources"))
         return {"row_nats": nats.sum(dim=1), "row_tokens": (batch["labels"] != IGNORE_INDEX).sum(dim=1)}
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> dict[str, Any]:

@@ -124,6 +124,18 @@ def test_runs_of_different_tasks_are_refused_in_one_line(lit_llm, run, tmp_path)
     assert not (tmp_path / "out").exists()
 
 
+def test_mixtures_of_the_same_corpora_compare_whatever_the_weights(lit_llm, run, tmp_path):
+    one, other = (run(name, 1.0, path={"a.txt": 3, "b/": weight}) for name, weight in (("one", 1), ("other", 2.5)))
+    outcome = lit_llm("compare", one, other, "--out", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    assert "| path=a.txt: 3, b/: 1 | 1 |" in outcome.out
+    assert "| path=a.txt: 3, b/: 2.5 | 1 |" in outcome.out
+    third = run("third", 1.0, path={"a.txt": 3, "c/": 1})
+    assert error(lit_llm("compare", one, third, "--out", tmp_path / "out")) == (
+        f"runs must be of one task, but data.path is a.txt + b/ in {one} and a.txt + c/ in {third}"
+    )
+
+
 def test_a_loss_does_not_compare_over_tokenisers_but_bits_per_byte_do(lit_llm, run, tmp_path):
     found = {"best/val/loss": 1.0, "best/val/bits_per_byte": 2.0}
     one, other = run("one", 1.0, results=found), run("other", 1.0, tokenizer="bpe-300", results=found)

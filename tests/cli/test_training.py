@@ -177,6 +177,26 @@ def test_a_second_config_is_laid_over_the_first(lit_llm, tiny, tmp_path):
     assert yaml.safe_load(outcome.out)["trainer"]["max_steps"] == 77
 
 
+def test_a_mixture_of_corpora_is_one_run(lit_llm, tiny, texts, corpus, tmp_path):
+    mixture, folder = {f"{texts}/": 3, str(corpus): 1}, tmp_path / "run"
+    outcome = lit_llm("fit", *tiny, "--data.path", json.dumps(mixture), "--run_dir", folder)
+    assert outcome.code == 0, outcome.err
+    assert yaml.safe_load((folder / "config.yaml").read_text())["data"]["init_args"]["path"] == mixture
+    results = json.loads((folder / "results.json").read_text())
+    for split in ("best/val", "val", "test"):
+        for metric in ("loss", "bits_per_byte"):
+            low, high = sorted(results[f"{split}/{str(path).strip('/')}/{metric}"] for path in mixture)
+            assert low < results[f"{split}/{metric}"] < high
+    assert f'"weights": {{\n    "{texts}/": 3.0,' in (folder / "model/README.md").read_text()
+    again = lit_llm("fit", "--config", folder / "config.yaml", "--run_dir", tmp_path / "again")
+    assert again.code == 0, again.err
+    repeated = json.loads((tmp_path / "again/results.json").read_text())
+    assert all(repeated[name] == value for name, value in results.items() if name.startswith("best/val"))
+    for path, wrong in (({str(texts): "x"}, f"{texts} has 'x'"), ({str(texts): 0}, f"{texts} has 0")):
+        refused = lit_llm("fit", *tiny, "--data.path", json.dumps(path), "--run_dir", tmp_path / "refused")
+        assert refused.last_line.endswith(f"data.path must give each source a finite weight above 0, but {wrong}")
+
+
 def test_classes_of_the_working_directory_can_be_named(lit_llm, tiny, tmp_path, monkeypatch):
     (tmp_path / "experiments").mkdir()
     (tmp_path / "experiments/narrow.py").write_text(

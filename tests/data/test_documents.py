@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 
 from lit_llm.data.corpora import stdlib_prose
-from lit_llm.data.documents import Corpus, open_corpus
+from lit_llm.data.documents import Corpus, mixture, open_corpus
 from tests.writing import exactly, prose
 
 TEXTS = ["first\n\nand more", "第二篇", 'third, with "quotes"\tand a tab', "fourth"]
@@ -70,6 +70,19 @@ def test_a_file_with_other_line_ends_is_cut_in_the_same_places(tmp_path: Path, l
     (tmp_path / "unix.txt").write_bytes(text.encode())
     (tmp_path / "other.txt").write_bytes(text.replace("\n", line_end).encode())
     assert len(read(tmp_path / "other.txt")) == pytest.approx(len(read(tmp_path / "unix.txt")), abs=2)
+
+
+def test_a_mixture_is_its_sources_one_after_another_with_what_each_knows(corpus: Path, tmp_path: Path) -> None:
+    sources = {str(path): open_corpus(str(path)) for path in (corpus, hub_layout(tmp_path / "hub"))}
+    mixed = mixture(sources)
+    found = list(mixed.read(None))
+    expected = [(name, document) for name, source in sources.items() for document in source.read(None)]
+    assert [document.text for document in found] == [document.text for _, document in expected]
+    assert [document.id for document in found] == [f"{name}:{document.id}" for name, document in expected]
+    assert [mixed.source_of(document).has_validation for document in found] == [False] * 60 + [True] * 4
+    assert json.loads(json.dumps(mixed.identity)) == mixed.identity
+    assert [document.text for document in mixed.head(1).read(None)] == [prose(0), *TEXTS[2:], TEXTS[0]]
+    assert mixed.source_of(found[0]._replace(source=None)) is mixed
 
 
 def test_a_byte_order_mark_is_not_text(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lit_llm.data.sampling import BatchLoader, StreamLoader
+from lit_llm.data.sampling import BatchLoader, StreamLoader, balanced
 
 SIZES = st.tuples(st.integers(0, 40), st.integers(1, 6))  # rows, batch size
 
@@ -270,6 +270,67 @@ def test_balanced_and_grouped_a_loader_goes_on_where_it_was() -> None:
     resumed.load_state_dict(stopped.state_dict())
     assert several_epochs(resumed, 3)[: 36 - 5] == uninterrupted[5:]
     assert uninterrupted[:12] != uninterrupted[12:24]
+
+
+# Weights.
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(1, 9)), min_size=1, max_size=4), st.integers(0, 3))
+def test_each_class_has_its_share_to_the_row_and_no_row_comes_much_oftener_than_another_of_it(classes, seed) -> None:
+    sizes, weights = (np.array(each) for each in zip(*classes))
+    kinds = np.repeat(np.arange(len(sizes)), sizes)
+    order = flat(BatchLoader(lambda rows: rows.tolist(), len(kinds), 1, seed, classes=kinds, weights=weights))
+    assert len(order) == len(kinds)
+    counts = np.bincount(kinds[order], minlength=len(sizes))
+    assert (abs(counts - len(kinds) * weights / weights.sum()) < 1).all()
+    for kind in range(len(sizes)):
+        times = np.bincount(order, minlength=len(kinds))[kinds == kind]
+        assert times.max() - times.min() <= 1
+
+
+@pytest.mark.parametrize("sizes", [[1], [7, 3], [5, 5, 1], [2, 3, 4, 8]])
+def test_equal_weights_are_none(sizes: list[int]) -> None:
+    classes = np.repeat(np.arange(len(sizes)), sizes)
+    for seed in range(20):
+        orders = [
+            balanced(classes, np.random.default_rng(seed), weights)
+            for weights in (None, np.full(len(sizes), 0.1), np.full(len(sizes), 3))
+        ]
+        assert np.array_equal(orders[0], orders[1])
+        assert np.array_equal(orders[0], orders[2])
+
+
+def weighted(batch_size: int, rank: int = 0, world_size: int = 1) -> BatchLoader:
+    classes, weights = np.repeat([0, 1, 2], [80, 15, 5]), np.array([1.0, 2.0, 1.0])
+    return BatchLoader(
+        lambda rows: rows.tolist(), 100, batch_size, 0, rank, world_size, classes=classes, weights=weights
+    )
+
+
+def test_what_an_epoch_leaves_out_is_drawn_anew_by_the_next() -> None:
+    batches = weighted(10)
+    first, second, *more = (sorted(row for row in flat(batches) if row < 80) for _ in range(20))
+    assert len(first) == len(second) == 25
+    assert first != second
+    assert set(first).union(second, *more) == set(range(80))
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_weighted_rows_make_the_same_global_batches_for_any_number_of_ranks(world_size: int) -> None:
+    ranks = [several_epochs(weighted(8 // world_size, rank, world_size), 2) for rank in range(world_size)]
+    assert [sorted(flat(parts)) for parts in zip(*ranks, strict=True)] == [
+        sorted(batch) for batch in several_epochs(weighted(8), 2)
+    ]
+
+
+@pytest.mark.parametrize("done", [1, 11, 12, 17])
+def test_weighted_rows_go_on_from_any_batch(done: int) -> None:
+    uninterrupted = several_epochs(weighted(8), 3)
+    stopped, resumed = weighted(8), weighted(8)
+    seen = list(itertools.islice(stopped, done))
+    seen += itertools.islice(stopped, done - len(seen))
+    resumed.load_state_dict(stopped.state_dict())
+    assert seen + several_epochs(resumed, 2)[: 24 - done] == uninterrupted[:24]
 
 
 def test_while_a_batch_is_cut_the_epoch_is_its_own() -> None:

@@ -511,3 +511,174 @@ def test_an_encoders_documents_stand_between_its_marks(corpus: Path, streaming: 
     inside = ends[(ends + 1) % 64 != 0]
     assert (ids[inside + 1] == start).all()
     assert abs(int((ids == end).sum()) - int((ids == start).sum())) <= 3
+
+
+# Mixtures.
+
+LETTERS, DIGITS = 40, 8
+"""Documents of two sources, told apart by their characters."""
+
+
+@pytest.fixture
+def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where `letters/` and `digits/` lie, much of one and little of the other."""
+    draw = np.random.default_rng(0)
+    for name, count, characters in (("letters", LETTERS, "abcdef"), ("digits", DIGITS, "0123")):
+        (tmp_path / name).mkdir()
+        for number in range(count):
+            (tmp_path / name / f"{number:02}.txt").write_text("".join(draw.choice(list(characters), 50)))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def mixed(weights: dict[str, Any], stage: str = "fit", **changes: Any) -> TextData:
+    data = TextData(weights, **(SMALL | changes))
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+def are_digits(data: TextData, ids: torch.Tensor) -> list[bool]:
+    """Whether each row starts in a document of digits: the boundary before a document belongs to it."""
+    texts = (data.tokenizer.decode(row, skip_special_tokens=True) for row in ids.tolist())
+    return [text[0].isdigit() for text in texts]
+
+
+@pytest.mark.parametrize(("letters", "digits"), [(1, 1), (3, 1), (1, 9), (0.3, 0.1)])
+def test_each_source_gives_its_share_of_the_rows_whatever_its_size(two: Path, letters: float, digits: float) -> None:
+    data = mixed({"letters/": letters, "digits/": digits}, batch_size=1, validation_fraction=0.0, test_fraction=0.0)
+    loader = data.train_dataloader()
+    assert len(loader) == (len(data.cache.split("train").tokens) - 1) // 16 == 153
+    for _ in range(3):
+        rows = torch.cat([batch["input_ids"] for batch in loader])
+        assert len(rows) == 153
+        kinds = are_digits(data, rows)
+        assert abs(sum(kinds) - 153 * digits / (letters + digits)) < 1
+        times = [list(map(tuple, rows[np.array(kinds) == kind].tolist())) for kind in (False, True)]
+        for source in times:
+            counts = [source.count(row) for row in set(source)]
+            assert max(counts) - min(counts) <= 1
+
+
+def test_a_mixed_order_is_a_function_of_the_seed_and_goes_on_where_it_stopped(two: Path) -> None:
+    weights = {"letters/": 1, "digits/": 2}
+    uninterrupted = labels_of(itertools.islice(mixed(weights, seed=3).train_dataloader(), 12))
+    stopped, resumed = (mixed(weights, seed=3).train_dataloader() for _ in range(2))
+    seen = labels_of(itertools.islice(stopped, 5))
+    resumed.load_state_dict(stopped.state_dict())
+    assert seen + labels_of(itertools.islice(resumed, 7)) == uninterrupted
+    assert labels_of(itertools.islice(mixed(weights, seed=4).train_dataloader(), 12)) != uninterrupted
+
+
+def test_a_mixed_document_says_of_which_source_it_is_and_keeps_the_split_that_it_has_alone(two: Path) -> None:
+    data = mixed({"letters/": 1, "digits": 1})
+    for name in SPLITS:
+        alone = [(path, opened(path).cache.split(name)) for path in ("letters/", "digits")]
+        assert data.cache.split(name).ids == [f"{path}:{document}" for path, split in alone for document in split.ids]
+        expected = {}
+        for path, split in alone:
+            start = sum(about["tokens"] for about in expected.values())
+            counts = {"documents": len(split.documents), "bytes": split.num_bytes, "tokens": len(split.tokens) - 1}
+            expected[path] = {"start": start} | counts
+        assert data.manifest["splits"][name]["sources"] == expected
+    assert data.manifest["weights"] == {"letters/": 1, "digits": 1}
+    assert data.manifest["corpus"] == "letters/ + digits"
+    assert json.loads(json.dumps(data.manifest)) == data.manifest
+
+
+def test_what_two_sources_have_is_of_the_first(two: Path) -> None:
+    (two / "digits/copy.txt").write_text((two / "letters/00.txt").read_text())
+    for first, second in (("letters", "digits"), ("digits", "letters")):
+        data = mixed({first: 1, second: 1})
+        ids = [document for name in SPLITS for document in data.cache.split(name).ids]
+        own = {"letters": "letters:00.txt", "digits": "digits:copy.txt"}
+        assert own[first] in ids
+        assert own[second] not in ids
+        assert data.manifest["dropped"] == {"duplicate": 1}
+
+
+def test_a_source_with_splits_of_its_own_keeps_them_and_the_other_is_cut(two: Path) -> None:
+    (two / "own/data").mkdir(parents=True)
+    for name, texts in {"train": TEXTS[:40], "validation": TEXTS[40:]}.items():
+        pd.DataFrame({"text": texts}).to_parquet(two / f"own/data/{name}-00000-of-00001.parquet")
+    data = mixed({"letters": 1, "own": 1}, validation_fraction=0.4, test_fraction=0.2)
+    assert [text for text in texts_of(data, "validation") if text in TEXTS] == TEXTS[40:]
+    assert len(data.cache.split("validation").ids) > 20  # the letters' are cut by their content
+    assert {text for text in texts_of(data, "train") + texts_of(data, "test") if text in TEXTS} == set(TEXTS[:40])
+    by_position = mixed({"letters": 1, "own": 1}, split_by="position")
+    assert [text for text in texts_of(by_position, "validation") if text in TEXTS] == TEXTS[40:]
+    assert len(by_position.cache.split("validation").ids) == 20 + LETTERS
+
+
+def test_weights_do_not_decide_the_cache_but_sources_and_their_order_do(two: Path) -> None:
+    def folder(weights: dict[str, float], **changes: Any) -> Path:
+        return mixed(weights, **changes).cache.folder
+
+    both = folder({"letters": 1, "digits": 1})
+    assert folder({"letters": 5, "digits": 0.5}) == both
+    others = [folder({"digits": 1, "letters": 1}), folder({"letters": 1}), opened("letters").cache.folder]
+    others.append(folder({"letters": 1, "digits": 1}, max_documents=7))
+    assert len({both, *others}) == 5
+    assert mixed({"digits": 1, "letters": 3}, batch_size=1).row_sources("train", 1).tolist() == [0]
+    (two / "digits/00.txt").write_text("9" * 50)
+    assert folder({"letters": 1, "digits": 1}) != both
+
+
+def test_of_a_mixture_all_rows_are_evaluated_and_each_says_its_source(two: Path) -> None:
+    data = mixed({"letters/": 9, "digits/": 1}, batch_size=3)
+    assert data.sources == ["letters", "digits"]
+    for name, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader())):
+        batches = list(loader)
+        assert labels_of(batches) == data.cache.split(name).tokens[1:].tolist()
+        for batch in batches:
+            assert batch["sources"].dtype == torch.int64
+            assert batch["sources"].tolist() == list(map(int, are_digits(data, batch["input_ids"])))
+    assert "sources" not in next(iter(data.train_dataloader()))
+    assert "sources" not in next(iter(opened("letters").val_dataloader()))
+
+
+def test_the_first_documents_of_a_mixture_are_those_of_each_source(two: Path) -> None:
+    data = mixed({"letters": 1, "digits": 1}, max_documents=7)
+    ids = [document for name in SPLITS for document in data.cache.split(name).ids]
+    assert sorted(ids) == [f"{source}:{n:02}.txt" for source in ("digits", "letters") for n in range(7)]
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ({}, "data.path must be a path, or a mapping of paths to weights, but is {}"),
+        *(
+            ({"a": 1, "b/": weight}, f"data.path must give each source a finite weight above 0, but b/ has {weight!r}")
+            for weight in (0, -1, float("inf"), float("nan"), "x", True, None)
+        ),
+    ],
+)
+def test_what_is_no_mixture_is_refused_before_anything_is_read(path: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=exactly(message)):
+        TextData(path, **SMALL)
+
+
+def test_a_mixture_is_not_streamed() -> None:
+    message = "data.streaming must be false where data.path is a mixture, but is true; tokenise the sources first"
+    with pytest.raises(ValueError, match=exactly(message)):
+        TextData({"a": 1}, streaming=True)
+
+
+def test_a_missing_source_is_named(two: Path) -> None:
+    with pytest.raises(
+        FileNotFoundError, match=r"\Adata\.path must .*, but is /no/such/folder, which does not exist\Z"
+    ):
+        mixed({"letters": 1, "/no/such/folder": 1})
+
+
+@pytest.mark.parametrize("content", [" \n", "abc", None], ids=["empty", "short", "what another has"])
+def test_a_source_without_a_row_to_train_on_is_named(two: Path, content: str | None) -> None:
+    (two / "less.txt").write_text((two / "letters/00.txt").read_text() if content is None else content)
+    assert content_hash((two / "less.txt").read_text()) / 2**64 > 0.4  # a training document
+    message = (
+        "data.path must have a row of 16 tokens to train on of each source, but less.txt has none of its own; lower "
+        "data.seq_len, or leave the source out"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        mixed({"letters": 1, "less.txt": 1}, test_fraction=0.0)
+    mixed({"letters": 1, "less.txt": 1}, "test")
