@@ -13,6 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lit_llm.data.sampling import place
 from lit_llm.shards import local, total_norm
 
 Loss = tuple[Float[Tensor, ""], Float[Tensor, ""]]
@@ -21,7 +22,7 @@ Loss = tuple[Float[Tensor, ""], Float[Tensor, ""]]
 PART_SCALE = 1024.0
 """What summed losses are divided by until the step's targets are counted: a size that half precision can hold."""
 
-SET_OFTEN = frozenset({"_current_fx_name", "_loss_sum", "_target_sum", "_step_targets", "grad_norm"})
+SET_OFTEN = frozenset({"_current_fx_name", "_loss_sum", "_target_sum", "_step_targets", "_parts_read", "grad_norm"})
 
 
 class ExactSteps(LightningModule, ABC):
@@ -30,12 +31,17 @@ class ExactSteps(LightningModule, ABC):
     A step may be of several micro-batches, on several processes: eight batches of one give the gradient of one batch of
     eight, whatever the rows' lengths, where Lightning would average averages. Gradients are clipped by the norm of that
     one, and let go of as soon as the step is done. What the steps lost adds up on the device, until it is asked for.
+
+    What a step draws by chance (dropout, noise) depends on the run's seed, the step, the micro-batch and the share of
+    the rows that a process reads, and on nothing before: a run that goes on draws what one never stopped draws.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.grad_norm: Tensor | None = None
         self._step_targets: Tensor | float = 0.0
+        self._seed: int | None = None
+        self._parts_read = 0
         self._loss_sum: Tensor | float = 0.0
         self._target_sum: Tensor | float = 0.0
 
@@ -57,6 +63,7 @@ class ExactSteps(LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Float[Tensor, ""]:
         """The mean loss of this batch, or, where a step has several, their share of the step's: see below."""
+        self._seed_chance()
         total, targets = self.loss(batch)
         self._loss_sum = self._loss_sum + total.detach()
         self._target_sum = self._target_sum + targets
@@ -64,6 +71,19 @@ class ExactSteps(LightningModule, ABC):
             return total / targets.clamp(min=1)
         self._step_targets = self._step_targets + targets
         return total / PART_SCALE
+
+    def _seed_chance(self) -> None:
+        if self._seed is None:
+            self._seed = torch.initial_seed()
+        # Large odd factors, so that neighbours have nothing in common; torch's generator on a CPU reads 32 bits.
+        where = (
+            self.trainer.global_step * 0x9E3779B1 + self._parts_read * 0x85EBCA77 + place(self.trainer)[0] * 0xC2B2AE3D
+        )
+        seed = (self._seed + where) % 2**32
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+        self._parts_read += 1
 
     training_step.__signature__ = inspect.signature(training_step)  # Lightning asks for it at every step
 
@@ -87,6 +107,7 @@ class ExactSteps(LightningModule, ABC):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Steps, and lets go of the gradients at once: Lightning would hold them through the next forward pass."""
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
+        self._parts_read = 0
         self.optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:

@@ -81,6 +81,22 @@ def test_a_resumed_run_has_the_losses_of_one_never_stopped(
     assert results[0]["best/step"] == results[1]["best/step"]
 
 
+def test_a_resumed_run_drops_what_one_never_stopped_drops(lit_llm, tiny, tmp_path):
+    """With dropout, whose draws no checkpoint holds, and losses that a validation between does not change."""
+    words = [*tiny, "--model.network", "lit_llm.models.gpt2.GPT2", "--model.network.dropout", "0.3"]
+    words += ["--trainer.max_steps", STEPS, "--checkpoint.every_n_steps", "5", "--trainer.log_every_n_steps", "1"]
+    words += ["--test_after_fit", "false", "--trainer.accumulate_grad_batches", "2"]
+    runs = {"whole": [], "cut": ["--trainer.callbacks+=tests.cli.test_resume.Crash"], "other": ["--seed_everything=7"]}
+    for run, more in runs.items():
+        if run == "cut":
+            with pytest.raises(RuntimeError, match="crash"):
+                lit_llm("fit", *words, *more, "--run_dir", tmp_path / run)
+            more = ["--ckpt_path", "last"]
+        outcome = lit_llm("fit", *words, *more, "--run_dir", tmp_path / run)
+        assert outcome.code == 0, outcome.err
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole") != losses(tmp_path / "other")
+
+
 def start(words: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment.pop("LIT_LLM_RUN_DIR", None)

@@ -81,3 +81,29 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path: Path) -> No
     )
     with pytest.raises(FloatingPointError, match=exactly(message)):
         made.take_train_loss()
+
+
+class Noise(Line):
+    """Draws a number at each batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[float] = []
+
+    def loss(self, batch: Tensor) -> Loss:
+        self.drawn.append(torch.rand(()).item())
+        return super().loss(batch)
+
+
+def test_what_is_drawn_at_a_step_depends_on_seed_step_and_micro_batch_alone(tmp_path: Path) -> None:
+    found = {}
+    for name, seed, options in (("a", 1, {}), ("b", 1, {}), ("c", 2, {}), ("d", 1, {"accumulate_grad_batches": 2})):
+        torch.manual_seed(seed)
+        made = Noise()
+        torch.rand(len(found))  # what was drawn before says nothing
+        found[name] = fitted(tmp_path, made, **options).drawn
+    assert found["a"] == found["b"]
+    assert len({*found["a"], *found["c"]}) == 8
+    assert len(set(found["d"])) == 4
+    assert found["d"][0] == found["a"][0]
+    assert found["d"][2] == found["a"][1]  # the first of the second step

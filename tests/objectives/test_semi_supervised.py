@@ -284,7 +284,8 @@ def test_a_run_that_was_cut_goes_on_to_the_same_model(lit_llm, tmp_path: Path) -
         f"{row} {'good' if row % 2 else 'bad'} {'x ' * (row % 7)},{'yes' if row % 2 else 'no'}" for row in range(90)
     ]
     (tmp_path / "table.csv").write_text("\n".join(["text,label", *lines]))
-    network = NETWORK(2, config=BERT | {"vocab_size": 300, "num_hidden_layers": 3})
+    dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
+    network = NETWORK(2, config=BERT | dropout | {"vocab_size": 300, "num_hidden_layers": 3})
     (tmp_path / "config.json").write_text(json.dumps(network.arguments["config"]))
     options = {
         "config": REPOSITORY / "configs/finetuning/encoder_semi_supervised.yaml",
