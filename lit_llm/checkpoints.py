@@ -26,6 +26,8 @@ from lit_llm.checkpoint_files import plain_errors, read_checkpoint
 from lit_llm.compression.compression import is_reformed, records_of, replay
 from lit_llm.compression.quantization import convert
 from lit_llm.compression.sparsity import remove_masks
+from lit_llm.data.cache import cache_folder, cache_name
+from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
 from lit_llm.models.pretrained_network import Pretrained
@@ -423,12 +425,33 @@ def _built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:
     return kind(*first, **arguments)
 
 
+def unpacked_tokenizer(path: str | Path) -> str | None:
+    """A folder of the cache with the tokeniser that a checkpoint file holds; `None` where it holds none."""
+    files = _tokenizer_files(read_checkpoint(Path(path), in_pieces=True))
+    if not files:
+        return None
+    folder = cache_folder() / "tokenizers" / cache_name(files=content_hash(json.dumps(files)))
+    if not folder.is_dir():
+        with replacing(folder) as new:
+            _write_files(files, new)
+    return str(folder)
+
+
 def _tokenizer_of(checkpoint: dict[str, Any]) -> PreTrainedTokenizerBase | None:
-    for state in checkpoint.values():
-        files = state.get("tokenizer") if isinstance(state, dict) else None
-        if files:
-            with tempfile.TemporaryDirectory() as folder:
-                for name, text in files.items():
-                    (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-                return open_tokenizer(Path(folder))
-    return None
+    files = _tokenizer_files(checkpoint)
+    if not files:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        _write_files(files, Path(folder) / "tokenizer")
+        return open_tokenizer(Path(folder) / "tokenizer")
+
+
+def _tokenizer_files(checkpoint: dict[str, Any]) -> dict[str, str]:
+    states = (state.get("tokenizer") for state in checkpoint.values() if isinstance(state, dict))
+    return next((files for files in states if files), {})
+
+
+def _write_files(files: dict[str, str], folder: Path) -> None:
+    folder.mkdir(parents=True)
+    for name, text in files.items():
+        (folder / Path(name).name).write_text(text, encoding="utf-8")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lit_llm.models.image_classifier import Shape, require_images
 from lit_llm.models.pretrained_last_layer import compute_what_is_read
-from lit_llm.models.pretrained_network import Pretrained, answering
+from lit_llm.models.pretrained_network import FullPrecision, Pretrained, answering
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -106,6 +106,10 @@ class PretrainedClassifier(Pretrained):
         parameters = inspect.signature(model.forward).parameters
         segments = getattr(self.config, "type_vocab_size", 2)
         self._unread = set() if "token_type_ids" in parameters and segments > 1 else {"token_type_ids"}
+        below = set(model.base_model.modules()) if model.base_model is not model else set()
+        for module in set(model.modules()) - below:
+            if type(module) is nn.Linear and module.out_features == self.num_classes:
+                module.__class__ = FullPrecision
         if not self.activation_checkpointing:  # which may compute again when a hook has gone
             compute_what_is_read(model)
 

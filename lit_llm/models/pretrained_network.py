@@ -187,6 +187,18 @@ class Pretrained(nn.Module):
             ) from error
 
 
+class FullPrecision(nn.Linear):
+    """A linear layer that autocast passes over: in bfloat16 a head would give values of three digits."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As `torch.nn.Linear`, in the precision of the weights."""
+        kind = x.device.type
+        if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
+            return super().forward(x.to(self.weight.dtype))
+        with torch.autocast(kind, enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
 class PretrainedLanguageModel(Pretrained, ABC):
     """A network of transformers that gives logits of tokens; its vocabulary is decided by the data.
 

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.models.pretrained_network import FullPrecision
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +68,7 @@ class MeanHead(Head):
 
     def __init__(self, d_model: int, num_classes: int, dropout: float) -> None:
         super().__init__(d_model, num_classes, dropout)
-        self.out = nn.Linear(d_model, num_classes)
+        self.out = FullPrecision(d_model, num_classes)
 
     @staticmethod
     def read(
@@ -80,7 +81,7 @@ class MeanHead(Head):
 
     def forward(self, pooled: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch classes"]:
         """Logits of a mean."""
-        return self.out(self.dropout(pooled).to(self.out.weight.dtype))
+        return self.out(self.dropout(pooled))
 
 
 class AlignedHead(Head):
@@ -98,7 +99,7 @@ class AlignedHead(Head):
     def __init__(self, d_model: int, num_classes: int, dropout: float) -> None:
         super().__init__(d_model, num_classes, dropout)
         self.compare = nn.Linear(4 * d_model, d_model)
-        self.aggregate = nn.Linear(2 * d_model, num_classes)
+        self.aggregate = FullPrecision(2 * d_model, num_classes)
         self.scale = nn.Parameter(torch.empty(1))
         self.reset()
 
@@ -132,7 +133,7 @@ class AlignedHead(Head):
         pairs = torch.cat([hidden, other, (hidden - other).abs(), hidden * other], dim=-1)
         compared = self.compare(self.dropout(pairs).to(self.compare.weight.dtype)).relu()
         means = torch.cat([_mean(compared.float(), mask) for mask in (first, second)], dim=-1)
-        return self.aggregate(self.dropout(means).to(self.aggregate.weight.dtype))
+        return self.aggregate(self.dropout(means))
 
 
 class PooledClassifier(PretrainedClassifier, ABC):

@@ -21,7 +21,16 @@ from torchmetrics import Metric, MetricCollection
 
 from lit_llm.adaptation import Adaptation
 from lit_llm.batch import inputs
-from lit_llm.checkpoints import Model, class_path, copy_weights, first_argument, plain, read_image_processor, read_model
+from lit_llm.checkpoints import (
+    Model,
+    class_path,
+    copy_weights,
+    first_argument,
+    plain,
+    read_image_processor,
+    read_model,
+    unpacked_tokenizer,
+)
 from lit_llm.compression.compression import records_of, replay
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.deferred_init import deferred
@@ -226,7 +235,7 @@ class Objective(ExactSteps):
     def tokenizer_path(self) -> str | None:
         """Where the tokeniser of what the network starts from is: for data that names none."""
         place = self._start
-        return None if str(place).endswith(".ckpt") else place  # a checkpoint brings its own
+        return unpacked_tokenizer(place) if str(place).endswith(".ckpt") else place
 
     @functools.cached_property
     def image_processor(self) -> dict[str, Any] | None:

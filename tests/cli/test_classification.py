@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 from lit_llm.checkpoints import save_model
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT, example
+from tests.writing import REPOSITORY
 
 
 @pytest.fixture
@@ -75,3 +77,30 @@ def test_a_config_of_the_run_file_gives_way_to_a_path_when_a_flag_says_null(lit_
     assert outcome.code == 0, outcome.err
     network = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["model"]["init_args"]["network"]
     assert network["init_args"]["config"] is None
+
+
+def test_a_run_from_weights_alone_has_their_tokeniser_ever_after(lit_llm, reviews, tmp_path) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = ["--config", REPOSITORY / "configs/finetuning/encoder_glue.yaml", "--data.path", reviews]
+    words += [
+        "--data.max_seq_len",
+        "32",
+        "--data.batch_size",
+        "4",
+        "--trainer.max_steps",
+        "2",
+        "--test_after_fit",
+        "false",
+    ]
+    network = ["--model.network.config", json.dumps({"model_type": "bert", **size}), "--data.tokenizer", "bert-bpe-300"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    outcome = lit_llm("fit", *words, *network, "--run_dir", first)
+    assert outcome.code == 0, outcome.err
+    weights = ["--model.network", "null", "--model.weights", first / "model"]
+    outcome = lit_llm("fit", *words, *weights, "--run_dir", second)
+    assert outcome.code == 0, outcome.err
+    shutil.rmtree(first)  # what a run started from need not be there any more
+    for command in (["validate"], ["predict"], ["fit", "--ckpt_path", "last", "--trainer.max_steps", "3"]):
+        outcome = lit_llm(*command, "--run_dir", second)
+        assert outcome.code == 0, outcome.err
+    assert (second / "model/tokenizer.json").is_file()

@@ -9,6 +9,7 @@ from scipy import stats
 from sklearn import metrics
 
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.models.pretrained_pooling import MeanClassifier
 from lit_llm.objectives.regression import Regression
 from tests.examples import BERT, Examples, example, together
 from tests.objectives.test_classification import trainer
@@ -36,6 +37,14 @@ def test_it_learns_and_its_metrics_are_those_of_all_examples_whatever_the_batche
     }
     assert found == pytest.approx(expected, abs=1e-5)
     assert found["val/pearson"] > 0.3
+
+
+@pytest.mark.parametrize("kind", [PretrainedClassifier, MeanClassifier])
+def test_values_have_more_digits_than_the_precision_of_the_products(kind: type, tmp_path: Path) -> None:
+    made = Regression(functools.partial(kind, config=BERT))
+    batches = trainer(tmp_path, precision="bf16-mixed").predict(made, datamodule=Examples(None))
+    values = torch.cat([batch["values"] for batch in batches])
+    assert (values != values.bfloat16().float()).any()
 
 
 def test_predictions_are_values_of_rows(tmp_path: Path) -> None:

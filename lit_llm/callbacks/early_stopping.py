@@ -1,0 +1,50 @@
+"""Stops a training that gets no better."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
+
+
+class EarlyStopping(LightningEarlyStopping):
+    """Lightning's, watching what decides which checkpoint is best: the data's headline metric, or the objective's.
+
+    Args:
+        patience: Validations in a row that may be no better.
+        min_delta: By how much one has to be better.
+        monitor: Another metric to watch.
+        mode: Whether its `min` or its `max` is best; to be given with `monitor`.
+
+    Raises:
+        ValueError: When only one of `monitor` and `mode` is given, or nothing of that name is measured.
+    """
+
+    def __init__(
+        self,
+        patience: int = 3,
+        min_delta: float = 0.0,
+        monitor: str | None = None,
+        mode: Literal["min", "max"] | None = None,
+    ) -> None:
+        if (monitor is None) != (mode is None):
+            raise ValueError(f"monitor and mode must be given together, but are {monitor} and {mode}")
+        self._options, self._decides = (patience, min_delta), monitor is not None
+        self._watch(monitor or "val/loss", mode or "min")
+
+    def _watch(self, monitor: str, mode: str) -> None:
+        patience, min_delta = self._options
+        super().__init__(monitor, min_delta, patience, mode=mode)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Finds out what to watch, before what a checkpoint knows of it is read."""
+        if not self._decides:
+            self._watch(*(getattr(trainer.datamodule, "monitor", None) or pl_module.monitor))
+        super().setup(trainer, pl_module, stage)
+
+    def _validate_condition_metric(self, logs: dict) -> bool:
+        if self.monitor not in logs:
+            found = ", ".join(sorted(name for name in logs if name.startswith("val/")))
+            raise ValueError(f"monitor must be one of what a validation measures, {found}, but is {self.monitor}")
+        return super()._validate_condition_metric(logs)
