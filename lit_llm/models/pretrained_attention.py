@@ -51,10 +51,10 @@ def _attend(
     # As the kernel does under autocast, where rotated queries come in full precision.
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
     wins = query.device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled()
-    plain = attention_mask is None or attention_mask.dtype == torch.bool
+    plain = wins and (attention_mask is None or attention_mask.dtype == torch.bool)  # (an export must ask no size)
     plain = plain and len(query) == len(key) and query.shape[2] == key.shape[2]
     plain = plain and all(more.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
-    if not (wins and plain and 1 < query.shape[2] <= MAX_MATMUL_SEQ):
+    if not (plain and 1 < query.shape[2] <= MAX_MATMUL_SEQ):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **more
         )

@@ -1,0 +1,514 @@
+"""A network as one file that a server runs without this package: ONNX, or torch's own exported program."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import logging
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from transformers import PreTrainedTokenizerBase
+
+from lit_llm.checkpoints import IMAGE_PROCESSOR, Model, read_image_processor, read_model
+from lit_llm.compression.compression import records_of
+from lit_llm.compression.integers import QuantizedLinear
+from lit_llm.export_card import card
+from lit_llm.files import replacing
+
+FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
+"""What the file of each format is called."""
+
+TOLERANCE = 1e-3
+"""How far a logit of the file may be from the network's, in standard deviations of the logits."""
+
+ROUNDS_INPUTS = {".Int8Dynamic": (), ".Int8DynamicInt4": ("torch",)}
+"""Ends of the class paths of methods that round what a layer reads too, and the formats in which torchao's code for it
+gives the same logits."""
+
+MAX_PROTOBUF = 1_800_000_000
+"""Bytes of weights up to which they are in the ONNX file itself; beyond it holds no more than the graph."""
+
+REPEATS = 20
+Answer = Callable[[dict[str, Tensor]], Tensor]
+
+
+class Served(nn.Module):
+    """A network as the file has it: named inputs in, logits out.
+
+    Args:
+        network: In evaluation mode.
+    """
+
+    names: ClassVar[tuple[str, ...]]
+    """Of the inputs."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+
+class ServedTokens(Served):
+    """A causal language model: logits of the token after each position."""
+
+    names = ("input_ids",)
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Gives logits; padding on the right changes none before it."""
+        return self.network(input_ids=input_ids)
+
+
+class ServedWords(Served):
+    """A masked language model, which reads rows with padding when it serves."""
+
+    names = ("input_ids", "attention_mask")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Gives logits of each position."""
+        return self.network.model(input_ids=input_ids, attention_mask=attention_mask).logits
+
+
+class ServedTexts(Served):
+    """A classifier of texts."""
+
+    names = ("input_ids", "attention_mask")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Gives logits of each text."""
+        return self.network(input_ids=input_ids, attention_mask=attention_mask)
+
+
+class ServedPairs(Served):
+    """A classifier that tells the first of two texts from the second by more than what stands between them."""
+
+    names = ("input_ids", "attention_mask", "token_type_ids")
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor) -> Tensor:
+        """Gives logits of each text, or pair."""
+        return self.network(input_ids=input_ids, attention_mask=attention_mask, token_type_ids=token_type_ids)
+
+
+class ServedImages(Served):
+    """A classifier of images."""
+
+    names = ("pixel_values",)
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """Gives logits of each image."""
+        return self.network(pixel_values=pixel_values)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written, and how it compares with the network.
+
+    Attributes:
+        file: The network's file.
+        num_bytes: Of it, with what lies beside it for weights.
+        difference: The largest between a logit of the file and the network's, over inputs of several shapes.
+        spread: Standard deviation of the network's logits.
+        milliseconds: Median of what the file takes for one row, on this CPU.
+        network_milliseconds: The same of the network in torch.
+    """
+
+    file: Path
+    num_bytes: int
+    difference: float
+    spread: float
+    milliseconds: float
+    network_milliseconds: float
+
+
+def export(source: str | Path, folder: Path, form: str = "onnx") -> Exported:
+    """Writes a network as one file, with what a server needs beside it, and holds the file against the network.
+
+    The file takes any number of rows, and texts up to the network's longest.
+
+    Args:
+        source: As of `checkpoints.load_model`.
+        folder: A new or empty folder; it is there only once the file has been run and answers as the network does.
+        form: `onnx` or `torch`.
+
+    Raises:
+        FileNotFoundError: When there is no model.
+        ModuleNotFoundError: When a package that writes or runs the format is not installed.
+        ValueError: When the folder is not empty, the network writes a text in several steps or cannot be exported, or
+            the file's logits are not the network's.
+    """
+    _require_room(folder, form)
+    model = read_model(source)
+    if hasattr(model.network, "generate"):
+        raise ValueError(
+            f"model must answer in one pass to be exported, but {source} is an encoder-decoder, which writes step by "
+            f"step; serve its model directory with transformers"
+        )
+    return export_model(model, folder, form, read_image_processor(source), str(source))
+
+
+def export_model(
+    model: Model,
+    folder: Path,
+    form: str = "onnx",
+    processor: dict[str, Any] | None = None,
+    name: str = "a network",
+) -> Exported:
+    """As `export`, of a model that has been read; its network becomes one of full precision without gradients.
+
+    Args:
+        model: What `checkpoints.read_model` gave.
+        folder: As in `export`.
+        form: As in `export`.
+        processor: How the network wants images.
+        name: What the model is called in its README.
+
+    Raises:
+        ModuleNotFoundError: As in `export`.
+        ValueError: As in `export`.
+    """
+    _require_room(folder, form)
+    _require_form(model.network, form)
+    network = model.network.float().cpu().eval().requires_grad_(False)
+    served, read = _served(network, model.tokenizer), _reader(network, model.tokenizer, processor)
+    with torch.no_grad(), replacing(folder) as new:
+        new.mkdir()
+        with _quietly():
+            served, program = _programmed(served, read)
+            _write(program, new / FILES[form], form, _dynamic(served))
+            answer = _open(new / FILES[form], form, served.names)
+            difference, spread = _compared(answer, served, read)
+            here, there = _medians(answer, served, read(1, 128))
+        num_bytes = sum(file.stat().st_size for file in new.iterdir())
+        exported = Exported(folder / FILES[form], num_bytes, difference, spread, here, there)
+        _write_surroundings(model, processor, new)
+        text = card(exported, form, served.names, network, model.tokenizer, processor, name)
+        (new / "README.md").write_text(text, encoding="utf-8")
+    return exported
+
+
+def _require_room(folder: Path, form: str) -> None:
+    if form not in FILES:
+        raise ValueError(f"format must be one of {', '.join(FILES)}, but is {form}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"out must be a new or empty folder, but is {folder}, where there is something")
+    if form == "onnx":
+        _require_onnx()
+
+
+def _require_onnx() -> None:
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        if importlib.util.find_spec(name) is None:
+            raise ModuleNotFoundError(
+                f"package {name} must be installed to export ONNX, but is not; pip install 'lit-llm[export]', or give "
+                f"--format torch"
+            )
+
+
+def _require_form(network: nn.Module, form: str) -> None:
+    for method in _rounding_inputs(network):
+        known = ROUNDS_INPUTS[method]
+        if form not in known:
+            others = "".join(f", or give --format {other}" for other in known)
+            raise ValueError(
+                f"model must have no more than weights rounded to be exported as {form}, but {method[1:]} rounds what "
+                f"layers read, too; compress with Int8WeightOnly or Int4WeightOnly{others}"
+            )
+
+
+def _rounding_inputs(network: nn.Module) -> list[str]:
+    paths = [record["class_path"] for record in records_of(network)]
+    return [method for method in ROUNDS_INPUTS if any(path.endswith(method) for path in paths)]
+
+
+# What the network reads.
+
+
+def _served(network: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Served:
+    if hasattr(network, "image_shape"):
+        return ServedImages(network).eval()
+    if hasattr(network, "logits_at"):
+        return ServedWords(network).eval()
+    if hasattr(network, "vocab_size"):
+        return ServedTokens(network).eval()
+    with_types = tokenizer is not None and "token_type_ids" in tokenizer.model_input_names
+    return (ServedPairs if with_types else ServedTexts)(network).eval()
+
+
+def _longest(network: nn.Module) -> int | None:
+    """Most tokens of a text; `None` where nothing limits them."""
+    longest = getattr(network, "max_seq_len", None)
+    return longest if longest is not None and longest > 0 else None
+
+
+def _reader(
+    network: nn.Module, tokenizer: PreTrainedTokenizerBase | None, processor: dict[str, Any] | None
+) -> Callable[[int, int], dict[str, Tensor]]:
+    """Makes inputs of so many rows, of at most so many tokens, the later rows padded; other ones at each call."""
+    generator = torch.Generator().manual_seed(0)
+    if hasattr(network, "image_shape"):
+        shape = _image_shape(network, processor)
+        return lambda batch, _: {"pixel_values": torch.randn(batch, *shape, generator=generator)}
+    config = getattr(network, "config", None)
+    size = getattr(network, "vocab_size", None) or config.get_text_config().vocab_size
+    padding = getattr(config and config.get_text_config(), "pad_token_id", None)
+    padding = tokenizer.pad_token_id if padding is None and tokenizer is not None else padding
+    separator, longest = getattr(config, "sep_token_id", None), _longest(network)
+
+    def read(batch: int, seq: int) -> dict[str, Tensor]:
+        seq = seq if longest is None else min(seq, longest)
+        ids = torch.randint(size, (batch, seq), generator=generator)
+        ids[ids == padding] = (padding or 0) + (1 if (padding or 0) + 1 < size else -1)
+        types = (torch.arange(seq) > seq // 2).long().expand(batch, seq).contiguous()
+        if separator is not None and separator < size:
+            ids[:, seq // 2] = ids[:, -1] = separator
+        lengths = (seq - 2 * torch.arange(batch)).clamp(min=1)
+        mask = (torch.arange(seq) < lengths[:, None]).long()
+        ids = torch.where(mask.bool(), ids, padding or 0)
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types * mask}
+
+    return read
+
+
+def _image_shape(network: nn.Module, processor: dict[str, Any] | None) -> tuple[int, int, int]:
+    from lit_llm.data.image_processor import ImageProcessor
+
+    channels, height, width = network.image_shape
+    if height is None:
+        height, width = ImageProcessor.from_hf(processor).shape[1:] if processor is not None else (224, 224)
+    return channels, height, width
+
+
+def _dynamic(served: Served) -> dict[str, dict[int, Any]]:
+    rows = {0: Dim("batch", min=1)}
+    if "pixel_values" not in served.names:
+        rows[1] = Dim("seq", min=1, max=_longest(served.network))
+    return dict.fromkeys(served.names, rows)
+
+
+# Out, and in again.
+
+
+def _programmed(served: Served, read: Callable[[int, int], dict[str, Tensor]]) -> tuple[Served, ExportedProgram]:
+    """The exported program, of those inputs that the network turns out to read."""
+    kind = getattr(served.network, "model", served.network)
+    example = {name: tensor for name, tensor in read(3, 11).items() if name in served.names}
+    try:
+        with _exportable(served.network):
+            program = torch.export.export(served, (), example, dynamic_shapes=_dynamic(served))
+    except Exception as error:  # of dozens of kinds
+        raise ValueError(
+            f"network must be one that torch.export takes with any number of rows and tokens, but a "
+            f"{type(kind).__name__} is not: {_first_line(error)}; serve its model directory instead"
+        ) from error
+    unread = [node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users]
+    if "token_type_ids" in unread:
+        return _programmed(ServedTexts(served.network).eval(), read)
+    return served, program
+
+
+def _write(program: ExportedProgram, file: Path, form: str, dynamic: dict[str, dict[int, Any]]) -> None:
+    if form == "torch":
+        torch.export.save(program, file)
+        return
+    size = sum(tensor.nbytes for tensor in program.state_dict.values())
+    try:
+        torch.onnx.export(
+            program,
+            (),
+            file,
+            dynamo=True,
+            dynamic_shapes=dynamic,
+            output_names=["logits"],
+            external_data=size > MAX_PROTOBUF,
+            verbose=False,
+        )
+    except Exception as error:  # of as many kinds as there are operations
+        raise ValueError(
+            f"network must be made of operations that ONNX has, but is not: {_first_line(error)}; give --format torch"
+        ) from error
+
+
+def _open(file: Path, form: str, names: tuple[str, ...]) -> Answer:
+    if form == "torch":
+        module = torch.export.load(file).module()
+        return lambda inputs: module(**{name: inputs[name] for name in names})
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
+    try:
+        session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # of its own, which share no base
+        raise ValueError(
+            f"network must be made of operations that ONNX Runtime runs, but is not: {_first_line(error)}; give "
+            f"--format torch"
+        ) from error
+
+    def answer(inputs: dict[str, Tensor]) -> Tensor:
+        return torch.from_numpy(session.run(["logits"], {name: inputs[name].numpy() for name in names})[0])
+
+    return answer
+
+
+def _compared(answer: Answer, served: Served, read: Callable[[int, int], dict[str, Tensor]]) -> tuple[float, float]:
+    """The largest difference of logits, and the standard deviation of the network's; padding is left out.
+
+    Raises:
+        ValueError: When the difference is not small.
+    """
+    differences, logits = [], []
+    for shape in ((1, 1), (1, 7), (2, 5), (5, 33)):
+        inputs = read(*shape)
+        expected = _answer(served, inputs)
+        try:
+            found = answer(inputs)
+        except Exception as error:
+            raise ValueError(
+                f"file must take any number of rows and tokens, but of {shape[0]} x {shape[1]} it says: "
+                f"{_first_line(error)}; serve the model directory instead"
+            ) from error
+        if expected.shape != found.shape:
+            raise ValueError(
+                f"logits of the file must have the shape of the network's, {tuple(expected.shape)}, but have "
+                f"{tuple(found.shape)}"
+            )
+        if expected.ndim == 3:
+            inside = inputs["attention_mask"].bool()
+            expected, found = expected[inside], found[inside]
+        differences.append((expected - found).abs().max())
+        logits.append(expected.flatten())
+    difference, spread = float(torch.stack(differences).max()), float(torch.cat(logits).std())
+    if not difference <= TOLERANCE * spread:
+        raise ValueError(
+            f"logits of the file must be the network's within {TOLERANCE:g} of their spread, {spread:.3g}, but differ "
+            f"by {difference:.3g}; serve the model directory instead"
+        )
+    return difference, spread
+
+
+def _answer(served: Served, inputs: dict[str, Tensor]) -> Tensor:
+    return served(**{name: inputs[name] for name in served.names})
+
+
+def _medians(answer: Answer, served: Served, inputs: dict[str, Tensor]) -> tuple[float, float]:
+    """Milliseconds of the file and of the network, asked in turns."""
+    taken: list[list[float]] = [[], []]
+    asked = (answer, lambda inputs: _answer(served, inputs))
+    for _ in range(REPEATS + 2):
+        for times, ask in zip(taken, asked, strict=True):
+            started = time.perf_counter()
+            ask(inputs)
+            times.append(1000 * (time.perf_counter() - started))
+    here, there = (statistics.median(times[2:]) for times in taken)
+    return here, there
+
+
+def _write_surroundings(model: Model, processor: dict[str, Any] | None, folder: Path) -> None:
+    """What a model directory has but weights: config, which names the classes; tokeniser; how images are read."""
+    if model.folder is not None:
+        shutil.copyfile(model.folder / "config.json", folder / "config.json")
+    elif hasattr(model.network, "to_hf_config"):
+        (folder / "config.json").write_text(json.dumps(model.network.to_hf_config(), indent=2) + "\n")
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+    if processor is not None:
+        (folder / IMAGE_PROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
+
+
+# Layers that torch.export takes only in another form.
+
+
+@contextmanager
+def _exportable(network: nn.Module) -> Iterator[None]:
+    """Has layers compute the same by operations that can be exported with any number of rows and tokens."""
+    changed: list[nn.Module] = []
+    for module in network.modules():
+        if isinstance(module, nn.RNNBase) and _is_simple(module):
+            module.forward = _scanning(module)
+        elif isinstance(module, QuantizedLinear) and not _rounding_inputs(network):
+            module.forward = _weighing(module)
+        else:
+            continue
+        changed.append(module)
+    try:
+        yield
+    finally:
+        for module in changed:
+            del module.forward
+
+
+def _weighing(layer: QuantizedLinear) -> Callable[[Tensor], Tensor]:
+    """Integers stay what the file keeps, and become real numbers as they are read."""
+    return lambda x: F.linear(x, layer.weight, layer.bias)
+
+
+def _is_simple(cell: nn.RNNBase) -> bool:
+    return cell.num_layers == 1 and cell.batch_first and not cell.bidirectional and not cell.proj_size
+
+
+def _scanning(cell: nn.RNNBase) -> Callable[..., tuple[Tensor, Any]]:
+    """A recurrent layer, from an empty memory, as a loop that is part of the program: torch would unroll its own."""
+    from torch._higher_order_ops.scan import scan  # not yet under a public name
+
+    is_lstm, is_gru = isinstance(cell, nn.LSTM), isinstance(cell, nn.GRU)
+
+    def forward(x: Tensor, state: None = None) -> tuple[Tensor, Any]:
+        weight, bias = cell.weight_hh_l0, getattr(cell, "bias_hh_l0", None)  # here, where they are the program's
+
+        def lstm(state: tuple[Tensor, ...], given: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+            enter, forget, new, leave = (given + F.linear(state[0], weight, bias)).chunk(4, dim=-1)
+            kept = forget.sigmoid() * state[1] + enter.sigmoid() * new.tanh()
+            out = leave.sigmoid() * kept.tanh()
+            return (out, kept), out.clone()
+
+        def gru(state: tuple[Tensor, ...], given: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+            reset, keep, new = given.chunk(3, dim=-1)
+            own_reset, own_keep, own_new = F.linear(state[0], weight, bias).chunk(3, dim=-1)
+            kept = (keep + own_keep).sigmoid()
+            out = (1 - kept) * (new + (reset + own_reset).sigmoid() * own_new).tanh() + kept * state[0]
+            return (out,), out.clone()
+
+        def rnn(state: tuple[Tensor, ...], given: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+            total = given + F.linear(state[0], weight, bias)
+            out = total.relu() if cell.nonlinearity == "relu" else total.tanh()
+            return (out,), out.clone()
+
+        given = F.linear(x, cell.weight_ih_l0, getattr(cell, "bias_ih_l0", None)).transpose(0, 1)
+        empty = tuple(x.new_zeros(x.shape[0], cell.hidden_size) for _ in range(2 if is_lstm else 1))
+        step = inspect.unwrap(lstm if is_lstm else gru if is_gru else rnn)  # a loop's body has no room for type checks
+        last, out = scan(step, empty, given, dim=0)
+        after = tuple(part[None] for part in last)
+        return out.transpose(0, 1), after if is_lstm else after[0]
+
+    return forward
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Without the exporters' warnings about what this module knows, or has checked by running the file."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{lines[0][:200]}" if lines else type(error).__name__
