@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import json
 import logging
 import shutil
@@ -17,15 +16,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.checkpoints import IMAGE_PROCESSOR, Model, read_image_processor, read_model
-from lit_llm.compression.compression import records_of
-from lit_llm.compression.integers import QuantizedLinear
 from lit_llm.export_card import card
+from lit_llm.export_layers import ROUNDS_INPUTS, exportable, rounding_inputs
 from lit_llm.files import replacing
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
@@ -33,10 +30,6 @@ FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 
 TOLERANCE = 1e-3
 """How far a logit of the file may be from the network's, in standard deviations of the logits."""
-
-ROUNDS_INPUTS = {".Int8Dynamic": (), ".Int8DynamicInt4": ("torch",)}
-"""Ends of the class paths of methods that round what a layer reads too, and the formats in which torchao's code for it
-gives the same logits."""
 
 MAX_PROTOBUF = 1_800_000_000
 """Bytes of weights up to which they are in the ONNX file itself; beyond it holds no more than the graph."""
@@ -216,7 +209,7 @@ def _require_onnx() -> None:
 
 
 def _require_form(network: nn.Module, form: str) -> None:
-    for method in _rounding_inputs(network):
+    for method in rounding_inputs(network):
         known = ROUNDS_INPUTS[method]
         if form not in known:
             others = "".join(f", or give --format {other}" for other in known)
@@ -224,11 +217,6 @@ def _require_form(network: nn.Module, form: str) -> None:
                 f"model must have no more than weights rounded to be exported as {form}, but {method[1:]} rounds what "
                 f"layers read, too; compress with Int8WeightOnly or Int4WeightOnly{others}"
             )
-
-
-def _rounding_inputs(network: nn.Module) -> list[str]:
-    paths = [record["class_path"] for record in records_of(network)]
-    return [method for method in ROUNDS_INPUTS if any(path.endswith(method) for path in paths)]
 
 
 # What the network reads.
@@ -304,7 +292,7 @@ def _programmed(served: Served, read: Callable[[int, int], dict[str, Tensor]]) -
     kind = getattr(served.network, "model", served.network)
     example = {name: tensor for name, tensor in read(3, 11).items() if name in served.names}
     try:
-        with _exportable(served.network):
+        with exportable(served.network):
             program = torch.export.export(served, (), example, dynamic_shapes=_dynamic(served))
     except Exception as error:  # of dozens of kinds
         raise ValueError(
@@ -424,74 +412,6 @@ def _write_surroundings(model: Model, processor: dict[str, Any] | None, folder: 
         model.tokenizer.save_pretrained(folder)
     if processor is not None:
         (folder / IMAGE_PROCESSOR).write_text(json.dumps(processor, indent=2) + "\n")
-
-
-# Layers that torch.export takes only in another form.
-
-
-@contextmanager
-def _exportable(network: nn.Module) -> Iterator[None]:
-    """Has layers compute the same by operations that can be exported with any number of rows and tokens."""
-    changed: list[nn.Module] = []
-    for module in network.modules():
-        if isinstance(module, nn.RNNBase) and _is_simple(module):
-            module.forward = _scanning(module)
-        elif isinstance(module, QuantizedLinear) and not _rounding_inputs(network):
-            module.forward = _weighing(module)
-        else:
-            continue
-        changed.append(module)
-    try:
-        yield
-    finally:
-        for module in changed:
-            del module.forward
-
-
-def _weighing(layer: QuantizedLinear) -> Callable[[Tensor], Tensor]:
-    """Integers stay what the file keeps, and become real numbers as they are read."""
-    return lambda x: F.linear(x, layer.weight, layer.bias)
-
-
-def _is_simple(cell: nn.RNNBase) -> bool:
-    return cell.num_layers == 1 and cell.batch_first and not cell.bidirectional and not cell.proj_size
-
-
-def _scanning(cell: nn.RNNBase) -> Callable[..., tuple[Tensor, Any]]:
-    """A recurrent layer, from an empty memory, as a loop that is part of the program: torch would unroll its own."""
-    from torch._higher_order_ops.scan import scan  # not yet under a public name
-
-    is_lstm, is_gru = isinstance(cell, nn.LSTM), isinstance(cell, nn.GRU)
-
-    def forward(x: Tensor, state: None = None) -> tuple[Tensor, Any]:
-        weight, bias = cell.weight_hh_l0, getattr(cell, "bias_hh_l0", None)  # here, where they are the program's
-
-        def lstm(state: tuple[Tensor, ...], given: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-            enter, forget, new, leave = (given + F.linear(state[0], weight, bias)).chunk(4, dim=-1)
-            kept = forget.sigmoid() * state[1] + enter.sigmoid() * new.tanh()
-            out = leave.sigmoid() * kept.tanh()
-            return (out, kept), out.clone()
-
-        def gru(state: tuple[Tensor, ...], given: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-            reset, keep, new = given.chunk(3, dim=-1)
-            own_reset, own_keep, own_new = F.linear(state[0], weight, bias).chunk(3, dim=-1)
-            kept = (keep + own_keep).sigmoid()
-            out = (1 - kept) * (new + (reset + own_reset).sigmoid() * own_new).tanh() + kept * state[0]
-            return (out,), out.clone()
-
-        def rnn(state: tuple[Tensor, ...], given: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
-            total = given + F.linear(state[0], weight, bias)
-            out = total.relu() if cell.nonlinearity == "relu" else total.tanh()
-            return (out,), out.clone()
-
-        given = F.linear(x, cell.weight_ih_l0, getattr(cell, "bias_ih_l0", None)).transpose(0, 1)
-        empty = tuple(x.new_zeros(x.shape[0], cell.hidden_size) for _ in range(2 if is_lstm else 1))
-        step = inspect.unwrap(lstm if is_lstm else gru if is_gru else rnn)  # a loop's body has no room for type checks
-        last, out = scan(step, empty, given, dim=0)
-        after = tuple(part[None] for part in last)
-        return out.transpose(0, 1), after if is_lstm else after[0]
-
-    return forward
 
 
 @contextmanager
