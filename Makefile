@@ -39,5 +39,5 @@ notebooks: .venv/dev  ## run all notebooks in place, as they are committed
 	@touch $@
 
 .venv/dev: .venv/base
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,compression,evaluation,sweep]'
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev,compression,evaluation,export,serving,sweep]'
 	@touch $@

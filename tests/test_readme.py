@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from lit_llm.cli import trial_run
+from lit_llm.serving import endpoint_of
 from tests.cli.test_sweep import Inside
 from tests.test_configs import SPLITS, TOKENIZERS
 from tests.writing import REPOSITORY
@@ -81,6 +82,9 @@ def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
         extra: list[str] = []
         if words[0] == "compress":  # tests/test_configs.py runs the shipped chains whole
             assert Path(words[words.index("--config") + 1]).is_file()
+            continue
+        if words[0] == "serve":  # tests/cli/test_serve.py starts one and asks it
+            assert endpoint_of(words[words.index("--model") + 1]).path == "/v1/completions"
             continue
         if "--trainer.devices" in words:  # tests/cli/test_strategies.py runs it, in processes of their own
             continue

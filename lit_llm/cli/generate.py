@@ -79,10 +79,10 @@ def generate(
     """
     import torch
 
+    from lit_llm import generation
     from lit_llm.checkpoints import load_model
     from lit_llm.data.chat import prompt_ids, turn_ends
     from lit_llm.data.tokenizer import boundary_id
-    from lit_llm import generation
 
     if system is not None and not chat:
         raise ValueError("--system must be given with --chat, but is given without")

@@ -55,6 +55,6 @@ def test_what_is_not_measured_is_refused(tmp_path: Path) -> None:
         EarlyStopping(monitor="val/f1")
     stopping = EarlyStopping(monitor="val/nothing", mode="max")
     with pytest.raises(
-        ValueError, match="^monitor must be one of what a validation measures, val/accuracy, .*, but is val/nothing$"
+        ValueError, match=r"^monitor must be one of what a validation measures, val/accuracy, .*, but is val/nothing$"
     ):
         trainer(tmp_path, max_epochs=2, callbacks=[stopping]).fit(Classification(NETWORK), datamodule=Examples(3))

@@ -1,0 +1,107 @@
+"""`lit-llm serve`: a trained model behind an HTTP endpoint."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+from typing import Any
+
+from lit_llm.cli.parser import OneLineArguments
+
+log = logging.getLogger(__name__)
+
+HOSTS = ("127.0.0.1", "0.0.0.0", "::")
+
+
+def run(words: list[str]) -> None:
+    """Runs the command; `words` begins with its name."""
+    options = _parser().parse_args(words[1:])
+    serve(**vars(options))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineArguments(
+        prog="lit-llm serve",
+        description="Answer HTTP requests with a trained model, by LitServe. A language model continues prompts at "
+        "/v1/completions, or, where its tokeniser has a chat template, converses at /v1/chat/completions, both in "
+        "OpenAI's form; a classifier of texts or images answers at /classify. /docs shows what may be asked, /health "
+        "says whether it is up. With LIT_SERVER_API_KEY in the environment a request needs it as its X-API-Key.",
+        epilog="examples: lit-llm serve --model runs/first; "
+        "curl localhost:8000/v1/completions -H 'content-type: application/json' -d '{\"prompt\": \"def main(\"}'",
+    )
+    parser.add_argument("--model", required=True, help="a model directory, a run folder or a checkpoint file")
+    parser.add_argument(
+        "--host", choices=HOSTS, default=HOSTS[0], help="127.0.0.1 (default) for this machine, 0.0.0.0 or :: for others"
+    )
+    parser.add_argument("--port", type=int, default=8000, help="from 1024 to 65535 (default 8000)")
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda", "mps"),
+        default="auto",
+        help="where the model computes; by default the accelerator, if there is one",
+    )
+    parser.add_argument(
+        "--max_batch_size",
+        type=int,
+        default=8,
+        help="requests to a classifier that are answered together, where several wait (default 8)",
+    )
+    parser.add_argument("--timeout", type=float, default=60.0, help="most seconds that a request waits (default 60)")
+    return parser
+
+
+def serve(model: str, host: str, port: int, device: str, max_batch_size: int, timeout: float) -> None:
+    """Answers requests until Ctrl-C; arguments as in `lit-llm serve --help`.
+
+    Raises:
+        ValueError: When an option is out of range, the port is taken, LitServe is not installed, the device is
+            not there, or the model is none that can be served.
+    """
+    try:
+        import litserve
+    except ImportError as error:
+        raise ValueError("litserve must be installed to serve, but is not; pip install 'lit-llm[serving]'") from error
+    if not 1024 <= port <= 65535:
+        raise ValueError(f"--port must be from 1024 to 65535, but is {port}")
+    if max_batch_size < 1:
+        raise ValueError(f"--max_batch_size must be at least 1, but is {max_batch_size}")
+    if timeout <= 0:
+        raise ValueError(f"--timeout must be above 0, but is {timeout:g}")
+    _require_free(host, port)
+    import torch
+
+    from lit_llm.serving import endpoint_of
+
+    there = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+    if device in there and not there[device]():
+        raise ValueError(f"--device must be one that torch finds here, but is {device}")
+    endpoint = endpoint_of(model, max_batch_size)
+    server = litserve.LitServer(
+        endpoint, accelerator=device, devices=1, timeout=timeout, model_metadata={"model": model}
+    )
+    shown = f"[{host}]" if ":" in host else host
+    log.info(
+        f"{model} answers at http://{shown}:{port}{endpoint.path} as soon as it is loaded; what may be asked: /docs; "
+        f"Ctrl-C ends it"
+    )
+    own = os.getpid()
+
+    def end(number: int, frame: Any) -> None:
+        """Ends the server as Ctrl-C does; its process that listens, a fork of this one, without a traceback."""
+        raise KeyboardInterrupt if os.getpid() == own else SystemExit(0)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    server.run(host=host, port=port, generate_client_file=False, log_level="warning")
+
+
+def _require_free(host: str, port: int) -> None:
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as own:
+        own.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            own.bind((host, port))
+        except OSError as error:
+            raise ValueError(f"--port must be free on {host}, but is {port}: {error.strerror}") from error

@@ -1,0 +1,310 @@
+"""Models behind an HTTP endpoint: what LitServe asks of them, request by request.
+
+The server checks a request against a schema, which `/docs` shows, and hands it to a process that holds the model.
+"""
+
+import base64
+import binascii
+import io
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import litserve
+import numpy as np
+import torch
+from fastapi import HTTPException
+from litserve.specs.openai import ChatCompletionRequest, OpenAISpec
+from PIL import Image, UnidentifiedImageError
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from lit_llm.checkpoints import load_model, read_image_processor
+from lit_llm.data.chat import prompt_ids, turn_ends
+from lit_llm.data.collation import Collation
+from lit_llm.data.image_cache import read_image
+from lit_llm.data.image_processor import ImageProcessor
+from lit_llm.data.tokenizer import boundary_id
+from lit_llm.generation import Writing, generate, steps, until
+
+NEW_TOKENS = 128
+"""Most of them where a request says nothing."""
+
+
+class Request(BaseModel):
+    """What may be asked; a field that is not there is refused."""
+
+    model_config = ConfigDict(extra="forbid")
+
+
+class CompletionRequest(Request):
+    """As OpenAI's, with `top_k`; several prompts are continued together."""
+
+    prompt: str | list[str] = Field(examples=["def read_file("])
+    max_tokens: int | None = Field(None, ge=0, description="128, or what the model has room for")
+    temperature: float = Field(0.8, ge=0)
+    top_k: int | None = Field(None, ge=1)
+    top_p: float = Field(0.95, gt=0, le=1)
+    seed: int | None = None
+    stop: str | list[str] = []
+    model: str | None = Field(None, description="There is one; what is said here comes back")
+    stream: Literal[False] = False
+
+
+class TextRequest(Request):
+    """A text to be classed, or two of which something is asked."""
+
+    text: str
+    text_pair: str | None = None
+
+
+class ImageRequest(Request):
+    """An image to be classed."""
+
+    image: str = Field(description="A file of any usual format, in base64")
+
+    @field_validator("image")
+    @classmethod
+    def _is_an_image(cls, value: str) -> str:
+        try:
+            with Image.open(io.BytesIO(base64.b64decode(value, validate=True))) as image:
+                image.load()
+        except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise ValueError(f"image must be an image file in base64, but is not: {error}") from error
+        return value
+
+
+class Endpoint(litserve.LitAPI, ABC):
+    """A model that answers requests at a path.
+
+    Args:
+        model: A model directory, a run folder or a checkpoint file.
+        max_batch_size: Requests that are answered together, where several wait.
+
+    Attributes:
+        path: Where it is asked.
+    """
+
+    path: str
+    network: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+
+    def __init__(self, model: str, max_batch_size: int = 1, **options: Any) -> None:
+        super().__init__(max_batch_size=max_batch_size, batch_timeout=0.005, api_path=self.path, **options)
+        self.model = model
+
+    def setup(self, device: str) -> None:
+        """Loads the model; LitServe calls this in the process that answers."""
+        self.network, self.tokenizer = load_model(self.model)
+        self.network.eval().to(device)
+
+    @abstractmethod
+    def predict(self, request: Any) -> Any:
+        """The answer; of a list, where requests are answered together, a list of answers."""
+
+
+class Completions(Endpoint):
+    """A language model that continues prompts, in OpenAI's form of them."""
+
+    path = "/v1/completions"
+
+    def decode_request(self, request: CompletionRequest) -> CompletionRequest:
+        """As it is: its type is the schema."""
+        return request
+
+    def predict(self, request: CompletionRequest) -> dict[str, Any]:
+        """The continuations of one request."""
+        prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
+        stops = [request.stop] if isinstance(request.stop, str) else request.stop
+        with _refusing():
+            first = boundary_id(self.tokenizer)
+            ids = [[first, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
+            room = _room(self.network, ids, request.max_tokens)
+            how = request.temperature, request.top_k, request.top_p, request.seed
+            made = generate(self.network, ids, room, *how, {first})
+        choices = []
+        for index, (prompt, tokens) in enumerate(zip(ids, made, strict=True)):
+            # A text that begins with a space may lose it when it is decoded alone.
+            before = self.tokenizer.decode(prompt[1:])
+            whole = self.tokenizer.decode([*prompt[1:], *tokens])[len(before) :]
+            text = "".join(until([whole], stops))
+            ended = len(tokens) < room or text != whole
+            choices.append({"index": index, "text": text, "finish_reason": "stop" if ended else "length"})
+        return {
+            "id": f"cmpl-{uuid.uuid4().hex[:12]}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": request.model or self.model,
+            "choices": choices,
+            "usage": _usage(sum(map(len, ids)), sum(map(len, made))),
+        }
+
+
+class Chat(Endpoint):
+    """A language model that converses by the chat template of its tokeniser, as OpenAI's chat does, also streamed."""
+
+    path = "/v1/chat/completions"
+
+    def __init__(self, model: str) -> None:
+        super().__init__(model, spec=OpenAISpec())
+
+    def predict(self, request: ChatCompletionRequest) -> Iterator[dict[str, Any]]:
+        """The pieces of a reply, and last how many tokens there were."""
+        with _refusing():
+            _require_known(request)
+            messages = [{"role": m.role, "content": _text(m.content)} for m in request.messages]
+            ids = prompt_ids(self.tokenizer, messages)
+            wanted = request.max_completion_tokens or request.max_tokens
+            room = _room(self.network, [ids], wanted)
+            stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+            how = request.temperature, None, request.top_p
+            writing = Writing(self.tokenizer)
+            new = steps(self.network, [ids], room, *how, stop=turn_ends(self.tokenizer))
+            pieces = (writing.add(token) for [token] in new if token is not None)
+            for piece in until(pieces, stops):
+                yield {"role": "assistant", "content": piece}
+        yield {"role": "assistant", "content": "", **_usage(len(ids), len(writing.tokens))}
+
+
+class Classes(Endpoint):
+    """A classifier, or a regression: each class with its probability, or a value."""
+
+    path = "/classify"
+
+    def predict(self, request: Any) -> Any:
+        """For each request `label` and `probabilities`, or `value`."""
+        together = isinstance(request, list)
+        requests = request if together else [request]
+        with torch.inference_mode(), _refusing():
+            logits = self.logits(requests).float()
+        answers = [self._answer(row) for row in logits]
+        return answers if together else answers[0]
+
+    @abstractmethod
+    def logits(self, requests: list[Any]) -> torch.Tensor:
+        """Of several requests at once."""
+
+    def _answer(self, logits: torch.Tensor) -> dict[str, Any]:
+        if len(logits) == 1:
+            return {"value": logits.item()}
+        probabilities = dict(zip(self.network.class_names, logits.softmax(dim=-1).tolist(), strict=True))
+        return {"label": max(probabilities, key=probabilities.__getitem__), "probabilities": probabilities}
+
+
+class TextClasses(Classes):
+    """A classifier of texts, or of pairs of them."""
+
+    def decode_request(self, request: TextRequest) -> TextRequest:
+        """As it is: its type is the schema."""
+        return request
+
+    def logits(self, requests: list[TextRequest]) -> torch.Tensor:
+        """As a data module makes them: cut to what the network reads, padded to the longest."""
+        paired = [request.text_pair is not None for request in requests]
+        longest = getattr(self.network, "max_seq_len", None) or self.tokenizer.model_max_length
+        device = next(self.network.parameters()).device
+        found: dict[int, torch.Tensor] = {}
+        for with_pair in set(paired):  # a second text, where only some have one
+            places = [place for place, it in enumerate(paired) if it == with_pair]
+            texts = [requests[place].text for place in places]
+            pairs = [requests[place].text_pair for place in places] if with_pair else None
+            batch = Collation(texts, pairs, None, self.tokenizer, longest).batch(np.arange(len(places)))
+            del batch["rows"]
+            said = self.network(**{name: tensor.to(device) for name, tensor in batch.items()})
+            found |= zip(places, said)
+        return torch.stack([found[place] for place in range(len(requests))])
+
+
+class ImageClasses(Classes):
+    """A classifier of images."""
+
+    def setup(self, device: str) -> None:
+        """Loads the model, and how it wants its images."""
+        super().setup(device)
+        self.processor = ImageProcessor.from_hf(read_image_processor(self.model))
+
+    def decode_request(self, request: ImageRequest) -> ImageRequest:
+        """As it is: its type is the schema."""
+        return request
+
+    def logits(self, requests: list[ImageRequest]) -> torch.Tensor:
+        """As a data module makes them: of the network's size and channels, normalised."""
+        files = [{"bytes": base64.b64decode(request.image)} for request in requests]
+        pixels = np.stack([read_image(file, *self.processor.shape) for file in files]).astype(np.float32) / 255
+        mean, std = (np.array(each, np.float32)[:, None, None] for each in (self.processor.mean, self.processor.std))
+        images = torch.from_numpy((pixels - mean) / std)
+        return self.network(pixel_values=images.to(next(self.network.parameters()).device))
+
+
+def endpoint_of(model: str, max_batch_size: int = 1) -> Endpoint:
+    """The endpoint that a model answers at.
+
+    Args:
+        model: A model directory, a run folder or a checkpoint file.
+        max_batch_size: As in `Endpoint`; a language model answers one request at a time.
+
+    Raises:
+        ValueError: When it is of another kind than those, or lacks what it is asked with.
+    """
+    network, tokenizer = load_model(model)
+    if hasattr(network, "new_cache"):
+        _require(tokenizer, model)
+        return Chat(model) if tokenizer.chat_template else Completions(model)
+    if not hasattr(network, "class_names"):
+        raise ValueError(
+            f"model must be a causal language model or a classifier to be served, but is a {type(network).__name__}"
+        )
+    if not getattr(network, "reads_images", hasattr(network, "image_shape")):
+        _require(tokenizer, model)
+        return TextClasses(model, max_batch_size)
+    if read_image_processor(model) is None:
+        raise ValueError(f"model must say how it reads images, but there is no preprocessor_config.json in {model}")
+    return ImageClasses(model, max_batch_size)
+
+
+def _require(tokenizer: PreTrainedTokenizerBase | None, model: str) -> None:
+    if tokenizer is None:
+        raise ValueError(f"model must come with a tokeniser to read texts, but {model} has none")
+
+
+@contextmanager
+def _refusing() -> Iterator[None]:
+    """What a request has wrong becomes an answer of status 400 that says so."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise HTTPException(400, str(error).replace("max_new_tokens", "max_tokens")) from error
+
+
+def _room(network: nn.Module, prompts: list[list[int]], wanted: int | None) -> int:
+    """How many tokens to write where so many are wanted; `generate` refuses what there is no room for."""
+    if wanted is not None:
+        return wanted
+    limit = getattr(network, "max_seq_len", None)
+    return NEW_TOKENS if limit is None else max(1, min(NEW_TOKENS, limit - max(map(len, prompts))))
+
+
+def _usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def _require_known(request: ChatCompletionRequest) -> None:
+    """Refuses what OpenAI's form has and this endpoint would pass over."""
+    given = {name: getattr(request, name) for name in ("tools", "response_format", "reasoning_effort")}
+    given |= {name: getattr(request, name) or None for name in ("presence_penalty", "frequency_penalty")}
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"{name} must be left out, which this endpoint does not have, but is {value!r:.60}")
+
+
+def _text(content: Any) -> str:
+    """What a message says, where it is text."""
+    parts = content if isinstance(content, list) else [content]
+    texts = [part if isinstance(part, str) else getattr(part, "text", None) for part in parts]
+    if None in texts:
+        raise ValueError("content must be text, but is something else")
+    return "".join(texts)

@@ -1,0 +1,223 @@
+import base64
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("litserve")
+
+from fastapi import HTTPException
+from litserve.specs.openai import ChatCompletionRequest
+from pydantic import ValidationError
+
+from lit_llm.checkpoints import save_model
+from lit_llm.data.chat import prompt_ids, turn_ends, with_template
+from lit_llm.data.image_processor import ImageProcessor
+from lit_llm.data.tokenizer import boundary_id, byte_tokenizer
+from lit_llm.generation import generate
+from lit_llm.models.lenet import LeNet
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.models.pretrained_masked_lm import PretrainedMaskedLM
+from lit_llm.serving import (
+    Chat,
+    CompletionRequest,
+    Completions,
+    ImageClasses,
+    ImageRequest,
+    TextClasses,
+    TextRequest,
+    endpoint_of,
+)
+from tests.examples import BERT, twenty_tokens
+from tests.writing import exactly
+
+
+@pytest.fixture
+def writer(tiny_llama: Any, tmp_path: Path) -> Any:
+    """A model that continues bytes."""
+    tokenizer = byte_tokenizer()
+    network = tiny_llama(vocab_size=len(tokenizer))
+    save_model(tmp_path / "writer", network, tokenizer)
+    endpoint = endpoint_of(str(tmp_path / "writer"))
+    endpoint.setup("cpu")
+    return endpoint
+
+
+def asked(endpoint: Completions, **fields: Any) -> dict[str, Any]:
+    return endpoint.predict(CompletionRequest(**fields))
+
+
+def test_a_continuation_is_what_generating_gives(writer: Completions) -> None:
+    assert type(writer) is Completions
+    answer = asked(writer, prompt="ab c", max_tokens=7, seed=3)
+    boundary = boundary_id(writer.tokenizer)
+    prompt = [boundary, *writer.tokenizer.encode("ab c", add_special_tokens=False)]
+    [expected] = generate(writer.network, [prompt], 7, 0.8, None, 0.95, 3, boundary)
+    [choice] = answer["choices"]
+    assert "ab c" + choice["text"] == writer.tokenizer.decode(prompt[1:] + expected)
+    assert choice["finish_reason"] == ("length" if len(expected) == 7 else "stop")
+    usage = {"prompt_tokens": 5, "completion_tokens": len(expected), "total_tokens": 5 + len(expected)}
+    assert answer["usage"] == usage
+    assert answer["model"] == writer.model
+    assert asked(writer, prompt="a", model="mine", max_tokens=0)["model"] == "mine"
+
+
+def test_several_prompts_are_continued_as_each_alone(writer: Completions) -> None:
+    prompts = ["a", "bcd efg", ""]
+    together = asked(writer, prompt=prompts, max_tokens=6, temperature=0)["choices"]
+    assert [choice["index"] for choice in together] == [0, 1, 2]
+    alone = [asked(writer, prompt=prompt, max_tokens=6, temperature=0)["choices"][0]["text"] for prompt in prompts]
+    assert [choice["text"] for choice in together] == alone
+
+
+def test_a_text_ends_before_a_stop(writer: Completions) -> None:
+    whole = asked(writer, prompt="a", max_tokens=20, temperature=0)["choices"][0]["text"]
+    stop = whole[5:7]
+    [choice] = asked(writer, prompt="a", max_tokens=20, temperature=0, stop=[stop, "not there"])["choices"]
+    assert choice == {"index": 0, "text": whole[: whole.index(stop)], "finish_reason": "stop"}
+
+
+def test_what_there_is_no_room_for_is_an_answer_of_status_400(writer: Completions) -> None:
+    with pytest.raises(HTTPException) as refused:
+        asked(writer, prompt="abc", max_tokens=61)
+    assert refused.value.status_code == 400
+    assert refused.value.detail.startswith("max_tokens must be at most 60, which is what the network's max_seq_len 64")
+    assert len(asked(writer, prompt="abc", temperature=0)["choices"][0]["text"]) > 0  # what there is room for
+
+
+@pytest.mark.parametrize("fields", [{"top_p": 0}, {"n": 2}, {"stream": True}, {"prompt": 3}, {"temperature": -1}])
+def test_what_the_schema_does_not_have_is_refused(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        CompletionRequest(**({"prompt": "a"} | fields))
+
+
+@pytest.fixture
+def talker(tiny_llama: Any, tmp_path: Path) -> Any:
+    tokenizer = with_template(byte_tokenizer())
+    save_model(tmp_path / "talker", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
+    endpoint = endpoint_of(str(tmp_path / "talker"))
+    endpoint.setup("cpu")
+    return endpoint
+
+
+def said(endpoint: Chat, **fields: Any) -> list[dict[str, Any]]:
+    message = {"messages": [{"role": "user", "content": "ab"}], "temperature": 0, "max_tokens": 12}
+    return list(endpoint.predict(ChatCompletionRequest(**(message | fields))))
+
+
+def test_the_pieces_of_a_reply_are_what_generating_gives(talker: Chat) -> None:
+    assert type(talker) is Chat
+    *pieces, last = said(talker)
+    ids = prompt_ids(talker.tokenizer, [{"role": "user", "content": "ab"}])
+    [expected] = generate(talker.network, [ids], 12, temperature=0.0, stop=turn_ends(talker.tokenizer))
+    text = talker.tokenizer.decode(expected)
+    assert "".join(piece["content"] for piece in pieces) == text.rstrip("\ufffd")
+    assert len(pieces) > 1
+    assert last["content"] == ""
+    assert (last["prompt_tokens"], last["completion_tokens"]) == (len(ids), len(expected))
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert said(talker, messages=parts) == [*pieces, last]
+    stop = text[3:5]
+    assert "".join(piece["content"] for piece in said(talker, stop=stop)) == text[: text.index(stop)]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"reasoning_effort": "low"}, "reasoning_effort must be left out, which this endpoint does not have, but is 'low'"),
+        ({"presence_penalty": 0.5}, "presence_penalty must be left out, which this endpoint does not have, but is 0.5"),
+        ({"temperature": -1}, "temperature must be at least 0, but is -1.0"),
+        ({"max_tokens": 500}, "max_tokens must be at most "),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
+            "content must be text, but is something else",
+        ),
+    ],
+)  # fmt: skip
+def test_what_would_be_passed_over_is_refused(talker: Chat, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(HTTPException) as refused:
+        said(talker, **fields)
+    assert refused.value.status_code == 400
+    assert refused.value.detail.startswith(message)
+
+
+def classifier(tmp_path: Path, num_classes: int = 3) -> TextClasses:
+    network = PretrainedClassifier(num_classes, config=BERT)
+    with torch.no_grad():
+        for p in network.parameters():
+            p += 0.3 * torch.randn_like(p)
+    if num_classes > 1:
+        network.class_names = ["no", "maybe", "yes"]
+    save_model(tmp_path / "classes", network, twenty_tokens())
+    endpoint = endpoint_of(str(tmp_path / "classes"), max_batch_size=4)
+    endpoint.setup("cpu")
+    return endpoint
+
+
+def test_texts_and_pairs_are_classed_together_as_each_alone(tmp_path: Path) -> None:
+    endpoint = classifier(tmp_path)
+    assert type(endpoint) is TextClasses
+    assert endpoint.max_batch_size == 4
+    requests = [TextRequest(text="a b"), TextRequest(text="c", text_pair="d e f"), TextRequest(text="a " * 90)]
+    together = endpoint.predict(requests)
+    for answer, request in zip(together, requests, strict=True):
+        alone = endpoint.predict(request)
+        assert answer["label"] == alone["label"] == max(alone["probabilities"], key=alone["probabilities"].get)
+        assert answer["probabilities"] == pytest.approx(alone["probabilities"], abs=1e-5)
+        assert list(answer["probabilities"]) == ["no", "maybe", "yes"]
+    tokens = twenty_tokens()("c", "d e f", return_tensors="pt")
+    expected = endpoint.network(**tokens)[0].softmax(-1)
+    np.testing.assert_allclose(list(together[1]["probabilities"].values()), expected.tolist(), atol=1e-5)
+    assert len({round(answer["probabilities"]["no"], 4) for answer in together}) == 3
+
+
+def test_a_regression_gives_a_value(tmp_path: Path) -> None:
+    endpoint = classifier(tmp_path, num_classes=1)
+    answer = endpoint.predict(TextRequest(text="a b"))
+    expected = endpoint.network(**twenty_tokens()("a b", return_tensors="pt")).item()
+    assert answer == {"value": pytest.approx(expected, abs=1e-5)}
+
+
+def png(pixels: np.ndarray) -> str:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return base64.b64encode(file.getvalue()).decode()
+
+
+def test_images_are_read_as_the_model_wants_them(tmp_path: Path) -> None:
+    network, processor = LeNet(3, image_size=8), ImageProcessor((1, 8, 8), [0.2], [0.5])
+    save_model(tmp_path / "images", network, image_processor=processor.to_hf())
+    endpoint = endpoint_of(str(tmp_path / "images"), max_batch_size=2)
+    assert type(endpoint) is ImageClasses
+    endpoint.setup("cpu")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 8, 8), dtype=np.uint8)
+    answers = endpoint.predict([ImageRequest(image=png(image)) for image in pixels])
+    images = torch.from_numpy(pixels[:, None].astype(np.float32) / 255)
+    expected = network.eval()((images - 0.2) / 0.5).softmax(-1)
+    for answer, row in zip(answers, expected.tolist(), strict=True):
+        assert list(answer["probabilities"].values()) == pytest.approx(row, abs=1e-5)
+
+
+@pytest.mark.parametrize("image", ["no base64!", base64.b64encode(b"no image").decode(), ""])
+def test_what_is_no_image_never_reaches_the_model(image: str) -> None:
+    with pytest.raises(ValidationError, match="image must be an image file in base64, but is not"):
+        ImageRequest(image=image)
+
+
+def test_what_cannot_be_asked_is_not_served(tiny_llama: Any, tmp_path: Path) -> None:
+    save_model(tmp_path / "mute", tiny_llama())
+    message = f"model must come with a tokeniser to read texts, but {tmp_path / 'mute'} has none"
+    with pytest.raises(ValueError, match=exactly(message)):
+        endpoint_of(str(tmp_path / "mute"))
+    save_model(tmp_path / "masked", PretrainedMaskedLM(20, BERT), twenty_tokens())
+    message = "model must be a causal language model or a classifier to be served, but is a PretrainedMaskedLM"
+    with pytest.raises(ValueError, match=exactly(message)):
+        endpoint_of(str(tmp_path / "masked"))
+    save_model(tmp_path / "blind", LeNet(3, image_size=8))
+    message = f"model must say how it reads images, but there is no preprocessor_config.json in {tmp_path / 'blind'}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        endpoint_of(str(tmp_path / "blind"))
