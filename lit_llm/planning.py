@@ -6,6 +6,7 @@ added up as it comes and goes. So there is no formula of an architecture here th
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,15 +23,18 @@ from torch._subclasses.fake_tensor import (
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from lit_llm.models.block import Block
 
 OPTIMAL_TOKENS_PER_PARAMETER = 20.0
 """Hoffmann et al., 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556, table 3: 20.0 to 22.9."""
 
-STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "tensor_parallel")
+STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "tensor_parallel", "fsdp_tensor_parallel")
 """`zero3` shards what `fsdp` does."""
+
+PAIR = 2
+"""Devices that share products under `fsdp_tensor_parallel`, as its overlay has it."""
 
 UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
     torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
@@ -40,6 +44,8 @@ UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
     ),
 }
 """Operations that torch's counter leaves out, and theirs."""
+
+FLOPS = {**flop_registry, **{operation: shape_wrapper(count) for operation, count in UNKNOWN_TO_TORCH.items()}}
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ class Step:
         casts: Bytes of the weights' copies in a lower precision, which autocast keeps through the forward pass.
         passes: Bytes above weights and optimiser at the worst moment of the forward and backward pass.
         passes_without_gradients: The same, where each gradient leaves the device as soon as it is there.
+        passes_without_weights: The same, where casts of weights are not counted either.
         stepping: Bytes above weights and optimiser while the optimiser steps.
         block: Bytes of the largest block's parameters, in the precision that products are computed in.
         moved: Bytes that operations read and write, each counted by itself.
@@ -75,6 +82,7 @@ class Step:
     casts: int
     passes: int
     passes_without_gradients: int
+    passes_without_weights: int
     stepping: int
     block: int
     moved: int
@@ -89,46 +97,56 @@ class Step:
 
 
 class Ledger(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are alive, and what operations move.
+    """Adds up the bytes of the tensors that are alive, and what operations move and compute.
+
+    Torch's own counter of operations is not used: it follows modules by hooks, which hold what checkpointing computes
+    again until Python's garbage collector happens to come.
 
     Attributes:
         live: Bytes now.
         peak: Most bytes so far.
         apart: Bytes of the gradients, as far as they are there.
-        peak_without: Most bytes so far without those.
-        casts: Bytes that copies of parameters in another precision took.
+        peak_without_gradients: Most bytes so far without those.
+        casts: Bytes of the parameters' copies in another precision, now.
+        peak_without_weights: Most bytes so far without gradients and casts.
         moved: Bytes read and written.
         operations: Operations called.
+        flops: Floating-point operations of those that `FLOPS` has.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.casts = self.moved = self.operations = 0
+        self.live = self.casts = 0
         self.begin()
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def begin(self) -> None:
         """Counts from here: what is alive now is what there was before."""
-        self.peak = self.peak_without = self.live
-        self.apart = self.casts = self.moved = self.operations = 0
+        self.peak = self.peak_without_gradients = self.peak_without_weights = self.live
+        self.apart = self.moved = self.operations = self.flops = 0
 
-    def add(self, tensor: Tensor) -> None:
+    def add(self, tensor: Tensor, is_cast: bool) -> None:
         """Counts a tensor's storage, once, until nothing holds it."""
         storage = tensor.untyped_storage()
         if storage not in self._seen:
             self._seen.add(storage)
             size = storage.nbytes()
+            cast = size if is_cast else 0
             self.live += size
+            self.casts += cast
+            kept = self.live - self.apart
             self.peak = max(self.peak, self.live)
-            self.peak_without = max(self.peak_without, self.live - self.apart)
-            weakref.finalize(storage, self._leave, size)
+            self.peak_without_gradients = max(self.peak_without_gradients, kept)
+            self.peak_without_weights = max(self.peak_without_weights, kept - self.casts)
+            weakref.finalize(storage, self._leave, size, cast)
 
     def set_apart(self, p: nn.Parameter) -> None:
         """Notes that a parameter has its gradient."""
         self.apart += p.grad.nbytes
 
-    def _leave(self, size: int) -> None:
+    def _leave(self, size: int, cast: int) -> None:
         self.live -= size
+        self.casts -= cast
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -137,10 +155,11 @@ class Ledger(TorchDispatchMode):
             read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
             self.moved += sum(t.nbytes for t in (*read, *made))
             self.operations += 1
+        if func._overloadpacket in FLOPS:
+            self.flops += FLOPS[func._overloadpacket](*args, **(kwargs or {}), out_val=out)
+        is_cast = func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter)
         for tensor in made:
-            self.add(tensor)
-        if func is torch.ops.aten._to_copy.default and isinstance(args[0], nn.Parameter):
-            self.casts += made[0].nbytes
+            self.add(tensor, is_cast)
         return out
 
 
@@ -191,7 +210,7 @@ def measure_step(
     """
     low = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else None
     tokens = _count(batch)
-    ledger, counter = Ledger(), FlopCounterMode(display=False, custom_mapping=UNKNOWN_TO_TORCH)
+    ledger = Ledger()
     try:
         with FakeTensorMode(), ledger, _Believe(), _accepting():
             usual = torch.get_default_dtype()
@@ -214,12 +233,14 @@ def measure_step(
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(ledger.set_apart)
             ledger.begin()
-            with counter:
-                with torch.autocast("cpu", low, enabled=low is not None and precision.endswith("mixed")):
-                    value = loss(network, batch)
-                    kept, casts = ledger.live - base, ledger.casts
-                value.backward()
-            passes, without = ledger.peak - base, ledger.peak_without - base
+            with torch.autocast("cpu", low, enabled=low is not None and precision.endswith("mixed")):
+                value = loss(network, batch)
+                kept, casts = ledger.live - base, ledger.casts
+            value.backward()
+            passes, flops = ledger.peak - base, ledger.flops
+            without_gradients, without_weights = (
+                peak - base for peak in (ledger.peak_without_gradients, ledger.peak_without_weights)
+            )
             del value
             gradients = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
             optimizer.step()
@@ -249,12 +270,13 @@ def measure_step(
         activations=kept - casts,
         casts=casts,
         passes=passes,
-        passes_without_gradients=without,
+        passes_without_gradients=without_gradients,
+        passes_without_weights=without_weights,
         stepping=stepping,
         block=compute * max(blocks, default=0),
         moved=moved,
         operations=operations,
-        flops=counter.get_total_flops(),
+        flops=flops,
         tokens=tokens,
     )
 
@@ -284,7 +306,8 @@ def memory(step: Step, strategy: str, devices: int) -> Memory:
     optimiser's state, `zero2` the gradients too, `fsdp` (ZeRO's third stage) the weights too, of which two blocks are
     gathered at a time, and cast there. `tensor_parallel` divides each matrix, and by sequence parallelism what flows
     between them, among the devices that work on one batch: the least that there can be, as `strategies.Sharded` keeps
-    what it gathers, embeddings and head on each.
+    what it gathers, embeddings and head on each. `fsdp_tensor_parallel` does that in pairs, among which the pairs' rows
+    and all weights are shared out as by `fsdp`.
 
     Args:
         step: What the step takes on one device.
@@ -313,10 +336,12 @@ def memory(step: Step, strategy: str, devices: int) -> Memory:
     if strategy == "zero2":
         passes = min(passes, step.passes_without_gradients + g / n)
         return Memory(w, g / n, o / n, a, w + o / n + max(passes, stepping / n))
-    if strategy == "fsdp":
-        gathered = 2 * step.block
-        passes = min(passes, step.passes_without_gradients + g / n) - step.casts + gathered
-        return Memory(w / n, g / n, o / n, step.activations + gathered, (w + o) / n + max(passes, stepping / n))
+    if strategy in ("fsdp", "fsdp_tensor_parallel"):
+        sharing = PAIR if strategy == "fsdp_tensor_parallel" else 1
+        gathered = 2 * step.block / sharing
+        passes = min(passes / sharing, step.passes_without_weights / sharing + g / n) + gathered
+        a = step.activations / sharing + gathered
+        return Memory(w / n, g / n, o / n, a, (w + o) / n + max(passes, stepping / n))
     return Memory(w / n, g / n, o / n, a / n, step.peak / n)
 
 
@@ -347,12 +372,12 @@ class Machine:
             ValueError: When a value is out of range.
         """
         for name in ("memory", "peak_flops", "watts", "bandwidth"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"--{name} must be above 0, but is {getattr(self, name):g}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"--{name} must be finite and above 0, but is {getattr(self, name):g}")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"--mfu must be in (0, 1], but is {self.mfu:g}")
-        if self.price is not None and self.price < 0:
-            raise ValueError(f"--price must be at least 0, but is {self.price:g}")
+        if self.price is not None and not 0 <= self.price < math.inf:
+            raise ValueError(f"--price must be finite and at least 0, but is {self.price:g}")
 
 
 @dataclass(frozen=True)

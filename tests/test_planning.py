@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import gc
+from math import inf, nan
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_llm.models.llama import Llama
 from lit_llm.objectives.losses import linear_cross_entropy_sum
 from lit_llm.optimizers import Muon, parameter_groups
-from lit_llm.planning import STRATEGIES, Machine, bill, measure_step, memory, traffic
+from lit_llm.planning import STRATEGIES, Ledger, Machine, bill, measure_step, memory, traffic
 from tests.writing import REPOSITORY
 
 SMALL = {"vocab_size": 300, "d_model": 64, "num_layers": 3, "num_heads": 4, "d_ff": 128, "max_seq_len": 64}
@@ -91,6 +93,32 @@ def test_lower_precision_and_checkpointing_and_other_optimizers_keep_less(plain)
     assert muon.optimizer < plain.optimizer
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_checkpointed_step_is_planned_alike_whenever_python_collects_garbage(precision):
+    usual = step(precision=precision, checkpointed=True)
+    gc.disable()
+    try:
+        assert step(precision=precision, checkpointed=True) == usual
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_passes_hold_what_the_tensors_of_a_real_step_do(checkpointed):
+    with Ledger() as ledger:
+        network, batch = Llama(**SMALL, activation_checkpointing=checkpointed), IDS.clone()
+        base = ledger.live
+        ledger.begin()
+        loss(network, batch).backward()
+    assert step(checkpointed=checkpointed).passes == ledger.peak - base
+
+
+def test_checkpointing_adds_one_more_input_for_each_further_block():
+    shallow, deep = (step(checkpointed=True, num_layers=num) for num in (3, 6))
+    one = 4 * IDS.numel() * SMALL["d_model"]
+    assert deep.passes_without_gradients - shallow.passes_without_gradients == 3 * one
+
+
 def test_a_network_that_cannot_compute_its_blocks_again_is_refused():
     with pytest.raises(ValueError, match="network must have activation_checkpointing to plan with it, but is a Linear"):
         measure_step(lambda: torch.nn.Linear(2, 2), ADAMW, loss, IDS, activation_checkpointing=True)
@@ -111,7 +139,12 @@ def test_each_strategy_holds_no_more_than_the_one_before_and_one_device_holds_ev
     sharded = memory(plain, "fsdp", 8)
     assert (8 * sharded.weights, 8 * sharded.optimizer) == (plain.weights, plain.optimizer)
     assert memory(plain, "zero1", 8).weights == plain.weights
-    with pytest.raises(ValueError, match="strategy must be one of ddp, zero1, zero2, fsdp, tensor_parallel, but is x"):
+    pairs = memory(plain, "fsdp_tensor_parallel", 8)
+    assert (pairs.weights, pairs.optimizer) == (sharded.weights, sharded.optimizer)
+    assert pairs.activations == sharded.activations / 2
+    assert memory(plain, "tensor_parallel", 8).peak < pairs.peak < sharded.peak
+    named = ", ".join(STRATEGIES)
+    with pytest.raises(ValueError, match=f"strategy must be one of {named}, but is x"):
         memory(plain, "x", 8)
 
 
@@ -129,7 +162,18 @@ def test_time_energy_and_cost_follow_from_operations(plain):
     assert traffic(plain, "ddp", 1) == 0
 
 
-@pytest.mark.parametrize(("field", "value"), [("mfu", 1.5), ("memory", 0.0), ("price", -1.0)])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("mfu", 1.5),
+        ("mfu", nan),
+        ("memory", 0.0),
+        ("bandwidth", inf),
+        ("watts", nan),
+        ("price", -1.0),
+        ("price", nan),
+    ],
+)
 def test_a_machine_that_cannot_be_is_refused(field, value):
     good = {"memory": 1.0, "peak_flops": 1.0, "mfu": 0.5, "watts": 1.0, "bandwidth": 1.0}
     with pytest.raises(ValueError, match=f"--{field} must be"):

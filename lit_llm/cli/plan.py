@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import re
 import shutil
 import tempfile
@@ -23,10 +25,12 @@ def run(words: list[str]) -> None:
     options, more = _parser().parse_known_args(words[1:])
     if options.devices < 1 or options.nodes < 1:
         fail(f"--devices and --nodes must be at least 1, but are {options.devices} and {options.nodes}")
-    if options.tokens is not None and options.tokens <= 0:
-        fail(f"--tokens must be above 0, but is {options.tokens:g}")
+    if options.tokens is not None and not 0 < options.tokens < math.inf:
+        fail(f"--tokens must be finite and above 0, but is {options.tokens:g}")
     if options.probe is not None and options.probe < 2:
         fail(f"--probe must be at least 2 steps, but is {options.probe}")
+    if options.json and not os.access(options.json.parent, os.W_OK):
+        fail(f"--json must be in a folder that can be written to, but is {options.json}")
     found = plan(options, more)
     print("\n".join(report(found)))
     if options.json:
@@ -40,7 +44,7 @@ def size(text: str) -> float:
         >>> size("1.5KiB")
         1536.0
     """
-    match = re.fullmatch(r"([\d.]+) ?([kmgt]i?b|)", text.strip().lower())
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?([kmgt]i?b|)", text.strip().lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"size must be a number of bytes with a unit, as 80GiB, but is {text}")
     return float(match[1]) * UNITS[match[2]]
@@ -91,7 +95,7 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     """
     from dataclasses import asdict
 
-    from lit_llm.planning import OPTIMAL_TOKENS_PER_PARAMETER, STRATEGIES, Machine, bill, memory, traffic
+    from lit_llm.planning import OPTIMAL_TOKENS_PER_PARAMETER, PAIR, STRATEGIES, Machine, bill, memory, traffic
 
     machine = Machine(options.memory, options.peak_flops, options.mfu, options.watts, options.bandwidth, options.price)
     steps, details = measured_steps(words)
@@ -115,18 +119,21 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     found |= {"devices": devices, "tokens": tokens, "optimal_tokens": OPTIMAL_TOKENS_PER_PARAMETER * plain.parameters}
     found["machine"] = asdict(machine)
     sharing = dict.fromkeys(STRATEGIES, devices) | {"tensor_parallel": options.devices}  # within a node
+    if options.devices % PAIR:
+        del sharing["fsdp_tensor_parallel"]
     found["memory"] = {
         name: {strategy: asdict(memory(step, strategy, count)) for strategy, count in sharing.items()}
         for name, step in steps.items()
     }
     found["bill"] = asdict(billed("fsdp", devices))
     if options.table:
+        rows = TABLE[0] * details["batch_size"] * parts
         found["table"] = {
             count: {
                 "memory": memory(plain, "fsdp", count).peak,
                 "memory_checkpointed": memory(list(steps.values())[-1], "fsdp", count).peak,
                 **asdict(billed("fsdp", count)),
-                "strong_efficiency": billed("fsdp", count, min(1.0, TABLE[0] / count)).efficiency,
+                "strong_efficiency": billed("fsdp", count, TABLE[0] / count).efficiency if rows >= count else None,
             }
             for count in TABLE
         }
@@ -188,6 +195,8 @@ def example_batch(objective: Any, data: Any) -> dict[str, Any]:
     from lit_llm.data.tokenizer import TRAINED, load_tokenizer
 
     name = objective.size_name
+    if (given := objective.hparams.get(name)) is not None and given < 1:
+        raise ValueError(f"model.{name} must be at least 1, but is {given}")
     if name != "vocab_size" or not hasattr(data, "seq_len"):
         data.prepare_data()
         data.setup("fit")
@@ -277,33 +286,48 @@ def report(found: dict[str, Any]) -> list[str]:
         lines += [
             "",
             f"Memory of {each}, {name}; {gib(machine['memory'])} are there",
-            f"{'':<16}{'weights':>12}{'gradients':>12}{'optimizer':>12}{'activations':>12}{'peak':>12}",
+            f"{'':<22}{'weights':>12}{'gradients':>12}{'optimizer':>12}{'activations':>12}{'peak':>12}",
         ]
         for strategy, m in strategies.items() if devices > 1 else [("one device", strategies["ddp"])]:
             fits = "fits" if m["peak"] <= machine["memory"] else "does not fit"
             columns = ("weights", "gradients", "optimizer", "activations", "peak")
-            lines.append(f"{strategy:<16}" + "".join(f"{gib(m[c]):>12}" for c in columns) + f"  {fits}")
+            lines.append(f"{strategy:<22}" + "".join(f"{gib(m[c]):>12}" for c in columns) + f"  {fits}")
     b = found["bill"]
     speed = "the measured speed" if "probe" in found else f"{machine['mfu']:.0%} of {machine['peak_flops']:.4g}/s"
     lines += [
         "",
         f"Compute-optimal: {found['optimal_tokens']:.4g} {unit}s, 20 for each parameter (Hoffmann et al., 2022)",
-        f"{found['tokens']:.4g} {unit}s on {devices} × {machine['watts']:g} W at {speed}: {duration(b['seconds'])}, "
-        f"{b['kilowatt_hours']:,.4g} kWh" + cost(b),
+        f"{found['tokens']:.4g} {unit}s on {devices} × {machine['watts']:g} W at {speed}: {duration(b['seconds'])}"
+        f"{exchange(b, devices, machine['mfu'])}, {b['kilowatt_hours']:,.4g} kWh" + cost(b),
     ]
     if "table" in found:
         lines += [
             "",
-            "fsdp, the same batch on each device; strong: the batch of 8 devices, shared out. Planned, not measured.",
+            "fsdp, the same batch on each device; strong: the batch of 8 devices, shared out (– where there are fewer "
+            "rows than devices). Planned, not measured.",
             f"{'devices':>8}{'memory':>12}{'checkpointed':>14}{'time':>14}{'kWh':>12}{'weak':>7}{'strong':>8}",
         ]
         for count, row in found["table"].items():
+            strong = "–" if row["strong_efficiency"] is None else f"{row['strong_efficiency']:.0%}"
             lines.append(
                 f"{count:>8,}{gib(row['memory']):>12}{gib(row['memory_checkpointed']):>14}"
                 f"{duration(row['seconds']):>14}{row['kilowatt_hours']:>12,.4g}{row['efficiency']:>7.0%}"
-                f"{row['strong_efficiency']:>8.0%}{cost(row)}"
+                f"{strong:>8}{cost(row)}"
             )
     return lines
+
+
+def exchange(bill: dict[str, Any], devices: int, mfu: int | float) -> str:
+    """How much of a bill's time the devices compute, where they are several and so have to exchange."""
+    if devices == 1:
+        return ""
+    if bill["efficiency"] == 1:
+        return " under fsdp, which exchanges meanwhile"
+    computing = duration(bill["seconds"] * bill["efficiency"])
+    return (
+        f" under fsdp, which exchanges for longer than it computes ({computing} by itself): "
+        f"{mfu * bill['efficiency']:.0%} are reached"
+    )
 
 
 def cost(bill: dict[str, Any]) -> str:

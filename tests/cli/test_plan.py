@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from lit_llm.cli.plan import exchange
+from lit_llm.planning import STRATEGIES
 from tests.writing import REPOSITORY
 
 MAIN = ["--config", REPOSITORY / "configs/pretraining/llama_stdlib.yaml"]
@@ -30,7 +32,8 @@ def test_a_plan_needs_neither_data_nor_tokeniser_and_writes_nothing(lit_llm, tmp
     assert found["bill"]["cost"] == pytest.approx(found["bill"]["kilowatt_hours"] / 0.7 * 2.5)
     for line in ("Memory of each of 8 devices, as configured; 24.00 GiB are there", "Compute-optimal: ", "   1,024 "):
         assert line in outcome.out
-    assert outcome.out.count("  fits") == 10
+    assert outcome.out.count("  fits") == 12
+    assert found["memory"]["as configured"].keys() == set(STRATEGIES)
 
 
 def test_what_does_not_fit_is_said(lit_llm):
@@ -66,7 +69,14 @@ def test_a_classifier_is_planned_by_its_first_batch(lit_llm, reviews):
         (["--devices", 0], "--devices and --nodes must be at least 1, but are 0 and 1"),
         (["--mfu", 2], "--mfu must be in (0, 1], but is 2"),
         (["--memory", "much"], "size must be a number of bytes with a unit, as 80GiB, but is much"),
-        (["--tokens", 0], "--tokens must be above 0, but is 0"),
+        (["--memory", "1.2.3GiB"], "size must be a number of bytes with a unit, as 80GiB, but is 1.2.3GiB"),
+        (["--memory", "."], "size must be a number of bytes with a unit, as 80GiB, but is ."),
+        (["--tokens", 0], "--tokens must be finite and above 0, but is 0"),
+        (["--tokens", "nan"], "--tokens must be finite and above 0, but is nan"),
+        (["--tokens", "inf"], "--tokens must be finite and above 0, but is inf"),
+        (["--price", "nan"], "--price must be finite and at least 0, but is nan"),
+        (["--model.vocab_size", 0], "model.vocab_size must be at least 1, but is 0"),
+        (["--json", "none/x.json"], "--json must be in a folder that can be written to, but is none/x.json"),
         (["--probe", 1], "--probe must be at least 2 steps, but is 1"),
     ],
 )
@@ -74,3 +84,32 @@ def test_a_mistake_is_one_line(lit_llm, words, line):
     outcome = lit_llm("plan", *MAIN, *SMALL, *words)
     assert outcome.code == 2
     assert line in outcome.last_line
+    assert not outcome.out
+
+
+def test_time_says_how_much_of_it_is_computing_and_under_which_strategy(lit_llm):
+    words = ["plan", *MAIN, *SMALL, "--tokens", 1e12, "--bandwidth", "1MB"]
+    alone, shared = (lit_llm(*words, "--devices", devices).out.splitlines()[-1] for devices in (1, 2))
+    assert "under" not in alone
+    assert " W at 40% of 9.89e+14/s: " in shared
+    assert " under fsdp, which exchanges for longer than it computes (" in shared
+    bill = {"seconds": 25.6 * 86400, "efficiency": 0.664}
+    assert exchange(bill, 8, 0.4) == (
+        " under fsdp, which exchanges for longer than it computes (17.0 d by itself): 27% are reached"
+    )
+    assert exchange(bill | {"efficiency": 1.0}, 8, 0.4) == " under fsdp, which exchanges meanwhile"
+
+
+def test_a_row_is_not_shared_out(lit_llm):
+    outcome = lit_llm("plan", *MAIN, *SMALL, "--data.batch_size", 2, "--table")
+    assert outcome.code == 0, outcome.err
+    shared, cut = (next(x for x in outcome.out.splitlines() if x.startswith(f"{n:>8}")) for n in (16, 32))
+    assert shared.endswith("%")
+    assert cut.endswith("       –")
+    assert "strong: the batch of 8 devices, shared out (– where there are fewer rows than devices)" in outcome.out
+
+
+def test_pairs_are_planned_where_the_devices_of_a_node_are_even(lit_llm):
+    for devices, there in ((2, True), (3, False)):
+        outcome = lit_llm("plan", *MAIN, *SMALL, "--devices", devices)
+        assert ("fsdp_tensor_parallel" in outcome.out) is there
