@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -77,6 +79,7 @@ class ExampleData(LightningDataModule, ABC):
         self.augmentation, self.seed = augmentation, seed
         self.reader: LabelReader | None = None
         self._readable: dict[str, Any] = {}
+        self._trained_on: dict[str, Any] | None = None
 
     # What a subclass says.
 
@@ -122,9 +125,9 @@ class ExampleData(LightningDataModule, ABC):
     def predict_split(self) -> str:
         """The split that `predict` reads: the test split, or where there is none the validation split.
 
-        All of a single table, or of one without labels, is a test split then.
+        Of another source than the run's own all is a test split, and where the own has nothing else it is `train`.
         """
-        return "test" if "test" in self.splits else "validation"
+        return next(name for name in ("test", "validation", "train") if name in self.splits)
 
     def label_name(self, index: int) -> str:
         """What a class is called."""
@@ -141,18 +144,30 @@ class ExampleData(LightningDataModule, ABC):
         """The examples: `train`, `validation` and `test`, as far as there are such, and `unlabelled`."""
         return self._find_splits()
 
+    @property
+    def _is_own(self) -> bool | None:
+        """Whether the source is that which a checkpoint was trained on; `None` where nothing says it."""
+        if not self._trained_on:
+            return None
+        here, there = (Path(path).expanduser().resolve() for path in (self.path, self._trained_on["path"]))
+        return (here, self.subset) == (there, self._trained_on["subset"])
+
+    def _known_columns(self, rows: Dataset) -> dict[str, str]:
+        """Columns of what was trained on, by what they are for, where a table to predict has them too."""
+        known = (self._trained_on or {}).get("columns", {}) if self._predicting else {}
+        return {role: name for role, name in known.items() if name in rows.column_names}
+
     def _whole_to_predict(self, found: dict[str, Dataset], label: str | None) -> dict[str, Split] | None:
-        """A single table, or one without labels, that is predicted as a whole; what its labels mean, a checkpoint says.
+        """A table that is predicted as a whole, as no run's own is; what its labels mean, a checkpoint says.
 
         Args:
             found: The tables.
-            label: Their label column.
+            label: Their label column; decides where nothing says whether they are the run's own.
         """
-        if not self._predicting or (len(found) > 1 and label is not None):
+        own = (len(found) > 1 and label is not None) if self._is_own is None else self._is_own
+        if not self._predicting or own:
             return None
-        rows = next(reversed(found.values()))
-        log.info(f"Predicting all {len(rows):,} rows of {self.path}")
-        return {"test": Split(rows, None)}
+        return {"test": Split(next(reversed(found.values())), None)}
 
     def _labelled(
         self, found: dict[str, Dataset], unlabelled: Dataset | None, names: tuple[str, ...] = ()
@@ -252,11 +267,19 @@ class ExampleData(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the split to predict, with labels or without."""
-        return self.ordered_dataloader(self.predict_split)
+        split = self.predict_split
+        count = len(self.splits[split])
+        if "train" not in self.splits:
+            log.info(f"Predicting all {count:,} rows of {self.path}")
+        else:
+            alone = ", on which it was trained: there is no other split" if split == "train" else ""
+            log.info(f"Predicting the {count:,} rows of the {split} split of {self.path}{alone}")
+        return self.ordered_dataloader(split)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to name classes on its own."""
-        return {"labels": [list(self.reader.values), list(self.reader.class_names)]}
+        """What a checkpoint needs to name classes on its own, and to know again what it was trained on."""
+        trained_on = {"path": self.path, "subset": self.subset, "columns": asdict(self.columns)}
+        return {"labels": [list(self.reader.values), list(self.reader.class_names)], "trained_on": trained_on}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses a checkpoint whose classes mean something else; a table to predict as a whole takes its classes.
@@ -265,6 +288,10 @@ class ExampleData(LightningDataModule, ABC):
             ValueError: When the checkpoint's classes are not this data's.
         """
         values, names = state_dict["labels"]
+        self._trained_on = state_dict.get("trained_on", {})  # older checkpoints do not say it
+        if self._predicting and "train" not in self.__dict__.get("splits", ["train"]):  # found before that was known
+            self.__dict__.pop("splits")
+            self._readable = {}
         if "train" not in self.splits:
             rows, column = self.splits["test"].rows, self.columns.label
             self.reader = LabelReader(self.path, column or "", tuple(values), names)

@@ -19,7 +19,7 @@ from lit_llm.data.docmatch import NAME, open_docmatch
 from lit_llm.data.examples import ExampleData
 from lit_llm.data.glue_tasks import DOCMATCH, TASKS, Submission
 from lit_llm.data.table_tokenizer import tokenizer_files, trained_tokenizer
-from lit_llm.data.tables import Split, check_texts, choose_splits, find_columns, open_table
+from lit_llm.data.tables import LABELS, Split, check_texts, choose_splits, find_columns, open_table
 from lit_llm.data.tokenizer import load_tokenizer, training_of
 
 log = logging.getLogger(__name__)
@@ -148,8 +148,8 @@ class GLUEData(ExampleData):
     # Lightning's hooks.
 
     def prepare_data(self) -> None:
-        """Reads the table, and trains the tokeniser where it is to be trained."""
-        if "train" in self.splits:
+        """Reads the table, and trains the tokeniser; to predict, once a checkpoint has said what it was trained on."""
+        if not self._predicting and "train" in self.splits:
             self._require_marks()
 
     def state_dict(self) -> dict[str, Any]:
@@ -181,12 +181,14 @@ class GLUEData(ExampleData):
         if not found:
             raise ValueError(f"data.path must hold a split to read, but {self.path} has none")
         first = found["train"] if "train" in found else next(iter(found.values()))
+        known, usual = self._known_columns(first), LABELS
         given = {
-            role: name or getattr(self.task and self.task.columns, role, None) for role, name in self.given.items()
+            role: name or getattr(self.task and self.task.columns, role, None) or known.get(role)
+            for role, name in self.given.items()
         }
-        if self._predicting and given["label"] not in first.column_names:
-            given["label"] = None
-        self.columns = find_columns(first, self.path, **given)
+        if self._predicting and (given["label"] or self._trained_on):  # no other column is one of labels
+            given["label"], usual = given["label"] if given["label"] in first.column_names else None, ()
+        self.columns = find_columns(first, self.path, **given, usual=usual)
         for name, rows in [*found.items(), *([("unlabelled", unlabelled)] if unlabelled is not None else [])]:
             check_texts(rows, self.columns.texts, self.path, name)
         if whole := self._whole_to_predict(found, self.columns.label):

@@ -206,22 +206,36 @@ def _arrow(rows: Dataset, name: str) -> Any:
     return rows.select_columns([name]).with_format("arrow")[:][name]
 
 
-def find_columns(rows: Dataset, path: str, text: str | None, text_pair: str | None, label: str | None) -> Columns:
+def find_columns(
+    rows: Dataset,
+    path: str,
+    text: str | None,
+    text_pair: str | None,
+    label: str | None,
+    usual: tuple[str, ...] = LABELS,
+) -> Columns:
     """Where the texts and the label are: as named, or where there is one obvious choice.
 
-    A column called `label` (or `labels`, `target`, `class`, `category`, `score`) holds the label. The texts are in one
+    A column called as in `usual` (`label`, or else `labels`, `target`, …) holds the label. The texts are in one
     of the usual pairs of columns, such as `sentence1` and `sentence2`, in one called `text` or `sentence`, or in the
     only other column of text.
 
     Raises:
-        ValueError: When a column is not there, or the choice is not obvious.
+        ValueError: When a column is not there, two are one, or the choice is not obvious.
     """
     names = rows.column_names
     for role, name in {"text": text, "text_pair": text_pair, "label": label}.items():
         if name is not None and name not in names:
             raise ValueError(f"data.{role} must be one of {', '.join(names)} in {path}, but is {name!r}")
     if label is None:
-        label = next((name for name in LABELS if name in names), None)
+        label = next((name for name in usual if name in names), None)
+    roles: dict[str, str] = {}
+    for role, name in {"label": label, "text": text, "text_pair": text_pair}.items():
+        if name is not None and name in roles:
+            raise ValueError(
+                f"data.{role} must be another column than data.{roles[name]}, but is {name!r} in {path} too"
+            )
+        roles |= {name: role} if name is not None else {}
     if text is not None:
         return Columns(text, text_pair, label)
     taken = {label, text_pair, *NUMBERS}

@@ -201,8 +201,11 @@ class VisionData(ExampleData):
         chosen = choose_splits(tables.splits, self.path)
         first = chosen["train"] if "train" in chosen else next(iter(chosen.values()))
         self._image = find_image_column(first, self.path, self.given["image"])
-        label = None if self._predicting and self.given["label"] not in first.column_names else self.given["label"]
-        label = find_label_column(first, self.path, label)
+        label = self.given["label"] or self._known_columns(first).get("label")
+        if self._predicting and (label or self._trained_on):  # no other column is one of labels
+            label = label if label in first.column_names else None
+        else:
+            label = find_label_column(first, self.path, label)
         self.columns = Columns(CONTENT, None, label)
         if label is None and not self._predicting:
             raise ValueError(

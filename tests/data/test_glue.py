@@ -38,6 +38,21 @@ def made(stage: str = "fit", **arguments: Any) -> GLUEData:
     return data
 
 
+def awaiting(path: str, **arguments: Any) -> GLUEData:
+    """Data to predict, for which a checkpoint is still to be read."""
+    data = GLUEData(path=path, **{"tokenizer": TOKENIZER, **arguments})
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"), global_rank=0, world_size=1)
+    data.prepare_data()
+    data.setup("predict")
+    return data
+
+
+def predicting(path: str, state: dict[str, Any], **arguments: Any) -> GLUEData:
+    data = awaiting(path, **arguments)
+    data.load_state_dict(state)
+    return data
+
+
 @pytest.fixture
 def table(tmp_path: Path) -> str:
     return write_csv(tmp_path / "x.csv", rows(60))
@@ -305,10 +320,7 @@ def test_a_checkpoint_of_other_classes_or_tokens_is_refused(table, tmp_path) -> 
 
 def test_a_table_without_labels_is_predicted_whole_with_what_the_checkpoint_knows(table, tmp_path) -> None:
     state = made(path=table).state_dict()
-    new = GLUEData(path=write_csv(tmp_path / "new.csv", [("ab ab",), ("ab",)], "text"), tokenizer=TOKENIZER)
-    new.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"), global_rank=0, world_size=1)
-    new.prepare_data()
-    new.setup("predict")
+    new = awaiting(write_csv(tmp_path / "new.csv", [("ab ab",), ("ab",)], "text"))
     assert getattr(new, "tokenizer", None) is None
     new.load_state_dict(state)
     [batch] = new.predict_dataloader()
@@ -322,16 +334,63 @@ def test_a_table_without_labels_is_predicted_whole_with_what_the_checkpoint_know
 def test_a_single_table_is_predicted_whole_whichever_labels_it_has(table, tmp_path, labels) -> None:
     state = made(path=table).state_dict()
     path = write_csv(tmp_path / "new.csv", [(f"ab {n}", label) for n, label in enumerate(labels)])
-    new = GLUEData(path=path, tokenizer=TOKENIZER)
-    new.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"), global_rank=0, world_size=1)
-    new.prepare_data()
-    new.setup("predict")
-    new.load_state_dict(state)
+    new = predicting(path, state)
     [batch] = new.predict_dataloader()
     assert sorted(batch["rows"].tolist()) == [0, 1, 2]
     assert ("labels" in batch) == (-1 not in labels)
     assert [labels[row] for row in batch["rows"]] == batch.get("labels", torch.tensor([-1] * 3)).tolist()
     assert new.class_names == ["0", "1"]
+
+
+@pytest.mark.parametrize(
+    ("fractions", "split"), [((0.1, 0.0), "validation"), ((0.1, 0.2), "test"), ((0.0, 0.0), "train")]
+)
+def test_of_the_runs_own_table_what_it_was_not_trained_on_is_predicted(table, fractions, split, caplog) -> None:
+    held_out = dict(zip(("validation_fraction", "test_fraction"), fractions, strict=True))
+    trained = made(path=table, **held_out)
+    data = predicting(table, trained.state_dict(), **held_out)
+    caplog.set_level("INFO")
+    batches = list(data.predict_dataloader())
+    rows = sorted(row for batch in batches for row in batch["rows"].tolist())
+    assert data.predict_split == split
+    assert data.texts(split, rows) == trained.texts(split, rows)
+    assert len(rows) == len(trained.splits[split])
+    assert all("labels" in batch for batch in batches)
+    alone = ", on which it was trained: there is no other split" if split == "train" else ""
+    assert caplog.messages[-1] == f"Predicting the {len(rows)} rows of the {split} split of {table}{alone}"
+
+
+def test_of_another_folder_with_splits_the_last_is_predicted_by_the_checkpoints_tokens(table, tmp_path, caplog) -> None:
+    (tmp_path / "new").mkdir()
+    write_csv(tmp_path / "new/train.csv", rows(9))
+    write_csv(tmp_path / "new/test.csv", [("ab", 1), ("ab ab", 0)])
+    caplog.set_level("INFO")
+    data = predicting(str(tmp_path / "new"), made(path=table).state_dict())
+    [batch] = data.predict_dataloader()
+    assert [batch["labels"][batch["rows"].tolist().index(row)] for row in range(2)] == [1, 0]
+    assert caplog.messages[-1] == f"Predicting all 2 rows of {tmp_path}/new"
+
+
+@pytest.mark.parametrize("name", ["score", "target", "class", "category"])
+def test_no_other_column_is_taken_for_labels_than_the_one_that_was_trained_on(table, tmp_path, name) -> None:
+    state = made(path=table).state_dict()
+    new = predicting(write_csv(tmp_path / "new.csv", [("ab", "0.7"), ("ab ab", "0.1")], f"text,{name}"), state)
+    assert "labels" not in next(iter(new.predict_dataloader()))
+    named = write_csv(tmp_path / "named.csv", [("ab", "0.7", 1), ("ab ab", "0.1", 0)], f"text,{name},truth")
+    batch = next(iter(predicting(named, state, label="truth").predict_dataloader()))
+    assert dict(zip(batch["rows"].tolist(), batch["labels"].tolist(), strict=True)) == {0: 1, 1: 0}
+
+
+def test_the_text_to_predict_is_the_column_that_was_trained_on(tmp_path) -> None:
+    trained = made(path=write_csv(tmp_path / "x.csv", [(text, label) for text, label in rows(60)], "review,label"))
+    new = predicting(write_csv(tmp_path / "new.csv", [("good", "ab")], "score,review"), trained.state_dict())
+    assert (new.columns.text, new.columns.label) == ("review", None)
+
+
+def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_predicts_a_single_table_whole(table) -> None:
+    state = made(path=table).state_dict()
+    del state["trained_on"]
+    assert len(predicting(table, state).splits["test"]) == 60
 
 
 # Mistakes.
@@ -361,7 +420,8 @@ def test_an_unknown_task_is_said_with_those_there_are() -> None:
         ({"batch_size": 100}, "data.batch_size must be at most the examples there are to train on, but is 100 on 1 devices where {path} has 54; lower it"),
         ({"label": "lable"}, "data.label must be one of text, label in {path}, but is 'lable'"),
         ({"validation_fraction": 0.001}, "data.validation_fraction must leave an example to validate on, but is 0.001, which takes none of the 60 of {path}; raise it, or set it to 0 to go without"),
-        ({"text_pair": "label", "tokenizer": "bytes"}, "data.tokenizer must put a mark between two texts, but bytes has none; bert-bpe-4096 is one that does"),
+        ({"text_pair": "label"}, "data.text_pair must be another column than data.label, but is 'label' in {path} too"),
+        ({"text_pair": "other", "tokenizer": "bytes"}, "data.tokenizer must put a mark between two texts, but bytes has none; bert-bpe-4096 is one that does"),
         ({"max_seq_len": 2}, "data.max_seq_len must leave room for text beside 2 special tokens, but is 2"),
         ({"labels_per_class": 28}, "data.labels_per_class must be at most the rows of the smallest class, 27, but is 28 for {path}"),
         ({"unlabelled_ratio": -1}, "data.unlabelled_ratio must be at least 0, but is -1"),
@@ -371,6 +431,8 @@ def test_an_unknown_task_is_said_with_those_there_are() -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_be_trained_on_is_said_in_one_line(table, arguments, message) -> None:
+    if arguments.get("text_pair") == "other":
+        write_csv(Path(table), [(text, label, text) for text, label in rows(60)], "text,label,other")
     with pytest.raises(ValueError, match=exactly(message.format(path=table))):
         made(path=table, **arguments)
 

@@ -174,6 +174,22 @@ def test_a_table_without_text_is_said_to_have_none() -> None:
         find_columns(rows, "x.csv", None, None, None)
 
 
+@pytest.mark.parametrize(
+    ("given", "first", "second", "name"),
+    [
+        ({"text": "label"}, "text", "label", "label"),
+        ({"text": "title", "label": "title"}, "text", "label", "title"),
+        ({"text_pair": "label"}, "text_pair", "label", "label"),
+        ({"text": "title", "text_pair": "title"}, "text_pair", "text", "title"),
+    ],
+)
+def test_a_column_is_one_thing_so_that_no_label_is_read_as_text(given, first, second, name) -> None:
+    rows = Dataset.from_dict({name: ["x"] for name in ("text", "title", "label")})
+    message = f"data.{first} must be another column than data.{second}, but is {name!r} in x.csv too"
+    with pytest.raises(ValueError, match=exactly(message)):
+        find_columns(rows, "x.csv", **{"text": None, "text_pair": None, "label": None, **given})
+
+
 @pytest.mark.parametrize("role", ["text", "text_pair", "label"])
 def test_a_misspelt_column_is_said_with_those_there_are(role) -> None:
     rows = Dataset.from_dict({"text": ["x"], "label": [1]})

@@ -229,6 +229,15 @@ def test_folders_of_some_of_the_classes_are_predicted_with_the_checkpoints_class
     assert [data.label_name(label) for label in batch["labels"].tolist()] == ["dog", "ox", "ox"]
 
 
+def test_of_the_runs_own_images_those_it_was_not_trained_on_are_predicted(folder) -> None:
+    trained = made(path=folder)
+    data = made("predict", "predict", path=folder)
+    data.load_state_dict(trained.state_dict())
+    batches = list(data.predict_dataloader())
+    assert sum(len(batch["rows"]) for batch in batches) == len(trained.splits["validation"]) == 4
+    assert names(data, data.predict_split, [0, 1, 2, 3]) == names(trained, "validation", [0, 1, 2, 3])
+
+
 def test_other_images_are_tested_in_the_checkpoints_size(folder, tmp_path) -> None:
     trained, other = made(path=folder), tmp_path / "other"
     for name in ("cat", "dog", "ox"):
