@@ -311,16 +311,18 @@ def _write(program: ExportedProgram, file: Path, form: str, dynamic: dict[str, d
         return
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     try:
-        torch.onnx.export(
+        found = torch.onnx.export(
             program,
             (),
-            file,
             dynamo=True,
             dynamic_shapes=dynamic,
             output_names=["logits"],
-            external_data=size > MAX_PROTOBUF,
+            optimize=not any("weight_qdata" in name for name in program.state_dict),  # which would write out the reals
             verbose=False,
         )
+        for node in found.model.graph.all_nodes():
+            node.metadata_props.clear()  # each line of code that it comes from, with its place on this machine
+        found.save(file, external_data=size > MAX_PROTOBUF)
     except Exception as error:  # of as many kinds as there are operations
         raise ValueError(
             f"network must be made of operations that ONNX has, but is not: {_first_line(error)}; give --format torch"

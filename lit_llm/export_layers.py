@@ -45,7 +45,12 @@ def exportable(network: nn.Module) -> Iterator[None]:
 
 def _weighing(layer: QuantizedLinear) -> Callable[[Tensor], Tensor]:
     """Integers stay what the file keeps, and become real numbers as they are read."""
-    return lambda x: F.linear(x, layer.weight, layer.bias)
+
+    def forward(x: Tensor) -> Tensor:
+        groups = layer.qdata.unflatten(-1, (layer.weight_scale.shape[-1], -1))
+        return F.linear(x, (groups * layer.weight_scale[..., None]).flatten(-2), layer.bias)
+
+    return forward
 
 
 def _is_simple(cell: nn.RNNBase) -> bool:

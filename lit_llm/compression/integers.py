@@ -23,8 +23,9 @@ def pack(values: Int[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows half"]:
 
 def unpack(packed: UInt8[Tensor, "*rows half"], n: int) -> Int[Tensor, "*rows n"]:
     """What `pack` was given, of which there were `n`."""
-    low, high = (packed & 15).to(torch.int8), (packed >> 4).to(torch.int8) & 15  # ONNX shifts in signed integers
-    return torch.stack([low, high], dim=-1).flatten(-2)[..., :n] - 8
+    wide = packed.int()  # bytes without a sign are not shifted right by ONNX's exporter
+    pairs = torch.stack([wide & 15, wide >> 4], dim=-1).flatten(-2)
+    return pairs[..., :n].to(torch.int8) - 8
 
 
 class Quantized(nn.Module):
