@@ -67,20 +67,33 @@ class LastCheckpoint(Checkpoint):
         Raises:
             KeyboardInterrupt: After saving, when the run was interrupted.
         """
+        self._agree(trainer)
+        loop, data = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        # Where a validation follows, the step is not done before it: who went on from here would pass it over.
+        if trainer.global_step != self._saved_step and not loop._should_check_val_fx(data):
+            self._save_if_due(trainer)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Saves where it is time, with what the validation found.
+
+        Raises:
+            KeyboardInterrupt: As after a step that none follows.
+        """
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._agree(trainer)
+            self._save_if_due(trainer)
+
+    def _agree(self, trainer: Trainer) -> None:
         if trainer.world_size > 1:  # all ranks save, or none
             self._interrupted = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
-        step = trainer.global_step
-        if step == self._saved_step:
+
+    def _save_if_due(self, trainer: Trainer) -> None:
+        if trainer.fit_loop.epoch_loop._should_accumulate():
             return
-        if self._interrupted or step % self.every_n_steps == 0:
+        if self._interrupted or trainer.global_step % self.every_n_steps == 0:
             self._save(trainer)
         if self._interrupted:
             raise KeyboardInterrupt
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves once more where a validation followed: going on from there, it is not done again."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.global_step == self._saved_step:
-            self._save(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves the end; what follows, such as the export of the best, finds all checkpoints written."""

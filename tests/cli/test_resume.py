@@ -97,6 +97,34 @@ def test_a_resumed_run_drops_what_one_never_stopped_drops(lit_llm, tiny, tmp_pat
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") != losses(tmp_path / "other")
 
 
+class Interrupt(Callback):
+    """Ctrl-C while a batch is read."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.fit_loop.epoch_loop.total_batch_idx == self.batch:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("batch", [11, 12])  # the last of step 6, which a validation follows; the first of step 7
+def test_a_run_interrupted_before_a_validation_or_within_a_step_goes_on_exactly(lit_llm, tiny, tmp_path, batch):
+    words = [*tiny, "--trainer.max_steps", "9", "--trainer.accumulate_grad_batches", "2", "--test_after_fit", "false"]
+    words += ["--trainer.val_check_interval", "6", "--trainer.log_every_n_steps", "1"]
+    words += ["--checkpoint.every_n_steps", "1000"]
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
+    stopped = ["--trainer.callbacks+", "tests.cli.test_resume.Interrupt", "--trainer.callbacks.batch", batch]
+    assert lit_llm("fit", *words, *stopped, "--run_dir", tmp_path / "cut").code == 130
+    step = read_checkpoint(tmp_path / "cut/checkpoints/last.ckpt")["global_step"]
+    assert step == batch // 2 + 1
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
+    whole, cut = (read_metrics(tmp_path / run / "metrics.csv") for run in ("whole", "cut"))
+    for name in ("train/loss", "val/loss"):
+        found = [{row["step"]: row[name] for row in rows if name in row} for rows in (whole, cut)]
+        assert found[0] == found[1] != {}, name
+
+
 def start(words: list[str]) -> subprocess.Popen:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment.pop("LIT_LLM_RUN_DIR", None)
