@@ -199,6 +199,10 @@ class TokenData(LightningDataModule, ABC):
         return {}
 
     def _open_cache(self) -> TokenCache:
+        if self.tokenizer_spec is None:
+            raise ValueError(
+                "data.tokenizer must be given, but is None; to start from model.weights name their folder or run"
+            )
         corpus = self._corpus_to_tokenize()
         train = training_of(self.tokenizer_spec)
         ready = None if train else self._dress(load_tokenizer(self.tokenizer_spec))

@@ -6,6 +6,7 @@ This module and its neighbours named `pretrained…` are the only ones that know
 from __future__ import annotations
 
 import copy
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,9 @@ class Pretrained(nn.Module):
 
     def __init__(self, config: PretrainedConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
+        text = config.get_text_config()
+        if (getattr(text, "pad_token_id", None) or 0) >= getattr(text, "vocab_size", math.inf):
+            text.pad_token_id = None  # an architecture's default, of its own tokens
         self.config, self.activation_checkpointing = config, activation_checkpointing
         self._is_trained = False
         self._build()

@@ -410,6 +410,14 @@ def test_values_out_of_range_are_refused_before_anything_is_read(changes: dict[s
         TextData(path="/no/such/folder", **(SMALL | changes))
 
 
+def test_no_tokenizer_is_refused_in_one_line(corpus: Path) -> None:
+    data = TextData(path=str(corpus), **SMALL)
+    data.tokenizer_spec = None  # as `--data.tokenizer null` leaves it
+    message = "data.tokenizer must be given, but is None; to start from model.weights name their folder or run"
+    with pytest.raises(ValueError, match=exactly(message)):
+        data.prepare_data()
+
+
 def test_a_negative_number_of_documents_is_refused_in_the_grammar(corpus: Path) -> None:
     with pytest.raises(ValueError, match=r"\Adata\.max_documents must .*, but is -1"):
         opened(corpus, max_documents=-1)

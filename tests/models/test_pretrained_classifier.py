@@ -243,6 +243,15 @@ def test_fresh_weights_take_the_tokenisers_size_and_padding_and_others_must_have
         PretrainedClassifier(2, str(tmp_path / "small")).read_tokens_of(tokenizer)
 
 
+def test_padding_that_the_vocabulary_has_no_room_for_is_left_to_the_tokeniser() -> None:
+    size = {name: value for name, value in SIZE.items() if name != "pad_token_id"}
+    network = PretrainedClassifier(2, config={"model_type": "modernbert", **size})  # by default it pads with 50283
+    assert network.config.pad_token_id is None
+    tokenizer = byte_tokenizer()
+    network.read_tokens_of(tokenizer)
+    assert network.config.pad_token_id == tokenizer.pad_token_id
+
+
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
     gradients, batch = [], inputs("bert")
     for checkpointing in (False, True):

@@ -133,6 +133,16 @@ def test_eager_attention_keeps_documents_apart_too() -> None:
     torch.testing.assert_close(network(ids, document_ids=documents), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_padding_that_the_vocabulary_has_no_room_for_is_left_to_the_tokeniser() -> None:
+    size = {name: value for name, value in SIZE.items() if name != "pad_token_id"}
+    network = PretrainedMaskedLM(300, {"model_type": "modernbert", **size})  # by default it pads with token 50283
+    assert network.to_hf_config()["pad_token_id"] is None
+    assert network(torch.tensor([[1, 2]])).shape == (1, 2, 300)
+    tokenizer = train_bert_bpe(["a"], 300)
+    network.read_tokens_of(tokenizer)
+    assert network.config.pad_token_id == tokenizer.pad_token_id
+
+
 def test_fresh_weights_take_the_tokenisers_padding() -> None:
     tokenizer = train_bert_bpe(["ab"], 260)
     network = PretrainedMaskedLM(len(tokenizer), config("roberta"))
