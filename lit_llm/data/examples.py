@@ -174,7 +174,9 @@ class ExampleData(LightningDataModule, ABC):
     ) -> dict[str, Split]:
         """Reads labels, cuts the splits that are missing, and draws what is to be trained on."""
         fractions = (self.validation_fraction, self.test_fraction)
-        splits, self.reader = labelled_splits(found, self.columns, self.path, names, *fractions)
+        # An objective that is sized by values takes whole numbers for such.
+        as_values = getattr(getattr(self.trainer, "lightning_module", None), "size_name", None) == "num_targets"
+        splits, self.reader = labelled_splits(found, self.columns, self.path, names, *fractions, as_values)
         if self.max_examples is not None:
             splits["train"] = some_of(splits["train"], self.max_examples, self.seed)
             require_seen(splits, self.reader)
@@ -217,15 +219,16 @@ class ExampleData(LightningDataModule, ABC):
         if rows < self.batch_size * devices:
             raise ValueError(
                 f"data.batch_size must be at most the examples there are to train on, but is {self.batch_size} on "
-                f"{devices} devices where {self.path} has {rows}; lower it"
+                f"{devices} device{'s' * (devices > 1)} where {self.path} has {rows}; lower it"
             )
         if self.unlabelled_ratio:
             unlabelled = len(self.splits["unlabelled"]) if "unlabelled" in self.splits else 0
             if unlabelled < self.unlabelled_ratio * self.batch_size * devices:
                 raise ValueError(
                     f"data.unlabelled_ratio must leave a batch of data.batch_size within the unlabelled examples, but "
-                    f"is {self.unlabelled_ratio} with batches of {self.batch_size} on {devices} devices where "
-                    f"{self.path} has {unlabelled}; lower one, or set data.labels_per_class"
+                    f"is {self.unlabelled_ratio} with batches of {self.batch_size} on {devices} "
+                    f"device{'s' * (devices > 1)} where {self.path} has {unlabelled}; lower one, or set "
+                    f"data.labels_per_class"
                 )
         if self.balance_classes and not self.class_names:
             raise ValueError("data.balance_classes must be false where labels are real numbers, but is true")

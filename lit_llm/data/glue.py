@@ -40,7 +40,8 @@ class GLUEData(ExampleData):
         subset: Configuration of a hub data set; with a task its name.
         text: Column of the text, or of the first of two; may be left out where there is one obvious choice.
         text_pair: Column of the second text.
-        label: Column of the label. Whole numbers and text are classes, real numbers are values.
+        label: Column of the label. Whole numbers and text are classes, real numbers are values; for an objective that
+            needs values, as `Regression` does, whole numbers are such too.
         tokenizer: `bert-bpe-<size>`, trained on these training texts; a folder with a `tokenizer.json`; or a name on
             the hub. By default the one beside the network's weights, or for a network without, `bert-bpe-4096`.
         max_seq_len: Tokens after which an example is cut, special tokens included; of two texts the longer one is.

@@ -12,7 +12,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from lit_llm.data.cleaning import content_hash
-from lit_llm.data.tables import Columns, Split, column_values
+from lit_llm.data.tables import LABELS, Columns, Split, column_values
 
 log = logging.getLogger(__name__)
 
@@ -65,14 +65,18 @@ class LabelReader:
 def plain_labels(found: list[Any], path: str, split: str) -> list[Any]:
     """Labels of one type: whole numbers, real numbers, truth values or names; text that spells numbers is numbers.
 
+    Spaces around text are no part of it.
+
     Raises:
         ValueError: When one is missing.
         TypeError: When they are of several types, or of another.
     """
+    found = [value.strip() if isinstance(value, str) else value for value in found]
     for row, value in enumerate(found):
         if value is None or value == "" or value != value:
             raise ValueError(
-                f"data.label must be there in every row, but is not in row {row} of the {split} split of {path}"
+                f"data.label must be there in every row, but is not in row {row} of the {split} split of {path}; leave "
+                f"such rows out"
             )
     if all(isinstance(value, str) for value in found):
         if all(WHOLE.fullmatch(value) for value in found):
@@ -100,7 +104,9 @@ def is_hidden(rows: Dataset, column: str) -> bool:
     return column not in rows.column_names or set(map(str, set(column_values(rows, column)))) <= {"-1", "-1.0", "None"}
 
 
-def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] = ()) -> LabelReader:
+def learn_labels(
+    rows: Dataset, path: str, column: str, names: tuple[str, ...] = (), as_values: bool = False
+) -> LabelReader:
     """Which classes there are, from the training split: none for real numbers.
 
     Args:
@@ -109,13 +115,17 @@ def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] =
         column: Its label column.
         names: What the classes are called, in their order, where that is known; a column of the hub's `ClassLabel`
             knows by itself. Otherwise they are in the order of their values.
+        as_values: Whether whole numbers are values too, where no names of classes are known.
 
     Raises:
         ValueError: When all labels are one, or one is a number beyond the known classes.
         TypeError: When they are of several types.
     """
-    found = plain_labels(column_values(rows, column), path, "training")
+    raw = column_values(rows, column)
+    found = plain_labels(raw, path, "training")
     kinds = set(found)
+    if any(isinstance(value, str) and value != value.strip() for value in raw):
+        log.info(f"Spaces around labels in {column!r} of {path} are left out: there are {len(kinds)} different ones")
     if not kinds:
         raise ValueError(f"data.path must hold rows to train on, but {path} has none")
     feature = rows.features[column]
@@ -135,8 +145,10 @@ def learn_labels(rows: Dataset, path: str, column: str, names: tuple[str, ...] =
             f"data.label must be a class from 0 to {len(names) - 1} ({', '.join(names)}), but {column!r} is {odd!r} in "
             f"row {found.index(odd)} of the training split of {path}; leave such rows out"
         )
+    if as_values and type(found[0]) is int:
+        return LabelReader(path, column)
     if isinstance(found[0], float):
-        if all(value.is_integer() for value in kinds):
+        if not as_values and all(value.is_integer() for value in kinds):
             log.warning(
                 f"{column!r} of {path} holds real numbers, so labels are values, though all are whole "
                 f"({listed(sorted(kinds))}); write them as whole numbers (1, not 1.0) to have classes"
@@ -250,6 +262,7 @@ def labelled_splits(
     names: tuple[str, ...],
     validation_fraction: float,
     test_fraction: float,
+    as_values: bool = False,
 ) -> tuple[dict[str, Split], LabelReader]:
     """Reads the labels of all splits, and cuts those that are missing out of the training split.
 
@@ -260,9 +273,14 @@ def labelled_splits(
         raise ValueError(f"data.path must hold a training split, but {path} has only {', '.join(found)}")
     column = columns.label
     if column is None:
-        existing = ", ".join(found["train"].column_names)
-        raise ValueError(f"data.label must be one of {existing} in {path}, but is not given")
-    reader = learn_labels(found["train"], path, column, names)
+        texts = (columns.text, columns.text_pair)
+        others = ", ".join(name for name in found["train"].column_names if name not in texts)
+        if not others:
+            raise ValueError(f"data.path must hold a column of labels beside the text, but {path} has none")
+        raise ValueError(
+            f"data.label must be given where no column is called {', '.join(LABELS)}, but is not; {path} has {others}"
+        )
+    reader = learn_labels(found["train"], path, column, names, as_values)
     splits = {}
     for name, rows in found.items():
         if name == "train" or not is_hidden(rows, column):

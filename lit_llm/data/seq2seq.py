@@ -160,7 +160,7 @@ class Seq2SeqData(LightningDataModule):
         if rows < self.batch_size * devices:
             raise ValueError(
                 f"data.batch_size must be at most the examples there are to train on, but is {self.batch_size} on "
-                f"{devices} devices where {self.path} has {rows}; lower it"
+                f"{devices} device{'s' * (devices > 1)} where {self.path} has {rows}; lower it"
             )
         if self.validation_fraction and "validation" not in self.splits:
             raise ValueError(

@@ -102,19 +102,21 @@ def open_table(
     set_verbosity(logging.CRITICAL)  # errors are said once, by us
     where = Path(path).expanduser()
     if where.is_file():
-        if where.suffix not in TABLE_FORMATS:
+        if where.suffix.lower() not in TABLE_FORMATS:
             raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but is {path}")
         return {"train": _load_files([where], path)}
     if where.is_dir() and not in_hub_layout(where):
         folder = where / subset if subset and (where / subset).is_dir() else where
-        files = sorted(p for p in folder.iterdir() if p.suffix in TABLE_FORMATS and not p.name.startswith("."))
+        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLE_FORMATS and not p.name.startswith("."))
         names = {file: SHARD.sub("", file.stem) for file in files}
         if files:
             kinds = dict.fromkeys(names.values())
             return {name: _load_files([f for f in files if names[f] == name], path) for name in kinds}
         if not (where / "README.md").is_file():  # older cards leave it to the folders' names
             raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
-    if not where.is_dir() and (where.is_absolute() or where.suffix in TABLE_FORMATS or not HUB_NAME.fullmatch(path)):
+    if not where.is_dir() and (
+        where.is_absolute() or where.suffix.lower() in TABLE_FORMATS or not HUB_NAME.fullmatch(path)
+    ):
         raise FileNotFoundError(f"data.path must be {kinds}, but is {path}, which does not exist")
     try:
         return dict(load_dataset(str(where), subset))
@@ -132,15 +134,18 @@ def in_hub_layout(folder: Path) -> bool:
 
 def _load_files(files: list[Path], path: str) -> Dataset:
     """One table from files of one kind; in CSV and TSV all is text."""
-    kind, options = TABLE_FORMATS[files[0].suffix], {}
+    suffix, options = files[0].suffix.lower(), {}
+    kind = TABLE_FORMATS[suffix]
     try:
         if kind == "csv":
-            separator = "\t" if files[0].suffix == ".tsv" else ","
+            separator = "\t" if suffix == ".tsv" else ","
             quoting = csv.QUOTE_NONE if separator == "\t" and not all(map(_is_quoted, files)) else csv.QUOTE_MINIMAL
             with files[0].open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.reader(file, delimiter=separator, quoting=quoting)
                 names, first = next(reader, []), next(reader, [])
             names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]  # as pandas calls them
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise ValueError(f"columns must have names of their own, but {len(twice)} are called {twice[0]!r}")
             if len(first) > len(names):  # pandas would take what is too many for names of rows
                 raise ValueError(
                     f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
@@ -150,10 +155,10 @@ def _load_files(files: list[Path], path: str) -> Dataset:
             options |= {"keep_default_na": False, "na_values": [""]}
         return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     except Exception as error:  # each format's reader raises its own kinds
-        raise ValueError(
-            f"data.path must be a table that can be read, but {files[0] if len(files) == 1 else path} is not: "
-            f"{_reason(error)}"
-        ) from error
+        which, reason = files[0] if len(files) == 1 else path, _reason(error)
+        if "corresponds to no data" in reason or not any(file.stat().st_size for file in files):
+            raise ValueError(f"data.path must hold rows, but {which} has none") from error
+        raise ValueError(f"data.path must be a table that can be read, but {which} is not: {reason}") from error
 
 
 def _is_quoted(file: Path) -> bool:

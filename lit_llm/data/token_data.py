@@ -163,8 +163,8 @@ class TokenData(LightningDataModule, ABC):
         if rows < self.batch_size * devices:
             raise ValueError(
                 f"data.batch_size must be at most the rows there are to train on, but is {self.batch_size} on "
-                f"{devices} devices where the training split of {self.corpus_name} has {rows} rows of "
-                f"{self.seq_len} tokens; {remedy}"
+                f"{devices} device{'s' * (devices > 1)} where the training split of {self.corpus_name} has {rows} rows "
+                f"of {self.seq_len} tokens; {remedy}"
             )
 
     def _check_validation(self) -> None:

@@ -63,7 +63,7 @@ class Regression(Objective):
         data = self.trainer.datamodule
         if getattr(data, "num_targets", None) is None and getattr(data, "num_classes", None) is not None:
             raise ValueError(
-                "data must have real numbers as labels for Regression, but has classes; set model to "
+                "data must have numbers as labels for Regression, but has classes; set model to "
                 "lit_llm.objectives.classification.Classification"
             )
         super().setup(stage)

@@ -16,6 +16,8 @@ from lit_llm.data.augmentation import TextAugmentation
 from lit_llm.data.glue import GLUEData
 from lit_llm.data.glue_tasks import TASKS
 from lit_llm.data.tokenizer import train_bert_bpe
+from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.regression import Regression
 from tests.writing import exactly, prose
 
 TOKENIZER = "bert-bpe-300"
@@ -417,7 +419,7 @@ def test_an_unknown_task_is_said_with_those_there_are() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch_size": 100}, "data.batch_size must be at most the examples there are to train on, but is 100 on 1 devices where {path} has 54; lower it"),
+        ({"batch_size": 100}, "data.batch_size must be at most the examples there are to train on, but is 100 on 1 device where {path} has 54; lower it"),
         ({"label": "lable"}, "data.label must be one of text, label in {path}, but is 'lable'"),
         ({"validation_fraction": 0.001}, "data.validation_fraction must leave an example to validate on, but is 0.001, which takes none of the 60 of {path}; raise it, or set it to 0 to go without"),
         ({"text_pair": "label"}, "data.text_pair must be another column than data.label, but is 'label' in {path} too"),
@@ -425,7 +427,7 @@ def test_an_unknown_task_is_said_with_those_there_are() -> None:
         ({"max_seq_len": 2}, "data.max_seq_len must leave room for text beside 2 special tokens, but is 2"),
         ({"labels_per_class": 28}, "data.labels_per_class must be at most the rows of the smallest class, 27, but is 28 for {path}"),
         ({"unlabelled_ratio": -1}, "data.unlabelled_ratio must be at least 0, but is -1"),
-        ({"unlabelled_ratio": 2}, "data.unlabelled_ratio must leave a batch of data.batch_size within the unlabelled examples, but is 2 with batches of 4 on 1 devices where {path} has 0; lower one, or set data.labels_per_class"),
+        ({"unlabelled_ratio": 2}, "data.unlabelled_ratio must leave a batch of data.batch_size within the unlabelled examples, but is 2 with batches of 4 on 1 device where {path} has 0; lower one, or set data.labels_per_class"),
         ({"max_examples": 0}, "data.max_examples must be at least 1, but is 0"),
         ({"validation_fraction": 0.6, "test_fraction": 0.4}, "data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, but are 0.6 and 0.4"),
     ],
@@ -435,6 +437,23 @@ def test_what_cannot_be_trained_on_is_said_in_one_line(table, arguments, message
         write_csv(Path(table), [(text, label, text) for text, label in rows(60)], "text,label,other")
     with pytest.raises(ValueError, match=exactly(message.format(path=table))):
         made(path=table, **arguments)
+
+
+def test_a_table_of_nothing_but_text_is_not_asked_to_name_it_as_label(tmp_path) -> None:
+    path = write_csv(tmp_path / "x.csv", [("a",), ("b",)], "text")
+    message = f"data.path must hold a column of labels beside the text, but {path} has none"
+    with pytest.raises(ValueError, match=exactly(message)):
+        made(path=path)
+
+
+def test_whole_numbers_are_values_for_an_objective_of_values(tmp_path) -> None:
+    path = write_csv(tmp_path / "x.csv", [(f"a{n}", n % 5 + 1) for n in range(30)])
+    for objective, facts in ((Regression, (None, 1)), (Classification, (5, None))):
+        data = GLUEData(path=path, tokenizer=TOKENIZER, batch_size=4)
+        data.trainer = SimpleNamespace(lightning_module=SimpleNamespace(size_name=objective.size_name))
+        data.trainer.state = SimpleNamespace(fn="fit")
+        assert data.splits
+        assert (data.num_classes, data.num_targets) == facts
 
 
 def test_values_cannot_be_balanced(tmp_path) -> None:

@@ -48,6 +48,23 @@ def test_whole_numbers_written_as_real_ones_are_classes_where_those_are_known() 
     assert read(["0.0", "1.0"], ("no", "yes")) == ([0, 1], ["no", "yes"])
 
 
+def test_whole_numbers_are_values_where_values_are_asked_for_and_no_classes_are_known(caplog) -> None:
+    for labels in ([1, 5, 3], ["1", "5", "3"], [1.0, 5.0, 3.0]):
+        reader = learn_labels(table(labels), "x", "label", as_values=True)
+        assert (reader.read(labels, "train").tolist(), reader.class_names) == ([1.0, 5.0, 3.0], [])
+    assert not caplog.text
+    assert learn_labels(table([0, 1]), "x", "label", ("no", "yes"), as_values=True).class_names == ["no", "yes"]
+    assert learn_labels(table(["a", "b"]), "x", "label", as_values=True).class_names == ["a", "b"]
+
+
+def test_spaces_around_labels_make_no_further_classes_and_are_said(caplog) -> None:
+    caplog.set_level("INFO")
+    labels = ["a", " a", "b ", "b"]
+    assert read(labels) == ([0, 0, 1, 1], ["a", "b"])
+    assert caplog.messages == ["Spaces around labels in 'label' of x are left out: there are 2 different ones"]
+    assert read([" 1", "2"]) == ([0, 1], ["1", "2"])
+
+
 @pytest.mark.parametrize(("labels", "odd"), [([0, -1, 1], "-1"), (["0", "1", "2"], "2"), ([1.0, 0.5], "0.5")])
 def test_a_number_beyond_the_known_classes_is_no_further_class(labels, odd) -> None:
     message = rf"\Adata.label must be a class from 0 to 1 \(no, yes\), but 'label' is {odd} in row \d of .+; leave such"
@@ -79,12 +96,12 @@ def test_whole_numbers_written_as_real_ones_are_values_with_a_warning_where_clas
         (
             ["a", None],
             ValueError,
-            "data.label must be there in every row, but is not in row 1 of the training split of x",
+            "data.label must be there in every row, but is not in row 1 of the training split of x; leave such rows out",
         ),
         (
             [1.0, float("nan")],
             ValueError,
-            "data.label must be there in every row, but is not in row 1 of the training split of x",
+            "data.label must be there in every row, but is not in row 1 of the training split of x; leave such rows out",
         ),
         ([[1], [2]], TypeError, "data.label must hold a number or text, but holds list in the training split of x"),
     ],
@@ -151,7 +168,11 @@ def test_only_a_test_split_may_be_without_labels_and_that_is_said(hidden, caplog
 def test_a_table_without_labels_or_without_training_rows_is_said() -> None:
     with pytest.raises(ValueError, match=exactly("data.path must hold a training split, but x has only test")):
         labelled_splits({"test": table([1])}, COLUMNS, "x", (), 0.0, 0.0)
-    with pytest.raises(ValueError, match=exactly("data.label must be one of text, label in x, but is not given")):
+    message = (
+        "data.label must be given where no column is called label, labels, target, class, category, score, but is not; "
+        "x has label"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
         labelled_splits({"train": table([1])}, Columns("text", None, None), "x", (), 0.0, 0.0)
 
 

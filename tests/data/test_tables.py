@@ -222,6 +222,29 @@ def test_numbers_are_no_texts() -> None:
         check_texts(rows, Columns("text", "other", None).texts, "x", "test")
 
 
+def test_the_case_of_a_suffix_says_nothing(tmp_path) -> None:
+    (tmp_path / "x.CSV").write_text("text,label\na,1\n")
+    assert list(open_table(str(tmp_path / "x.CSV"))["train"]) == [{"text": "a", "label": "1"}]
+    assert list(open_table(str(tmp_path))["x"]) == [{"text": "a", "label": "1"}]
+
+
+@pytest.mark.parametrize("content", ["text,label\n", ""])
+def test_a_table_without_rows_is_said_to_have_none(tmp_path, content) -> None:
+    (tmp_path / "x.csv").write_text(content)
+    with pytest.raises(ValueError, match=exactly(f"data.path must hold rows, but {tmp_path}/x.csv has none")):
+        open_table(str(tmp_path / "x.csv"))
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text("text,text,label\na,b,1\n")
+    reason = "columns must have names of their own, but 2 are called 'text'"
+    with pytest.raises(
+        ValueError, match=exactly(f"data.path must be a table that can be read, but {path} is not: {reason}")
+    ):
+        open_table(str(path))
+
+
 def test_what_is_no_table_is_said_in_one_line(tmp_path) -> None:
     (tmp_path / "x.txt").write_text("x")
     (tmp_path / "x.jsonl").write_text("{")

@@ -474,7 +474,7 @@ def test_a_batch_larger_than_the_rows_is_refused(corpus: Path) -> None:
     tokens = len(opened(corpus).cache.split("train").tokens)
     rows = (tokens - 1) // 16
     message = (
-        f"data.batch_size must be at most the rows there are to train on, but is {rows + 1} on 1 devices where the "
+        f"data.batch_size must be at most the rows there are to train on, but is {rows + 1} on 1 device where the "
         f"training split of {corpus} has {rows} rows of 16 tokens; lower it or data.seq_len"
     )
     with pytest.raises(ValueError, match=exactly(message)):
