@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import io
 import json
 import logging
 import re
@@ -11,14 +14,29 @@ import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from lit_llm.cli.parser import OneLineArguments
+
+if TYPE_CHECKING:
+    from lit_llm.compression.compression import Compression
 
 log = logging.getLogger(__name__)
 
 CHAIN_KEYS = {"evaluate", "split", "metric", "floor", "calibration_batches", "repeats", "compiled", "stages"}
 STAGE_KEYS = {"name", "class_path", "init_args", "fit", "options", "floor"}
+STAGE_KINDS = {
+    "class_path": (str, "the path of a class"),
+    "init_args": (dict, "arguments by name"),
+    "options": (dict, "values by dotted flag"),
+}
+VALUES = {
+    "metric": (lambda value: value is None or isinstance(value, str), "the name of a metric"),
+    "calibration_batches": (lambda value: type(value) is int and value >= 0, "a whole number of at least 0"),
+    "repeats": (lambda value: type(value) is int and value >= 1, "a whole number of at least 1"),
+    "compiled": (lambda value: isinstance(value, bool), "true or false"),
+}
+"""Which values of a chain are right, and what is said of the others."""
 
 
 def run(words: list[str]) -> None:
@@ -91,19 +109,24 @@ def read_chain(path: Path) -> Chain:
 
     Raises:
         FileNotFoundError: When there is none, or it names a run file that is not there.
-        ValueError: When it has a key that means nothing, lacks one, or a floor is out of range.
+        ValueError: When it has a key that means nothing, lacks one, or a value that cannot be.
     """
     import yaml
 
     if not path.is_file():
         raise FileNotFoundError(f"--config must be a file, but is {path}, which does not exist")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"--config must be YAML, but {path} is not: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict) or not content.get("stages") or not content.get("evaluate"):
         raise ValueError(f"--config must be a chain, with stages and what to evaluate them by, but {path} is none")
     _require_keys(content, CHAIN_KEYS, "a chain", path)
     floor = content.get("floor", 0.0)
 
-    def files(named: str | list[str]) -> list[str]:
+    def files(key: str, named: Any) -> list[str]:
+        if not isinstance(named, str) and not _is_texts(named):
+            raise ValueError(f"{key} must name run files, but is {named!r} in {path}")
         found = [str(path.parent / name) for name in ([named] if isinstance(named, str) else named)]
         for file in found:
             if not Path(file).is_file():
@@ -111,7 +134,14 @@ def read_chain(path: Path) -> Chain:
         return found
 
     stages = []
+    if not isinstance(content["stages"], list):
+        raise ValueError(f"stages must be a list, but is {content['stages']!r} in {path}; begin each stage with a dash")
     for number, stage in enumerate(content["stages"], 1):
+        if not isinstance(stage, dict):
+            raise ValueError(f"stage {number} of {path} must have either class_path or fit, but is {stage!r}")
+        for key, (kind, what) in STAGE_KINDS.items():
+            if not isinstance(stage.get(key), kind | None):
+                raise ValueError(f"{key} must be {what}, but is {stage[key]!r} in stage {number} of {path}")
         _require_keys(stage, STAGE_KEYS, "a stage", path)
         if ("fit" in stage) == ("class_path" in stage):
             raise ValueError(f"stage {number} of {path} must have either class_path or fit, but has {', '.join(stage)}")
@@ -122,12 +152,19 @@ def read_chain(path: Path) -> Chain:
         own = stage.get("floor", floor)
         if not isinstance(own, int | float) or not 0 <= own <= 1:
             raise ValueError(f"floor must be part of the original's score, in [0, 1], but is {own}")
-        stages.append(Stage(name, method, files(stage.get("fit", [])), stage.get("options") or {}, float(own)))
+        stages.append(Stage(name, method, files("fit", stage.get("fit", [])), stage.get("options") or {}, float(own)))
     split = content.get("split", "validate")
     if split not in ("validate", "test"):
         raise ValueError(f"split must be validate or test, but is {split}")
-    rest = {key: content[key] for key in ("metric", "calibration_batches", "repeats", "compiled") if key in content}
-    return Chain(files(content["evaluate"]), stages, split, content=content, **rest)
+    for key, (is_right, what) in VALUES.items():
+        if key in content and not is_right(content[key]):
+            raise ValueError(f"{key} must be {what}, but is {content[key]!r} in {path}")
+    rest = {key: content[key] for key in VALUES if key in content}
+    return Chain(files("evaluate", content["evaluate"]), stages, split, content=content, **rest)
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def _require_keys(content: dict[str, Any], known: set[str], what: str, path: Path) -> None:
@@ -146,28 +183,38 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
     from lit_llm.compression.compression import records_of
 
     done_by, chain = command(), read_chain(config)
-    _check_methods(chain)
+    methods = _methods(chain)
     folder = out / "stages"
     made_of = {"chain": chain.content, "model": model, "options": more}
     settings = out / "chain.json"
-    if settings.is_file() and json.loads(settings.read_text()) != made_of:
-        raise ValueError(f"--out must be a new folder or one of this chain, but {out} is of another chain or model")
+    is_other = settings.is_file() and json.loads(settings.read_text()) != made_of
+    if is_other and any(next(folder.glob(f"*/{made}/*"), None) for made in ("model", "checkpoints")):
+        raise ValueError(
+            f"--out must be a new folder or one of this chain, but {out} is of another chain or model; name another, "
+            f"or delete it"
+        )
     original = read_model(model)
     if original.folder is None:
         raise ValueError(f"--model must be a model directory or a run folder with one, but is {model}")
     if before := records_of(original.network):
         names = ", ".join(record["class_path"].rpartition(".")[2] for record in before)
         log.info(f"{model} has been compressed before, by {names}: it is measured from there")
+    if methods[0] is not None:
+        methods[0].chosen(original.network)
+    if is_other:
+        shutil.rmtree(folder, ignore_errors=True)  # it holds no stage, and what was measured may be something else
     _write(settings, made_of)
     chief = _Evaluator(chain, folder, more)
+    if chain.metric is not None:
+        chief.try_metric(original.folder)
     rows = [chief.measured("00-original", original.folder, time.perf_counter())]
     previous, stopped = original.folder, None
-    for number, stage in enumerate(chain.stages, 1):
+    for number, (stage, method) in enumerate(zip(chain.stages, methods), 1):
         place, started = folder / f"{number:02d}-{stage.name}", time.perf_counter()
         made = place / "model"
-        if stage.method is not None:
+        if method is not None:
             if not (made / "config.json").is_file():
-                _apply(stage, previous, made, chief)
+                _apply(stage.name, method, previous, made, chief)
         else:
             _fit(stage, place, {"previous": str(previous), "original": str(original.folder)}, more)
         rows.append(chief.measured(place.name, made, started))
@@ -181,48 +228,54 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
             break
         previous = made
     chief.time(rows)
-    _report(out, rows, {"command": done_by, "stopped": stopped, "model": model})
+    _report(out, rows, {"command": done_by, "stopped": stopped, "model": model, "repeats": chain.repeats})
     _copy(previous, out / "model")
     print((out / "report.md").read_text())
     print(f"{'model':<22}{out / 'model'}")
 
 
-def _check_methods(chain: Chain) -> None:
-    """Makes each method, so that a mistake shows before anything is trained."""
-    for stage in chain.stages:
-        if stage.method is not None:
-            _made(stage.method)
+def _methods(chain: Chain) -> list[Compression | None]:
+    """The stages' methods, `None` for a training: made first, so that a mistake shows before anything is done."""
+    made = [None if stage.method is None else _made(stage.method) for stage in chain.stages]
+    for method in made:
+        if method is not None and method.needs_batches and not chain.calibration_batches:
+            raise ValueError(f"calibration_batches must be at least 1 for {type(method).__name__}, but is 0")
+    return made
 
 
-def _made(method: dict[str, Any]) -> Any:
+def _made(method: dict[str, Any]) -> Compression:
     from jsonargparse import ArgumentParser
-    from torch import nn
 
     from lit_llm.cli.errors import parser_line
-    from lit_llm.compression.compression import Compression, replay
+    from lit_llm.compression.compression import method_of
 
-    replay(nn.Module(), [method])  # which refuses what is no method
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(Compression, "stage")
+    kind, given = method_of(method), method.get("init_args") or {}
+    if missing := sorted(getattr(kind, "__abstractmethods__", ())):
+        raise ValueError(f"class_path must be a whole method, but {method['class_path']} does not write {missing[0]}")
+    parser, kinds = ArgumentParser(exit_on_error=False), get_type_hints(kind)
+    names = [field.name for field in dataclasses.fields(kind)]
+    for name in names:  # one by one, as jsonargparse does not find the types that a subclass inherits
+        parser.add_argument(f"--{name}", type=kinds[name])
     try:
-        return parser.instantiate(parser.parse_object({"stage": method})).stage
+        values = parser.parse_object(given)
     except Exception as error:
-        line = parser_line(str(error))
-        raise ValueError(
-            line if " must " in line else f"init_args must be those of {method['class_path']}, but are not: {line}"
-        ) from error
+        raise ValueError(f"{parser_line(str(error), names)} (init_args of {method['class_path']})") from error
+    try:
+        return kind(**{name: values[name] for name in given})
+    except TypeError as error:
+        raise ValueError(f"init_args must be those of {method['class_path']}, but are not: {error}") from error
 
 
-def _apply(stage: Stage, source: Path, target: Path, chief: _Evaluator) -> None:
+def _apply(name: str, method: Compression, source: Path, target: Path, chief: _Evaluator) -> None:
     from lit_llm.checkpoints import read_image_processor, read_model, save_model
 
-    model, method = read_model(source), _made(stage.method)
+    model = read_model(source)
     batches = chief.calibration() if method.needs_batches else []
     started = time.perf_counter()
     record = method.apply(model.network, batches)
-    log.info(f"{stage.name}: {type(method).__name__} took {time.perf_counter() - started:.1f} s")
-    said = json.dumps({name: value for name, value in record.items() if name != "form"}, indent=2)
-    card = f"# {stage.name}\n\n{source}, compressed by lit-llm:\n\n```json\n{said}\n```\n"
+    log.info(f"{name}: {type(method).__name__} took {time.perf_counter() - started:.1f} s")
+    said = json.dumps({key: value for key, value in record.items() if key != "form"}, indent=2)
+    card = f"# {name}\n\n{source}, compressed by lit-llm:\n\n```json\n{said}\n```\n"
     save_model(target, model.network, model.tokenizer, card, read_image_processor(source))
 
 
@@ -263,11 +316,24 @@ class _Evaluator:
         self.chain, self.folder, self.more = chain, folder, more
         self._cli: Any = None
 
-    def _evaluate(self, model: Path, place: Path) -> Any:
+    def _evaluate(self, model: Path, place: Path, *flags: str) -> Any:
         words = [word for file in self.chain.evaluate for word in ("--config", file)]
-        words += [*self.more, "--model.network=null", f"--model.weights={model}", "--run_dir", str(place)]
+        words += [*self.more, "--model.network=null", f"--model.weights={model}", "--run_dir", str(place), *flags]
         self._cli = _command(self.chain.split, words)
         return self._cli
+
+    def try_metric(self, model: Path) -> None:
+        """Sees by one batch that the metric is measured.
+
+        Raises:
+            ValueError: When it is not.
+        """
+        first = self.folder / "00-original"
+        if not (first / "measured.json").is_file():
+            limit = "val" if self.chain.split == "validate" else "test"
+            with contextlib.redirect_stdout(io.StringIO()):  # what one batch says is no result
+                cli = self._evaluate(model, first / "evaluation", f"--trainer.limit_{limit}_batches=1")
+            self._headline(dict.fromkeys(cli.trainer.callback_metrics, 0.0))
 
     def measured(self, name: str, model: Path, started: float) -> dict[str, Any]:
         """A row of the report, without how fast the model is; the stage began at `started` of the clock."""
@@ -386,8 +452,11 @@ def _report(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> Non
             f"{row['throughput']:.0f}",
         ]
         lines.append(f"| {' | '.join(cells)} |")
+    timed = (
+        f"p50 and p95 are the median and the 95th percentile of {about['repeats']} answers; rows/s are of the median."
+    )
     stopped = [about["stopped"] + ".", ""] if about["stopped"] else []
-    text = "\n".join([f"    {about['command']}", "", *lines, "", *stopped])
+    text = "\n".join([f"    {about['command']}", "", *lines, "", timed, "", *stopped])
     (out / "report.md").write_text(text, encoding="utf-8")
     _draw(out / "pareto.png", rows)
 

@@ -55,6 +55,14 @@ class Compression(ABC):
         network.compression = [*records_of(network), record]
         return record
 
+    def chosen(self, network: nn.Module) -> dict[str, nn.Module]:
+        """The layers that it acts on, by name, where it chooses some: so that a mistake shows beforehand.
+
+        Raises:
+            ValueError: When there are none, or they do not suit the method.
+        """
+        return {}
+
     @abstractmethod
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
         """Does the work of `apply`, in place; what it returns goes into the record (and must be plain values)."""
@@ -93,7 +101,7 @@ def replay(network: nn.Module, records: Iterable[Record]) -> nn.Module:
     """
     records = list(records)
     for record in records:
-        kind = _method(record)
+        kind = method_of(record)
         if "form" in record:
             try:
                 kind.reform(network, record["form"])
@@ -106,8 +114,12 @@ def replay(network: nn.Module, records: Iterable[Record]) -> nn.Module:
     return network
 
 
-def _method(record: Any) -> type[Compression]:
-    """The class that a record names; nothing else is ever imported by name."""
+def method_of(record: Any) -> type[Compression]:
+    """The class that a record names; nothing else is ever imported by name.
+
+    Raises:
+        ValueError: When there is no such class, or it is no method of compression.
+    """
     path = record.get("class_path") if isinstance(record, dict) else None
     module, _, name = str(path).rpartition(".")
     try:

@@ -197,8 +197,12 @@ class SVD(Compression):
         """Of each layer, at all ranks."""
         return {name: svd(matrix(layer)) for name, layer in layers.items()}
 
-    def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
-        """Puts two layers in the place of each that it pays for."""
+    def chosen(self, network: nn.Module) -> dict[str, nn.Module]:
+        """The layers.
+
+        Raises:
+            ValueError: When there are none, one has groups, or the rank is above one's.
+        """
         layers = chosen_layers(network, self.layers)
         for name, layer in layers.items():
             if getattr(layer, "groups", 1) != 1:
@@ -207,6 +211,11 @@ class SVD(Compression):
                 raise ValueError(
                     f"rank must be at most that of the layers, but is {self.rank}, above the {most} of {name}"
                 )
+        return layers
+
+    def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
+        """Puts two layers in the place of each that it pays for."""
+        layers = self.chosen(network)
         own = dict(network.named_parameters())  # a tied matrix is there under its first name
         if tied := [name for name in layers if f"{name}.weight" not in own]:
             raise ValueError(f"layers must have weights of their own, but {tied[0]} shares another's")

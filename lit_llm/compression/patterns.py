@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lit_llm.compression.integers import Quantized
 from lit_llm.models.block import Block
 
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d)
@@ -24,7 +25,7 @@ def chosen_layers(
         kinds: What counts as a layer.
 
     Raises:
-        ValueError: When a pattern matches none, or there are none.
+        ValueError: When a pattern matches none, or there are none, or only such as are quantised already.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -34,6 +35,8 @@ def chosen_layers(
     layers = {name: module for name, module in network.named_modules() if isinstance(module, kinds)}
     for pattern in patterns or []:
         if not any(fnmatchcase(name, pattern) for name in layers):
+            if not layers:
+                _refuse_quantized(network)
             known = ", ".join(list(layers)[:4]) or "none"
             raise ValueError(f"layers must be patterns that match a layer ({known}, …), but {pattern!r} matches none")
     if patterns is not None:
@@ -45,6 +48,15 @@ def chosen_layers(
     else:
         chosen = dict(list(layers.items())[:-1])
     if not chosen:
+        _refuse_quantized(network)
         wanted = " or ".join(kind.__name__ for kind in kinds)
         raise ValueError(f"network must have layers to compress ({wanted}), but is a {type(network).__name__}")
     return chosen
+
+
+def _refuse_quantized(network: nn.Module) -> None:
+    if any(isinstance(module, Quantized) for module in network.modules()):
+        raise ValueError(
+            f"network must have layers of real weights to compress, but those of a {type(network).__name__} are "
+            f"quantised already; start from the model before that, and quantise last"
+        )

@@ -20,6 +20,7 @@ from lit_llm.compression.compression import (
     require_fraction,
 )
 from lit_llm.compression.importance import column_squares, per_example, surprise, taylor
+from lit_llm.compression.integers import QuantizedConvolution
 from lit_llm.compression.patterns import chosen_layers
 from lit_llm.compression.surgery import (
     keep_units,
@@ -106,7 +107,7 @@ class _OfBlocks(Structured):
         if not all(found) or not hasattr(network, "to_hf_config"):
             raise ValueError(
                 f"network must have {self.what}, but a {type(getattr(network, 'model', network)).__name__} has not, or "
-                f"has been factorised"
+                f"has been factorised or quantised"
             )
         readers = {f"{list_name}.{i}.{place[1]}": linear_of(blocks[i], place[1]) for i, place in enumerate(found)}
         width = found[0][2]
@@ -235,7 +236,9 @@ class Blocks(Structured):
                 f"network must have a config that counts its blocks, but a {type(network).__name__} has none"
             )
         if is_reformed(network):
-            raise ValueError("network must be whole where blocks are taken out, but has been factorised; do that first")
+            raise ValueError(
+                "network must be whole where blocks are taken out, but has been factorised or quantised; do that first"
+            )
         scores = self._scores(blocks, network, batches)
         scores[0] = torch.inf
         stay = self.kept(scores).tolist()
@@ -302,6 +305,20 @@ class Channels(Structured):
 
     needs_batches = True
 
+    def chosen(self, network: nn.Module) -> dict[str, nn.Module]:
+        """The convolutions.
+
+        Raises:
+            ValueError: When there are none.
+        """
+        kinds = (nn.Conv1d, nn.Conv2d)
+        if not any(isinstance(module, (*kinds, QuantizedConvolution)) for module in network.modules()):
+            raise ValueError(
+                f"network must have convolutions to take channels out of, but a {type(network).__name__} has none; "
+                f"transformers have Neurons, Heads and Blocks"
+            )
+        return chosen_layers(network, self.layers or ["*"], kinds)
+
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
         """Takes the channels out."""
         try:
@@ -312,7 +329,7 @@ class Channels(Structured):
             ) from error
 
         out = torch_pruning.prune_conv_out_channels
-        convolutions = chosen_layers(network, self.layers or ["*"], (nn.Conv1d, nn.Conv2d))
+        convolutions = self.chosen(network)
         scores = self._scores(network, convolutions, batches)
         before, done = _shapes(network), set()
         with evaluating(network), torch.enable_grad():

@@ -10,6 +10,7 @@ import yaml
 import lit_llm.cli.compress as command
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.compression.integers import Quantized
+from lit_llm.compression.quantization import Int8WeightOnly
 from lit_llm.compression.structured import Neurons
 from lit_llm.data.tokenizer import byte_tokenizer
 from tests.writing import REPOSITORY
@@ -25,6 +26,7 @@ STUDENT = {
 }
 TRAINER = ["--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.precision", "32-true"]
 PRUNE = {"name": "pruned", "class_path": "lit_llm.compression.sparsity.Wanda"}
+MAGNITUDE = {"name": "sparse", "class_path": "lit_llm.compression.sparsity.Magnitude"}
 NEURONS = {"name": "narrow", "class_path": "lit_llm.compression.structured.Neurons", "init_args": {"sparsity": 0.5}}
 QUANTIZE = {
     "name": "int8",
@@ -91,6 +93,8 @@ def test_a_chain_distils_prunes_and_quantises_and_says_what_it_cost(chain, tmp_p
     table = (tmp_path / "out/report.md").read_text()
     assert "| distilled |" in table
     assert table in outcome.out
+    assert "p50 and p95 are the median and the 95th percentile of 2 answers" in table
+    assert report["repeats"] == 2
     assert (tmp_path / "out/pareto.png").stat().st_size > 5000
     network, tokenizer = load_model(tmp_path / "out/model")
     assert isinstance(network.embed_tokens, Quantized)
@@ -130,7 +134,7 @@ def test_a_chain_that_was_killed_goes_on_where_it_stopped(chain, tmp_path, monke
     outcome = chain(NEURONS)
     assert outcome.last_line == (
         f"lit-llm: error: --out must be a new folder or one of this chain, but {tmp_path / 'out'} is of another chain or "
-        f"model"
+        f"model; name another, or delete it"
     )
 
 
@@ -185,7 +189,6 @@ def test_what_was_compressed_before_is_measured_from_there(chain, tmp_path, llam
         ({"class_path": "lit_llm.compression.sparsity.Magnitude", "init_args": {"sparsity": 1.0}}, "sparsity must be in [0, 1), but is 1.0"),
         ({"class_path": "lit_llm.compression.sparsity.Magnitude", "init_args": {"layers": ["none.*"]}}, "but 'none.*' matches none"),
         ({"class_path": "lit_llm.compression.low_rank.SVD", "init_args": {"rank": 1000}}, "rank must be "),
-        ({"class_path": "lit_llm.compression.structured.Channels"}, "must "),
         ({"class_path": "torch.nn.Linear"}, "compression must name methods of compression, but names torch.nn.Linear"),
         ({"class_path": "lit_llm.compression.sparsity.Magnitude", "fit": RUN}, "must have either class_path or fit, but has class_path, fit"),
         ({"fit": "nowhere.yaml"}, "must name run files, but "),
@@ -211,9 +214,83 @@ def test_two_stages_of_one_name_are_refused(chain, tmp_path):
 
 def test_a_calibration_without_batches_is_refused(chain):
     outcome = chain(PRUNE, calibration_batches=0)
-    assert outcome.last_line == "lit-llm: error: calibration of Wanda must have at least one batch, but is empty"
+    assert outcome.last_line == "lit-llm: error: calibration_batches must be at least 1 for Wanda, but is 0"
 
 
-def test_a_metric_that_is_not_measured_is_refused(chain):
-    outcome = chain(PRUNE, metric="val/accuracy")
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"calibration_batches": -1}, "calibration_batches must be a whole number of at least 0, but is -1 in {}"),
+        ({"calibration_batches": "many"}, "calibration_batches must be a whole number of at least 0, but is 'many' in {}"),
+        ({"repeats": 0}, "repeats must be a whole number of at least 1, but is 0 in {}"),
+        ({"compiled": "yes"}, "compiled must be true or false, but is 'yes' in {}"),
+        ({"metric": 3}, "metric must be the name of a metric, but is 3 in {}"),
+        ({"evaluate": 3}, "evaluate must name run files, but is 3 in {}"),
+        ({"stages": ["prune"]}, "stage 1 of {} must have either class_path or fit, but is 'prune'"),
+        ({"stages": {"fit": RUN}}, f"stages must be a list, but is {{'fit': '{RUN}'}} in {{}}; begin each stage with a dash"),
+        ({"stages": [{"fit": 3}]}, "fit must name run files, but is 3 in {}"),
+        ({"stages": [{"fit": RUN, "options": "hello"}]}, "options must be values by dotted flag, but is 'hello' in stage 1 of {}"),
+        ({"stages": [MAGNITUDE | {"init_args": 0.5}]}, "init_args must be arguments by name, but is 0.5 in stage 1 of {}"),
+        ({"stages": [{"class_path": 3}]}, "class_path must be the path of a class, but is 3 in stage 1 of {}"),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_is_refused_before_anything_is_done(chain, tmp_path, settings, message):
+    outcome = chain(PRUNE, **settings)
+    where = str(tmp_path / "chain.yaml")
+    assert outcome.last_line == f"lit-llm: error: {message.replace('{}', where)}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_chain_that_is_no_yaml_is_refused(lit_llm, tmp_path):
+    path = tmp_path / "chain.yaml"
+    path.write_text("evaluate: [a: b: c")
+    outcome = lit_llm("compress", "--config", path, "--model", tmp_path, "--out", tmp_path / "out")
+    assert outcome.last_line.startswith(f"lit-llm: error: --config must be YAML, but {path} is not: ")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": "many"}, "sparsity must be a number, but is many (init_args of lit_llm.compression.sparsity.Magnitude)"),
+        ({"layers": 3}, "layers must be a list, but is 3 (init_args of lit_llm.compression.sparsity.Magnitude)"),
+        ({"ratio": 0.5}, "ratio must be an option, but is none (init_args of lit_llm.compression.sparsity.Magnitude)"),
+    ],
+)  # fmt: skip
+def test_an_argument_that_its_method_does_not_take_is_refused(chain, tmp_path, arguments, message):
+    outcome = chain(PRUNE, MAGNITUDE | {"init_args": arguments})
+    assert outcome.last_line == f"lit-llm: error: {message}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_metric_that_is_not_measured_is_refused_after_one_batch_and_can_be_corrected(chain, tmp_path, monkeypatch):
+    calls, real = [], command._command
+    monkeypatch.setattr(command, "_command", lambda name, words: (calls.append(words), real(name, words))[1])
+    outcome = chain(MAGNITUDE, metric="val/accuracy")
     assert outcome.last_line.startswith("lit-llm: error: metric must be one that is measured (val/bits_per_byte, ")
+    [words] = calls
+    assert words[-1] == "--trainer.limit_val_batches=1"
+    outcome = chain(MAGNITUDE, metric="val/loss")
+    assert outcome.code == 0, outcome.err
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [row["metric_name"] for row in report["stages"]] == ["val/loss", "val/loss"]
+
+
+def test_layers_that_are_quantised_already_are_refused_before_anything_is_measured(chain, tmp_path, llama):
+    network, tokenizer = load_model(llama)
+    Int8WeightOnly(["*"]).apply(network)
+    save_model(llama, network, tokenizer)
+    outcome = chain(MAGNITUDE)
+    assert outcome.last_line == (
+        "lit-llm: error: network must have layers of real weights to compress, but those of a Llama are quantised "
+        "already; start from the model before that, and quantise last"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_channels_of_a_network_without_convolutions_are_refused_before_anything_is_measured(chain, tmp_path):
+    outcome = chain({"class_path": "lit_llm.compression.structured.Channels"})
+    assert outcome.last_line == (
+        "lit-llm: error: network must have convolutions to take channels out of, but a Llama has none; transformers have "
+        "Neurons, Heads and Blocks"
+    )
+    assert not (tmp_path / "out").exists()

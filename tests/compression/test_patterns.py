@@ -2,6 +2,7 @@ import pytest
 from torch import nn
 
 from lit_llm.compression.patterns import chosen_layers
+from lit_llm.compression.quantization import Int8WeightOnly
 from tests.writing import exactly
 
 
@@ -37,3 +38,15 @@ def test_a_network_with_nothing_to_compress_is_refused() -> None:
     message = "network must have layers to compress (Linear or Conv1d or Conv2d), but is a Embedding"
     with pytest.raises(ValueError, match=exactly(message)):
         chosen_layers(nn.Embedding(2, 3))
+
+
+@pytest.mark.parametrize("patterns", [None, ["*"]])
+def test_layers_that_are_quantised_already_are_refused(patterns: list[str] | None) -> None:
+    network = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    Int8WeightOnly(["*"]).apply(network)
+    message = (
+        "network must have layers of real weights to compress, but those of a Sequential are quantised already; start "
+        "from the model before that, and quantise last"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        chosen_layers(network, patterns)

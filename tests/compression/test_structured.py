@@ -147,7 +147,8 @@ def test_heads_are_refused_where_no_config_describes_what_would_be_left(config: 
 
 def test_heads_of_gpt2_are_refused(tiny_gpt2) -> None:
     message = (
-        "network must have attention heads whose width its config states, but a GPT2 has not, or has been factorised"
+        "network must have attention heads whose width its config states, but a GPT2 has not, or has been "
+        "factorised or quantised"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         Heads().apply(tiny_gpt2())
@@ -293,19 +294,21 @@ def test_a_network_without_blocks_is_refused(kind: type) -> None:
 
 
 def test_channels_of_a_network_without_convolutions_are_refused(tiny_llama) -> None:
-    with pytest.raises(
-        ValueError, match=r"^layers must be patterns that match a layer \(none, …\), but '\*' matches none"
-    ):
+    message = (
+        "network must have convolutions to take channels out of, but a Llama has none; transformers have Neurons, Heads "
+        "and Blocks"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
         Channels().apply(tiny_llama(), [tokens()])
 
 
 def test_blocks_of_a_factorised_network_are_refused(tiny_llama) -> None:
     network = tiny_llama()
     SVD().apply(network)
-    message = "network must be whole where blocks are taken out, but has been factorised; do that first"
+    message = "network must be whole where blocks are taken out, but has been factorised or quantised; do that first"
     with pytest.raises(ValueError, match=exactly(message)):
         Blocks(importance="magnitude").apply(network)
-    with pytest.raises(ValueError, match="but a Llama has not, or has been factorised"):
+    with pytest.raises(ValueError, match="but a Llama has not, or has been factorised or quantised"):
         Neurons().apply(network)
 
 
