@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -47,6 +48,7 @@ def twenty_tokens() -> PreTrainedTokenizerFast:
 class Submission(NamedTuple):
     file: str
     labels: str
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
 
 def example(row: int, num_classes: int | None, labelled: bool = True) -> dict[str, torch.Tensor]:

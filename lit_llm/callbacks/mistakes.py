@@ -70,7 +70,7 @@ class WorstMistakes(BestEvaluation):
         """Writes and draws; where nothing was mistaken, a table without rows."""
         name = getattr(data, "label_name", str)
         rows = [row for row, *_ in found]
-        table = columns_of(data, split, rows)
+        table = columns_of(data, split, rows, ["label", "predicted", "p(label)"])
         for line, (_, label, predicted, probability) in zip(table, found, strict=True):
             line |= {"label": name(label), "predicted": name(predicted), "p(label)": round(probability, 6)}
         columns = list(table[0]) if table else ["label", "predicted", "p(label)"]

@@ -86,7 +86,8 @@ class ExamplePredictions(PredictionTable):
     """What each example of the split was taken for, beside all the source says of it.
 
     A row for each example in the order of the split: the source's columns or an image's name, `label` where it is
-    known, `predicted`, and of classes the probability of each under `p(<class>)`. For a GLUE task the file that its
+    known, `predicted`, and of classes the probability of each under `p(<class>)`; a column of the source with one of
+    these names is called `<name> (source)`. For a GLUE task the file that its
     board takes is written too, under the name it must have. Acts on predictions that carry `rows` and `probabilities`
     or `values`; leaves others alone.
     """
@@ -126,7 +127,9 @@ class ExamplePredictions(PredictionTable):
             name = pl_module.network.class_names.__getitem__
         # The first of those that are most probable, as `argmax` has it.
         best = [p.index(max(p)) for p in said] if self._of_classes else [value for [value] in said]
-        table = columns_of(data, data.predict_split, rows)
+        added = ["label"] * bool(self._labels) + ["predicted"]
+        added += [f"p({name(index)})" for index in range(len(said[0]))] if self._of_classes else []
+        table = columns_of(data, data.predict_split, rows, added)
         for line, row, prediction, p in zip(table, rows, best, said, strict=True):
             if row in self._labels:
                 line["label"] = name(self._labels[row])
@@ -138,7 +141,9 @@ class ExamplePredictions(PredictionTable):
         submission = getattr(data, "submission", None)
         if submission is not None and data.predict_split == "test":
             path = Path(trainer.default_root_dir) / submission.file
-            says = {"index": best, "name": map(name, best), "value": (f"{value:.3f}" for value in best)}
+            low, high = submission.limits
+            values = (f"{min(max(value, low), high):.3f}" for value in best)
+            says = {"index": best, "name": map(name, best), "value": values}
             write_table(path, ["index", "prediction"], list(zip(rows, says[submission.labels])), delimiter="\t")
             log.info(f"For the board: {path}")
 
@@ -173,14 +178,32 @@ class GeneratedTexts(PredictionTable):
         data, rows = trainer.datamodule, sorted(self._written)
         table = [
             line | {"predicted": self._written[row]}
-            for line, row in zip(data.texts(data.predict_split, rows), rows, strict=True)
+            for line, row in zip(set_apart(data.texts(data.predict_split, rows), ["predicted"]), rows, strict=True)
         ]
         self.write(trainer, list(table[0]), [list(line.values()) for line in table], "examples")
 
 
-def columns_of(data: Any, split: str, rows: list[int]) -> list[dict[str, Any]]:
-    """What the source says of some examples but their label; of images their names."""
-    return [{name: value for name, value in line.items() if name != "label"} for line in data.texts(split, rows)]
+def columns_of(data: Any, split: str, rows: list[int], added: list[str]) -> list[dict[str, Any]]:
+    """What the source says of some examples but their label; of images their names.
+
+    Args:
+        data: The data module.
+        split: Which split of it.
+        rows: Which examples.
+        added: Columns that will stand beside these; see `set_apart`.
+    """
+    lines = data.texts(split, rows)
+    if getattr(getattr(data, "columns", None), "label", "label") == "label":  # else that column is something else
+        lines = [{name: value for name, value in line.items() if name != "label"} for line in lines]
+    return set_apart(lines, added)
+
+
+def set_apart(lines: list[dict[str, Any]], added: list[str]) -> list[dict[str, Any]]:
+    """Rows whose columns have other names than those which are to be added."""
+    names = {name: f"{name} (source)" for name in (lines[0] if lines else ()) if name in added}
+    if names:
+        log.info(f"Columns of the source that are called as predictions are written as {', '.join(names.values())}")
+    return [{names.get(name, name): value for name, value in line.items()} for line in lines]
 
 
 def write_table(path: Path, columns: list[str], rows: Iterable[Iterable[Any]], delimiter: str = ",") -> None:

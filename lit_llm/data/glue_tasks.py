@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+import math
+from typing import Any, Literal, NamedTuple
 
 from lit_llm.data.docmatch import CLASS_NAMES
 from lit_llm.data.tables import Columns
@@ -14,10 +15,12 @@ class Submission(NamedTuple):
     Attributes:
         file: Name of the file, tab-separated, with the columns `index` and `prediction`.
         labels: Whether a prediction is the index of a class, its name, or a value.
+        limits: Least and greatest value that there is; predictions beyond are written as these.
     """
 
     file: str
     labels: Literal["index", "name", "value"]
+    limits: tuple[float, float] = (-math.inf, math.inf)
 
 
 class Task(NamedTuple):
@@ -38,10 +41,14 @@ class Task(NamedTuple):
     splits: str = ""
 
 
-def _task(texts: str, class_names: str, metric: str, file: str, labels: str = "index", splits: str = "") -> Task:
+def _task(
+    texts: str, class_names: str, metric: str, file: str, labels: str = "index", splits: str = "", **limits: Any
+) -> Task:
     text, _, pair = texts.partition(" ")
     names = tuple(class_names.split())
-    return Task(Columns(text, pair or None, "label"), names, metric, Submission(f"{file}.tsv", labels), splits)
+    return Task(
+        Columns(text, pair or None, "label"), names, metric, Submission(f"{file}.tsv", labels, **limits), splits
+    )
 
 
 NLI = "entailment neutral contradiction"
@@ -49,7 +56,7 @@ TASKS = {
     "cola": _task("sentence", "unacceptable acceptable", "mcc", "CoLA"),
     "sst2": _task("sentence", "negative positive", "accuracy", "SST-2"),
     "mrpc": _task("sentence1 sentence2", "not_equivalent equivalent", "f1", "MRPC"),
-    "stsb": _task("sentence1 sentence2", "", "pearson", "STS-B", "value"),
+    "stsb": _task("sentence1 sentence2", "", "pearson", "STS-B", "value", limits=(0.0, 5.0)),
     "qqp": _task("question1 question2", "not_duplicate duplicate", "f1", "QQP"),
     "mnli": _task("premise hypothesis", NLI, "accuracy", "MNLI-m", "name", "_matched"),
     "mnli_mismatched": _task("premise hypothesis", NLI, "accuracy", "MNLI-mm", "name", "_mismatched"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import csv
 import functools
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -66,6 +67,33 @@ def test_the_board_gets_its_file(tmp_path: Path, labels: str) -> None:
             assert float(prediction) == pytest.approx(float(line["predicted"]), abs=5e-4)
         else:
             assert prediction == line["predicted"].removeprefix("class " if labels == "index" else "")
+
+
+def test_the_board_gets_no_value_beyond_those_there_are(tmp_path: Path) -> None:
+    data = Examples(None, test_labels=False)
+    data.submission = Submission("STS-B.tsv", "value", (7.0, 8.0))
+    predicted(tmp_path, Regression(NETWORK), data)
+    assert {line.split("\t")[1] for line in (tmp_path / "STS-B.tsv").read_text().splitlines()[1:]} == {"7.000"}
+
+
+def test_a_column_of_the_source_that_is_called_as_a_prediction_is_kept_by_another_name(tmp_path, caplog) -> None:
+    data = Examples(3)
+    caplog.set_level("INFO")
+    data.texts = lambda split, rows: [{"predicted": f"mine {row}", "p(class 1)": row, "label": -1} for row in rows]
+    table = predicted(tmp_path, Classification(NETWORK), data)
+    kept = ["predicted (source)", "p(class 1) (source)"]
+    assert list(table[0]) == [*kept, "label", "predicted", "p(class 0)", "p(class 1)", "p(class 2)"]
+    assert [line["predicted (source)"] for line in table] == [f"mine {row}" for row in range(7)]
+    said = f"Columns of the source that are called as predictions are written as {', '.join(kept)}"
+    assert said in caplog.messages
+
+
+def test_a_column_called_label_that_is_none_is_kept(tmp_path: Path) -> None:
+    data = Examples(3)
+    data.columns = SimpleNamespace(label="truth")
+    table = predicted(tmp_path, Classification(NETWORK), data)
+    assert [line["label (source)"] for line in table] == ["-1"] * 7
+    assert [line["label"] for line in table] == [f"class {row % 3}" for row in range(7)]
 
 
 def test_a_validation_split_is_nothing_for_the_board(tmp_path: Path) -> None:

@@ -93,6 +93,7 @@ def test_every_task_is_read_from_the_hubs_layout_with_its_facts(hub, task) -> No
     known = TASKS[task]
     assert data.monitor == (f"val/{known.metric}", "max")
     assert data.submission.file.endswith(".tsv")
+    assert data.submission.limits == ((0, 5) if task == "stsb" else (-np.inf, np.inf))
     assert (data.num_classes, data.num_targets) == ((len(known.class_names), None) if known.class_names else (None, 1))
     assert data.class_names == list(known.class_names)
     assert {name: len(split) for name, split in data.splits.items()} == dict.fromkeys(
