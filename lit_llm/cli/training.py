@@ -134,8 +134,18 @@ def _with_the_runs_config(words: list[str]) -> list[str]:
         run_dir = str(ckpt_path.parent.parent)
     if run_dir is None or _option(words, "--config") or _option(words, "-c"):
         return words
-    config = Path(run_dir) / "config.yaml"
-    return [words[0], "--config", str(config), *words[1:]] if config.is_file() else words
+    folder, config = Path(run_dir), Path(run_dir) / "config.yaml"
+    if config.is_file():
+        return [words[0], "--config", str(config), *words[1:]]
+    goes_on = words[0] != "fit" or _option(words, "--ckpt_path")
+    if goes_on and not {word.split("=")[0] for word in words} & {"--model", "--data", "-h", "--help", "--print_config"}:
+        lacks = "holds no config.yaml" if folder.is_dir() else "does not exist"
+        model = f"; name a run file with --config, and its model as --model.weights {folder / 'model'}"
+        raise FileNotFoundError(
+            f"{'run_dir must be' if _option(words, '--run_dir') else 'ckpt_path must be in'} a run folder, but is "
+            f"{run_dir}, which {lacks}{model if (folder / 'model').is_dir() else ''}"
+        )
+    return words
 
 
 class OneLineParser(LightningArgumentParser):

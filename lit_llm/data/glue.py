@@ -18,7 +18,7 @@ from lit_llm.data.collation import Collation
 from lit_llm.data.docmatch import NAME, open_docmatch
 from lit_llm.data.examples import ExampleData
 from lit_llm.data.glue_tasks import DOCMATCH, TASKS, Submission
-from lit_llm.data.table_tokenizer import tokenizer_files, trained_tokenizer
+from lit_llm.data.table_tokenizer import tokenizer_beside, tokenizer_files, trained_tokenizer
 from lit_llm.data.tables import LABELS, Split, check_texts, choose_splits, find_columns, open_table
 from lit_llm.data.tokenizer import load_tokenizer, training_of
 
@@ -213,7 +213,7 @@ class GLUEData(ExampleData):
         """The tokeniser; of a table without labels that is predicted, the checkpoint's, once that is read."""
         spec = str(self._tokenizer_spec)
         if training_of(spec) is None:
-            return load_tokenizer(spec)
+            return load_tokenizer(spec) if self.tokenizer_spec else tokenizer_beside(spec, self.trainer)
         if "train" not in self.splits:
             raise AttributeError("tokenizer")  # so that who asks what data has finds none
         splits, columns = [self.splits["train"]], (self.columns.text, self.columns.text_pair)

@@ -15,7 +15,7 @@ from lit_llm.data.collation import Collation
 from lit_llm.data.docmatch import open_docmatch
 from lit_llm.data.labels import cut_splits
 from lit_llm.data.sampling import BatchLoader, place
-from lit_llm.data.table_tokenizer import tokenizer_files, trained_tokenizer
+from lit_llm.data.table_tokenizer import tokenizer_beside, tokenizer_files, trained_tokenizer
 from lit_llm.data.tables import Columns, Split, check_texts, choose_splits, open_table
 from lit_llm.data.tokenizer import load_tokenizer, training_of
 
@@ -228,7 +228,7 @@ class Seq2SeqData(LightningDataModule):
         """The tokeniser."""
         spec = self._tokenizer_spec
         if training_of(spec) is None:
-            return load_tokenizer(spec)
+            return load_tokenizer(spec) if self.tokenizer_spec else tokenizer_beside(spec, self.trainer)
         return trained_tokenizer(spec, [text for name in self._train_columns for text in name])
 
     @property

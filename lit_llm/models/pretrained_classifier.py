@@ -71,7 +71,7 @@ class PretrainedClassifier(Pretrained):
     ) -> None:
         if (path is None) == (config is None):
             given = "neither is" if path is None else "both are; set the one that is not meant to null"
-            raise ValueError(f"path or config must be given, one of them, but {given}")
+            raise ValueError(f"model.network.path or model.network.config must be given, one of them, but {given}")
         self._start = None if path is None else _place(path)
         self.strict = strict
         made = self.read_config(config if self._start is None else self._start, "config" if path is None else "path")

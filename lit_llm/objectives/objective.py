@@ -215,8 +215,9 @@ class Objective(ExactSteps):
             source.network.require_images(self._image_shape)
         size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
         if needed is not None and size < needed:
+            remedy = "; as model.network.path its backbone is taken, with a new head" if name == "num_classes" else ""
             raise ValueError(
-                f"model.weights must have at least the {name} of the data, {needed}, but {weights} has {size}"
+                f"model.weights must have at least the {name} of the data, {needed}, but {weights} has {size}{remedy}"
             )
         if given not in (None, needed, size):
             raise ValueError(f"model.{name} must be that of model.weights, {size}, but is {given}")

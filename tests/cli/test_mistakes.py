@@ -203,6 +203,23 @@ def test_a_checkpoint_of_another_architecture_is_refused(lit_llm, run):
 
 
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_run_folder_that_is_none_is_refused(lit_llm, tmp_path, command):
+    more = ["--ckpt_path", "last"] if command == "fit" else []
+    nowhere, small = tmp_path / "nowhere", tmp_path / "small"
+    (small / "model").mkdir(parents=True)
+    assert said(lit_llm(command, "--run_dir", nowhere, *more)) == (
+        f"run_dir must be a run folder, but is {nowhere}, which does not exist"
+    )
+    assert said(lit_llm(command, "--run_dir", small, *more)) == (
+        f"run_dir must be a run folder, but is {small}, which holds no config.yaml; name a run file with --config, and "
+        f"its model as --model.weights {small}/model"
+    )
+    assert said(lit_llm(command, "--ckpt_path", nowhere / "checkpoints" / "last.ckpt")) == (
+        f"ckpt_path must be in a run folder, but is {nowhere}, which does not exist"
+    )
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_a_checkpoint_of_another_tokeniser_is_refused(lit_llm, run, texts, command):
     words = [command, "--run_dir", run, "--ckpt_path", "last", "--data.tokenizer"]
     assert said(lit_llm(*words, "bpe-257")) == (

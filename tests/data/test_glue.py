@@ -303,6 +303,27 @@ def test_the_tokenizer_is_by_default_the_one_beside_the_network(table, tmp_path)
     assert "[MASK]" in data.tokenizer.get_vocab()
 
 
+@pytest.mark.parametrize(
+    ("weights", "made", "message"),
+    [
+        (False, False, "model.network.path must be a model directory, a run folder or a name on the hub, but is {place}, of which there is nothing here or there"),
+        (True, False, "model.weights must be a model directory, a run folder or a name on the hub, but is {place}, of which there is nothing here or there"),
+        (False, True, "data.tokenizer must be given where model.network.path has none, but is not, and {place} has none"),
+    ],
+)  # fmt: skip
+def test_a_start_that_is_not_there_or_has_no_tokenizer_is_named_as_it_was_given(
+    table, tmp_path, weights, made, message
+) -> None:
+    place = str(tmp_path / "start")
+    if made:
+        (tmp_path / "start").mkdir()
+    data = GLUEData(path=table)
+    module = SimpleNamespace(tokenizer_path=place, hparams={"weights": place if weights else None})
+    data.trainer = SimpleNamespace(lightning_module=module, state=SimpleNamespace(fn="fit"))
+    with pytest.raises(FileNotFoundError, match=exactly(message.format(place=place))):
+        data.tokenizer  # noqa: B018
+
+
 def test_a_trained_tokenizer_is_trained_once(table, monkeypatch) -> None:
     first = made(path=table).tokenizer
     monkeypatch.setattr(glue, "training_of", lambda spec: lambda texts: pytest.fail("trained again"))

@@ -271,10 +271,10 @@ def test_its_layers_are_blocks() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({}, "path or config must be given, one of them, but neither is"),
+        ({}, "model.network.path or model.network.config must be given, one of them, but neither is"),
         (
             {"path": "x", "config": {}},
-            "path or config must be given, one of them, but both are; set the one that is not meant to null",
+            "model.network.path or model.network.config must be given, one of them, but both are; set the one that is not meant to null",
         ),
         ({"config": {"model_type": "clap"}}, "model_type must be that of a classifier, but is clap"),
     ],

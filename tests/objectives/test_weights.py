@@ -17,9 +17,12 @@ from lit_llm.data.text import TextData
 from lit_llm.data.tokenizer import byte_tokenizer, train_bpe
 from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained import PretrainedCausalLM
+from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.recurrent import LSTM
 from lit_llm.models.rotary import YaRN
 from lit_llm.objectives.causal_lm import CausalLM
+from lit_llm.objectives.classification import Classification
+from tests.examples import BERT, Examples
 from tests.writing import exactly
 
 MISTRAL = {"model_type": "mistral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -129,6 +132,17 @@ def test_another_tokenizer_is_refused_with_the_one_to_take(model, corpus, tmp_pa
     with pytest.raises(ValueError, match=exactly(message)):
         fit(still(weights=str(model)), corpus, tmp_path, tokenizer="bpe-280")
     fit(still(weights=str(model)), corpus, tmp_path, tokenizer=str(model))
+
+
+def test_more_classes_than_the_weights_have_are_refused_with_what_takes_the_backbone(tmp_path) -> None:
+    save_model(tmp_path / "model", PretrainedClassifier(2, config=BERT))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
+    message = (
+        f"model.weights must have at least the num_classes of the data, 3, but {tmp_path / 'model'} has 2; as "
+        f"model.network.path its backbone is taken, with a new head"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        trainer.fit(Classification(weights=str(tmp_path / "model")), Examples(3))
 
 
 def test_more_tokens_than_the_weights_have_are_refused(tiny_llama, corpus, tmp_path) -> None:
