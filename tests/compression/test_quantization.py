@@ -122,7 +122,7 @@ def test_what_has_no_such_layers_is_refused(method, message, tiny_llama):
 def test_what_is_integers_already_is_no_layer_to_quantise(tiny_llama):
     network = tiny_llama()
     Int8WeightOnly().apply(network)
-    with pytest.raises(ValueError, match=r"^network must have layers of real weights .* but those of a Llama are quantised"):
+    with pytest.raises(ValueError, match=r"^network must have layers of real weights .* of a Llama are quantised"):
         Int8Dynamic().apply(network)
     Int8WeightOnly(["lm_head", "embed_tokens"]).apply(network)
     assert len(records_of(network)) == 2
