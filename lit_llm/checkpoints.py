@@ -26,7 +26,7 @@ from lit_llm.checkpoint_files import plain_errors, read_checkpoint
 from lit_llm.compression.compression import is_reformed, records_of, replay
 from lit_llm.compression.quantization import convert
 from lit_llm.compression.sparsity import remove_masks
-from lit_llm.data.cache import cache_folder, cache_name
+from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
@@ -431,8 +431,8 @@ def unpacked_tokenizer(path: str | Path) -> str | None:
     if not files:
         return None
     folder = cache_folder() / "tokenizers" / cache_name(files=content_hash(json.dumps(files)))
-    if not folder.is_dir():
-        with replacing(folder) as new:
+    if read_manifest(folder) is None:
+        with new_cache(folder) as (new, _):
             _write_files(files, new)
     return str(folder)
 
@@ -452,6 +452,6 @@ def _tokenizer_files(checkpoint: dict[str, Any]) -> dict[str, str]:
 
 
 def _write_files(files: dict[str, str], folder: Path) -> None:
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         (folder / Path(name).name).write_text(text, encoding="utf-8")

@@ -18,11 +18,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx import GraphModule
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.checkpoints import IMAGE_PROCESSOR, Model, read_image_processor, read_model
 from lit_llm.export_card import card
-from lit_llm.export_layers import ROUNDS_INPUTS, exportable, rounding_inputs
+from lit_llm.export_layers import exportable, rounding_inputs
 from lit_llm.files import replacing
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
@@ -171,7 +172,7 @@ def export_model(
         ValueError: As in `export`.
     """
     _require_room(folder, form)
-    _require_form(model.network, form)
+    _require_form(model.network)
     network = model.network.float().cpu().eval().requires_grad_(False)
     served, read = _served(network, model.tokenizer), _reader(network, model.tokenizer, processor)
     with torch.no_grad(), replacing(folder) as new:
@@ -208,15 +209,12 @@ def _require_onnx() -> None:
             )
 
 
-def _require_form(network: nn.Module, form: str) -> None:
+def _require_form(network: nn.Module) -> None:
     for method in rounding_inputs(network):
-        known = ROUNDS_INPUTS[method]
-        if form not in known:
-            others = "".join(f", or give --format {other}" for other in known)
-            raise ValueError(
-                f"model must have no more than weights rounded to be exported as {form}, but {method[1:]} rounds what "
-                f"layers read, too; compress with Int8WeightOnly or Int4WeightOnly{others}"
-            )
+        raise ValueError(
+            f"model must have no more than weights rounded to be exported, but {method[1:]} rounds what layers read, "
+            f"too; compress with Int8WeightOnly or Int4WeightOnly"
+        )
 
 
 # What the network reads.
@@ -307,6 +305,9 @@ def _programmed(served: Served, read: Callable[[int, int], dict[str, Tensor]]) -
 
 def _write(program: ExportedProgram, file: Path, form: str, dynamic: dict[str, dict[int, Any]]) -> None:
     if form == "torch":
+        for graph in program.graph_module.modules():
+            for node in graph.graph.nodes if isinstance(graph, GraphModule) else ():
+                node.meta.pop("stack_trace", None)  # each line of code that it comes from, with its place here
         torch.export.save(program, file)
         return
     size = sum(tensor.nbytes for tensor in program.state_dict.values())

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from lit_llm.compression.compression import records_of
 from lit_llm.compression.integers import QuantizedLinear
 
-ROUNDS_INPUTS = {".Int8Dynamic": (), ".Int8DynamicInt4": ("torch",)}
-"""Ends of the class paths of methods that round what a layer reads too, and the formats in which torchao's code for it
-gives the same logits."""
+ROUNDS_INPUTS = (".Int8Dynamic", ".Int8DynamicInt4")
+"""Ends of the class paths of methods that round what a layer reads, too, by operations that only torchao has."""
 
 
 def rounding_inputs(network: nn.Module) -> list[str]:
@@ -31,7 +30,7 @@ def exportable(network: nn.Module) -> Iterator[None]:
     for module in network.modules():
         if isinstance(module, nn.RNNBase) and _is_simple(module):
             module.forward = _scanning(module)
-        elif isinstance(module, QuantizedLinear) and not rounding_inputs(network):
+        elif isinstance(module, QuantizedLinear):
             module.forward = _weighing(module)
         else:
             continue

@@ -36,7 +36,7 @@ def choose(
     """
     if temperature == 0:
         return logits.argmax(dim=-1)
-    logits = logits.float() / temperature
+    logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature  # finite for any temperature
     if top_k is not None and top_k < logits.shape[-1]:
         least = logits.topk(top_k).values[:, -1:]
         logits = logits.masked_fill(logits < least, -torch.inf)
@@ -122,6 +122,9 @@ def steps(
             f"max_new_tokens must be at most {max(limit - longest, 0)}, which is what the network's max_seq_len "
             f"{limit} leaves after a prompt of {longest} tokens, but is {max_new_tokens}"
         )
+    largest, size = max(map(max, prompts)), getattr(network, "vocab_size", None)
+    if size is not None and largest >= size:
+        raise ValueError(f"tokenizer must be the network's, of {size} tokens, but makes token {largest}")
     stops = {stop} if isinstance(stop, int) else set(stop)
     device = device or next(network.parameters()).device
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
@@ -188,16 +191,25 @@ class Writing:
         added, self.text = text[len(self.text) :], text
         return added
 
+    def rest(self) -> str:
+        """What was held back and is not followed by the rest of its character."""
+        return self.tokenizer.decode(self.tokens)[len(self.text) :]
+
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
     """The pieces of a text, up to the first place at which any of some words begins.
 
     What may be the beginning of such a word is held back until it is clear.
 
+    Raises:
+        ValueError: When a word is empty.
+
     Example:
         >>> "".join(until(["one t", "w", "o three"], ["two", "three"]))
         'one '
     """
+    if "" in stops:
+        raise ValueError("stop must be a text, but is empty")
     held = ""
     for piece in pieces:
         held += piece

@@ -6,12 +6,13 @@ The server checks a request against a schema, which `/docs` shows, and hands it 
 import base64
 import binascii
 import io
+import itertools
 import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import litserve
 import numpy as np
@@ -29,10 +30,19 @@ from lit_llm.data.collation import Collation
 from lit_llm.data.image_cache import read_image
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.tokenizer import boundary_id
-from lit_llm.generation import Writing, generate, steps, until
+from lit_llm.generation import Writing, steps, until
 
 NEW_TOKENS = 128
 """Most of them where a request says nothing."""
+
+MAX_TOKENS, MAX_PROMPTS = 65_536, 64
+"""What one request may ask for, so that it cannot hold up all others for good."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
+"""Of images. (Pillow knows others, of which some are programs.)"""
+
+MAX_PIXELS, MAX_SKEW = 50_000_000, 50
+"""Of an image: pixels, and how many times as long as wide: it is scaled to cover a square before it is cut."""
 
 
 class Request(BaseModel):
@@ -41,16 +51,19 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+NotEmpty = Annotated[str, Field(min_length=1)]
+
+
 class CompletionRequest(Request):
     """As OpenAI's, with `top_k`; several prompts are continued together."""
 
-    prompt: str | list[str] = Field(examples=["def read_file("])
-    max_tokens: int | None = Field(None, ge=0, description="128, or what the model has room for")
+    prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] = Field(examples=["def read_file("])
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="128, or what the model has room for")
     temperature: float = Field(0.8, ge=0)
     top_k: int | None = Field(None, ge=1)
     top_p: float = Field(0.95, gt=0, le=1)
     seed: int | None = None
-    stop: str | list[str] = []
+    stop: NotEmpty | list[NotEmpty] = []
     model: str | None = Field(None, description="There is one; what is said here comes back")
     stream: Literal[False] = False
 
@@ -65,13 +78,16 @@ class TextRequest(Request):
 class ImageRequest(Request):
     """An image to be classed."""
 
-    image: str = Field(description="A file of any usual format, in base64")
+    image: str = Field(description=f"A file, one of {', '.join(FORMATS)}, in base64")
 
     @field_validator("image")
     @classmethod
     def _is_an_image(cls, value: str) -> str:
         try:
-            with Image.open(io.BytesIO(base64.b64decode(value, validate=True))) as image:
+            with Image.open(io.BytesIO(base64.b64decode(value, validate=True)), formats=FORMATS) as image:
+                short, long = sorted(image.size)
+                if short * long > MAX_PIXELS or long > MAX_SKEW * short:
+                    raise OSError(f"it has {image.width} × {image.height} pixels")
                 image.load()
         except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"image must be an image file in base64, but is not: {error}") from error
@@ -125,27 +141,37 @@ class Completions(Endpoint):
             ids = [[first, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
             room = _room(self.network, ids, request.max_tokens)
             how = request.temperature, request.top_k, request.top_p, request.seed
-            made = generate(self.network, ids, room, *how, {first})
+            writings = [Writing(self.tokenizer, prompt[1:]) for prompt in ids]  # a space in front counts
+            texts, made = [""] * len(ids), [0] * len(ids)
+            for new in steps(self.network, ids, room, *how, {first}):
+                for index, token in enumerate(new):
+                    if token is not None and not any(stop in texts[index] for stop in stops):
+                        texts[index] += writings[index].add(token)
+                        made[index] += 1
+                if stops and all(any(stop in text for stop in stops) for text in texts):
+                    break
         choices = []
-        for index, (prompt, tokens) in enumerate(zip(ids, made, strict=True)):
-            # A text that begins with a space may lose it when it is decoded alone.
-            before = self.tokenizer.decode(prompt[1:])
-            whole = self.tokenizer.decode([*prompt[1:], *tokens])[len(before) :]
-            text = "".join(until([whole], stops))
-            ended = len(tokens) < room or text != whole
-            choices.append({"index": index, "text": text, "finish_reason": "stop" if ended else "length"})
+        for index, (text, writing) in enumerate(zip(texts, writings, strict=True)):
+            whole = text + writing.rest()
+            cut = "".join(until([whole], stops))
+            ended = made[index] < room or cut != whole
+            choices.append({"index": index, "text": cut, "finish_reason": "stop" if ended else "length"})
         return {
             "id": f"cmpl-{uuid.uuid4().hex[:12]}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": request.model or self.model,
             "choices": choices,
-            "usage": _usage(sum(map(len, ids)), sum(map(len, made))),
+            "usage": _usage(sum(map(len, ids)), sum(made)),
         }
 
 
 class Chat(Endpoint):
-    """A language model that converses by the chat template of its tokeniser, as OpenAI's chat does, also streamed."""
+    """A language model that converses by the chat template of its tokeniser, as OpenAI's chat does, also streamed.
+
+    LitServe reads the request: it passes over fields that it does not know, `seed` among them, and calls every end of a
+    reply a `stop`.
+    """
 
     path = "/v1/chat/completions"
 
@@ -161,11 +187,12 @@ class Chat(Endpoint):
             wanted = request.max_completion_tokens or request.max_tokens
             room = _room(self.network, [ids], wanted)
             stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-            how = request.temperature, None, request.top_p
+            temperature = 0.7 if request.temperature is None else request.temperature  # OpenAI's own defaults
+            top_p = 1.0 if request.top_p is None else request.top_p
             writing = Writing(self.tokenizer)
-            new = steps(self.network, [ids], room, *how, stop=turn_ends(self.tokenizer))
+            new = steps(self.network, [ids], room, temperature, None, top_p, stop=turn_ends(self.tokenizer))
             pieces = (writing.add(token) for [token] in new if token is not None)
-            for piece in until(pieces, stops):
+            for piece in until(itertools.chain(pieces, (writing.rest() for _ in range(1))), stops):
                 yield {"role": "assistant", "content": piece}
         yield {"role": "assistant", "content": "", **_usage(len(ids), len(writing.tokens))}
 
@@ -179,7 +206,7 @@ class Classes(Endpoint):
         """For each request `label` and `probabilities`, or `value`."""
         together = isinstance(request, list)
         requests = request if together else [request]
-        with torch.inference_mode(), _refusing():
+        with torch.inference_mode():
             logits = self.logits(requests).float()
         answers = [self._answer(row) for row in logits]
         return answers if together else answers[0]
@@ -283,7 +310,7 @@ def _refusing() -> Iterator[None]:
 def _room(network: nn.Module, prompts: list[list[int]], wanted: int | None) -> int:
     """How many tokens to write where so many are wanted; `generate` refuses what there is no room for."""
     if wanted is not None:
-        return wanted
+        return min(wanted, MAX_TOKENS)
     limit = getattr(network, "max_seq_len", None)
     return NEW_TOKENS if limit is None else max(1, min(NEW_TOKENS, limit - max(map(len, prompts))))
 

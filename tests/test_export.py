@@ -1,3 +1,4 @@
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ from tests.test_contracts import (
     awake,
     small,
 )
+from tests.writing import REPOSITORY
 
 SHAPES = [(1, 1), (1, 4), (4, 9), (2, 20)]
 WITH_SEPARATOR = BERT | {"sep_token_id": 2, "pad_token_id": 0}
@@ -177,12 +179,13 @@ def test_so_is_what_was_compressed_and_integers_stay_small(method, form, tmp_pat
         assert found.num_bytes < 0.8 * whole  # the rest is the graph
 
 
-def test_layers_that_round_what_they_read_are_refused_or_keep_to_torch(tmp_path):
+@pytest.mark.parametrize("method", [Int8Dynamic(), Int8DynamicInt4(group_size=16)])
+def test_layers_that_round_what_they_read_are_refused(method, tmp_path):
     pytest.importorskip("torchao")
     network = llama()
-    Int8Dynamic().apply(network)
+    method.apply(network)
     message = (
-        "model must have no more than weights rounded to be exported as torch, but Int8Dynamic rounds what layers "
+        f"model must have no more than weights rounded to be exported, but {type(method).__name__} rounds what layers "
         "read, too; compress with Int8WeightOnly or Int4WeightOnly"
     )
     with pytest.raises(ValueError, match=f"^{message}$"):
@@ -190,12 +193,10 @@ def test_layers_that_round_what_they_read_are_refused_or_keep_to_torch(tmp_path)
     assert not any(tmp_path.iterdir())
 
 
-@pytest.mark.slow
-def test_torch_takes_rounded_inputs_of_four_bit_weights(tmp_path):
-    pytest.importorskip("torchao")
-    network = llama()
-    Int8DynamicInt4(group_size=16).apply(network)
-    require_parity(network, tmp_path / "out", "torch")
+def test_no_file_tells_where_the_code_lay(tmp_path):
+    found = export_model(model(llama()), tmp_path / "out", "torch")
+    with zipfile.ZipFile(found.file) as file:
+        assert not any(str(REPOSITORY).encode() in file.read(name) for name in file.namelist())
 
 
 def test_a_network_that_writes_in_steps_is_refused(tmp_path):

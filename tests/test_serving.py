@@ -89,7 +89,10 @@ def test_what_there_is_no_room_for_is_an_answer_of_status_400(writer: Completion
     assert len(asked(writer, prompt="abc", temperature=0)["choices"][0]["text"]) > 0  # what there is room for
 
 
-@pytest.mark.parametrize("fields", [{"top_p": 0}, {"n": 2}, {"stream": True}, {"prompt": 3}, {"temperature": -1}])
+@pytest.mark.parametrize(
+    "fields",
+    [{"top_p": 0}, {"n": 2}, {"stream": True}, {"prompt": 3}, {"temperature": -1}, {"prompt": []}, {"stop": ""}],
+)
 def test_what_the_schema_does_not_have_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         CompletionRequest(**({"prompt": "a"} | fields))
@@ -115,7 +118,7 @@ def test_the_pieces_of_a_reply_are_what_generating_gives(talker: Chat) -> None:
     ids = prompt_ids(talker.tokenizer, [{"role": "user", "content": "ab"}])
     [expected] = generate(talker.network, [ids], 12, temperature=0.0, stop=turn_ends(talker.tokenizer))
     text = talker.tokenizer.decode(expected)
-    assert "".join(piece["content"] for piece in pieces) == text.rstrip("\ufffd")
+    assert "".join(piece["content"] for piece in pieces) == text
     assert len(pieces) > 1
     assert last["content"] == ""
     assert (last["prompt_tokens"], last["completion_tokens"]) == (len(ids), len(expected))
@@ -200,6 +203,11 @@ def test_images_are_read_as_the_model_wants_them(tmp_path: Path) -> None:
     expected = network.eval()((images - 0.2) / 0.5).softmax(-1)
     for answer, row in zip(answers, expected.tolist(), strict=True):
         assert list(answer["probabilities"].values()) == pytest.approx(row, abs=1e-5)
+
+
+def test_images_that_would_grow_are_refused() -> None:
+    with pytest.raises(ValidationError, match="but is not: it has 2 × 200 pixels"):
+        ImageRequest(image=png(np.zeros((200, 2), np.uint8)))
 
 
 @pytest.mark.parametrize("image", ["no base64!", base64.b64encode(b"no image").decode(), ""])

@@ -35,7 +35,8 @@ class EarlyStopping(LightningEarlyStopping):
 
     def _watch(self, monitor: str, mode: str) -> None:
         patience, min_delta = self._options
-        super().__init__(monitor, min_delta, patience, mode=mode)
+        # At an epoch's end a checkpoint of the validation before it would not know of what it found.
+        super().__init__(monitor, min_delta, patience, mode=mode, check_on_train_epoch_end=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds out what to watch, before what a checkpoint knows of it is read."""

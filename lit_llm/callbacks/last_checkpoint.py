@@ -70,7 +70,8 @@ class LastCheckpoint(Checkpoint):
         self._agree(trainer)
         loop, data = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         # Where a validation follows, the step is not done before it: who went on from here would pass it over.
-        if trainer.global_step != self._saved_step and not loop._should_check_val_fx(data):
+        is_validated = loop._should_check_val_fx(data) and not loop.val_loop.skip
+        if trainer.global_step != self._saved_step and not is_validated:
             self._save_if_due(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

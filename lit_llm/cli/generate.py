@@ -106,11 +106,6 @@ def generate(
 
     def write(prompts: list[list[int]], streamed_after: list[int] | None) -> list[list[int]]:
         """The new tokens of each prompt; of one, printed as they come after those that are shown of it."""
-        largest, size = max(map(max, prompts)), getattr(network, "vocab_size", sys.maxsize)
-        if largest >= size:
-            raise ValueError(
-                f"tokenizer must be the network's, of {size} tokens, but in {model} it makes token {largest}"
-            )
         new = max(1, min(128, limit - max(map(len, prompts)))) if max_new_tokens is None else max_new_tokens
         how = network, prompts, new, temperature, top_k, top_p, seed, stop
         if streamed_after is None:

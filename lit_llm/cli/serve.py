@@ -80,7 +80,12 @@ def serve(model: str, host: str, port: int, device: str, max_batch_size: int, ti
         raise ValueError(f"--device must be one that torch finds here, but is {device}")
     endpoint = endpoint_of(model, max_batch_size)
     server = litserve.LitServer(
-        endpoint, accelerator=device, devices=1, timeout=timeout, model_metadata={"model": model}
+        endpoint,
+        accelerator=device,
+        devices=1,
+        timeout=timeout,
+        model_metadata={"model": model},
+        max_payload_size="50MB",
     )
     shown = f"[{host}]" if ":" in host else host
     log.info(

@@ -242,6 +242,9 @@ def _weights(path: Mapping[Any, Any]) -> dict[str, float]:
         number = isinstance(weight, int | float) and not isinstance(weight, bool)
         if not number or not 0 < weight < math.inf:
             raise ValueError(f"data.path must give each source a finite weight above 0, but {source} has {weight!r}")
+    names = Counter(str(source).strip("/") for source in path)
+    if twice := [name for name, count in names.items() if count > 1]:
+        raise ValueError(f"data.path must name each source once, but names {twice[0]} several times")
     return {str(source): float(weight) for source, weight in path.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 from abc import ABC, abstractmethod
 from typing import Any
 
@@ -73,8 +74,8 @@ class ExactSteps(LightningModule, ABC):
         return total / PART_SCALE
 
     def _seed_chance(self) -> None:
-        if self._seed is None:
-            self._seed = torch.initial_seed()
+        if self._seed is None:  # Lightning keeps there what `seed_everything` was given
+            self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         # Large odd factors, so that neighbours have nothing in common; torch's generator on a CPU reads 32 bits.
         where = (
             self.trainer.global_step * 0x9E3779B1 + self._parts_read * 0x85EBCA77 + place(self.trainer)[0] * 0xC2B2AE3D

@@ -232,7 +232,7 @@ class Objective(ExactSteps):
         log.info(f"Starting from the weights of {self.hparams['weights']}")
         self.hparams["weights"] = None  # a checkpoint has weights of its own
 
-    @property
+    @functools.cached_property
     def tokenizer_path(self) -> str | None:
         """Where the tokeniser of what the network starts from is: for data that names none."""
         place = self._start

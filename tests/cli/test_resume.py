@@ -97,6 +97,43 @@ def test_a_resumed_run_drops_what_one_never_stopped_drops(lit_llm, tiny, tmp_pat
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole") != losses(tmp_path / "other")
 
 
+class Saves(Callback):
+    """Notes the steps at which checkpoints are written."""
+
+    def __init__(self, path: str) -> None:
+        self.path = Path(path)
+
+    def on_save_checkpoint(self, trainer, pl_module, checkpoint):
+        with self.path.open("a") as file:
+            file.write(f"{trainer.global_step}\n")
+
+
+def test_without_a_validation_split_checkpoints_are_written_all_the_same(lit_llm, tiny, tmp_path):
+    words = [*tiny, "--data.validation_fraction", "0", "--trainer.max_steps", "9", "--trainer.val_check_interval", "2"]
+    words += ["--checkpoint.every_n_steps", "4", "--trainer.callbacks+", "tests.cli.test_resume.Saves"]
+    outcome = lit_llm("fit", *words, "--trainer.callbacks.path", tmp_path / "steps", "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "steps").read_text().split() == ["4", "8", "9"]
+
+
+def test_patience_goes_on_where_it_was_also_at_an_epochs_end(lit_llm, reviews, tmp_path):
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = ["--config", REPOSITORY / "configs/finetuning/encoder_glue.yaml", "--data.path", reviews]
+    words += ["--config", REPOSITORY / "configs/adaptation/early_stopping.yaml", "--trainer.val_check_interval", "1.0"]
+    words += ["--model.network.config", json.dumps({"model_type": "bert", **size}), "--data.tokenizer", "bert-bpe-300"]
+    words += ["--model.optimizer.lr", "0", "--data.max_seq_len", "32", "--data.batch_size", "4"]
+    words += ["--test_after_fit", "false", "--trainer.max_epochs", "9", "--checkpoint.every_n_steps", "1"]
+    ends = []
+    for run, more in (("whole", []), ("cut", ["--trainer.max_epochs", "2"])):
+        outcome = lit_llm("fit", *words, *more, "--run_dir", tmp_path / run)
+        assert outcome.code == 0, outcome.err
+        ends.append(max(row["step"] for row in read_metrics(tmp_path / run / "metrics.csv")))
+    assert ends[0] == 2 * ends[1]  # the best is the first of four: three are no better
+    outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last")
+    assert outcome.code == 0, outcome.err
+    assert max(row["step"] for row in read_metrics(tmp_path / "cut/metrics.csv")) == ends[0]
+
+
 class Interrupt(Callback):
     """Ctrl-C while a batch is read."""
 

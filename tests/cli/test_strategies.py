@@ -106,7 +106,9 @@ def fit(folder: Path, *runs: tuple[str, str, list[object]]) -> None:
 def assert_same_losses(one: Path, other: Path, rel: float = 2e-5) -> None:
     mine, theirs = (read_metrics(path / "metrics.csv") for path in (one, other))
     assert [row["step"] for row in mine] == [row["step"] for row in theirs]
-    names = {"train/loss", "train/grad_norm", "train/tokens", "train/confident"} | {n for row in mine for n in row if n.startswith("val/")}
+    names = {"train/loss", "train/grad_norm", "train/tokens", "train/confident"} | {
+        n for row in mine for n in row if n.startswith("val/")
+    }
     for left, right in zip(mine, theirs, strict=True):
         for name in names:
             assert (name in left) == (name in right), name
@@ -279,7 +281,15 @@ def test_other_objectives_have_the_losses_of_one_process(texts, reviews, chats, 
     averaged += ["--data.labels_per_class", "8", "--data.unlabelled_ratio", "1"]
     aligned = [*averaged, "--model.distribution_alignment", "true", "--model.threshold", "0.51"]
     images = ["--config", CONFIGS / "pretraining/cnn_digits.yaml", "--data.path", pictures]
-    images += ["--data.validation_fraction", "0.2", "--model.network", CONFIGS / "models/vit_400k.yaml", *SHORT]
+    images += [
+        "--data.validation_fraction",
+        "0.2",
+        "--data.image_size",
+        "8",
+        "--model.network",
+        CONFIGS / "models/vit_400k.yaml",
+        *SHORT,
+    ]
     runs = {"masked": masked, "classes": examples(reviews), "adapted": adapted, "averaged": averaged, "images": images}
     runs["aligned"] = aligned
     whole = [(f"{name}-{on}", on, words) for name, words in runs.items() for on in ("one", "fsdp")]
