@@ -9,6 +9,7 @@ import json
 import pkgutil
 import tempfile
 from collections.abc import Callable
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -658,7 +659,8 @@ def test_a_callbacks_state_survives_saving_and_loading(kind):
     if type(first).state_dict is Callback.state_dict:
         assert type(first).load_state_dict is Callback.load_state_dict
         return
-    for number, key in enumerate(first.state_dict()):
+    plain = [key for key in first.state_dict() if not isinstance(getattr(first, key), Enum)]
+    for number, key in enumerate(plain):
         setattr(first, key, {"metric": 1.0} if isinstance(getattr(first, key), dict) else number + 7)
     second.load_state_dict(first.state_dict())
     assert second.state_dict() == first.state_dict()
