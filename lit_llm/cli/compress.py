@@ -259,7 +259,8 @@ def _made(method: dict[str, Any]) -> Compression:
     try:
         values = parser.parse_object(given)
     except Exception as error:
-        raise ValueError(f"{parser_line(str(error), names)} (init_args of {method['class_path']})") from error
+        line = f"{parser_line(str(error), names)} (init_args of {method['class_path']})"
+        raise ValueError(line) from error
     try:
         return kind(**{name: values[name] for name in given})
     except TypeError as error:

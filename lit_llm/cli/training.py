@@ -141,10 +141,9 @@ def _with_the_runs_config(words: list[str]) -> list[str]:
     if goes_on and not {word.split("=")[0] for word in words} & {"--model", "--data", "-h", "--help", "--print_config"}:
         lacks = "holds no config.yaml" if folder.is_dir() else "does not exist"
         model = f"; name a run file with --config, and its model as --model.weights {folder / 'model'}"
-        raise FileNotFoundError(
-            f"{'run_dir must be' if _option(words, '--run_dir') else 'ckpt_path must be in'} a run folder, but is "
-            f"{run_dir}, which {lacks}{model if (folder / 'model').is_dir() else ''}"
-        )
+        remedy = model if (folder / "model").is_dir() else ""
+        name = "run_dir" if _option(words, "--run_dir") else "the folder of ckpt_path"
+        raise FileNotFoundError(f"{name} must be a run folder, but is {run_dir}, which {lacks}{remedy}")
     return words
 
 

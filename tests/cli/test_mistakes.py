@@ -215,7 +215,7 @@ def test_a_run_folder_that_is_none_is_refused(lit_llm, tmp_path, command):
         f"its model as --model.weights {small}/model"
     )
     assert said(lit_llm(command, "--ckpt_path", nowhere / "checkpoints" / "last.ckpt")) == (
-        f"ckpt_path must be in a run folder, but is {nowhere}, which does not exist"
+        f"the folder of ckpt_path must be a run folder, but is {nowhere}, which does not exist"
     )
 
 
@@ -236,9 +236,7 @@ def test_a_model_directory_with_a_larger_tokeniser_is_refused(lit_llm, run, text
     for file in (tmp_path / "made").iterdir():
         shutil.copy(file, run / "model")
     line = said(lit_llm("generate", "--model", run, "--prompt", "the cat sat on a mat"))
-    assert re.fullmatch(
-        f"tokenizer must be the network's, of 257 tokens, but in {run} it makes token 2[5-9][0-9]", line
-    )
+    assert re.fullmatch("tokenizer must be the network's, of 257 tokens, but makes token 2[5-9][0-9]", line)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +293,7 @@ def test_a_model_directory_with_a_missing_tensor(lit_llm, run):
 
 def test_an_unknown_command_and_a_command_without_its_options(lit_llm):
     assert said(lit_llm("fitt")) == (
-        "command must be one of fit, validate, test, predict, plan, generate, evaluate, compress, sweep, compare, tokenizer, but is fitt; did you mean fit?"
+        "command must be one of fit, validate, test, predict, plan, generate, serve, evaluate, compress, export, sweep, compare, tokenizer, but is fitt; did you mean fit?"
     )
     assert "--model" in said(lit_llm("generate"))
     assert said(lit_llm("fit")) == (

@@ -91,7 +91,7 @@ def test_predictions_are_probabilities_of_rows(tmp_path: Path) -> None:
 def test_labels_of_the_other_kind_are_refused_with_the_objective_for_them(kind: type, tmp_path: Path) -> None:
     has, other = ("real numbers", "regression.Regression"), ("classes", "classification.Classification")
     has, other = has if kind is Classification else other
-    wanted = "classes" if kind is Classification else "real numbers"
+    wanted = "classes" if kind is Classification else "numbers"
     message = (
         f"data must have {wanted} as labels for {kind.__name__}, but has {has}; set model to lit_llm.objectives.{other}"
     )

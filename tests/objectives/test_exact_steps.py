@@ -95,7 +95,8 @@ class Noise(Line):
         return super().loss(batch)
 
 
-def test_what_is_drawn_at_a_step_depends_on_seed_step_and_micro_batch_alone(tmp_path: Path) -> None:
+def test_what_is_drawn_at_a_step_depends_on_seed_step_and_micro_batch_alone(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of another test
     found = {}
     for name, seed, options in (("a", 1, {}), ("b", 1, {}), ("c", 2, {}), ("d", 1, {"accumulate_grad_batches": 2})):
         torch.manual_seed(seed)
