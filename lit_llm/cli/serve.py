@@ -85,7 +85,7 @@ def serve(model: str, host: str, port: int, device: str, max_batch_size: int, ti
         devices=1,
         timeout=timeout,
         model_metadata={"model": model},
-        max_payload_size="50MB",
+        max_payload_size=50_000_000,
     )
     shown = f"[{host}]" if ":" in host else host
     log.info(

@@ -77,6 +77,7 @@ def test_requests_are_answered_until_the_server_is_ended(model: Path, number: si
             assert json.loads(answer)["choices"][0]["text"] == tokenizer.decode(expected)
             assert ask(port, "/v1/completions", body | {"max_tokens": 100})[0] == 400
             assert ask(port, "/v1/completions", body | {"n": 2})[0] == 422
+            assert ask(port, "/v1/completions", {"prompt": "a" * 50_000_001})[0] >= 400
             assert "max_tokens" in ask(port, "/openapi.json")[1]
         process.send_signal(number)
         _, err = process.communicate(timeout=60)
