@@ -308,9 +308,11 @@ def _refusing() -> Iterator[None]:
 
 
 def _room(network: nn.Module, prompts: list[list[int]], wanted: int | None) -> int:
-    """How many tokens to write where so many are wanted; `generate` refuses what there is no room for."""
+    """How many tokens to write where so many are wanted; `steps` refuses what there is no room for."""
+    if wanted is not None and wanted > MAX_TOKENS:
+        raise ValueError(f"max_tokens must be at most {MAX_TOKENS}, but is {wanted}")
     if wanted is not None:
-        return min(wanted, MAX_TOKENS)
+        return wanted
     limit = getattr(network, "max_seq_len", None)
     return NEW_TOKENS if limit is None else max(1, min(NEW_TOKENS, limit - max(map(len, prompts))))
 

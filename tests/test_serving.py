@@ -135,6 +135,7 @@ def test_the_pieces_of_a_reply_are_what_generating_gives(talker: Chat) -> None:
         ({"presence_penalty": 0.5}, "presence_penalty must be left out, which this endpoint does not have, but is 0.5"),
         ({"temperature": -1}, "temperature must be at least 0, but is -1.0"),
         ({"max_tokens": 500}, "max_tokens must be at most "),
+        ({"max_tokens": 70_000}, "max_tokens must be at most 65536, but is 70000"),
         (
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "content must be text, but is something else",

@@ -68,11 +68,12 @@ class LastCheckpoint(Checkpoint):
             KeyboardInterrupt: After saving, when the run was interrupted.
         """
         self._agree(trainer)
-        loop, data = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if trainer.global_step == self._saved_step or not self._is_due(trainer):
+            return
         # Where a validation follows, the step is not done before it: who went on from here would pass it over.
-        is_validated = loop._should_check_val_fx(data) and not loop.val_loop.skip
-        if trainer.global_step != self._saved_step and not is_validated:
-            self._save_if_due(trainer)
+        loop, data = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
+        if loop.val_loop.skip or not loop._should_check_val_fx(data):
+            self._save_and_stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Saves where it is time, with what the validation found.
@@ -82,17 +83,21 @@ class LastCheckpoint(Checkpoint):
         """
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._agree(trainer)
-            self._save_if_due(trainer)
+            if self._is_due(trainer):
+                self._save_and_stop(trainer)
 
     def _agree(self, trainer: Trainer) -> None:
         if trainer.world_size > 1:  # all ranks save, or none
             self._interrupted = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
 
-    def _save_if_due(self, trainer: Trainer) -> None:
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            return
-        if self._interrupted or trainer.global_step % self.every_n_steps == 0:
-            self._save(trainer)
+    def _is_due(self, trainer: Trainer) -> bool:
+        """Whether it is time to save, at the end of a whole step."""
+        is_time = self._interrupted or trainer.global_step % self.every_n_steps == 0
+        return is_time and not trainer.fit_loop.epoch_loop._should_accumulate()
+
+    def _save_and_stop(self, trainer: Trainer) -> None:
+        """Saves; where the run was interrupted, that is all."""
+        self._save(trainer)
         if self._interrupted:
             raise KeyboardInterrupt
 
