@@ -141,7 +141,7 @@ def open_corpus(
         return Corpus(path, identity, lambda limit=None: itertools.islice(rows.embedded[path](), limit))
     where = Path(path).expanduser()
     if where.is_file():
-        if where.suffix in TABLE_FORMATS:
+        if where.suffix.lower() in TABLE_FORMATS:
             return _table(path, [where], rows)
         if not rows.text_files:
             raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but is {path}")
@@ -150,7 +150,7 @@ def open_corpus(
     if where.is_dir():
         visible = (p for p in where.rglob("*") if not any(x.startswith(".") for x in p.relative_to(where).parts))
         files = sorted(p for p in visible if p.is_file())
-        texts = [p for p in files if p.suffix in TEXT_SUFFIXES]
+        texts = [p for p in files if p.suffix.lower() in TEXT_SUFFIXES]
         tables = [p for p in files if p.suffix in TABLE_FORMATS]
         if tables and (not rows.text_files or all(p.name == "README.md" for p in texts)):
             return _hub(path, subset, rows, streaming, {"tables": stamps(tables)}, _reading(tables, rows))
@@ -160,7 +160,7 @@ def open_corpus(
             return Corpus(path, {"text": stamps(texts)}, lambda limit=None: _whole(where, texts[:limit]))
         known = ", ".join([*(TEXT_SUFFIXES if rows.text_files else ()), *TABLE_FORMATS])
         raise ValueError(f"data.path must hold files of text ({known}), but is {path} with {len(files)} other files")
-    if where.is_absolute() or where.suffix in (*TEXT_SUFFIXES, *TABLE_FORMATS) or not HUB_NAME.fullmatch(path):
+    if where.is_absolute() or where.suffix.lower() in (*TEXT_SUFFIXES, *TABLE_FORMATS) or not HUB_NAME.fullmatch(path):
         raise FileNotFoundError(
             f"data.path must be a file, a folder, a hub data set or one of {', '.join(rows.embedded)}, "
             f"but is {path}, which does not exist"
@@ -242,7 +242,7 @@ def _table(path: str, files: list[Path], rows: Rows) -> Corpus:
         from datasets.utils.logging import set_verbosity
 
         set_verbosity(logging.CRITICAL)  # errors are said once, by us
-        kind, options = TABLE_FORMATS[files[0].suffix], _reading(files, rows)
+        kind, options = TABLE_FORMATS[files[0].suffix.lower()], _reading(files, rows)
         return load_dataset(kind, data_files=[str(p) for p in files], split="train", streaming=True, **options)
 
     return Corpus(
@@ -254,7 +254,7 @@ def _table(path: str, files: list[Path], rows: Rows) -> Corpus:
 
 def _reading(files: list[Path], rows: Rows) -> dict[str, Any]:
     """Options of pandas for CSV and TSV: text stays text, also where it spells a number or `NA`."""
-    suffixes = {path.suffix for path in files}
+    suffixes = {path.suffix.lower() for path in files}
     if not suffixes <= {".csv", ".tsv"}:
         return {}
     return {

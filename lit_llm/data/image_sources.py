@@ -51,7 +51,7 @@ def open_images(path: str, subset: str | None = None) -> ImageTables:
     if path == DIGITS:
         return ImageTables(_digits(), DIGITS)
     where = Path(path).expanduser()
-    if where.is_file() and where.suffix not in TABLE_FORMATS:
+    if where.is_file() and where.suffix.lower() not in TABLE_FORMATS:
         raise ValueError(f"data.path must be {LAYOUTS}, but is {path}, a file of another kind")
     if not where.exists() and (where.is_absolute() or not HUB_NAME.fullmatch(path)):
         raise FileNotFoundError(f"data.path must be {LAYOUTS}, but is {path}, which does not exist")

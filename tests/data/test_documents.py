@@ -97,6 +97,17 @@ def test_a_table_holds_a_document_a_row(tmp_path: Path, suffix: str, column: str
     assert read(path, column=column) == TEXTS
 
 
+@pytest.mark.parametrize("name", ["A.TXT", "A.Md", "A.JSONL", "A.TSV"])
+def test_a_suffix_may_be_in_upper_case(tmp_path: Path, name: str) -> None:
+    lower = table(tmp_path / name.lower(), TEXTS)  # as text, lines of JSON
+    upper = tmp_path / "folder" / name
+    upper.parent.mkdir()
+    upper.write_bytes(lower.read_bytes())
+    assert read(upper) == read(lower)
+    if upper.suffix in (".TXT", ".Md"):
+        assert read(upper.parent) == [lower.read_text(encoding="utf-8")]
+
+
 def test_an_empty_cell_is_an_empty_document(tmp_path: Path) -> None:
     path = tmp_path / "table.jsonl"
     path.write_text('{"text": null}\n{"text": "x"}\n')
