@@ -6,7 +6,7 @@ DDP itself is a line of YAML (`configs/strategy/ddp.yaml`).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
@@ -29,20 +28,10 @@ from lit_llm.checkpoint_files import Shares, cut, read_checkpoint
 from lit_llm.deferred_init import materialize
 from lit_llm.models.block import Block
 from lit_llm.shards import Pieces, part, shared_as, whole
+from lit_llm.tensor_parallel import cut_products
 
 READING = ("hidden", "logits_at", "classify", "features", "generate")
 """Methods besides `forward` by which an objective has a network read: they need its weights too."""
-
-STYLES = {
-    "columns": ColwiseParallel,
-    "rows": RowwiseParallel,
-    "columns, gathered": lambda **options: ColwiseParallel(output_layouts=Replicate(), **options),
-    "rows, cut": lambda **options: RowwiseParallel(input_layouts=Replicate(), **options),
-}
-"""How a matrix of a block is shared out; `heads` besides are weights that each device applies to its own heads."""
-
-SUMMANDS = {"output_layouts": Partial(), "use_local_output": False}
-"""Has a matrix that is cut by rows give what is still to be added up over devices."""
 
 
 class Sharded(ModelParallelStrategy):
@@ -294,155 +283,3 @@ def share_out(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = Fa
     for name in READING:
         if hasattr(network, name):
             register_fsdp_forward_method(network, name)
-
-
-# Tensor parallelism.
-
-
-def cut_products(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = False) -> None:
-    """Has the devices of a mesh share each product of a network's blocks, in place.
-
-    Args:
-        network: One whose blocks have `tensor_parallel`, by the names of their layers how each is cut.
-        mesh: Of one dimension.
-        sequence_parallel: As in `Sharded`.
-
-    Raises:
-        ValueError: When the network does not say how it is cut, cannot be cut in so many, has adapters, or with
-            `sequence_parallel` does not say what reads whole sequences, or would drop alike in all parts of one.
-    """
-    size, kind = mesh.size(), type(network).__name__
-    blocks = [module for module in network.modules() if isinstance(module, Block)]
-    if not blocks or not all(hasattr(block, "tensor_parallel") for block in blocks):
-        raise ValueError(
-            f"tensor_parallel_size must be 1 for a network whose blocks do not say how they are cut, but is {size} for "
-            f"a {kind}"
-        )
-    for name in ("num_heads", "num_kv_heads", "d_ff"):
-        if (number := getattr(network, name, size)) % size:
-            raise ValueError(f"tensor_parallel_size must divide the network's {name}, {number}, but is {size}")
-    if sequence_parallel and not all(hasattr(block, "whole_sequence") for block in blocks):
-        raise ValueError(
-            "sequence_parallel must be false for a network whose blocks do not say what reads whole sequences, but is "
-            f"true for a {kind}"
-        )
-    if sequence_parallel and getattr(network, "dropout", 0):
-        raise ValueError(
-            f"sequence_parallel must be false where devices would drop alike, but is true with the network's dropout "
-            f"{network.dropout}"
-        )
-    cut: set[nn.Module] = set()
-    for block in blocks:
-        styles = {
-            name: STYLES[style](**SUMMANDS if sequence_parallel and style.startswith("rows") else {})
-            for name, style in block.tensor_parallel.items()
-            if style in STYLES
-        }
-        for name in styles:
-            if type(block.get_submodule(name)) is not nn.Linear:
-                raise ValueError(f"tensor_parallel_size must be 1 where {name} has an adapter, but is {size}")
-            cut.add(block.get_submodule(name))
-        parallelize_module(block, mesh, styles, src_data_rank=None)  # each process has made the same weights
-    shared: dict[nn.Parameter, nn.Parameter] = {}
-    apart = set(_on_heads(blocks))
-    if sequence_parallel:
-        apart.update(module for block in blocks for module in block.modules())
-        share_sequences(blocks, mesh)
-    for module in network.modules():
-        if module not in cut and any(p is not None for p in module._parameters.values()):
-            _have_in_common(module, mesh, shared, module in apart)
-
-
-def share_sequences(blocks: list[Block], mesh: DeviceMesh) -> None:
-    """Has each device compute what lies between the products of blocks for its part of each sequence.
-
-    Args:
-        blocks: In their order. What `whole_sequence` names begins with products by columns and ends with one by rows.
-        mesh: The devices.
-    """
-
-    def placed(x: Tensor, here: Placement, there: Placement) -> DTensor:
-        return DTensor.from_local(x, mesh, [here], run_check=False).redistribute(placements=[there])
-
-    def divide(block: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        if not torch.is_grad_enabled():
-            return args
-        x, size = args[0], mesh.size()
-        if x.shape[1] % size:
-            raise ValueError(
-                f"sequence length must be a multiple of tensor_parallel_size, {size}, for sequence_parallel, but is "
-                f"{x.shape[1]}; set data.seq_len"
-            )
-        return placed(x, Replicate(), Shard(1)).to_local(), *args[1:]
-
-    def gather(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # (A product by columns takes it as it is, and gives back a gradient that is still to be added up.)
-        return (placed(args[0], Shard(1), Replicate()), *args[1:]) if torch.is_grad_enabled() else args
-
-    def add_up(layer: nn.Module, args: tuple[Any, ...], y: DTensor) -> Tensor:
-        # (Its last product gave summands.)
-        return y.redistribute(placements=[Shard(1) if torch.is_grad_enabled() else Replicate()]).to_local()
-
-    def put_together(block: nn.Module, args: tuple[Any, ...], x: Tensor) -> Tensor:
-        return placed(x, Shard(1), Replicate()).to_local() if torch.is_grad_enabled() else x
-
-    for block in blocks:
-        for name in block.whole_sequence:
-            block.get_submodule(name).register_forward_pre_hook(gather)
-            block.get_submodule(name).register_forward_hook(add_up)
-    blocks[0].register_forward_pre_hook(divide)
-    blocks[-1].register_forward_hook(put_together)
-
-
-def _on_heads(blocks: list[Block]) -> Iterator[nn.Module]:
-    """Layers of which each device applies all weights to its own heads."""
-    for block in blocks:
-        for name, style in block.tensor_parallel.items():
-            layer = block.get_submodule(name.rpartition(".")[0])
-            if style == "heads" and (layer := getattr(layer, name.rpartition(".")[2])) is not None:
-                yield layer
-
-
-def _have_in_common(module: nn.Module, mesh: DeviceMesh, shared: dict[nn.Parameter, nn.Parameter], apart: bool) -> None:
-    """Gives each device of a mesh all of a layer's weights: as all weights are then, they are tensors of the mesh.
-
-    The layer computes with plain ones. Where each device applies them to other heads or positions, gradients are added
-    up.
-    """
-
-    def reading(name: str) -> property:
-        def read(layer: nn.Module) -> Tensor | None:
-            p = layer._parameters[name]
-            if not isinstance(p, DTensor) or p.device_mesh.ndim > 1:  # cut further, until it is gathered
-                return p
-            weight = p.to_local()
-            return _SummedGradient.apply(weight, mesh.get_group()) if apart else weight
-
-        return property(read)
-
-    for name, p in module._parameters.items():
-        if p is not None and p not in shared:
-            everywhere = distribute_tensor(p.detach(), mesh, [Replicate()], src_data_rank=None)
-            shared[p] = nn.Parameter(everywhere, requires_grad=p.requires_grad)
-        module._parameters[name] = shared.get(p)
-    kind = type(module)
-    module.__class__ = type(
-        kind.__name__, (kind,), {"__module__": kind.__module__} | {n: reading(n) for n in module._parameters}
-    )
-
-
-class _SummedGradient(torch.autograd.Function):
-    """Passes weights on, and adds their gradients up over devices."""
-
-    @staticmethod
-    def forward(ctx: Any, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """As it is."""
-        ctx.group = group
-        return weight.view_as(weight)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """The sum."""
-        grad = grad.clone()
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None

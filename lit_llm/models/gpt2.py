@@ -92,8 +92,8 @@ class GPT2Block(Block):
         "mlp.c_fc": "columns",
         "mlp.c_proj": "rows",
     }
-    """How devices share its products (`strategies`). Heads lie across the columns of the one matrix of queries, keys
-    and values, so what it gives is gathered, and each device has all heads."""
+    """How devices share its products (`tensor_parallel`). Heads lie across the columns of the one matrix of queries,
+    keys and values, so what it gives is gathered, and each device has all heads."""
 
     whole_sequence: ClassVar[tuple[str, ...]] = ("attn", "mlp")
     """Layers that read all positions, where what lies between them is shared out by positions."""

@@ -25,7 +25,7 @@ class LlamaBlock(Block):
         **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "columns"),
         **dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), "rows"),
     }
-    """How devices share its products (`strategies`): each has some of the heads, and some of the inner width."""
+    """How devices share its products (`tensor_parallel`): each has some of the heads, and some of the inner width."""
 
     whole_sequence: ClassVar[tuple[str, ...]] = ("self_attn", "mlp")
     """Layers that read all positions, where what lies between them is shared out by positions."""
