@@ -44,9 +44,9 @@ class Samples(Callback):
         tokenizer = trainer.datamodule.tokenizer
         boundary = boundary_id(tokenizer)
         ids = [[boundary, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in self.prompts]
-        room = (getattr(pl_module.network, "max_seq_len", None) or sys.maxsize) - max(map(len, ids))
+        room = (getattr(pl_module.evaluated, "max_seq_len", None) or sys.maxsize) - max(map(len, ids))
         texts = generate(
-            pl_module.network,
+            pl_module.evaluated,
             ids,
             max(0, min(self.max_new_tokens, room)),
             self.temperature,

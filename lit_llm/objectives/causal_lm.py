@@ -81,7 +81,7 @@ class CausalLM(Objective):
 
     def logits(self, batch: TokenBatch) -> Any:
         """What the network says of each next token."""
-        return self.network(**_inputs(batch))
+        return self.reading(**_inputs(batch))
 
     def loss(self, batch: TokenBatch) -> Loss:
         """Cross-entropy in nats with its regularisers, summed over the labels.
@@ -90,8 +90,9 @@ class CausalLM(Objective):
         """
         labels = batch["labels"]
         targets = (labels != IGNORE_INDEX).sum().float()
-        if hasattr(self.network, "hidden"):
-            hidden, weight = self.network.hidden(**_inputs(batch)), self.network.lm_head.weight
+        network = self.reading
+        if hasattr(network, "hidden"):
+            hidden, weight = network.hidden(**_inputs(batch)), network.lm_head.weight
             smoothing, group = self.label_smoothing, self.vocabulary_group
             return linear_cross_entropy_sum(hidden, weight, labels, smoothing, self.z_loss, group), targets
         return cross_entropy_sum(self.logits(batch), labels, self.label_smoothing, self.z_loss), targets

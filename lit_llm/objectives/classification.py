@@ -77,11 +77,9 @@ class Classification(Objective):
             )
         super().setup(stage)
 
-    def configure_model(self) -> None:
-        """Builds the network, and tells it the classes' names."""
-        if self.network is not None:
-            return
-        super().configure_model()
+    def build(self) -> None:
+        """Makes the network, and tells it the classes' names."""
+        super().build()
         data = getattr(self._trainer, "datamodule", None)
         if (names := getattr(data, "class_names", None)) and hasattr(self.network, "class_names"):
             self.network.class_names = [*names, *(f"LABEL_{i}" for i in range(len(names), self.hparams["num_classes"]))]

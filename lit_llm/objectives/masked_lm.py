@@ -101,9 +101,9 @@ class MaskedLM(Objective):
         edges = word_edges(tokenizer) if self.whole_words else None
         self.register_buffer("word_edges", edges, persistent=False)
 
-    def configure_model(self) -> None:
-        """Builds the network, once, and sees that it fills in words."""
-        super().configure_model()
+    def build(self) -> None:
+        """Makes the network, and sees that it fills in words."""
+        super().build()
         if not hasattr(self.network, "logits_at"):
             raise TypeError(
                 f"model.network must be a masked language model for MaskedLM, but is a {type(self.network).__name__}"
@@ -135,7 +135,7 @@ class MaskedLM(Objective):
         """The cross-entropy of each hidden token, and whether it is the most probable one."""
         read, ids, chosen = self.hide(batch, step)
         about = {name: batch[name] for name in ("document_ids", "positions") if name in batch}
-        logits, labels = self.network.logits_at(chosen, read, **about).float(), ids[chosen]
+        logits, labels = self.reading.logits_at(chosen, read, **about).float(), ids[chosen]
         return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1) == labels
 
     def loss(self, batch: TokenBatch) -> Loss:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import logging
@@ -74,6 +75,9 @@ class Objective(ExactSteps):
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
     """The metric that says which validation is best, where the data names none, and whether its `min` or `max` is."""
 
+    averages: bool = False
+    """Whether an average of the weights is kept beside the network, to be evaluated and exported in its place."""
+
     val_metric: Metric | MetricCollection
     test_metric: Metric | MetricCollection
     """What adds up over a split: the mean loss, or what a subclass makes, at the latest with the network."""
@@ -96,6 +100,7 @@ class Objective(ExactSteps):
         self.decay_embeddings = decay_embeddings
         self.adaptation = adaptation
         self.network: nn.Module | None = None
+        self.average: nn.Module | None = None
         self.val_metric, self.test_metric = MeanLoss(), MeanLoss()
         self._waiting: list[dict[str, Any]] = []
         self._features: dict[RunningStage, FeatureCache] = {}
@@ -141,13 +146,18 @@ class Objective(ExactSteps):
             raise ValueError(f"model.{name} must be at least what the data has, {needed}, but is {given}")
 
     def configure_model(self) -> None:
-        """Builds the network, once, and gives it the weights to start from.
+        """Builds the network, once, and where one is wanted the average of its weights."""
+        if self.network is None:
+            self.build()
+            if self.averages:
+                self._average_like_network()
+
+    def build(self) -> None:
+        """Makes the network, and gives it the weights to start from.
 
         Raises:
             ValueError: When nothing says how large it is, or the weights are not for this data or this network.
         """
-        if self.network is not None:
-            return
         name = self.size_name
         source = read_model(self.hparams["weights"]) if self.hparams.get("weights") else None
         if source is not None:
@@ -171,8 +181,14 @@ class Objective(ExactSteps):
 
     def _make_network(self, fresh: bool) -> nn.Module:
         """The network; without weights, where nobody needs them before the strategy, which gives it them."""
-        size, untouched = self.hparams[self.size_name], type(self).configure_model is Objective.configure_model
-        if fresh and untouched and getattr(getattr(self._trainer, "strategy", None), "defers_init", False):
+        size, kind = self.hparams[self.size_name], type(self)
+        untouched = kind.build is Objective.build and kind.configure_model is Objective.configure_model
+        if (
+            fresh
+            and untouched
+            and not self.averages
+            and getattr(getattr(self._trainer, "strategy", None), "defers_init", False)
+        ):
             kind = pkgutil.resolve_name(self.hparams["network"]["class_path"])
             if getattr(kind, "defers_init", False):
                 return deferred(self.make_network, size)
@@ -314,14 +330,37 @@ class Objective(ExactSteps):
 
     def read(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the network says of a batch; where its backbone is frozen, of features made before."""
-        network = self.network if self.training else self.evaluated
         features = self._features.get(self.trainer.state.stage) if self._features else None
+        network = self.reading
         return network(**inputs(batch)) if features is None else network.classify(features(batch["rows"]))
 
     @property
+    def reading(self) -> nn.Module:
+        """The network that reads batches now: in training the one that learns, else the one that is evaluated."""
+        return self.network if self.training else self.evaluated
+
+    @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated and exported: the one that learns, where an objective has no other."""
-        return self.network
+        """The network that is evaluated and exported: the average of the one that learns, where there is one."""
+        return self.network if self.average is None else self.average
+
+    def _average_like_network(self) -> None:
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
+
+    @torch.no_grad()
+    def move_average(self, decay: float) -> None:
+        """Moves the average towards the weights; what is none, as running statistics are, is copied.
+
+        Args:
+            decay: What remains of the average.
+        """
+        for network in (self.average, self.network):
+            if hasattr(network, "reshard"):  # by FSDP2: what it was read with is no longer needed whole
+                network.reshard()
+        pairs = (local(network.parameters()) for network in (self.average, self.network))
+        torch._foreach_lerp_(*pairs, 1 - decay)
+        for mine, theirs in zip(self.average.buffers(), self.network.buffers(), strict=True):
+            mine.copy_(theirs)
 
     @property
     def beside(self) -> nn.Module:
@@ -422,6 +461,8 @@ class Objective(ExactSteps):
             checkpoint["compression"] = records
         if self.adaptation is not None:
             checkpoint["adaptation"] = described("adaptation", self.adaptation)
+        if self.average is not None:
+            checkpoint["evaluated"] = "average"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Gives the network the form that compression had given it; refuses weights of another network in one line.
@@ -434,8 +475,10 @@ class Objective(ExactSteps):
         first = self._trainer is None or self.trainer.is_global_zero  # the sum of all processes counts once
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0)) if first else (0.0, 0.0)
         self._require_images_of(checkpoint.get("image_shape"))
-        replay(self.network, checkpoint.get("compression", []))
+        for network in filter(None, (self.network, self.average)):
+            replay(network, checkpoint.get("compression", []))
         self._require_same_zero(checkpoint.get("zero"))
+        self._agree_on_average(checkpoint)
         own, stored = self.state_dict(keep_vars=True), checkpoint["state_dict"]
         for name in sorted(own.keys() | stored.keys()):
             here, there = (tuple(whole_shape(d[name])) if name in d else "absent" for d in (own, stored))
@@ -444,6 +487,22 @@ class Objective(ExactSteps):
                     f"ckpt_path must be a checkpoint of this network, but its {name} is {there} where the network's "
                     f"is {here}"
                 )
+
+    def _agree_on_average(self, checkpoint: dict[str, Any]) -> None:
+        """Has an average begin as the weights of a checkpoint without, and one that nobody moves any more left out.
+
+        To evaluate, what a checkpoint says is the model is.
+        """
+        stored, has_one = checkpoint["state_dict"], checkpoint.get("evaluated") == "average"
+        if self.average is not None and not has_one:
+            weights = {name: t for name, t in stored.items() if name.startswith("network.")}
+            stored.update({f"average.{name.removeprefix('network.')}": t for name, t in weights.items()})
+        elif has_one and self.average is None and self._trainer is not None and self.trainer.state.fn == "fit":
+            log.info("The checkpoint's average of the weights is left out: the run has no WeightAverage")
+            for name in [name for name in stored if name.startswith("average.")]:
+                del stored[name]
+        elif has_one and self.average is None:
+            self._average_like_network()
 
     def _require_same_zero(self, there: dict[str, Any] | None) -> None:
         """Refuses to train on where the optimiser's state is in another form: DeepSpeed converts weights only."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from abc import abstractmethod
 from collections.abc import Mapping
@@ -18,7 +17,6 @@ from lit_llm.batch import inputs
 from lit_llm.compression.calibration import evaluating
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.exact_steps import Loss
-from lit_llm.shards import local
 
 
 class SemiSupervised(Classification):
@@ -57,6 +55,8 @@ class SemiSupervised(Classification):
         plain means, that of the teacher over 128 batches.
     """
 
+    averages = True
+
     def __init__(
         self,
         *args: Any,
@@ -93,17 +93,9 @@ class SemiSupervised(Classification):
     ) -> Float[Tensor, " batch"]:
         """How far what the network says of each strongly augmented example is from the teacher's probabilities."""
 
-    @property
-    def evaluated(self) -> nn.Module:
-        """The average."""
-        return self.average
-
-    def configure_model(self) -> None:
-        """Builds the network, and the average of its weights that begins as they do."""
-        if self.network is not None:
-            return
-        super().configure_model()
-        self.average = copy.deepcopy(self.network).requires_grad_(False)
+    def build(self) -> None:
+        """Makes the network, and what is noted of the classes."""
+        super().build()
         if self.distribution_alignment:  # of each class among labelled examples, and in what the teacher says
             num_classes = self.hparams[self.size_name]
             self.register_buffer("shares", torch.full((2, num_classes), 1 / num_classes))
@@ -156,19 +148,8 @@ class SemiSupervised(Classification):
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
         """Steps, and moves the average."""
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
-        self._move_average(self.trainer.global_step + 1)  # Lightning counts the step after this hook
-
-    @torch.no_grad()
-    def _move_average(self, step: int) -> None:
-        """Moves the average after so many steps; what is no parameter, as running statistics are, is copied."""
-        decay = min(self.decay, step / (step + 1))
-        for network in (self.average, self.network):
-            if hasattr(network, "reshard"):  # by FSDP2: what it was read with is no longer needed whole
-                network.reshard()
-        pairs = (local(network.parameters()) for network in (self.average, self.network))
-        torch._foreach_lerp_(*pairs, 1 - decay)
-        for mine, theirs in zip(self.average.buffers(), self.network.buffers(), strict=True):
-            mine.copy_(theirs)
+        step = self.trainer.global_step + 1  # Lightning counts it after this hook
+        self.move_average(min(self.decay, step / (step + 1)))
 
     # What is said of the unlabelled examples.
 
@@ -186,11 +167,6 @@ class SemiSupervised(Classification):
         self.counts.zero_()
         found = {"train/confident": counts[0] / max(counts[1], 1.0)}
         return found | ({"train/pseudo_label_accuracy": counts[2] / counts[3]} if counts[3] else {})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds that the average is the model."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["evaluated"] = "average"
 
 
 class FixMatch(SemiSupervised):

@@ -54,9 +54,9 @@ class TeacherForcing(Objective):
             step: Of the training; `None` in an evaluation.
         """
 
-    def configure_model(self) -> None:
-        """Builds the network, once, and sees that it is an encoder-decoder."""
-        super().configure_model()
+    def build(self) -> None:
+        """Makes the network, and sees that it is an encoder-decoder."""
+        super().build()
         if not hasattr(self.network, "generate"):
             kind, name = type(self).__name__, type(self.network).__name__
             raise TypeError(f"model.network must be an encoder-decoder for {kind}, but is a {name}")
@@ -64,7 +64,7 @@ class TeacherForcing(Objective):
     def loss(self, batch: Any) -> Loss:
         """Cross-entropy in nats, smoothed where wanted, summed over the tokens to be written, and their number."""
         texts = self.texts(batch, self.trainer.global_step)
-        logits, labels = self.network(**texts).flatten(0, 1).float(), texts["labels"].flatten()
+        logits, labels = self.reading(**texts).flatten(0, 1).float(), texts["labels"].flatten()
         total = F.cross_entropy(
             logits, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=self.label_smoothing
         )
@@ -74,7 +74,7 @@ class TeacherForcing(Objective):
         """Adds the nats of each token to be written."""
         texts = self.texts(batch)
         wanted = texts["labels"] != IGNORE_INDEX
-        logits, labels = self.network(**texts)[wanted].float(), texts["labels"][wanted]
+        logits, labels = self.reading(**texts)[wanted].float(), texts["labels"][wanted]
         metric.update(F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1) == labels)
 
 
@@ -149,7 +149,7 @@ class Seq2Seq(TeacherForcing):
 
     def write(self, batch: Seq2SeqBatch) -> list[str]:
         """What the network writes for each source."""
-        made = self.network.generate(batch["input_ids"], batch["attention_mask"], self.max_new_tokens, self.num_beams)
+        made = self.reading.generate(batch["input_ids"], batch["attention_mask"], self.max_new_tokens, self.num_beams)
         return self._decoded(made)
 
     def _decoded(self, tokens: Tensor) -> list[str]:

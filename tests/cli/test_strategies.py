@@ -315,6 +315,24 @@ def test_masks_hold_and_go_on_where_weights_are_shared_out(texts, tmp_path):
         assert read_metrics(tmp_path / name / "metrics.csv")[-1]["train/sparsity"] == pytest.approx(0.5, abs=1e-3)
 
 
+def test_an_average_is_cut_as_the_weights_are_and_goes_on_anywhere(texts, tmp_path):
+    words = [*decoder("llama", texts), *ADAM, "--config", CONFIGS / "strategy/weight_average.yaml"]
+    names = ("one", "ddp", "fsdp", "fsdp_tensor_parallel")
+    fit(tmp_path, *((name, name, words) for name in names), ("shares", f"fsdp{SHARDED}", words))
+    for start, end in (("shares", "one"), ("one", "fsdp"), ("one", "one")):
+        shutil.copytree(tmp_path / start, tmp_path / f"{start}-{end}")
+    longer = [*words, "--trainer.max_steps", "6", "--ckpt_path", "last"]
+    fit(
+        tmp_path,
+        *((f"{start}-{end}", end, longer) for start, end in (("shares", "one"), ("one", "fsdp"), ("one", "one"))),
+    )
+    for one, *others in ((*names, "shares"), ("one-one", "shares-one", "one-fsdp")):
+        for other in others:
+            assert_same_losses(tmp_path / one, tmp_path / other, rel=1e-4)
+            assert_same_model(tmp_path / one, tmp_path / other)
+    assert "average.lm_head.weight" in read_checkpoint(tmp_path / "shares-one/checkpoints/last.ckpt")["state_dict"]
+
+
 def test_a_strategy_that_cannot_be_is_refused_in_one_line(texts, tmp_path):
     words = [*decoder("llama", texts), "--trainer.strategy", "lit_llm.strategies.Sharded"]
     lstm = [*words, "--model.network", CONFIGS / "models/lstm_5m.yaml"]

@@ -1,0 +1,146 @@
+"""The average of a run's weights is what is validated, tested and exported; it goes on exactly, and ends where it should."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from lit_llm.callbacks.metrics_csv import read_metrics
+from lit_llm.callbacks.weight_average import WeightAverage
+from lit_llm.checkpoint_files import read_checkpoint
+from lit_llm.checkpoints import load_model
+from lit_llm.objectives.causal_lm import CausalLM
+from tests.cli.test_resume import losses
+from tests.writing import REPOSITORY, exactly
+
+AVERAGE = ["--config", REPOSITORY / "configs/strategy/weight_average.yaml"]
+LAST = "checkpoints/last.ckpt"
+
+
+class Weights(Callback):
+    """Keeps the weights that learn, before the first step and after each."""
+
+    kept: list[dict[str, Tensor]] = []  # noqa: RUF012
+
+    def on_train_start(self, trainer, pl_module):
+        Weights.kept = []
+        self.on_train_batch_end(trainer, pl_module, None, None, 0)
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if len(Weights.kept) == trainer.global_step:  # else in the middle of a step
+            Weights.kept.append({name: p.detach().clone() for name, p in pl_module.network.named_parameters()})
+
+
+def averaged(weights: list[dict[str, Tensor]], decay: float) -> dict[str, Tensor]:
+    found = weights[0]
+    for step, now in enumerate(weights[1:], 1):
+        kept = min(decay, (1 + step) / (10 + step))
+        found = {name: kept * found[name] + (1 - kept) * now[name] for name in found}
+    return found
+
+
+def parts(run: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Network and average of the last checkpoint."""
+    state = read_checkpoint(run / LAST)["state_dict"]
+    return tuple(
+        {name.removeprefix(f"{kind}."): t for name, t in state.items() if name.startswith(f"{kind}.")}
+        for kind in ("network", "average")
+    )
+
+
+@pytest.mark.parametrize(("decay", "accumulate"), [(0.999, 1), (0.3, 2)])
+def test_the_average_is_that_of_all_steps_and_is_the_model(lit_llm, tiny, tmp_path, decay, accumulate):
+    words = [*tiny, *AVERAGE, "--trainer.callbacks.decay", decay, "--trainer.accumulate_grad_batches", accumulate]
+    words += ["--trainer.callbacks+", "tests.callbacks.test_weight_average.Weights"]
+    outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert len(Weights.kept) == 7
+    network, average = parts(tmp_path / "run")
+    torch.testing.assert_close(network, Weights.kept[-1], rtol=0, atol=0)
+    torch.testing.assert_close(average, averaged(Weights.kept, decay), rtol=1e-5, atol=1e-7)
+    # What was validated is what is exported: of this run the last step's is the best.
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["best/step"] == 6
+    torch.testing.assert_close(dict(load_model(tmp_path / "run")[0].named_parameters()), average, rtol=0, atol=0)
+    outcome = lit_llm("validate", "--run_dir", tmp_path / "run", "--ckpt_path", "last")
+    assert outcome.code == 0, outcome.err
+    found = next(float(line.split()[1]) for line in outcome.out.splitlines() if line.startswith("val/loss "))
+    assert found == pytest.approx(results["val/loss"], abs=1e-4)
+    exported = lit_llm("validate", *tiny, "--model.weights", tmp_path / "run/model", "--run_dir", tmp_path / "exported")
+    assert f"{found:.4f}" in exported.out
+
+
+def test_training_is_the_same_bit_for_bit_and_goes_on_exactly(lit_llm, tiny, tmp_path):
+    words = [*tiny, "--trainer.max_steps", 10, "--checkpoint.every_n_steps", 5, "--test_after_fit", "false"]
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "without").code == 0
+    assert lit_llm("fit", *words, *AVERAGE, "--run_dir", tmp_path / "whole").code == 0
+    assert losses(tmp_path / "without") == losses(tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm(
+            "fit", *words, *AVERAGE, "--run_dir", tmp_path / "cut", "--trainer.callbacks+=tests.cli.test_resume.Crash"
+        )
+    assert lit_llm("fit", *words, *AVERAGE, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
+    validations = [
+        [(row["step"], row["val/loss"]) for row in read_metrics(tmp_path / run / "metrics.csv") if "val/loss" in row]
+        for run in ("whole", "cut", "without")
+    ]
+    assert validations[0] == validations[1] != validations[2]
+    torch.testing.assert_close(parts(tmp_path / "cut"), parts(tmp_path / "whole"), rtol=0, atol=0)
+
+
+def test_it_may_begin_or_end_within_a_run(lit_llm, tiny, tmp_path):
+    run = ["--run_dir", tmp_path / "run", "--test_after_fit", "false"]
+    assert lit_llm("fit", *tiny, *run).code == 0
+    before, nothing = parts(tmp_path / "run")
+    assert nothing == {}
+    on = [*tiny, *run, "--ckpt_path", "last"]
+    assert lit_llm("fit", *on, *AVERAGE, "--trainer.max_steps", 7).code == 0
+    network, average = parts(tmp_path / "run")
+    for name, begun in before.items():
+        torch.testing.assert_close(average[name], begun + (1 - 8 / 17) * (network[name] - begun))
+    outcome = lit_llm("fit", *on, "--trainer.max_steps", 8)
+    assert outcome.code == 0, outcome.err
+    assert "The checkpoint's average of the weights is left out: the run has no WeightAverage" in outcome.err
+    assert parts(tmp_path / "run")[1] == {}
+
+
+def test_a_notebook_opens_a_checkpoint_with_an_average(lit_llm, tiny, tmp_path):
+    assert lit_llm("fit", *tiny, *AVERAGE, "--run_dir", tmp_path / "run").code == 0
+    made = CausalLM.load_from_checkpoint(tmp_path / "run" / LAST, weights_only=True)
+    _, average = parts(tmp_path / "run")
+    torch.testing.assert_close(dict(made.evaluated.named_parameters()), average, rtol=0, atol=0)
+
+
+def test_a_step_that_is_taken_back_is_not_averaged(lit_llm, tiny, tmp_path):
+    poisoned = ["--trainer.callbacks+", "tests.callbacks.test_spike_recovery.Poison"]
+    poisoned += ["--trainer.callbacks.first", 3, "--trainer.callbacks.last", 4]
+    recovery = ["--config", REPOSITORY / "configs/strategy/spike_recovery.yaml"]
+    outcome = lit_llm("fit", *tiny, *AVERAGE, *recovery, *poisoned, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert all(t.isfinite().all() for t in parts(tmp_path / "run")[1].values())
+
+
+def test_an_objective_that_has_an_average_keeps_it_alone(lit_llm, tmp_path):
+    words = ["--config", REPOSITORY / "configs/pretraining/cnn_mnist_fixmatch.yaml", *AVERAGE]
+    words += [
+        "--data",
+        REPOSITORY / "configs/data/digits.yaml",
+        "--data.unlabelled_ratio",
+        1,
+        "--data.labels_per_class",
+        4,
+    ]
+    outcome = lit_llm("fit", *words, "--trainer.max_steps", 1, "--run_dir", tmp_path / "run")
+    assert outcome.code == 2
+    message = "trainer.callbacks must leave the average to FixMatch, which evaluates its own, but has a WeightAverage"
+    assert message in outcome.last_line
+
+
+def test_a_decay_out_of_range_is_refused():
+    with pytest.raises(ValueError, match=exactly("decay must be in [0, 1), but is 1.0")):
+        WeightAverage(decay=1.0)
