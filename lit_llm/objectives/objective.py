@@ -282,6 +282,10 @@ class Objective(ExactSteps):
         # What the config says, before a checkpoint's own values are loaded over it.
         self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         log.info(groups_table(optimizer))
+        total, warmup = self.trainer.estimated_stepping_batches, self.schedule.warmup_steps
+        if warmup > total / 2:
+            cut = f"The warm-up of {warmup} steps is cut to half of the run's {total}"
+            log.info(f"{cut}; few examples want more passes")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _factor_of(self, group: dict[str, Any]) -> Callable[[int], float]:

@@ -141,6 +141,16 @@ def test_an_explicit_flag_beats_what_a_checkpoint_stores(lit_llm, run, tmp_path)
     assert rows[-1]["train/learning_rate"] == 0.5
 
 
+@pytest.mark.parametrize(("warmup", "is_cut"), [(4, True), (3, False)])
+def test_a_warm_up_that_does_not_fit_into_the_run_is_said_to_be_cut(lit_llm, tiny, tmp_path, warmup, is_cut):
+    words = [*tiny, "--trainer.max_steps", "6", "--trainer.limit_val_batches", "0", "--run_dir", tmp_path / "run"]
+    outcome = lit_llm("fit", *words, "--model.schedule.warmup_steps", warmup)
+    assert outcome.code == 0, outcome.err
+    assert (
+        "The warm-up of 4 steps is cut to half of the run's 6; few examples want more passes" in outcome.err
+    ) == is_cut
+
+
 @pytest.mark.parametrize(("command", "split"), [("validate", "val"), ("test", "test")])
 def test_a_checkpoint_is_measured_as_it_was_in_training(lit_llm, run, command, split, capsys):
     outcome = lit_llm(command, "--run_dir", run, "--ckpt_path", "best")
