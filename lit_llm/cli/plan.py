@@ -150,7 +150,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         The steps by name, and what else the config says.
     """
     from lit_llm.cli import training
-    from lit_llm.planning import measure_step
+    from lit_llm.dry_run import measure_step
 
     cli = training.read_run(words)
     objective, data, trainer = cli.model, cli.datamodule, cli.config["fit"]["trainer"]
