@@ -190,10 +190,6 @@ def test_what_was_compressed_before_is_measured_from_there(chain, tmp_path, llam
         ({"class_path": "lit_llm.compression.sparsity.Magnitude", "init_args": {"layers": ["none.*"]}}, "but 'none.*' matches none"),
         ({"class_path": "lit_llm.compression.low_rank.SVD", "init_args": {"rank": 1000}}, "rank must be "),
         ({"class_path": "torch.nn.Linear"}, "compression must name methods of compression, but names torch.nn.Linear"),
-        ({"class_path": "lit_llm.compression.sparsity.Magnitude", "fit": RUN}, "must have either class_path or fit, but has class_path, fit"),
-        ({"fit": "nowhere.yaml"}, "must name run files, but "),
-        ({"class_path": "lit_llm.compression.sparsity.Magnitude", "flor": 0.9}, "a stage must have keys of class_path, fit, floor, init_args, name, options, but in "),
-        ({"class_path": "lit_llm.compression.sparsity.Magnitude", "floor": 95}, "floor must be part of the original's score, in [0, 1], but is 95"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_said_in_one_line(chain, stage, message):
@@ -203,49 +199,9 @@ def test_a_mistake_is_said_in_one_line(chain, stage, message):
     assert " but " in outcome.last_line
 
 
-def test_two_stages_of_one_name_are_refused(chain, tmp_path):
-    outcome = chain(NEURONS, NEURONS)
-    where = tmp_path / "chain.yaml"
-    assert (
-        outcome.last_line
-        == f"lit-llm: error: name of a stage must be a word that no other has, but is 'narrow' in {where}"
-    )
-
-
 def test_a_calibration_without_batches_is_refused(chain):
     outcome = chain(PRUNE, calibration_batches=0)
     assert outcome.last_line == "lit-llm: error: calibration_batches must be at least 1 for Wanda, but is 0"
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"calibration_batches": -1}, "calibration_batches must be a whole number of at least 0, but is -1 in {}"),
-        ({"calibration_batches": "many"}, "calibration_batches must be a whole number of at least 0, but is 'many' in {}"),
-        ({"repeats": 0}, "repeats must be a whole number of at least 1, but is 0 in {}"),
-        ({"compiled": "yes"}, "compiled must be true or false, but is 'yes' in {}"),
-        ({"metric": 3}, "metric must be the name of a metric, but is 3 in {}"),
-        ({"evaluate": 3}, "evaluate must name run files, but is 3 in {}"),
-        ({"stages": ["prune"]}, "stage 1 of {} must have either class_path or fit, but is 'prune'"),
-        ({"stages": {"fit": RUN}}, f"stages must be a list, but is {{'fit': '{RUN}'}} in {{}}; begin each stage with a dash"),
-        ({"stages": [{"fit": 3}]}, "fit must name run files, but is 3 in {}"),
-        ({"stages": [{"fit": RUN, "options": "hello"}]}, "options must be values by dotted flag, but is 'hello' in stage 1 of {}"),
-        ({"stages": [MAGNITUDE | {"init_args": 0.5}]}, "init_args must be arguments by name, but is 0.5 in stage 1 of {}"),
-        ({"stages": [{"class_path": 3}]}, "class_path must be the path of a class, but is 3 in stage 1 of {}"),
-    ],
-)  # fmt: skip
-def test_a_value_that_cannot_be_is_refused_before_anything_is_done(chain, tmp_path, settings, message):
-    outcome = chain(PRUNE, **settings)
-    where = str(tmp_path / "chain.yaml")
-    assert outcome.last_line == f"lit-llm: error: {message.replace('{}', where)}"
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_chain_that_is_no_yaml_is_refused(lit_llm, tmp_path):
-    path = tmp_path / "chain.yaml"
-    path.write_text("evaluate: [a: b: c")
-    outcome = lit_llm("compress", "--config", path, "--model", tmp_path, "--out", tmp_path / "out")
-    assert outcome.last_line.startswith(f"lit-llm: error: --config must be YAML, but {path} is not: ")
 
 
 @pytest.mark.parametrize(
