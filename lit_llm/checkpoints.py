@@ -9,21 +9,17 @@ import json
 import pkgutil
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 import lit_llm.models
 from lit_llm.adaptation import Adaptation
 from lit_llm.checkpoint_files import plain_errors, read_checkpoint
-from lit_llm.compression.compression import is_reformed, records_of, replay
+from lit_llm.compression.compression import records_of, replay
 from lit_llm.compression.quantization import convert
 from lit_llm.compression.sparsity import remove_masks
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
@@ -32,6 +28,7 @@ from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
 from lit_llm.models.pretrained_network import Pretrained
 from lit_llm.shards import whole
+from lit_llm.weights import fill, read_weights, require_whole, write_weights
 
 IMAGE_PROCESSOR = "preprocessor_config.json"
 COMPRESSION = "compression.json"
@@ -74,7 +71,7 @@ def save_model(
     with replacing(folder) as new:
         new.mkdir()
         with plain_errors(folder):
-            _write_weights(network, new)
+            write_weights(network, new)
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
@@ -84,21 +81,6 @@ def save_model(
             (new / COMPRESSION).write_text(json.dumps(records, indent=2) + "\n")
         if card is not None:
             (new / "README.md").write_text(card, encoding="utf-8")
-
-
-def _write_weights(network: nn.Module, folder: Path) -> None:
-    if hasattr(network, "save_weights") and not is_reformed(network):
-        network.save_weights(folder)
-        return
-    # A tied matrix is one tensor under its first name.
-    named = {name: _plain_tensor(tensor) for name, tensor in _as_transformers(network).items()}
-    named |= {name: torch.zeros(shape) for name, shape in _zeros(network).items()}
-    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _plain_tensor(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().float() if tensor.is_floating_point() else tensor
-    return tensor.contiguous().cpu()
 
 
 class Model(NamedTuple):
@@ -185,22 +167,6 @@ def _download(name: str) -> Path:
         ) from error
 
 
-def copy_weights(source: nn.Module, target: nn.Module, where: Path | str) -> None:
-    """Copies all parameters of one network into another of the same form.
-
-    Raises:
-        ValueError: When a parameter is missing, left over or of another shape; `where` names the source.
-    """
-    _fill(_own(target), _own(source), Path(where), target.state_dict())
-
-
-def _own(network: nn.Module) -> dict[str, Tensor]:
-    """What a network has to be given: its parameters, a tied one once, and what else is in its state."""
-    once, all_names = (dict(network.named_parameters(remove_duplicate=remove)) for remove in (True, False))
-    others = {name: tensor for name, tensor in network.state_dict().items() if name not in all_names}
-    return once | others
-
-
 def _from_directory(folder: Path) -> Model:
     try:
         config = json.loads((folder / "config.json").read_text())
@@ -212,15 +178,15 @@ def _from_directory(folder: Path) -> Model:
     records = _read_records(folder)
     if any("form" in record for record in records):
         network = replay(kind(size, **arguments), records)
-        _fill_from_directory(network, folder)
+        read_weights(network, folder)
     elif hasattr(kind, "load_weights"):
-        _require_whole(folder)
+        require_whole(folder)
         with torch.device("meta"):
             network = kind(size, **arguments)
         network.load_weights(folder)
     else:
         network = kind(size, **arguments)
-        _fill_from_directory(network, folder)
+        read_weights(network, folder)
     replay(network, records)
     recipe = {**class_path(kind), "init_args": {n: plain(v) for n, v in arguments.items()}, "size": size}
     has_tokenizer = (folder / "tokenizer.json").is_file()
@@ -279,100 +245,6 @@ def _architecture(config: dict[str, Any]) -> Any:
     )
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    for file in _weight_files(folder):
-        with _whole(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (no dict)
-                yield name, tensors.get_tensor(name)
-
-
-def _require_whole(folder: Path) -> None:
-    for file in _weight_files(folder):
-        with _whole(file):
-            pass
-
-
-@contextmanager
-def _whole(file: Path) -> Iterator[Any]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            yield tensors
-    except SafetensorError as error:
-        raise ValueError(f"model must hold whole weights, but {file} does not: {error}") from error
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    """The files of weights, in transformers' order of preference; a folder may hold copies in another form."""
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        files = sorted({folder / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
-        if absent := [file.name for file in files if not file.is_file()]:
-            raise FileNotFoundError(f"model must hold all files that {index} names, but lacks {', '.join(absent)}")
-        return files
-    remedy = "; pickles are not read, save them as safetensors" if any(folder.glob("*.bin")) else ""
-    raise FileNotFoundError(f"model must hold weights as .safetensors, but {folder} has none{remedy}")
-
-
-def _as_transformers(network: nn.Module) -> dict[str, Tensor]:
-    """What a network has to be given, by the names, and in the shapes, that transformers gives it."""
-    view, name_of = getattr(network, "hf_view", lambda name, parameter: parameter), _hf_names(network)
-    return {name_of(name): view(name, tensor) for name, tensor in _own(network).items()}
-
-
-def _hf_names(network: nn.Module) -> Callable[[str], str]:
-    """How transformers calls what is in a network; one of its own is one level further in here."""
-    return getattr(network, "hf_name", lambda name: name.removeprefix("model."))
-
-
-def _zeros(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What transformers' network has and this one does without."""
-    return dict(network.hf_zeros()) if hasattr(network, "hf_zeros") else {}
-
-
-def _fill_from_directory(network: nn.Module, folder: Path) -> None:
-    """Copies the weights of a directory of transformers, or one in its form."""
-    stored = {name: t for name, t in _tensors(folder) if not name.endswith(getattr(network, "hf_buffers", ()))}
-    name_of = _hf_names(network)
-    base = name_of("")
-    if not any(name.startswith(base) for name in stored):  # saved without its head
-        stored = {name if name.startswith("lm_head.") else base + name: t for name, t in stored.items()}
-    for name in _zeros(network):
-        if name in stored and stored.pop(name).any():
-            raise ValueError(
-                f"{name} must be zero for a network without biases, but is not in {folder}; give the network biases"
-            )
-    tied = {name_of(name) for name, _ in network.named_parameters(remove_duplicate=False)}
-    _fill(_as_transformers(network), stored, folder, tied)
-
-
-def _fill(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied: Iterable[str] = ()) -> None:
-    """Copies weights by name; every one must be there, fit, and be used.
-
-    Args:
-        own: The network's.
-        stored: What is copied into them.
-        source: Where that is from.
-        tied: Names under which a matrix may be there twice.
-    """
-    missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys() - set(tied))
-    for what, names in (("lacks", missing), ("also has", extra)):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            raise ValueError(
-                f"model must hold the network's tensors and no others, but {source} {what} {names[0]}{more}"
-            )
-    with torch.no_grad():
-        for name, p in own.items():
-            if p.shape != stored[name].shape:
-                raise ValueError(
-                    f"{name} must have the shape {tuple(p.shape)} of the network, but has {tuple(stored[name].shape)} "
-                    f"in {source}"
-                )
-            p.copy_(stored[name])
-
-
 def finish(network: nn.Module, adaptation: Adaptation | None) -> None:
     """Makes of a network as it was trained, in place, the one to use: plain weights, or integers."""
     if adaptation is not None:
@@ -404,7 +276,7 @@ def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adap
     prefix = checkpoint.get("evaluated", "network") + "."
     state = checkpoint["state_dict"]
     stored = {k.removeprefix(prefix): whole(v) for k, v in state.items() if k.startswith(prefix)}
-    _fill(_own(network), stored, path, network.state_dict())
+    fill(network, stored, path)
     return network, adaptation
 
 

@@ -25,7 +25,6 @@ from lit_llm.batch import inputs
 from lit_llm.checkpoints import (
     Model,
     class_path,
-    copy_weights,
     first_argument,
     plain,
     read_image_processor,
@@ -41,6 +40,7 @@ from lit_llm.objectives.features import FeatureCache, can_be_cached
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule
 from lit_llm.shards import local, whole_shape
+from lit_llm.weights import copy_weights
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,162 @@
+"""Weights of a network: in files, by transformers' names and in its shapes, out and in; and from network to network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lit_llm.compression.compression import is_reformed
+
+
+def write_weights(network: nn.Module, folder: Path) -> None:
+    """Writes a network's weights as transformers keeps them, real numbers in 32 bits."""
+    if hasattr(network, "save_weights") and not is_reformed(network):
+        network.save_weights(folder)
+        return
+    # A tied matrix is one tensor under its first name.
+    named = {name: _plain_tensor(tensor) for name, tensor in _as_transformers(network).items()}
+    named |= {name: torch.zeros(shape) for name, shape in _zeros(network).items()}
+    save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _plain_tensor(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach().float() if tensor.is_floating_point() else tensor
+    return tensor.contiguous().cpu()
+
+
+def read_weights(network: nn.Module, folder: Path) -> None:
+    """Copies the weights of a directory of transformers, or one in its form, into a network.
+
+    Raises:
+        FileNotFoundError: When there are none, or one of several files is missing.
+        ValueError: When a file is cut off, or a parameter is missing, left over or of another shape.
+    """
+    stored = {name: t for name, t in _tensors(folder) if not name.endswith(getattr(network, "hf_buffers", ()))}
+    name_of = _hf_names(network)
+    base = name_of("")
+    if not any(name.startswith(base) for name in stored):  # saved without its head
+        stored = {name if name.startswith("lm_head.") else base + name: t for name, t in stored.items()}
+    for name in _zeros(network):
+        if name in stored and stored.pop(name).any():
+            raise ValueError(
+                f"{name} must be zero for a network without biases, but is not in {folder}; give the network biases"
+            )
+    tied = {name_of(name) for name, _ in network.named_parameters(remove_duplicate=False)}
+    _copy(_as_transformers(network), stored, folder, tied)
+
+
+def copy_weights(source: nn.Module, target: nn.Module, where: Path | str) -> None:
+    """Copies all parameters of one network into another of the same form.
+
+    Raises:
+        ValueError: When a parameter is missing, left over or of another shape; `where` names the source.
+    """
+    fill(target, _own(source), where)
+
+
+def fill(network: nn.Module, stored: dict[str, Tensor], where: Path | str) -> None:
+    """Copies weights into a network by the names that it has for them.
+
+    Raises:
+        ValueError: When a parameter is missing, left over or of another shape; `where` names the source.
+    """
+    _copy(_own(network), stored, Path(where), network.state_dict())
+
+
+def _own(network: nn.Module) -> dict[str, Tensor]:
+    """What a network has to be given: its parameters, a tied one once, and what else is in its state."""
+    once, all_names = (dict(network.named_parameters(remove_duplicate=remove)) for remove in (True, False))
+    others = {name: tensor for name, tensor in network.state_dict().items() if name not in all_names}
+    return once | others
+
+
+def _copy(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied: Iterable[str] = ()) -> None:
+    """Copies weights by name; every one must be there, fit, and be used.
+
+    Args:
+        own: The network's.
+        stored: What is copied into them.
+        source: Where that is from.
+        tied: Names under which a matrix may be there twice.
+    """
+    missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys() - set(tied))
+    for what, names in (("lacks", missing), ("also has", extra)):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ValueError(
+                f"model must hold the network's tensors and no others, but {source} {what} {names[0]}{more}"
+            )
+    with torch.no_grad():
+        for name, p in own.items():
+            if p.shape != stored[name].shape:
+                raise ValueError(
+                    f"{name} must have the shape {tuple(p.shape)} of the network, but has {tuple(stored[name].shape)} "
+                    f"in {source}"
+                )
+            p.copy_(stored[name])
+
+
+def _as_transformers(network: nn.Module) -> dict[str, Tensor]:
+    """What a network has to be given, by the names, and in the shapes, that transformers gives it."""
+    view, name_of = getattr(network, "hf_view", lambda name, parameter: parameter), _hf_names(network)
+    return {name_of(name): view(name, tensor) for name, tensor in _own(network).items()}
+
+
+def _hf_names(network: nn.Module) -> Callable[[str], str]:
+    """How transformers calls what is in a network; one of its own is one level further in here."""
+    return getattr(network, "hf_name", lambda name: name.removeprefix("model."))
+
+
+def _zeros(network: nn.Module) -> dict[str, tuple[int, ...]]:
+    """What transformers' network has and this one does without."""
+    return dict(network.hf_zeros()) if hasattr(network, "hf_zeros") else {}
+
+
+def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    for file in _weight_files(folder):
+        with _whole(file) as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (no dict)
+                yield name, tensors.get_tensor(name)
+
+
+def require_whole(folder: Path) -> None:
+    """Refuses files of weights that are not whole.
+
+    Raises:
+        FileNotFoundError: When there are none, or one of several is missing.
+        ValueError: When one is cut off.
+    """
+    for file in _weight_files(folder):
+        with _whole(file):
+            pass
+
+
+@contextmanager
+def _whole(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"model must hold whole weights, but {file} does not: {error}") from error
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    """The files of weights, in transformers' order of preference; a folder may hold copies in another form."""
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.is_file():
+        return [whole]
+    if index.is_file():
+        files = sorted({folder / Path(name).name for name in json.loads(index.read_text())["weight_map"].values()})
+        if absent := [file.name for file in files if not file.is_file()]:
+            raise FileNotFoundError(f"model must hold all files that {index} names, but lacks {', '.join(absent)}")
+        return files
+    remedy = "; pickles are not read, save them as safetensors" if any(folder.glob("*.bin")) else ""
+    raise FileNotFoundError(f"model must hold weights as .safetensors, but {folder} has none{remedy}")
