@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
-import inspect
 import json
 import pkgutil
 import re
@@ -27,6 +25,7 @@ from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
 from lit_llm.models.pretrained_network import Pretrained
+from lit_llm.recipes import built, class_path, first_argument, plain
 from lit_llm.shards import whole
 from lit_llm.weights import fill, read_weights, require_whole, write_weights
 
@@ -205,23 +204,6 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def class_path(kind: type) -> dict[str, Any]:
-    """A class as a config names it."""
-    return {"class_path": f"{kind.__module__}.{kind.__qualname__}"}
-
-
-def plain(value: Any) -> Any:
-    """A dataclass as a class path and arguments; any other value as it is."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return class_path(type(value)) | {"init_args": dict(vars(value))}
-    return value
-
-
-def first_argument(kind: type) -> str:
-    """What sizes a network: `vocab_size`, `num_classes`."""
-    return next(iter(inspect.signature(kind).parameters))
-
-
 def _architecture(config: dict[str, Any]) -> Any:
     """The class of ours for a directory of transformers: one written here, or else one that wraps transformers' own."""
     wanted = (config.get("architectures") or [""])[0]
@@ -269,8 +251,8 @@ def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adap
     recipe = checkpoint.get("network")
     if not isinstance(recipe, dict):
         raise ValueError(f"model must be a checkpoint of an objective of this package, but {path} describes no network")
-    network = replay(_built(recipe, path, recipe["size"]), checkpoint.get("compression", []))
-    adaptation = _built(checkpoint["adaptation"], path) if checkpoint.get("adaptation") else None
+    network = replay(built(recipe, path, recipe["size"]), checkpoint.get("compression", []))
+    adaptation = built(checkpoint["adaptation"], path) if checkpoint.get("adaptation") else None
     if adaptation is not None:
         adaptation.prepare(network)
     prefix = checkpoint.get("evaluated", "network") + "."
@@ -278,23 +260,6 @@ def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adap
     stored = {k.removeprefix(prefix): whole(v) for k, v in state.items() if k.startswith(prefix)}
     fill(network, stored, path)
     return network, adaptation
-
-
-def _built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:
-    """What a class path and arguments describe: a network, or a plain value among its arguments."""
-    module, _, name = str(recipe.get("class_path")).rpartition(".")
-    try:
-        kind = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"network in {path} must be a class that can be imported, but is not: {error}") from error
-    # Nothing else is called: a network, with its size, or among its arguments a plain value.
-    if not (isinstance(kind, type) and (issubclass(kind, nn.Module) if first else dataclasses.is_dataclass(kind))):
-        raise ValueError(f"network in {path} must be a torch module, but is {recipe['class_path']}")
-    arguments = {
-        name: _built(value, path) if isinstance(value, dict) and "class_path" in value else value
-        for name, value in recipe.get("init_args", {}).items()
-    }
-    return kind(*first, **arguments)
 
 
 def unpacked_tokenizer(path: str | Path) -> str | None:

@@ -1,4 +1,3 @@
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from lit_llm.checkpoints import load_model, read_image_processor, save_model
 from lit_llm.data.tokenizer import byte_tokenizer, fingerprint
 from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
-from lit_llm.models.rotary import YaRN
-from lit_llm.objectives.objective import described
 from tests.examples import BERT
 from tests.writing import exactly
 
@@ -96,20 +93,6 @@ def test_a_checkpoint_of_an_objective_is_a_model_too(tiny_llama, tmp_path: Path)
     assert same(dict(again.state_dict()), dict(network.state_dict()))
     assert again.lm_head.weight is again.embed_tokens.weight
     assert fingerprint(tokenizer) == fingerprint(byte_tokenizer())
-
-
-def test_a_checkpoint_knows_the_plain_values_its_network_was_made_from(tiny_llama, tmp_path: Path) -> None:
-    make = functools.partial(Llama, d_model=16, num_layers=1, num_heads=2, rope_scaling=YaRN(4.0, 64))
-    recipe = described("network", make)
-    assert json.loads(json.dumps(recipe)) == recipe
-    state = {f"network.{key}": value for key, value in make(9).state_dict().items()}
-    AtomicCheckpointIO().save_checkpoint({"network": recipe | {"size": 9}, "state_dict": state}, tmp_path / "x.ckpt")
-    assert load_model(tmp_path / "x.ckpt")[0].rope_scaling == YaRN(4.0, 64)
-    recipe["init_args"]["rope_scaling"] = {"class_path": "os.mkdir", "init_args": {"path": str(tmp_path / "trap")}}
-    AtomicCheckpointIO().save_checkpoint({"network": recipe | {"size": 9}, "state_dict": state}, tmp_path / "x.ckpt")
-    with pytest.raises(ValueError, match=r" must be a torch module, but is os\.mkdir$"):
-        load_model(tmp_path / "x.ckpt")
-    assert not (tmp_path / "trap").exists()
 
 
 def test_a_failed_export_leaves_the_old_model(model: Path, tiny_llama, monkeypatch) -> None:

@@ -22,15 +22,7 @@ from torchmetrics import Metric, MetricCollection
 
 from lit_llm.adaptation import Adaptation
 from lit_llm.batch import inputs
-from lit_llm.checkpoints import (
-    Model,
-    class_path,
-    first_argument,
-    plain,
-    read_image_processor,
-    read_model,
-    unpacked_tokenizer,
-)
+from lit_llm.checkpoints import Model, read_image_processor, read_model, unpacked_tokenizer
 from lit_llm.compression.compression import records_of, replay
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.deferred_init import deferred
@@ -38,6 +30,7 @@ from lit_llm.metrics import MeanLoss
 from lit_llm.objectives.exact_steps import ExactSteps
 from lit_llm.objectives.features import FeatureCache, can_be_cached
 from lit_llm.optimizers import parameter_groups
+from lit_llm.recipes import described, first_argument
 from lit_llm.schedulers import Constant, Schedule
 from lit_llm.shards import local, whole_shape
 from lit_llm.weights import copy_weights
@@ -552,25 +545,3 @@ def groups_table(optimizer: Optimizer) -> str:
             f"{group['initial_lr'] * group.get('rate', 1.0):>15.3g}{group.get('weight_decay', 0.0):>14.3g}{later}"
         )
     return "\n".join(lines)
-
-
-def described(name: str, value: Any) -> Any:
-    """A value that a checkpoint can hold without pickling: a class, partial or schedule becomes its path.
-
-    Raises:
-        TypeError: For a function, of which nothing could be rebuilt.
-    """
-    made_from = value.func if isinstance(value, functools.partial) else value
-    if callable(made_from) and getattr(made_from, "__module__", "").startswith("jsonargparse"):
-        return None  # `load_from_checkpoint` at work; `on_load_checkpoint` knows what this was made from
-    if isinstance(value, functools.partial):
-        return described(name, value.func) | {"init_args": {n: described(n, v) for n, v in value.keywords.items()}}
-    if isinstance(value, type):
-        return class_path(value)
-    if isinstance(value, Schedule):
-        return class_path(type(value)) | {"init_args": vars(value)}
-    if callable(value):
-        raise TypeError(
-            f"{name} must be a class or a functools.partial of one, so that a checkpoint can rebuild it, but is {value}"
-        )
-    return plain(value)

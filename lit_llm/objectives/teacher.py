@@ -15,10 +15,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import inputs
-from lit_llm.checkpoints import first_argument, read_model
+from lit_llm.checkpoints import read_model
 from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.objectives.divergences import Taught
+from lit_llm.recipes import first_argument
 
 log = logging.getLogger(__name__)
 
