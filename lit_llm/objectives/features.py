@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from jaxtyping import Int
+from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 
 from lit_llm.batch import inputs
 from lit_llm.compression.calibration import evaluating
+
+log = logging.getLogger(__name__)
 
 
 class FeatureCache:
@@ -47,3 +53,35 @@ def can_be_cached(network: Any, batch: Mapping[str, Tensor]) -> bool:
     with evaluating(network), torch.no_grad():
         given = network.features(**{name: x.to(device) for name, x in inputs(batch).items()})
     return "last_hidden_state" not in given
+
+
+def features_of(
+    network: Any, data: Any, forward_context: Callable[[], AbstractContextManager[Any]]
+) -> dict[RunningStage, FeatureCache]:
+    """Has a frozen backbone read each example of training and validation once, where network and data can do with that.
+
+    Args:
+        network: One with `features`; of others there are none.
+        data: The data module; has `ordered_dataloader`, or there are none.
+        forward_context: What the network computes in, such as autocast.
+
+    Raises:
+        ValueError: When training examples are augmented.
+    """
+    if not hasattr(network, "features") or not hasattr(data, "ordered_dataloader"):
+        return {}
+    if getattr(data, "augmentation", None) is not None:
+        raise ValueError(
+            "model.adaptation.cache_features must be false where training examples are augmented, but is true"
+        )
+    if not can_be_cached(network, next(iter(data.ordered_dataloader("train", share=False)))):
+        log.info("The head reads whole sequences, so the frozen backbone reads each example at each step")
+        return {}
+    started, found = time.perf_counter(), {}
+    for stage, split in ((RunningStage.TRAINING, "train"), (RunningStage.VALIDATING, "validation")):
+        # Each process reads all of it, since what it trains on comes from all of it.
+        if loader := data.ordered_dataloader(split, share=False):
+            with forward_context():
+                found[stage] = FeatureCache(network, loader, loader.num_rows)
+    log.info(f"The frozen backbone has read all examples once, in {time.perf_counter() - started:.0f} s")
+    return found

@@ -8,7 +8,6 @@ import inspect
 import logging
 import math
 import pkgutil
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -28,7 +27,7 @@ from lit_llm.data.tokenizer import fingerprint
 from lit_llm.deferred_init import deferred
 from lit_llm.metrics import MeanLoss
 from lit_llm.objectives.exact_steps import ExactSteps
-from lit_llm.objectives.features import FeatureCache, can_be_cached
+from lit_llm.objectives.features import FeatureCache, features_of
 from lit_llm.optimizers import parameter_groups
 from lit_llm.recipes import described, first_argument
 from lit_llm.schedulers import Constant, Schedule
@@ -299,27 +298,8 @@ class Objective(ExactSteps):
         self._waiting = [group for group in optimizer.param_groups if group.get("start")]
         self._wake(optimizer, self.trainer.global_step)
         if self.adaptation is not None and self.adaptation.cache_features:
-            self._cache_features()
-
-    def _cache_features(self) -> None:
-        """Has a frozen backbone read each example once, where network and data can do with that."""
-        data = self.trainer.datamodule
-        if not hasattr(self.network, "features") or not hasattr(data, "ordered_dataloader"):
-            return
-        if getattr(data, "augmentation", None) is not None:
-            raise ValueError(
-                "model.adaptation.cache_features must be false where training examples are augmented, but is true"
-            )
-        if not can_be_cached(self.network, next(iter(data.ordered_dataloader("train", share=False)))):
-            log.info("The head reads whole sequences, so the frozen backbone reads each example at each step")
-            return
-        started = time.perf_counter()
-        for stage, split in ((RunningStage.TRAINING, "train"), (RunningStage.VALIDATING, "validation")):
-            # Each process reads all of it, since what it trains on comes from all of it.
-            if loader := data.ordered_dataloader(split, share=False):
-                with self.trainer.precision_plugin.forward_context():
-                    self._features[stage] = FeatureCache(self.network, loader, loader.num_rows)
-        log.info(f"The frozen backbone has read all examples once, in {time.perf_counter() - started:.0f} s")
+            forward_context = self.trainer.precision_plugin.forward_context
+            self._features = features_of(self.network, self.trainer.datamodule, forward_context)
 
     def on_train_end(self) -> None:
         """Forgets the features: other data may be evaluated next."""
