@@ -14,7 +14,8 @@ from lit_llm.cli.sweep_file import read_sweep
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.models.lenet import LeNet
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
-from tests.examples import BERT
+from lit_llm.models.pretrained_seq2seq import PretrainedSeq2Seq
+from tests.examples import BERT, T5
 from tests.images import tree
 from tests.writing import REPOSITORY
 
@@ -81,7 +82,10 @@ def small(tmp_path, tiny_llama, texts, chats):
             found = ["--data.path", chats if of_pairs or "InstructionData" in content else texts, *SPLITS]
             found += ["--data.tokenizer", tokenizer, *([] if of_pairs else ["--data.seq_len", "64"])]
             if "weights" in init_args:
-                save_model(tmp_path / "start", tiny_llama(vocab_size=257), byte_tokenizer())
+                started = PretrainedSeq2Seq(600, config=T5), None
+                save_model(
+                    tmp_path / "start", *(started if of_pairs else (tiny_llama(vocab_size=257), byte_tokenizer()))
+                )
                 found += ["--model.weights", tmp_path / "start"]
             return found
         lines = [f"{row} {'good' if row % 2 else 'bad'},{'yes' if row % 2 else 'no'}" for row in range(60)]

@@ -105,7 +105,8 @@ def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
             of_kind = next((spec for kind, spec in TOKENIZERS.items() if f".{kind}\n" in content), None)
             if of_kind is not None:
                 extra = ["--trainer.max_steps", "4", "--data.batch_size", "4", *SPLITS, "--data.path"]
-                extra += [texts, "--data.seq_len", "64", "--data.tokenizer", of_kind]
+                of_pairs = "Seq2SeqData" in content  # which reads with the tokeniser of what it starts from
+                extra += [chats] if of_pairs else [texts, "--data.seq_len", "64", "--data.tokenizer", of_kind]
                 assert lit_llm(*words, *extra).code == 0, words
                 continue
             from_weights = config is not None and "weights:" in config.read_text()
