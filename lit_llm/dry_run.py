@@ -56,6 +56,7 @@ class Step:
         passes_without_weights: The same, where casts of weights are not counted either.
         stepping: Bytes above weights and optimiser while the optimiser steps.
         block: Bytes of the largest block's parameters, in the precision that products are computed in.
+        outside: The same of the parameters that are in no block, as embeddings and head are.
         moved: Bytes that operations read and write, each counted by itself.
         operations: How many operations were called.
         flops: Floating-point operations of matrix products and attention, forward and backward, over the batch.
@@ -75,6 +76,7 @@ class Step:
     passes_without_weights: int
     stepping: int
     block: int
+    outside: int
     moved: int
     operations: int
     flops: int
@@ -249,7 +251,8 @@ def measure_step(
     heads = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear)}
     looked_up = [m.weight for m in network.modules() if isinstance(m, nn.Embedding) and id(m.weight) not in heads]
     compute = 4 if low is None else 2
-    blocks = [sum(p.numel() for p in m.parameters()) for m in network.modules() if isinstance(m, Block)]
+    blocks = [list(m.parameters()) for m in network.modules() if isinstance(m, Block)]
+    inside = {id(p) for block in blocks for p in block}
     return Step(
         parameters=sum(p.numel() for p in network.parameters()),
         embeddings=sum(p.numel() for p in looked_up),
@@ -263,7 +266,8 @@ def measure_step(
         passes_without_gradients=without_gradients,
         passes_without_weights=without_weights,
         stepping=stepping,
-        block=compute * max(blocks, default=0),
+        block=compute * max((sum(p.numel() for p in block) for block in blocks), default=0),
+        outside=compute * sum(p.numel() for p in network.parameters() if id(p) not in inside),
         moved=moved,
         operations=operations,
         flops=flops,

@@ -33,10 +33,11 @@ def memory(step: Step, strategy: str, devices: int) -> Memory:
 
     `ddp` holds everything, and the gradients once more in the buckets that it exchanges. `zero1` shares out the
     optimiser's state, `zero2` the gradients too, `fsdp` (ZeRO's third stage) the weights too, of which two blocks are
-    gathered at a time, and cast there. `tensor_parallel` divides each matrix, and by sequence parallelism what flows
-    between them, among the devices that work on one batch: the least that there can be, as `strategies.Sharded` keeps
-    what it gathers, embeddings and head on each. `fsdp_tensor_parallel` does that in pairs, among which the pairs' rows
-    and all weights are shared out as by `fsdp`.
+    gathered at a time, and cast there; what is in no block is gathered throughout, and so are its gradients.
+    `tensor_parallel` divides each matrix, and by sequence parallelism what flows between them, among the devices that
+    work on one batch: the least that there can be, as `strategies.Sharded` keeps what it gathers, embeddings and head
+    on each. `fsdp_tensor_parallel` does that in pairs, among which the pairs' rows and all weights are shared out as by
+    `fsdp`.
 
     Args:
         step: What the step takes on one device.
@@ -67,7 +68,7 @@ def memory(step: Step, strategy: str, devices: int) -> Memory:
         return Memory(w, g / n, o / n, a, w + o / n + max(passes, stepping / n))
     if strategy in ("fsdp", "fsdp_tensor_parallel"):
         sharing = PAIR if strategy == "fsdp_tensor_parallel" else 1
-        gathered = 2 * step.block / sharing
+        gathered = 2 * step.block / sharing + 2 * step.outside
         passes = min(passes / sharing, step.passes_without_weights / sharing + g / n) + gathered
         a = step.activations / sharing + gathered
         return Memory(w / n, g / n, o / n, a, (w + o) / n + max(passes, stepping / n))

@@ -38,6 +38,8 @@ def test_parameters_weights_gradients_and_optimizer_are_those_of_the_network_its
     count = sum(p.numel() for p in network.parameters())
     assert (plain.parameters, plain.trained, plain.embeddings) == (count, count, 300 * 64)
     assert plain.weights == plain.gradients == 4 * count
+    blocks = [sum(p.numel() for p in block.parameters()) for block in network.layers]
+    assert (plain.block, plain.outside) == (4 * max(blocks), 4 * (count - sum(blocks)))
     # Two averages of each number, and one step count a parameter.
     assert plain.optimizer == 8 * count + 4 * len(list(network.parameters()))
     assert plain.tokens == 4 * 64
