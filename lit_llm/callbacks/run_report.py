@@ -122,6 +122,9 @@ class RunReport(Callback):
         else:
             changes = adaptation is not None or records_of(pl_module.evaluated)
             network = copy.deepcopy(pl_module.evaluated) if changes else pl_module.evaluated
+            if changes:  # an average learns nothing: what is an adapter's is told by the network
+                for mine, theirs in zip(network.parameters(), pl_module.network.parameters(), strict=True):
+                    mine.requires_grad_(theirs.requires_grad)
         if adaptation is not None and adaptation.adds:
             with replacing(folder / "adapter") as new:
                 new.mkdir()

@@ -22,13 +22,13 @@ KEPT = ("losses", "norms", "seen", "skipped", "run", "rollbacks")
 class SpikeRecovery(Callback):
     """Undoes a step whose loss or gradient norm is not finite or far above the last ones'; then, if need be, goes back.
 
-    The device decides and undoes: weights and optimiser are copied before each step, which takes their memory once
-    more, and taken back where the step was bad, without anybody waiting. Only where the run reports anyway, every
-    `log_every_n_steps` steps, the count of bad steps is read. After `patience` of them in a row weights and optimiser
-    of `checkpoints/good.ckpt` come back; data and schedule go on from where they are, so what was read since then is
-    not read again. That file is written every half `window` of good steps, where none since the last report was bad. A
-    run without bad steps is the same as without this, bit for bit. (What an optimiser counts outside of tensors goes on
-    over a step undone.)
+    The device decides and undoes: weights, an average of them and the optimiser are copied before each step, which
+    takes their memory once more, and taken back where the step was bad, without anybody waiting. Only where the run
+    reports anyway, every `log_every_n_steps` steps, the count of bad steps is read. After `patience` of them in a row
+    weights and optimiser of `checkpoints/good.ckpt` come back; data and schedule go on from where they are, so what was
+    read since then is not read again. That file is written every half `window` of good steps, where none since the last
+    report was bad. A run without bad steps is the same as without this, bit for bit. (What an optimiser counts outside
+    of tensors goes on over a step undone.)
 
     Args:
         threshold: Standard deviations above the mean of the last `window` steps from which a value is an outlier.
@@ -105,7 +105,10 @@ class SpikeRecovery(Callback):
         self.skipped += ~fine
         self.run = torch.where(fine, 0, self.run + 1)
         self._fine = fine
-        changing = members + [t for p in members for t in optimizer.state[p].values() if isinstance(t, Tensor)]
+        average = [] if pl_module.average is None else list(pl_module.average.parameters())
+        changing = (
+            members + average + [t for p in members for t in optimizer.state[p].values() if isinstance(t, Tensor)]
+        )
         self._backup = [(t, t.detach().clone()) for t in local(changing)]
 
     def _is_usual(self, value: Tensor, last: Tensor) -> Tensor:
@@ -167,6 +170,7 @@ class SpikeRecovery(Callback):
             )
         self.rollbacks += 1
         checkpoint = trainer.strategy.load_checkpoint(good)
+        pl_module.agree_on_average(checkpoint)
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
         rates = [group["lr"] for group in groups]
         trainer.strategy.load_model_state_dict(checkpoint)

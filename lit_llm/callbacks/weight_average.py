@@ -13,7 +13,8 @@ class WeightAverage(Callback):
     The average lies beside the network, in each checkpoint, cut among devices as the network is. It begins with the
     weights that the run begins with, and forgets those soon: after step t it keeps at most `(1 + t) / (10 + t)` of
     itself. What is no parameter, as running statistics are, is copied. It takes the memory of the weights once more,
-    which `lit-llm plan` does not count.
+    of frozen ones as well, which `lit-llm plan` does not count. Not together with pruning, quantisation or low rank
+    during training, DeepSpeed, or weights in 16 bits.
 
     Args:
         decay: What remains of the average at each step, in [0, 1): it is about one of the last `1 / (1 - decay)` steps.
@@ -44,6 +45,10 @@ class WeightAverage(Callback):
                 f"has a WeightAverage"
             )
         pl_module.averages = True
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """The next run of this objective asks for itself; what was averaged stays."""
+        pl_module.averages = type(pl_module).averages
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The average begins as the network, whatever that was given since it was built."""

@@ -30,7 +30,6 @@ from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions, Ge
 from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
 from lit_llm.callbacks.throughput import Throughput
-from lit_llm.callbacks.weight_average import WeightAverage
 from lit_llm.checkpoint_files import AtomicCheckpointIO, read_checkpoint
 from lit_llm.cli import fail, find_lr, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
@@ -308,8 +307,7 @@ class TrainingCLI(LightningCLI):
         options = self._get(self.config_init, "trainer")
         headline = getattr(self.datamodule, "monitor", None) or getattr(self.model, "monitor", ("val/loss", "min"))
         checkpoint = self._get(self.config_init, "checkpoint").decided(headline)
-        # (The average is of steps as they stay: after a callback that undoes some.)
-        callbacks = sorted(options["callbacks"] or [], key=lambda c: isinstance(c, WeightAverage))
+        callbacks = list(options["callbacks"] or [])
         loggers = options["logger"]
         if not options["fast_dev_run"]:
             callbacks += self._standard_callbacks(checkpoint, callbacks)

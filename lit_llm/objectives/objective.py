@@ -138,11 +138,23 @@ class Objective(ExactSteps):
             raise ValueError(f"model.{name} must be at least what the data has, {needed}, but is {given}")
 
     def configure_model(self) -> None:
-        """Builds the network, once, and where one is wanted the average of its weights."""
+        """Builds the network, once, and where one is wanted the average of its weights.
+
+        Raises:
+            ValueError: When weights are to be averaged that are too coarse for the small steps of an average.
+        """
         if self.network is None:
             self.build()
-            if self.averages:
-                self._average_like_network()
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fits and self.averages and "16-true" in str(self.trainer.precision):
+            raise ValueError(
+                f"trainer.precision must leave weights in 32 bits where they are averaged, but is "
+                f"{self.trainer.precision}; take bf16-mixed"
+            )
+        if self.averages and self.average is None:
+            self.average = copy.deepcopy(self.network).requires_grad_(False)
+        elif fits and not self.averages:  # of an earlier fit: nobody moves it
+            self.average = None
 
     def build(self) -> None:
         """Makes the network, and gives it the weights to start from.
@@ -321,8 +333,9 @@ class Objective(ExactSteps):
         """The network that is evaluated and exported: the average of the one that learns, where there is one."""
         return self.network if self.average is None else self.average
 
-    def _average_like_network(self) -> None:
-        self.average = copy.deepcopy(self.network).requires_grad_(False)
+    @property
+    def _networks(self) -> list[nn.Module]:
+        return [network for network in (self.network, self.average) if network is not None]
 
     @torch.no_grad()
     def move_average(self, decay: float) -> None:
@@ -331,7 +344,7 @@ class Objective(ExactSteps):
         Args:
             decay: What remains of the average.
         """
-        for network in (self.average, self.network):
+        for network in self._networks:
             if hasattr(network, "reshard"):  # by FSDP2: what it was read with is no longer needed whole
                 network.reshard()
         pairs = (local(network.parameters()) for network in (self.average, self.network))
@@ -423,7 +436,8 @@ class Objective(ExactSteps):
         if self.trainer.state.fn == "fit":
             loss_sum, target_sum = checkpoint["unreported_loss"] = [float(x) for x in self._summed_loss()]
             self.require_finite("train/loss", loss_sum / max(target_sum, 1.0))
-            own = [getattr(p, "ds_tensor", p).detach() for p in self.network.parameters()]  # DeepSpeed's of its part
+            members = [p for network in self._networks for p in network.parameters()]
+            own = [getattr(p, "ds_tensor", p).detach() for p in members]  # DeepSpeed's of its part
             norm = torch.stack(torch._foreach_norm(local(own))).sum().to(self.device)
             norm = self.trainer.strategy.reduce(norm, reduce_op="sum")
             self.require_finite("the norm of the weights", float(norm))
@@ -452,10 +466,10 @@ class Objective(ExactSteps):
         first = self._trainer is None or self.trainer.is_global_zero  # the sum of all processes counts once
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0)) if first else (0.0, 0.0)
         self._require_images_of(checkpoint.get("image_shape"))
-        for network in filter(None, (self.network, self.average)):
+        for network in self._networks:
             replay(network, checkpoint.get("compression", []))
         self._require_same_zero(checkpoint.get("zero"))
-        self._agree_on_average(checkpoint)
+        self.agree_on_average(checkpoint)
         own, stored = self.state_dict(keep_vars=True), checkpoint["state_dict"]
         for name in sorted(own.keys() | stored.keys()):
             here, there = (tuple(whole_shape(d[name])) if name in d else "absent" for d in (own, stored))
@@ -465,21 +479,22 @@ class Objective(ExactSteps):
                     f"is {here}"
                 )
 
-    def _agree_on_average(self, checkpoint: dict[str, Any]) -> None:
-        """Has an average begin as the weights of a checkpoint without, and one that nobody moves any more left out.
+    def agree_on_average(self, checkpoint: dict[str, Any]) -> None:
+        """Has a checkpoint's weights and average be those that there are here.
 
-        To evaluate, what a checkpoint says is the model is.
+        An average begins as the weights of a checkpoint without one. Where there is none here, the network takes a
+        checkpoint's average to be evaluated, and leaves it out to learn on.
         """
-        stored, has_one = checkpoint["state_dict"], checkpoint.get("evaluated") == "average"
-        if self.average is not None and not has_one:
-            weights = {name: t for name, t in stored.items() if name.startswith("network.")}
-            stored.update({f"average.{name.removeprefix('network.')}": t for name, t in weights.items()})
-        elif has_one and self.average is None and self._trainer is not None and self.trainer.state.fn == "fit":
-            log.info("The checkpoint's average of the weights is left out: the run has no WeightAverage")
-            for name in [name for name in stored if name.startswith("average.")]:
-                del stored[name]
-        elif has_one and self.average is None:
-            self._average_like_network()
+        stored, fits = checkpoint["state_dict"], self._trainer is not None and self.trainer.state.fn == "fit"
+        weights = [name for name in stored if name.startswith("network.")]
+        if self.average is not None and checkpoint.get("evaluated") != "average":
+            stored.update({name.replace("network.", "average.", 1): stored[name] for name in weights})
+        elif self.average is None and checkpoint.get("evaluated") == "average":
+            if fits:
+                log.info("The checkpoint's average of the weights is left out: the run has no WeightAverage")
+            for name in weights:
+                average = stored.pop(name.replace("network.", "average.", 1))
+                stored[name] = stored[name] if fits else average
 
     def _require_same_zero(self, there: dict[str, Any] | None) -> None:
         """Refuses to train on where the optimiser's state is in another form: DeepSpeed converts weights only."""

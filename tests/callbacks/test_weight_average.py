@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
+from safetensors.torch import load_file
 from torch import Tensor
 
 from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.weight_average import WeightAverage
 from lit_llm.checkpoint_files import read_checkpoint
 from lit_llm.checkpoints import load_model
+from lit_llm.data.text import TextData
 from lit_llm.objectives.causal_lm import CausalLM
 from tests.cli.test_resume import losses
 from tests.writing import REPOSITORY, exactly
@@ -94,7 +96,7 @@ def test_training_is_the_same_bit_for_bit_and_goes_on_exactly(lit_llm, tiny, tmp
 
 
 def test_it_may_begin_or_end_within_a_run(lit_llm, tiny, tmp_path):
-    run = ["--run_dir", tmp_path / "run", "--test_after_fit", "false"]
+    run = ["--run_dir", tmp_path / "run"]
     assert lit_llm("fit", *tiny, *run).code == 0
     before, nothing = parts(tmp_path / "run")
     assert nothing == {}
@@ -103,39 +105,115 @@ def test_it_may_begin_or_end_within_a_run(lit_llm, tiny, tmp_path):
     network, average = parts(tmp_path / "run")
     for name, begun in before.items():
         torch.testing.assert_close(average[name], begun + (1 - 8 / 17) * (network[name] - begun))
-    outcome = lit_llm("fit", *on, "--trainer.max_steps", 8)
+    outcome = lit_llm("fit", *on, "--trainer.max_steps", 8)  # and tests the best, which has an average
     assert outcome.code == 0, outcome.err
     assert "The checkpoint's average of the weights is left out: the run has no WeightAverage" in outcome.err
     assert parts(tmp_path / "run")[1] == {}
 
 
-def test_a_notebook_opens_a_checkpoint_with_an_average(lit_llm, tiny, tmp_path):
-    assert lit_llm("fit", *tiny, *AVERAGE, "--run_dir", tmp_path / "run").code == 0
-    made = CausalLM.load_from_checkpoint(tmp_path / "run" / LAST, weights_only=True)
-    _, average = parts(tmp_path / "run")
-    torch.testing.assert_close(dict(made.evaluated.named_parameters()), average, rtol=0, atol=0)
+def test_a_notebook_opens_a_checkpoint_and_trains_it_on_with_or_without_an_average(lit_llm, tiny, texts, tmp_path):
+    fitted = {}
+    for name, more in (("with", AVERAGE), ("without", [])):
+        assert lit_llm("fit", *tiny, *more, "--run_dir", tmp_path / name).code == 0
+        made = CausalLM.load_from_checkpoint(tmp_path / name / LAST, weights_only=True)
+        network, average = parts(tmp_path / name)
+        torch.testing.assert_close(dict(made.evaluated.named_parameters()), average or network, rtol=0, atol=0)
+        fitted[name] = made
+    data = TextData(str(texts), tokenizer="bytes", seq_len=32, batch_size=4, validation_fraction=0.1)
+    quiet = {"max_steps": 2, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    for made, callbacks in ((fitted["with"], []), (fitted["without"], [WeightAverage()]), (fitted["without"], [])):
+        trainer = Trainer(accelerator="cpu", callbacks=callbacks, enable_model_summary=False, **quiet)
+        begun = [p.detach().clone() for p in made.evaluated.parameters()]
+        trainer.fit(made, data)
+        assert (made.average is None) == (not callbacks)
+        assert not any(torch.equal(*pair) for pair in zip(begun, made.evaluated.parameters(), strict=True))
 
 
-def test_a_step_that_is_taken_back_is_not_averaged(lit_llm, tiny, tmp_path):
-    poisoned = ["--trainer.callbacks+", "tests.callbacks.test_spike_recovery.Poison"]
-    poisoned += ["--trainer.callbacks.first", 3, "--trainer.callbacks.last", 4]
-    recovery = ["--config", REPOSITORY / "configs/strategy/spike_recovery.yaml"]
-    outcome = lit_llm("fit", *tiny, *AVERAGE, *recovery, *poisoned, "--run_dir", tmp_path / "run")
+RECOVERY = ["--config", REPOSITORY / "configs/strategy/spike_recovery.yaml"]
+
+
+def poison(first: int, last: int) -> list[object]:
+    words = ["--trainer.callbacks+", "tests.callbacks.test_spike_recovery.Poison"]
+    return [*words, "--trainer.callbacks.first", first, "--trainer.callbacks.last", last]
+
+
+@pytest.mark.parametrize("overlays", [[*AVERAGE, *RECOVERY], [*RECOVERY, *AVERAGE]], ids=["before", "after"])
+def test_a_step_that_is_taken_back_is_not_averaged(lit_llm, tiny, tmp_path, overlays):
+    outcome = lit_llm("fit", *tiny, *overlays, *poison(3, 4), "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     assert all(t.isfinite().all() for t in parts(tmp_path / "run")[1].values())
 
 
+def test_a_run_goes_back_to_a_checkpoint_from_before_the_average(lit_llm, tiny, tmp_path):
+    words = [*tiny, *RECOVERY, "--trainer.callbacks.window", 4, "--trainer.callbacks.patience", 2]
+    words += ["--trainer.limit_val_batches", 0, "--test_after_fit", "false", "--run_dir", tmp_path / "run"]
+    assert lit_llm("fit", *words, "--trainer.max_steps", 6).code == 0
+    on = [*words, *AVERAGE, *poison(6, 8), "--ckpt_path", "last", "--trainer.max_steps", 10]
+    outcome = lit_llm("fit", *on)
+    assert outcome.code == 0, outcome.err
+    assert "the loss did not return, so the weights of step" in outcome.err
+    assert all(t.isfinite().all() for t in parts(tmp_path / "run")[1].values())
+
+
+def test_an_adapter_is_exported_without_a_validation(lit_llm, tiny, tmp_path):
+    words = [*tiny, *AVERAGE, "--config", REPOSITORY / "configs/adaptation/lora.yaml", "--trainer.limit_val_batches", 0]
+    outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    found = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    average = {name: t for name, t in parts(tmp_path / "run")[1].items() if "lora_" in name}
+    assert len(found) == len(average) > 0
+
+
+def test_weights_in_16_bits_and_what_changes_the_network_are_refused(lit_llm, tiny, tmp_path):
+    refused = {
+        "trainer.precision must leave weights in 32 bits where they are averaged, but is bf16-true; take bf16-mixed": [
+            *("--trainer.precision", "bf16-true"),
+        ],
+        "evaluates an average of its weights; leave out WeightAverage, or take another objective": [
+            *("--config", REPOSITORY / "configs/compression/pruning.yaml"),
+        ],
+        "where that is factorised, but has an average of its weights": [
+            *("--config", REPOSITORY / "configs/compression/low_rank.yaml"),
+        ],
+    }
+    for message, words in refused.items():
+        outcome = lit_llm("fit", *tiny, *AVERAGE, *words, "--run_dir", tmp_path / "run")
+        assert outcome.code == 2
+        assert message in outcome.last_line
+
+
+FIXMATCH = ["--config", REPOSITORY / "configs/pretraining/cnn_mnist_fixmatch.yaml"]
+FIXMATCH += [
+    "--data",
+    REPOSITORY / "configs/data/digits.yaml",
+    "--data.unlabelled_ratio",
+    1,
+    "--data.labels_per_class",
+    4,
+]
+
+
+class SpoiltGradients(Callback):
+    """Has one step's gradients be no numbers."""
+
+    def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+        if trainer.global_step == 1:
+            next(pl_module.network.parameters()).grad.fill_(float("nan"))
+
+
+def test_an_average_that_moves_within_the_step_is_taken_back_too(lit_llm, tmp_path):
+    words = [*FIXMATCH, "--trainer.callbacks+", "tests.callbacks.test_weight_average.SpoiltGradients", *RECOVERY]
+    words += ["--trainer.log_every_n_steps", 1, "--trainer.max_steps", 3]
+    outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "1 steps with an outlying loss or gradient were not taken" in outcome.err
+    for state in parts(tmp_path / "run"):
+        assert state != {}
+        assert all(t.isfinite().all() for t in state.values())
+
+
 def test_an_objective_that_has_an_average_keeps_it_alone(lit_llm, tmp_path):
-    words = ["--config", REPOSITORY / "configs/pretraining/cnn_mnist_fixmatch.yaml", *AVERAGE]
-    words += [
-        "--data",
-        REPOSITORY / "configs/data/digits.yaml",
-        "--data.unlabelled_ratio",
-        1,
-        "--data.labels_per_class",
-        4,
-    ]
-    outcome = lit_llm("fit", *words, "--trainer.max_steps", 1, "--run_dir", tmp_path / "run")
+    outcome = lit_llm("fit", *FIXMATCH, *AVERAGE, "--trainer.max_steps", 1, "--run_dir", tmp_path / "run")
     assert outcome.code == 2
     message = "trainer.callbacks must leave the average to FixMatch, which evaluates its own, but has a WeightAverage"
     assert message in outcome.last_line

