@@ -331,6 +331,10 @@ def test_an_average_is_cut_as_the_weights_are_and_goes_on_anywhere(texts, tmp_pa
             assert_same_losses(tmp_path / one, tmp_path / other, rel=1e-4)
             assert_same_model(tmp_path / one, tmp_path / other)
     assert "average.lm_head.weight" in read_checkpoint(tmp_path / "shares-one/checkpoints/last.ckpt")["state_dict"]
+    # To be evaluated where no callback asks for a second network.
+    found = ["validate", *decoder("llama", texts), *over("fsdp"), "--run_dir", tmp_path / "evaluated"]
+    [ended] = run((2, [*found, "--ckpt_path", tmp_path / "one/checkpoints/last.ckpt"]))
+    assert not any(ended.codes), ended.err
 
 
 def test_a_strategy_that_cannot_be_is_refused_in_one_line(texts, tmp_path):
