@@ -52,8 +52,6 @@ WAYS = {
     "LoRA": Way("lora", 1e-3),
     # LoRA's, so that the two differ in nothing else.
     "DoRA": Way("dora", 1e-3),
-    # That of all weights, which it trains.
-    "R-Drop": Way("r_drop", 1e-4),
 }
 
 BATCH_SIZE = 16

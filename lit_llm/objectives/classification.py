@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
@@ -100,22 +100,14 @@ class Classification(Objective):
         return self.read(batch).float()
 
     def loss(self, batch: Mapping[str, Tensor]) -> Loss:
-        """Cross-entropy in nats, summed over the examples with their weights, and the sum of those."""
-        return self.cross_entropy(self.logits(batch), batch["labels"])
+        """Cross-entropy in nats, summed over the examples with their weights, and the sum of those.
 
-    def cross_entropy(
-        self,
-        logits: Float[Tensor, "batch classes"],
-        labels: Int[Tensor, " batch"] | Float[Tensor, "batch classes"],
-    ) -> Loss:
-        """That of logits already made.
-
-        Args:
-            logits: As the network gives them.
-            labels: Classes, or of each example a probability of each class, as mixed images have.
+        Labels are classes, or of each example a probability of each class (`batch classes`), as mixed images have.
         """
-        weight = self.weight_of_class
-        total = F.cross_entropy(logits, labels, weight=weight, reduction="sum", label_smoothing=self.label_smoothing)
+        labels, weight = batch["labels"], self.weight_of_class
+        total = F.cross_entropy(
+            self.logits(batch), labels, weight=weight, reduction="sum", label_smoothing=self.label_smoothing
+        )
         if weight is None:
             return total, total.new_tensor(len(labels))
         return total, (labels @ weight if labels.is_floating_point() else weight[labels]).sum()
