@@ -106,10 +106,8 @@ class SpikeRecovery(Callback):
         self.run = torch.where(fine, 0, self.run + 1)
         self._fine = fine
         average = [] if pl_module.average is None else list(pl_module.average.parameters())
-        changing = (
-            members + average + [t for p in members for t in optimizer.state[p].values() if isinstance(t, Tensor)]
-        )
-        self._backup = [(t, t.detach().clone()) for t in local(changing)]
+        state = [t for p in members for t in optimizer.state[p].values() if isinstance(t, Tensor)]
+        self._backup = [(t, t.detach().clone()) for t in local(members + average + state)]
 
     def _is_usual(self, value: Tensor, last: Tensor) -> Tensor:
         filled = torch.arange(self.window, device=last.device) < self.seen

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import logging
@@ -26,7 +25,7 @@ from lit_llm.compression.compression import records_of, replay
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.deferred_init import deferred
 from lit_llm.metrics import MeanLoss
-from lit_llm.objectives.exact_steps import ExactSteps
+from lit_llm.objectives.averaged import Averaged
 from lit_llm.objectives.features import FeatureCache, features_of
 from lit_llm.optimizers import parameter_groups
 from lit_llm.recipes import described, first_argument
@@ -37,7 +36,7 @@ from lit_llm.weights import copy_weights
 log = logging.getLogger(__name__)
 
 
-class Objective(ExactSteps):
+class Objective(Averaged):
     """What is minimised. A subclass writes `loss(batch)`, and names the fact about the data that sizes its network.
 
     What it measures over a split is the mean of that loss, until it writes `measure` and makes metrics of its own.
@@ -67,9 +66,6 @@ class Objective(ExactSteps):
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
     """The metric that says which validation is best, where the data names none, and whether its `min` or `max` is."""
 
-    averages: bool = False
-    """Whether an average of the weights is kept beside the network, to be evaluated and exported in its place."""
-
     val_metric: Metric | MetricCollection
     test_metric: Metric | MetricCollection
     """What adds up over a split: the mean loss, or what a subclass makes, at the latest with the network."""
@@ -91,8 +87,6 @@ class Objective(ExactSteps):
         self.schedule = schedule or Constant()
         self.decay_embeddings = decay_embeddings
         self.adaptation = adaptation
-        self.network: nn.Module | None = None
-        self.average: nn.Module | None = None
         self.val_metric, self.test_metric = MeanLoss(), MeanLoss()
         self._waiting: list[dict[str, Any]] = []
         self._features: dict[RunningStage, FeatureCache] = {}
@@ -138,23 +132,10 @@ class Objective(ExactSteps):
             raise ValueError(f"model.{name} must be at least what the data has, {needed}, but is {given}")
 
     def configure_model(self) -> None:
-        """Builds the network, once, and where one is wanted the average of its weights.
-
-        Raises:
-            ValueError: When weights are to be averaged that are too coarse for the small steps of an average.
-        """
+        """Builds the network, once, and where one is wanted the average of its weights."""
         if self.network is None:
             self.build()
-        fits = self._trainer is not None and self.trainer.state.fn == "fit"
-        if fits and self.averages and "16-true" in str(self.trainer.precision):
-            raise ValueError(
-                f"trainer.precision must leave weights in 32 bits where they are averaged, but is "
-                f"{self.trainer.precision}; take bf16-mixed"
-            )
-        if self.averages and self.average is None:
-            self.average = copy.deepcopy(self.network).requires_grad_(False)
-        elif fits and not self.averages:  # of an earlier fit: nobody moves it
-            self.average = None
+        self.keep_average()
 
     def build(self) -> None:
         """Makes the network, and gives it the weights to start from.
@@ -324,35 +305,6 @@ class Objective(ExactSteps):
         return network(**inputs(batch)) if features is None else network.classify(features(batch["rows"]))
 
     @property
-    def reading(self) -> nn.Module:
-        """The network that reads batches now: in training the one that learns, else the one that is evaluated."""
-        return self.network if self.training else self.evaluated
-
-    @property
-    def evaluated(self) -> nn.Module:
-        """The network that is evaluated and exported: the average of the one that learns, where there is one."""
-        return self.network if self.average is None else self.average
-
-    @property
-    def _networks(self) -> list[nn.Module]:
-        return [network for network in (self.network, self.average) if network is not None]
-
-    @torch.no_grad()
-    def move_average(self, decay: float) -> None:
-        """Moves the average towards the weights; what is none, as running statistics are, is copied.
-
-        Args:
-            decay: What remains of the average.
-        """
-        for network in self._networks:
-            if hasattr(network, "reshard"):  # by FSDP2: what it was read with is no longer needed whole
-                network.reshard()
-        pairs = (local(network.parameters()) for network in (self.average, self.network))
-        torch._foreach_lerp_(*pairs, 1 - decay)
-        for mine, theirs in zip(self.average.buffers(), self.network.buffers(), strict=True):
-            mine.copy_(theirs)
-
-    @property
     def beside(self) -> nn.Module:
         """What learns beside the network and is left behind when that is exported: mostly nothing."""
         return nn.ModuleList()
@@ -436,7 +388,7 @@ class Objective(ExactSteps):
         if self.trainer.state.fn == "fit":
             loss_sum, target_sum = checkpoint["unreported_loss"] = [float(x) for x in self._summed_loss()]
             self.require_finite("train/loss", loss_sum / max(target_sum, 1.0))
-            members = [p for network in self._networks for p in network.parameters()]
+            members = [p for network in self.networks for p in network.parameters()]
             own = [getattr(p, "ds_tensor", p).detach() for p in members]  # DeepSpeed's of its part
             norm = torch.stack(torch._foreach_norm(local(own))).sum().to(self.device)
             norm = self.trainer.strategy.reduce(norm, reduce_op="sum")
@@ -466,7 +418,7 @@ class Objective(ExactSteps):
         first = self._trainer is None or self.trainer.is_global_zero  # the sum of all processes counts once
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0)) if first else (0.0, 0.0)
         self._require_images_of(checkpoint.get("image_shape"))
-        for network in self._networks:
+        for network in self.networks:
             replay(network, checkpoint.get("compression", []))
         self._require_same_zero(checkpoint.get("zero"))
         self.agree_on_average(checkpoint)
@@ -478,23 +430,6 @@ class Objective(ExactSteps):
                     f"ckpt_path must be a checkpoint of this network, but its {name} is {there} where the network's "
                     f"is {here}"
                 )
-
-    def agree_on_average(self, checkpoint: dict[str, Any]) -> None:
-        """Has a checkpoint's weights and average be those that there are here.
-
-        An average begins as the weights of a checkpoint without one. Where there is none here, the network takes a
-        checkpoint's average to be evaluated, and leaves it out to learn on.
-        """
-        stored, fits = checkpoint["state_dict"], self._trainer is not None and self.trainer.state.fn == "fit"
-        weights = [name for name in stored if name.startswith("network.")]
-        if self.average is not None and checkpoint.get("evaluated") != "average":
-            stored.update({name.replace("network.", "average.", 1): stored[name] for name in weights})
-        elif self.average is None and checkpoint.get("evaluated") == "average":
-            if fits:
-                log.info("The checkpoint's average of the weights is left out: the run has no WeightAverage")
-            for name in weights:
-                average = stored.pop(name.replace("network.", "average.", 1))
-                stored[name] = stored[name] if fits else average
 
     def _require_same_zero(self, there: dict[str, Any] | None) -> None:
         """Refuses to train on where the optimiser's state is in another form: DeepSpeed converts weights only."""
