@@ -152,9 +152,9 @@ def open_corpus(
         files = sorted(p for p in visible if p.is_file())
         texts = [p for p in files if p.suffix.lower() in TEXT_SUFFIXES]
         tables = [p for p in files if p.suffix.lower() in TABLE_FORMATS]
-        if loud := next((p for p in tables if p.suffix not in TABLE_FORMATS), None):  # the library would not see it
-            raise ValueError(f"tables of a folder must have suffixes in lower case, but {loud} has not; rename it")
         if tables and (not rows.text_files or all(p.name == "README.md" for p in texts)):
+            if loud := next((p for p in tables if p.suffix not in TABLE_FORMATS), None):  # the library passes over it
+                raise ValueError(f"tables of a folder must have suffixes in lower case, but {loud} has not; rename it")
             return _hub(path, subset, rows, streaming, {"tables": stamps(tables)}, _reading(tables, rows))
         if texts and rows.text_files:
             if tables:

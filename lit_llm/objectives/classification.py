@@ -87,7 +87,7 @@ class Classification(Objective):
         self.register_buffer("weight_of_class", self._weight_of_class(data), persistent=False)
 
     def _weight_of_class(self, data: Any) -> Float[Tensor, " classes"] | None:
-        if self.class_weights is None or self._trainer is None or self.trainer.state.fn != "fit":
+        if self.class_weights is None or not self._fits:
             return None
         counts = getattr(data, "class_counts", None)
         if counts is None:

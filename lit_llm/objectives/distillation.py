@@ -126,7 +126,7 @@ class Distillation(Objective):
     def configure_model(self) -> None:
         """Builds the student, and to train reads the teacher."""
         super().configure_model()  # (an average begins as the network at the first step, whatever that takes over here)
-        if self._held or self._trainer is None or self.trainer.state.fn != "fit":
+        if self._held or not self._fits:
             return
         teacher = Teacher(self.teacher_path, self.teacher_precision)
         data = self.trainer.datamodule

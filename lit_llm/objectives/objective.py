@@ -152,7 +152,7 @@ class Objective(Averaged):
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
         if self.make_network is not None:
             self.network = self._make_network(fresh=source is None and self.adaptation is None)
-            if hasattr(self.network, "read_tokens_of") and self._trainer and self.trainer.state.fn == "fit":
+            if hasattr(self.network, "read_tokens_of") and self._fits:
                 tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
                 if tokenizer is not None:
                     self.network.read_tokens_of(tokenizer)
@@ -166,14 +166,10 @@ class Objective(Averaged):
 
     def _make_network(self, fresh: bool) -> nn.Module:
         """The network; without weights, where nobody needs them before the strategy, which gives it them."""
-        size, kind = self.hparams[self.size_name], type(self)
-        untouched = kind.build is Objective.build and kind.configure_model is Objective.configure_model
-        if (
-            fresh
-            and untouched
-            and not self.averages
-            and getattr(getattr(self._trainer, "strategy", None), "defers_init", False)
-        ):
+        size, own = self.hparams[self.size_name], type(self)
+        untouched = own.build is Objective.build and own.configure_model is Objective.configure_model
+        defers = getattr(getattr(self._trainer, "strategy", None), "defers_init", False)
+        if fresh and untouched and defers and not self.averages:
             kind = pkgutil.resolve_name(self.hparams["network"]["class_path"])
             if getattr(kind, "defers_init", False):
                 return deferred(self.make_network, size)
@@ -433,7 +429,7 @@ class Objective(Averaged):
 
     def _require_same_zero(self, there: dict[str, Any] | None) -> None:
         """Refuses to train on where the optimiser's state is in another form: DeepSpeed converts weights only."""
-        if self._trainer is None or self.trainer.state.fn != "fit":
+        if not self._fits:
             return
         own = getattr(self.trainer.strategy, "zero", None)
         here, there = (

@@ -114,6 +114,8 @@ def test_a_table_of_a_folder_is_named_whose_suffix_the_library_would_not_see(tmp
     message = f"tables of a folder must have suffixes in lower case, but {tmp_path / 'A.JSONL'} has not; rename it"
     with pytest.raises(ValueError, match=exactly(message)):
         open_corpus(str(tmp_path))
+    (tmp_path / "b.txt").write_text("a text", encoding="utf-8")  # beside which tables are left out
+    assert read(tmp_path) == ["a text"]
 
 
 def test_an_empty_cell_is_an_empty_document(tmp_path: Path) -> None:
