@@ -61,6 +61,7 @@ class Step:
         operations: How many operations were called.
         flops: Floating-point operations of matrix products and attention, forward and backward, over the batch.
         tokens: Tokens of the batch, or its rows where the data has no tokens.
+        average: Bytes of an average of the weights that is kept beside them.
     """
 
     parameters: int
@@ -81,11 +82,12 @@ class Step:
     operations: int
     flops: int
     tokens: int
+    average: int = 0
 
     @property
     def peak(self) -> int:
         """Most bytes at once, in a step after the first."""
-        return self.weights + self.optimizer + max(self.passes, self.stepping)
+        return self.weights + self.average + self.optimizer + max(self.passes, self.stepping)
 
 
 class Ledger(TorchDispatchMode):

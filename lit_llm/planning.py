@@ -19,7 +19,10 @@ PAIR = 2
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device under a strategy; `peak` is the most at once, the others are what it is made of."""
+    """Bytes on each device under a strategy; `peak` is the most at once, the others are what it is made of.
+
+    `weights` are those and, where one is kept, their average.
+    """
 
     weights: int | float
     gradients: int | float
@@ -37,7 +40,7 @@ def memory(step: Step, strategy: str, devices: int) -> Memory:
     `tensor_parallel` divides each matrix, and by sequence parallelism what flows between them, among the devices that
     work on one batch: the least that there can be, as `strategies.Sharded` keeps what it gathers, embeddings and head
     on each. `fsdp_tensor_parallel` does that in pairs, among which the pairs' rows and all weights are shared out as by
-    `fsdp`.
+    `fsdp`. An average of the weights is shared out as they are.
 
     Args:
         step: What the step takes on one device.
@@ -53,7 +56,7 @@ def memory(step: Step, strategy: str, devices: int) -> Memory:
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, but is {strategy}")
-    w, g, o, a = step.weights, step.gradients, step.optimizer, step.activations + step.casts
+    w, g, o, a = step.weights + step.average, step.gradients, step.optimizer, step.activations + step.casts
     passes, stepping = step.passes, step.stepping
     rest = stepping - g  # what the optimiser makes while it steps
     if devices == 1:

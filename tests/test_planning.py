@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from math import inf, nan
 
 import pytest
@@ -54,6 +55,16 @@ def test_each_strategy_holds_no_more_than_the_one_before_and_one_device_holds_ev
     named = ", ".join(STRATEGIES)
     with pytest.raises(ValueError, match=f"strategy must be one of {named}, but is x"):
         memory(plain, "x", 8)
+
+
+def test_an_average_of_the_weights_is_held_as_they_are_and_is_not_exchanged(plain):
+    averaged = replace(plain, average=plain.weights)
+    assert averaged.peak - plain.peak == plain.weights
+    for strategy in STRATEGIES:
+        alone, both = (memory(step, strategy, 8) for step in (plain, averaged))
+        assert both.weights == 2 * alone.weights
+        assert both.peak - alone.peak == pytest.approx(alone.weights)
+        assert traffic(averaged, strategy, 8) == traffic(plain, strategy, 8)
 
 
 def test_time_energy_and_cost_follow_from_operations(plain):

@@ -13,8 +13,8 @@ class WeightAverage(Callback):
     The average lies beside the network, in each checkpoint, cut among devices as the network is. It begins with the
     weights that the run begins with, and forgets those soon: after step t it keeps at most `(1 + t) / (10 + t)` of
     itself. What is no parameter, as running statistics are, is copied. It takes the memory of the weights once more,
-    of frozen ones as well, which `lit-llm plan` does not count. Not together with pruning, quantisation or low rank
-    during training, DeepSpeed, or weights in 16 bits.
+    of frozen ones as well. Not together with pruning, quantisation or low rank during training, DeepSpeed, or weights
+    in 16 bits.
 
     Args:
         decay: What remains of the average at each step, in [0, 1): it is about one of the last `1 / (1 - decay)` steps.

@@ -149,12 +149,17 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     Returns:
         The steps by name, and what else the config says.
     """
+    from dataclasses import replace
+
+    from lit_llm.callbacks.weight_average import WeightAverage
     from lit_llm.cli import training
     from lit_llm.dry_run import measure_step
 
     cli = training.read_run(words)
     objective, data, trainer = cli.model, cli.datamodule, cli.config["fit"]["trainer"]
     precision = str(trainer["precision"] or "32-true")
+    callbacks = cli.config_init["fit"]["trainer"]["callbacks"] or []
+    averages = objective.averages or any(isinstance(c, WeightAverage) for c in callbacks)
     batch = example_batch(objective, data)
 
     def build() -> Any:
@@ -167,7 +172,8 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         return total / targets.clamp(min=1)
 
     def taken(checkpointed: bool | None = None) -> Any:
-        return measure_step(build, lambda network: objective.new_optimizer(), loss, batch, precision, checkpointed)
+        step = measure_step(build, lambda network: objective.new_optimizer(), loss, batch, precision, checkpointed)
+        return replace(step, average=step.weights) if averages else step
 
     steps = {"as configured": taken()}
     network = objective.network
@@ -177,6 +183,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     step = steps["as configured"]
     return steps, {
         "network": type(network).__name__,
+        "averages": averages,
         "precision": precision,
         "batch_size": len(next(iter(batch.values()))),
         "seq_len": batch["input_ids"].shape[1] if "input_ids" in batch else None,
@@ -271,7 +278,7 @@ def report(found: dict[str, Any]) -> list[str]:
     devices = found["devices"]
     lines = [
         f"{found['network']}: {step['parameters']:,} parameters, {step['embeddings']:,} of them embeddings that are "
-        f"looked up, {step['trained']:,} trained",
+        f"looked up, {step['trained']:,} trained" + ", and an average of all" * found["averages"],
         f"{found['flops_per_token']:.4g} operations per {unit}, forward and backward; batches of {batch} per device in "
         f"{found['precision']}",
     ]

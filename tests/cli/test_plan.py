@@ -113,3 +113,14 @@ def test_pairs_are_planned_where_the_devices_of_a_node_are_even(lit_llm):
     for devices, there in ((2, True), (3, False)):
         outcome = lit_llm("plan", *MAIN, *SMALL, "--devices", devices)
         assert ("fsdp_tensor_parallel" in outcome.out) is there
+
+
+def test_an_average_of_the_weights_is_counted(lit_llm, tmp_path):
+    overlay = ["--config", REPOSITORY / "configs/strategy/weight_average.yaml"]
+    found = []
+    for words in ([], overlay):
+        outcome = lit_llm("plan", *MAIN, *SMALL, *words, "--json", tmp_path / "plan.json")
+        assert outcome.code == 0, outcome.err
+        assert ("trained, and an average of all" in outcome.out) is bool(words)
+        found.append(json.loads((tmp_path / "plan.json").read_text())["steps"]["as configured"])
+    assert found[1]["peak"] - found[0]["peak"] == found[0]["weights"] > 0
