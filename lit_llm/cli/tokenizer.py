@@ -15,9 +15,11 @@ def run(words: list[str]) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
+    from lit_llm.data.tokenizer import KINDS
+
     parser = OneLineArguments(
         prog="lit-llm tokenizer",
-        description="Train a byte-level BPE tokeniser on any corpus that lit_llm.data.text.TextData reads, whole. "
+        description="Train a tokeniser on any corpus that lit_llm.data.text.TextData reads, whole. "
         "Use it with --data.tokenizer DIR. (A run can also train its own, on its training documents alone: "
         "--data.tokenizer bpe-4096.)",
         epilog="example: lit-llm tokenizer --path texts/ --vocab_size 8192 --out tokenizers/texts",
@@ -26,12 +28,21 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--subset", help="configuration of a hub data set")
     parser.add_argument("--column", default="text", help="where a table keeps its text (default text)")
     parser.add_argument("--max_documents", type=int, help="read only the first ones")
+    parser.add_argument(
+        "--kind",
+        choices=KINDS,
+        default="bpe",
+        help="byte-level BPE for a decoder (default), for an encoder bert-uncased-bpe or bert-bpe, for an "
+        "encoder-decoder t5-bpe",
+    )
     parser.add_argument("--vocab_size", type=int, default=4096, help="tokens wanted (default 4096)")
     parser.add_argument("--out", required=True, type=Path, help="folder to write to; must not exist yet")
     return parser
 
 
-def train(path: str, subset: str | None, column: str, max_documents: int | None, vocab_size: int, out: Path) -> None:
+def train(
+    path: str, subset: str | None, column: str, max_documents: int | None, kind: str, vocab_size: int, out: Path
+) -> None:
     """Trains a tokeniser and says what it reaches; arguments as in `lit-llm tokenizer --help`.
 
     Raises:
@@ -40,7 +51,7 @@ def train(path: str, subset: str | None, column: str, max_documents: int | None,
     from lit_llm.data.cleaning import Cleaning
     from lit_llm.data.pretokenization import DocumentEncoder
     from lit_llm.data.text import read_texts
-    from lit_llm.data.tokenizer import train_bpe
+    from lit_llm.data.tokenizer import training_of
     from lit_llm.files import replacing
 
     if out.exists():
@@ -49,7 +60,7 @@ def train(path: str, subset: str | None, column: str, max_documents: int | None,
     texts = list(read_texts(path, subset, column, max_documents, Cleaning()))
     if not texts:
         raise ValueError(f"--path must hold text, but {path} has none")
-    tokenizer = train_bpe(texts, vocab_size)
+    tokenizer = training_of(f"{kind}-{vocab_size}")(texts)
     with replacing(out) as new:
         tokenizer.save_pretrained(new)
     size = sum(len(text.encode()) for text in texts)

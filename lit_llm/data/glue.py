@@ -42,8 +42,9 @@ class GLUEData(ExampleData):
         text_pair: Column of the second text.
         label: Column of the label. Whole numbers and text are classes, real numbers are values; for an objective that
             needs values, as `Regression` does, whole numbers are such too.
-        tokenizer: `bert-bpe-<size>`, trained on these training texts; a folder with a `tokenizer.json`; or a name on
-            the hub. By default the one beside the network's weights, or for a network without, `bert-bpe-4096`.
+        tokenizer: `bert-uncased-bpe-<size>` or `bert-bpe-<size>`, trained on these training texts; a folder with a
+            `tokenizer.json`; or a name on the hub. By default the one beside the network's weights, or for a network
+            without, `bert-uncased-bpe-8192`.
         max_seq_len: Tokens after which an example is cut, special tokens included; of two texts the longer one is.
         batch_size: Examples in a batch of one device.
         validation_fraction: Part of the training split to validate on, where the source has no validation split: of
@@ -206,7 +207,7 @@ class GLUEData(ExampleData):
     @property
     def _tokenizer_spec(self) -> str:
         network = getattr(self.trainer, "lightning_module", None)
-        return self.tokenizer_spec or getattr(network, "tokenizer_path", None) or "bert-bpe-4096"
+        return self.tokenizer_spec or getattr(network, "tokenizer_path", None) or "bert-uncased-bpe-8192"
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -231,7 +232,7 @@ class GLUEData(ExampleData):
         if pair and not marks:
             raise ValueError(
                 f"data.tokenizer must put a mark between two texts, but {self._tokenizer_spec} has none; "
-                f"bert-bpe-4096 is one that does"
+                f"bert-uncased-bpe-8192 is one that does"
             )
         if self.max_seq_len <= marks + pair:
             raise ValueError(

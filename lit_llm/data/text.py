@@ -56,9 +56,9 @@ class TextData(TokenData):
         split_by: `document` puts whole documents into splits. `position` cuts each one instead, a single file as one
             document: its first characters train, the next validate, the last test. So nanoGPT splits Shakespeare's
             text (`validation_fraction: 0.1`, `test_fraction: 0`): the last tenth of its characters validates.
-        tokenizer: `bytes`; `characters`, `bpe-<size>`, for an encoder `bert-bpe-<size>` or for an encoder-decoder
-            `t5-bpe-<size>`, from this corpus's training documents; a folder with a `tokenizer.json`; or a name on the
-            hub.
+        tokenizer: `bytes`; `characters`, `bpe-<size>`, for an encoder `bert-uncased-bpe-<size>` or `bert-bpe-<size>`,
+            for an encoder-decoder `t5-bpe-<size>`, from this corpus's training documents; a folder with a
+            `tokenizer.json`; or a name on the hub.
         seq_len: Tokens in a row.
         batch_size: Rows in a batch of one device.
         mask_documents: Keep attention from crossing documents in a row.

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 BOUNDARY = "<|endoftext|>"
@@ -34,8 +34,6 @@ MARKS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
 
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
 """What an encoder-decoder's tokeniser has to stand for spans that are left out of a text."""
-
-TRAINED = re.compile(r"(bert-|t5-)?bpe-(\d+)")
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -114,23 +112,33 @@ def train_bert_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
         >>> tokenizer.convert_ids_to_tokens(tokenizer("a", "b").input_ids)
         ['[CLS]', 'a', '[SEP]', 'b', '[SEP]']
     """
-    tokenizer = _trained(texts, vocab_size, list(MARKS))
-    padding, opening, end, mask = MARKS
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{opening} $A {end}",
-        pair=f"{opening} $A {end} $B:1 {end}:1",
-        special_tokens=[(mark, tokenizer.token_to_id(mark)) for mark in (opening, end)],
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        pad_token=padding,
-        cls_token=opening,
-        sep_token=end,
-        mask_token=mask,
-        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
-        clean_up_tokenization_spaces=False,
-    )
+    return _marked(_trained(texts, vocab_size, list(MARKS)), decoders.ByteLevel())
+
+
+def train_bert_uncased_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Trains the same on words in lower case, without accents, as BERT's uncased models read them.
+
+    White space is lost and each punctuation mark stands alone; so a word is the same tokens wherever it stands: at a
+    sentence's head, in `_a_name`, after a bracket. Each word's first token begins with a space.
+
+    Args:
+        texts: What to train on.
+        vocab_size: As in `train_bert_bpe`.
+
+    Raises:
+        ValueError: As in `train_bert_bpe`.
+
+    Source:
+        Devlin et al., 2018, arXiv:1810.04805, `tokenization.py` (uncased); merged bytes instead of word pieces, so
+        there is no `[UNK]`.
+
+    Example:
+        >>> tokenizer = train_bert_uncased_bpe(["Open: re_open"] * 9, 300)
+        >>> tokenizer.convert_ids_to_tokens(tokenizer("RE_OPEN:").input_ids)
+        ['[CLS]', 'Ġre', 'Ġ_', 'Ġopen', 'Ġ:', '[SEP]']
+    """
+    tokenizer = _trained(texts, vocab_size, list(MARKS), uncased=True)
+    return _marked(tokenizer, decoders.ByteLevel())
 
 
 def train_t5_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -168,15 +176,17 @@ def train_t5_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFa
     )
 
 
-def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -> Tokenizer:
+def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str], uncased: bool = False) -> Tokenizer:
     least = 256 + len(special_tokens)
     if vocab_size < least:
         names = ", ".join(special_tokens[:4]) + (" …" if len(special_tokens) > 4 else "")
         raise ValueError(f"vocab_size must be at least {least} (the bytes and {names}), but is {vocab_size}")
     tokenizer = Tokenizer(models.BPE())
-    split = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    words = pre_tokenizers.Split(Regex(WORDS), behavior="isolated")
+    if uncased:
+        tokenizer.normalizer, words = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [words, pre_tokenizers.ByteLevel(add_prefix_space=uncased, use_regex=False)]
     )
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -186,6 +196,26 @@ def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str]) -
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
+
+
+def _marked(tokenizer: Tokenizer, decoder: decoders.Decoder, **tokens: str) -> PreTrainedTokenizerFast:
+    padding, opening, end, mask = MARKS
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{opening} $A {end}",
+        pair=f"{opening} $A {end} $B:1 {end}:1",
+        special_tokens=[(mark, tokenizer.token_to_id(mark)) for mark in (opening, end)],
+    )
+    tokenizer.decoder = decoder
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token=padding,
+        cls_token=opening,
+        sep_token=end,
+        mask_token=mask,
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+        clean_up_tokenization_spaces=False,
+        **tokens,
+    )
 
 
 def _dressed(tokenizer: Tokenizer, decoder: decoders.Decoder, **tokens: str) -> PreTrainedTokenizerFast:
@@ -200,13 +230,23 @@ def _dressed(tokenizer: Tokenizer, decoder: decoders.Decoder, **tokens: str) -> 
     )
 
 
+KINDS = {
+    "bpe": train_bpe,
+    "bert-bpe": train_bert_bpe,
+    "bert-uncased-bpe": train_bert_uncased_bpe,
+    "t5-bpe": train_t5_bpe,
+}
+"""What is trained to a size, by the name that stands before it."""
+
+TRAINED = re.compile(rf"({'|'.join(KINDS)})-(\d+)")
+
+
 def training_of(spec: str) -> Callable[[Iterable[str]], PreTrainedTokenizerFast] | None:
     """What makes a tokeniser from texts, for `characters` and `bpe-<size>` and its kin; `None` for a ready one."""
     if spec == "characters":
         return character_tokenizer
     match = TRAINED.fullmatch(spec)
-    train = {None: train_bpe, "bert-": train_bert_bpe, "t5-": train_t5_bpe}
-    return partial(train[match[1]], vocab_size=int(match[2])) if match else None
+    return partial(KINDS[match[1]], vocab_size=int(match[2])) if match else None
 
 
 def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
@@ -225,9 +265,10 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
         tokenizer = open_tokenizer(spec)
     except Exception as error:  # the library beneath raises nothing narrower for a file that is no tokeniser
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        sized = ", ".join(f"`{kind}-<size>`" for kind in KINDS)
         raise FileNotFoundError(
-            f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, `bert-bpe-<size>`, `t5-bpe-<size>`, a folder made "
-            f"by `lit-llm tokenizer` or a name on the hub, but is {str(spec)!r}: {reason}"
+            f"tokenizer must be `bytes`, `characters`, {sized}, a folder made by `lit-llm tokenizer` or a name on the "
+            f"hub, but is {str(spec)!r}: {reason}"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer must have a tokenizer.json, but {spec} is a {type(tokenizer).__name__}")

@@ -87,7 +87,8 @@ class MaskedLM(Objective):
             if tokenizer.mask_token_id is None:
                 spec = getattr(data, "tokenizer_spec", None) or type(tokenizer).__name__
                 raise ValueError(
-                    f"data.tokenizer must have a mask token for MaskedLM, but {spec} has none; set it to bert-bpe-4096"
+                    f"data.tokenizer must have a mask token for MaskedLM, but {spec} has none; set it to "
+                    f"bert-uncased-bpe-8192"
                 )
             self.read_tokens_of(tokenizer)
 

@@ -55,5 +55,5 @@ def test_a_tokeniser_without_a_mask_token_is_refused_in_one_line(lit_llm, texts,
     outcome = lit_llm("fit", "--config", config, "--run_dir", tmp_path / "run")
     assert outcome.code != 0
     assert outcome.last_line == (
-        "lit-llm: error: data.tokenizer must have a mask token for MaskedLM, but bytes has none; set it to bert-bpe-4096"
+        "lit-llm: error: data.tokenizer must have a mask token for MaskedLM, but bytes has none; set it to bert-uncased-bpe-8192"
     )

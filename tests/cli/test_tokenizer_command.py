@@ -12,6 +12,15 @@ def test_a_trained_tokeniser_opens_in_transformers_and_holds_any_text(lit_llm, t
     assert "300 tokens from 80 documents" in outcome.out
 
 
+def test_a_kind_for_an_encoder_has_its_marks(lit_llm, texts, tmp_path):
+    words = ["--kind", "bert-uncased-bpe", "--vocab_size", "300", "--out", tmp_path / "made"]
+    outcome = lit_llm("tokenizer", "--path", texts, *words)
+    assert outcome.code == 0, outcome.err
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "made")
+    assert (len(tokenizer), tokenizer.mask_token) == (300, "[MASK]")
+    assert tokenizer.tokenize("THE") == tokenizer.tokenize("the")
+
+
 def test_a_folder_that_exists_is_not_overwritten(lit_llm, texts, tmp_path):
     outcome = lit_llm("tokenizer", "--path", texts, "--out", tmp_path)
     assert outcome.code == 2

@@ -445,7 +445,7 @@ def test_an_unknown_task_is_said_with_those_there_are() -> None:
         ({"label": "lable"}, "data.label must be one of text, label in {path}, but is 'lable'"),
         ({"validation_fraction": 0.001}, "data.validation_fraction must leave an example to validate on, but is 0.001, which takes none of the 60 of {path}; raise it, or set it to 0 to go without"),
         ({"text_pair": "label"}, "data.text_pair must be another column than data.label, but is 'label' in {path} too"),
-        ({"text_pair": "other", "tokenizer": "bytes"}, "data.tokenizer must put a mark between two texts, but bytes has none; bert-bpe-4096 is one that does"),
+        ({"text_pair": "other", "tokenizer": "bytes"}, "data.tokenizer must put a mark between two texts, but bytes has none; bert-uncased-bpe-8192 is one that does"),
         ({"max_seq_len": 2}, "data.max_seq_len must leave room for text beside 2 special tokens, but is 2"),
         ({"labels_per_class": 28}, "data.labels_per_class must be at most the rows of the smallest class, 27, but is 28 for {path}"),
         ({"unlabelled_ratio": -1}, "data.unlabelled_ratio must be at least 0, but is -1"),

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import BertTokenizer
 
 from lit_llm.data.tokenizer import (
     BOUNDARY,
@@ -15,6 +16,7 @@ from lit_llm.data.tokenizer import (
     load_tokenizer,
     opening_ids,
     train_bert_bpe,
+    train_bert_uncased_bpe,
     train_bpe,
     train_t5_bpe,
     training_of,
@@ -26,6 +28,7 @@ BYTES = byte_tokenizer()
 TRAINED = train_bpe(TEXTS, 400)
 CHARACTERS = character_tokenizer(TEXTS)
 BERT = train_bert_bpe(TEXTS, 400)
+UNCASED = train_bert_uncased_bpe(TEXTS, 400)
 ANY_TEXT = st.text(st.characters(codec="utf-8"))
 
 
@@ -146,6 +149,22 @@ def test_an_encoders_tokenizer_marks_one_text_and_two_as_bert_does(tmp_path: Pat
         assert tokenizer.pad(tokenizer(["a", "a a a"])).attention_mask[0][-1] == 0
 
 
+@given(ANY_TEXT)
+@settings(deadline=None)
+def test_an_uncased_tokenizer_reads_the_words_that_berts_does_and_loses_none(text: str) -> None:
+    berts = BertTokenizer(vocab={mark: number for number, mark in enumerate(("[PAD]", "[CLS]", "[SEP]", "[UNK]"))})
+    backend = berts.backend_tokenizer
+    words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))]
+    [ids] = encode_documents(UNCASED, [text])
+    assert UNCASED.decode(ids) == "".join(f" {word}" for word in words)
+
+
+def test_a_word_is_the_same_tokens_wherever_it_stands() -> None:
+    alone, name, head = encode_documents(UNCASED, ["sea", "a_sea", "(Séa"])
+    assert name[-len(alone) :] == head[-len(alone) :] == alone
+    assert fingerprint(train_bert_uncased_bpe(TEXTS, 400)) == fingerprint(UNCASED)
+
+
 def test_an_encoders_documents_open_with_cls_and_end_with_sep() -> None:
     assert (opening_ids(BERT), boundary_id(BERT)) == ([BERT.cls_token_id], BERT.sep_token_id)
     assert opening_ids(TRAINED) == opening_ids(BYTES) == []
@@ -159,6 +178,7 @@ def test_the_fingerprint_tells_tokenizers_apart() -> None:
 def test_a_name_says_what_to_train_and_how_large() -> None:
     assert len(training_of("bpe-300")(TEXTS)) == len(training_of("bert-bpe-300")(TEXTS)) == 300
     assert training_of("bert-bpe-300")(TEXTS).mask_token == "[MASK]"
+    assert training_of("bert-uncased-bpe-300")(TEXTS).tokenize("A") == ["Ġ", "a"]
     assert fingerprint(training_of("characters")(TEXTS)) == fingerprint(CHARACTERS)
 
 
@@ -217,8 +237,8 @@ def test_too_small_a_vocabulary_is_refused() -> None:
 def test_a_tokenizer_that_is_not_there_is_said_in_one_line(tmp_path: Path, spec: str) -> None:
     spec = spec.replace("{empty}", str(tmp_path))
     start = (
-        f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, `bert-bpe-<size>`, `t5-bpe-<size>`, a folder made by "
-        f"`lit-llm tokenizer` or a name on the hub, but is {spec!r}: "
+        f"tokenizer must be `bytes`, `characters`, `bpe-<size>`, `bert-bpe-<size>`, `bert-uncased-bpe-<size>`, "
+        f"`t5-bpe-<size>`, a folder made by `lit-llm tokenizer` or a name on the hub, but is {spec!r}: "
     )
     with pytest.raises(FileNotFoundError) as caught:
         load_tokenizer(spec)

@@ -167,7 +167,7 @@ def test_each_validation_hides_the_same(corpus: Path, tmp_path: Path) -> None:
 
 def test_a_tokeniser_without_a_mask_token_is_refused(corpus: Path, tmp_path: Path) -> None:
     made = TextData(path=str(corpus), tokenizer="bytes", seq_len=32, batch_size=4)
-    message = "data.tokenizer must have a mask token for MaskedLM, but bytes has none; set it to bert-bpe-4096"
+    message = "data.tokenizer must have a mask token for MaskedLM, but bytes has none; set it to bert-uncased-bpe-8192"
     with pytest.raises(ValueError, match=exactly(message)):
         trainer(tmp_path, 1).fit(fresh(), made)
 
