@@ -23,15 +23,20 @@ log = logging.getLogger(__name__)
 SEEDS = ("seed_everything", "data.seed")
 """What randomness comes from: that of the run, and that of which data are read in which order."""
 
-NOT_OF_THE_SETTING = (*SEEDS, "trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir")
+NOT_OF_THE_SETTING = (
+    *SEEDS,
+    *("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir", "trainer.log_every_n_steps"),
+    "checkpoint.every_n_steps",
+)
 """What two runs of one setting may differ in."""
 
 TASK = (
-    *("data", "data.path", "data.task", "data.column", "data.split_by"),
-    *("data.validation_fraction", "data.max_documents"),
+    *("data", "data.path", "data.subset", "data.task", "data.column", "data.split_by", "data.max_documents"),
+    *("data.validation_fraction", "data.test_fraction", "data.unanswered", "data.overlong"),
 )
+BATCHES = {"val": "trainer.limit_val_batches", "test": "trainer.limit_test_batches"}
 OF_TOKENS = ("data.tokenizer",)
-"""What runs must share to be compared, and to be compared by a metric that counts tokens."""
+"""What runs must share to be compared, to be compared on a split, and to be compared by a metric that counts tokens."""
 
 LOSSES = ("loss", "perplexity", "bits_per_byte")
 """Metrics that mean what the objective minimises."""
@@ -120,8 +125,6 @@ def compare(runs: list[Path], out: Path, metric: str | None = None) -> None:
         ValueError: When the runs are of different tasks.
     """
     finished = [read_run(folder) for folder in _folders(runs)]
-    if not finished:
-        raise ValueError(f"RUN must hold trials that came to their end, but {runs[0]} has none")
     metric = metric or _metric_of_sweeps(runs) or _shared_metric(finished)
     _require_one_task(finished, metric)
     groups = grouped(finished)
@@ -159,6 +162,8 @@ def _folders(runs: list[Path]) -> Iterator[Path]:
             continue
         with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
             complete = [row["trial"] for row in csv.DictReader(file) if row["state"] == "complete"]
+        if not complete:
+            raise ValueError(f"RUN must hold trials that came to their end, but {folder} has none")
         for number in complete:
             yield folder / "trials" / f"{int(number):03d}"
             yield from sorted((folder / "seeds").glob(f"{int(number):03d}_seed*"))
@@ -226,7 +231,9 @@ def _shared_metric(runs: list[Finished]) -> str:
 
 
 def _require_one_task(runs: list[Finished], metric: str) -> None:
-    shared = TASK if metric.endswith("bits_per_byte") else TASK + OF_TOKENS
+    limit = BATCHES.get(metric.partition("/")[0])
+    shared = [*TASK, *([limit] if limit else []), *(() if metric.endswith("bits_per_byte") else OF_TOKENS)]
+    shared += [name for name in runs[0].settings if name.startswith("data.cleaning.")]
     for other in runs:
         if other.figure(metric) is None:
             known = ", ".join(sorted(n for n in other.results if n.startswith(("val/", "test/")))) or "none"

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from lit_llm.cli import main
 from lit_llm.cli.compare import paired_p, read_run
@@ -22,7 +23,7 @@ from lit_llm.cli.parser import OneLineArguments
 from lit_llm.cli.sweep_file import Sweep, read_sweep, written
 from lit_llm.cli.sweep_pictures import draw
 from lit_llm.cli.sweep_progress import SweepProgress
-from lit_llm.cli.trial_run import TrialRun, figure_of, metrics_of
+from lit_llm.cli.trial_run import INTERRUPTED, TrialRun, figure_of, metrics_of
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,9 @@ def sweep(config: Path, trials: int | None, out: Path, workers: int, seeds: int,
     plan = read_sweep(config)
     size = sum(1 for _ in plan.grid()) if plan.method == "grid" else None
     trials = trials if trials is not None else plan.run_cap or size
-    if trials is None or trials < 1:
+    if trials is None:
+        raise ValueError(f"--trials must be given where {config} has no run_cap, but is not")
+    if trials < 1:
         raise ValueError(f"--trials must be at least 1, but is {trials}")
     if workers < 1:
         raise ValueError(f"--workers must be at least 1, but is {workers}")
@@ -79,7 +82,7 @@ def sweep(config: Path, trials: int | None, out: Path, workers: int, seeds: int,
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     _require_options(plan, more)
     with _alone_in(out):
-        study = _study(plan, out)
+        study = _study(plan, out, more)
         searched = _Search(plan, study, out, more, workers)
         searched.go_on(min(trials, size) if size else trials)
         searched.report()
@@ -90,10 +93,10 @@ def _require_options(plan: Sweep, more: list[str]) -> None:
     """Refuses a key that no run config has, or a value that it does not take, before anything is trained."""
     values = {parameter.key: parameter.extremes() for parameter in plan.parameters}
     # All together, which is quick; where that fails one by one, which names what is wrong.
-    together = (
-        {key: each[:n][-1] for key, each in values.items()} for n in range(1, 1 + max(map(len, values.values())))
-    )
-    if not any(_parsed([*plan.words(settings), *more])[1] for settings in together):
+    count = max(map(len, values.values()))
+    together = [{key: each[:n][-1] for key, each in values.items()} for n in range(1, 1 + count)]
+    lines = [_parsed([*plan.words(settings), *more])[1] for settings in together]
+    if not any(lines):
         return
     first = {key: each[0] for key, each in values.items()}
     base, line = _parsed([*plan.words({}), *more])
@@ -112,6 +115,11 @@ def _require_options(plan: Sweep, more: list[str]) -> None:
                     f"parameters of {plan.path} must be options of its runs, but {key}={written(value)} is not: "
                     f"{line.split('; did you mean')[0]}{guess}"
                 )
+    settings, line = next((settings, line) for settings, line in zip(together, lines, strict=True) if line)
+    raise ValueError(
+        f"parameters of {plan.path} must be options of its runs together, but "
+        f"{' '.join(f'{key}={written(value)}' for key, value in settings.items())} are not: {line}"
+    )
 
 
 def _parsed(words: list[str]) -> tuple[Any, str]:
@@ -157,27 +165,40 @@ def _alone_in(out: Path) -> Iterator[None]:
         yield
 
 
-def _study(plan: Sweep, out: Path) -> Any:
+def _study(plan: Sweep, out: Path, more: list[str]) -> Any:
     import optuna
+    from sqlalchemy.exc import DatabaseError
 
     direction = "minimize" if plan.mode == "min" else "maximize"
     pruner = optuna.pruners.NopPruner()
     if plan.early_terminate:
         first, eta = plan.early_terminate
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=eta)
-    study = optuna.create_study(
-        storage=f"sqlite:///{out / 'study.db'}",
-        study_name="sweep",
-        direction=direction,
-        pruner=pruner,
-        load_if_exists=True,
-    )
-    described = {"parameters": [str(parameter) for parameter in plan.parameters], "goal": plan.mode}
+    path = out / "study.db"
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{quote(str(path))}",
+            study_name="sweep",
+            direction=direction,
+            pruner=pruner,
+            load_if_exists=True,
+        )
+    except DatabaseError as error:
+        raise ValueError(f"--out must hold a whole study.db or none, but {path} is damaged: {error.orig}") from error
+    described = {
+        "parameters": [str(parameter) for parameter in plan.parameters],
+        "goal": plan.mode,
+        "metric": plan.metric,
+        "command": [*plan.words({}), *more],
+    }
     judged = any(trial.value is not None for trial in study.get_trials(deepcopy=False))
-    for name, value in {**described, "metric": plan.metric}.items():
+    for name, value in described.items():
         before = study.user_attrs.get(name, value)
-        if before != value and (name != "metric" or judged):
-            raise ValueError(f"--out must be a new folder or one of this sweep, but {out} holds one with other {name}")
+        if before != value and (judged or name in ("parameters", "goal")):
+            raise ValueError(
+                f"--out must be a new folder or one of this sweep, but {out} holds one with another {name}: "
+                f"{' '.join(map(str, before)) if isinstance(before, list) else before}"
+            )
         study.set_user_attr(name, value)
     return study
 
@@ -213,7 +234,7 @@ class _Search:
         try:
             with SweepProgress(self.plan.metric, max(number, self._begun()), ended) as self.progress:
                 while True:
-                    while len(self.running) < self.workers and (cut or self._begun() < number):
+                    while len(self.running) < self.workers and (cut or self._wants_more(number)):
                         self._start(cut.pop(0) if cut else self._next())
                     if not self.running:
                         return
@@ -227,6 +248,11 @@ class _Search:
             for _, process in self.running.values():
                 process.wait()
             raise
+
+    def _wants_more(self, number: int) -> bool:
+        best, target = self._best(), self.plan.target
+        reached = best and target is not None and (best[0].value - target) * (1 if self.plan.mode == "max" else -1) >= 0
+        return self._begun() < number and not reached
 
     def _begun(self) -> int:
         return len(self.trials()) - len(self.trials("WAITING"))
@@ -280,6 +306,11 @@ class _Search:
         from optuna.trial import TrialState
 
         value = figure_of(process.folder, self.plan.metric)
+        if process.exit_code == INTERRUPTED and not stopped:
+            self.progress.say(
+                f"trial {trial.number} was stopped from outside: the next sweep here goes on with it", "red"
+            )
+            return
         if stopped:
             self.study.tell(trial, state=TrialState.PRUNED)
         elif process.exit_code:
@@ -338,11 +369,11 @@ class _Search:
             value = figure_of(self.folder(trial.number), self.plan.metric)
             rows.append([trial.number, trial.state.name.lower(), value, *(written(settings.get(key)) for key in keys)])
         write_table(self.out / "trials.csv", ["trial", "state", self.plan.metric, *keys], rows)
-        if best := self._best():
-            folder = self.folder(best[0].number)
+        best = self._best()
+        if best and (config := self.folder(best[0].number) / "config.yaml").is_file():  # nobody has removed it
             head = f"# Trial {best[0].number} of {self.plan.path.name}: {self.plan.metric} {best[0].value:.4f}.\n"
             with replacing(self.out / "best.yaml") as new:
-                new.write_text(head + (folder / "config.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+                new.write_text(head + config.read_text(encoding="utf-8"), encoding="utf-8")
 
     def report(self) -> None:
         """Writes the tables and draws the pictures.

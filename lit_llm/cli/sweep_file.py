@@ -31,6 +31,7 @@ KEYS = (
     *("name", "description", "project", "entity", "program", "command", "run_cap"),
     *("method", "metric", "parameters", "early_terminate"),
 )
+METRIC_KEYS = ("name", "goal", "target")
 PARAMETER_KEYS = ("value", "values", "distribution", "min", "max", "q", "parameters")
 STOPPING_KEYS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 
@@ -66,18 +67,24 @@ class Parameter:
         if self.distribution == "int_uniform":
             return trial.suggest_int(self.key, low, high)
         if self.distribution == "q_uniform":
-            low, high = math.ceil(low / self.q) * self.q, math.floor(high / self.q) * self.q
+            low, high = self.extremes()
             draw = trial.suggest_int if isinstance(self.q, int) else trial.suggest_float
             return draw(self.key, low, high, step=self.q)
         drawn = trial.suggest_float(self.key, low, high, log="log" in self.distribution)
-        return min(max(round(drawn / self.q), 1) * self.q, high) if self.distribution.startswith("q_") else drawn
+        return self._rounded(drawn) if self.distribution.startswith("q_") else drawn
+
+    def _rounded(self, drawn: int | float) -> int | float:
+        """The multiple of `q` that is next to a value, within the range."""
+        return min(max(round(drawn / self.q), math.ceil(self.low / self.q)), math.floor(self.high / self.q)) * self.q
 
     def extremes(self) -> tuple[Any, ...]:
-        """All values that are listed, or the ends of the range."""
+        """All values that are listed, or the ends of the range, of the type that is drawn."""
         if self.values:
             return self.values
-        whole = self.distribution.startswith("q_") and isinstance(self.q, int)
-        return tuple(int(end) if whole else end for end in (self.low, self.high))
+        ends = self.low, self.high
+        if self.distribution.startswith("q_"):
+            return tuple(map(self._rounded, ends))
+        return ends if self.distribution == "int_uniform" else tuple(map(float, ends))
 
     def listed(self) -> tuple[Any, ...]:
         """All values, for a grid.
@@ -107,6 +114,7 @@ class Sweep:
         method: `grid`, `random` or `bayes`.
         metric: What the runs are judged by.
         mode: Whether its `min` or its `max` is best.
+        target: What the best has to reach for the search to end, if the file says it.
         parameters: What is varied, a class before its arguments.
         command: The words of `lit-llm fit` before the parameters and after them.
         early_terminate: `min_iter` and `eta` of the stopping of trials that fall behind; `None` lets all finish.
@@ -121,6 +129,7 @@ class Sweep:
     command: tuple[tuple[str, ...], tuple[str, ...]]
     early_terminate: tuple[int, int] | None = None
     run_cap: int | None = None
+    target: int | float | None = None
 
     def words(self, settings: dict[str, Any]) -> list[str]:
         """The words of `lit-llm fit` for some values of the parameters."""
@@ -176,8 +185,12 @@ def read_sweep(path: Path) -> Sweep:
     if method not in METHODS:
         raise ValueError(f"method of {path} must be grid, random or bayes, but is {method}")
     metric = content.get("metric")
-    if not isinstance(metric, dict) or not metric.get("name") or metric.get("goal") not in ("minimize", "maximize"):
-        raise ValueError(f"metric of {path} must have a name, and minimize or maximize as its goal, but is {metric}")
+    metric = {"goal": "minimize"} | metric if isinstance(metric, dict) else {}
+    if not metric.get("name") or metric["goal"] not in ("minimize", "maximize"):
+        raise ValueError(
+            f"metric of {path} must have a name, and minimize or maximize as its goal, but is {content.get('metric')}"
+        )
+    _require_keys(metric, METRIC_KEYS, f"metric of {path}")
     run_cap = content.get("run_cap")
     if run_cap is not None and (not isinstance(run_cap, int) or run_cap < 1):
         raise ValueError(f"run_cap of {path} must be a whole number of at least 1, but is {run_cap}")
@@ -190,6 +203,7 @@ def read_sweep(path: Path) -> Sweep:
         command=_command(content.get("command"), path),
         early_terminate=_stopping(content.get("early_terminate"), path),
         run_cap=run_cap,
+        target=None if metric.get("target") is None else _number("metric", "target", metric["target"]),
     )
 
 
@@ -200,12 +214,20 @@ def _require_keys(content: dict[str, Any], known: tuple[str, ...], what: str) ->
         raise ValueError(f"{what} must have keys of {', '.join(known)}, but has {key}{remedy}")
 
 
-def _parameters(content: dict[str, Any], prefix: str) -> Iterator[Parameter]:
+def _parameters(content: Any, prefix: str) -> Iterator[Parameter]:
+    if not isinstance(content, dict):
+        raise ValueError(f"parameters of {prefix.removesuffix('.')} must have names, but are {content}")
     for name, options in content.items():
         key = f"{prefix}{name}"
         if not isinstance(options, dict):
             raise ValueError(f"{key} must have value, values, or min and max, but is {options}")
+        if (kind := options.get("distribution", "uniform")) not in DISTRIBUTIONS:
+            raise ValueError(
+                f"distribution of {key} must be one of {', '.join(DISTRIBUTIONS)} to be drawn here, but is {kind}"
+            )
         _require_keys(options, PARAMETER_KEYS, key)
+        if {"value", "values"} <= options.keys():
+            raise ValueError(f"{key} must have value or values, but has both")
         if "parameters" in options:
             yield from _parameters(options["parameters"], f"{key}.")
         else:
@@ -219,15 +241,11 @@ def _parameter(key: str, options: dict[str, Any]) -> Parameter:
         if not isinstance(options["values"], list) or not options["values"]:
             raise ValueError(f"values of {key} must be a list, but are {options['values']}")
         return Parameter(key, "categorical", tuple(options["values"]))
-    if not {"min", "max"} <= options.keys():
+    if not {"min", "max"} <= options.keys() or options.get("distribution") in DISTRIBUTIONS[:2]:
         raise ValueError(f"{key} must have value, values, or min and max, but has {', '.join(options) or 'nothing'}")
     low, high, q = (_number(key, name, options.get(name, 1)) for name in ("min", "max", "q"))
     whole = isinstance(low, int) and isinstance(high, int)
     kind = options.get("distribution") or ("int_uniform" if whole else "uniform")
-    if kind not in DISTRIBUTIONS[2:]:
-        raise ValueError(
-            f"distribution of {key} must be one of {', '.join(DISTRIBUTIONS)} to be drawn here, but is {kind}"
-        )
     if kind in ("log_uniform", "q_log_uniform"):
         low, high = math.exp(low), math.exp(high)
     if low >= high or q <= 0 or ("log" in kind and low <= 0) or (kind == "int_uniform" and not whole):

@@ -17,6 +17,8 @@ import lit_llm
 
 PR_SET_PDEATHSIG = 1
 SECONDS_TO_SAVE = 120
+INTERRUPTED = 130
+"""What a training ends with that saved and ended because it was told to."""
 
 
 class TrialRun:
@@ -78,7 +80,10 @@ class TrialRun:
         return (self.folder / "output.txt").read_bytes()[self._said_before :].decode("utf-8", errors="replace")
 
     def last_line(self) -> str:
-        """The last thing it said, since it was started or gone on with."""
+        """What killed it, or the last thing it said, since it was started or gone on with."""
+        if (self.exit_code or 0) < 0:
+            name = signal.Signals(-self.exit_code).name
+            return f"it was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
         lines = self.said().strip().splitlines()
         return lines[-1].removeprefix("lit-llm: error: ") if lines else f"it ended with code {self.exit_code}"
 

@@ -13,13 +13,23 @@ def run(tmp_path):
     """Writes what a finished run leaves that a comparison reads."""
 
     def call(
-        name, value, lr=0.01, seed=1, path="texts/", results=None, steps=(1, 2), model="x.CausalLM", order=0, **data
+        name,
+        value,
+        lr=0.01,
+        seed=1,
+        path="texts/",
+        results=None,
+        steps=(1, 2),
+        model="x.CausalLM",
+        order=0,
+        trainer=None,
+        **data,
     ):
         folder = tmp_path / name
         folder.mkdir(parents=True)
         config = {
             "seed_everything": seed,
-            "trainer": {"max_steps": 2, "logger": {"init_args": {"save_dir": name}}},
+            "trainer": {"max_steps": 2, "logger": {"init_args": {"save_dir": name}}} | (trainer or {}),
             "model": {"class_path": model, "init_args": {"optimizer": {"init_args": {"lr": lr}}}},
             "data": {
                 "class_path": "x.TextData",
@@ -122,6 +132,28 @@ def test_runs_of_different_tasks_are_refused_in_one_line(lit_llm, run, tmp_path)
         f"have with --metric"
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("other", "name"),
+    [
+        ({"trainer": {"limit_val_batches": 2}}, "trainer.limit_val_batches is None"),
+        ({"test_fraction": 0.5}, "data.test_fraction is None"),
+        ({"cleaning": {"near_duplicates": False}}, "data.cleaning.near_duplicates is True"),
+    ],
+)
+def test_runs_that_were_validated_on_other_data_are_refused(lit_llm, run, tmp_path, other, name):
+    folders = (
+        run("a", 1.0, cleaning={"near_duplicates": True}),
+        run("b", 2.0, **{"cleaning": {"near_duplicates": True}} | other),
+    )
+    line = lit_llm("compare", *folders, "--out", tmp_path / "out").last_line
+    assert line.startswith(f"lit-llm: error: runs must be of one task, but {name} in ")
+
+
+def test_how_often_a_run_logs_and_saves_is_no_setting(lit_llm, run, tmp_path):
+    folders = [run(str(n), n, seed=n, trainer={"log_every_n_steps": n}) for n in (1, 2)]
+    assert "| 2 | 1.5000 ± 0.7071 |" in lit_llm("compare", *folders, "--out", tmp_path / "out").out
 
 
 def test_mixtures_of_the_same_corpora_compare_whatever_the_weights(lit_llm, run, tmp_path):

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -256,6 +257,29 @@ def test_a_value_that_no_run_takes_is_named_before_anything_is_trained(sweep, st
     assert started == []
 
 
+@pytest.mark.parametrize("classes", [["lit_llm.optimizers.Muon", "torch.optim.AdamW"], ["torch.optim.AdamW"] * 2])
+def test_an_argument_that_one_of_the_classes_lacks_is_named_before_anything_is_trained(sweep, started, classes):
+    values = {"model.optimizer": {"values": classes}, "model.optimizer.embedding_lr": {"values": [0.1, 0.2]}}
+    line = sweep(parameters=values).last_line
+    assert "must be options of its runs" in line
+    assert "embedding_lr" in line
+    assert started == []
+
+
+def test_a_multiple_of_what_is_no_whole_number_is_tried_as_it_is_drawn(sweep, started):
+    steps = {"distribution": "q_uniform", "min": 0, "max": 20, "q": 5.0}
+    assert (
+        "model.schedule.warmup_steps=0.0 is not: " in sweep(parameters={"model.schedule.warmup_steps": steps}).last_line
+    )
+    assert started == []
+
+
+def test_how_many_trials_has_to_be_said(sweep):
+    line = sweep(None).last_line
+    assert line.startswith("lit-llm: error: --trials must be given where ")
+    assert line.endswith(" has no run_cap, but is not")
+
+
 @pytest.mark.slow
 def test_a_metric_that_no_run_logs_is_named_and_costs_no_second_training(sweep, started, tmp_path):
     outcome = sweep(2, metric={"name": "val/los", "goal": "minimize"})
@@ -294,7 +318,7 @@ def test_a_trial_that_dies_silently_is_not_blamed_for_what_was_said_before(tmp_p
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").write_text("1")
     (tmp_path / "output.txt").write_text("all is well\n")
-    assert trial_run.TrialRun([], tmp_path, 1).last_line() == "it ended with code -9"
+    assert trial_run.TrialRun([], tmp_path, 1).last_line() == "it was killed by SIGKILL (out of memory?)"
 
 
 def test_workers_share_the_cores_and_log_nowhere_else(monkeypatch):
@@ -360,9 +384,60 @@ def test_on_a_terminal_a_bar_ends_however_its_trial_does(sweep, looks, monkeypat
 def test_another_sweep_does_not_go_on_in_the_folder_of_one(sweep, tmp_path):
     assert sweep(1).code == 0
     assert sweep(1, parameters={"seed_everything": {"values": [1, 2]}}).last_line == (
-        f"lit-llm: error: --out must be a new folder or one of this sweep, but {tmp_path / 'out'} holds one with other "
-        f"parameters"
+        f"lit-llm: error: --out must be a new folder or one of this sweep, but {tmp_path / 'out'} holds one with "
+        f"another parameters: Parameter(key='model.optimizer.lr', distribution='log_uniform_values', values=(), "
+        f"low=0.001, high=0.1, q=1)"
     )
+
+
+@pytest.mark.slow
+def test_a_trial_with_other_options_does_not_join_those_without(sweep, tmp_path, started):
+    options = ["--trainer.max_steps", "3"]
+    broken = {"parameters": {"model.network.num_heads": {"values": [3, 2]}}, "method": "grid"}
+    assert sweep(1, more=["--trainer.max_steps", "2"], **broken).code == 2  # nothing is judged yet
+    assert sweep(2, more=options, **broken).code == 0
+    line = sweep(3, **broken).last_line
+    assert line.startswith("lit-llm: error: --out must be a new folder or one of this sweep, but ")
+    assert line.endswith(f" holds one with another command: --config {RUN} --trainer.max_steps 3")
+    assert len(started) == 2
+
+
+@pytest.mark.slow
+def test_a_trial_that_is_stopped_from_outside_is_gone_on_with(sweep, tmp_path, started, monkeypatch):
+    poll = Pretended.poll
+    monkeypatch.setattr(Pretended, "poll", lambda self: poll(self) and None if self.steps < 2 else 130)
+    assert "trial 0 was stopped from outside: the next sweep here goes on with it" in sweep(1).err
+    monkeypatch.setattr(Pretended, "poll", poll)
+    assert sweep(1).code == 0
+    assert [row["state"] for row in rows(tmp_path)] == ["complete"]
+    assert started[1][-2:] == ["--ckpt_path", "last"]
+
+
+@pytest.mark.slow
+def test_a_search_ends_when_its_target_is_reached(sweep, tmp_path):
+    values = {"model.optimizer.lr": {"values": [0.5, 0.01, 0.02]}}
+    metric = {"name": "val/loss", "target": 1.0}
+    assert sweep(None, method="grid", parameters=values, metric=metric).code == 0
+    assert [row["model.optimizer.lr"] for row in rows(tmp_path)] == ["0.5", "0.01"]
+
+
+@pytest.mark.slow
+def test_a_folder_with_signs_of_an_address_in_its_name_is_the_only_one_that_is_written_to(sweep, tmp_path):
+    out = tmp_path / "a 4#x?y%20z"
+    assert sweep(1, more=["--out", out]).code == 0
+    assert (out / "study.db").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {out.name, "sweep.yaml"}
+
+
+@pytest.mark.slow
+def test_what_was_removed_or_damaged_in_a_folder_is_said_or_does_not_matter(sweep, tmp_path):
+    assert sweep(1).code == 0
+    shutil.rmtree(tmp_path / "out/trials/000")
+    assert sweep(2).code == 0
+    (tmp_path / "out/study.db").write_text("nothing of the kind" * 99)
+    line = sweep(2).last_line
+    begin = f"lit-llm: error: --out must hold a whole study.db or none, but {tmp_path / 'out/study.db'} is damaged: "
+    assert line.startswith(begin)
 
 
 def command(tmp_path, tiny, *words):

@@ -98,8 +98,25 @@ def test_text_that_is_a_number_is_read_as_one_and_said(read, caplog):
     [
         ({"method": "hyperopt"}, "method of {path} must be grid, random or bayes, but is hyperopt"),
         (
-            {"metric": {"name": "val/loss"}},
-            "metric of {path} must have a name, and minimize or maximize as its goal, but is {{'name': 'val/loss'}}",
+            {"metric": {"name": "val/loss", "goal": "least"}},
+            "metric of {path} must have a name, and minimize or maximize as its goal, but is "
+            "{{'goal': 'least', 'name': 'val/loss'}}",
+        ),
+        (
+            {"metric": {"name": "a", "gaol": 1}},
+            "metric of {path} must have keys of name, goal, target, but has gaol; did you mean goal?",
+        ),
+        ({"metric": {"name": "a", "target": "low"}}, "target of metric must be a number, but is low"),
+        ({"parameters": {"x": {"parameters": [1]}}}, "parameters of x must have names, but are [1]"),
+        ({"parameters": {"x": {"value": 1, "values": [2]}}}, "x must have value or values, but has both"),
+        (
+            {"parameters": {"x": {"distribution": "categorical", "min": 1, "max": 2}}},
+            "x must have value, values, or min and max, but has distribution, max, min",
+        ),
+        (
+            {"parameters": {"x": {"distribution": "normal", "mu": 1, "sigma": 2}}},
+            "distribution of x must be one of constant, categorical, int_uniform, uniform, q_uniform, log_uniform, "
+            "log_uniform_values, q_log_uniform, q_log_uniform_values to be drawn here, but is normal",
         ),
         ({"parameters": {}}, "--config must be a sweep file, with parameters, but {path} is none"),
         ({"parameters": {"x": 3}}, "x must have value, values, or min and max, but is 3"),
@@ -125,6 +142,10 @@ def test_text_that_is_a_number_is_read_as_one_and_said(read, caplog):
 def test_what_cannot_be_run_is_said_in_one_line(read, tmp_path, content, line):
     with pytest.raises(ValueError, match=exactly(line.format(path=tmp_path / "s.yaml"))):
         read(**content)
+
+
+def test_a_metric_without_a_goal_is_minimised_as_by_wandb(read):
+    assert (read(metric={"name": "val/loss", "target": 0.5}).mode, read().target) == ("min", None)
 
 
 def test_a_misspelt_key_has_a_guess(read):
