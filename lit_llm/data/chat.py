@@ -113,10 +113,11 @@ class Conversations(Rows):
         for message in said:
             if message.get("role") not in ROLES:
                 raise ValueError(f"role must be one of {', '.join(ROLES)}, but is {message.get('role')!r} in {place}")
-            if not isinstance(message.get("content"), str):
-                kind = type(message.get("content")).__name__
+            content = message.get("content")
+            if not isinstance(content, str) and (content is not None or message["role"] != "assistant"):
+                kind = type(content).__name__
                 raise TypeError(f"content must be text, but is {kind} for the {message['role']} in {place}")
-        return [{"role": m["role"], "content": self.cleaning.text(m["content"])} for m in said]
+        return [{"role": m["role"], "content": self.cleaning.text(m.get("content") or "")} for m in said]
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> PreTrainedTokenizerBase:

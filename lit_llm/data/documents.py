@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import itertools
+import json
 import logging
 import re
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -250,7 +251,7 @@ def _table(path: str, files: list[Path], rows: Rows) -> Corpus:
     return Corpus(
         path,
         {"table": stamps(files), **asdict(rows)},
-        lambda limit=None: itertools.islice(_documents(load, rows, path, prefix=files[0].name, split=None), limit),
+        lambda limit=None: itertools.islice(_documents(load, rows, path, files[0].name, None, files), limit),
     )
 
 
@@ -315,7 +316,22 @@ def split_kind(split: str) -> str | None:
     return found and {"train": "train", "test": "test"}.get(found[1], "validation")
 
 
-def _documents(load: Callable[[], Any], rows: Rows, path: str, prefix: str, split: str | None) -> Iterator[Document]:
+def why_unreadable(error: Exception, files: Sequence[Path] = ()) -> str:
+    """What is wrong with tables, in one line: of JSON lines the first that is none, else what their reader says."""
+    for file in files:
+        if file.suffix.lower() == ".jsonl":
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                for number, line in enumerate(lines, 1):
+                    try:
+                        json.loads(line if line.strip() else "0")
+                    except json.JSONDecodeError as wrong:
+                        return f"line {number} of {file.name} is no JSON ({wrong.msg} at character {wrong.pos + 1})"
+    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+
+
+def _documents(
+    load: Callable[[], Any], rows: Rows, path: str, prefix: str, split: str | None, files: Sequence[Path] = ()
+) -> Iterator[Document]:
     remaining: Iterator[Any] | None = None
     while True:
         try:
@@ -324,6 +340,6 @@ def _documents(load: Callable[[], Any], rows: Rows, path: str, prefix: str, spli
         except StopIteration:
             return
         except Exception as error:  # each format's reader raises its own kinds
-            reason = " ".join(str(error.__cause__ or error).split())
+            reason = why_unreadable(error, files)
             raise ValueError(f"data.path must be a table that can be read, but {path} is not: {reason}") from error
         yield Document(f"{prefix}/{number}", rows.text(row, number, path), split)

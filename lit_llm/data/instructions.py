@@ -154,7 +154,9 @@ class InstructionData(TokenData):
         return boundary_id(self.tokenizer) if pad is None else pad
 
     def _check_train(self) -> None:
-        self._check_batch(self.split_rows("train"), "lower it, or give more conversations")
+        self._check_batch(
+            self.split_rows("train"), "lower it, give more conversations, or raise data.seq_len where they are too long"
+        )
 
     # How the cache is made.
 

@@ -13,7 +13,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
 from datasets.utils.logging import set_verbosity
 
-from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind
+from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind, why_unreadable
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +122,7 @@ def open_table(
         return dict(load_dataset(str(where), subset))
     except Exception as error:  # the library raises dozens of kinds
         raise FileNotFoundError(
-            f"data.path must be {kinds}, but is {path!r} (subset {subset!r}): {_reason(error)}"
+            f"data.path must be {kinds}, but is {path!r} (subset {subset!r}): {why_unreadable(error)}"
         ) from error
 
 
@@ -155,7 +155,7 @@ def _load_files(files: list[Path], path: str) -> Dataset:
             options |= {"keep_default_na": False, "na_values": [""]}
         return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     except Exception as error:  # each format's reader raises its own kinds
-        which, reason = files[0] if len(files) == 1 else path, _reason(error)
+        which, reason = files[0] if len(files) == 1 else path, why_unreadable(error, files)
         if "corresponds to no data" in reason or not any(file.stat().st_size for file in files):
             raise ValueError(f"data.path must hold rows, but {which} has none") from error
         raise ValueError(f"data.path must be a table that can be read, but {which} is not: {reason}") from error
@@ -164,10 +164,6 @@ def _load_files(files: list[Path], path: str) -> Dataset:
 def _is_quoted(file: Path) -> bool:
     """Whether quotes in a TSV file enclose cells, as its readers take them; in GLUE's own files they are text."""
     return '"' not in QUOTED_CELL.sub("", file.read_text(encoding="utf-8-sig"))
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
 
 
 def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dict[str, Dataset]:

@@ -194,6 +194,10 @@ BAD = [
         f"an assistant's turn must say something, but is empty in {{place}}; {UNANSWERED}",
     ),
     (
+        messages(("user", "a"), ("assistant", None)),
+        f"an assistant's turn must say something, but is empty in {{place}}; {UNANSWERED}",
+    ),
+    (
         messages(("user", "a"), ("assistant", ""), ("assistant", "b")),
         f"an assistant's turn must say something, but is empty in {{place}}; {UNANSWERED}",
     ),

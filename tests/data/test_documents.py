@@ -281,6 +281,8 @@ def test_a_table_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, name: 
     with pytest.raises(ValueError, match=r"\Adata\.path must be a table that can be read, but [^\n]+\Z") as caught:
         read(path)
     assert f"{path} is not: " in str(caught.value)
+    if name == "broken.jsonl":
+        assert str(caught.value).endswith("line 2 of broken.jsonl is no JSON (Expecting value at character 11)")
 
 
 def test_an_empty_table_has_no_documents_or_is_refused_in_one_line(tmp_path: Path) -> None:

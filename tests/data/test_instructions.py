@@ -348,7 +348,7 @@ def test_other_bad_data_is_refused_in_one_line(tmp_path: Path, chat: Path) -> No
         (
             {"path": chat, "batch_size": 999},
             "data.batch_size must be at most the rows there are to train on, but is 999 on 1 device where the training "
-            f"split of {chat} has {opened(chat).split_rows('train')} rows of 128 tokens; lower it, or give more conversations",
+            f"split of {chat} has {opened(chat).split_rows('train')} rows of 128 tokens; lower it, give more conversations, or raise data.seq_len where they are too long",
         ),
         (
             {"path": chat, "chat_template": "none.jinja"},

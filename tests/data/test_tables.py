@@ -235,6 +235,12 @@ def test_a_table_without_rows_is_said_to_have_none(tmp_path, content) -> None:
         open_table(str(tmp_path / "x.csv"))
 
 
+def test_a_line_that_is_no_json_is_named(tmp_path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a", "label": 1}\n\n{"text": "b", "label": }\n')
+    with pytest.raises(ValueError, match=r"is not: line 3 of x\.jsonl is no JSON \(Expecting value at character 24\)$"):
+        open_table(str(tmp_path / "x.jsonl"))
+
+
 def test_two_columns_of_one_name_are_refused(tmp_path) -> None:
     path = tmp_path / "x.csv"
     path.write_text("text,text,label\na,b,1\n")
