@@ -262,6 +262,7 @@ class TrainingCLI(LightningCLI):
                 options["save_dir"] = str(self.run_dir)
             if options is not None and {"id", "resume"} <= vars(options).keys() and options["id"] is None:
                 options["id"], options["resume"] = run_folder.wandb_id(self.run_dir), "allow"
+                os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # else it is silent for a minute and a half
 
     def _starts_from_weights(self, config: Any) -> bool:
         """Whether no checkpoint is meant: in a training, and where a model directory outside of a run is evaluated."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import time
 
 import pytest
@@ -58,7 +59,9 @@ def test_a_run_that_wandb_refuses_leaves_nothing(lit_llm, tiny, tmp_path, monkey
         raise UsageError("No API key configured.")
 
     monkeypatch.setattr("wandb.init", refused)
+    monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
     outcome = lit_llm("fit", *tiny, "--config", OVERLAY, "--run_dir", tmp_path / "run")
+    assert os.environ["WANDB_INIT_TIMEOUT"] == "30"
     assert outcome.code == 2
     assert outcome.last_line.startswith("lit-llm: error: W&B must be reachable with an account, but is not (No API key")
     assert not (tmp_path / "run").exists()
