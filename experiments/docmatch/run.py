@@ -34,12 +34,14 @@ class Way:
     Args:
         text: What it is.
         flags: The run file, and what differs.
-        start: What it begins with: `minilm`, `masked` (a language model that is trained first), or nothing.
+        start: What it begins with: `minilm`, `masked` (a language model that is trained first, once), or nothing.
+        seeds: With how many of the seeds it is trained.
     """
 
     text: str
     flags: Flags
     start: str = ""
+    seeds: int = 1
 
 
 WAYS = {
@@ -59,7 +61,7 @@ WAYS = {
         "small, from zero, first position",
         {"config": SMALL, "model.network": FIRST_POSITION, "model.optimizer.lr": 0.0005},
     ),
-    "small_tokens": Way("small, from zero, tokens compared", {"config": SMALL}),
+    "small_tokens": Way("small, from zero, tokens compared", {"config": SMALL}, seeds=3),
     "small_dropout": Way(
         "the same, one token in ten left out of what is trained on",
         {"config": SMALL, "data.augmentation.dropout": 0.1},
@@ -68,6 +70,7 @@ WAYS = {
         "small, from its masked language model, tokens compared",
         {"config": SMALL, "model.network.config": "null"},
         "masked",
+        seeds=3,
     ),
 }
 
@@ -78,7 +81,7 @@ def main(words: list[str] | None = None) -> None:
     found: dict[str, list[Found]] = {}
     for name in options.ways:
         folders = [folder for of, folder in options.run if of == name]
-        folders = folders or [trained(name, seed, options, more) for seed in options.seeds]
+        folders = folders or [trained(name, seed, options, more) for seed in options.seeds[: WAYS[name].seeds]]
         found[name] = [outcome(folder) for folder in folders]
         print(f"{name}: {', '.join(format(one['validation'], '.4f') for one in found[name])}", flush=True)
     write_table("encoders", table(found, options), options.readme)
@@ -86,7 +89,7 @@ def main(words: list[str] | None = None) -> None:
 
 def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
     """The command line: our own options, and those of the package."""
-    made = trainings.parser(__doc__, HERE, seeds=(1337,), threads=1)
+    made = trainings.parser(__doc__, HERE, seeds=(1337, 1338, 1339), threads=1)
     made.add_argument("--ways", type=ways, default=[*WAYS], help=f"some of {', '.join(WAYS)}")
     made.add_argument("--run", type=way_and_folder, action="append", default=[], help="WAY=DIR, a run that was made")
     made.add_argument("--minilm", type=trainings.whole_path, help="a model directory; by default the package's")
@@ -114,8 +117,8 @@ def trained(name: str, seed: int, options: argparse.Namespace, more: list[str]) 
     way, folder = WAYS[name], options.work / f"{name}-{seed}"
     start: Flags = {"seed_everything": seed}
     if way.start == "masked":
-        masked = options.work / f"masked-{seed}"
-        trainings.fit({"config": CONFIGS / "pretraining" / "modernbert_stdlib.yaml"} | start, masked, options, *more)
+        masked, flags = options.work / f"masked-{options.seeds[0]}", {"seed_everything": options.seeds[0]}
+        trainings.fit({"config": CONFIGS / "pretraining" / "modernbert_stdlib.yaml"} | flags, masked, options, *more)
         start |= {"model.network.path": masked, "data.tokenizer": masked / "model"}
     elif way.start == "minilm":
         start |= {"model.network.path": options.minilm or trainings.minilm()}
