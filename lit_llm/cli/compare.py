@@ -186,14 +186,14 @@ def read_run(folder: Path) -> Finished:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"RUN must be the folder of a finished run, but files of {folder} are not whole") from error
-    return Finished(folder, dict(_dotted(config)), results)
+    return Finished(folder, dict(dotted(config)), results)
 
 
-def _dotted(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def dotted(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """A config by the names that its options have on the command line.
 
     Example:
-        >>> dict(_dotted({"data": {"class_path": "x.Text", "init_args": {"path": "a/"}}, "seed": 1}))
+        >>> dict(dotted({"data": {"class_path": "x.Text", "init_args": {"path": "a/"}}, "seed": 1}))
         {'data': 'x.Text', 'data.path': 'a/', 'seed': 1}
 
     The weights of a mixture of corpora are one value.
@@ -202,9 +202,9 @@ def _dotted(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         if name == "class_path":
             yield prefix.rstrip("."), value
         elif name == "init_args" and isinstance(value, dict):
-            yield from _dotted(value, prefix)
+            yield from dotted(value, prefix)
         elif isinstance(value, dict) and f"{prefix}{name}" != "data.path":
-            yield from _dotted(value, f"{prefix}{name}.")
+            yield from dotted(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
 

@@ -1,0 +1,70 @@
+"""Whether the runs of a sweep take what it varies, asked before anything is trained."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import io
+import sys
+from typing import Any
+
+from lit_llm.cli import main
+from lit_llm.cli.compare import dotted
+from lit_llm.cli.sweep_file import Sweep, written
+
+
+def require_options(plan: Sweep, more: list[str]) -> None:
+    """Refuses a key that no run config has, or a value that it does not take.
+
+    Args:
+        plan: The sweep.
+        more: Further words of each run.
+
+    Raises:
+        ValueError: Naming the key and the value.
+    """
+    values = {parameter.key: parameter.extremes() for parameter in plan.parameters}
+    # All together, which is quick; where that fails one by one, which names what is wrong.
+    count = max(map(len, values.values()))
+    together = [{key: each[:n][-1] for key, each in values.items()} for n in range(1, 1 + count)]
+    lines = [_parsed([*plan.words(settings), *more])[1] for settings in together]
+    if not any(lines):
+        return
+    first = {key: each[0] for key, each in values.items()}
+    base, line = _parsed([*plan.words({}), *more])
+    if line:
+        raise ValueError(f"command of {plan.path} must be one that lit-llm fit takes, but is not: {line}")
+    # A key on its own may lack the class that it is an argument of: each is tried with those before it.
+    for number, key in enumerate(first, 1):
+        settings = {name: first[name] for name in list(first)[:number]}
+        for value in values[key]:
+            _, line = _parsed([*plan.words(settings | {key: value}), *more])
+            if line:
+                known = sorted(dict(dotted(base)))
+                close = difflib.get_close_matches(key, known, n=1)
+                guess = f"; did you mean {close[0]}?" if close and close[0] != key else ""
+                raise ValueError(
+                    f"parameters of {plan.path} must be options of its runs, but {key}={written(value)} is not: "
+                    f"{line.split('; did you mean')[0]}{guess}"
+                )
+    settings, line = next((settings, line) for settings, line in zip(together, lines, strict=True) if line)
+    raise ValueError(
+        f"parameters of {plan.path} must be options of its runs together, but "
+        f"{' '.join(f'{key}={written(value)}' for key, value in settings.items())} are not: {line}"
+    )
+
+
+def _parsed(words: list[str]) -> tuple[Any, str]:
+    """The config that the words of `lit-llm fit` come to, or what is wrong with them."""
+    import yaml
+
+    out, err, before = io.StringIO(), io.StringIO(), sys.argv
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            main(["fit", *words, "--print_config"])
+    except SystemExit as end:
+        if end.code:
+            return None, err.getvalue().strip().splitlines()[-1].removeprefix("lit-llm: error: ")
+    finally:
+        sys.argv = before
+    return yaml.safe_load(out.getvalue()), ""
