@@ -9,6 +9,7 @@ import argparse
 import json
 import statistics
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,15 @@ GRID = [
 TINY = [{"d_model": d, "num_layers": 1, "batch_size": b, "seq_len": 32} for d, b in ((32, 2), (32, 4), (64, 4))]
 """For the test."""
 
-GOALS = {"memory": 0.10, "time": 0.15}
+DEVICES = 2
+STRATEGIES = {
+    "ddp": ("ddp", []),
+    "fsdp": ("fsdp", []),
+    "fsdp, checkpointed": ("fsdp", ["--model.network.activation_checkpointing=true"]),
+}
+"""By the names of rows, what is planned and its overlay, and further flags."""
+
+GOALS = {"memory": 0.10, "strategies": 0.10, "time": 0.15}
 MEMORY_STEPS = 6
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Has the C library map each tensor by itself and hand it back when it is freed."""
@@ -48,7 +57,7 @@ def main(words: list[str] | None = None) -> None:
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=["memory", "time"], help="leave the other out")
+    parser.add_argument("--only", choices=list(TABLES), help="leave the others out")
     parser.add_argument("--width", type=int, nargs="+", help="leave settings of other widths out")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each setting whose time is measured")
     parser.add_argument("--threads", type=int, default=2)
@@ -63,8 +72,8 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def plan_words(setting: dict[str, int], out: Path, precision: str, steps: int) -> list[str]:
-    """`lit-llm plan --probe` of one setting of the grid."""
+def plan_words(setting: dict[str, int], out: Path, precision: str, steps: int, more: Sequence[str] = ()) -> list[str]:
+    """`lit-llm plan --probe` of one setting of the grid, with more flags."""
     flags = {
         "config": CONFIG,
         "json": out,
@@ -77,16 +86,18 @@ def plan_words(setting: dict[str, int], out: Path, precision: str, steps: int) -
         "trainer.precision": precision,
     }
     given = [f"--{name}={value}" for name, value in flags.items()]
-    return [sys.executable, "-m", "lit_llm", "plan", *given, "--probe", str(steps)]
+    return [sys.executable, "-m", "lit_llm", "plan", *given, *more, "--probe", str(steps)]
 
 
-def probed(setting: dict[str, int], options: argparse.Namespace, steps: int, **surroundings: str) -> Found | None:
+def probed(
+    setting: dict[str, int], options: argparse.Namespace, steps: int, more: Sequence[str] = (), **surroundings: str
+) -> Found | None:
     """The plan of one setting with a probe of so many steps, in a process of its own."""
     name = "-".join(map(str, setting.values()))
     out, log = options.work / f"{name}.json", options.work / f"{name}.log"
     out.unlink(missing_ok=True)
-    words, env = plan_words(setting, out, options.precision, steps), environment(options.work, options.threads)
-    run_child(words, env | surroundings, log)
+    words = plan_words(setting, out, options.precision, steps, more)
+    run_child(words, environment(options.work, options.threads) | surroundings, log)
     if out.exists():
         return json.loads(out.read_text())
     print(f"{name}: failed: {last_words(log)} (all of it: {log})", flush=True)
@@ -96,6 +107,18 @@ def probed(setting: dict[str, int], options: argparse.Namespace, steps: int, **s
 def measured_memory(setting: dict[str, int], options: argparse.Namespace) -> list[Found]:
     """A setting's plan, with the probe's memory where all that is freed is handed back, and where it is kept."""
     runs = [probed(setting, options, MEMORY_STEPS, **surroundings) for surroundings in (MAPPED, {})]
+    return runs if all(runs) else []
+
+
+def measured_strategies(setting: dict[str, int], options: argparse.Namespace) -> list[Found]:
+    """Plans of two processes, with what the first of them takes; of every fourth setting."""
+    if options.grid.index(setting) % 4 != 2:
+        return []
+    among = [f"--trainer.devices={DEVICES}", "--trainer.accelerator=cpu", "--devices", str(DEVICES)]
+    overlays = [
+        [f"--config={REPOSITORY / 'configs/strategy' / name}.yaml", *more] for name, more in STRATEGIES.values()
+    ]
+    runs = [probed(setting, options, MEMORY_STEPS, [*overlay, *among], **MAPPED) for overlay in overlays]
     return runs if all(runs) else []
 
 
@@ -133,6 +156,27 @@ def memory_table(found: list[tuple[dict[str, int], list[Found]]], options: argpa
         "",
         f"{verdict('memory', worst)}. A heap that keeps what is freed holds {min(holes):.0%} to {max(holes):.0%} more.",
     ]
+
+
+def strategies_table(found: list[tuple[dict[str, int], list[Found]]], options: argparse.Namespace) -> list[str]:
+    """Planned and measured bytes of several processes as Markdown."""
+    lines = [
+        f"{DEVICES} processes, {options.threads} threads, {options.precision}, {MEMORY_STEPS} steps. The bytes of the "
+        "first process, freed tensors handed back; the batch is that of each.",
+        "",
+        "| | width × layers | batch | planned | measured | planned is off |",
+        "| --- | --- | --- | ---: | ---: | ---: |",
+    ]
+    worst = 0.0
+    for setting, runs in found:
+        for (name, (strategy, _)), run in zip(STRATEGIES.items(), runs, strict=True):
+            planned, taken = run["memory"]["as configured"][strategy]["peak"], run["probe"]["peak"]
+            worst = max(worst, abs(planned / taken - 1))
+            lines.append(
+                f"| {name} | {named(setting)} | {planned / 2**20:,.0f} MiB | {taken / 2**20:,.0f} MiB | "
+                f"{planned / taken - 1:+.1%} |"
+            )
+    return [*lines, "", f"{verdict('strategies', worst)}."] if found else ["Too little was measured."]
 
 
 def time_table(found: list[tuple[dict[str, int], list[Found]]], options: argparse.Namespace) -> list[str]:
@@ -197,7 +241,11 @@ def calibrated(first: Any, last: Any) -> tuple[float, float]:
     return (s1 + s2) / (f1 + f2), 0.0
 
 
-TABLES = {"memory": (measured_memory, memory_table), "time": (measured_time, time_table)}
+TABLES = {
+    "memory": (measured_memory, memory_table),
+    "strategies": (measured_strategies, strategies_table),
+    "time": (measured_time, time_table),
+}
 
 if __name__ == "__main__":
     main()

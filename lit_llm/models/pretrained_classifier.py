@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -162,6 +162,15 @@ class PretrainedClassifier(Pretrained):
             )
         if text.pad_token_id is None:
             text.pad_token_id = self.model.config.get_text_config().pad_token_id = padding
+
+    def recall_tokens(self, config: Mapping[str, Any]) -> None:
+        """What `read_tokens_of` had learnt when a checkpoint was made, from the config that this holds.
+
+        A network that is made from a path again, to be evaluated, knows only what the path says.
+        """
+        text = self.config.get_text_config()
+        if text.pad_token_id is None:
+            text.pad_token_id = self.model.config.get_text_config().pad_token_id = config.get("pad_token_id")
 
     @property
     def image_shape(self) -> Shape:

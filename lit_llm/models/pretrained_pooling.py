@@ -266,6 +266,12 @@ class PairClassifier(PooledClassifier):
             )
         self.config.sep_token_id = self.model.config.sep_token_id = tokenizer.sep_token_id
 
+    def recall_tokens(self, config: Mapping[str, Any]) -> None:
+        """As `PretrainedClassifier.recall_tokens`; and which token stands between two texts."""
+        super().recall_tokens(config)
+        if (separator := config.get("sep_token_id")) is not None:
+            self.config.sep_token_id = self.model.config.sep_token_id = separator
+
 
 def _mean(x: Float[Tensor, "batch seq features"], mask: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch features"]:
     """Over the tokens whose mask is 1; 0 where none is."""

@@ -414,8 +414,11 @@ class Objective(Averaged):
         first = self._trainer is None or self.trainer.is_global_zero  # the sum of all processes counts once
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0)) if first else (0.0, 0.0)
         self._require_images_of(checkpoint.get("image_shape"))
+        arguments = (checkpoint.get("network") or {}).get("init_args") or {}
         for network in self.networks:
             replay(network, checkpoint.get("compression", []))
+            if hasattr(network, "recall_tokens"):
+                network.recall_tokens(arguments.get("config") or {})
         self._require_same_zero(checkpoint.get("zero"))
         self.agree_on_average(checkpoint)
         own, stored = self.state_dict(keep_vars=True), checkpoint["state_dict"]

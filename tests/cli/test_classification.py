@@ -12,6 +12,7 @@ import yaml
 from transformers import AutoModelForSequenceClassification
 
 from lit_llm.checkpoints import save_model
+from lit_llm.data.tokenizer import train_bert_bpe
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT, example
 from tests.writing import REPOSITORY
@@ -104,3 +105,41 @@ def test_a_run_from_weights_alone_has_their_tokeniser_ever_after(lit_llm, review
         outcome = lit_llm(*command, "--run_dir", second)
         assert outcome.code == 0, outcome.err
     assert (second / "model/tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        (
+            "PairClassifier",
+            {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2},
+        ),
+        ("PretrainedClassifier", {"model_type": "gpt2", "n_embd": 16, "n_head": 2, "pad_token_id": None}),
+    ],
+)
+def test_what_a_config_does_not_say_of_tokens_is_known_in_an_evaluation_too(lit_llm, tmp_path, name, kind) -> None:
+    """Where one text ends, or where a row does: a path's config may leave it out."""
+    lines = [
+        f"some words {row},{'some' if row % 3 else 'other words that are longer'} {row},{row % 2}" for row in range(60)
+    ]
+    table = tmp_path / "pairs.csv"
+    table.write_text("\n".join(["first,second,label", *lines]))
+    start, run = tmp_path / "start", tmp_path / "run"
+    tokenizer = train_bert_bpe(lines, 300)
+    save_model(start, PretrainedClassifier(2, config={**kind, "num_hidden_layers": 1, "vocab_size": 300}), tokenizer)
+    content = json.loads((start / "config.json").read_text())
+    known = {key: value for key, value in content.items() if key not in ("sep_token_id", "pad_token_id")}
+    (start / "config.json").write_text(json.dumps(known))
+    words = ["--model.network", f"lit_llm.models.pretrained_{'pooling' if 'Pair' in name else 'classifier'}.{name}"]
+    words += ["--model.network.path", start, "--data.path", table, "--data.text", "first", "--data.text_pair", "second"]
+    words += ["--data.validation_fraction", "0.3", "--trainer.max_steps", "3", "--trainer.val_check_interval", "3"]
+    words += ["--trainer.precision", "32-true", "--data.batch_size", "4", "--test_after_fit", "false"]
+    words += ["--model.optimizer.lr", "0.02", "--model.schedule.warmup_steps", "0"]
+    config = REPOSITORY / "configs/finetuning/encoder_pairs.yaml"
+    outcome = lit_llm("fit", "--config", config, *words, "--run_dir", run)
+    assert outcome.code == 0, outcome.err
+    fitted = json.loads((run / "results.json").read_text())["val/loss"]
+    outcome = lit_llm("validate", "--run_dir", run)
+    assert outcome.code == 0, outcome.err
+    found = dict(line.split() for line in outcome.out.splitlines() if line.startswith("val/"))
+    assert found["val/loss"] == f"{fitted:.4f}"

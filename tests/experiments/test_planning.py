@@ -32,6 +32,17 @@ def test_memory_is_judged_where_freed_tensors_are_handed_back():
     assert places("planning", "planning-memory") == 1
 
 
+def test_memory_of_several_processes_is_judged_by_the_strategy_that_they_took():
+    options = planning.parsed([])
+    plans = {name: {"peak": peak} for name, peak in (("ddp", 110), ("fsdp", 80))}
+    runs = [{"memory": {"as configured": plans}, "probe": {"peak": 100}}] * len(planning.STRATEGIES)
+    lines = planning.strategies_table([(planning.GRID[2], runs)], options)
+    assert [line.split(" | ")[-1] for line in lines[4:-2]] == ["+10.0% |", "-20.0% |", "-20.0% |"]
+    assert lines[-1] == "strategies: at most 20.0% off, goal 10%: **missed**."
+    assert planning.measured_strategies(planning.GRID[0], options) == []
+    assert places("planning", "planning-strategies") == 1
+
+
 def test_a_setting_of_the_grid_is_planned_and_probed_by_the_command_line(lit_llm, tmp_path, texts):
     words = planning.plan_words(planning.TINY[0], tmp_path / "plan.json", "32-true", 4)[3:]
     few = ["--data.path", texts, "--data.tokenizer", "bytes", "--data.validation_fraction", "0.1"]
