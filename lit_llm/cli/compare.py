@@ -34,9 +34,9 @@ TASK = (
     *("data", "data.path", "data.subset", "data.task", "data.column", "data.split_by", "data.max_documents"),
     *("data.validation_fraction", "data.test_fraction", "data.unanswered", "data.overlong"),
 )
-BATCHES = {"val": "trainer.limit_val_batches", "test": "trainer.limit_test_batches"}
+LIMITS = ("trainer.limit_val_batches", "trainer.limit_test_batches")
 OF_TOKENS = ("data.tokenizer",)
-"""What runs must share to be compared, to be compared on a split, and to be compared by a metric that counts tokens."""
+"""What runs must share to be compared: the data, how much of it was read, and for a metric that counts tokens those."""
 
 LOSSES = ("loss", "perplexity", "bits_per_byte")
 """Metrics that mean what the objective minimises."""
@@ -231,9 +231,11 @@ def _shared_metric(runs: list[Finished]) -> str:
 
 
 def _require_one_task(runs: list[Finished], metric: str) -> None:
-    limit = BATCHES.get(metric.partition("/")[0])
-    shared = [*TASK, *([limit] if limit else []), *(() if metric.endswith("bits_per_byte") else OF_TOKENS)]
-    shared += [name for name in runs[0].settings if name.startswith("data.cleaning.")]
+    loses_text = any(str(run.settings.get(name)).startswith("bert-uncased-") for run in runs for name in OF_TOKENS)
+    shared = [*TASK, *LIMITS, *(() if metric.endswith("bits_per_byte") and not loses_text else OF_TOKENS)]
+    shared += dict.fromkeys(name for run in runs for name in run.settings if name.startswith("data.cleaning."))
+    if any(isinstance(run.settings.get(name), int) for run in runs for name in LIMITS):  # so many batches
+        shared.append("data.batch_size")
     for other in runs:
         if other.figure(metric) is None:
             known = ", ".join(sorted(n for n in other.results if n.startswith(("val/", "test/")))) or "none"
@@ -241,15 +243,17 @@ def _require_one_task(runs: list[Finished], metric: str) -> None:
         if metric.rpartition("/")[2] in LOSSES:
             _require_one_objective(runs[0], other)
         for name in shared:
-            here, there = (_evaluated(run.settings.get(name)) for run in (runs[0], other))
+            here, there = (_evaluated(name, run.settings.get(name)) for run in (runs[0], other))
             if here != there:
                 raise ValueError(
                     f"runs must be of one task, but {name} is {here} in {runs[0].folder} and {there} in {other.folder}"
                 )
 
 
-def _evaluated(value: Any) -> Any:
+def _evaluated(name: str, value: Any) -> Any:
     """What a setting means for an evaluation: of a mixture of corpora the sources, of which all is read."""
+    if name in LIMITS:  # 1 is one batch, 1.0 all of them
+        return "all batches" if value is None or (isinstance(value, float) and value == 1) else value
     return corpus_name(value) if isinstance(value, dict) else value
 
 

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -123,20 +124,28 @@ def _study(plan: Sweep, out: Path, more: list[str]) -> Any:
             load_if_exists=True,
         )
     except DatabaseError as error:
-        raise ValueError(f"--out must hold a whole study.db or none, but {path} is damaged: {error.orig}") from error
+        raise ValueError(
+            f"--out must hold a study.db that can be read or none, but {path} cannot: {error.orig}"
+        ) from error
     described = {
         "parameters": [str(parameter) for parameter in plan.parameters],
         "goal": plan.mode,
         "metric": plan.metric,
         "command": [*plan.words({}), *more],
     }
-    judged = any(trial.value is not None for trial in study.get_trials(deepcopy=False))
+    trials = study.get_trials(deepcopy=False)
+    free = {  # while there is nothing that it would be wrong of
+        "metric": all(trial.value is None for trial in trials),
+        "command": all(trial.state.name in ("FAIL", "WAITING") for trial in trials),
+    }
     for name, value in described.items():
         before = study.user_attrs.get(name, value)
-        if before != value and (judged or name in ("parameters", "goal")):
+        if before != value and not free.get(name):
+            other = "other" if name == "parameters" else "another"
+            what = f" ({shlex.join(before)})" if name == "command" else ""
             raise ValueError(
-                f"--out must be a new folder or one of this sweep, but {out} holds one with another {name}: "
-                f"{' '.join(map(str, before)) if isinstance(before, list) else before}"
+                f"--out must be a new folder or one of this sweep, but {out} holds one with {other} {name}{what}; "
+                f"take a new one"
             )
         study.set_user_attr(name, value)
     return study
@@ -164,34 +173,46 @@ class _Search:
 
     def go_on(self, number: int) -> None:
         """Takes up the trials that were running, and adds new ones until there are so many in all."""
-        from optuna.trial import Trial
+        from optuna.trial import Trial, TrialState
 
         if self.plan.method == "grid":
             self._queue_the_grid(number)
-        cut = [Trial(self.study, trial._trial_id) for trial in self.trials("RUNNING")]
+        cut = []
+        for trial in (Trial(self.study, trial._trial_id) for trial in self.trials("RUNNING")):
+            if "stopped" in trial.user_attrs:  # it fell behind, and the sweep ended before it did
+                self.study.tell(trial, state=TrialState.PRUNED)
+            else:
+                cut.append(trial)
         ended = len(self.trials("COMPLETE", "PRUNED", "FAIL"))
         try:
             with SweepProgress(self.plan.metric, max(number, self._begun()), ended) as self.progress:
                 while True:
-                    while len(self.running) < self.workers and (cut or self._wants_more(number)):
+                    while len(self.running) < self.workers and (
+                        cut or (self._begun() < number and not self._reached())
+                    ):
                         self._start(cut.pop(0) if cut else self._next())
                     if not self.running:
+                        if self._begun() < number:
+                            self.progress.say(f"{self.plan.metric} has reached {self.plan.target}, its target")
                         return
                     time.sleep(SECONDS_BETWEEN_LOOKS)
                     for trial, process in list(self.running.values()):
                         self._look_at(trial, process)
                     self.progress.look()
         except BaseException:
-            for _, process in self.running.values():
-                process.interrupt()
+            for trial, process in self.running.values():
+                if "stopped" not in trial.user_attrs:  # it has been told; once more, and it would not save
+                    process.interrupt()
             for _, process in self.running.values():
                 process.wait()
             raise
 
-    def _wants_more(self, number: int) -> bool:
+    def _reached(self) -> bool:
+        """Whether the best is as good as the file wants it."""
         best, target = self._best(), self.plan.target
-        reached = best and target is not None and (best[0].value - target) * (1 if self.plan.mode == "max" else -1) >= 0
-        return self._begun() < number and not reached
+        return (
+            bool(best) and target is not None and (best[0].value - target) * (1 if self.plan.mode == "max" else -1) >= 0
+        )
 
     def _begun(self) -> int:
         return len(self.trials()) - len(self.trials("WAITING"))
@@ -305,7 +326,8 @@ class _Search:
         rows = []
         for trial in self.trials("COMPLETE", "PRUNED", "FAIL"):
             settings = trial.user_attrs.get("settings", {})
-            value = figure_of(self.folder(trial.number), self.plan.metric)
+            complete = trial.state.name == "COMPLETE"
+            value = trial.value if complete else figure_of(self.folder(trial.number), self.plan.metric)
             rows.append([trial.number, trial.state.name.lower(), value, *(written(settings.get(key)) for key in keys)])
         write_table(self.out / "trials.csv", ["trial", "state", self.plan.metric, *keys], rows)
         best = self._best()
@@ -323,13 +345,19 @@ class _Search:
         self._write_tables()
         best = self._best()
         if not best:
+            if self.trials("RUNNING"):
+                raise ValueError(
+                    "a sweep must have a trial that comes to its end, but has none that was not stopped from outside; "
+                    "the same command goes on with them"
+                )
             failed = self.trials("FAIL")
             error = failed[-1].user_attrs.get("error") if failed else "all were stopped early"
             raise ValueError(f"a sweep must have a trial that comes to its end, but has none; the last: {error}")
         draw(self.study, self.plan.metric, self.out, SEED)
         print(f"{'best trial':<22}{self.folder(best[0].number)}")
         print(f"{self.plan.metric:<22}{best[0].value:.4f}")
-        print(f"{'its run file':<22}{self.out / 'best.yaml'}")
+        if (self.out / "best.yaml").is_file():
+            print(f"{'its run file':<22}{self.out / 'best.yaml'}")
 
     def say_whether_seeds_matter(self, seeds: int) -> None:
         """Says in one line whether the best differs from the runner-up by more than seeds do."""
@@ -358,6 +386,10 @@ class _Search:
             self.progress.ended += 1
         else:
             words = [*self.plan.words(trial.user_attrs["settings"]), *self.more, "--seed_everything", str(seed)]
+            if not (self.folder(trial.number) / "config.yaml").is_file():
+                raise ValueError(
+                    f"--seeds must find the trials that it compares, but {self.folder(trial.number)} is gone"
+                )
             if "data.seed" in read_run(self.folder(trial.number)).settings:
                 words += ["--data.seed", str(seed)]
             process = TrialRun(words, folder, self.threads)
@@ -373,8 +405,11 @@ class _Search:
                 raise
             self.progress.end(name)
             value = figure_of(folder, self.plan.metric)
+            if process.exit_code == INTERRUPTED:
+                raise ValueError(f"{name} must come to its end, but was stopped; the same command goes on with it")
             if process.exit_code or value is None or not math.isfinite(value):
-                raise ValueError(f"trial {trial.number} must train with seed {seed} too, but {process.last_line()}")
+                reason = process.last_line() if process.exit_code else f"its {self.plan.metric} is {value}"
+                raise ValueError(f"trial {trial.number} must train with seed {seed} too, but {reason}")
             self.study.set_user_attr(done, value)
             log.info(f"{name}: {self.plan.metric} {value:.4f}")
         return self.study.user_attrs[done]

@@ -69,13 +69,24 @@ class Parameter:
         if self.distribution == "q_uniform":
             low, high = self.extremes()
             draw = trial.suggest_int if isinstance(self.q, int) else trial.suggest_float
-            return draw(self.key, low, high, step=self.q)
+            return self._rounded(draw(self.key, low, high, step=self.q))
         drawn = trial.suggest_float(self.key, low, high, log="log" in self.distribution)
         return self._rounded(drawn) if self.distribution.startswith("q_") else drawn
 
+    @property
+    def _multiples(self) -> tuple[int, int]:
+        """The smallest and the largest multiple of `q` in the range, in units of it."""
+        return math.ceil(self.low / self.q - 1e-9), math.floor(self.high / self.q + 1e-9)  # 0.3 / 0.1 is below 3
+
+    def _times_q(self, number: int) -> int | float:
+        return (
+            number * self.q if isinstance(self.q, int) else float(f"{number * self.q:.12g}")
+        )  # not 0.30000000000000004
+
     def _rounded(self, drawn: int | float) -> int | float:
         """The multiple of `q` that is next to a value, within the range."""
-        return min(max(round(drawn / self.q), math.ceil(self.low / self.q)), math.floor(self.high / self.q)) * self.q
+        first, last = self._multiples
+        return self._times_q(min(max(round(drawn / self.q), first), last))
 
     def extremes(self) -> tuple[Any, ...]:
         """All values that are listed, or the ends of the range, of the type that is drawn."""
@@ -97,8 +108,8 @@ class Parameter:
         if self.distribution == "int_uniform":
             return tuple(range(int(self.low), int(self.high) + 1))
         if self.distribution == "q_uniform":
-            first, last = math.ceil(self.low / self.q), math.floor(self.high / self.q)
-            return tuple(number * self.q for number in range(first, last + 1))
+            first, last = self._multiples
+            return tuple(map(self._times_q, range(first, last + 1)))
         raise ValueError(
             f"{self.key} must have values that can be counted in a grid, but has a {self.distribution}; "
             f"list its values, or take the method random"
@@ -215,13 +226,13 @@ def _require_keys(content: dict[str, Any], known: tuple[str, ...], what: str) ->
 
 
 def _parameters(content: Any, prefix: str) -> Iterator[Parameter]:
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not content:
         raise ValueError(f"parameters of {prefix.removesuffix('.')} must have names, but are {content}")
     for name, options in content.items():
         key = f"{prefix}{name}"
         if not isinstance(options, dict):
             raise ValueError(f"{key} must have value, values, or min and max, but is {options}")
-        if (kind := options.get("distribution", "uniform")) not in DISTRIBUTIONS:
+        if (kind := options.get("distribution") or "uniform") not in DISTRIBUTIONS:
             raise ValueError(
                 f"distribution of {key} must be one of {', '.join(DISTRIBUTIONS)} to be drawn here, but is {kind}"
             )
@@ -241,7 +252,9 @@ def _parameter(key: str, options: dict[str, Any]) -> Parameter:
         if not isinstance(options["values"], list) or not options["values"]:
             raise ValueError(f"values of {key} must be a list, but are {options['values']}")
         return Parameter(key, "categorical", tuple(options["values"]))
-    if not {"min", "max"} <= options.keys() or options.get("distribution") in DISTRIBUTIONS[:2]:
+    if (listed := options.get("distribution")) in DISTRIBUTIONS[:2]:
+        raise ValueError(f"{key} must have value or values for the distribution {listed}, but has none")
+    if not {"min", "max"} <= options.keys():
         raise ValueError(f"{key} must have value, values, or min and max, but has {', '.join(options) or 'nothing'}")
     low, high, q = (_number(key, name, options.get(name, 1)) for name in ("min", "max", "q"))
     whole = isinstance(low, int) and isinstance(high, int)
@@ -251,9 +264,10 @@ def _parameter(key: str, options: dict[str, Any]) -> Parameter:
     if low >= high or q <= 0 or ("log" in kind and low <= 0) or (kind == "int_uniform" and not whole):
         rule = "whole numbers" if kind == "int_uniform" else "positive" if "log" in kind else "numbers"
         raise ValueError(f"min and max of {key} must be {rule}, the smaller first, but are {low} and {high} (q {q})")
-    if kind.startswith("q_") and math.ceil(low / q) > math.floor(high / q):
+    made = Parameter(key, kind, (), low, high, q)
+    if kind.startswith("q_") and made._multiples[0] > made._multiples[1]:
         raise ValueError(f"min and max of {key} must have a multiple of q between them, but are {low}, {high} (q {q})")
-    return Parameter(key, kind, (), low, high, q)
+    return made
 
 
 def _number(key: str, name: str, value: Any) -> float | int:

@@ -82,8 +82,8 @@ class TrialRun:
     def last_line(self) -> str:
         """What killed it, or the last thing it said, since it was started or gone on with."""
         if (self.exit_code or 0) < 0:
-            name = signal.Signals(-self.exit_code).name
-            return f"it was killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}"
+            name, number = signal.strsignal(-self.exit_code), -self.exit_code
+            return f"it was ended by signal {number}, {name}{'; out of memory?' if number == signal.SIGKILL else ''}"
         lines = self.said().strip().splitlines()
         return lines[-1].removeprefix("lit-llm: error: ") if lines else f"it ended with code {self.exit_code}"
 

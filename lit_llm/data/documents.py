@@ -320,7 +320,7 @@ def why_unreadable(error: Exception, files: Sequence[Path] = ()) -> str:
     """What is wrong with tables, in one line: of JSON lines the first that is none, else what their reader says."""
     for file in files:
         if file.suffix.lower() == ".jsonl":
-            with file.open(encoding="utf-8", errors="replace") as lines:
+            with file.open(encoding="utf-8-sig", errors="replace") as lines:
                 for number, line in enumerate(lines, 1):
                     try:
                         json.loads(line if line.strip() else "0")

@@ -112,14 +112,15 @@ def train_bert_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
         >>> tokenizer.convert_ids_to_tokens(tokenizer("a", "b").input_ids)
         ['[CLS]', 'a', '[SEP]', 'b', '[SEP]']
     """
-    return _marked(_trained(texts, vocab_size, list(MARKS)), decoders.ByteLevel())
+    return _marked(_trained(texts, vocab_size, list(MARKS)))
 
 
 def train_bert_uncased_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Trains the same on words in lower case, without accents, as BERT's uncased models read them.
 
-    White space is lost and each punctuation mark stands alone; so a word is the same tokens wherever it stands: at a
-    sentence's head, in `_a_name`, after a bracket. Each word's first token begins with a space.
+    White space and control characters are lost, and each punctuation mark stands alone; so a word is the same tokens
+    wherever it stands: at a sentence's head, in `_a_name`, after a bracket. A word's first token begins with a space.
+    What Unicode can take apart is, as Korean syllables, which cost tokens.
 
     Args:
         texts: What to train on.
@@ -137,8 +138,7 @@ def train_bert_uncased_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedT
         >>> tokenizer.convert_ids_to_tokens(tokenizer("RE_OPEN:").input_ids)
         ['[CLS]', 'Ġre', 'Ġ_', 'Ġopen', 'Ġ:', '[SEP]']
     """
-    tokenizer = _trained(texts, vocab_size, list(MARKS), uncased=True)
-    return _marked(tokenizer, decoders.ByteLevel())
+    return _marked(_trained(texts, vocab_size, list(MARKS), uncased=True))
 
 
 def train_t5_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
@@ -198,14 +198,14 @@ def _trained(texts: Iterable[str], vocab_size: int, special_tokens: list[str], u
     return tokenizer
 
 
-def _marked(tokenizer: Tokenizer, decoder: decoders.Decoder, **tokens: str) -> PreTrainedTokenizerFast:
+def _marked(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
     padding, opening, end, mask = MARKS
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{opening} $A {end}",
         pair=f"{opening} $A {end} $B:1 {end}:1",
         special_tokens=[(mark, tokenizer.token_to_id(mark)) for mark in (opening, end)],
     )
-    tokenizer.decoder = decoder
+    tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=padding,
@@ -214,7 +214,6 @@ def _marked(tokenizer: Tokenizer, decoder: decoders.Decoder, **tokens: str) -> P
         mask_token=mask,
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
         clean_up_tokenization_spaces=False,
-        **tokens,
     )
 
 

@@ -62,7 +62,8 @@ def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, " vocab"
 def word_edges(tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, "2 vocab"]:
     """Of each token whether it may go on with a word, and whether a word may go on after it.
 
-    A WordPiece that begins with `##` goes on with a word. Elsewhere a token that begins with a letter or digit does,
+    A WordPiece that begins with `##` goes on with a word, and so does a token without a space before it where each word
+    has one, as of `bert-uncased-bpe-<size>`. Elsewhere a token that begins with a letter or digit does,
     where the one before ends with one: so a word is its letters and the space or sign that its first token has before
     them. A letter beyond U+2E80 (Chinese, Japanese, Korean) is a word by itself, also where it is several tokens.
 
@@ -81,6 +82,10 @@ def word_edges(tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, "2 vocab"]:
         return torch.stack([goes_on & ordinary, ordinary])
     in_bytes = '"ByteLevel"' in decoder
     pieces = [_bytes_of(token) if in_bytes else token.replace("▁", " ").encode() for token in tokens]
+    steps = (state["pre_tokenizer"] or {}).get("pretokenizers", [])
+    if steps and steps[-1].get("add_prefix_space") and not steps[-1].get("use_regex", True):
+        goes_on = torch.tensor([not piece.startswith(b" ") for piece in pieces])
+        return torch.stack([goes_on & ordinary, ordinary])
     edges = torch.tensor([(_is_inside(piece), _is_inside(piece, at_the_end=True)) for piece in pieces]).T
     return edges & ordinary
 

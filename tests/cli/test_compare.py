@@ -137,8 +137,10 @@ def test_runs_of_different_tasks_are_refused_in_one_line(lit_llm, run, tmp_path)
 @pytest.mark.parametrize(
     ("other", "name"),
     [
-        ({"trainer": {"limit_val_batches": 2}}, "trainer.limit_val_batches is None"),
+        ({"trainer": {"limit_val_batches": 2}}, "trainer.limit_val_batches is all batches"),
+        ({"trainer": {"limit_test_batches": 1}}, "trainer.limit_test_batches is all batches"),
         ({"test_fraction": 0.5}, "data.test_fraction is None"),
+        ({"tokenizer": "bert-uncased-bpe-300"}, "data.tokenizer is bytes"),
         ({"cleaning": {"near_duplicates": False}}, "data.cleaning.near_duplicates is True"),
     ],
 )
@@ -149,6 +151,15 @@ def test_runs_that_were_validated_on_other_data_are_refused(lit_llm, run, tmp_pa
     )
     line = lit_llm("compare", *folders, "--out", tmp_path / "out").last_line
     assert line.startswith(f"lit-llm: error: runs must be of one task, but {name} in ")
+
+
+def test_so_many_batches_are_of_one_size_or_not_the_same_data(lit_llm, run, tmp_path):
+    few = {"limit_val_batches": 2}
+    folders = run("a", 1.0, trainer=few, batch_size=8), run("b", 2.0, trainer=few, batch_size=4)
+    line = lit_llm("compare", *folders, "--out", tmp_path / "out").last_line
+    assert line.startswith("lit-llm: error: runs must be of one task, but data.batch_size is 8 in ")
+    whole = run("c", 1.0, trainer={"limit_val_batches": 1.0}, batch_size=8), run("d", 2.0, batch_size=4)
+    assert lit_llm("compare", *whole, "--out", tmp_path / "out").code == 0
 
 
 def test_how_often_a_run_logs_and_saves_is_no_setting(lit_llm, run, tmp_path):

@@ -318,7 +318,7 @@ def test_a_trial_that_dies_silently_is_not_blamed_for_what_was_said_before(tmp_p
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").write_text("1")
     (tmp_path / "output.txt").write_text("all is well\n")
-    assert trial_run.TrialRun([], tmp_path, 1).last_line() == "it was killed by SIGKILL (out of memory?)"
+    assert trial_run.TrialRun([], tmp_path, 1).last_line() == "it was ended by signal 9, Killed; out of memory?"
 
 
 def test_workers_share_the_cores_and_log_nowhere_else(monkeypatch):
@@ -384,9 +384,8 @@ def test_on_a_terminal_a_bar_ends_however_its_trial_does(sweep, looks, monkeypat
 def test_another_sweep_does_not_go_on_in_the_folder_of_one(sweep, tmp_path):
     assert sweep(1).code == 0
     assert sweep(1, parameters={"seed_everything": {"values": [1, 2]}}).last_line == (
-        f"lit-llm: error: --out must be a new folder or one of this sweep, but {tmp_path / 'out'} holds one with "
-        f"another parameters: Parameter(key='model.optimizer.lr', distribution='log_uniform_values', values=(), "
-        f"low=0.001, high=0.1, q=1)"
+        f"lit-llm: error: --out must be a new folder or one of this sweep, but {tmp_path / 'out'} holds one with other "
+        f"parameters; take a new one"
     )
 
 
@@ -398,7 +397,37 @@ def test_a_trial_with_other_options_does_not_join_those_without(sweep, tmp_path,
     assert sweep(2, more=options, **broken).code == 0
     line = sweep(3, **broken).last_line
     assert line.startswith("lit-llm: error: --out must be a new folder or one of this sweep, but ")
-    assert line.endswith(f" holds one with another command: --config {RUN} --trainer.max_steps 3")
+    assert line.endswith(f" holds one with another command (--config {RUN} --trainer.max_steps 3); take a new one")
+    assert len(started) == 2
+
+
+@pytest.mark.slow
+def test_a_trial_that_was_interrupted_is_not_gone_on_with_by_other_options(sweep):
+    Pretended.interrupts_at = 2
+    assert sweep(1).code == 130
+    Pretended.interrupts_at = None
+    assert "holds one with another command" in sweep(1, more=["--trainer.max_steps", "9"]).last_line
+    assert sweep(1).code == 0
+
+
+@pytest.mark.slow
+def test_a_trial_that_fell_behind_when_the_sweep_was_interrupted_is_not_trained_again(
+    sweep, tmp_path, started, monkeypatch
+):
+    def cut(self, number):
+        self.returncode = 130
+        raise KeyboardInterrupt
+
+    values = {"model.optimizer.lr": {"values": [0.01, 0.5]}}
+    options = {
+        "parameters": values,
+        "method": "grid",
+        "early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 2},
+    }
+    monkeypatch.setattr(Pretended, "send_signal", cut)
+    assert sweep(None, **options).code == 130
+    assert sweep(None, **options).code == 0
+    assert [row["state"] for row in rows(tmp_path)] == ["complete", "pruned"]
     assert len(started) == 2
 
 
@@ -406,7 +435,12 @@ def test_a_trial_with_other_options_does_not_join_those_without(sweep, tmp_path,
 def test_a_trial_that_is_stopped_from_outside_is_gone_on_with(sweep, tmp_path, started, monkeypatch):
     poll = Pretended.poll
     monkeypatch.setattr(Pretended, "poll", lambda self: poll(self) and None if self.steps < 2 else 130)
-    assert "trial 0 was stopped from outside: the next sweep here goes on with it" in sweep(1).err
+    outcome = sweep(1)
+    assert "trial 0 was stopped from outside: the next sweep here goes on with it" in outcome.err
+    assert outcome.last_line == (
+        "lit-llm: error: a sweep must have a trial that comes to its end, but has none that was not stopped from "
+        "outside; the same command goes on with them"
+    )
     monkeypatch.setattr(Pretended, "poll", poll)
     assert sweep(1).code == 0
     assert [row["state"] for row in rows(tmp_path)] == ["complete"]
@@ -417,7 +451,8 @@ def test_a_trial_that_is_stopped_from_outside_is_gone_on_with(sweep, tmp_path, s
 def test_a_search_ends_when_its_target_is_reached(sweep, tmp_path):
     values = {"model.optimizer.lr": {"values": [0.5, 0.01, 0.02]}}
     metric = {"name": "val/loss", "target": 1.0}
-    assert sweep(None, method="grid", parameters=values, metric=metric).code == 0
+    outcome = sweep(None, method="grid", parameters=values, metric=metric)
+    assert outcome.err.count("val/loss has reached 1.0, its target") == 1
     assert [row["model.optimizer.lr"] for row in rows(tmp_path)] == ["0.5", "0.01"]
 
 
@@ -432,11 +467,16 @@ def test_a_folder_with_signs_of_an_address_in_its_name_is_the_only_one_that_is_w
 @pytest.mark.slow
 def test_what_was_removed_or_damaged_in_a_folder_is_said_or_does_not_matter(sweep, tmp_path):
     assert sweep(1).code == 0
+    before = rows(tmp_path)
     shutil.rmtree(tmp_path / "out/trials/000")
     assert sweep(2).code == 0
+    assert rows(tmp_path)[0] == before[0]
+    assert "trials/000 is gone" in sweep(2, more=["--seeds", "2"]).last_line
     (tmp_path / "out/study.db").write_text("nothing of the kind" * 99)
     line = sweep(2).last_line
-    begin = f"lit-llm: error: --out must hold a whole study.db or none, but {tmp_path / 'out/study.db'} is damaged: "
+    begin = (
+        f"lit-llm: error: --out must hold a study.db that can be read or none, but {tmp_path / 'out/study.db'} cannot: "
+    )
     assert line.startswith(begin)
 
 

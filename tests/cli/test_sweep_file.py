@@ -50,6 +50,8 @@ class Ends:
         ({"distribution": "uniform", "min": 1, "max": 5}, 1, 5, False),
         ({"distribution": "q_uniform", "min": 5, "max": 99, "q": 16}, 16, 96, None),
         ({"distribution": "q_uniform", "min": 0.1, "max": 0.6, "q": 0.25}, 0.25, 0.5, False),
+        ({"distribution": "q_uniform", "min": 0, "max": 0.3, "q": 0.1}, 0.0, 0.3, False),
+        ({"distribution": "q_log_uniform_values", "min": 0.1, "max": 0.7, "q": 0.1}, 0.1, 0.7, True),
         ({"distribution": "log_uniform_values", "min": "1e-4", "max": 0.1}, 0.0001, 0.1, True),
         ({"distribution": "log_uniform", "min": 0, "max": 2}, 1.0, 7.38905609893065, True),
         ({"distribution": "q_log_uniform_values", "min": 16, "max": 256, "q": 16}, 16, 256, True),
@@ -108,10 +110,11 @@ def test_text_that_is_a_number_is_read_as_one_and_said(read, caplog):
         ),
         ({"metric": {"name": "a", "target": "low"}}, "target of metric must be a number, but is low"),
         ({"parameters": {"x": {"parameters": [1]}}}, "parameters of x must have names, but are [1]"),
+        ({"parameters": {"x": {"parameters": {}}}}, "parameters of x must have names, but are {{}}"),
         ({"parameters": {"x": {"value": 1, "values": [2]}}}, "x must have value or values, but has both"),
         (
             {"parameters": {"x": {"distribution": "categorical", "min": 1, "max": 2}}},
-            "x must have value, values, or min and max, but has distribution, max, min",
+            "x must have value or values for the distribution categorical, but has none",
         ),
         (
             {"parameters": {"x": {"distribution": "normal", "mu": 1, "sigma": 2}}},

@@ -59,7 +59,8 @@ def test_a_run_that_wandb_refuses_leaves_nothing(lit_llm, tiny, tmp_path, monkey
         raise UsageError("No API key configured.")
 
     monkeypatch.setattr("wandb.init", refused)
-    monkeypatch.delenv("WANDB_INIT_TIMEOUT", raising=False)
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")  # what is set is taken back at the end
+    monkeypatch.delenv("WANDB_INIT_TIMEOUT")
     outcome = lit_llm("fit", *tiny, "--config", OVERLAY, "--run_dir", tmp_path / "run")
     assert os.environ["WANDB_INIT_TIMEOUT"] == "30"
     assert outcome.code == 2

@@ -4,7 +4,7 @@ from scipy import stats
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
-from lit_llm.data.tokenizer import MARKS, train_bert_bpe
+from lit_llm.data.tokenizer import MARKS, train_bert_bpe, train_bert_uncased_bpe
 from lit_llm.objectives.masking import chances, ordinary_tokens, word_edges, word_starts
 from tests.examples import twenty_tokens
 
@@ -72,6 +72,14 @@ def test_each_chinese_letter_is_a_word_though_it_is_three_tokens() -> None:
     said = [tokenizer.convert_tokens_to_string(word.split("|")) for word in found]
     assert said == ["[CLS]", "猫", "坐", " ", "été", "。a"]
     assert len(tokens) == 16
+
+
+def test_a_word_in_lower_case_is_all_that_comes_before_the_next_space() -> None:
+    tokenizer = train_bert_uncased_bpe(["Parse the reader"] * 9, 280)
+    tokens = tokenizer.convert_ids_to_tokens(tokenizer("Q parse_xQ, 猫 the", add_special_tokens=False).input_ids)
+    found = words(tokenizer, ["[CLS]", *tokens, "[SEP]"])
+    said = [tokenizer.convert_tokens_to_string(word.split("|")).strip() for word in found]
+    assert said == ["[CLS]", "q", "parse", "_", "xq", ",", "猫", "the", "[SEP]"]
 
 
 def test_pieces_with_two_hashes_go_on_with_a_word() -> None:
