@@ -62,10 +62,6 @@ WAYS = {
         {"config": SMALL, "model.network": FIRST_POSITION, "model.optimizer.lr": 0.0005},
     ),
     "small_tokens": Way("small, from zero, tokens compared", {"config": SMALL}, seeds=3),
-    "small_dropout": Way(
-        "the same, one token in ten left out of what is trained on",
-        {"config": SMALL, "data.augmentation.dropout": 0.1},
-    ),
     "masked_tokens": Way(
         "small, from its masked language model, tokens compared",
         {"config": SMALL, "model.network.config": "null"},

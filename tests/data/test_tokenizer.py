@@ -1,9 +1,10 @@
+import json
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import BertTokenizer
+from transformers import AutoTokenizer, BertTokenizer
 
 from lit_llm.data.tokenizer import (
     BOUNDARY,
@@ -157,6 +158,13 @@ def test_an_uncased_tokenizer_reads_the_words_that_berts_does_and_loses_none(tex
     words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(text))]
     [ids] = encode_documents(UNCASED, [text])
     assert UNCASED.decode(ids) == "".join(f" {word}" for word in words)
+
+
+@pytest.mark.parametrize("kind", ["bert", "modernbert"])
+def test_an_uncased_tokenizer_beside_an_encoder_is_the_same_to_transformers(tmp_path: Path, kind: str) -> None:
+    UNCASED.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    assert fingerprint(AutoTokenizer.from_pretrained(tmp_path)) == fingerprint(UNCASED)
 
 
 def test_a_word_is_the_same_tokens_wherever_it_stands() -> None:
