@@ -168,9 +168,9 @@ class PretrainedClassifier(Pretrained):
 
         A network that is made from a path again, to be evaluated, knows only what the path says.
         """
-        text = self.config.get_text_config()
-        if text.pad_token_id is None:
-            text.pad_token_id = self.model.config.get_text_config().pad_token_id = config.get("pad_token_id")
+        text, padding = self.config.get_text_config(), config.get("pad_token_id")
+        if padding is not None and getattr(text, "pad_token_id", None) is None:
+            text.pad_token_id = self.model.config.get_text_config().pad_token_id = padding
 
     @property
     def image_shape(self) -> Shape:

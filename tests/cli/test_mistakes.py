@@ -130,7 +130,7 @@ FILES = {
     "broken table": (
         "broken.jsonl",
         b'{"text": "a"}\n{"text": \n',
-        "data.path must be a table that can be read, but {path} is not: JSON parse error: Invalid value. in row 1",
+        "data.path must be a table that can be read, but {path} is not: line 2 of broken.jsonl is no JSON (Expecting value at character 11)",
     ),
 }
 
