@@ -49,6 +49,10 @@ def cross_entropy_sum(
     return total
 
 
+CACHED_LOGITS = 2**20
+"""As many as a CPU's caches hold in fp32, beside what is made of them: 4 MiB."""
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     """Makes the gradients of a chunk while its logits are at hand, so that the backward pass only scales them."""
 
@@ -67,46 +71,32 @@ class _LinearCrossEntropy(torch.autograd.Function):
         first, end = (0, vocab) if group is None else _own_tokens(vocab, group)
         head, kept, targets = weight[first:end].to(hidden.dtype), (labels != IGNORE_INDEX)[:, None], labels[:, None]
         wanted = any(ctx.needs_input_grad)
-        total = torch.zeros((), device=hidden.device)
+        losses = torch.empty(len(hidden), 1, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         step = 2 * d_model  # with fewer tokens a chunk, adding up the weight's gradient would cost more than the logits
+        # What is made of logits in fp32 is, on a CPU, of as many rows as its cache holds; elsewhere calls cost more.
+        rows = max(1, CACHED_LOGITS // (end - first)) if hidden.device.type == "cpu" and group is None else step
         for start in range(0, len(hidden), step):
             here = slice(start, start + step)
             h, keep = hidden[here], kept[here]
-            target = targets[here] - first
-            own = (target >= 0) & (target < end - first)
-            target = target.clamp(0, end - first - 1)
             logits = h @ head.T
-            log_p, log_z, nats = _log_softmax(logits, target, own, group)
-            loss = (1 - label_smoothing) * nats
-            if label_smoothing:
-                of_all = log_p.sum(dim=1, keepdim=True)
-                if group is not None:
-                    dist.all_reduce(of_all, group=group)
-                loss -= label_smoothing / vocab * of_all
-            if z_loss:
-                loss += z_loss * log_z.square()
-            total += loss.where(keep, 0).sum()
-            if not wanted:
-                continue
-            grad = log_p.exp_()  # in place: log-probabilities become probabilities, then the gradient of the logits
-            if z_loss:
-                grad.mul_(1 + 2 * z_loss * log_z)
-            if label_smoothing:
-                grad.sub_(label_smoothing / vocab)
-            grad.scatter_add_(1, target, (label_smoothing - 1) * own.float())
-            grad = grad.to(h.dtype)
-            torch.mm(grad, head, out=grad_hidden[here]).mul_(keep)
-            if h.dtype == torch.float32:
-                grad_weight[first:end].addmm_(grad.T, h * keep)
-            else:
-                grad_weight[first:end] += grad.T @ (h * keep)
+            for part, target, loss in zip(*(x.split(rows) for x in (logits, targets[here], losses[here])), strict=True):
+                loss.copy_(_losses(part, target - first, vocab, label_smoothing, z_loss, group, wanted))
+            if wanted:
+                grad = logits
+                torch.mm(grad, head, out=grad_hidden[here]).mul_(keep)
+                if h.dtype == torch.float32:
+                    grad_weight[first:end].addmm_(grad.T, h * keep)
+                else:
+                    grad_weight[first:end] += grad.T @ (h * keep)
+                del grad
+            del logits, part  # or the next would be made beside them
         if wanted and group is not None:
             dist.all_reduce(grad_hidden, group=group)
             dist.all_reduce(grad_weight, group=group)
         ctx.gradients = grad_hidden, grad_weight
-        return total
+        return losses.where(kept, 0).sum()
 
     @staticmethod
     @once_differentiable
@@ -115,6 +105,47 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None
         return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None
+
+
+def _losses(
+    logits: Tensor,
+    target: Tensor,
+    vocab: int,
+    label_smoothing: float,
+    z_loss: float,
+    group: dist.ProcessGroup | None,
+    wanted: bool,
+) -> Tensor:
+    """The loss of each row; where gradients are wanted, those of the logits take the logits' place.
+
+    Args:
+        logits: As in `_log_softmax`.
+        target: Where among these the label is, were there as many as it takes.
+        vocab: How many there are on all devices.
+        label_smoothing: As in `cross_entropy_sum`.
+        z_loss: As in `cross_entropy_sum`.
+        group: As in `_log_softmax`.
+        wanted: Whether gradients are.
+    """
+    own = (target >= 0) & (target < logits.shape[1])
+    target = target.clamp(0, logits.shape[1] - 1)
+    log_p, log_z, nats = _log_softmax(logits, target, own, group)
+    loss = (1 - label_smoothing) * nats
+    if label_smoothing:
+        of_all = log_p.sum(dim=1, keepdim=True)
+        if group is not None:
+            dist.all_reduce(of_all, group=group)
+        loss -= label_smoothing / vocab * of_all
+    if z_loss:
+        loss += z_loss * log_z.square()
+    if wanted:
+        grad = log_p.exp_()  # in place: log-probabilities become probabilities, then the gradient of the logits
+        if z_loss:
+            grad.mul_(1 + 2 * z_loss * log_z)
+        if label_smoothing:
+            grad.sub_(label_smoothing / vocab)
+        logits.copy_(grad.scatter_add_(1, target, (label_smoothing - 1) * own.float()))
+    return loss
 
 
 def _log_softmax(
