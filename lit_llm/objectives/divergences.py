@@ -139,10 +139,11 @@ class _LinearLoss(torch.autograd.Function):
                 loss = loss_of(logits, here)
             total += loss.detach()
             if wanted:
-                (grad,) = torch.autograd.grad(loss, logits)
-                grad = grad.to(h.dtype)
+                grad = torch.autograd.grad(loss, logits)[0].to(h.dtype)
                 torch.mm(grad, head, out=grad_hidden[here])
                 grad_weight += grad.T @ h
+                del grad
+            del logits, loss  # or the next would be made beside them
         ctx.gradients = grad_hidden, grad_weight
         return total
 

@@ -49,8 +49,8 @@ def cross_entropy_sum(
     return total
 
 
-CACHED_LOGITS = 2**20
-"""As many as a CPU's caches hold in fp32, beside what is made of them: 4 MiB."""
+FP32_LOGITS = {"cpu": 2**22, "accelerator": 2**26}
+"""So many logits are in fp32 at a time: what a CPU's caches hold, or what it is worth to launch a kernel for."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -75,8 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         step = 2 * d_model  # with fewer tokens a chunk, adding up the weight's gradient would cost more than the logits
-        # What is made of logits in fp32 is, on a CPU, of as many rows as its cache holds; elsewhere calls cost more.
-        rows = max(1, CACHED_LOGITS // (end - first)) if hidden.device.type == "cpu" and group is None else step
+        rows = max(1, FP32_LOGITS["cpu" if hidden.device.type == "cpu" else "accelerator"] // vocab)
         for start in range(0, len(hidden), step):
             here = slice(start, start + step)
             h, keep = hidden[here], kept[here]

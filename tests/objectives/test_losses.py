@@ -8,6 +8,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lit_llm.batch import IGNORE_INDEX
+from lit_llm.dry_run import measure_step
+from lit_llm.objectives import losses
+from lit_llm.objectives.divergences import linear_loss_sum
 from lit_llm.objectives.losses import _LinearCrossEntropy, cross_entropy_sum, linear_cross_entropy_sum, token_nats
 from tests.threads import each
 
@@ -102,6 +105,13 @@ def weight() -> torch.Tensor:
     return torch.randn(VOCAB, 2, requires_grad=True)
 
 
+@pytest.fixture(params=[1, 3, 99])
+def rows_in_fp32(monkeypatch, request) -> None:
+    """So many rows of a chunk at a time, of four."""
+    monkeypatch.setattr(losses, "FP32_LOGITS", {"cpu": request.param * VOCAB})
+
+
+@pytest.mark.usefixtures("rows_in_fp32")
 @pytest.mark.parametrize("z_loss", [0.0, 0.01])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 @pytest.mark.parametrize("counted", ["some", "all", "none"])
@@ -150,6 +160,29 @@ def test_no_step_of_a_loss_in_chunks_holds_the_logits_of_all_tokens() -> None:
     assert chunked.numel <= 2 * d_model * vocab < plain.numel == tokens * vocab
 
 
+@pytest.mark.parametrize(
+    "loss_of",
+    [
+        lambda hidden, weight, labels: linear_cross_entropy_sum(hidden, weight, labels, 0.1, 1e-4),
+        lambda hidden, weight, labels: linear_loss_sum(hidden[0], weight, lambda said, here: said.logsumexp(-1).sum()),
+    ],
+)
+def test_eight_chunks_of_a_loss_hold_no_more_than_one(loss_of) -> None:
+    vocab, d_model = 4096, 16
+
+    def peak(chunks: int) -> int:
+        shape = 1, chunks * 2 * d_model
+        batch = {"hidden": torch.empty(*shape, d_model), "input_ids": torch.empty(*shape, dtype=torch.int64)}
+        return measure_step(
+            build=lambda: torch.nn.Linear(d_model, vocab, bias=False),
+            make_optimizer=lambda head: torch.optim.SGD(head.parameters()),
+            loss=lambda head, batch: loss_of(batch["hidden"], head.weight, batch["input_ids"]),
+            batch=batch,
+        ).passes
+
+    assert peak(8) < 1.1 * peak(1)
+
+
 def test_a_loss_in_chunks_without_gradients_makes_none(hidden, weight, labels) -> None:
     class Operations(TorchDispatchMode):
         names: ClassVar[set[str]] = set()
@@ -168,6 +201,7 @@ def test_a_loss_in_chunks_without_gradients_makes_none(hidden, weight, labels) -
     assert not loss.requires_grad
 
 
+@pytest.mark.usefixtures("rows_in_fp32")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_devices_that_share_the_vocabulary_have_the_loss_and_the_gradients_of_one(precision):
     generator = torch.Generator().manual_seed(3)
