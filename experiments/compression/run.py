@@ -2,6 +2,7 @@
 
     python -m experiments.compression.run language_model
     python -m experiments.compression.run encoder
+    python -m experiments.compression.run pretrained_encoder
     python -m experiments.compression.run images --data.path DIR
 
 For each seed a model is trained by its run file. Then each way is a chain of `lit-llm compress` from that model; times
@@ -62,12 +63,14 @@ class Table(NamedTuple):
         metric: What is measured.
         chains: Stages by the name of the chain, or its file; no two stages have one name.
         goals: What is to be reached.
+        flags: What the run files leave open.
     """
 
     run: list[str]
     metric: str
     chains: dict[str, list[Stage] | Path]
     goals: list[Goal]
+    flags: Callable[[], trainings.Flags] = dict
 
 
 def metric(stages: dict[str, dict[str, Any]], name: str) -> float:
@@ -219,7 +222,64 @@ ENCODER = Table(
     ],
 )
 
-TABLES = {"language_model": LANGUAGE_MODEL, "encoder": ENCODER, "images": IMAGES}
+PAIRS = ["configs/finetuning/encoder_pairs.yaml"]
+TWO_BLOCKS = {
+    "model_type": "bert",
+    "vocab_size": 30522,
+    "hidden_size": 384,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "intermediate_size": 256,
+    "layer_norm_eps": 1e-12,
+}
+OF_TWO_BLOCKS = {"model__network__config": TWO_BLOCKS, "data__tokenizer": "{original}", "model__optimizer__lr": 3e-4}
+TAUGHT = {
+    "model": "lit_llm.objectives.distillation.ClassificationDistillation",
+    "model__teacher": "{original}",
+    "model__teacher_precision": "bf16-mixed",
+    "model__cache_top_k": 2,
+    "model__inherit": True,
+}
+FASTER = OF_TWO_BLOCKS | {"model__optimizer__lr": 1e-3}
+
+PRETRAINED = Table(
+    run=PAIRS,
+    flags=lambda: {"model.network.path": trainings.minilm()},
+    metric="val/accuracy",
+    chains={
+        "taught": [training("two blocks, with their teacher", *PAIRS, **TAUGHT, **OF_TWO_BLOCKS)],
+        "begun": [
+            training("two blocks, begun as its own", *PAIRS, model__teacher_weight=0.0, **TAUGHT, **OF_TWO_BLOCKS)
+        ],
+        "alone": [training("two blocks, alone", *PAIRS, **OF_TWO_BLOCKS)],
+        "alone_faster": [training("two blocks, alone, at 0.001", *PAIRS, **FASTER)],
+    },
+    goals=[
+        Goal(
+            "the student's parameters less than its teacher's, %",
+            lambda s: 100 * (1 - s["two blocks, with their teacher"]["parameters"] / s["original"]["parameters"]),
+            40.0,
+        ),
+        Goal(
+            "the student's score by its teacher's",
+            lambda s: metric(s, "two blocks, with their teacher") / metric(s, "original"),
+            0.97,
+        ),
+        Goal(
+            "with a teacher - alone, the better of both, points of accuracy",
+            lambda s: (
+                100
+                * (
+                    metric(s, "two blocks, with their teacher")
+                    - max(metric(s, "two blocks, alone"), metric(s, "two blocks, alone, at 0.001"))
+                )
+            ),
+            0.0,
+        ),
+    ],
+)
+
+TABLES = {"language_model": LANGUAGE_MODEL, "encoder": ENCODER, "pretrained_encoder": PRETRAINED, "images": IMAGES}
 
 
 def main(words: list[str] | None = None) -> None:
@@ -248,7 +308,7 @@ def trained(given: Table, seed: int, options: argparse.Namespace, more: list[str
     """A model made by the table's run file."""
     folder = options.work / f"{options.table}-{seed}"
     flags = {"config": [REPOSITORY / file for file in given.run], "seed_everything": seed}
-    trainings.fit(flags, folder, options, *more)
+    trainings.fit(flags | given.flags(), folder, options, *more)
     return folder / "model"
 
 
