@@ -20,6 +20,7 @@ from lit_llm.cli.compare import paired_p, read_run
 from lit_llm.cli.parser import OneLineArguments
 from lit_llm.cli.sweep_file import Sweep, read_sweep, written
 from lit_llm.cli.sweep_options import require_options
+from lit_llm.cli.sweep_parameters import Constant, label
 from lit_llm.cli.sweep_pictures import draw
 from lit_llm.cli.sweep_progress import SweepProgress
 from lit_llm.cli.trial_run import INTERRUPTED, TrialRun, figure_of, metrics_of
@@ -217,10 +218,12 @@ class _Search:
     def _begun(self) -> int:
         return len(self.trials()) - len(self.trials("WAITING"))
 
-    def _queue_the_grid(self, number: int) -> None:
-        from lit_llm.cli.sweep_file import label
+    def _drawn(self) -> set[str]:
+        """The keys that are not the same in all trials."""
+        return {parameter.key for parameter in self.plan.parameters if not isinstance(parameter, Constant)}
 
-        drawn = {p.key for p in self.plan.parameters if p.distribution != "constant"}
+    def _queue_the_grid(self, number: int) -> None:
+        drawn = self._drawn()
         for point in list(self.plan.grid())[len(self.trials()) : number]:
             self.study.enqueue_trial({key: label(value) for key, value in point.items() if key in drawn})
 
@@ -294,7 +297,7 @@ class _Search:
 
     def _say(self, number: int, seconds: float) -> None:
         """One line about a trial that has ended, and how many have."""
-        varied = {parameter.key for parameter in self.plan.parameters if parameter.distribution != "constant"}
+        varied = self._drawn()
         trial = self.trials()[number]
         state = {"COMPLETE": "done", "PRUNED": "stopped", "FAIL": "failed"}[trial.state.name]
         value = figure_of(self.folder(number), self.plan.metric)
