@@ -27,6 +27,9 @@ LISTS = ("constant", "categorical", "categorical_w_probabilities")
 DISTRIBUTIONS = (*LISTS, *RANGES, *BELLS, *BETAS)
 """W&B's names."""
 
+QUANTILE = " (quantile)"
+"""What Optuna's name of an option ends with, of which it draws the quantile."""
+
 KEYS = ("value", "values", "probabilities", "distribution", "min", "max", "q", "mu", "sigma", "a", "b", "parameters")
 
 
@@ -236,8 +239,8 @@ class Beta(Shaped):
 
 
 def quantile(key: str, trial: Any) -> float:
-    """A number between 0 and 1, which Optuna and its pictures know by a name that says so."""
-    return trial.suggest_float(f"{key} (quantile)", 0.0, 1.0)
+    """A number between 0 and 1, which Optuna keeps under a name that says so."""
+    return trial.suggest_float(f"{key}{QUANTILE}", 0.0, 1.0)
 
 
 def times(number: int, q: int | float) -> int | float:
