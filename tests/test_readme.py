@@ -58,6 +58,19 @@ def test_every_file_that_is_linked_exists(name):
         assert (REPOSITORY / config).exists(), config
 
 
+@pytest.mark.parametrize("name", READMES)
+def test_what_is_said_of_peers_is_what_was_measured(name):
+    text = (REPOSITORY / name).read_text(encoding="utf-8")
+    measured = (REPOSITORY / "experiments/throughput/README.md").read_text()
+    measured = measured.split("**baby, vocabulary 50,304, bf16")[1].split("**baby")[0]
+    said = re.findall(r"^\| [^|]+ \| ([\d,]+) \| ([\d,]+) \|$", text, re.MULTILINE)
+    assert len(said) == 4
+    for speed, memory in said:
+        assert re.search(rf"^\| \S+ \| {speed} \[.*\| {memory}(?: met| \*\*missed\*\*)? \|", measured, re.MULTILINE), (
+            speed
+        )
+
+
 def test_the_index_has_every_experiment_and_each_has_a_verdict():
     folder = REPOSITORY / "experiments"
     rows = [row.split(" | ") for row in (folder / "README.md").read_text().splitlines() if row.startswith("| [")]
