@@ -189,7 +189,8 @@ def measure_step(
 ) -> Step:
     """Takes two steps on tensors without content and says what the second one took.
 
-    Rows are taken as full: nothing in a batch is padding.
+    Rows are taken as full: nothing in a batch is padding. The step is a CPU's: an accelerator's loss over a large
+    vocabulary may hold a quarter of a GiB more (`losses.FP32_LOGITS`).
 
     Args:
         build: Makes the network.

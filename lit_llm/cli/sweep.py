@@ -129,7 +129,7 @@ def _study(plan: Sweep, out: Path, more: list[str]) -> Any:
             f"--out must hold a study.db that can be read or none, but {path} cannot: {error.orig}"
         ) from error
     described = {
-        "parameters": [str(parameter) for parameter in plan.parameters],
+        "space": plan.space,
         "goal": plan.mode,
         "metric": plan.metric,
         "command": [*plan.words({}), *more],
@@ -142,10 +142,10 @@ def _study(plan: Sweep, out: Path, more: list[str]) -> Any:
     for name, value in described.items():
         before = study.user_attrs.get(name, value)
         if before != value and not free.get(name):
-            other = "other" if name == "parameters" else "another"
+            other = "other parameters" if name == "space" else f"another {name}"
             what = f" ({shlex.join(before)})" if name == "command" else ""
             raise ValueError(
-                f"--out must be a new folder or one of this sweep, but {out} holds one with {other} {name}{what}; "
+                f"--out must be a new folder or one of this sweep, but {out} holds one with {other}{what}; "
                 f"take a new one"
             )
         study.set_user_attr(name, value)
@@ -356,7 +356,7 @@ class _Search:
             failed = self.trials("FAIL")
             error = failed[-1].user_attrs.get("error") if failed else "all were stopped early"
             raise ValueError(f"a sweep must have a trial that comes to its end, but has none; the last: {error}")
-        draw(self.study, self.plan.metric, self.out, SEED)
+        draw(self.study, self.plan, self.out, SEED)
         print(f"{'best trial':<22}{self.folder(best[0].number)}")
         print(f"{self.plan.metric:<22}{best[0].value:.4f}")
         if (self.out / "best.yaml").is_file():

@@ -32,6 +32,7 @@ class Sweep:
         mode: Whether its `min` or its `max` is best.
         target: What the best has to reach for the search to end, if the file says it.
         parameters: What is varied, a class before its arguments.
+        space: The same as it is written in the file.
         command: The words of `lit-llm fit` before the parameters and after them.
         early_terminate: `min_iter` and `eta` of the stopping of trials that fall behind; `None` lets all finish.
         run_cap: How many trials the file asks for, if it does.
@@ -42,6 +43,7 @@ class Sweep:
     metric: str
     mode: str
     parameters: tuple[Parameter, ...]
+    space: dict[str, Any]
     command: tuple[tuple[str, ...], tuple[str, ...]]
     early_terminate: tuple[int, int] | None = None
     run_cap: int | None = None
@@ -106,6 +108,7 @@ def read_sweep(path: Path) -> Sweep:
         metric=metric["name"],
         mode=metric["goal"][:3],
         parameters=tuple(sorted(read_parameters(content["parameters"]), key=lambda p: p.key)),
+        space=json.loads(json.dumps(content["parameters"], default=str)),
         command=_command(content.get("command"), path),
         early_terminate=_stopping(content.get("early_terminate"), path),
         run_cap=run_cap,

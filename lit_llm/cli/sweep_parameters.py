@@ -16,16 +16,25 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-RANGES = (
-    *("int_uniform", "uniform", "q_uniform"),
-    *("log_uniform", "log_uniform_values", "q_log_uniform", "q_log_uniform_values"),
-    *("inv_log_uniform", "inv_log_uniform_values"),
-)
-BELLS = ("normal", "q_normal", "log_normal", "q_log_normal")
-BETAS = ("beta", "q_beta")
-LISTS = ("constant", "categorical", "categorical_w_probabilities")
-DISTRIBUTIONS = (*LISTS, *RANGES, *BELLS, *BETAS)
-"""W&B's names."""
+RANGES = ("int_uniform", "uniform", "log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values")
+MULTIPLES = ("uniform", "log_uniform", "log_uniform_values", "normal", "log_normal", "beta")
+"""What may be rounded to multiples of `q`: then `q_` stands before its name."""
+
+OPTIONS = {
+    "constant": ("value",),
+    "categorical": ("values",),
+    "categorical_w_probabilities": ("values", "probabilities"),
+    **dict.fromkeys(RANGES, ("min", "max")),
+    **dict.fromkeys(("normal", "log_normal"), ("mu", "sigma")),
+    "beta": ("a", "b"),
+}
+OPTIONS |= {f"q_{kind}": (*OPTIONS[kind], "q") for kind in MULTIPLES}
+"""W&B's distributions, and what each is told by."""
+
+KEYS = ("distribution", "parameters", *dict.fromkeys(itertools.chain.from_iterable(OPTIONS.values())))
+
+LARGEST_EXPONENT = 700.0
+"""Of a number that is still finite."""
 
 QUANTILE = " (quantile)"
 """What Optuna's name of an option ends with, of which it draws the quantile."""
@@ -102,7 +111,8 @@ class Listed(Parameter):
         """One of them."""
         if self.probabilities is not None:
             upper = list(itertools.accumulate(self.probabilities))
-            return self.values[min(bisect.bisect_right(upper, quantile(self.key, trial)), len(upper) - 1)]
+            below = min(drawn_quantile(self.key, trial), 1 - 1e-6)
+            return self.values[bisect.bisect_right(upper, below * upper[-1])]
         labels = [label(value) for value in self.values]
         return self.values[labels.index(trial.suggest_categorical(self.key, labels))]
 
@@ -188,7 +198,7 @@ class Shaped(Parameter):
 
     def suggest(self, trial: Any) -> Any:
         """A number of the distribution."""
-        return self._of(quantile(self.key, trial))
+        return self._of(drawn_quantile(self.key, trial))
 
     def _of(self, quantile: float) -> int | float:
         value = self.at(min(max(quantile, 1e-6), 1 - 1e-6))
@@ -238,7 +248,7 @@ class Beta(Shaped):
         return float(betaincinv(self.a, self.b, quantile))
 
 
-def quantile(key: str, trial: Any) -> float:
+def drawn_quantile(key: str, trial: Any) -> float:
     """A number between 0 and 1, which Optuna keeps under a name that says so."""
     return trial.suggest_float(f"{key}{QUANTILE}", 0.0, 1.0)
 
@@ -275,10 +285,9 @@ def read_parameters(content: Any, prefix: str = "") -> Iterator[Parameter]:
         key = f"{prefix}{name}"
         if not isinstance(options, dict):
             raise ValueError(f"{key} must have value, values, or min and max, but is {options}")
-        if (kind := options.get("distribution") or "uniform") not in DISTRIBUTIONS:
-            raise ValueError(f"distribution of {key} must be one of {', '.join(DISTRIBUTIONS)}, but is {kind}")
         require_keys(options, KEYS, key)
         if "parameters" in options:
+            require_keys(options, ("parameters",), key)
             yield from read_parameters(options["parameters"], f"{key}.")
         else:
             yield _parameter(key, options)
@@ -290,7 +299,7 @@ def require_keys(content: dict[str, Any], known: tuple[str, ...], what: str) -> 
     Raises:
         ValueError: Naming it.
     """
-    for key in content.keys() - set(known):
+    for key in (key for key in content if key not in known):
         close = difflib.get_close_matches(str(key), known, n=1)
         remedy = f"; did you mean {close[0]}?" if close else ""
         raise ValueError(f"{what} must have keys of {', '.join(known)}, but has {key}{remedy}")
@@ -304,12 +313,12 @@ def number(key: str, name: str, value: Any) -> float | int:
     """
     if isinstance(value, str):
         try:
-            read = float(value)
+            found = float(value)
         except ValueError:
             pass
         else:
             log.info(f"{name} of {key} is text to YAML and to W&B; write {value} as {_with_point(value)}")
-            return read
+            return found
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} of {key} must be a number, but is {value}")
     return value
@@ -330,31 +339,43 @@ def _with_point(number: str) -> str:
 def _parameter(key: str, options: dict[str, Any]) -> Parameter:
     if {"value", "values"} <= options.keys():
         raise ValueError(f"{key} must have value or values, but has both")
-    if "value" in options:
+    kind = options.get("distribution") or _usual(options)
+    if kind not in OPTIONS:
+        raise ValueError(f"distribution of {key} must be one of {', '.join(OPTIONS)}, but is {kind}")
+    require_keys(options, ("distribution", *OPTIONS[kind]), f"{key}, which is {kind},")
+    shape = kind.removeprefix("q_")
+    needed = OPTIONS[shape] if shape in RANGES or shape.startswith("c") else ()
+    if missing := [name for name in needed if name not in options]:
+        raise ValueError(f"{key}, which is {kind}, must have {' and '.join(needed)}, but has no {missing[0]}")
+    if kind == "constant":
         return Constant(key, options["value"])
-    if "values" in options:
+    if shape.startswith("categorical"):
         return _listed(key, options)
-    kind = options.get("distribution")
-    if kind in LISTS:
-        raise ValueError(f"{key} must have value or values for the distribution {kind}, but has none")
-    q = number(key, "q", options.get("q", 1)) if (kind or "").startswith("q_") else None
-    if q is not None and q <= 0:
-        raise ValueError(f"q of {key} must be positive, but is {q}")
-    if kind in BELLS:
-        mu, sigma = (number(key, name, options.get(name, usual)) for name, usual in (("mu", 0), ("sigma", 1)))
-        _require_positive(key, sigma=sigma)
-        return Bell(key, q, mu, sigma, is_log="log" in kind)
-    if kind in BETAS:
-        a, b = (number(key, name, options.get(name)) for name in ("a", "b"))
-        _require_positive(key, a=a, b=b)
-        return Beta(key, q, a, b)
-    return _range(key, kind, options, q)
+    q = _positive(key, "q", options.get("q", 1)) if kind != shape else None
+    if shape == "beta":
+        return Beta(key, q, *(_positive(key, name, options.get(name, 1)) for name in ("a", "b")))
+    if shape in RANGES:
+        return _range(key, shape, options, q)
+    mu, sigma = number(key, "mu", options.get("mu", 0)), _positive(key, "sigma", options.get("sigma", 1))
+    if shape == "log_normal" and mu + 5 * sigma > LARGEST_EXPONENT:
+        raise ValueError(f"mu and sigma of {key} must be those of the logarithm, but are {mu} and {sigma}")
+    return Bell(key, q, mu, sigma, is_log=shape == "log_normal")
 
 
-def _require_positive(key: str, **values: int | float) -> None:
-    for name, value in values.items():
-        if value <= 0:
-            raise ValueError(f"{name} of {key} must be positive, but is {value}")
+def _usual(options: dict[str, Any]) -> str:
+    """The distribution of a parameter that does not name one."""
+    if "value" in options:
+        return "constant"
+    if "values" in options:
+        return "categorical_w_probabilities" if "probabilities" in options else "categorical"
+    whole = all(isinstance(options.get(name), int) for name in ("min", "max"))
+    return "int_uniform" if whole else "uniform"
+
+
+def _positive(key: str, name: str, value: Any) -> int | float:
+    if (found := number(key, name, value)) <= 0:
+        raise ValueError(f"{name} of {key} must be positive, but is {value}")
+    return found
 
 
 def _listed(key: str, options: dict[str, Any]) -> Listed:
@@ -371,19 +392,22 @@ def _listed(key: str, options: dict[str, Any]) -> Listed:
     return Listed(key, tuple(values), shares)
 
 
-def _range(key: str, kind: str | None, options: dict[str, Any], q: int | float | None) -> Range:
-    if not {"min", "max"} <= options.keys():
-        raise ValueError(f"{key} must have value, values, or min and max, but has {', '.join(options) or 'nothing'}")
+def _range(key: str, kind: str, options: dict[str, Any], q: int | float | None) -> Range:
     low, high = (number(key, name, options[name]) for name in ("min", "max"))
-    whole = isinstance(low, int) and isinstance(high, int)
-    kind = kind or ("int_uniform" if whole else "uniform")
-    if kind in ("log_uniform", "q_log_uniform"):
-        low, high = math.exp(low), math.exp(high)
-    if kind == "inv_log_uniform":  # the logarithm of what is 1 divided by it
-        low, high = math.exp(-high), math.exp(-low)
-    if low >= high or ("log" in kind and low <= 0) or (kind == "int_uniform" and not whole):
-        rule = "whole numbers" if kind == "int_uniform" else "positive" if "log" in kind else "numbers"
-        raise ValueError(f"min and max of {key} must be {rule}, the smaller first, but are {low} and {high}")
+    if kind == "int_uniform" and not (isinstance(low, int) and isinstance(high, int)):
+        raise ValueError(f"min and max of {key} must be whole numbers, but are {low} and {high}")
+    if low >= high:
+        raise ValueError(f"min of {key} must be below its max, but they are {low} and {high}")
+    if kind in ("log_uniform", "inv_log_uniform"):
+        if max(abs(low), abs(high)) > LARGEST_EXPONENT:
+            raise ValueError(
+                f"min and max of {key} must be logarithms, but are {low} and {high}; for the values themselves the "
+                f"distribution is {kind}_values"
+            )
+        # Of the second the logarithm of 1 divided by the value is drawn.
+        low, high = (math.exp(low), math.exp(high)) if kind == "log_uniform" else (math.exp(-high), math.exp(-low))
+    if "log" in kind and low <= 0:
+        raise ValueError(f"min of {key} must be positive, but is {low}")
     made = Range(key, low, high, kind == "int_uniform", "log" in kind, q)
     if q is not None and made.multiples[0] > made.multiples[1]:
         raise ValueError(f"min and max of {key} must have a multiple of q between them, but are {low}, {high} (q {q})")

@@ -6,16 +6,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from lit_llm.cli.sweep_parameters import QUANTILE, label
+from lit_llm.cli.sweep_file import Sweep
+from lit_llm.cli.sweep_parameters import QUANTILE, Bell, Parameter, Shaped, label
 from lit_llm.files import replacing
 
 
-def draw(study: Any, metric: str, out: Path, seed: int) -> None:
+def draw(study: Any, plan: Sweep, out: Path, seed: int) -> None:
     """Draws the history, the parallel coordinates and the importance of the parameters, where there is enough.
 
     Args:
         study: The sweep's trials, an Optuna study.
-        metric: What they are judged by.
+        plan: What is varied, and what they are judged by.
         out: The folder for the pictures.
         seed: Of the forest that tells the importance.
     """
@@ -27,15 +28,15 @@ def draw(study: Any, metric: str, out: Path, seed: int) -> None:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as pictures
 
-    study = with_values(study)
+    shown, metric = with_values(study, plan), plan.metric
     complete = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
     varied = {name for trial in complete for name in trial.params}
     drawn = {"history": lambda: pictures.plot_optimization_history(study, target_name=metric)}
     if varied:
-        drawn["parallel_coordinates"] = lambda: pictures.plot_parallel_coordinate(study, target_name=metric)
+        drawn["parallel_coordinates"] = lambda: pictures.plot_parallel_coordinate(shown, target_name=metric)
     if varied and len({trial.value for trial in complete}) > 1:
         drawn["importance"] = lambda: pictures.plot_param_importances(
-            study, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=seed), target_name=metric
+            shown, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=seed), target_name=metric
         )
     for name, make in drawn.items():
         with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna changes the style of all that follows
@@ -46,29 +47,34 @@ def draw(study: Any, metric: str, out: Path, seed: int) -> None:
         pyplot.close(axes.figure)
 
 
-def with_values(study: Any) -> Any:
-    """A study of the same trials whose parameters all have their values, where of some the quantile was drawn."""
+def with_values(study: Any, plan: Sweep) -> Any:
+    """The complete trials, with values for parameters of which the quantile was drawn."""
     import optuna
 
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
-    shaped = {name for trial in trials for name in trial.params if name.endswith(QUANTILE)}
+    shaped = [p for p in plan.parameters if any(p.key + QUANTILE in trial.params for trial in trials)]
     if not shaped:
         return study
-    values = {name: [label(t.user_attrs["settings"][name.removesuffix(QUANTILE)]) for t in trials] for name in shaped}
-    spaces = {
-        name: optuna.distributions.FloatDistribution(min(each), max(each))
-        if all(isinstance(value, int | float) and not isinstance(value, bool) for value in each)
-        else optuna.distributions.CategoricalDistribution(sorted(set(each), key=str))
-        for name, each in values.items()
-    }
     made = optuna.create_study(direction=study.direction)
+    values = {p.key: [label(trial.user_attrs["settings"][p.key]) for trial in trials] for p in shaped}
+    spaces = {p.key: _space(p, values[p.key]) for p in shaped}
     for index, trial in enumerate(trials):
-        params, distributions = dict(trial.params), dict(trial.distributions)
-        for name in shaped & params.keys():
-            del params[name], distributions[name]
-            params[name.removesuffix(QUANTILE)] = values[name][index]
-            distributions[name.removesuffix(QUANTILE)] = spaces[name]
+        params, spaces_of_trial = (
+            {name: value for name, value in of.items() if not name.endswith(QUANTILE)}
+            for of in (trial.params, trial.distributions)
+        )
+        params |= {key: each[index] for key, each in values.items()}
         made.add_trial(
-            optuna.trial.create_trial(value=trial.value, params=params, distributions=distributions, state=trial.state)
+            optuna.trial.create_trial(value=trial.value, params=params, distributions=spaces_of_trial | spaces)
         )
     return made
+
+
+def _space(parameter: Parameter, values: list[Any]) -> Any:
+    """What Optuna calls a distribution, around the values that there are."""
+    from optuna.distributions import CategoricalDistribution, FloatDistribution
+
+    if isinstance(parameter, Shaped):
+        is_log = isinstance(parameter, Bell) and parameter.is_log and min(values) > 0
+        return FloatDistribution(min(values), max(values), log=is_log)
+    return CategoricalDistribution(sorted(set(values), key=str))

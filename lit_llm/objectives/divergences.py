@@ -128,7 +128,7 @@ class _LinearLoss(torch.autograd.Function):
         """Loops over chunks of tokens."""
         d_model, head = weight.shape[1], weight.to(hidden.dtype)
         wanted = any(ctx.needs_input_grad)
-        total = torch.zeros((), device=hidden.device)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         for first in range(0, len(hidden), 2 * d_model):

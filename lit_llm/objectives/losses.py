@@ -71,11 +71,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         first, end = (0, vocab) if group is None else _own_tokens(vocab, group)
         head, kept, targets = weight[first:end].to(hidden.dtype), (labels != IGNORE_INDEX)[:, None], labels[:, None]
         wanted = any(ctx.needs_input_grad)
-        losses = torch.empty(len(hidden), 1, device=hidden.device)
+        losses = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         step = 2 * d_model  # with fewer tokens a chunk, adding up the weight's gradient would cost more than the logits
-        rows = max(1, FP32_LOGITS["cpu" if hidden.device.type == "cpu" else "accelerator"] // vocab)
+        most = -(
+            -vocab // (1 if group is None else group.size())
+        )  # of a row; the same on all devices, so that they agree
+        rows = max(1, FP32_LOGITS["cpu" if hidden.device.type == "cpu" else "accelerator"] // most)
         for start in range(0, len(hidden), step):
             here = slice(start, start + step)
             h, keep = hidden[here], kept[here]
@@ -188,8 +191,9 @@ def linear_cross_entropy_sum(
 ) -> Float[Tensor, ""]:
     """What `cross_entropy_sum` gives for the logits `hidden @ weight.T`, which are never held all at once.
 
-    They are made, used and forgotten for `2 * d_model` tokens at a time, so what the loss needs of memory is about
-    three times the head's own gradient, whatever the batch. Labels to be ignored cost nothing on a CPU.
+    They are made, used and forgotten for `2 * d_model` tokens at a time, and few of them are in fp32 (`FP32_LOGITS`),
+    so what the loss needs of memory is about three times the head's own gradient, whatever the batch. Labels to be
+    ignored cost nothing on a CPU.
 
     Args:
         hidden: What the output layer reads.

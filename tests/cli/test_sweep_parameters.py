@@ -52,6 +52,7 @@ class Ends:
         ({"distribution": "q_log_uniform_values", "min": 16, "max": 256, "q": 16}, 16, 256, True),
         ({"values": [[0.8, 0.95], None]}, [0.8, 0.95], None, None),
         ({"values": ["a", "b"], "probabilities": [0.25, 0.75]}, "a", "b", False),
+        ({"values": ["a", "b", "c"], "probabilities": [0.25, 0.75, 0]}, "a", "b", False),
         ({"value": "x"}, "x", "x", None),
     ],
 )
@@ -83,6 +84,7 @@ class Chance:
         ({"distribution": "normal", "mu": 3, "sigma": 0.5}, scipy.stats.norm(3, 0.5)),
         ({"distribution": "log_normal", "mu": -7, "sigma": 0.5}, scipy.stats.lognorm(0.5, scale=math.exp(-7))),
         ({"distribution": "beta", "a": 2, "b": 5}, scipy.stats.beta(2, 5)),
+        ({"distribution": "beta"}, scipy.stats.uniform()),
     ],
 )
 def test_what_optuna_cannot_draw_has_the_distribution_that_it_is_named_for(options, reference):
@@ -127,14 +129,41 @@ def test_text_that_is_a_number_is_read_as_one_and_said(caplog):
         ({"value": 1, "values": [2]}, "x must have value or values, but has both"),
         (
             {"distribution": "categorical", "min": 1, "max": 2},
-            "x must have value or values for the distribution categorical, but has none",
+            "x, which is categorical, must have keys of distribution, values, but has min",
+        ),
+        (
+            {"distribution": "normal", "sigma": 1, "values": [2]},
+            "x, which is normal, must have keys of distribution, mu, sigma, but has values",
+        ),
+        (
+            {"min": 1, "max": 2, "q": 0.1},
+            "x, which is int_uniform, must have keys of distribution, min, max, but has q",
+        ),
+        ({"distribution": "constant"}, "x, which is constant, must have value, but has no value"),
+        (
+            {"distribution": "categorical_w_probabilities", "values": [1]},
+            "x, which is categorical_w_probabilities, must have values and probabilities, but has no probabilities",
         ),
         (3, "x must have value, values, or min and max, but is 3"),
-        ({"min": 3}, "x must have value, values, or min and max, but has min"),
+        ({"min": 3}, "x, which is uniform, must have min and max, but has no max"),
         ({"min": "low", "max": 3}, "min of x must be a number, but is low"),
         (
             {"distribution": "log_uniform_values", "min": 0, "max": 3},
-            "min and max of x must be positive, the smaller first, but are 0 and 3",
+            "min of x must be positive, but is 0",
+        ),
+        ({"distribution": "uniform", "min": 3, "max": 3}, "min of x must be below its max, but they are 3 and 3"),
+        (
+            {"distribution": "int_uniform", "min": 0.5, "max": 3},
+            "min and max of x must be whole numbers, but are 0.5 and 3",
+        ),
+        (
+            {"distribution": "inv_log_uniform", "min": 1, "max": 1000},
+            "min and max of x must be logarithms, but are 1 and 1000; for the values themselves the distribution is "
+            "inv_log_uniform_values",
+        ),
+        (
+            {"distribution": "log_normal", "mu": 1000},
+            "mu and sigma of x must be those of the logarithm, but are 1000 and 1",
         ),
         (
             {"distribution": "q_uniform", "min": 5, "max": 6, "q": 4},
@@ -143,7 +172,7 @@ def test_text_that_is_a_number_is_read_as_one_and_said(caplog):
         ({"distribution": "q_uniform", "min": 5, "max": 6, "q": 0}, "q of x must be positive, but is 0"),
         ({"values": 3}, "values of x must be a list, but are 3"),
         ({"distribution": "normal", "sigma": 0}, "sigma of x must be positive, but is 0"),
-        ({"distribution": "beta", "a": 2}, "b of x must be a number, but is None"),
+        ({"distribution": "beta", "a": 2, "b": "x"}, "b of x must be a number, but is x"),
         (
             {"values": [1, 2], "probabilities": [1]},
             "probabilities of x must be a list of 2, as its values, but are [1]",

@@ -160,6 +160,19 @@ def test_no_step_of_a_loss_in_chunks_holds_the_logits_of_all_tokens() -> None:
     assert chunked.numel <= 2 * d_model * vocab < plain.numel == tokens * vocab
 
 
+def peak(loss_of, vocab: int, d_model: int, chunks: int, precision: str = "32-true") -> int:
+    """Most bytes of a loss, forward and backward, beyond its arguments."""
+    shape = 1, chunks * 2 * d_model
+    batch = {"hidden": torch.empty(*shape, d_model), "input_ids": torch.empty(*shape, dtype=torch.int64)}
+    return measure_step(
+        build=lambda: torch.nn.Linear(d_model, vocab, bias=False),
+        make_optimizer=lambda head: torch.optim.SGD(head.parameters()),
+        loss=lambda head, batch: loss_of(batch["hidden"], head.weight, batch["input_ids"]),
+        batch=batch,
+        precision=precision,
+    ).passes
+
+
 @pytest.mark.parametrize(
     "loss_of",
     [
@@ -168,19 +181,29 @@ def test_no_step_of_a_loss_in_chunks_holds_the_logits_of_all_tokens() -> None:
     ],
 )
 def test_eight_chunks_of_a_loss_hold_no_more_than_one(loss_of) -> None:
-    vocab, d_model = 4096, 16
+    assert peak(loss_of, 4096, 16, chunks=8) < 1.1 * peak(loss_of, 4096, 16, chunks=1)
 
-    def peak(chunks: int) -> int:
-        shape = 1, chunks * 2 * d_model
-        batch = {"hidden": torch.empty(*shape, d_model), "input_ids": torch.empty(*shape, dtype=torch.int64)}
-        return measure_step(
-            build=lambda: torch.nn.Linear(d_model, vocab, bias=False),
-            make_optimizer=lambda head: torch.optim.SGD(head.parameters()),
-            loss=lambda head, batch: loss_of(batch["hidden"], head.weight, batch["input_ids"]),
-            batch=batch,
-        ).passes
 
-    assert peak(8) < 1.1 * peak(1)
+def test_a_loss_in_chunks_holds_about_three_times_the_gradient_of_the_head(monkeypatch) -> None:
+    vocab, d_model = 8192, 64
+    monkeypatch.setattr(losses, "FP32_LOGITS", {"cpu": 4 * vocab})
+    found = peak(linear_cross_entropy_sum, vocab, d_model, chunks=4, precision="bf16-mixed")
+    assert found < 3.5 * 4 * vocab * d_model
+
+
+@pytest.mark.parametrize(
+    "make", [linear_cross_entropy_sum, lambda h, w, y: linear_loss_sum(h[0], w, lambda x, _: x.sum())]
+)
+def test_a_loss_in_chunks_is_in_float32_where_half_precision_is_the_default(make) -> None:
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does in bf16-true
+    try:
+        hidden, weight = torch.randn(1, 6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+        loss = make(hidden, weight, torch.zeros(1, 6, dtype=torch.int64))
+        loss.backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert loss.dtype == torch.float32
+    assert hidden.grad.dtype == weight.grad.dtype == torch.bfloat16
 
 
 def test_a_loss_in_chunks_without_gradients_makes_none(hidden, weight, labels) -> None:
