@@ -249,7 +249,7 @@ PRETRAINED = Table(
     chains={
         "taught": [training("two blocks, with their teacher", *PAIRS, **TAUGHT, **OF_TWO_BLOCKS)],
         "begun": [
-            training("two blocks, begun as the teacher's", *PAIRS, model__teacher_weight=0.0, **TAUGHT, **OF_TWO_BLOCKS)
+            training("two blocks, begun as the teacher's", *PAIRS, **TAUGHT, **OF_TWO_BLOCKS, model__teacher_weight=0.0)
         ],
         "alone": [training("two blocks, alone", *PAIRS, **OF_TWO_BLOCKS)],
         "alone_faster": [training("two blocks, alone, at 0.001", *PAIRS, **FASTER)],
