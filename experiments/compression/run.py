@@ -247,7 +247,10 @@ PRETRAINED = Table(
     flags=lambda: {"model.network.path": trainings.minilm()},
     metric="val/accuracy",
     chains={
-        "taught": [training("two blocks, with their teacher", *PAIRS, **TAUGHT, **OF_TWO_BLOCKS)],
+        "taught": [
+            training("two blocks, with their teacher", *PAIRS, **TAUGHT, **OF_TWO_BLOCKS),
+            method("and half of their neurons", "structured.Neurons", sparsity=0.5, importance="taylor"),
+        ],
         "begun": [
             training("two blocks, begun as the teacher's", *PAIRS, **TAUGHT, **OF_TWO_BLOCKS, model__teacher_weight=0.0)
         ],
@@ -257,12 +260,12 @@ PRETRAINED = Table(
     goals=[
         Goal(
             "the student's parameters less than its teacher's, %",
-            lambda s: 100 * (1 - s["two blocks, with their teacher"]["parameters"] / s["original"]["parameters"]),
+            lambda s: 100 * (1 - s["and half of their neurons"]["parameters"] / s["original"]["parameters"]),
             40.0,
         ),
         Goal(
             "the student's score by its teacher's",
-            lambda s: metric(s, "two blocks, with their teacher") / metric(s, "original"),
+            lambda s: metric(s, "and half of their neurons") / metric(s, "original"),
             0.97,
         ),
         Goal(
@@ -270,7 +273,7 @@ PRETRAINED = Table(
             lambda s: (
                 100
                 * (
-                    metric(s, "two blocks, with their teacher")
+                    metric(s, "and half of their neurons")
                     - max(metric(s, "two blocks, alone"), metric(s, "two blocks, alone, at 0.001"))
                 )
             ),
