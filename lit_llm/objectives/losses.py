@@ -50,7 +50,8 @@ def cross_entropy_sum(
 
 
 FP32_LOGITS = {"cpu": 2**22, "accelerator": 2**26}
-"""So many logits are in fp32 at a time: what a CPU's caches hold, or what it is worth to launch a kernel for."""
+"""So many logits are in fp32 at a time on each device: what a CPU's caches hold; for an accelerator, where launching
+kernels costs more, a larger number, with which nothing has been measured yet."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -75,24 +76,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wanted else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         step = 2 * d_model  # with fewer tokens a chunk, adding up the weight's gradient would cost more than the logits
-        most = -(
-            -vocab // (1 if group is None else group.size())
-        )  # of a row; the same on all devices, so that they agree
-        rows = max(1, FP32_LOGITS["cpu" if hidden.device.type == "cpu" else "accelerator"] // most)
+        devices = 1 if group is None else group.size()
+        rows = max(1, FP32_LOGITS["cpu" if hidden.device.type == "cpu" else "accelerator"] * devices // vocab)
         for start in range(0, len(hidden), step):
             here = slice(start, start + step)
             h, keep = hidden[here], kept[here]
             logits = h @ head.T
             for part, target, loss in zip(*(x.split(rows) for x in (logits, targets[here], losses[here])), strict=True):
                 loss.copy_(_losses(part, target - first, vocab, label_smoothing, z_loss, group, wanted))
-            if wanted:
-                grad = logits
-                torch.mm(grad, head, out=grad_hidden[here]).mul_(keep)
+            if wanted:  # and so the logits have become their gradient
+                torch.mm(logits, head, out=grad_hidden[here]).mul_(keep)
                 if h.dtype == torch.float32:
-                    grad_weight[first:end].addmm_(grad.T, h * keep)
+                    grad_weight[first:end].addmm_(logits.T, h * keep)
                 else:
-                    grad_weight[first:end] += grad.T @ (h * keep)
-                del grad
+                    grad_weight[first:end] += logits.T @ (h * keep)
             del logits, part  # or the next would be made beside them
         if wanted and group is not None:
             dist.all_reduce(grad_hidden, group=group)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from lit_llm.cli.sweep_parameters import Parameter, label, read_parameters
+from lit_llm.cli.sweep_file import read_parameters
+from lit_llm.cli.sweep_parameters import Parameter, label
 from tests.writing import exactly
 
 
