@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from lit_llm.cli.chain_file import Chain, Stage, read_chain
+from lit_llm.cli.chain_file import Chain, Stage, read_chain, stages_in_common
 from lit_llm.cli.parser import OneLineArguments
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lit-llm compress",
         description="Make a trained model smaller and faster, in the stages that a config names: methods of "
         "compression, and trainings (to distil, to recover). Each stage is measured; one that loses too much ends the "
-        "chain, and the last good one is the result, in OUT/model. A command that was cut goes on where it stopped. "
+        "chain, and the last good one is the result, in OUT/model. A command that was cut goes on where it stopped, and "
+        "so does a chain with more stages at its end, or another floor. "
         "Other options, such as --data.path, go to each training and evaluation.",
         epilog="example: lit-llm compress --config configs/compression/chain_llama.yaml "
         "--model runs/llama_stdlib/<time>/model --out runs/llama_small",
@@ -59,13 +60,6 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
     methods = _methods(chain)
     folder = out / "stages"
     made_of = {"chain": chain.content, "model": model, "options": more}
-    settings = out / "chain.json"
-    is_other = settings.is_file() and json.loads(settings.read_text()) != made_of
-    if is_other and any(next(folder.glob(f"*/{made}/*"), None) for made in ("model", "checkpoints")):
-        raise ValueError(
-            f"--out must be a new folder or one of this chain, but {out} is of another chain or model; name another, "
-            f"or delete it"
-        )
     original = read_model(model)
     if original.folder is None:
         raise ValueError(f"--model must be a model directory or a run folder with one, but is {model}")
@@ -74,9 +68,7 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
         log.info(f"{model} has been compressed before, by {names}: it is measured from there")
     if methods[0] is not None:
         methods[0].chosen(original.network)
-    if is_other:
-        shutil.rmtree(folder, ignore_errors=True)  # it holds no stage, and what was measured may be something else
-    _write(settings, made_of)
+    _claim(out, made_of)
     chief = _Evaluator(chain, folder, more)
     if chain.metric is not None:
         chief.try_metric(original.folder)
@@ -105,6 +97,32 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
     _copy(previous, out / "model")
     print((out / "report.md").read_text())
     print(f"{'model':<22}{out / 'model'}")
+
+
+def _claim(out: Path, made_of: dict[str, Any]) -> None:
+    """Notes in `out` whose it is, and clears it of what an earlier chain measured, or began, otherwise.
+
+    Raises:
+        ValueError: When that would lose a stage. A chain that only ends later, or sooner, than the earlier one does not.
+    """
+    settings, places = out / "chain.json", sorted(out.glob("stages/*-*"))
+    if settings.is_file():
+        earlier = json.loads(settings.read_text())
+        is_same = all(earlier[key] == made_of[key] for key in ("model", "options"))
+        common = stages_in_common(earlier["chain"], made_of["chain"]) if is_same else None
+        if common == len(made_of["chain"]["stages"]):
+            return
+        stale = [place for place in places if common is None or int(place.name.partition("-")[0]) > common]
+        for place in stale:
+            if any(next(place.glob(f"{made}/*"), None) for made in ("model", "checkpoints")):
+                what = "another model or data" if common is None else "another chain"
+                raise ValueError(
+                    f"--out must be a new folder or one of this chain, but stage {place.name} of {out} is of {what}; "
+                    f"name another, or delete the folders of that stage and those after it"
+                )
+        for place in stale:
+            shutil.rmtree(place)
+    _write(settings, made_of)
 
 
 def _methods(chain: Chain) -> list[Compression | None]:

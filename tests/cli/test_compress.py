@@ -131,11 +131,41 @@ def test_a_chain_that_was_killed_goes_on_where_it_stopped(chain, tmp_path, monke
     calls.clear()
     assert chain(*stages).code == 0
     assert [name for name, _ in calls] == ["validate"]  # for the data to time with
+
+
+def test_a_chain_with_one_more_stage_goes_on_from_what_there_is(chain, tmp_path):
+    assert chain(PRUNE, floor=0.1).code == 0
+    measured = tmp_path / "out/stages/00-original/measured.json"
+    made = tmp_path / "out/stages/01-pruned/model/model.safetensors"
+    before = [path.stat().st_mtime_ns for path in (measured, made)]
+    leftover = tmp_path / "out/stages/02-int8/metrics.csv"  # of a training that was killed before it saved anything
+    leftover.parent.mkdir()
+    leftover.write_text("step\n")
+    outcome = chain(PRUNE, QUANTIZE, floor=0.0)
+    assert outcome.code == 0, outcome.err
+    assert [path.stat().st_mtime_ns for path in (measured, made)] == before
+    assert not leftover.exists()
+    names = [row["name"] for row in json.loads((tmp_path / "out/report.json").read_text())["stages"]]
+    assert names == ["original", "pruned", "int8"]
+    assert chain(PRUNE).code == 0  # and one that ends sooner reports what it has
+    kept, pruned = (tmp_path / "out" / name / "model.safetensors" for name in ("model", "stages/01-pruned/model"))
+    assert kept.read_bytes() == pruned.read_bytes()
+    assert (tmp_path / "out/stages/02-int8/model").is_dir()
+    assert chain(PRUNE, QUANTIZE).code == 0
+
+
+def test_a_chain_refuses_stages_that_another_made(chain, tmp_path):
+    assert chain(QUANTIZE).code == 0
     outcome = chain(NEURONS)
     assert outcome.last_line == (
-        f"lit-llm: error: --out must be a new folder or one of this chain, but {tmp_path / 'out'} is of another chain or "
-        f"model; name another, or delete it"
+        f"lit-llm: error: --out must be a new folder or one of this chain, but stage 01-int8 of {tmp_path / 'out'} is of "
+        f"another chain; name another, or delete the folders of that stage and those after it"
     )
+    outcome = chain(QUANTIZE, more=["--data.seq_len", "16"])
+    assert "but stage 01-int8 of" in outcome.last_line
+    assert "is of another model or data" in outcome.last_line
+    shutil.rmtree(tmp_path / "out/stages/01-int8")
+    assert chain(NEURONS).code == 0
 
 
 def frequencies(texts) -> torch.Tensor:
