@@ -34,8 +34,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lit-llm compress",
         description="Make a trained model smaller and faster, in the stages that a config names: methods of "
         "compression, and trainings (to distil, to recover). Each stage is measured; one that loses too much ends the "
-        "chain, and the last good one is the result, in OUT/model. A command that was cut goes on where it stopped, and "
-        "so does a chain with more stages at its end, or another floor. "
+        "chain, and the last good one is the result, in OUT/model. A command that was cut goes on where it stopped, "
+        "and so does a chain with more stages at its end, or another floor. "
         "Other options, such as --data.path, go to each training and evaluation.",
         epilog="example: lit-llm compress --config configs/compression/chain_llama.yaml "
         "--model runs/llama_stdlib/<time>/model --out runs/llama_small",
@@ -103,7 +103,7 @@ def _claim(out: Path, made_of: dict[str, Any]) -> None:
     """Notes in `out` whose it is, and clears it of what an earlier chain measured, or began, otherwise.
 
     Raises:
-        ValueError: When that would lose a stage. A chain that only ends later, or sooner, than the earlier one does not.
+        ValueError: When that would lose a stage. A chain that ends later or sooner than the earlier one loses none.
     """
     settings, places = out / "chain.json", sorted(out.glob("stages/*-*"))
     if settings.is_file():
