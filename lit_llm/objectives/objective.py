@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import math
 import pkgutil
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
@@ -14,8 +13,6 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric, MetricCollection
 
 from lit_llm.adaptation import Adaptation
@@ -25,18 +22,17 @@ from lit_llm.compression.compression import records_of, replay
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.deferred_init import deferred
 from lit_llm.metrics import MeanLoss
-from lit_llm.objectives.averaged import Averaged
 from lit_llm.objectives.features import FeatureCache, features_of
-from lit_llm.optimizers import parameter_groups
+from lit_llm.objectives.scheduled import Scheduled
 from lit_llm.recipes import described, first_argument
-from lit_llm.schedulers import Constant, Schedule
+from lit_llm.schedulers import Schedule
 from lit_llm.shards import local, whole_shape
 from lit_llm.weights import copy_weights
 
 log = logging.getLogger(__name__)
 
 
-class Objective(Averaged):
+class Objective(Scheduled):
     """What is minimised. A subclass writes `loss(batch)`, and names the fact about the data that sizes its network.
 
     What it measures over a split is the mean of that loss, until it writes `measure` and makes metrics of its own.
@@ -79,16 +75,11 @@ class Objective(Averaged):
         weights: str | None = None,
         adaptation: Adaptation | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(optimizer, schedule, decay_embeddings, adaptation)
         if network is None and weights is None:
             raise ValueError("model.network must be given where there are no model.weights to start from, but is None")
         self.make_network = network
-        self.make_optimizer = optimizer
-        self.schedule = schedule or Constant()
-        self.decay_embeddings = decay_embeddings
-        self.adaptation = adaptation
         self.val_metric, self.test_metric = MeanLoss(), MeanLoss()
-        self._waiting: list[dict[str, Any]] = []
         self._features: dict[RunningStage, FeatureCache] = {}
 
     def measure(self, metric: Any, batch: Any) -> dict[str, Tensor] | None:
@@ -246,46 +237,11 @@ class Objective(Averaged):
         options = (self.hparams.get("network") or {}).get("init_args") or {}
         return options.get("path") or self.hparams.get("weights")
 
-    def new_optimizer(self) -> Optimizer:
-        """The optimiser over the groups that `optimizers.parameter_groups` makes."""
-        groups = parameter_groups(self.network, self.decay_embeddings)
-        if self.adaptation is not None:
-            groups = self.adaptation.groups(groups, self.network)
-        if beside := list(self.beside.parameters()):
-            groups.append({"params": beside, "role": "head"})
-        make = self.make_optimizer or functools.partial(AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        return make(groups)
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        """The optimiser, and its schedule by the step."""
-        optimizer = self.new_optimizer()
-        scheduler = LambdaLR(optimizer, [self._factor_of(group) for group in optimizer.param_groups])
-        # What the config says, before a checkpoint's own values are loaded over it.
-        self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        log.info(groups_table(optimizer))
-        total, warmup = self.trainer.estimated_stepping_batches, self.schedule.warmup_steps
-        if warmup > total / 2:
-            cut = f"The warm-up of {warmup} steps is cut to half of the run's {total}"
-            log.info(f"{cut}; few examples want more passes")
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
-
-    def _factor_of(self, group: dict[str, Any]) -> Callable[[int], float]:
-        """Factor on a group's learning rate at each step: the schedule's, slower in some layers, 0 until they learn."""
-        total = self.trainer.estimated_stepping_batches
-        rate, first = group.get("rate", 1.0), first_step(group, total)
-        return lambda step: rate * self.schedule.factor(step, total) if step >= first else 0.0
+    # Features of a frozen backbone.
 
     def on_train_start(self) -> None:
-        """After a checkpoint was loaded: state comes from the checkpoint, hyper-parameters from the config."""
-        optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
-        for group, configured in zip(optimizer.param_groups, self._configured, strict=True):
-            group.update(configured)
-            group["lr"] = configured["initial_lr"] * self._factor_of(configured)(self.trainer.global_step)
-        scheduler.base_lrs = [configured["initial_lr"] for configured in self._configured]
-        # Where epochs set the length, the schedule had the loaders made before there was a position to give them.
-        self.trainer.fit_loop._load_combined_loader_states()
-        self._waiting = [group for group in optimizer.param_groups if group.get("start")]
-        self._wake(optimizer, self.trainer.global_step)
+        """As `Scheduled`; makes the features of a backbone that learns nothing."""
+        super().on_train_start()
         if self.adaptation is not None and self.adaptation.cache_features:
             forward_context = self.trainer.precision_plugin.forward_context
             self._features = features_of(self.network, self.trainer.datamodule, forward_context)
@@ -299,39 +255,6 @@ class Objective(Averaged):
         features = self._features.get(self.trainer.state.stage) if self._features else None
         network = self.reading
         return network(**inputs(batch)) if features is None else network.classify(features(batch["rows"]))
-
-    @property
-    def beside(self) -> nn.Module:
-        """What learns beside the network and is left behind when that is exported: mostly nothing."""
-        return nn.ModuleList()
-
-    def _wake(self, optimizer: Optimizer, step: int) -> None:
-        """Has the groups learn whose turn it is at a step; those that wait cost no backward pass.
-
-        Data-parallel processes agree beforehand on which gradients they exchange, so there it costs one, for nothing.
-        """
-        total = self.trainer.estimated_stepping_batches
-        self._waiting = [group for group in self._waiting if step < first_step(group, total)]
-        if self.trainer.world_size > 1:
-            return
-        asleep = {id(group) for group in self._waiting}
-        for group in optimizer.param_groups:
-            if group.get("start"):
-                for p in group["params"]:
-                    p.requires_grad_(id(group) not in asleep)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """As `ExactSteps`; groups whose turn has not come get no gradient."""
-        for group in self._waiting:
-            for p in group["params"]:
-                p.grad = None
-        super().on_before_optimizer_step(optimizer)
-
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """As `ExactSteps`; has the groups learn whose turn comes with the next step."""
-        super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
-        if self._waiting:
-            self._wake(optimizer, self.trainer.global_step + 1)
 
     # Measuring.
 
@@ -456,21 +379,3 @@ class Objective(Averaged):
         for network in self.children():
             if there and here is None and hasattr(network, "read_images_of"):
                 network.read_images_of(there)
-
-
-def first_step(group: dict[str, Any], total_steps: int) -> int:
-    """The step from which a parameter group learns."""
-    return math.ceil(group.get("start", 0.0) * total_steps)
-
-
-def groups_table(optimizer: Optimizer) -> str:
-    """What each parameter group holds and how it is optimised, as lines of text."""
-    lines = [f"{type(optimizer).__name__}      tensors  parameters  learning rate  weight decay"]
-    for group in optimizer.param_groups:
-        count = sum(p.numel() for p in group["params"])
-        later = f"  from {group['start']:.0%} on" if group.get("start") else ""
-        lines.append(
-            f"  {group.get('role', 'all'):<11}{len(group['params']):>6}{count:>12,}"
-            f"{group['initial_lr'] * group.get('rate', 1.0):>15.3g}{group.get('weight_decay', 0.0):>14.3g}{later}"
-        )
-    return "\n".join(lines)
