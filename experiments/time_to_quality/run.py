@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from experiments.throughput.report import REPOSITORY, mean_and_deviation, write_table
 from experiments.trainings import Flags, Found, Measurements, fit_anew, parser
-from lit_llm.cli.compare import paired_p
+from lit_llm.cli.significance import paired_p
 from lit_llm.files import replacing
 
 HERE = Path(__file__).parent

@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 import logging
-import math
 import shlex
-import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+from lit_llm.cli.finished_run import NOT_OF_THE_SETTING, Finished, read_run
 from lit_llm.cli.parser import OneLineArguments
+from lit_llm.cli.significance import paired_p
 from lit_llm.data.documents import corpus_name
 
 log = logging.getLogger(__name__)
-
-SEEDS = ("seed_everything", "data.seed")
-"""What randomness comes from: that of the run, and that of which data are read in which order."""
-
-NOT_OF_THE_SETTING = (
-    *SEEDS,
-    *("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir", "trainer.log_every_n_steps"),
-    "checkpoint.every_n_steps",
-)
-"""What two runs of one setting may differ in."""
 
 TASK = (
     *("data", "data.path", "data.subset", "data.task", "data.column", "data.split_by", "data.max_documents"),
@@ -67,37 +56,6 @@ def _parser() -> argparse.ArgumentParser:
         help="what to compare by (default: val/bits_per_byte where all have it, or else what chose the best)",
     )
     return parser
-
-
-@dataclass(frozen=True)
-class Finished:
-    """A run that came to its end.
-
-    Attributes:
-        folder: Its folder.
-        settings: Its config by dotted names, a class under the name of what it is.
-        results: What `results.json` holds.
-    """
-
-    folder: Path
-    settings: dict[str, Any]
-    results: dict[str, Any]
-
-    @property
-    def seed(self) -> tuple[Any, ...]:
-        """What its randomness came from; see `SEEDS`."""
-        return tuple(self.settings.get(name) for name in SEEDS)
-
-    @property
-    def setting(self) -> str:
-        """All of its config that is not the seed, as text."""
-        kept = {k: v for k, v in self.settings.items() if not k.startswith(NOT_OF_THE_SETTING)}
-        return json.dumps(kept, sort_keys=True, default=str)
-
-    def figure(self, metric: str) -> float | None:
-        """What it reached at its best validation, or at its end."""
-        found = self.results.get(f"best/{metric}", self.results.get(metric))
-        return None if found is None else float(found)
 
 
 @dataclass
@@ -167,46 +125,6 @@ def _folders(runs: list[Path]) -> Iterator[Path]:
         for number in complete:
             yield folder / "trials" / f"{int(number):03d}"
             yield from sorted((folder / "seeds").glob(f"{int(number):03d}_seed*"))
-
-
-def read_run(folder: Path) -> Finished:
-    """Reads a run folder.
-
-    Raises:
-        FileNotFoundError: When it holds no finished run.
-        ValueError: When what it holds was cut off.
-    """
-    import yaml
-
-    for name in ("config.yaml", "results.json"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"RUN must be the folder of a finished run, but {folder} has no {name}")
-    try:
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-        results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-    except (yaml.YAMLError, json.JSONDecodeError) as error:
-        raise ValueError(f"RUN must be the folder of a finished run, but files of {folder} are not whole") from error
-    return Finished(folder, dict(dotted(config)), results)
-
-
-def dotted(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A config by the names that its options have on the command line.
-
-    Example:
-        >>> dict(dotted({"data": {"class_path": "x.Text", "init_args": {"path": "a/"}}, "seed": 1}))
-        {'data': 'x.Text', 'data.path': 'a/', 'seed': 1}
-
-    The weights of a mixture of corpora are one value.
-    """
-    for name, value in content.items():
-        if name == "class_path":
-            yield prefix.rstrip("."), value
-        elif name == "init_args" and isinstance(value, dict):
-            yield from dotted(value, prefix)
-        elif isinstance(value, dict) and f"{prefix}{name}" != "data.path":
-            yield from dotted(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def falls(metric: str, runs: list[Finished]) -> bool:
@@ -317,26 +235,6 @@ def _short(value: Any) -> str:
         return ", ".join(f"{name}: {weight:g}" for name, weight in value.items())
     text = f"{value:.4g}" if isinstance(value, float) else str(value)
     return text.rpartition(".")[2] if "." in text and not isinstance(value, float) else text
-
-
-def paired_p(one: list[float], other: list[float]) -> float | None:
-    """p of the two-sided paired t-test; `None` where less than two pairs, or pairs that all differ alike, tell nothing.
-
-    Source: Student, "The probable error of a mean", Biometrika 6 (1908); `scipy.stats.ttest_rel`.
-
-    Example:
-        >>> round(paired_p([1.0, 2.0, 3.0], [1.5, 2.7, 3.6]), 4)
-        0.0091
-        >>> paired_p([1.0], [2.0])
-    """
-    from scipy.stats import ttest_rel
-
-    if len(one) < 2:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that all pairs differ alike
-        p = float(ttest_rel(one, other).pvalue)
-    return p if math.isfinite(p) else None
 
 
 def _spread(values: list[float]) -> str:

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import difflib
 import json
 import logging
 import math
 import os
-import shlex
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
-from lit_llm.cli.compare import paired_p, read_run
+from lit_llm.cli.finished_run import read_run
 from lit_llm.cli.parser import OneLineArguments
+from lit_llm.cli.significance import verdict
 from lit_llm.cli.sweep_file import Sweep, read_sweep, written
 from lit_llm.cli.sweep_options import require_options
 from lit_llm.cli.sweep_parameters import Constant, label
 from lit_llm.cli.sweep_pictures import draw
 from lit_llm.cli.sweep_progress import SweepProgress
+from lit_llm.cli.sweep_study import alone_in, open_study
 from lit_llm.cli.trial_run import INTERRUPTED, TrialRun, figure_of, metrics_of
 
 log = logging.getLogger(__name__)
@@ -81,75 +79,12 @@ def sweep(config: Path, trials: int | None, out: Path, workers: int, seeds: int,
         raise ValueError("optuna must be installed for a sweep, but is not; pip install 'lit-llm[sweep]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     require_options(plan, more)
-    with _alone_in(out):
-        study = _study(plan, out, more)
+    with alone_in(out):
+        study = open_study(plan, out, more)
         searched = _Search(plan, study, out, more, workers)
         searched.go_on(min(trials, size) if size else trials)
         searched.report()
         searched.say_whether_seeds_matter(seeds)
-
-
-@contextlib.contextmanager
-def _alone_in(out: Path) -> Iterator[None]:
-    """Makes the folder, and holds it: two sweeps in one would take up each other's trials."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"--out must be a folder that no sweep runs in, but is {out}, where one does") from error
-        yield
-
-
-def _study(plan: Sweep, out: Path, more: list[str]) -> Any:
-    import optuna
-    from sqlalchemy.exc import DatabaseError
-
-    direction = "minimize" if plan.mode == "min" else "maximize"
-    pruner = optuna.pruners.NopPruner()
-    if plan.early_terminate:
-        first, eta = plan.early_terminate
-        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=eta)
-    path = out / "study.db"
-    try:
-        study = optuna.create_study(
-            storage=f"sqlite:///{quote(str(path))}",
-            study_name="sweep",
-            direction=direction,
-            pruner=pruner,
-            load_if_exists=True,
-        )
-    except DatabaseError as error:
-        raise ValueError(
-            f"--out must hold a study.db that can be read or none, but {path} cannot: {error.orig}"
-        ) from error
-    described = {
-        "space": plan.space,
-        "goal": plan.mode,
-        "metric": plan.metric,
-        "command": [*plan.words({}), *more],
-    }
-    trials = study.get_trials(deepcopy=False)
-    free = {  # while there is nothing that it would be wrong of
-        "metric": all(trial.value is None for trial in trials),
-        "command": all(trial.state.name in ("FAIL", "WAITING") for trial in trials),
-    }
-    for name, value in described.items():
-        before = study.user_attrs.get(name, value)
-        if before != value and not free.get(name):
-            other = "other parameters" if name == "space" else f"another {name}"
-            what = f" ({shlex.join(before)})" if name == "command" else ""
-            raise ValueError(
-                f"--out must be a new folder or one of this sweep, but {out} holds one with {other}{what}; "
-                f"take a new one"
-            )
-        study.set_user_attr(name, value)
-    return study
 
 
 class _Search:
@@ -423,29 +358,3 @@ def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     return written(value).rpartition("/")[2] if isinstance(value, str) else json.dumps(value)
-
-
-def verdict(best: list[float], other: list[float], name: str, other_name: str, mode: str) -> str:
-    """Whether two settings differ by more than seeds do, as one line.
-
-    Args:
-        best: What the better one reached with each seed.
-        other: What the other reached with the same seeds.
-        name: What to call the better one.
-        other_name: What to call the other.
-        mode: Whether `min` or `max` is best.
-
-    Example:
-        >>> verdict([1.0, 1.1, 1.2], [2.0, 2.1, 2.3], "best trial 1", "runner-up 0", "min").split(": ")[0]
-        'The best trial 1 differs from the runner-up 0 by more than seeds do'
-    """
-    from statistics import mean, stdev
-
-    p, ahead = paired_p(best, other), (mean(best) - mean(other)) * (1 if mode == "min" else -1) < 0
-    figures = f"{mean(best):.4f} ± {stdev(best):.4f} against {mean(other):.4f} ± {stdev(other):.4f}"
-    found = "differs from" if p is not None and p < 0.05 else "does not differ from"
-    turned = "" if ahead or found != "differs from" else " (and is worse with them)"
-    return (
-        f"The {name} {found} the {other_name} by more than seeds do{turned}: {figures} over {len(best)} new seeds, "
-        f"p = {'–' if p is None else f'{p:.2g}'} (paired t-test)"
-    )

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 from lit_llm.cli import main
-from lit_llm.cli.compare import dotted
+from lit_llm.cli.finished_run import dotted
 from lit_llm.cli.sweep_file import Sweep, written
 
 

@@ -10,33 +10,22 @@ import shlex
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 from jsonargparse import DefaultHelpFormatter, Namespace
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lit_llm.callbacks.confusion import ConfusionMatrix
-from lit_llm.callbacks.intervals import Intervals
-from lit_llm.callbacks.last_checkpoint import LastCheckpoint
 from lit_llm.callbacks.learning_rate_finder import LearningRateFinder
-from lit_llm.callbacks.metrics_csv import MetricsCSV
-from lit_llm.callbacks.mistakes import WorstMistakes
-from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions, GeneratedTexts
-from lit_llm.callbacks.progress import Progress
-from lit_llm.callbacks.run_report import RunReport
-from lit_llm.callbacks.throughput import Throughput
-from lit_llm.checkpoint_files import AtomicCheckpointIO, read_checkpoint
+from lit_llm.checkpoint_files import read_checkpoint
 from lit_llm.cli import fail, find_lr, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.errors import parser_line
-from lit_llm.cli.lean_loop import NoProfiler, skip_empty_hooks
+from lit_llm.cli.lean_loop import skip_empty_hooks
 from lit_llm.cli.run_config import RunConfig
-from lit_llm.metrics import FALLING
+from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
 
 log = logging.getLogger(__name__)
 
@@ -163,29 +152,6 @@ class ParagraphHelp(DefaultHelpFormatter):
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
-class CheckpointOptions:
-    """When checkpoints are written.
-
-    Args:
-        monitor: Metric that decides which validation is best; `best.ckpt` and the exported model are of that step.
-            `None` is the headline metric of the data's task, or else the objective's.
-        mode: Whether its `min` or its `max` is best; `None` is `min` for losses and errors, `max` for other metrics.
-        every_n_steps: How often `last.ckpt` is written; also at the end, and on Ctrl-C.
-    """
-
-    def __init__(
-        self, monitor: str | None = None, mode: Literal["min", "max"] | None = None, every_n_steps: int = 100
-    ) -> None:
-        self.monitor, self.mode, self.every_n_steps = monitor, mode, every_n_steps
-
-    def decided(self, headline: tuple[str, str]) -> CheckpointOptions:
-        """What is left open taken from the headline metric and its mode."""
-        monitor = self.monitor or headline[0]
-        falls = monitor.rpartition("/")[2] in FALLING
-        mode = self.mode or (headline[1] if monitor == headline[0] else "min" if falls else "max")
-        return CheckpointOptions(monitor, mode, self.every_n_steps)
-
-
 def restore_nulls(config: Namespace) -> None:
     """Makes of the text `None` nothing again, in place: jsonargparse gives it for a flag's `null` inside a class."""
     for name, value in vars(config).items():
@@ -308,46 +274,8 @@ class TrainingCLI(LightningCLI):
         options = self._get(self.config_init, "trainer")
         headline = getattr(self.datamodule, "monitor", None) or getattr(self.model, "monitor", ("val/loss", "min"))
         checkpoint = self._get(self.config_init, "checkpoint").decided(headline)
-        callbacks = list(options["callbacks"] or [])
-        loggers = options["logger"]
-        if not options["fast_dev_run"]:
-            callbacks += self._standard_callbacks(checkpoint, callbacks)
-            given = [] if loggers in (None, True, False) else loggers if isinstance(loggers, list) else [loggers]
-            standard = [MetricsCSV(self.run_dir)]
-            if loggers is not False:
-                standard.append(TensorBoardLogger(self.run_dir, name="", version="tensorboard"))
-            loggers = [*given, *standard]
-        plugins = options["plugins"] or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-            plugins = [*plugins, AtomicCheckpointIO()]
-        profiler = options["profiler"] or NoProfiler()
-        return super().instantiate_trainer(
-            callbacks=callbacks, logger=loggers, plugins=plugins, profiler=profiler, **kwargs
-        )
-
-    def _standard_callbacks(self, checkpoint: CheckpointOptions, given: list[Callback]) -> list[Callback]:
-        options = self._get(self.config_init, "trainer")
-        standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
-        standard += [ConfusionMatrix(), WorstMistakes(), Intervals()]
-        if self.subcommand == "predict":
-            standard += [DocumentScores(), ExamplePredictions(), GeneratedTexts()]
-        if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
-            standard.insert(1, Progress())
-        if options["enable_checkpointing"] is False:
-            return standard
-        return [
-            *standard,
-            ModelCheckpoint(
-                dirpath=self.run_dir / "checkpoints",
-                filename="best",
-                monitor=checkpoint.monitor,
-                mode=checkpoint.mode,
-                save_on_train_epoch_end=False,
-                enable_version_counter=False,
-            ),
-            LastCheckpoint(checkpoint.every_n_steps),
-        ]
+        whole = standard_parts(options, checkpoint, self.run_dir, predicts=self.subcommand == "predict")
+        return super().instantiate_trainer(**whole, **kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

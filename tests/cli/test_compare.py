@@ -70,7 +70,8 @@ def test_pairs_are_of_the_seeds_that_both_have(lit_llm, run, tmp_path):
 
 
 def test_a_curve_is_the_mean_of_its_seeds_at_each_step(run):
-    from lit_llm.cli.compare import curves, grouped, read_run
+    from lit_llm.cli.compare import curves, grouped
+    from lit_llm.cli.finished_run import read_run
 
     folders = [run("a", 1.0, seed=1), run("b", 2.0, seed=2, steps=(2, 4))]
     [group] = grouped(read_run(folder) for folder in folders)

@@ -19,7 +19,7 @@ import yaml
 
 from lit_llm.callbacks.progress import STEP_OF_TOTAL
 from lit_llm.cli import main, trial_run
-from lit_llm.cli.sweep import verdict
+from lit_llm.cli.significance import verdict
 from tests.writing import REPOSITORY
 
 LR = {"model.optimizer.lr": {"distribution": "log_uniform_values", "min": 0.001, "max": 0.1}}
