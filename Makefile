@@ -21,7 +21,7 @@ demo: .venv/base  ## train the main config, generate, print what came out
 
 test: .venv/dev  ## style, and all tests but those marked slow: minutes
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 slow: .venv/dev  ## the tests marked slow: killed processes, whole chains, every command of the README
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "slow and not processes"
