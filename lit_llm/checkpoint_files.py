@@ -20,6 +20,7 @@ import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from safetensors import SafetensorError
 from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._pytree import keystr, tree_leaves, tree_map, tree_map_with_path
 
 from lit_llm.files import replacing
@@ -367,7 +368,8 @@ def require_whole(path: Path, remedy: str = "") -> None:
 def _load(path: Path, remedy: str, **options: Any) -> dict[str, Any]:
     """What is in a file, of plain values and tensors."""
     try:
-        return torch.load(path, weights_only=True, **options)
+        with unset_fake_temporarily():  # where a network is only planned, what a file holds has content still
+            return torch.load(path, weights_only=True, **options)
     except Exception as error:
         require_whole(path, remedy)
         reason = str(error).strip().splitlines()[0]

@@ -26,6 +26,7 @@ from lit_llm.data.tokenizer import open_tokenizer
 from lit_llm.files import replacing
 from lit_llm.models.pretrained_network import Pretrained
 from lit_llm.recipes import built, class_path, first_argument, plain
+from lit_llm.shapes import shapes_only
 from lit_llm.shards import whole
 from lit_llm.weights import fill, read_weights, require_whole, write_weights
 
@@ -178,7 +179,7 @@ def _from_directory(folder: Path) -> Model:
     if any("form" in record for record in records):
         network = replay(kind(size, **arguments), records)
         read_weights(network, folder)
-    elif hasattr(kind, "load_weights"):
+    elif hasattr(kind, "load_weights") and not shapes_only():
         require_whole(folder)
         with torch.device("meta"):
             network = kind(size, **arguments)
@@ -258,7 +259,8 @@ def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adap
     prefix = checkpoint.get("evaluated", "network") + "."
     state = checkpoint["state_dict"]
     stored = {k.removeprefix(prefix): whole(v) for k, v in state.items() if k.startswith(prefix)}
-    fill(network, stored, path)
+    if not shapes_only():
+        fill(network, stored, path)
     return network, adaptation
 
 

@@ -170,13 +170,32 @@ class _Believe(TorchFunctionMode):
 
 @contextmanager
 def _accepting() -> Iterator[None]:
-    """Takes the first draw of a truncated normal, which torch would reject for ever where there is no content."""
-    drawing = nn.init._no_grad_trunc_normal_
+    """Has torch do without content what it does not.
+
+    The first draw of a truncated normal is taken, which would be rejected for ever; and a module that is moved or cast
+    gets new parameters, since tensors that others know of cannot be swapped.
+    """
+    drawing, applying = nn.init._no_grad_trunc_normal_, nn.Module._apply
     nn.init._no_grad_trunc_normal_ = lambda tensor, *args, **kwargs: tensor
+    nn.Module._apply = _applied
     try:
         yield
     finally:
-        nn.init._no_grad_trunc_normal_ = drawing
+        nn.init._no_grad_trunc_normal_, nn.Module._apply = drawing, applying
+
+
+@torch.no_grad()
+def _applied(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+    """As `torch.nn.Module._apply`, before there are gradients; what does not change stays the tensor that it is."""
+    for child in module.children() if recurse else ():
+        _applied(child, change)
+    for name, p in module._parameters.items():
+        if p is not None and (made := change(p)) is not p:
+            module._parameters[name] = nn.Parameter(made, p.requires_grad)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            module._buffers[name] = change(buffer)
+    return module
 
 
 def measure_step(

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lit_llm.compression.compression import is_reformed
+from lit_llm.shapes import shapes_only
 
 
 def write_weights(network: nn.Module, folder: Path) -> None:
@@ -33,12 +34,14 @@ def _plain_tensor(tensor: Tensor) -> Tensor:
 
 
 def read_weights(network: nn.Module, folder: Path) -> None:
-    """Copies the weights of a directory of transformers, or one in its form, into a network.
+    """Copies the weights of a directory of transformers, or one in its form, into a network that has any.
 
     Raises:
         FileNotFoundError: When there are none, or one of several files is missing.
         ValueError: When a file is cut off, or a parameter is missing, left over or of another shape.
     """
+    if shapes_only():
+        return
     stored = {name: t for name, t in _tensors(folder) if not name.endswith(getattr(network, "hf_buffers", ()))}
     name_of = _hf_names(network)
     base = name_of("")

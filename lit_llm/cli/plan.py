@@ -17,7 +17,7 @@ from lit_llm.cli.parser import OneLineArguments
 
 TABLE = (8, 16, 32, 64, 128, 256, 512, 1024)
 PROBE_STEPS = 20
-UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "": 1}
+UNITS = {"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12, "b": 1}
 
 
 def run(words: list[str]) -> None:
@@ -44,7 +44,7 @@ def size(text: str) -> float:
         >>> size("1.5KiB")
         1536.0
     """
-    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?([kmgt]i?b|)", text.strip().lower())
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?((?:[kmgt]i?)?b)", text.strip().lower())
     if match is None:
         raise argparse.ArgumentTypeError(f"size must be a number of bytes with a unit, as 80GiB, but is {text}")
     return float(match[1]) * UNITS[match[2]]
@@ -162,8 +162,10 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     averages = objective.averages or any(isinstance(c, WeightAverage) for c in callbacks)
     batch = example_batch(objective, data)
 
+    weights = objective.hparams.get("weights")  # forgotten once they have been started from
+
     def build() -> Any:
-        objective.network = None
+        objective.network, objective.hparams["weights"] = None, weights
         objective.configure_model()
         return objective.network.train()
 

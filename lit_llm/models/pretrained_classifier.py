@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lit_llm.models.image_classifier import Shape, require_images
 from lit_llm.models.pretrained_last_layer import compute_what_is_read
 from lit_llm.models.pretrained_network import FullPrecision, Pretrained, answering
+from lit_llm.shapes import shapes_only
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -79,7 +80,7 @@ class PretrainedClassifier(Pretrained):
         super().__init__(made, activation_checkpointing)
 
     def _build(self) -> None:
-        if self._start is None:
+        if self._start is None or shapes_only():
             super()._build()
             return
         model, found = self._read_weights(self._start, self._plain_config(), ignore_mismatched_sizes=True)

@@ -6,8 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertModel
 
+from lit_llm.checkpoints import save_model
 from lit_llm.cli.plan import exchange
+from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.planning import STRATEGIES
 from tests.writing import REPOSITORY
 
@@ -63,12 +66,46 @@ def test_a_classifier_is_planned_by_its_first_batch(lit_llm, reviews):
     assert "parameters" in outcome.out
 
 
+def step_of(lit_llm, tmp_path, *words):
+    outcome = lit_llm("plan", *words, "--json", tmp_path / "plan.json")
+    assert outcome.code == 0, outcome.err
+    return json.loads((tmp_path / "plan.json").read_text())["steps"]["as configured"]
+
+
+@pytest.mark.parametrize("adapter", ["lora", "dora"])
+def test_adapters_are_planned_as_they_are_trained(lit_llm, tmp_path, adapter):
+    overlay = ["--config", REPOSITORY / f"configs/adaptation/{adapter}.yaml", "--model.adaptation.rank", 2]
+    alone, adapted = (step_of(lit_llm, tmp_path, *MAIN, *SMALL, *words) for words in ([], overlay))
+    matrices = [(16, 16)] * 4 + [(48, 16)] * 2 + [(16, 48)]
+    trained = sum(2 * (rows + columns) + rows * (adapter == "dora") for rows, columns in matrices)
+    assert adapted["parameters"] - alone["parameters"] == adapted["trained"] == trained
+    assert adapted["gradients"] == 4 * trained
+    assert alone["activations"] < adapted["activations"]
+
+
+def test_what_starts_from_weights_is_planned_without_reading_them(lit_llm, tmp_path, tiny_llama, reviews):
+    save_model(tmp_path / "llama", tiny_llama(vocab_size=257), byte_tokenizer())
+    words = ["--config", REPOSITORY / "configs/pretraining/llama_continued.yaml", "--data.tokenizer", "bytes"]
+    words += ["--data.seq_len", 16, "--model.weights", tmp_path / "llama"]
+    planned = step_of(lit_llm, tmp_path, *words)
+    assert planned["parameters"] == sum(p.numel() for p in tiny_llama(vocab_size=257).parameters())
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    encoder = BertModel(BertConfig(vocab_size=400, **size), add_pooling_layer=False)
+    encoder.save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert/model.safetensors").write_bytes(b"nothing that could be read")
+    words = ["--config", REPOSITORY / "configs/finetuning/encoder_glue.yaml", "--model.network.path", tmp_path / "bert"]
+    words += ["--data.path", reviews, "--data.tokenizer", "bert-bpe-300", "--data.batch_size", 4]
+    planned = step_of(lit_llm, tmp_path, *words)
+    assert planned["parameters"] == sum(p.numel() for p in encoder.parameters()) + 2 * 16 + 2
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
         (["--devices", 0], "--devices and --nodes must be at least 1, but are 0 and 1"),
         (["--mfu", 2], "--mfu must be in (0, 1], but is 2"),
         (["--memory", "much"], "size must be a number of bytes with a unit, as 80GiB, but is much"),
+        (["--memory", "80"], "size must be a number of bytes with a unit, as 80GiB, but is 80"),
         (["--memory", "1.2.3GiB"], "size must be a number of bytes with a unit, as 80GiB, but is 1.2.3GiB"),
         (["--memory", "."], "size must be a number of bytes with a unit, as 80GiB, but is ."),
         (["--tokens", 0], "--tokens must be finite and above 0, but is 0"),

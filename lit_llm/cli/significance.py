@@ -1,0 +1,51 @@
+"""Whether runs differ by more than their seeds do."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from statistics import mean, stdev
+
+
+def paired_p(one: list[float], other: list[float]) -> float | None:
+    """p of the two-sided paired t-test; `None` where less than two pairs, or pairs that all differ alike, tell nothing.
+
+    Source: Student, "The probable error of a mean", Biometrika 6 (1908); `scipy.stats.ttest_rel`.
+
+    Example:
+        >>> round(paired_p([1.0, 2.0, 3.0], [1.5, 2.7, 3.6]), 4)
+        0.0091
+        >>> paired_p([1.0], [2.0])
+    """
+    from scipy.stats import ttest_rel
+
+    if len(one) < 2:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that all pairs differ alike
+        p = float(ttest_rel(one, other).pvalue)
+    return p if math.isfinite(p) else None
+
+
+def verdict(best: list[float], other: list[float], name: str, other_name: str, mode: str) -> str:
+    """Whether two settings differ by more than seeds do, as one line.
+
+    Args:
+        best: What the better one reached with each seed.
+        other: What the other reached with the same seeds.
+        name: What to call the better one.
+        other_name: What to call the other.
+        mode: Whether `min` or `max` is best.
+
+    Example:
+        >>> verdict([1.0, 1.1, 1.2], [2.0, 2.1, 2.3], "best trial 1", "runner-up 0", "min").split(": ")[0]
+        'The best trial 1 differs from the runner-up 0 by more than seeds do'
+    """
+    p, ahead = paired_p(best, other), (mean(best) - mean(other)) * (1 if mode == "min" else -1) < 0
+    figures = f"{mean(best):.4f} ± {stdev(best):.4f} against {mean(other):.4f} ± {stdev(other):.4f}"
+    found = "differs from" if p is not None and p < 0.05 else "does not differ from"
+    turned = "" if ahead or found != "differs from" else " (and is worse with them)"
+    return (
+        f"The {name} {found} the {other_name} by more than seeds do{turned}: {figures} over {len(best)} new seeds, "
+        f"p = {'–' if p is None else f'{p:.2g}'} (paired t-test)"
+    )

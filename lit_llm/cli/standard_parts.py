@@ -1,0 +1,94 @@
+"""What every run has beside what its config names: callbacks, loggers, checkpoints that are whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from lit_llm.callbacks.confusion import ConfusionMatrix
+from lit_llm.callbacks.intervals import Intervals
+from lit_llm.callbacks.last_checkpoint import LastCheckpoint
+from lit_llm.callbacks.metrics_csv import MetricsCSV
+from lit_llm.callbacks.mistakes import WorstMistakes
+from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions, GeneratedTexts
+from lit_llm.callbacks.progress import Progress
+from lit_llm.callbacks.run_report import RunReport
+from lit_llm.callbacks.throughput import Throughput
+from lit_llm.checkpoint_files import AtomicCheckpointIO
+from lit_llm.cli.lean_loop import NoProfiler
+from lit_llm.metrics import FALLING
+
+
+class CheckpointOptions:
+    """When checkpoints are written.
+
+    Args:
+        monitor: Metric that decides which validation is best; `best.ckpt` and the exported model are of that step.
+            `None` is the headline metric of the data's task, or else the objective's.
+        mode: Whether its `min` or its `max` is best; `None` is `min` for losses and errors, `max` for other metrics.
+        every_n_steps: How often `last.ckpt` is written; also at the end, and on Ctrl-C.
+    """
+
+    def __init__(
+        self, monitor: str | None = None, mode: Literal["min", "max"] | None = None, every_n_steps: int = 100
+    ) -> None:
+        self.monitor, self.mode, self.every_n_steps = monitor, mode, every_n_steps
+
+    def decided(self, headline: tuple[str, str]) -> CheckpointOptions:
+        """What is left open taken from the headline metric and its mode."""
+        monitor = self.monitor or headline[0]
+        falls = monitor.rpartition("/")[2] in FALLING
+        mode = self.mode or (headline[1] if monitor == headline[0] else "min" if falls else "max")
+        return CheckpointOptions(monitor, mode, self.every_n_steps)
+
+
+def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, predicts: bool) -> dict[str, Any]:
+    """What the trainer is made of: what its options name, and what every run has.
+
+    Args:
+        options: The trainer's, their classes instantiated.
+        checkpoint: When checkpoints are written, all of it decided.
+        run_dir: Where the run writes.
+        predicts: Whether it is for `predict`.
+    """
+    callbacks, loggers, plugins = _listed(options["callbacks"]), options["logger"], _listed(options["plugins"])
+    if not options["fast_dev_run"]:
+        callbacks += _standard_callbacks(options, checkpoint, run_dir, predicts)
+        standard = [MetricsCSV(run_dir)]
+        if loggers is not False:
+            standard.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+        loggers = [*([] if isinstance(loggers, bool) else _listed(loggers)), *standard]
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(AtomicCheckpointIO())
+    profiler = options["profiler"] or NoProfiler()
+    return {"callbacks": callbacks, "logger": loggers, "plugins": plugins, "profiler": profiler}
+
+
+def _listed(given: Any) -> list[Any]:
+    """One, several or none as a list of its own."""
+    return [*given] if isinstance(given, list) else [] if given is None else [given]
+
+
+def _standard_callbacks(options: Any, checkpoint: CheckpointOptions, run_dir: Path, predicts: bool) -> list[Callback]:
+    given = _listed(options["callbacks"])
+    standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
+    if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
+        standard.insert(1, Progress())
+    standard += [ConfusionMatrix(), WorstMistakes(), Intervals()]
+    if predicts:
+        standard += [DocumentScores(), ExamplePredictions(), GeneratedTexts()]
+    if options["enable_checkpointing"] is False:
+        return standard
+    best = ModelCheckpoint(
+        dirpath=run_dir / "checkpoints",
+        filename="best",
+        monitor=checkpoint.monitor,
+        mode=checkpoint.mode,
+        save_on_train_epoch_end=False,
+        enable_version_counter=False,
+    )
+    return [*standard, best, LastCheckpoint(checkpoint.every_n_steps)]

@@ -1,0 +1,80 @@
+"""The study of a sweep: what is kept of its trials between one command and the next."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from lit_llm.cli.sweep_file import Sweep
+
+
+@contextlib.contextmanager
+def alone_in(out: Path) -> Iterator[None]:
+    """Makes the folder, and holds it: two sweeps in one would take up each other's trials."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as file:
+        try:
+            import fcntl
+        except ImportError:
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"--out must be a folder that no sweep runs in, but is {out}, where one does") from error
+        yield
+
+
+def open_study(plan: Sweep, out: Path, more: list[str]) -> Any:
+    """Makes a sweep's study in its folder, or opens the one that is there.
+
+    Raises:
+        ValueError: When that cannot be read, or is of another sweep.
+    """
+    import optuna
+    from sqlalchemy.exc import DatabaseError
+
+    direction = "minimize" if plan.mode == "min" else "maximize"
+    pruner = optuna.pruners.NopPruner()
+    if plan.early_terminate:
+        first, eta = plan.early_terminate
+        pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=eta)
+    path = out / "study.db"
+    try:
+        study = optuna.create_study(
+            storage=f"sqlite:///{quote(str(path))}",
+            study_name="sweep",
+            direction=direction,
+            pruner=pruner,
+            load_if_exists=True,
+        )
+    except DatabaseError as error:
+        raise ValueError(
+            f"--out must hold a study.db that can be read or none, but {path} cannot: {error.orig}"
+        ) from error
+    described = {
+        "space": plan.space,
+        "goal": plan.mode,
+        "metric": plan.metric,
+        "command": [*plan.words({}), *more],
+    }
+    trials = study.get_trials(deepcopy=False)
+    free = {  # while there is nothing that it would be wrong of
+        "metric": all(trial.value is None for trial in trials),
+        "command": all(trial.state.name in ("FAIL", "WAITING") for trial in trials),
+    }
+    for name, value in described.items():
+        before = study.user_attrs.get(name, value)
+        if before != value and not free.get(name):
+            other = "other parameters" if name == "space" else f"another {name}"
+            what = f" ({shlex.join(before)})" if name == "command" else ""
+            raise ValueError(
+                f"--out must be a new folder or one of this sweep, but {out} holds one with {other}{what}; "
+                f"take a new one"
+            )
+        study.set_user_attr(name, value)
+    return study
