@@ -113,6 +113,21 @@ def load_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase | N
     return read_model(path)[:2]
 
 
+def load_language_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """As `load_model`, of a network that continues texts.
+
+    Raises:
+        FileNotFoundError: As `load_model`.
+        ValueError: Also when it is of another kind, or no tokeniser comes with it.
+    """
+    network, tokenizer = load_model(path)
+    if not hasattr(network, "new_cache"):
+        raise ValueError(f"model must be a causal language model, but {path} is a {type(network).__name__}")
+    if tokenizer is None:
+        raise ValueError(f"model must come with a tokeniser to read texts, but {path} has none")
+    return network, tokenizer
+
+
 def read_model(path: str | Path) -> Model:
     """As `load_model`, with how the network is made."""
     path = _place(path)

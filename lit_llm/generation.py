@@ -117,9 +117,14 @@ def steps(
         raise ValueError("prompt must hold at least one token, but is empty")
     longest = max(map(len, prompts))
     limit = getattr(network, "max_seq_len", None)
+    if limit and longest > (room := limit - min(max_new_tokens, 1)):
+        raise ValueError(
+            f"prompt must be at most {room} tokens, which the network's max_seq_len {limit} has room to go on from, "
+            f"but is {longest}; shorten it"
+        )
     if limit and longest + max_new_tokens > limit:
         raise ValueError(
-            f"max_new_tokens must be at most {max(limit - longest, 0)}, which is what the network's max_seq_len "
+            f"max_new_tokens must be at most {limit - longest}, which is what the network's max_seq_len "
             f"{limit} leaves after a prompt of {longest} tokens, but is {max_new_tokens}"
         )
     largest, size = max(map(max, prompts)), getattr(network, "vocab_size", None)

@@ -176,12 +176,13 @@ def test_the_last_place_of_the_network_can_be_used_and_no_more(tiny_llama) -> No
 
 
 def test_a_prompt_longer_than_the_network_reads_leaves_nothing(tiny_llama) -> None:
-    message = (
-        "max_new_tokens must be at most 0, which is what the network's max_seq_len 2 leaves after a prompt of "
-        "3 tokens, but is 1"
-    )
-    with pytest.raises(ValueError, match=exactly(message)):
-        generate(tiny_llama(max_seq_len=2), [[1, 2, 3]], 1)
+    for new, room in ((0, 2), (1, 1), (2, 1)):
+        message = (
+            f"prompt must be at most {room} tokens, which the network's max_seq_len 2 has room to go on from, but is 3; "
+            f"shorten it"
+        )
+        with pytest.raises(ValueError, match=exactly(message)):
+            generate(tiny_llama(max_seq_len=2), [[1, 2, 3]], new)
 
 
 def test_no_new_tokens_are_no_tokens(tiny_llama) -> None:

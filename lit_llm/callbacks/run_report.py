@@ -21,7 +21,7 @@ from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoints import finish, read_adapted, save_model
 from lit_llm.compression.compression import is_reformed, records_of
-from lit_llm.files import replacing
+from lit_llm.files import replacing, write_json
 from lit_llm.shards import is_shared_out
 
 log = logging.getLogger(__name__)
@@ -106,8 +106,7 @@ class RunReport(Callback):
     def _merge(self, trainer: Trainer, news: dict[str, Any]) -> None:
         path = Path(trainer.default_root_dir) / "results.json"
         results = json.loads(path.read_text()) if path.exists() else {}
-        with replacing(path) as new:
-            new.write_text(json.dumps(results | news, indent=2) + "\n")
+        write_json(path, results | news)
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)

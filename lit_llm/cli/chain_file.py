@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ VALUES = {
     "compiled": (lambda value: isinstance(value, bool), "true or false"),
 }
 """Which values of a chain are right, and what is said of the others."""
-MEASURES = ("evaluate", "split", "metric", "calibration_batches")
-"""What else than stages decides what a chain makes and finds; floors and how models are timed do not."""
 
 
 @dataclass(frozen=True)
@@ -126,21 +123,6 @@ def read_chain(path: Path) -> Chain:
             raise ValueError(f"{key} must be {what}, but is {content[key]!r} in {path}")
     rest = {key: content[key] for key in VALUES if key in content}
     return Chain(files("evaluate", content["evaluate"]), stages, split, content=content, **rest)
-
-
-def stages_in_common(one: dict[str, Any], other: dict[str, Any]) -> int | None:
-    """How many stages two chains' contents begin with alike; `None` where the chains measure otherwise.
-
-    Example:
-        >>> longer = {"evaluate": "run.yaml", "stages": [{"fit": "run.yaml"}, {"class_path": "Heads", "floor": 0.9}]}
-        >>> stages_in_common(longer, longer | {"floor": 0.5, "stages": longer["stages"][:1]})
-        1
-        >>> stages_in_common(longer, longer | {"split": "test"})
-    """
-    if any(one.get(key) != other.get(key) for key in MEASURES):
-        return None
-    works = ([stage | {"floor": None} for stage in content["stages"]] for content in (one, other))
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(*works, strict=False)))
 
 
 def _is_texts(value: Any) -> bool:

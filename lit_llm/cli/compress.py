@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
-from lit_llm.cli.chain_file import Chain, Stage, read_chain, stages_in_common
+from lit_llm.cli.chain_file import Chain, Stage, read_chain
+from lit_llm.cli.chain_folder import claim
 from lit_llm.cli.parser import OneLineArguments
+from lit_llm.files import write_json
 
 if TYPE_CHECKING:
     from lit_llm.compression.compression import Compression
@@ -50,16 +52,15 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
     """Runs a chain; arguments as in `lit-llm compress --help`.
 
     Raises:
-        ValueError: When `out` is of another chain, or a stage has no meaning for its network.
+        ValueError: When `out` is of another chain, or a stage has no meaning for its network; that of the stages before
+            it is reported first.
     """
     from lit_llm.callbacks.run_report import command
     from lit_llm.checkpoints import read_model
     from lit_llm.compression.compression import records_of
 
     done_by, chain = command(), read_chain(config)
-    methods = _methods(chain)
-    folder = out / "stages"
-    made_of = {"chain": chain.content, "model": model, "options": more}
+    methods, folder = _methods(chain), out / "stages"
     original = read_model(model)
     if original.folder is None:
         raise ValueError(f"--model must be a model directory or a run folder with one, but is {model}")
@@ -68,20 +69,25 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
         log.info(f"{model} has been compressed before, by {names}: it is measured from there")
     if methods[0] is not None:
         methods[0].chosen(original.network)
-    _claim(out, made_of)
+    claim(out, chain, model, original.folder, more)
     chief = _Evaluator(chain, folder, more)
     if chain.metric is not None:
         chief.try_metric(original.folder)
     rows = [chief.measured("00-original", original.folder, time.perf_counter())]
-    previous, stopped = original.folder, None
+    previous, stopped, failed = original.folder, None, None
     for number, (stage, method) in enumerate(zip(chain.stages, methods), 1):
         place, started = folder / f"{number:02d}-{stage.name}", time.perf_counter()
         made = place / "model"
-        if method is not None:
-            if not (made / "config.json").is_file():
+        try:
+            if method is None:
+                _fit(stage, place, {"previous": str(previous), "original": str(original.folder)}, more)
+            elif not (made / "config.json").is_file():
                 _apply(stage.name, method, previous, made, chief)
-        else:
-            _fit(stage, place, {"previous": str(previous), "original": str(original.folder)}, more)
+        except ValueError as error:
+            if number == 1:
+                raise
+            failed, stopped = error, f"{stage.name} cannot be made: the chain ends with {rows[-1]['name']}"
+            break
         rows.append(chief.measured(place.name, made, started))
         if not _is_enough(rows[0], rows[-1], stage.floor):
             rows[-1]["kept"] = False
@@ -97,32 +103,8 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
     _copy(previous, out / "model")
     print((out / "report.md").read_text())
     print(f"{'model':<22}{out / 'model'}")
-
-
-def _claim(out: Path, made_of: dict[str, Any]) -> None:
-    """Notes in `out` whose it is, and clears it of what an earlier chain measured, or began, otherwise.
-
-    Raises:
-        ValueError: When that would lose a stage. A chain that ends later or sooner than the earlier one loses none.
-    """
-    settings, places = out / "chain.json", sorted(out.glob("stages/*-*"))
-    if settings.is_file():
-        earlier = json.loads(settings.read_text())
-        is_same = all(earlier[key] == made_of[key] for key in ("model", "options"))
-        common = stages_in_common(earlier["chain"], made_of["chain"]) if is_same else None
-        if common == len(made_of["chain"]["stages"]):
-            return
-        stale = [place for place in places if common is None or int(place.name.partition("-")[0]) > common]
-        for place in stale:
-            if any(next(place.glob(f"{made}/*"), None) for made in ("model", "checkpoints")):
-                what = "another model or data" if common is None else "another chain"
-                raise ValueError(
-                    f"--out must be a new folder or one of this chain, but stage {place.name} of {out} is of {what}; "
-                    f"name another, or delete the folders of that stage and those after it"
-                )
-        for place in stale:
-            shutil.rmtree(place)
-    _write(settings, made_of)
+    if failed is not None:
+        raise failed
 
 
 def _methods(chain: Chain) -> list[Compression | None]:
@@ -187,7 +169,7 @@ def _fit(stage: Stage, folder: Path, places: dict[str, str], more: list[str]) ->
     _command("fit", words)
     if not (folder / "model" / "config.json").is_file():
         raise ValueError(f"stage {stage.name} must leave a model directory, but {folder} has none")
-    _write(folder / "done.json", {"done": True})
+    write_json(folder / "done.json", {"done": True})
 
 
 def _command(name: str, words: list[str]) -> Any:
@@ -254,7 +236,7 @@ class _Evaluator:
             "model": str(model),
             "kept": True,
         }
-        _write(file, row)
+        write_json(file, row)
         return row
 
     def _headline(self, found: dict[str, float]) -> tuple[str, str]:
@@ -304,13 +286,6 @@ def _is_enough(first: dict[str, Any], row: dict[str, Any], floor: float) -> bool
     return row["metric"] <= first["metric"] / floor
 
 
-def _write(path: Path, content: Any) -> None:
-    from lit_llm.files import replacing
-
-    with replacing(path) as new:
-        new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def _copy(source: Path, target: Path) -> None:
     from lit_llm.files import replacing
 
@@ -325,7 +300,7 @@ def _report(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> Non
     from lit_llm.callbacks.run_report import commit
 
     about |= {"commit": commit(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-    _write(out / "report.json", {**about, "stages": rows})
+    write_json(out / "report.json", {**about, "stages": rows})
     first = rows[0]
     columns = ["stage", first["metric_name"], "parameters", "non-zero", "bytes", "smaller", "peak memory"]
     columns += ["ms p50 / p95", "ms p50 / p95, 32 rows", "rows/s"]

@@ -58,7 +58,7 @@ def evaluate(
 
     Raises:
         ModuleNotFoundError: When lm-eval is not installed.
-        ValueError: When the model has no tokeniser, or a task is neither known nor a file.
+        ValueError: When the model continues no texts or has no tokeniser, or a task is neither known nor a file.
     """
     try:
         import lm_eval
@@ -70,7 +70,7 @@ def evaluate(
     import torch
     import yaml
 
-    from lit_llm.checkpoints import load_model
+    from lit_llm.checkpoints import load_language_model
 
     files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
     for file in files:
@@ -81,9 +81,7 @@ def evaluate(
         if task not in files and task not in known.all_tasks:
             raise ValueError(f"--tasks must be tasks of lm-eval or YAML files, but {task} is neither")
     given = [yaml.safe_load(Path(task).read_text(encoding="utf-8")) if task in files else task for task in tasks]
-    network, tokenizer = load_model(model)
-    if tokenizer is None:
-        raise ValueError(f"model must come with a tokeniser to read tasks, but {model} has none")
+    network, tokenizer = load_language_model(model)
     if device == "auto":
         device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
     adapter = adapted(network.to(torch.device(device)), tokenizer, batch_size)

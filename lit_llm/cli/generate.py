@@ -18,7 +18,7 @@ def run(words: list[str]) -> None:
     parser = _parser()
     options = vars(parser.parse_args(words[1:]))
     if not options["prompt"] and not options["chat"]:
-        parser.error("the following arguments are required: --prompt, or --chat")
+        parser.error("--prompt or --chat must be given, but neither is")
     from lit_llm.cli.allocator import keep_freed_memory
 
     keep_freed_memory()
@@ -74,21 +74,19 @@ def generate(
     """Prints each prompt with its continuation, or the replies; arguments as in `lit-llm generate --help`.
 
     Raises:
-        ValueError: When the model has no tokeniser, one that is not its own or, to chat, no template, or an option is
-            out of range.
+        ValueError: When the model continues no texts, has no tokeniser, one that is not its own or, to chat, no
+            template, or an option is out of range.
     """
     import torch
 
     from lit_llm import generation
-    from lit_llm.checkpoints import load_model
+    from lit_llm.checkpoints import load_language_model
     from lit_llm.data.chat import prompt_ids, turn_ends
     from lit_llm.data.tokenizer import boundary_id
 
     if system is not None and not chat:
         raise ValueError("--system must be given with --chat, but is given without")
-    network, tokenizer = load_model(model)
-    if tokenizer is None:
-        raise ValueError(f"model must come with a tokeniser to read prompts, but {model} has none")
+    network, tokenizer = load_language_model(model)
     if chat and not tokenizer.chat_template:
         raise ValueError(
             f"model must have a chat template for --chat, but {model} has none; tune it on conversations, as "

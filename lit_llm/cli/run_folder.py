@@ -85,12 +85,14 @@ def make(folder: Path, starts_anew: bool) -> None:
         starts_anew: Whether a run begins in it, rather than goes on or is looked at.
 
     Raises:
-        ValueError: When it cannot be written to, or a new run would overwrite another's checkpoints.
+        ValueError: When it cannot be written to, or a new run would overwrite another's checkpoints, or its results.
     """
     if starts_anew and list((folder / "checkpoints").glob("*.ckpt")):
         raise ValueError(
             f"run_dir must be a new folder, but {folder} holds a run; go on with --ckpt_path last, or choose another"
         )
+    if starts_anew and (left := next((n for n in ("model", "results.json") if (folder / n).exists()), None)):
+        raise ValueError(f"run_dir must be a new folder, but {folder} holds the {left} of a run; choose another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

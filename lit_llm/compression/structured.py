@@ -107,7 +107,7 @@ class _OfBlocks(Structured):
         if not all(found) or not hasattr(network, "to_hf_config"):
             raise ValueError(
                 f"network must have {self.what}, but a {type(getattr(network, 'model', network)).__name__} has not, or "
-                f"has been factorised or quantised"
+                f"has been factorised or quantised, which is for afterwards"
             )
         readers = {f"{list_name}.{i}.{place[1]}": linear_of(blocks[i], place[1]) for i, place in enumerate(found)}
         width = found[0][2]
@@ -237,7 +237,8 @@ class Blocks(Structured):
             )
         if is_reformed(network):
             raise ValueError(
-                "network must be whole where blocks are taken out, but has been factorised or quantised; do that first"
+                "network must be whole where blocks are taken out, but has been factorised or quantised, which is for "
+                "afterwards"
             )
         scores = self._scores(blocks, network, batches)
         scores[0] = torch.inf

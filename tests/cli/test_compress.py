@@ -54,13 +54,13 @@ def llama(tmp_path, tiny_llama):
 def chain(tmp_path, texts, llama, lit_llm):
     """Runs a chain of stages on little data."""
 
-    def call(*stages, out="out", more=(), **settings):
+    def call(*stages, out="out", model=llama, more=(), **settings):
         content = {"evaluate": RUN, "metric": "val/bits_per_byte", "repeats": 2, "calibration_batches": 2}
         path = tmp_path / "chain.yaml"
         path.write_text(yaml.safe_dump({**content, "stages": list(stages), **settings}))
         data = ["--data.path", texts, "--data.tokenizer", "bytes", "--data.seq_len", "32", "--data.batch_size", "4"]
         splits = ["--data.validation_fraction", "0.1", "--data.test_fraction", "0.1"]
-        where = ["--config", path, "--model", llama, "--out", tmp_path / out]
+        where = ["--config", path, "--model", model, "--out", tmp_path / out]
         return lit_llm("compress", *where, *data, *splits, *TRAINER, *more)
 
     return call
@@ -166,6 +166,47 @@ def test_a_chain_refuses_stages_that_another_made(chain, tmp_path):
     assert "is of another model or data" in outcome.last_line
     shutil.rmtree(tmp_path / "out/stages/01-int8")
     assert chain(NEURONS).code == 0
+
+
+def test_a_chain_notices_that_its_model_has_changed(chain, tmp_path, llama, tiny_llama):
+    assert chain(QUANTIZE).code == 0
+    shutil.rmtree(llama)
+    save_model(llama, tiny_llama(vocab_size=257, d_ff=16), byte_tokenizer())
+    outcome = chain(QUANTIZE)
+    assert outcome.code == 2
+    assert "is of another model or data" in outcome.last_line
+
+
+def test_a_chain_notices_that_a_run_file_was_edited_but_not_its_comments(chain, tmp_path):
+    overlay = tmp_path / "overlay.yaml"
+    stages = [PRUNE, RECOVER | {"fit": [RUN, str(overlay)]}]
+    overlay.write_text("trainer: {log_every_n_steps: 2}")
+    assert chain(*stages).code == 0
+    overlay.write_text("# Edited.\ntrainer: {log_every_n_steps: 2}")
+    assert chain(*stages).code == 0
+    overlay.write_text("trainer: {log_every_n_steps: 1}")
+    assert "but stage 02-recovered of" in chain(*stages).last_line
+
+
+def test_a_chain_leaves_alone_what_is_no_chains(chain, tmp_path, llama):
+    before = (llama / "model.safetensors").read_bytes()
+    (tmp_path / "run").mkdir()
+    llama.rename(tmp_path / "run/model")
+    outcome = chain(QUANTIZE, out="run", model=tmp_path / "run")
+    assert outcome.last_line == (
+        f"lit-llm: error: --out must be a new folder or one of a chain, but {tmp_path / 'run'} holds model; name another"
+    )
+    assert (tmp_path / "run/model/model.safetensors").read_bytes() == before
+
+
+def test_a_stage_that_cannot_be_made_ends_the_chain_with_the_one_before(chain, tmp_path):
+    outcome = chain(QUANTIZE, NEURONS)
+    assert outcome.code == 2
+    assert outcome.last_line.endswith("has been factorised or quantised, which is for afterwards")
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [row["name"] for row in report["stages"]] == ["original", "int8"]
+    assert report["stopped"] == "narrow cannot be made: the chain ends with int8"
+    assert (tmp_path / "out/model/config.json").is_file()
 
 
 def frequencies(texts) -> torch.Tensor:

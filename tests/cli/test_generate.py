@@ -128,7 +128,9 @@ def test_a_conversation_that_outgrows_the_model_forgets_its_beginning(lit_llm, c
     monkeypatch.setattr("sys.stdin", io.StringIO("1" * 200))
     outcome = lit_llm("generate", "--model", chatty, "--chat", *WORDS)
     assert outcome.code == 2
-    assert outcome.last_line.startswith("lit-llm: error: max_new_tokens must be at most 0, which is what the network's")
+    assert outcome.last_line.startswith(
+        "lit-llm: error: prompt must be at most 127 tokens, which the network's max_seq_len"
+    )
 
 
 def test_a_run_folder_and_a_checkpoint_can_be_talked_to(lit_llm, chats, tmp_path):
@@ -155,7 +157,7 @@ def test_a_run_folder_and_a_checkpoint_can_be_talked_to(lit_llm, chats, tmp_path
             "configs/finetuning/llama_instructions.yaml does, or leave --chat out",
         ),
         (["--prompt", "x", "--system", "y"], "--system must be given with --chat, but is given without"),
-        ([], "the following arguments are required: --prompt, or --chat; see lit-llm generate --help"),
+        ([], "--prompt or --chat must be given, but neither is; see lit-llm generate --help"),
     ],
 )
 def test_what_is_missing_to_chat_is_said_in_one_line(lit_llm, model, words, message):

@@ -109,6 +109,16 @@ def test_a_run_folder_with_a_run_is_refused(lit_llm, tiny, run):
     assert (run / "checkpoints/last.ckpt").read_bytes() == before
 
 
+@pytest.mark.parametrize("left", ["model", "results.json"])
+def test_what_a_run_left_is_not_overwritten_where_its_checkpoints_are_gone(lit_llm, tiny, tmp_path, left):
+    (tmp_path / "run" / left).mkdir(parents=True)
+    outcome = lit_llm("fit", *tiny, "--run_dir", tmp_path / "run")
+    assert outcome.code == 2
+    assert outcome.last_line == (
+        f"lit-llm: error: run_dir must be a new folder, but {tmp_path / 'run'} holds the {left} of a run; choose another"
+    )
+
+
 @pytest.mark.slow
 def test_going_on_with_more_steps_uses_the_runs_own_config(lit_llm, run, tmp_path):
     copy = tmp_path / "copy"

@@ -305,7 +305,8 @@ def test_channels_of_a_network_without_convolutions_are_refused(tiny_llama) -> N
 def test_blocks_of_a_factorised_network_are_refused(tiny_llama) -> None:
     network = tiny_llama()
     SVD().apply(network)
-    message = "network must be whole where blocks are taken out, but has been factorised or quantised; do that first"
+    message = "network must be whole where blocks are taken out, but has been factorised or quantised, which is for "
+    message += "afterwards"
     with pytest.raises(ValueError, match=exactly(message)):
         Blocks(importance="magnitude").apply(network)
     with pytest.raises(ValueError, match="but a Llama has not, or has been factorised or quantised"):

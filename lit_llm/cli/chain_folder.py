@@ -1,0 +1,91 @@
+"""Whose a chain's folder is: what its stages were made of, so that none is taken for another."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+from lit_llm.cli.chain_file import Chain
+from lit_llm.files import write_json
+
+MEASURES = ("evaluate", "split", "metric", "calibration_batches")
+"""What of a chain, beside its stages, decides what it makes and finds; floors and how models are timed do not."""
+
+
+def claim(out: Path, chain: Chain, model: str, folder: Path, options: list[str]) -> None:
+    """Notes in `out` what is made there of what, and clears it of what an earlier chain measured, or began, otherwise.
+
+    Args:
+        out: The chain's folder.
+        chain: What is to be done.
+        model: What it is done to, as it was named.
+        folder: Where that lies.
+        options: What goes to each training and evaluation.
+
+    Raises:
+        ValueError: When that would lose something: a stage that was made otherwise, or what is no chain's. A chain that
+            ends later or sooner than the earlier one loses none.
+    """
+    made_of = {"chain": chain.content, "model": model, "options": options}
+    made_of |= {"weights": _fingerprint(folder), "files": {file: _content(file) for file in _files(chain)}}
+    settings, places = out / "chain.json", sorted(out.glob("stages/*-*"))
+    if settings.is_file():
+        common = _stages_in_common(json.loads(settings.read_text()), made_of, chain)
+        if common == len(chain.stages):
+            return
+        stale = [place for place in places if common is None or int(place.name.partition("-")[0]) > common]
+        for place in stale:
+            if any(next(place.glob(f"{made}/*"), None) for made in ("model", "checkpoints")):
+                what = "another model or data" if common is None else "another chain"
+                raise ValueError(
+                    f"--out must be a new folder or one of this chain, but stage {place.name} of {out} is of {what}; "
+                    f"name another, or delete the folders of that stage and those after it"
+                )
+        for place in stale:
+            shutil.rmtree(place)
+    elif out.is_dir() and (other := next(out.iterdir(), None)):
+        raise ValueError(f"--out must be a new folder or one of a chain, but {out} holds {other.name}; name another")
+    write_json(settings, made_of)
+
+
+def _stages_in_common(earlier: dict[str, Any], now: dict[str, Any], chain: Chain) -> int | None:
+    """How many stages two chains begin with alike; `None` where they start from, or measure by, something else.
+
+    What a folder of an older version does not say is taken to be the same.
+    """
+    edited = {file for file, content in now["files"].items() if earlier.get("files", {}).get(file, content) != content}
+    if any(earlier.get(key, now[key]) != now[key] for key in ("model", "weights", "options")) or any(
+        earlier["chain"].get(key) != now["chain"].get(key) for key in MEASURES
+    ):
+        return None
+    if edited & set(chain.evaluate):
+        return None
+    works = ([stage | {"floor": None} for stage in made["chain"]["stages"]] for made in (earlier, now))
+    stages = zip(*works, chain.stages, strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1] and not edited & set(pair[2].fit), stages))
+
+
+def _files(chain: Chain) -> list[str]:
+    """The run files that a chain names."""
+    return sorted({*chain.evaluate, *(file for stage in chain.stages for file in stage.fit)})
+
+
+def _content(file: str) -> str:
+    """What a run file says, comments and order of keys left out."""
+    import yaml
+
+    said = json.dumps(yaml.safe_load(Path(file).read_text(encoding="utf-8")), sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()
+
+
+def _fingerprint(folder: Path) -> str:
+    """Of a model directory's weights and config."""
+    digest = hashlib.sha256()
+    for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
