@@ -10,11 +10,11 @@ from typing import Any
 
 from lit_llm.cli import main
 from lit_llm.cli.finished_run import dotted
-from lit_llm.cli.sweep_file import Sweep, written
+from lit_llm.cli.sweep_file import Sweep, words_of, written
 
 
 def require_options(plan: Sweep, more: list[str]) -> None:
-    """Refuses a key that no run config has, or a value that it does not take.
+    """Refuses a key that no run config has, a value that it does not take, and a key that is set for all runs, too.
 
     Args:
         plan: The sweep.
@@ -27,8 +27,10 @@ def require_options(plan: Sweep, more: list[str]) -> None:
     # All together, which is quick; where that fails one by one, which names what is wrong.
     count = max(map(len, values.values()))
     together = [{key: each[:n][-1] for key, each in values.items()} for n in range(1, 1 + count)]
-    lines = [_parsed([*plan.words(settings), *more])[1] for settings in together]
+    configs, lines = zip(*(_parsed([*plan.words(settings), *more]) for settings in together), strict=True)
     if not any(lines):
+        for settings, config in zip(together, configs, strict=True):
+            _require_effect(plan, settings, config, more)
         return
     first = {key: each[0] for key, each in values.items()}
     base, line = _parsed([*plan.words({}), *more])
@@ -52,6 +54,18 @@ def require_options(plan: Sweep, more: list[str]) -> None:
         f"parameters of {plan.path} must be options of its runs together, but "
         f"{' '.join(f'{key}={written(value)}' for key, value in settings.items())} are not: {line}"
     )
+
+
+def _require_effect(plan: Sweep, settings: dict[str, Any], config: Any, more: list[str]) -> None:
+    """Sees that nothing which comes after the settings sets them again: runs and tables would say different things."""
+    last, line = _parsed([*plan.words({}), *more, *words_of(settings)])
+    here, there = (dict(dotted(each or {})) for each in (config, last))
+    for key in settings if not line else ():
+        if here.get(key) != there.get(key):
+            raise ValueError(
+                f"{key} must be a parameter of {plan.path} or an option of all its runs, but is both: every run would "
+                f"have {here.get(key)}"
+            )
 
 
 def _parsed(words: list[str]) -> tuple[Any, str]:

@@ -257,6 +257,23 @@ def test_a_value_that_no_run_takes_is_named_before_anything_is_trained(sweep, st
     assert started == []
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        (["--model.optimizer.lr", "0.02"], "0.02"),
+        (["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr=1e-1"], "0.1"),
+    ],
+)
+def test_what_is_varied_and_set_for_all_is_refused_before_anything_is_trained(sweep, started, tmp_path, words, value):
+    line = (
+        f"lit-llm: error: model.optimizer.lr must be a parameter of {tmp_path / 'sweep.yaml'} or an option of all its "
+        f"runs, but is both: every run would have {value}"
+    )
+    assert sweep(more=words).last_line == line
+    assert sweep(command=["lit-llm", "fit", "--config", RUN, "${args}", *words]).last_line == line
+    assert started == []
+
+
 @pytest.mark.parametrize("classes", [["lit_llm.optimizers.Muon", "torch.optim.AdamW"], ["torch.optim.AdamW"] * 2])
 def test_an_argument_that_one_of_the_classes_lacks_is_named_before_anything_is_trained(sweep, started, classes):
     values = {"model.optimizer": {"values": classes}, "model.optimizer.embedding_lr": {"values": [0.1, 0.2]}}

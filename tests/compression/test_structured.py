@@ -148,7 +148,7 @@ def test_heads_are_refused_where_no_config_describes_what_would_be_left(config: 
 def test_heads_of_gpt2_are_refused(tiny_gpt2) -> None:
     message = (
         "network must have attention heads whose width its config states, but a GPT2 has not, or has been "
-        "factorised or quantised"
+        "factorised or quantised, which is for afterwards"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         Heads().apply(tiny_gpt2())
