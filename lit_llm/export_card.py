@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -78,6 +79,8 @@ def _meaning(network: nn.Module, names: tuple[str, ...]) -> str:
         return "float32, batch × tokens × vocabulary, of the token that should stand at each place"
     if names == ("input_ids",):
         return "float32, batch × tokens × vocabulary, of the token after each (padding on the right changes nothing)"
+    if getattr(network, "num_classes", None) == 1:
+        return "float32, batch × 1, the number that is predicted"
     return "float32, batch × classes, which `id2label` in `config.json` names"
 
 
@@ -111,8 +114,10 @@ def _program(
         batch = "batch = {name: [[1, 1, 1]] for name in " + _quoted(names) + "}"
     else:
         mask = tokenizer.mask_token if hasattr(network, "logits_at") else None
-        texts = [f"this is {mask}", f"so is {mask} too"] if mask else ["a text", "another text"]
-        batch = f"batch = tokenizer({texts!r}, padding=True)".replace("'", '"')
+        texts = [[f"this is {mask}", f"so is {mask} too"] if mask else ["a text", "another text"]]
+        if getattr(network, "reads_pairs", False):
+            texts.append(["the text beside it", "the other's"])
+        batch = f"batch = tokenizer({', '.join(map(_quoted, texts))}, padding=True)"
     ask = _asked(form, "**{name: batch[name] for name in " + _quoted(names) + "}")
     words = hasattr(network, "logits_at")
     lines = ["", *opened, batch, f"logits = {ask}"]
@@ -153,7 +158,7 @@ def _imports(form: str, more: list[str], with_json: bool = False) -> list[str]:
     return [*(["import json", ""] if with_json else []), *own, *more]
 
 
-def _quoted(names: tuple[str, ...]) -> str:
+def _quoted(names: Iterable[str]) -> str:
     return f"[{', '.join(json.dumps(name) for name in names)}]"
 
 

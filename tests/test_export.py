@@ -21,6 +21,7 @@ from lit_llm.models.mlp import MLP
 from lit_llm.models.pretrained import PretrainedCausalLM
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.pretrained_masked_lm import PretrainedMaskedLM
+from lit_llm.models.pretrained_pooling import PairClassifier
 from lit_llm.models.pretrained_seq2seq import PretrainedSeq2Seq
 from lit_llm.models.recurrent import LSTM
 from lit_llm.models.rotary import Llama3Scaling, YaRN
@@ -266,6 +267,11 @@ EXAMPLES = {
         train_bert_bpe(TEXTS, 280),
         None,
     ),
+    "pairs": lambda: (
+        awake(PairClassifier(1, config=BERT | {"vocab_size": 300, "sep_token_id": 3})),
+        train_bert_bpe(TEXTS, 280),
+        None,
+    ),
     "images": lambda: (awake(MLP(3, class_names=["cat", "dog", "hen"])), None, PROCESSOR),
 }
 
@@ -287,6 +293,14 @@ def shown(tmp_path, monkeypatch, capsys) -> Callable[[str, str], str]:
 
 def test_the_readme_has_a_program_that_runs_and_names_classes(shown):
     assert shown("images", "torch") in ("cat", "dog", "hen")
+
+
+@pytest.mark.slow
+def test_the_readme_says_of_a_number_and_of_pairs_what_they_are(shown, tmp_path):
+    assert shown("pairs", "torch")
+    text = (tmp_path / "out/README.md").read_text(encoding="utf-8")
+    assert "- gives `logits`: float32, batch × 1, the number that is predicted" in text
+    assert '["a text", "another text"], ["the text beside it", "the other\'s"]' in text
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 from lit_llm import __version__
 from lit_llm.cli.lean_import import import_torchmetrics
+from lit_llm.cli.quiet import quieten
 
 COMMANDS = {
     "fit": ("lit_llm.cli.training", "train a network: pre-train, fine-tune"),
@@ -78,6 +79,7 @@ def main(args: list[str] | None = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the working directory can be named in configs
     import_torchmetrics()
+    quieten()
     module = importlib.import_module(COMMANDS[words[0]][0])
     try:
         with _speaking():

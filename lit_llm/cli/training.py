@@ -8,7 +8,6 @@ import logging
 import os
 import shlex
 import sys
-import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -24,6 +23,7 @@ from lit_llm.cli import fail, find_lr, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.errors import parser_line
 from lit_llm.cli.lean_loop import skip_empty_hooks
+from lit_llm.cli.quiet import quieten
 from lit_llm.cli.run_config import RunConfig
 from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
 
@@ -64,7 +64,7 @@ def read_run(words: list[str]) -> ConfigCLI:
 
 
 def _parsed(cli: type[TrainingCLI], words: list[str]) -> Any:
-    _quiet()
+    quieten()
     words = _with_the_runs_config(words)
     sys.argv = [sys.argv[0], *words]
     return cli(
@@ -78,32 +78,6 @@ def _parsed(cli: type[TrainingCLI], words: list[str]) -> Any:
         auto_configure_optimizers=False,
         trainer_defaults={"enable_model_summary": False},
     )
-
-
-def _quiet() -> None:
-    """Leaves out what the libraries say at every start and nobody can act on."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao registers when it is imported
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # that it was built for other accelerators too
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # how a checkpoint is gathered
-    for text in (
-        ".*does not have many workers.*",
-        ".*smaller than the logging interval.*",
-        ".*Checkpoint directory.*",
-        r".*module\(s\) in eval mode.*",  # what is frozen is so on purpose
-        ".*You are using `torch.load`.*",
-        ".*LightningCLI's args parameter.*",
-        ".*isinstance.treespec.*",
-        ".*is a boolean argument.*",
-        ".*across ranks is zero.*",
-        ".*was deprecated in.*",
-        ".*No positional arguments.*",
-        ".*SpearmanCorrcoef` will save all.*",  # a value an example, which is little
-    ):
-        warnings.filterwarnings("ignore", message=text)
-    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
 def _option(words: list[str], name: str) -> str | None:

@@ -158,8 +158,9 @@ def open_corpus(
                 raise ValueError(f"tables of a folder must have suffixes in lower case, but {loud} has not; rename it")
             return _hub(path, subset, rows, streaming, {"tables": stamps(tables)}, _reading(tables, rows))
         if texts and rows.text_files:
-            if tables:
-                log.info(f"Reading {len(texts)} text files of {path}; {len(tables)} tables beside them are left out")
+            if others := sorted(set(files) - set(texts)):
+                more = f" and {len(others) - 1} more" if len(others) > 1 else ""
+                log.info(f"Reading {len(texts)} text files of {path}; {others[0].name}{more} beside them left out")
             return Corpus(path, {"text": stamps(texts)}, lambda limit=None: _whole(where, texts[:limit]))
         known = ", ".join([*(TEXT_SUFFIXES if rows.text_files else ()), *TABLE_FORMATS])
         raise ValueError(f"data.path must hold files of text ({known}), but is {path} with {len(files)} other files")

@@ -63,7 +63,7 @@ class LabelReader:
 
 
 def plain_labels(found: list[Any], path: str, split: str) -> list[Any]:
-    """Labels of one type: whole numbers, real numbers, truth values or names; text that spells numbers is numbers.
+    """Labels of one type: whole numbers, real numbers, truth values or names; what text spells of those, it is.
 
     Spaces around text are no part of it.
 
@@ -83,6 +83,8 @@ def plain_labels(found: list[Any], path: str, split: str) -> list[Any]:
             return [int(value) for value in found]
         if all(REAL.fullmatch(value) for value in found):
             return [float(value) for value in found]
+        if {value.lower() for value in found} <= {"true", "false"}:
+            return [value.lower() == "true" for value in found]
         kinds = {("a number" if REAL.fullmatch(value) else "text"): value for value in reversed(found)}
     else:
         words = {bool: "true or false", int: "a number", float: "a number", str: "text"}

@@ -97,7 +97,7 @@ class PretrainedClassifier(Pretrained):
                 raise ValueError(
                     f"path must hold a head of {self.num_classes} classes with strict, but {self._start} has {width}"
                 )
-            log.info(f"The head is new, {self._start} has {width}: {', '.join(new)}")
+            log.info(f"The head is new until a checkpoint is read, {self._start} has {width}: {', '.join(new)}")
         self._is_trained = True
         self._adopt(model)
 

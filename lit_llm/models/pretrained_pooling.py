@@ -255,6 +255,7 @@ class PairClassifier(PooledClassifier):
 
     hf_architectures = ("PairClassifier",)
     head = AlignedHead
+    reads_pairs = True
 
     def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """As `PretrainedClassifier.read_tokens_of`; and learns which token stands between two texts."""

@@ -337,7 +337,10 @@ class Objective(Scheduled):
         first = self._trainer is None or self.trainer.is_global_zero  # the sum of all processes counts once
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0)) if first else (0.0, 0.0)
         self._require_images_of(checkpoint.get("image_shape"))
-        arguments = (checkpoint.get("network") or {}).get("init_args") or {}
+        recipe, name = checkpoint.get("network") or {}, self.size_name
+        here, there, arguments = self.hparams.get(name), recipe.get("size"), recipe.get("init_args") or {}
+        if None not in (here, there) and here != there:
+            raise ValueError(f"data must have the {name} of the checkpoint, {there}, but has {here}")
         for network in self.networks:
             replay(network, checkpoint.get("compression", []))
             if hasattr(network, "recall_tokens"):

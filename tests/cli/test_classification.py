@@ -48,6 +48,15 @@ def test_a_run_leaves_what_there_is_to_know_and_is_gone_on_with_and_asked(lit_ll
     model = AutoModelForSequenceClassification.from_pretrained(run / "model")
     assert model.config.id2label == {0: "class 0", 1: "class 1", 2: "class 2"}
 
+    for command in ("generate --prompt x", "evaluate --tasks task.yaml"):
+        (tmp_path / "task.yaml").write_text("task: x")
+        name, *words = command.replace("task.yaml", str(tmp_path / "task.yaml")).split()
+        assert lit_llm(name, *words, "--model", run / "model").last_line == (
+            f"lit-llm: error: model must be a causal language model, but {run / 'model'} is a PretrainedClassifier"
+        )
+    other = lit_llm("validate", "--run_dir", run, "--data.num_classes", "4")
+    assert other.last_line == "lit-llm: error: data must have the num_classes of the checkpoint, 3, but has 4"
+
     outcome = lit_llm("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", "6")
     assert outcome.code == 0, outcome.err
     assert json.loads((run / "results.json").read_text())["step"] == 6

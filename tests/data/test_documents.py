@@ -108,14 +108,17 @@ def test_a_suffix_may_be_in_upper_case(tmp_path: Path, name: str) -> None:
         assert read(upper.parent) == [lower.read_text(encoding="utf-8")]
 
 
-def test_a_table_of_a_folder_is_named_whose_suffix_the_library_would_not_see(tmp_path: Path) -> None:
+def test_a_table_of_a_folder_is_named_whose_suffix_the_library_would_not_see(tmp_path: Path, caplog) -> None:
     table(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "a.jsonl").rename(tmp_path / "A.JSONL")
     message = f"tables of a folder must have suffixes in lower case, but {tmp_path / 'A.JSONL'} has not; rename it"
     with pytest.raises(ValueError, match=exactly(message)):
         open_corpus(str(tmp_path))
     (tmp_path / "b.txt").write_text("a text", encoding="utf-8")  # beside which tables are left out
-    assert read(tmp_path) == ["a text"]
+    (tmp_path / "c.txt.gz").write_bytes(b"")
+    with caplog.at_level("INFO"):
+        assert read(tmp_path) == ["a text"]
+    assert caplog.messages[-1] == f"Reading 1 text files of {tmp_path}; A.JSONL and 1 more beside them left out"
 
 
 def test_an_empty_cell_is_an_empty_document(tmp_path: Path) -> None:

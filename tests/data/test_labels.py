@@ -27,6 +27,8 @@ def read(labels: list, names: tuple[str, ...] = ()) -> tuple[list, list[str]]:
         (["10", "9", "10"], ([1, 0, 1], ["9", "10"])),
         (["b", "a", "c"], ([1, 0, 2], ["a", "b", "c"])),
         ([True, False], ([1, 0], ["False", "True"])),
+        (["true", "FALSE"], ([1, 0], ["False", "True"])),  # as a CSV file has them
+        (["true", "false", "maybe"], ([2, 0, 1], ["false", "maybe", "true"])),
         ([0.5, 2.0], ([0.5, 2.0], [])),
         (["1", "2.5", "-1e1"], ([1.0, 2.5, -10.0], [])),
     ],

@@ -189,7 +189,7 @@ def test_a_backbone_is_taken_and_that_the_head_is_new_is_said_in_one_line(source
     assert all(torch.equal(tensor, start[name]) for name, tensor in backbone(network).items())
     [line] = [record.getMessage() for record in caplog.records]
     has = "one of another width than 3" if source == "classifier of five" else "none"
-    assert line.startswith(f"The head is new, {tmp_path} has {has}: ")
+    assert line.startswith(f"The head is new until a checkpoint is read, {tmp_path} has {has}: ")
     assert line.endswith("classifier.bias, classifier.weight")
     assert network(**inputs("bert")).shape == (4, 3)
     assert all(module.training for module in network.modules())
