@@ -73,7 +73,8 @@ class Pretrained(nn.Module):
         if self.reads_images:
             model.to(memory_format=torch.channels_last)
         if self.activation_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # as later versions call it
+            getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
         # RoBERTa's kin count positions from the one after the padding token's id.
         kin = hasattr(getattr(model.base_model, "embeddings", None), "create_position_ids_from_inputs_embeds")
         self.first_position = model.base_model.embeddings.padding_idx + 1 if kin else 0
