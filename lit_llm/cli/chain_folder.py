@@ -34,10 +34,12 @@ def claim(out: Path, chain: Chain, model: str, folder: Path, options: list[str])
     made_of |= {"weights": _fingerprint(folder), "files": {file: _content(file) for file in _files(chain)}}
     settings, places = out / "chain.json", sorted(out.glob("stages/*-*"))
     if settings.is_file():
-        common = _stages_in_common(json.loads(settings.read_text()), made_of, chain)
+        earlier = json.loads(settings.read_text())
+        common, stale = _stages_in_common(earlier, made_of, chain), []
         if common == len(chain.stages):
-            return
-        stale = [place for place in places if common is None or int(place.name.partition("-")[0]) > common]
+            made_of["chain"] = earlier["chain"]  # which may go on
+        else:
+            stale = [place for place in places if common is None or int(place.name.partition("-")[0]) > common]
         for place in stale:
             if any(next(place.glob(f"{made}/*"), None) for made in ("model", "checkpoints")):
                 what = "another model or data" if common is None else "another chain"
