@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from lit_llm.objectives.losses import scaled_once
+
 
 class Divergence(ABC):
     """How far two distributions are apart, in nats; 0 where they are the same, never less."""
@@ -127,10 +129,11 @@ class _LinearLoss(torch.autograd.Function):
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, loss_of: Callable[[Tensor, slice], Tensor]) -> Tensor:
         """Loops over chunks of tokens."""
         d_model, head = weight.shape[1], weight.to(hidden.dtype)
-        wanted = any(ctx.needs_input_grad)
+        wants_hidden, wants_weight, _ = ctx.needs_input_grad
+        wanted = wants_hidden or wants_weight
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         for first in range(0, len(hidden), 2 * d_model):
             here = slice(first, first + 2 * d_model)
             h = hidden[here]
@@ -140,8 +143,10 @@ class _LinearLoss(torch.autograd.Function):
             total += loss.detach()
             if wanted:
                 grad = torch.autograd.grad(loss, logits)[0].to(h.dtype)
-                torch.mm(grad, head, out=grad_hidden[here])
-                grad_weight += grad.T @ h
+                if wants_hidden:
+                    torch.mm(grad, head, out=grad_hidden[here])
+                if wants_weight:
+                    grad_weight += grad.T @ h
                 del grad
             del logits, loss  # or the next would be made beside them
         ctx.gradients = grad_hidden, grad_weight
@@ -151,9 +156,7 @@ class _LinearLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Scales, in place: the gradients are used once."""
-        grad_hidden, grad_weight = ctx.gradients
-        ctx.gradients = None
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None
+        return *scaled_once(ctx, grad), None
 
 
 def linear_loss_sum(

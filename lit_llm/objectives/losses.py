@@ -71,10 +71,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab, d_model = weight.shape
         first, end = (0, vocab) if group is None else _own_tokens(vocab, group)
         head, kept, targets = weight[first:end].to(hidden.dtype), (labels != IGNORE_INDEX)[:, None], labels[:, None]
-        wanted = any(ctx.needs_input_grad)
+        wants_hidden, wants_weight, *_ = ctx.needs_input_grad  # an adapter leaves the head as it is
+        wanted = wants_hidden or wants_weight
         losses = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if wanted else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         step = 2 * d_model  # with fewer tokens a chunk, adding up the weight's gradient would cost more than the logits
         devices = 1 if group is None else group.size()
         rows = max(1, FP32_LOGITS["cpu" if hidden.device.type == "cpu" else "accelerator"] * devices // vocab)
@@ -84,26 +85,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = h @ head.T
             for part, target, loss in zip(*(x.split(rows) for x in (logits, targets[here], losses[here])), strict=True):
                 loss.copy_(_losses(part, target - first, vocab, label_smoothing, z_loss, group, wanted))
-            if wanted:  # and so the logits have become their gradient
+            # Where gradients are wanted the logits have become theirs.
+            if wants_hidden:
                 torch.mm(logits, head, out=grad_hidden[here]).mul_(keep)
-                if h.dtype == torch.float32:
-                    grad_weight[first:end].addmm_(logits.T, h * keep)
-                else:
-                    grad_weight[first:end] += logits.T @ (h * keep)
+            if wants_weight and h.dtype == torch.float32:
+                grad_weight[first:end].addmm_(logits.T, h * keep)
+            elif wants_weight:
+                grad_weight[first:end] += logits.T @ (h * keep)
             del logits, part  # or the next would be made beside them
-        if wanted and group is not None:
-            dist.all_reduce(grad_hidden, group=group)
-            dist.all_reduce(grad_weight, group=group)
         ctx.gradients = grad_hidden, grad_weight
+        for gradient in ctx.gradients if group is not None else ():
+            if gradient is not None:
+                dist.all_reduce(gradient, group=group)
         return losses.where(kept, 0).sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Scales, in place: the gradients are used once."""
-        grad_hidden, grad_weight = ctx.gradients
-        ctx.gradients = None
-        return grad_hidden.mul_(grad), grad_weight.mul_(grad), None, None, None, None
+        return *scaled_once(ctx, grad), None, None, None, None
+
+
+def scaled_once(ctx: FunctionCtx, grad: Tensor) -> list[Tensor | None]:
+    """The gradients that a forward pass has left in `ctx.gradients`, times `grad`, in their own memory."""
+    gradients, ctx.gradients = ctx.gradients, None
+    return [None if gradient is None else gradient.mul_(grad) for gradient in gradients]
 
 
 def _losses(

@@ -224,6 +224,30 @@ def test_a_loss_in_chunks_without_gradients_makes_none(hidden, weight, labels) -
     assert not loss.requires_grad
 
 
+@pytest.mark.parametrize("learns", ["hidden", "weight"])
+@pytest.mark.parametrize(
+    "make", [linear_cross_entropy_sum, lambda h, w, y: linear_loss_sum(h[0], w, lambda x, _: x.logsumexp(-1).sum())]
+)
+def test_what_does_not_learn_costs_a_loss_in_chunks_no_gradient(make, learns) -> None:
+    class Products(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func._overloadpacket.__name__ in ("mm", "addmm_")
+            return func(*args, **(kwargs or {}))
+
+    given = {"hidden": torch.randn(1, 6, 4), "weight": torch.randn(9, 4)}
+    counts, gradients = [], []
+    for learning in (list(given), [learns]):
+        each = {name: x.clone().requires_grad_(name in learning) for name, x in given.items()}
+        with Products() as products:
+            make(each["hidden"], each["weight"], torch.zeros(1, 6, dtype=torch.int64)).backward()
+        counts.append(products.count)
+        gradients.append(each[learns].grad)
+    torch.testing.assert_close(*gradients)
+    assert counts == [3, 2]
+
+
 @pytest.mark.usefixtures("rows_in_fp32")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_devices_that_share_the_vocabulary_have_the_loss_and_the_gradients_of_one(precision):
