@@ -38,7 +38,7 @@ ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 def save_model(
-    folder: Path,
+    folder: str | Path,
     network: nn.Module,
     tokenizer: PreTrainedTokenizerBase | None = None,
     card: str | None = None,
@@ -59,6 +59,7 @@ def save_model(
     Raises:
         TypeError: When transformers has no class for such a network.
     """
+    folder = Path(folder)
     if not hasattr(network, "to_hf_config"):
         raise TypeError(f"network must have a form that transformers knows, but is a {type(network).__name__}")
     config = {**network.to_hf_config(), "dtype": "float32"}

@@ -60,7 +60,7 @@ class Exported:
     network_milliseconds: float
 
 
-def export(source: str | Path, folder: Path, form: str = "onnx") -> Exported:
+def export(source: str | Path, folder: str | Path, form: str = "onnx") -> Exported:
     """Writes a network as one file, with what a server needs beside it, and holds the file against the network.
 
     The file takes any number of rows, and texts up to the network's longest.
@@ -76,6 +76,7 @@ def export(source: str | Path, folder: Path, form: str = "onnx") -> Exported:
         ValueError: When the folder is not empty, the network writes a text in several steps or cannot be exported, or
             the file's logits are not the network's.
     """
+    folder = Path(folder)
     _require_room(folder, form)
     model = read_model(source)
     if hasattr(model.network, "generate"):

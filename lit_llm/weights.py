@@ -56,13 +56,33 @@ def read_weights(network: nn.Module, folder: Path) -> None:
     _copy(_as_transformers(network), stored, folder, tied)
 
 
-def copy_weights(source: nn.Module, target: nn.Module, where: Path | str) -> None:
+def copy_weights(
+    source: nn.Module, target: nn.Module, where: Path | str, sizes: tuple[int, int] | None = None
+) -> list[str]:
     """Copies all parameters of one network into another of the same form.
 
+    Args:
+        source: From which.
+        target: Into which.
+        where: What errors call the source.
+        sizes: How many classes the two have, where those are not the same: heads of so many rows are passed over.
+
+    Returns:
+        The names of the parameters that were passed over.
+
     Raises:
-        ValueError: When a parameter is missing, left over or of another shape; `where` names the source.
+        ValueError: When a parameter is missing, left over or of another shape.
     """
-    fill(target, _own(source), where)
+    own, stored = _own(target), _own(source)
+
+    def is_head(name: str) -> bool:
+        here, there = own[name].shape, stored[name].shape
+        return here != there and (there[:1], here[:1]) == ((sizes[0],), (sizes[1],)) and here[1:] == there[1:]
+
+    new = sorted(name for name in own.keys() & stored.keys() if sizes is not None and is_head(name))
+    of_both = ({name: tensor for name, tensor in each.items() if name not in new} for each in (own, stored))
+    _copy(*of_both, Path(where), target.state_dict())
+    return new
 
 
 def fill(network: nn.Module, stored: dict[str, Tensor], where: Path | str) -> None:

@@ -200,6 +200,12 @@ def test_no_file_tells_where_the_code_lay(tmp_path):
         assert not any(str(REPOSITORY).encode() in file.read(name) for name in file.namelist())
 
 
+def test_a_path_may_be_text(tmp_path):
+    save_model(str(tmp_path / "model"), awake(MLP(3)))
+    found = export(str(tmp_path / "model"), str(tmp_path / "out"), "torch")
+    assert found.file == tmp_path / "out/model.pt2"
+
+
 def test_a_network_that_writes_in_steps_is_refused(tmp_path):
     save_model(tmp_path / "model", PretrainedSeq2Seq(VOCAB, config=T5))
     with pytest.raises(

@@ -85,6 +85,8 @@ def main(args: list[str] | None = None) -> None:
         with _speaking():
             module.run(words)
     except KeyboardInterrupt:
+        if words[0] in ("sweep", "compress"):
+            print("Stopped: the same command goes on where it was.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         from lit_llm.cli.errors import one_line

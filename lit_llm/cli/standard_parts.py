@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_llm.callbacks.confusion import ConfusionMatrix
 from lit_llm.callbacks.intervals import Intervals
@@ -54,6 +56,9 @@ def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, p
         checkpoint: When checkpoints are written, all of it decided.
         run_dir: Where the run writes.
         predicts: Whether it is for `predict`.
+
+    Raises:
+        ValueError: When a callback is there twice whose state could then not be told apart.
     """
     callbacks, loggers, plugins = _listed(options["callbacks"]), options["logger"], _listed(options["plugins"])
     if not options["fast_dev_run"]:
@@ -62,10 +67,21 @@ def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, p
         if loggers is not False:
             standard.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
         loggers = [*([] if isinstance(loggers, bool) else _listed(loggers)), *standard]
+    _require_one_of_each(callbacks)
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(AtomicCheckpointIO())
     profiler = options["profiler"] or NoProfiler()
     return {"callbacks": callbacks, "logger": loggers, "plugins": plugins, "profiler": profiler}
+
+
+def _require_one_of_each(callbacks: list[Callback]) -> None:
+    stateful = Counter(c.state_key for c in callbacks if is_overridden("state_dict", c, Callback))
+    for callback in callbacks:
+        if stateful[callback.state_key] > 1:
+            raise ValueError(
+                f"trainer.callbacks must have one {type(callback).__name__}, but have {stateful[callback.state_key]}; "
+                f"leave out an overlay that the run's config has already"
+            )
 
 
 def _listed(given: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import os
@@ -80,28 +81,44 @@ def _parsed(cli: type[TrainingCLI], words: list[str]) -> Any:
     )
 
 
+def _options(words: list[str], name: str) -> list[str]:
+    """The values of an option on the command line, before it is parsed."""
+    return [word.split("=", 1)[1] for word in words if word.startswith(name + "=")] + [
+        value for word, value in itertools.pairwise(words) if word == name
+    ]
+
+
 def _option(words: list[str], name: str) -> str | None:
-    """The value of an option on the command line, before it is parsed."""
-    for index, word in enumerate(words):
-        if word == name and index + 1 < len(words):
-            return words[index + 1]
-        if word.startswith(name + "="):
-            return word.split("=", 1)[1]
-    return None
+    """The first of them; `None` where there is none."""
+    return next(iter(_options(words, name)), None)
+
+
+def _is_overlay(file: str) -> bool:
+    """Whether a run file leaves open which model and data are meant, and so is laid over another."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # to be said where it is read
+    kinds = [content.get(name) for name in ("model", "data")] if isinstance(content, dict) else [""]
+    return not any(isinstance(kind, str) or (isinstance(kind, dict) and "class_path" in kind) for kind in kinds)
 
 
 def _with_the_runs_config(words: list[str]) -> list[str]:
-    """Where no config is named but a run folder is, the run's own config comes first."""
+    """Where a run folder is named, and no config or only overlays are, the run's own config comes first."""
     run_dir, ckpt_path = _option(words, "--run_dir"), Path(_option(words, "--ckpt_path") or "")
     if run_dir is None and ckpt_path.parent.name == "checkpoints":
         run_dir = str(ckpt_path.parent.parent)
-    if run_dir is None or _option(words, "--config") or _option(words, "-c"):
+    named = [value for name in ("--config", "-c") for value in _options(words, name)]
+    goes_on = words[0] != "fit" or _option(words, "--ckpt_path")
+    if run_dir is None or (named and not (goes_on and all(map(_is_overlay, named)))):
         return words
     folder, config = Path(run_dir), Path(run_dir) / "config.yaml"
     if config.is_file():
         return [words[0], "--config", str(config), *words[1:]]
-    goes_on = words[0] != "fit" or _option(words, "--ckpt_path")
-    if goes_on and not {word.split("=")[0] for word in words} & {"--model", "--data", "-h", "--help", "--print_config"}:
+    others = {"--model", "--data", "-h", "--help", "--print_config"}
+    if goes_on and not named and not {word.split("=")[0] for word in words} & others:
         lacks = "holds no config.yaml" if folder.is_dir() else "does not exist"
         model = f"; name a run file with --config, and its model as --model.weights {folder / 'model'}"
         remedy = model if (folder / "model").is_dir() else ""
@@ -219,12 +236,22 @@ class TrainingCLI(LightningCLI):
         options = config["model"].get("init_args") or {}
         weights = options.get("weights")
         if config.get("ckpt_path"):
-            self._complete(options, read_checkpoint(Path(config["ckpt_path"]), in_pieces=True))
+            checkpoint = read_checkpoint(Path(config["ckpt_path"]), in_pieces=True)
+            self._require_later(config, checkpoint)
+            self._complete(options, checkpoint)
         if weights and config.get("ckpt_path"):
             options["weights"] = config["ckpt_path"]
         super().instantiate_classes()
         if weights:
             options["weights"] = weights  # as the run's config says it
+
+    def _require_later(self, config: Any, checkpoint: dict[str, Any]) -> None:
+        """Refuses to go on to a step that is past: the run's config would say it ended there."""
+        last, done = config["trainer"].get("max_steps"), checkpoint.get("global_step", 0)
+        if self.subcommand == "fit" and last not in (None, -1) and last < done:
+            raise ValueError(
+                f"trainer.max_steps must be at least the checkpoint's step, {done}, to go on from it, but is {last}"
+            )
 
     def _complete(self, options: Any, checkpoint: dict[str, Any]) -> None:
         """Adds what data decided when a checkpoint was made: data without labels cannot say again what those are."""

@@ -130,8 +130,8 @@ class ExampleData(LightningDataModule, ABC):
         return next(name for name in ("test", "validation", "train") if name in self.splits)
 
     def label_name(self, index: int) -> str:
-        """What a class is called."""
-        return self.class_names[index]
+        """What a class is called; a network may know more of them than the data."""
+        return self.class_names[index] if index < len(self.class_names) else f"LABEL_{index}"
 
     def texts(self, split: str, rows: list[int]) -> list[dict[str, Any]]:
         """All columns of some examples, as the source has them."""

@@ -235,7 +235,7 @@ def build_cache(
     report(
         f"Tokenised {sum(c['documents'] for c in counts.values()):,} documents, {size / 1e6:.1f} MB, into "
         f"{tokens / 1e6:.2f} M tokens of {manifest['vocab_size']:,} kinds in {time.perf_counter() - started:.0f} s; "
-        f"kept in {folder}"
+        f"kept in {folder}" + "".join(f"; left out, {why}: {count:,}" for why, count in dropped.items())
     )
     return TokenCache(folder, manifest)
 

@@ -7,6 +7,7 @@ import inspect
 import logging
 import pkgutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +25,7 @@ from lit_llm.deferred_init import deferred
 from lit_llm.metrics import MeanLoss
 from lit_llm.objectives.features import FeatureCache, features_of
 from lit_llm.objectives.scheduled import Scheduled
-from lit_llm.recipes import described, first_argument
+from lit_llm.recipes import built, described, first_argument
 from lit_llm.schedulers import Schedule
 from lit_llm.shards import local, whole_shape
 from lit_llm.weights import copy_weights
@@ -49,7 +50,8 @@ class Objective(Scheduled):
         schedule: Factor on the learning rates at each step; `None` is constant.
         decay_embeddings: Let weight decay act on embeddings (it never does on norms and biases).
         weights: What to start from instead of fresh weights: a model directory (ours or transformers'), a run folder, a
-            checkpoint file or a name on the hub. Read once, before the first step: checkpoints do without it.
+            checkpoint file or a name on the hub. Read once, before the first step: checkpoints do without it. A
+            classifier of another number of classes than the data have gets a new head.
         adaptation: Which parameters learn, from when on and how fast; `None` is all of them alike.
 
     Raises:
@@ -138,7 +140,8 @@ class Objective(Scheduled):
         source = read_model(self.hparams["weights"]) if self.hparams.get("weights") else None
         if source is not None:
             self._require_same_data(source)
-            self.hparams[name] = source.recipe["size"]
+            if not self._has_other_classes(source):
+                self.hparams[name] = source.recipe["size"]
         if self.hparams.get(name) is None:
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
         if self.make_network is not None:
@@ -202,22 +205,35 @@ class Objective(Scheduled):
         if self._image_shape is not None and hasattr(source.network, "require_images"):
             source.network.require_images(self._image_shape)
         size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
+        if self._has_other_classes(source):
+            return
         if needed is not None and size < needed:
-            remedy = "; as model.network.path its backbone is taken, with a new head" if name == "num_classes" else ""
             raise ValueError(
-                f"model.weights must have at least the {name} of the data, {needed}, but {weights} has {size}{remedy}"
+                f"model.weights must have at least the {name} of the data, {needed}, but {weights} has {size}"
             )
         if given not in (None, needed, size):
             raise ValueError(f"model.{name} must be that of model.weights, {size}, but is {given}")
 
+    def _has_other_classes(self, source: Model) -> bool:
+        """Whether a classifier is to learn other classes than its weights are of, and so wants a new head."""
+        needed = getattr(getattr(self._trainer, "datamodule", None), self.size_name, None)
+        own = needed is None or source.recipe["size"] in (needed, self.hparams.get(self.size_name))
+        return self.size_name == "num_classes" and self._fits and not own
+
     def _start_from(self, source: Model) -> None:
-        if self.network is None:
-            self.network = source.network.train()
-            self.hparams["network"] = {key: source.recipe[key] for key in ("class_path", "init_args")}
-        else:
+        where, kept = self.hparams["weights"], {key: source.recipe[key] for key in ("class_path", "init_args")}
+        if self.network is not None or self._has_other_classes(source):
+            size = self.hparams[self.size_name]
+            if self.network is None:
+                kept["init_args"] = {k: v for k, v in kept["init_args"].items() if k != "class_names"}
+                self.network, self.hparams["network"] = built(kept, Path(where), size), kept
             replay(self.network, records_of(source.network))
-            copy_weights(source.network, self.network, self.hparams["weights"])
-        log.info(f"Starting from the weights of {self.hparams['weights']}")
+            sizes = (source.recipe["size"], size) if self._has_other_classes(source) else None
+            if new := copy_weights(source.network, self.network, where, sizes):
+                log.info(f"The head is new, {where} has one of {source.recipe['size']} classes: {', '.join(new)}")
+        else:
+            self.network, self.hparams["network"] = source.network.train(), kept
+        log.info(f"Starting from the weights of {where}")
         self.hparams["weights"] = None  # a checkpoint has weights of its own
 
     @functools.cached_property

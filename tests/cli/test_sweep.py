@@ -442,7 +442,8 @@ def test_a_trial_that_fell_behind_when_the_sweep_was_interrupted_is_not_trained_
         "early_terminate": {"type": "hyperband", "min_iter": 2, "eta": 2},
     }
     monkeypatch.setattr(Pretended, "send_signal", cut)
-    assert sweep(None, **options).code == 130
+    cut_off = sweep(None, **options)
+    assert (cut_off.code, cut_off.last_line) == (130, "Stopped: the same command goes on where it was.")
     assert sweep(None, **options).code == 0
     assert [row["state"] for row in rows(tmp_path)] == ["complete", "pruned"]
     assert len(started) == 2

@@ -109,6 +109,26 @@ def test_a_run_folder_with_a_run_is_refused(lit_llm, tiny, run):
     assert (run / "checkpoints/last.ckpt").read_bytes() == before
 
 
+def test_a_run_goes_on_under_an_overlay_but_to_no_step_that_is_past_and_no_callback_twice(lit_llm, tiny, tmp_path):
+    folder, overlay = tmp_path / "run", REPOSITORY / "configs/strategy/spike_recovery.yaml"
+    assert lit_llm("fit", *tiny, "--run_dir", folder, "--trainer.max_steps", 2).code == 0
+    again = ["fit", "--run_dir", folder, "--ckpt_path", "last", "--config", overlay, "--trainer.max_steps"]
+    outcome = lit_llm(*again, 4)
+    assert outcome.code == 0, outcome.err
+    assert json.loads((folder / "results.json").read_text())["step"] == 4
+    config = (folder / "config.yaml").read_text()
+    assert "SpikeRecovery" in config
+    assert lit_llm(*again, 6).last_line == (
+        "lit-llm: error: trainer.callbacks must have one SpikeRecovery, but have 2; leave out an overlay that the run's "
+        "config has already"
+    )
+    outcome = lit_llm("fit", "--run_dir", folder, "--ckpt_path", "last", "--trainer.max_steps", 3)
+    assert outcome.last_line == (
+        "lit-llm: error: trainer.max_steps must be at least the checkpoint's step, 4, to go on from it, but is 3"
+    )
+    assert (folder / "config.yaml").read_text() == config
+
+
 @pytest.mark.parametrize("left", ["model", "results.json"])
 def test_what_a_run_left_is_not_overwritten_where_its_checkpoints_are_gone(lit_llm, tiny, tmp_path, left):
     (tmp_path / "run" / left).mkdir(parents=True)

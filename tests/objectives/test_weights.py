@@ -134,15 +134,32 @@ def test_another_tokenizer_is_refused_with_the_one_to_take(model, corpus, tmp_pa
     fit(still(weights=str(model)), corpus, tmp_path, tokenizer=str(model))
 
 
-def test_more_classes_than_the_weights_have_are_refused_with_what_takes_the_backbone(tmp_path) -> None:
+@pytest.mark.parametrize("before", [2, 5])
+@pytest.mark.parametrize("given", [None, functools.partial(PretrainedClassifier, config=BERT)])
+def test_weights_of_other_classes_get_a_new_head_which_is_said(tmp_path, caplog, before, given) -> None:
+    source = PretrainedClassifier(before, config=BERT)
+    source.class_names = [f"animal {n}" for n in range(before)]
+    save_model(tmp_path / "model", source)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1, limit_val_batches=0)
+    objective = still(Classification, network=given, weights=str(tmp_path / "model"))
+    with caplog.at_level("INFO"):
+        trainer.fit(objective, Examples(3))
+    new = "model.classifier.bias, model.classifier.weight"
+    assert f"The head is new, {tmp_path / 'model'} has one of {before} classes: {new}" in caplog.messages
+    assert objective.network.num_classes == objective.hparams["num_classes"] == 3
+    assert objective.network.class_names == ["class 0", "class 1", "class 2"]
+    assert same(objective.network.backbone, source.backbone)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert same(load_model(tmp_path / "x.ckpt")[0], objective.network)
+
+
+def test_weights_of_fewer_classes_than_the_data_are_not_evaluated(tmp_path) -> None:
     save_model(tmp_path / "model", PretrainedClassifier(2, config=BERT))
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
-    message = (
-        f"model.weights must have at least the num_classes of the data, 3, but {tmp_path / 'model'} has 2; as "
-        f"model.network.path its backbone is taken, with a new head"
-    )
+    message = f"model.weights must have at least the num_classes of the data, 3, but {tmp_path / 'model'} has 2"
     with pytest.raises(ValueError, match=exactly(message)):
-        trainer.fit(Classification(weights=str(tmp_path / "model")), Examples(3))
+        Trainer(accelerator="cpu", logger=False).validate(
+            Classification(weights=str(tmp_path / "model")), Examples(3), verbose=False
+        )
 
 
 def test_more_tokens_than_the_weights_have_are_refused(tiny_llama, corpus, tmp_path) -> None:
