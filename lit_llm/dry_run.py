@@ -176,26 +176,30 @@ def _accepting() -> Iterator[None]:
     gets new parameters, since tensors that others know of cannot be swapped.
     """
     drawing, applying = nn.init._no_grad_trunc_normal_, nn.Module._apply
+    changed: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
+
+    @torch.no_grad()
+    def apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        """As torch's, before there are gradients; what does not change stays the tensor that it is."""
+        for child in module.children() if recurse else ():
+            child._apply(change)
+        for name, p in module._parameters.items():
+            if p is None or (p not in changed and (made := change(p)) is p):
+                continue
+            if p not in changed:
+                changed[p] = nn.Parameter(made, p.requires_grad)
+            module._parameters[name] = changed[p]
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = change(buffer)
+        return module
+
     nn.init._no_grad_trunc_normal_ = lambda tensor, *args, **kwargs: tensor
-    nn.Module._apply = _applied
+    nn.Module._apply = apply
     try:
         yield
     finally:
         nn.init._no_grad_trunc_normal_, nn.Module._apply = drawing, applying
-
-
-@torch.no_grad()
-def _applied(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-    """As `torch.nn.Module._apply`, before there are gradients; what does not change stays the tensor that it is."""
-    for child in module.children() if recurse else ():
-        _applied(child, change)
-    for name, p in module._parameters.items():
-        if p is not None and (made := change(p)) is not p:
-            module._parameters[name] = nn.Parameter(made, p.requires_grad)
-    for name, buffer in module._buffers.items():
-        if buffer is not None:
-            module._buffers[name] = change(buffer)
-    return module
 
 
 def measure_step(

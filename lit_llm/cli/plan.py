@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from typing import Any
 
 from lit_llm.cli import fail
 from lit_llm.cli.parser import OneLineArguments
+from lit_llm.files import write_json
 
 TABLE = (8, 16, 32, 64, 128, 256, 512, 1024)
 PROBE_STEPS = 20
@@ -34,7 +34,7 @@ def run(words: list[str]) -> None:
     found = plan(options, more)
     print("\n".join(report(found)))
     if options.json:
-        options.json.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        write_json(options.json, found)
 
 
 def size(text: str) -> float:
@@ -178,6 +178,8 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         return replace(step, average=step.weights) if averages else step
 
     steps = {"as configured": taken()}
+    if not steps["as configured"].trained:
+        raise ValueError("model must have parameters that learn to be planned, but has none: it is one of integers")
     network = objective.network
     if getattr(network, "activation_checkpointing", None) is False:
         steps["with activation checkpointing"] = taken(True)
@@ -212,7 +214,7 @@ def example_batch(objective: Any, data: Any) -> dict[str, Any]:
         if objective.hparams.get(name) is None:
             objective.hparams[name] = getattr(data, name)
         return next(iter(data.train_dataloader()))
-    if objective.hparams.get(name) is None:
+    if objective.hparams.get(name) is None and not objective.hparams.get("weights"):  # which say it themselves
         spec = data.tokenizer_spec
         sized = TRAINED.fullmatch(spec)
         objective.hparams[name] = (

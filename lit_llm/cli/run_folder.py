@@ -82,17 +82,17 @@ def make(folder: Path, starts_anew: bool) -> None:
 
     Args:
         folder: The run folder.
-        starts_anew: Whether a run begins in it, rather than goes on or is looked at.
+        starts_anew: Whether a training begins in it, rather than goes on or is looked at.
 
     Raises:
-        ValueError: When it cannot be written to, or a new run would overwrite another's checkpoints, or its results.
+        ValueError: When it cannot be written to, or a training would overwrite another's checkpoints or model.
     """
     if starts_anew and list((folder / "checkpoints").glob("*.ckpt")):
         raise ValueError(
             f"run_dir must be a new folder, but {folder} holds a run; go on with --ckpt_path last, or choose another"
         )
-    if starts_anew and (left := next((n for n in ("model", "results.json") if (folder / n).exists()), None)):
-        raise ValueError(f"run_dir must be a new folder, but {folder} holds the {left} of a run; choose another")
+    if starts_anew and (folder / "model").exists():
+        raise ValueError(f"run_dir must be a new folder, but {folder} holds the model of a run; choose another")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

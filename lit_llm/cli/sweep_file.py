@@ -77,17 +77,12 @@ class Sweep:
     def words(self, settings: dict[str, Any]) -> list[str]:
         """The words of `lit-llm fit` for some values of the parameters."""
         before, after = self.command
-        return [*before, *words_of(settings), *after]
+        return [*before, *(f"--{key}={written(value)}" for key, value in sorted(settings.items())), *after]
 
     def grid(self) -> Iterator[dict[str, Any]]:
         """All combinations, the last parameter's values fastest."""
         keys = [parameter.key for parameter in self.parameters]
         return (dict(zip(keys, each)) for each in itertools.product(*(p.listed() for p in self.parameters)))
-
-
-def words_of(settings: dict[str, Any]) -> list[str]:
-    """Options of the command line for values by their keys."""
-    return [f"--{key}={written(value)}" for key, value in sorted(settings.items())]
 
 
 def written(value: Any) -> str:

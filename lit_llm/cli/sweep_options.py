@@ -10,7 +10,7 @@ from typing import Any
 
 from lit_llm.cli import main
 from lit_llm.cli.finished_run import dotted
-from lit_llm.cli.sweep_file import Sweep, words_of, written
+from lit_llm.cli.sweep_file import Sweep, written
 
 
 def require_options(plan: Sweep, more: list[str]) -> None:
@@ -27,10 +27,9 @@ def require_options(plan: Sweep, more: list[str]) -> None:
     # All together, which is quick; where that fails one by one, which names what is wrong.
     count = max(map(len, values.values()))
     together = [{key: each[:n][-1] for key, each in values.items()} for n in range(1, 1 + count)]
-    configs, lines = zip(*(_parsed([*plan.words(settings), *more]) for settings in together), strict=True)
+    lines = [_parsed([*plan.words(settings), *more])[1] for settings in together]
     if not any(lines):
-        for settings, config in zip(together, configs, strict=True):
-            _require_effect(plan, settings, config, more)
+        _require_effect(plan, values, more)
         return
     first = {key: each[0] for key, each in values.items()}
     base, line = _parsed([*plan.words({}), *more])
@@ -56,15 +55,20 @@ def require_options(plan: Sweep, more: list[str]) -> None:
     )
 
 
-def _require_effect(plan: Sweep, settings: dict[str, Any], config: Any, more: list[str]) -> None:
-    """Sees that nothing which comes after the settings sets them again: runs and tables would say different things."""
-    last, line = _parsed([*plan.words({}), *more, *words_of(settings)])
-    here, there = (dict(dotted(each or {})) for each in (config, last))
-    for key in settings if not line else ():
-        if here.get(key) != there.get(key):
+def _require_effect(plan: Sweep, values: dict[str, tuple[Any, ...]], more: list[str]) -> None:
+    """Sees that what comes after the settings leaves each its effect: runs and tables would say different things."""
+    if not plan.command[1] and not more:
+        return
+    first = {key: each[0] for key, each in values.items()}
+    config, _ = _parsed([*plan.words(first), *more])
+    for key, each in values.items():
+        if written(each[0]) == written(each[-1]):
+            continue
+        other, line = _parsed([*plan.words(first | {key: each[-1]}), *more])
+        if not line and other == config:
             raise ValueError(
-                f"{key} must be a parameter of {plan.path} or an option of all its runs, but is both: every run would "
-                f"have {here.get(key)}"
+                f"{key} must be a parameter of {plan.path} or an option of all its runs, but is both: it would have "
+                f"no effect"
             )
 
 

@@ -20,6 +20,9 @@ WHOLE = re.compile(r"[+-]?\d+")
 REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 
 
+TRUTHS = {"True": True, "False": False}
+
+
 @dataclass(frozen=True)
 class LabelReader:
     """Makes classes or values of what stands in a label column.
@@ -52,6 +55,8 @@ class LabelReader:
                 )
             return np.array(found, dtype=np.float32)
         place = {value: number for number, value in enumerate(self.values)}
+        if set(map(str, found)) <= {"True", "False"}:  # a CSV file has as text what others have as truth values
+            found = [value if value in place else TRUTHS.get(value, str(value)) for value in found]
         try:
             return np.array([place[value] for value in found], dtype=np.int64)
         except KeyError as error:
@@ -63,7 +68,7 @@ class LabelReader:
 
 
 def plain_labels(found: list[Any], path: str, split: str) -> list[Any]:
-    """Labels of one type: whole numbers, real numbers, truth values or names; what text spells of those, it is.
+    """Labels of one type: whole numbers, real numbers, truth values or names; text that spells numbers is numbers.
 
     Spaces around text are no part of it.
 
@@ -83,8 +88,6 @@ def plain_labels(found: list[Any], path: str, split: str) -> list[Any]:
             return [int(value) for value in found]
         if all(REAL.fullmatch(value) for value in found):
             return [float(value) for value in found]
-        if {value.lower() for value in found} <= {"true", "false"}:
-            return [value.lower() == "true" for value in found]
         kinds = {("a number" if REAL.fullmatch(value) else "text"): value for value in reversed(found)}
     else:
         words = {bool: "true or false", int: "a number", float: "a number", str: "text"}

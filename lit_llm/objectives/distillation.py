@@ -114,6 +114,8 @@ class Distillation(Objective):
     @property
     def teacher(self) -> Teacher:
         """Who is learnt from; there while training."""
+        if not self._held:
+            raise ValueError("model must be trained to have its teacher, but is only looked at; plan the student alone")
         return self._held[0]
 
     @property

@@ -346,7 +346,7 @@ class Objective(Scheduled):
         """Gives the network the form that compression had given it; refuses weights of another network in one line.
 
         Raises:
-            ValueError: Naming the first parameter that differs.
+            ValueError: Naming the first parameter that differs, or the number of classes or tokens.
         """
         if self.hparams["network"] is None:
             self.hparams.update(checkpoint["hyper_parameters"])
@@ -356,7 +356,10 @@ class Objective(Scheduled):
         recipe, name = checkpoint.get("network") or {}, self.size_name
         here, there, arguments = self.hparams.get(name), recipe.get("size"), recipe.get("init_args") or {}
         if None not in (here, there) and here != there:
-            raise ValueError(f"data must have the {name} of the checkpoint, {there}, but has {here}")
+            raise ValueError(
+                f"model.{name} must be that of the checkpoint, {there}, but is {here}; take the data it was trained on"
+                + (f", or set --model.{name} {there}" if here < there else "")
+            )
         for network in self.networks:
             replay(network, checkpoint.get("compression", []))
             if hasattr(network, "recall_tokens"):

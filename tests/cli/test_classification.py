@@ -55,7 +55,9 @@ def test_a_run_leaves_what_there_is_to_know_and_is_gone_on_with_and_asked(lit_ll
             f"lit-llm: error: model must be a causal language model, but {run / 'model'} is a PretrainedClassifier"
         )
     other = lit_llm("validate", "--run_dir", run, "--data.num_classes", "4")
-    assert other.last_line == "lit-llm: error: data must have the num_classes of the checkpoint, 3, but has 4"
+    assert other.last_line == (
+        "lit-llm: error: model.num_classes must be that of the checkpoint, 3, but is 4; take the data it was trained on"
+    )
 
     outcome = lit_llm("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", "6")
     assert outcome.code == 0, outcome.err

@@ -154,6 +154,12 @@ def test_a_chain_with_one_more_stage_goes_on_from_what_there_is(chain, tmp_path)
     assert chain(PRUNE, QUANTIZE).code == 0
 
 
+def test_a_chain_that_is_tested_goes_on_too(chain):
+    for stages in ([PRUNE], [PRUNE], [PRUNE, QUANTIZE]):
+        outcome = chain(*stages, split="test", metric="bits_per_byte")
+        assert outcome.code == 0, outcome.err
+
+
 def test_a_chain_refuses_stages_that_another_made(chain, tmp_path):
     assert chain(QUANTIZE).code == 0
     outcome = chain(NEURONS)
@@ -184,6 +190,7 @@ def test_a_chain_notices_that_a_run_file_was_edited_but_not_its_comments(chain, 
     assert chain(*stages).code == 0
     overlay.write_text("# Edited.\ntrainer: {log_every_n_steps: 2}")
     assert chain(*stages).code == 0
+    assert chain(PRUNE).code == 0
     overlay.write_text("trainer: {log_every_n_steps: 1}")
     assert "but stage 02-recovered of" in chain(*stages).last_line
 

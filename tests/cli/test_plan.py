@@ -80,7 +80,6 @@ def test_adapters_are_planned_as_they_are_trained(lit_llm, tmp_path, adapter):
     trained = sum(2 * (rows + columns) + rows * (adapter == "dora") for rows, columns in matrices)
     assert adapted["parameters"] - alone["parameters"] == adapted["trained"] == trained
     assert adapted["gradients"] == 4 * trained
-    assert alone["activations"] < adapted["activations"]
 
 
 def test_what_starts_from_weights_is_planned_without_reading_them(lit_llm, tmp_path, tiny_llama, reviews):

@@ -258,20 +258,36 @@ def test_a_value_that_no_run_takes_is_named_before_anything_is_trained(sweep, st
 
 
 @pytest.mark.parametrize(
-    ("words", "value"),
+    ("key", "values", "words"),
     [
-        (["--model.optimizer.lr", "0.02"], "0.02"),
-        (["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr=1e-1"], "0.1"),
+        ("model.optimizer.lr", [0.1, 0.2], ["--model.optimizer.lr", "0.02"]),
+        ("model.optimizer.lr", [0.1, 0.2], ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr=1e-1"]),
+        ("model.optimizer.init_args.lr", [0.1, 0.2], ["--model.optimizer.lr", "0.02"]),
+        (
+            "model.optimizer",
+            [{"class_path": "torch.optim.AdamW", "init_args": {"lr": lr}} for lr in (0.1, 0.2)],
+            ["--model.optimizer.lr", "0.02"],
+        ),
     ],
 )
-def test_what_is_varied_and_set_for_all_is_refused_before_anything_is_trained(sweep, started, tmp_path, words, value):
+def test_what_is_varied_and_set_for_all_is_refused_before_anything_is_trained(
+    sweep, started, tmp_path, key, values, words
+):
     line = (
-        f"lit-llm: error: model.optimizer.lr must be a parameter of {tmp_path / 'sweep.yaml'} or an option of all its "
-        f"runs, but is both: every run would have {value}"
+        f"lit-llm: error: {key} must be a parameter of {tmp_path / 'sweep.yaml'} or an option of all its runs, but is "
+        f"both: it would have no effect"
     )
-    assert sweep(more=words).last_line == line
-    assert sweep(command=["lit-llm", "fit", "--config", RUN, "${args}", *words]).last_line == line
+    varied = {key: {"values": values}}
+    assert sweep(parameters=varied, more=words).last_line == line
+    command = ["lit-llm", "fit", "--config", RUN, "${args}", *words]
+    assert sweep(parameters=varied, command=command).last_line == line
     assert started == []
+
+
+def test_what_is_not_varied_may_be_set_for_all_and_what_is_varied_added_to(sweep, started):
+    steps = {"trainer.max_steps": {"value": 100}}
+    assert sweep(parameters=LR | steps, more=["--trainer.max_steps", "5"]).code == 0
+    assert len(started) == 2
 
 
 @pytest.mark.parametrize("classes", [["lit_llm.optimizers.Muon", "torch.optim.AdamW"], ["torch.optim.AdamW"] * 2])

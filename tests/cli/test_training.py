@@ -129,14 +129,27 @@ def test_a_run_goes_on_under_an_overlay_but_to_no_step_that_is_past_and_no_callb
     assert (folder / "config.yaml").read_text() == config
 
 
-@pytest.mark.parametrize("left", ["model", "results.json"])
-def test_what_a_run_left_is_not_overwritten_where_its_checkpoints_are_gone(lit_llm, tiny, tmp_path, left):
-    (tmp_path / "run" / left).mkdir(parents=True)
+def test_the_model_of_a_run_is_not_overwritten_where_its_checkpoints_are_gone(lit_llm, tiny, tmp_path):
+    (tmp_path / "run/model").mkdir(parents=True)
     outcome = lit_llm("fit", *tiny, "--run_dir", tmp_path / "run")
     assert outcome.code == 2
     assert outcome.last_line == (
-        f"lit-llm: error: run_dir must be a new folder, but {tmp_path / 'run'} holds the {left} of a run; choose another"
+        f"lit-llm: error: run_dir must be a new folder, but {tmp_path / 'run'} holds the model of a run; choose another"
     )
+
+
+def test_a_run_that_failed_before_it_saved_is_begun_anew_in_its_folder(lit_llm, tiny, tmp_path):
+    fit = ["fit", *tiny, "--run_dir", tmp_path / "run", "--trainer.max_steps", 4, "--trainer.log_every_n_steps", 1]
+    assert "must be finite" in lit_llm(*fit, "--model.optimizer.lr", 1e30).last_line
+    outcome = lit_llm(*fit)
+    assert outcome.code == 0, outcome.err
+
+
+def test_a_model_is_tested_as_often_as_one_likes_in_one_folder(lit_llm, tiny, run, tmp_path):
+    for _ in range(2):
+        words = ["--model.network", "null", "--model.weights", run / "model", "--run_dir", tmp_path / "tested"]
+        outcome = lit_llm("test", *tiny, *words)
+        assert outcome.code == 0, outcome.err
 
 
 @pytest.mark.slow
