@@ -18,9 +18,8 @@ log = logging.getLogger(__name__)
 
 WHOLE = re.compile(r"[+-]?\d+")
 REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-
-
 TRUTHS = {"True": True, "False": False}
+"""What text spells of truth values, as Python and pandas write them."""
 
 
 @dataclass(frozen=True)

@@ -187,6 +187,13 @@ class Objective(Scheduled):
     def _require_same_data(self, source: Model) -> None:
         """Refuses data that means something else by its numbers than what the weights were trained on."""
         data, weights, name = getattr(self._trainer, "datamodule", None), self.hparams["weights"], self.size_name
+        sized_by = first_argument(type(source.network))
+        if (sized_by == "vocab_size") != (name == "vocab_size"):
+            kind = type(source.network).__name__
+            raise ValueError(
+                f"model.weights must be of a network sized by {name}, but {weights} is a {kind}, sized by {sized_by}; "
+                f"a backbone can be named as model.network.path"
+            )
         tokenizer = getattr(data, "tokenizer", None)
         both = tokenizer is not None and source.tokenizer is not None
         if both and fingerprint(tokenizer) != fingerprint(source.tokenizer):
@@ -194,13 +201,6 @@ class Objective(Scheduled):
             raise ValueError(
                 f"data.tokenizer must be the one that model.weights were trained with, but is another than that of "
                 f"{weights}{remedy}"
-            )
-        sized_by = first_argument(type(source.network))
-        if (sized_by == "vocab_size") != (name == "vocab_size"):
-            kind = type(source.network).__name__
-            raise ValueError(
-                f"model.weights must be of a network sized by {name}, but {weights} is a {kind}, sized by {sized_by}; "
-                f"a backbone can be named as model.network.path"
             )
         if self._image_shape is not None and hasattr(source.network, "require_images"):
             source.network.require_images(self._image_shape)
