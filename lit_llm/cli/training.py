@@ -239,6 +239,7 @@ class TrainingCLI(LightningCLI):
             checkpoint = read_checkpoint(Path(config["ckpt_path"]), in_pieces=True)
             self._require_later(config, checkpoint)
             self._complete(options, checkpoint)
+            self._complete_images(config["data"].get("init_args") or {}, checkpoint)
         if weights and config.get("ckpt_path"):
             options["weights"] = config["ckpt_path"]
         super().instantiate_classes()
@@ -267,6 +268,14 @@ class TrainingCLI(LightningCLI):
         for name in ("channels", "image_size") if self.subcommand != "fit" else ():
             if name in made and made[name] is None:
                 made[name] = stored.get(name)
+
+    def _complete_images(self, options: Any, checkpoint: dict[str, Any]) -> None:
+        """Has images to predict read as the network wants them, where the data do not say how."""
+        channels, height, width = checkpoint.get("image_shape") or (None, None, None)
+        wanted = {"channels": channels, "image_size": height if height == width else None}
+        for name, value in wanted.items() if self.subcommand == "predict" else ():
+            if name in options and options[name] is None:
+                options[name] = value
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""

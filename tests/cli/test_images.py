@@ -76,6 +76,13 @@ def test_a_run_is_asked_about_files_gone_on_from_and_trained_further_on_others(l
     ours = [[float(line[f"p({name})"]) for name in model.config.id2label.values()] for line in lines]
     torch.testing.assert_close(torch.tensor(ours), theirs, atol=1e-4, rtol=0)
 
+    # where the data had decided how images are read, the checkpoint says it, and files are decoded once
+    own = tmp_path / "own"
+    assert lit_llm("fit", "--config", config, "--data.image_size", "null", "--run_dir", own).code == 0
+    outcome = lit_llm("predict", "--run_dir", own, "--data.path", flat)
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("Decoded 7 images into 8 × 8 pixels of 1 channel") == outcome.err.count("Decoded") == 1
+
     # further on inverted digits of another size: read as before, since the network is
     inverted, second = digits(tmp_path / "inverted", ImageOps.invert), tmp_path / "second"
     start = ["--model.network", "null", "--model.weights", run, "--data.image_size", "null", "--data.path", inverted]
