@@ -115,11 +115,13 @@ def _metric_of_sweeps(runs: list[Path]) -> str | None:
 def _folders(runs: list[Path]) -> Iterator[Path]:
     """The run folders; of a sweep those of the trials that came to their end, and their other seeds."""
     for folder in runs:
-        if not _is_sweep(folder):
+        if not _is_sweep(folder) and not (folder / "study.db").is_file():
             yield folder
             continue
-        with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
-            complete = [row["trial"] for row in csv.DictReader(file) if row["state"] == "complete"]
+        complete = []
+        if _is_sweep(folder):  # and a trial of it has ended
+            with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
+                complete = [row["trial"] for row in csv.DictReader(file) if row["state"] == "complete"]
         if not complete:
             raise ValueError(f"RUN must hold trials that came to their end, but {folder} has none")
         for number in complete:

@@ -326,7 +326,8 @@ def why_unreadable(error: Exception, files: Sequence[Path] = ()) -> str:
                     try:
                         json.loads(line if line.strip() else "0")
                     except json.JSONDecodeError as wrong:
-                        return f"line {number} of {file.name} is no JSON ({wrong.msg} at character {wrong.pos + 1})"
+                        what = wrong.msg.removesuffix(" at")
+                        return f"line {number} of {file.name} is no JSON ({what} at character {wrong.pos + 1})"
     return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
 
 

@@ -222,3 +222,8 @@ def test_what_was_cut_off_is_one_line(lit_llm, run, tmp_path):
     assert error(lit_llm("compare", tmp_path, "--out", tmp_path / "out")) == (
         f"RUN must hold trials that came to their end, but {tmp_path} has none"
     )
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed/study.db").touch()
+    assert error(lit_llm("compare", tmp_path / "killed", "--out", tmp_path / "out")) == (
+        f"RUN must hold trials that came to their end, but {tmp_path / 'killed'} has none"
+    )
