@@ -66,7 +66,8 @@ def _stages_in_common(earlier: dict[str, Any], now: dict[str, Any], chain: Chain
     """
     before = earlier.get("files", now["files"])
     edited = {name for name, content in now["files"].items() if before.get(name) != content}
-    if any(earlier.get(key, now[key]) != now[key] for key in ("model", "weights", "options")) or any(
+    start = "weights" if "weights" in earlier else "model"  # the same weights may lie elsewhere now
+    if any(earlier[key] != now[key] for key in (start, "options")) or any(
         earlier["chain"].get(key) != now["chain"].get(key) for key in MEASURES
     ):
         return None

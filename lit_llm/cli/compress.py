@@ -70,10 +70,10 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
     if methods[0] is not None:
         methods[0].chosen(original.network)
     claim(out, chain, model, original.folder, more)
-    chief = _Evaluator(chain, folder, more)
+    chief = _Evaluator(chain, folder, original.folder, more)
     if chain.metric is not None:
         chief.try_metric(original.folder)
-    rows = [chief.measured("00-original", original.folder, time.perf_counter())]
+    rows = [chief.measured("00-original", original.folder, time.perf_counter()) | {"model": str(original.folder)}]
     previous, stopped, failed = original.folder, None, None
     for number, (stage, method) in enumerate(zip(chain.stages, methods), 1):
         place, started = folder / f"{number:02d}-{stage.name}", time.perf_counter()
@@ -186,8 +186,8 @@ def _command(name: str, words: list[str]) -> Any:
 class _Evaluator:
     """Measures the stages of a chain; what it found is kept beside them."""
 
-    def __init__(self, chain: Chain, folder: Path, more: list[str]) -> None:
-        self.chain, self.folder, self.more = chain, folder, more
+    def __init__(self, chain: Chain, folder: Path, original: Path, more: list[str]) -> None:
+        self.chain, self.folder, self.original, self.more = chain, folder, original, more
         self._cli: Any = None
 
     def _evaluate(self, model: Path, place: Path, *flags: str) -> Any:
@@ -252,9 +252,7 @@ class _Evaluator:
 
     def _ready(self) -> Any:
         if self._cli is None:  # all was measured before: only the data are wanted
-            first = self.folder / "00-original"
-            model = Path(json.loads((first / "measured.json").read_text())["model"])
-            self._evaluate(model, first / "evaluation")
+            self._evaluate(self.original, self.folder / "00-original" / "evaluation")
         return self._cli.datamodule
 
     def _loader(self) -> Any:
