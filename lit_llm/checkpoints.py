@@ -272,10 +272,10 @@ def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adap
     adaptation = built(checkpoint["adaptation"], path) if checkpoint.get("adaptation") else None
     if adaptation is not None:
         adaptation.prepare(network)
-    prefix = checkpoint.get("evaluated", "network") + "."
-    state = checkpoint["state_dict"]
-    stored = {k.removeprefix(prefix): whole(v) for k, v in state.items() if k.startswith(prefix)}
     if not shapes_only():
+        prefix = checkpoint.get("evaluated", "network") + "."
+        state = checkpoint["state_dict"]
+        stored = {k.removeprefix(prefix): whole(v) for k, v in state.items() if k.startswith(prefix)}
         fill(network, stored, path)
     return network, adaptation
 

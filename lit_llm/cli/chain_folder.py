@@ -15,7 +15,6 @@ from lit_llm.files import write_json
 MEASURES = ("evaluate", "split", "metric", "calibration_batches")
 """What of a chain, beside its stages, decides what it makes and finds; floors and how models are timed do not."""
 
-
 WRITTEN = ("model", "stages", "report.json", "config.yaml", "checkpoints", "config.json")
 """What there would be in a folder that a chain must not write to: others' models, runs, reports."""
 

@@ -77,21 +77,22 @@ def find_checkpoint(folder: Path, ckpt_path: str) -> Path:
     return path
 
 
-def make(folder: Path, starts_anew: bool) -> None:
+def make(folder: Path, starts_anew: bool, trains: bool) -> None:
     """Makes the folder.
 
     Args:
         folder: The run folder.
-        starts_anew: Whether a training begins in it, rather than goes on or is looked at.
+        starts_anew: Whether a run begins in it, rather than goes on or is looked at.
+        trains: Whether that run is a training, which leaves a model.
 
     Raises:
-        ValueError: When it cannot be written to, or a training would overwrite another's checkpoints or model.
+        ValueError: When it cannot be written to, or a new run would overwrite another's checkpoints or model.
     """
     if starts_anew and list((folder / "checkpoints").glob("*.ckpt")):
         raise ValueError(
             f"run_dir must be a new folder, but {folder} holds a run; go on with --ckpt_path last, or choose another"
         )
-    if starts_anew and (folder / "model").exists():
+    if starts_anew and trains and (folder / "model").exists():
         raise ValueError(f"run_dir must be a new folder, but {folder} holds the model of a run; choose another")
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -27,9 +27,9 @@ def require_options(plan: Sweep, more: list[str]) -> None:
     # All together, which is quick; where that fails one by one, which names what is wrong.
     count = max(map(len, values.values()))
     together = [{key: each[:n][-1] for key, each in values.items()} for n in range(1, 1 + count)]
-    lines = [_parsed([*plan.words(settings), *more])[1] for settings in together]
+    configs, lines = zip(*(_parsed([*plan.words(settings), *more]) for settings in together), strict=True)
     if not any(lines):
-        _require_effect(plan, values, more)
+        _require_effect(plan, values, configs[0], more)
         return
     first = {key: each[0] for key, each in values.items()}
     base, line = _parsed([*plan.words({}), *more])
@@ -55,12 +55,18 @@ def require_options(plan: Sweep, more: list[str]) -> None:
     )
 
 
-def _require_effect(plan: Sweep, values: dict[str, tuple[Any, ...]], more: list[str]) -> None:
-    """Sees that what comes after the settings leaves each its effect: runs and tables would say different things."""
+def _require_effect(plan: Sweep, values: dict[str, tuple[Any, ...]], config: Any, more: list[str]) -> None:
+    """Sees that what comes after the settings leaves each its effect: runs and tables would say different things.
+
+    Args:
+        plan: The sweep.
+        values: What each key may be, its first and last value far apart.
+        config: What the first values come to.
+        more: As of `require_options`.
+    """
     if not plan.command[1] and not more:
         return
     first = {key: each[0] for key, each in values.items()}
-    config, _ = _parsed([*plan.words(first), *more])
     for key, each in values.items():
         if written(each[0]) == written(each[-1]):
             continue

@@ -210,7 +210,7 @@ class TrainingCLI(LightningCLI):
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
             config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
-        run_folder.make(self.run_dir, starts_anew=self.subcommand == "fit" and not ckpt_path)
+        run_folder.make(self.run_dir, starts_anew=not ckpt_path, trains=self.subcommand == "fit")
         config["trainer"]["default_root_dir"] = str(self.run_dir)
         loggers = config["trainer"].get("logger")
         for logger in loggers if isinstance(loggers, list) else [loggers]:

@@ -207,3 +207,12 @@ class ExactSteps(LightningModule, ABC):
                 f"{name} must be finite, but is {value} at step {self.trainer.global_step}; lower the learning rate, "
                 f"lengthen the warm-up or clip gradients, and go on from the last good checkpoint with --ckpt_path last"
             )
+
+    def require_numbers(self, predictions: Tensor) -> None:
+        """Refuses predictions that say nothing.
+
+        Raises:
+            FloatingPointError: When one is not finite.
+        """
+        if not predictions.isfinite().all():
+            raise FloatingPointError("predictions must be finite, but are not; take a checkpoint from before")

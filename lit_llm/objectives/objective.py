@@ -138,10 +138,10 @@ class Objective(Scheduled):
         """
         name = self.size_name
         source = read_model(self.hparams["weights"]) if self.hparams.get("weights") else None
+        other_classes = source is not None and self._has_other_classes(source)
         if source is not None:
-            self._require_same_data(source)
-            if not self._has_other_classes(source):
-                self.hparams[name] = source.recipe["size"]
+            self._require_same_data(source, other_classes)
+            self.hparams[name] = self.hparams[name] if other_classes else source.recipe["size"]
         if self.hparams.get(name) is None:
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
         if self.make_network is not None:
@@ -153,7 +153,7 @@ class Objective(Scheduled):
             if self._image_shape is not None and hasattr(self.network, "read_images_of"):
                 self.network.read_images_of(self._image_shape)
         if source is not None:
-            self._start_from(source)
+            self._start_from(source, other_classes)
         self._require_room()
         if self.adaptation is not None:
             self.adaptation.prepare(self.network)
@@ -184,7 +184,7 @@ class Objective(Scheduled):
             if longest and length and length > longest:
                 raise ValueError(f"data.{name} must be at most the network's max_seq_len, {longest}, but is {length}")
 
-    def _require_same_data(self, source: Model) -> None:
+    def _require_same_data(self, source: Model, other_classes: bool) -> None:
         """Refuses data that means something else by its numbers than what the weights were trained on."""
         data, weights, name = getattr(self._trainer, "datamodule", None), self.hparams["weights"], self.size_name
         sized_by = first_argument(type(source.network))
@@ -204,9 +204,9 @@ class Objective(Scheduled):
             )
         if self._image_shape is not None and hasattr(source.network, "require_images"):
             source.network.require_images(self._image_shape)
-        size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
-        if self._has_other_classes(source):
+        if other_classes:
             return
+        size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
         if needed is not None and size < needed:
             raise ValueError(
                 f"model.weights must have at least the {name} of the data, {needed}, but {weights} has {size}"
@@ -220,19 +220,19 @@ class Objective(Scheduled):
         own = needed is None or source.recipe["size"] in (needed, self.hparams.get(self.size_name))
         return self.size_name == "num_classes" and self._fits and not own
 
-    def _start_from(self, source: Model) -> None:
+    def _start_from(self, source: Model, other_classes: bool) -> None:
         where, kept = self.hparams["weights"], {key: source.recipe[key] for key in ("class_path", "init_args")}
-        if self.network is not None or self._has_other_classes(source):
-            size = self.hparams[self.size_name]
-            if self.network is None:
-                kept["init_args"] = {k: v for k, v in kept["init_args"].items() if k != "class_names"}
-                self.network, self.hparams["network"] = built(kept, Path(where), size), kept
-            replay(self.network, records_of(source.network))
-            sizes = (source.recipe["size"], size) if self._has_other_classes(source) else None
-            if new := copy_weights(source.network, self.network, where, sizes):
-                log.info(f"The head is new, {where} has one of {source.recipe['size']} classes: {', '.join(new)}")
-        else:
+        before, size = source.recipe["size"], self.hparams[self.size_name]
+        if self.network is None and other_classes:
+            kept["init_args"] = {k: v for k, v in kept["init_args"].items() if k != "class_names"}
+            self.network, self.hparams["network"] = built(kept, Path(where), size), kept
+        if self.network is None:
             self.network, self.hparams["network"] = source.network.train(), kept
+        else:
+            replay(self.network, records_of(source.network))
+            new = copy_weights(source.network, self.network, where, (before, size) if other_classes else None)
+            if new:
+                log.info(f"The head is new, {where} has one of {before} classes: {', '.join(new)}")
         log.info(f"Starting from the weights of {where}")
         self.hparams["weights"] = None  # a checkpoint has weights of its own
 
@@ -306,15 +306,6 @@ class Objective(Scheduled):
         if self.trainer.global_step and not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
                 logger.log_metrics({name: float(v) for name, v in metrics.items()}, step=self.trainer.global_step)
-
-    def require_numbers(self, predictions: Tensor) -> None:
-        """Refuses predictions that say nothing.
-
-        Raises:
-            FloatingPointError: When one is not finite.
-        """
-        if not predictions.isfinite().all():
-            raise FloatingPointError("predictions must be finite, but are not; take a checkpoint from before")
 
     # Checkpoints.
 

@@ -98,6 +98,15 @@ def test_what_starts_from_weights_is_planned_without_reading_them(lit_llm, tmp_p
     assert planned["parameters"] == sum(p.numel() for p in encoder.parameters()) + 2 * 16 + 2
 
 
+def test_a_student_is_planned_without_its_teacher(lit_llm, tmp_path, tiny_llama):
+    save_model(tmp_path / "llama", tiny_llama(vocab_size=257), byte_tokenizer())
+    distils = ["--model", "lit_llm.objectives.distillation.CausalLMDistillation", "--model.teacher", tmp_path / "llama"]
+    outcome = lit_llm("plan", *MAIN, *distils, "--data.tokenizer", "bytes", "--model.network.d_model", 16)
+    assert outcome.last_line == (
+        "lit-llm: error: model must be trained to have its teacher, but is only looked at; plan the student alone"
+    )
+
+
 @pytest.mark.parametrize(
     ("words", "line"),
     [
