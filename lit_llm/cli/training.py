@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_llm.callbacks.learning_rate_finder import LearningRateFinder
 from lit_llm.checkpoint_files import read_checkpoint
-from lit_llm.cli import fail, find_lr, run_folder
+from lit_llm.cli import COMMANDS, fail, find_lr, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.errors import parser_line
 from lit_llm.cli.lean_loop import skip_empty_hooks
@@ -43,7 +43,8 @@ examples:
   lit-llm fit --run_dir runs/llama_stdlib/2026-01-31_12-00-00 --ckpt_path last      # go on where it stopped
   lit-llm test --run_dir runs/llama_stdlib/2026-01-31_12-00-00                      # its best checkpoint
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --find_lr true         # suggests learning rates
-  lit-llm fit --config configs/pretraining/llama_stdlib.yaml --print_config         # what the run file comes to"""
+  lit-llm fit --config configs/pretraining/llama_stdlib.yaml --print_config         # what the run file comes to
+  lit-llm fit --data.help lit_llm.data.glue.GLUEData                                # the options of a class"""
 
 
 def run(words: list[str], summary: bool = True) -> TrainingCLI:
@@ -176,8 +177,10 @@ class TrainingCLI(LightningCLI):
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
-        for subparser in self._subcommand_parsers.values():
-            subparser.description = f"{subparser.description}{EXAMPLES}"
+        for name, subparser in self._subcommand_parsers.items():
+            subparser.usage = f"lit-llm {name} [--config FILE]... [--dotted.name VALUE]..."  # not all hundred of them
+            what = COMMANDS[name][1]
+            subparser.description = f"{what[0].upper()}{what[1:]}.{EXAMPLES}"
             subparser.formatter_class = ParagraphHelp
 
     @staticmethod
@@ -228,20 +231,22 @@ class TrainingCLI(LightningCLI):
         return self.subcommand == "fit" or bool(weights and not ran.is_file())
 
     def instantiate_classes(self) -> None:
-        """Instantiates; what a run started from gives way to the checkpoint to go on from.
+        """Instantiates; what a run started from gives way to the checkpoint that is read.
 
-        So its weights need not be there any more; a tokeniser that the data name must.
+        So its weights need not be there any more, nor, in an evaluation, its network's path; a tokeniser that the data
+        name must.
         """
         config = self.config[self.subcommand]
         options = config["model"].get("init_args") or {}
-        weights = options.get("weights")
+        network = getattr(options.get("network"), "init_args", None) or {}
+        weights, path = options.get("weights"), network.get("path")
         if config.get("ckpt_path"):
             checkpoint = read_checkpoint(Path(config["ckpt_path"]), in_pieces=True)
             self._require_later(config, checkpoint)
             self._complete(options, checkpoint)
             self._complete_images(config["data"].get("init_args") or {}, checkpoint)
-        if weights and config.get("ckpt_path"):
-            options["weights"] = config["ckpt_path"]
+            if weights or network.get("path") != path:
+                options["weights"] = config["ckpt_path"]
         super().instantiate_classes()
         if weights:
             options["weights"] = weights  # as the run's config says it
@@ -263,7 +268,9 @@ class TrainingCLI(LightningCLI):
         stored = (checkpoint.get("network") or {}).get("init_args", {})
         if made is None:
             return
-        if stored.get("config") is not None and made.get("config") is not None:
+        if stored.get("config") is not None and made.get("path") is not None and self.subcommand != "fit":
+            made["path"], made["config"] = None, stored["config"]
+        elif stored.get("config") is not None and made.get("config") is not None:
             made["config"] = stored["config"]
         for name in ("channels", "image_size") if self.subcommand != "fit" else ():
             if name in made and made[name] is None:

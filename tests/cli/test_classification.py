@@ -91,7 +91,8 @@ def test_a_config_of_the_run_file_gives_way_to_a_path_when_a_flag_says_null(lit_
     assert network["init_args"]["config"] is None
 
 
-def test_a_run_from_weights_alone_has_their_tokeniser_ever_after(lit_llm, reviews, tmp_path) -> None:
+@pytest.mark.parametrize("by", ["weights", "path"])
+def test_a_run_has_the_tokeniser_of_what_it_started_from_ever_after(lit_llm, reviews, tmp_path, by) -> None:
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     words = ["--config", REPOSITORY / "configs/finetuning/encoder_glue.yaml", "--data.path", reviews]
     words += [
@@ -108,13 +109,16 @@ def test_a_run_from_weights_alone_has_their_tokeniser_ever_after(lit_llm, review
     first, second = tmp_path / "first", tmp_path / "second"
     outcome = lit_llm("fit", *words, *network, "--run_dir", first)
     assert outcome.code == 0, outcome.err
-    weights = ["--model.network", "null", "--model.weights", first / "model"]
-    outcome = lit_llm("fit", *words, *weights, "--run_dir", second)
+    whole = ["--model.network", "null", "--model.weights", first / "model"]
+    start = {"weights": whole, "path": ["--model.network.path", first]}[by]
+    outcome = lit_llm("fit", *words, *start, "--run_dir", second)
     assert outcome.code == 0, outcome.err
     shutil.rmtree(first)  # what a run started from need not be there any more
-    for command in (["validate"], ["predict"], ["fit", "--ckpt_path", "last", "--trainer.max_steps", "3"]):
+    goes_on = [["fit", "--ckpt_path", "last", "--trainer.max_steps", "3"]] if by == "weights" else []
+    for command in (["validate"], ["predict"], *goes_on):
         outcome = lit_llm(*command, "--run_dir", second)
         assert outcome.code == 0, outcome.err
+        assert "The head is new" not in outcome.err
     assert (second / "model/tokenizer.json").is_file()
 
 

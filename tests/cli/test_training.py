@@ -12,7 +12,7 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 from lit_llm.callbacks.metrics_csv import read_metrics
-from lit_llm.cli import training
+from lit_llm.cli import COMMANDS, training
 from lit_llm.cli.training import TrainingCLI
 from tests.writing import REPOSITORY
 
@@ -328,9 +328,15 @@ def test_the_trainers_own_switches_are_obeyed(lit_llm, tiny, tmp_path, flag):
     assert (tmp_path / "run/checkpoints").exists() == (flag == "enable_progress_bar")
 
 
-def test_help_keeps_its_examples_on_lines_of_their_own(lit_llm):
-    outcome = lit_llm("fit", "--help")
+@pytest.mark.parametrize("command", ["fit", "predict"])
+def test_help_says_what_for_and_shows_examples_before_it_lists_the_options(lit_llm, command):
+    outcome = lit_llm(command, "--help")
     assert "\n  lit-llm fit --config configs/pretraining/llama_stdlib.yaml\n" in outcome.out
+    usage, _, what = outcome.out.splitlines()[:3]
+    assert (usage, what) == (
+        f"usage: lit-llm {command} [--config FILE]... [--dotted.name VALUE]...",
+        COMMANDS[command][1].capitalize() + ".",
+    )
 
 
 @pytest.mark.slow
