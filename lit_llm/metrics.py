@@ -22,8 +22,8 @@ from torchmetrics import (
     SpearmanCorrCoef,
 )
 from torchmetrics.classification import MulticlassConfusionMatrix
+from torchmetrics.functional.text.rouge import rouge_score
 from torchmetrics.text import BLEUScore, CHRFScore
-from torchmetrics.text.rouge import ROUGEScore
 
 from lit_llm.batch import IGNORE_INDEX
 
@@ -157,9 +157,9 @@ class TokenPrediction(Metric):
 class GeneratedText(Metric):
     """How well a network writes: tokens that it is asked for one by one (`tokens`), and texts of its own.
 
-    `compute` gives what `TokenPrediction` does and, where texts were added, `exact_match` (fraction of them that are
-    the wanted one), `rouge_l` (mean F1 of the longest common subsequence of words, in lower case), `bleu` (up to four
-    words, all texts together) and `chrf` (up to six characters and two words); each from 0 to 1.
+    `compute` gives what `TokenPrediction` does and, where any process added texts, `exact_match` (fraction of those that
+    are the wanted one), `rouge_l` (mean F1 of the longest common subsequence of words, in lower case), `bleu` (up to
+    four words, all texts together) and `chrf` (up to six characters and two words); each from 0 to 1.
 
     Source:
         Lin, 2004, "ROUGE"; Papineni et al., 2002, "BLEU"; Popović, 2017, "chrF++"; by torchmetrics.
@@ -177,27 +177,22 @@ class GeneratedText(Metric):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = TokenPrediction()
-        self.exact = MeanMetric()
-        self.rouge, self.bleu, self.chrf = ROUGEScore(rouge_keys="rougeL"), BLEUScore(), CHRFScore()
+        # (torchmetrics' own ROUGE wants as many texts of each process.)
+        self.exact, self.rouge, self.bleu, self.chrf = MeanMetric(), MeanMetric(), BLEUScore(), CHRFScore()
 
     def update(self, written: list[str], wanted: list[str]) -> None:
         """Adds texts, and what they should be."""
         self.exact.update([float(mine == its) for mine, its in zip(written, wanted, strict=True)])
-        self.rouge.update(written, wanted)
+        scores = [rouge_score(mine, its, rouge_keys="rougeL") for mine, its in zip(written, wanted, strict=True)]
+        self.rouge.update([score["rougeL_fmeasure"] for score in scores])
         self.bleu.update(written, [[text] for text in wanted])
         self.chrf.update(written, [[text] for text in wanted])
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics so far."""
-        metrics = self.tokens.compute()
-        if self.exact.update_called:
-            metrics |= {
-                "exact_match": self.exact.compute(),
-                "rouge_l": self.rouge.compute()["rougeL_fmeasure"],
-                "bleu": self.bleu.compute(),
-                "chrf": self.chrf.compute(),
-            }
-        return metrics
+        written = {"exact_match": self.exact, "rouge_l": self.rouge, "bleu": self.bleu, "chrf": self.chrf}
+        found = {name: metric.compute() for name, metric in written.items()}  # by all processes, or one would wait
+        return self.tokens.compute() | ({} if found["exact_match"].isnan() else found)
 
     def reset(self) -> None:
         """Forgets all of it."""

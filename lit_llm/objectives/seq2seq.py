@@ -143,9 +143,14 @@ class Seq2Seq(TeacherForcing):
         """Adds the nats of each token of the targets, and the first examples' texts."""
         self.tell(metric.tokens, batch)
         first = batch["rows"] < self.num_generated
-        if first.any():
-            wanted = self._decoded(batch["labels"][first])
-            metric.update(self.write({name: tensor[first] for name, tensor in batch.items()}), wanted)
+        own = bool(first.any())
+        if not self.trainer.strategy.reduce_boolean_decision(own, all=False):
+            return
+        if not own:  # writes with the others all the same: a network may be in pieces
+            first[0] = True
+        written = self.write({name: tensor[first] for name, tensor in batch.items()})
+        if own:
+            metric.update(written, self._decoded(batch["labels"][first]))
 
     def write(self, batch: Seq2SeqBatch) -> list[str]:
         """What the network writes for each source."""

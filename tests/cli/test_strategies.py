@@ -303,6 +303,22 @@ def test_other_objectives_have_the_losses_of_one_process(texts, reviews, chats, 
     assert (tmp_path / "adapted-fsdp/adapter/adapter_config.json").exists()
 
 
+def test_an_encoder_decoder_writes_what_it_writes_in_one_process(tmp_path):
+    """Also where only one of the processes has rows to write for."""
+    rows = [f"{'long ' * (row % 9)}source {row},{'a' * (row % 3 + 1)} target {row}" for row in range(60)]
+    table = tmp_path / "pairs.csv"
+    table.write_text("\n".join(["source,target", *rows]))
+    network = "lit_llm.models.pretrained_seq2seq.PretrainedSeq2Seq"
+    words = ["--config", CONFIGS / "finetuning/t5_docstrings.yaml", "--data.path", table, "--data.tokenizer"]
+    words += ["t5-bpe-400", "--data.validation_fraction", "0.3", "--data.test_fraction", "0.1", *SHORT]
+    words += ["--model.weights", "null", "--model.network", network, "--model.network.config", json.dumps(T5)]
+    words += ["--model.num_generated", "3", "--model.max_new_tokens", "6"]
+    fit(tmp_path, *((name, name, words) for name in ("one", "ddp", "fsdp")))
+    assert "val/rouge_l" in read_metrics(tmp_path / "one/metrics.csv")[-1]
+    for name in ("ddp", "fsdp"):
+        assert_same_losses(tmp_path / "one", tmp_path / name, padded=True)
+
+
 def test_masks_hold_and_go_on_where_weights_are_shared_out(texts, tmp_path):
     words = [*decoder("llama", texts), *ADAM, "--config", CONFIGS / "compression/pruning.yaml"]
     runs = [(f"{on}", on, words) for on in ("one", "fsdp", "fsdp_tensor_parallel")]
