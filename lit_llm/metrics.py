@@ -157,9 +157,9 @@ class TokenPrediction(Metric):
 class GeneratedText(Metric):
     """How well a network writes: tokens that it is asked for one by one (`tokens`), and texts of its own.
 
-    `compute` gives what `TokenPrediction` does and, where any process added texts, `exact_match` (fraction of those that
-    are the wanted one), `rouge_l` (mean F1 of the longest common subsequence of words, in lower case), `bleu` (up to
-    four words, all texts together) and `chrf` (up to six characters and two words); each from 0 to 1.
+    `compute` gives what `TokenPrediction` does and, where any process added texts, `exact_match` (fraction of those
+    that are the wanted one), `rouge_l` (mean F1 of the longest common subsequence of words, in lower case), `bleu` (up
+    to four words, all texts together) and `chrf` (up to six characters and two words); each from 0 to 1.
 
     Source:
         Lin, 2004, "ROUGE"; Papineni et al., 2002, "BLEU"; Popović, 2017, "chrF++"; by torchmetrics.

@@ -6,6 +6,26 @@ import math
 from abc import ABC, abstractmethod
 
 
+def step_at(fraction: float, total_steps: float) -> int:
+    """The first step at which a fraction of a run is done.
+
+    Raises:
+        ValueError: When the run has no last step, and the fraction is of it.
+
+    Example:
+        >>> step_at(0.5, 7), step_at(0.0, math.inf)
+        (4, 0)
+    """
+    if not fraction:
+        return 0
+    if math.isinf(total_steps):
+        raise ValueError(
+            f"trainer.max_steps or trainer.max_epochs must be given where something begins after {fraction:.0%} of the "
+            f"run, but both are -1"
+        )
+    return math.ceil(fraction * total_steps)
+
+
 class Schedule(ABC):
     """A factor on every group's learning rate at each optimiser step.
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_llm.schedulers import Constant, Cosine, Linear, Schedule, WarmupStableDecay
+from lit_llm.schedulers import Constant, Cosine, Linear, Schedule, WarmupStableDecay, step_at
 from tests.writing import exactly
 
 WARMUP, TOTAL = 10, 110
@@ -95,3 +95,9 @@ def test_values_out_of_range_are_refused(make, message: str) -> None:
 def test_a_run_shorter_than_its_warmup_reaches_the_full_rate_halfway() -> None:
     schedule = Linear(100)
     assert [round(schedule.factor(step, 10), 2) for step in range(10)] == [0.2, 0.4, 0.6, 0.8, 1, 1, 0.8, 0.6, 0.4, 0.2]
+
+
+def test_a_part_of_a_run_without_an_end_is_refused() -> None:
+    assert step_at(0.0, math.inf) == 0
+    with pytest.raises(ValueError, match=r"max_steps or .* must be given where something begins after 10% of the run"):
+        step_at(0.1, math.inf)

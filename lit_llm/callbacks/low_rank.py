@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -12,6 +11,7 @@ from torch.optim import Optimizer
 from lit_llm.callbacks.calibration import calibration_batches
 from lit_llm.callbacks.run_report import forget_best
 from lit_llm.compression.low_rank import SVD
+from lit_llm.schedulers import step_at
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class LowRank(Callback):
         self._factorize(trainer, pl_module)
 
     def _factorize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.finished or trainer.global_step < math.ceil(self.start * trainer.estimated_stepping_batches):
+        if self.finished or trainer.global_step < step_at(self.start, trainer.estimated_stepping_batches):
             return
         batches = calibration_batches(trainer, self.num_batches) if self.method.needs_batches else []
         before = sum(p.numel() for p in pl_module.network.parameters())

@@ -161,7 +161,7 @@ class Progress(ProgressBar):
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
         latest = throughput.latest if throughput else {}
         step, total = trainer.global_step, float(trainer.estimated_stepping_batches)
-        parts = [f"step {step:>6}/{total:.0f}"]
+        parts = [f"step {step:>6}" + ("" if total == float("inf") else f"/{total:.0f}")]
         if latest:
             rate = f"{latest['train/tokens_per_second'] / 1e3:.1f}k {throughput.unit}/s"
             parts += [f"loss {latest['train/loss']:.3f}", rate]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from lit_llm.compression.sparsity import (
     masked_layers,
     sparsity_of,
 )
+from lit_llm.schedulers import step_at
 from lit_llm.shards import local, part, whole
 
 log = logging.getLogger(__name__)
@@ -164,7 +164,7 @@ class Pruning(KeepZeros):
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         if step != self._pruned_step and not self.finished:
             self._pruned_step = step
-            first, last = max(1, math.ceil(self.start * total)), max(1, math.ceil(self.end * total))
+            first, last = max(1, step_at(self.start, total)), max(1, step_at(self.end, total))
             if step >= last or (step >= first and (step - first) % self.every_n_steps == 0):
                 progress = 1.0 if step >= last else (step - first) / (last - first)
                 self._prune(trainer, pl_module.network, cubic(progress, self.method.final))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_llm.callbacks.run_report import forget_best
 from lit_llm.compression.compression import records_of
 from lit_llm.compression.quantization import FakeQuantized, Int4WeightOnly, Quantization, freeze_scales
+from lit_llm.schedulers import step_at
 from lit_llm.shards import is_shared_out
 
 log = logging.getLogger(__name__)
@@ -84,10 +84,10 @@ class QuantizationAwareTraining(Callback):
     def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:
         network, step, total = pl_module.network, trainer.global_step, trainer.estimated_stepping_batches
         own = [record for record in records_of(network) if record["class_path"].endswith(".FakeQuantized")]
-        if not own and math.ceil(self.delay * total) <= step < total:
+        if not own and step_at(self.delay, total) <= step < total:
             self.fake.apply(network)
             forget_best(trainer)
             log.info(f"Weights are rounded from step {step} on, by {self.fake.class_path.rpartition('.')[2]}")
-        elif own and not own[0]["form"]["frozen"] and math.ceil(self.freeze * total) <= step < total:
+        elif own and not own[0]["form"]["frozen"] and step_at(self.freeze, total) <= step < total:
             freeze_scales(network)
             log.info(f"Scales stay as they are from step {step} on")

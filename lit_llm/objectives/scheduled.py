@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from lit_llm.adaptation import Adaptation
 from lit_llm.objectives.averaged import Averaged
 from lit_llm.optimizers import parameter_groups
-from lit_llm.schedulers import Constant, Schedule
+from lit_llm.schedulers import Constant, Schedule, step_at
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ class Scheduled(Averaged):
     def _factor_of(self, group: dict[str, Any]) -> Callable[[int], float]:
         """Factor on a group's learning rate at each step: the schedule's, slower in some layers, 0 until they learn."""
         total = self.trainer.estimated_stepping_batches
-        rate, first = group.get("rate", 1.0), first_step(group, total)
+        rate, first = group.get("rate", 1.0), step_at(group.get("start", 0.0), total)
         return lambda step: rate * self.schedule.factor(step, total) if step >= first else 0.0
 
     def on_train_start(self) -> None:
@@ -99,7 +98,7 @@ class Scheduled(Averaged):
         Data-parallel processes agree beforehand on which gradients they exchange, so there it costs one, for nothing.
         """
         total = self.trainer.estimated_stepping_batches
-        self._waiting = [group for group in self._waiting if step < first_step(group, total)]
+        self._waiting = [group for group in self._waiting if step < step_at(group.get("start", 0.0), total)]
         if self.trainer.world_size > 1:
             return
         asleep = {id(group) for group in self._waiting}
@@ -120,11 +119,6 @@ class Scheduled(Averaged):
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         if self._waiting:
             self._wake(optimizer, self.trainer.global_step + 1)
-
-
-def first_step(group: dict[str, Any], total_steps: int) -> int:
-    """The step from which a parameter group learns."""
-    return math.ceil(group.get("start", 0.0) * total_steps)
 
 
 def groups_table(optimizer: Optimizer) -> str:

@@ -320,6 +320,21 @@ def test_going_on_with_another_batch_size(lit_llm, run, tmp_path):
     assert read_metrics(copy / "metrics.csv")[-1]["step"] == 8
 
 
+def test_a_run_may_end_by_the_clock_alone(lit_llm, tiny, tmp_path):
+    words = [*tiny, "--trainer.max_steps", "-1", "--trainer.max_time", "00:00:00:01", "--run_dir", tmp_path / "run"]
+    outcome = lit_llm("fit", *words)
+    assert outcome.code == 0, outcome.err
+    assert json.loads((tmp_path / "run/results.json").read_text())["step"] > 0
+    assert "inf" not in outcome.err
+    outcome = lit_llm(
+        "fit", *words[:-1], tmp_path / "other", "--config", REPOSITORY / "configs/compression/pruning.yaml"
+    )
+    assert outcome.err.splitlines()[-1] == (
+        "lit-llm: error: trainer.max_steps or trainer.max_epochs must be given where something begins after 10% of the "
+        "run, but both are -1"
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("flag", ["enable_progress_bar", "enable_checkpointing"])
 def test_the_trainers_own_switches_are_obeyed(lit_llm, tiny, tmp_path, flag):
