@@ -6,7 +6,7 @@ import math
 from abc import ABC, abstractmethod
 
 
-def step_at(fraction: float, total_steps: float) -> int:
+def step_at(fraction: int | float, total_steps: int | float) -> int:
     """The first step at which a fraction of a run is done.
 
     Raises:
@@ -41,8 +41,8 @@ class Schedule(ABC):
             raise ValueError(f"warmup_steps must be at least 0, but is {warmup_steps}")
         self.warmup_steps = warmup_steps
 
-    def factor(self, step: int, total_steps: int) -> float:
-        """The factor at `step` (from 0) of a run of `total_steps`."""
+    def factor(self, step: int, total_steps: int | float) -> float:
+        """The factor at `step` (from 0) of a run of `total_steps`, which may be infinite."""
         warmup = min(self.warmup_steps, total_steps / 2)
         if step < warmup:
             return min(1.0, (step + 1) / warmup)
