@@ -87,8 +87,8 @@ class TeacherCache:
     """What a teacher said of each row, on disk: of every position the likeliest tokens (classes) and how likely.
 
     A row is found by a hash of what the network reads of it, so that data that have changed are never taken for what
-    they were. Rows are added as they come: one file, memory-mapped, 6 bytes for each of `k` at each position. What is
-    read back is what is used from the first epoch on. Meant for one run at a time.
+    they were. Rows are added as they come: one file for each length of rows, memory-mapped, 6 bytes for each of `k` at
+    each position. What is read back is what is used from the first epoch on. Meant for one run at a time.
 
     Args:
         teacher: Whose; another one has another cache.
@@ -103,18 +103,18 @@ class TeacherCache:
             teacher=teacher.fingerprint(), temperature=temperature, precision=teacher.precision, k=k, version=1
         )
         self.folder, self.rank = cache_folder() / "teachers" / name, rank
-        self._path: Path | None = None
-        self._places: dict[bytes, int] = {}
-        self._records = np.zeros(0)
+        self._places: dict[bytes, tuple[Path, int]] = {}
+        self._records: dict[Path, np.ndarray] = {}
+        for path in sorted(self.folder.glob(f"*-{rank}.bin")):
+            self._open(path)
 
     def read(self, batch: Mapping[str, Any]) -> Taught | None:
         """What was said of a batch; `None` when some of it is not there."""
         keys = row_keys(batch)
-        if self._path is None:
-            self._find()
         if not all(key in self._places for key in keys):
             return None
-        found = self._records[[self._places[key] for key in keys]]
+        [path] = {self._places[key][0] for key in keys}  # rows of one batch are equally long
+        found = self._records[path][[self._places[key][1] for key in keys]]
         log_p, index = (torch.from_numpy(np.ascontiguousarray(found[name])) for name in ("log_p", "index"))
         return Taught(log_p.float(), index.long())
 
@@ -122,41 +122,38 @@ class TeacherCache:
         """Keeps what was said of a batch, and gives it back as it is kept; rows that are there stay as they are."""
         keys = row_keys(batch)
         kept = taught.top(self.k)
-        shape = kept.log_p.shape[1:]
-        if self._path is None:
-            self._open(tuple(shape))
+        path = self.folder / f"{'x'.join(map(str, kept.log_p.shape[1:]))}-{self.rank}.bin"
+        if path not in self._records:
+            self._open(path)
         new = [row for row, key in enumerate(keys) if key not in self._places and keys.index(key) == row]
-        records = np.zeros(len(new), dtype=self._dtype)
+        records = np.zeros(len(new), dtype=self._records[path].dtype)
         records["key"] = [np.frombuffer(keys[row], dtype=np.uint8) for row in new]
         records["log_p"], records["index"] = (x[new].cpu().numpy() for x in (kept.log_p.float(), kept.index))
-        with self._path.open("ab") as file:
+        with path.open("ab") as file:
             file.write(records.tobytes())
-        self._map()
+        self._map(path)
         return self.read(batch)
 
-    def _find(self) -> None:
-        """Opens what an earlier run left."""
-        for path in sorted(self.folder.glob(f"*-{self.rank}.bin")):
-            self._open(tuple(int(part) for part in path.stem.split("-")[0].split("x")))
+    def _open(self, path: Path) -> None:
+        """A file that an earlier run left, or a new one; its name begins with the shape of what it holds of a row."""
+        shape = tuple(map(int, path.stem.split("-")[0].split("x")))
+        dtype = np.dtype([("key", "u1", 16), ("log_p", "<f2", shape), ("index", "<i4", shape)])
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            file.truncate(file.tell() // dtype.itemsize * dtype.itemsize)  # half a record of a killed process
+        self._records[path] = np.zeros(0, dtype)
+        self._map(path)
+        if count := len(self._records[path]):
+            log.info(f"The teacher has read {count:,} rows before: {path}")
 
-    def _open(self, shape: tuple[int, ...]) -> None:
-        self._dtype = np.dtype([("key", "u1", 16), ("log_p", "<f2", shape), ("index", "<i4", shape)])
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._path = self.folder / f"{'x'.join(map(str, shape))}-{self.rank}.bin"
-        self._path.touch()
-        whole = self._path.stat().st_size // self._dtype.itemsize * self._dtype.itemsize
-        with self._path.open("r+b") as file:
-            file.truncate(whole)  # a process that was killed may have left half a record
-        self._map()
-        if self._places:
-            log.info(f"The teacher has read {len(self._places):,} rows before: {self._path}")
-
-    def _map(self) -> None:
-        count, before = self._path.stat().st_size // self._dtype.itemsize, len(self._records)
+    def _map(self, path: Path) -> None:
+        """Sees what has been added to a file."""
+        dtype, before = self._records[path].dtype, len(self._records[path])
+        count = path.stat().st_size // dtype.itemsize
         if count:
-            self._records = np.memmap(self._path, dtype=self._dtype, mode="r", shape=(count,))
+            self._records[path] = np.memmap(path, dtype=dtype, mode="r", shape=(count,))
         for place in range(before, count):
-            self._places[self._records[place]["key"].tobytes()] = place
+            self._places[self._records[path][place]["key"].tobytes()] = path, place
 
 
 def row_keys(batch: Mapping[str, Any]) -> list[bytes]:
