@@ -82,9 +82,11 @@ class SpikeRecovery(Callback):
         self._sums = None
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Notes what the loss was summed up to before this step."""
+        """Notes what the loss was summed up to before this step, and what forward passes change, as batch norm's."""
         if self._sums is None:
             self._sums = pl_module.loss_sums
+            counted = [t for t in pl_module.buffers() if t.is_floating_point() or t.dim() == 0]
+            self._backup = [(t, t.clone()) for t in counted]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Decides, on the device, and copies what the step will change."""
@@ -107,7 +109,7 @@ class SpikeRecovery(Callback):
         self._fine = fine
         average = [] if pl_module.average is None else list(pl_module.average.parameters())
         state = [t for p in members for t in optimizer.state[p].values() if isinstance(t, Tensor)]
-        self._backup = [(t, t.detach().clone()) for t in local(members + average + state)]
+        self._backup += [(t, t.detach().clone()) for t in local(members + average + state)]
 
     def _is_usual(self, value: Tensor, last: Tensor) -> Tensor:
         filled = torch.arange(self.window, device=last.device) < self.seen

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import dis
 import errno
 import importlib
 import re
+import sysconfig
 from collections.abc import Iterable
+from pathlib import Path
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -37,7 +40,7 @@ def one_line(error: BaseException) -> str | None:
     if isinstance(error, OSError) and error.errno and error.filename:
         return f"{error.filename} must be readable and writable, but is not: {error.strerror}"
     if isinstance(error, ValueError | TypeError | OSError | ArithmeticError | ImportError):
-        line = _in_grammar(str(error))
+        line = None if _is_of_a_library(error) else _in_grammar(str(error))
         if line:
             return line
     if type(error).__module__.startswith("wandb.errors"):
@@ -110,6 +113,20 @@ def _fault(path: str) -> str:
 
 def _flat(text: str) -> str:
     return " ".join(text.split())
+
+
+def _is_of_a_library(error: BaseException) -> bool:
+    """Whether a library made an error, which may sound like ours: NumPy, of shapes that "must match … but"."""
+    traceback = error.__traceback__
+    if traceback is None or error.__cause__ or error.__context__ or "\n" in str(error):
+        return False  # not raised, or ours in a library's words
+    while traceback.tb_next:
+        traceback = traceback.tb_next
+    code = traceback.tb_frame.f_code
+    said_on_purpose = dis.opname[code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"  # C code raises without
+    own, path = Path(__file__).parents[1], Path(code.co_filename)
+    libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
+    return not said_on_purpose or (not path.is_relative_to(own) and any(map(path.is_relative_to, libraries)))
 
 
 def _in_grammar(message: str) -> str | None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json as json_format
+import re
 from pathlib import Path
 from typing import Any
 
 from lit_llm.cli import fail
-from lit_llm.cli.parser import OneLineArguments
+from lit_llm.cli.parser import OneLineArguments, moved, require_writable
+from lit_llm.files import write_json
 
 
 def run(words: list[str]) -> None:
@@ -16,6 +18,7 @@ def run(words: list[str]) -> None:
     options = _parser().parse_args(words[1:])
     if options.batch_size < 1:
         fail(f"--batch_size must be at least 1, but is {options.batch_size}")
+    require_writable(options.json)
     results = evaluate(**vars(options))
     for task, found in results.items():
         for name, value in found.items():
@@ -67,7 +70,6 @@ def evaluate(
         raise ModuleNotFoundError(
             "package lm-eval must be installed for lit-llm evaluate, but is not; pip install 'lit-llm[evaluation]'"
         ) from error
-    import torch
     import yaml
 
     from lit_llm.checkpoints import load_language_model
@@ -82,19 +84,13 @@ def evaluate(
             raise ValueError(f"--tasks must be tasks of lm-eval or YAML files, but {task} is neither")
     given = [yaml.safe_load(Path(task).read_text(encoding="utf-8")) if task in files else task for task in tasks]
     network, tokenizer = load_language_model(model)
-    if device == "auto":
-        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    adapter = adapted(network.to(torch.device(device)), tokenizer, batch_size)
+    adapter = adapted(moved(network, device), tokenizer, batch_size)
     results = lm_eval.simple_evaluate(
         adapter, tasks=given, limit=limit, num_fewshot=num_fewshot, task_manager=known, bootstrap_iters=1000
     )["results"]
     if json is not None:
-        _write(json, results)
+        write_json(json, json_format.loads(json_format.dumps(results, default=str)))
     return results
-
-
-def _write(path: Path, results: dict[str, Any]) -> None:
-    path.write_text(json_format.dumps(results, indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
@@ -113,7 +109,7 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
     from lit_llm.data.tokenizer import boundary_id
-    from lit_llm.generation import generate
+    from lit_llm.generation import steps
 
     longest = getattr(network, "max_seq_len", None) or 2048
     place = next(network.parameters()).device
@@ -158,18 +154,37 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
             return totals
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-            """The likeliest continuations, up to a stop."""
-            texts = []
-            for request in requests:
-                prompt, options = request.args
+            """The continuations, the likeliest where a task does not want them drawn, up to a stop."""
+            ways: dict[tuple[int, float, tuple[str, ...]], list[int]] = {}
+            for index, request in enumerate(requests):
+                _, options = request.args
                 new = min(options.get("max_gen_toks", 128), longest // 2)
-                ids = [self.eot_token_id, *self.tok_encode(prompt)][-(longest - new) :]
-                said = generate(network, [ids], new, temperature=0.0, stop=self.eot_token_id)[0]
-                text = tokenizer.decode(said, skip_special_tokens=True)
+                temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
                 until = options.get("until") or []
-                for stop in [until] if isinstance(until, str) else until:
-                    text = text.split(stop)[0] if stop else text
-                texts.append(text)
-            return texts
+                stops = filter(None, [until] if isinstance(until, str) else until)
+                ways.setdefault((new, float(temperature), tuple(stops)), []).append(index)
+            texts: dict[int, str] = {}
+            for way, members in ways.items():
+                room = longest - way[0]
+                ids = {i: [self.eot_token_id, *self.tok_encode(requests[i].args[0])][-room:] for i in members}
+                order = sorted(members, key=lambda index: len(ids[index]))
+                for first in range(0, len(order), batch_size):
+                    batch = order[first : first + batch_size]
+                    texts |= dict(zip(batch, self._written([ids[index] for index in batch], *way), strict=True))
+            return [texts[index] for index in range(len(requests))]
+
+        def _written(self, prompts: list[list[int]], new: int, temperature: float, stops: tuple[str, ...]) -> list[str]:
+            """What is written after each prompt, up to the first stop in it."""
+            ends = re.compile("|".join(map(re.escape, stops)) or "(?!)").search
+            said: list[list[int]] = [[] for _ in prompts]
+            for count, tokens in enumerate(
+                steps(network, prompts, new, temperature, seed=0, stop=self.eot_token_id), 1
+            ):
+                for text, token in zip(said, tokens, strict=True):
+                    text += [token] if token is not None else []
+                if count % 8 == 0 and all(map(ends, tokenizer.batch_decode(said))):
+                    break  # all that comes would be cut
+            texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+            return [text[: found.start()] if (found := ends(text)) else text for text in texts]
 
     return LiveModel()

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from lit_llm.cli.parser import OneLineArguments
+from lit_llm.cli.parser import OneLineArguments, moved
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +77,6 @@ def generate(
         ValueError: When the model continues no texts, has no tokeniser, one that is not its own or, to chat, no
             template, or an option is out of range.
     """
-    import torch
 
     from lit_llm import generation
     from lit_llm.checkpoints import load_language_model
@@ -92,12 +91,7 @@ def generate(
             f"model must have a chat template for --chat, but {model} has none; tune it on conversations, as "
             f"configs/finetuning/llama_instructions.yaml does, or leave --chat out"
         )
-    if device == "auto":
-        device = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    try:
-        network.to(torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device must be one that torch finds here, but is {device}: {error}") from error
+    moved(network, device)
     limit = getattr(network, "max_seq_len", None) or sys.maxsize
     boundary = boundary_id(tokenizer)
     stop = turn_ends(tokenizer) if chat else {boundary}

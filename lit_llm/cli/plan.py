@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llm.cli import fail
-from lit_llm.cli.parser import OneLineArguments
+from lit_llm.cli.parser import OneLineArguments, require_writable
 from lit_llm.files import write_json
 
 TABLE = (8, 16, 32, 64, 128, 256, 512, 1024)
@@ -29,8 +28,7 @@ def run(words: list[str]) -> None:
         fail(f"--tokens must be finite and above 0, but is {options.tokens:g}")
     if options.probe is not None and options.probe < 2:
         fail(f"--probe must be at least 2 steps, but is {options.probe}")
-    if options.json and not os.access(options.json.parent, os.W_OK):
-        fail(f"--json must be in a folder that can be written to, but is {options.json}")
+    require_writable(options.json)
     found = plan(options, more)
     print("\n".join(report(found)))
     if options.json:

@@ -31,12 +31,12 @@ def choose(command: str, given: str | None, config: Path | None, ckpt_path: str 
         return Path(ckpt_path).parent.parent
     family = Path("runs") / _name(command, config)
     if ckpt_path in ("last", "best"):
-        ran = sorted(path.parent.parent for path in family.glob("*/checkpoints/*.ckpt"))
+        ran = list(family.glob(f"*/checkpoints/{ckpt_path}.ckpt"))
         if not ran:
             raise FileNotFoundError(
-                f"ckpt_path must be in a run folder, but {family} holds none; name one with --run_dir"
+                f"ckpt_path must be in a run folder, but {family} holds none with {ckpt_path}.ckpt; name one: --run_dir"
             )
-        return ran[-1]
+        return max(ran, key=lambda path: path.stat().st_mtime).parent.parent
     job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
     return family / (job if job and job != "none" else time.strftime("%Y-%m-%d_%H-%M-%S"))
 

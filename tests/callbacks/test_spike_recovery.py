@@ -9,6 +9,7 @@ from lightning.pytorch import Callback
 from lit_llm.callbacks.spike_recovery import SpikeRecovery
 from lit_llm.objectives.causal_lm import CausalLM
 from tests.cli.test_resume import losses
+from tests.writing import REPOSITORY
 
 SPIKES = "--trainer.callbacks+=lit_llm.callbacks.spike_recovery.SpikeRecovery"
 POISON = "--trainer.callbacks+=tests.callbacks.test_spike_recovery.Poison"
@@ -42,6 +43,24 @@ class Poison(Callback):
         state = trainer.optimizers[0].state.values()
         tensors = [t.detach().flatten().float().clone() for s in state for t in s.values() if torch.is_tensor(t)]
         Poison.state.append(torch.cat(tensors or [torch.zeros(0)]))
+
+
+class NoImages(Callback):
+    """Makes one step's images no numbers, and keeps the network's running statistics from before and after it."""
+
+    statistics: list[torch.Tensor] = []  # noqa: RUF012
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2:
+            self.keep(pl_module)
+            batch["pixel_values"].fill_(float("nan"))
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == 3:
+            self.keep(pl_module)
+
+    def keep(self, pl_module):
+        NoImages.statistics.append(torch.cat([b.flatten().float().clone() for b in pl_module.network.buffers()]))
 
 
 def words(tiny, *more, steps=6):
@@ -78,6 +97,27 @@ def test_a_poisoned_step_changes_neither_weights_nor_optimizer(lit_llm, tiny, tm
         assert not Poison.state[0].any()
     assert not torch.equal(Poison.weights[first], Poison.weights[first + 1])
     assert "1 steps with an outlying loss or gradient were not taken" in outcome.err
+
+
+def test_a_poisoned_step_leaves_running_statistics_as_they_were(lit_llm, pictures, tmp_path):
+    config = REPOSITORY / "configs/pretraining/cnn_digits.yaml"
+    small = [
+        "--data.path",
+        pictures,
+        "--data.image_size",
+        8,
+        "--data.validation_fraction",
+        "0.3",
+        "--data.batch_size",
+        4,
+    ]
+    more = [SPIKES, "--trainer.callbacks+=tests.callbacks.test_spike_recovery.NoImages", "--trainer.max_steps", 5]
+    NoImages.statistics = []
+    outcome = lit_llm("fit", "--config", config, *small, *more, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    before, after = NoImages.statistics
+    assert before.any()
+    assert torch.equal(before, after)
 
 
 def test_a_finite_outlier_is_one_too_and_without_the_callback_it_is_not_noticed(lit_llm, tiny, tmp_path):

@@ -11,6 +11,7 @@ import yaml
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.cli.evaluate import adapted
 from lit_llm.data.tokenizer import byte_tokenizer
+from lit_llm.generation import generate
 from tests.conftest import awake
 
 lm_eval = pytest.importorskip("lm_eval")
@@ -56,13 +57,13 @@ def ids(text):
 
 @torch.no_grad()
 def test_a_local_task_is_scored_by_the_networks_own_probabilities(lit_llm, model, task, tmp_path):
-    outcome = lit_llm("evaluate", "--model", model, "--tasks", task, "--json", tmp_path / "scores.json")
+    outcome = lit_llm("evaluate", "--model", model, "--tasks", task, "--json", tmp_path / "new/scores.json")
     assert outcome.code == 0, outcome.err
     network, _ = load_model(model)
     right = sum(
         max(range(2), key=lambda n: nats(network, ids(text), ids(choices[n]))) == label for text, choices, label in ROWS
     )
-    scores = json.loads((tmp_path / "scores.json").read_text())
+    scores = json.loads((tmp_path / "new/scores.json").read_text())
     assert scores["tiny_choice"]["acc,none"] == pytest.approx(right / 3)
     assert "tiny_choice" in outcome.out
 
@@ -76,6 +77,31 @@ def test_the_adapter_holds_the_network_itself_and_batches_do_not_matter():
     wanted = [nats(network, bytes(context), bytes(target)) for _, context, target in requests]
     assert [value for value, _ in single] == pytest.approx(wanted, rel=1e-5)
     assert [value for value, _ in both] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_texts_are_written_together_as_they_are_alone_and_no_further_than_a_stop(monkeypatch):
+    network, steps = awake_network(), []
+    monkeypatch.setattr(
+        network, "forward", lambda *args, _forward=network.forward, **kw: steps.append(1) or _forward(*args, **kw)
+    )
+
+    class Request:
+        def __init__(self, text, **options):
+            self.args = (text, {"max_gen_toks": 24, **options})
+
+    texts = ["the cat", "a", "one red bird that sat"]
+    whole = adapted(network, byte_tokenizer(), 8).generate_until([Request(text) for text in texts])
+    for text, said in zip(texts, whole, strict=True):
+        ids = [byte_tokenizer().eos_token_id, *byte_tokenizer().encode(text, add_special_tokens=False)]
+        [alone] = generate(network, [ids], 24, temperature=0.0, stop=byte_tokenizer().eos_token_id)
+        assert said == byte_tokenizer().decode(alone, skip_special_tokens=True)
+    assert len(set(whole)) > 1
+    steps.clear()
+    stops = [said[2] for said in whole]
+    cut = adapted(network, byte_tokenizer(), 8).generate_until([Request(text, until=stops) for text in texts])
+    assert len(steps) <= 9
+    for said, part in zip(whole, cut, strict=True):
+        assert part == min((said.split(stop)[0] for stop in stops), key=len)
 
 
 @torch.no_grad()
@@ -110,9 +136,12 @@ def awake_network():
     [
         ("nothing.yaml", "--tasks must be names or files, but nothing.yaml does not exist"),
         ("no_such_task", "--tasks must be tasks of lm-eval or YAML files, but no_such_task is neither"),
+        (["{task}", "--device", "foo"], "--device must be one that torch finds here, but is foo"),
+        (["{task}", "--json", "{task}/x.json"], "--json must be a file in a folder that can be written to, but is"),
     ],
 )
-def test_a_task_that_is_not_there_is_one_line(lit_llm, model, tasks, line):
-    outcome = lit_llm("evaluate", "--model", model, "--tasks", tasks)
+def test_what_is_not_there_is_one_line(lit_llm, model, task, tasks, line):
+    words = [word.format(task=task) for word in ([tasks] if isinstance(tasks, str) else tasks)]
+    outcome = lit_llm("evaluate", "--model", model, "--tasks", *words)
     assert outcome.code == 2
     assert line in outcome.last_line

@@ -27,11 +27,15 @@ def test_a_repeated_run_has_the_name_of_the_first():
 
 
 def test_last_without_a_folder_is_the_newest_run_of_that_config():
-    for time in ("2026-01-02_00-00-00", "2026-01-03_00-00-00", "2026-01-01_00-00-00"):
-        (Path("runs/x") / time / "checkpoints").mkdir(parents=True)
-        (Path("runs/x") / time / "checkpoints/last.ckpt").touch()
+    for age, name in enumerate(("2026-01-03_00-00-00", "10000", "9999", "2026-01-01_00-00-00")):
+        last = Path("runs/x") / name / "checkpoints/last.ckpt"
+        last.parent.mkdir(parents=True)
+        last.touch()
+        os.utime(last, (1000 - age, 1000 - age))
     assert run_folder.choose("fit", None, Path("x.yaml"), "last") == Path("runs/x/2026-01-03_00-00-00")
-    with pytest.raises(FileNotFoundError, match=r"^ckpt_path must be in a run folder, but runs/y holds none; name one"):
+    Path("runs/x/9999/checkpoints/best.ckpt").touch()
+    assert run_folder.choose("test", None, Path("x.yaml"), "best") == Path("runs/x/9999")
+    with pytest.raises(FileNotFoundError, match=r"^ckpt_path must be in a run folder, but runs/y holds none with last"):
         run_folder.choose("fit", None, Path("y.yaml"), "last")
 
 
