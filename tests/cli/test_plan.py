@@ -121,7 +121,10 @@ def test_a_student_is_planned_without_its_teacher(lit_llm, tmp_path, tiny_llama)
         (["--tokens", "inf"], "--tokens must be finite and above 0, but is inf"),
         (["--price", "nan"], "--price must be finite and at least 0, but is nan"),
         (["--model.vocab_size", 0], "model.vocab_size must be at least 1, but is 0"),
-        (["--json", "none/x.json"], "--json must be in a folder that can be written to, but is none/x.json"),
+        (
+            ["--json", f"{__file__}/x.json"],
+            f"--json must be a file in a folder that can be written to, but is {__file__}/x.json",
+        ),
         (["--probe", 1], "--probe must be at least 2 steps, but is 1"),
     ],
 )
