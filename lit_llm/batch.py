@@ -106,3 +106,17 @@ NOT_READ = frozenset({"labels", "rows", "sources", "unlabelled", "unlabelled_str
 def inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     """What the network is called with: all but labels, rows and unlabelled examples."""
     return {name: value for name, value in batch.items() if name not in NOT_READ}
+
+
+def count_items(batch: Any) -> int:
+    """Tokens of a batch of text, or else its rows; unlabelled examples count too.
+
+    Example:
+        >>> import torch
+        >>> count_items({"input_ids": torch.zeros(2, 8), "unlabelled": {"input_ids": torch.zeros(3, 8)}})
+        40
+    """
+    if isinstance(batch, dict):
+        further = sum(count_items(part) for part in batch.values() if isinstance(part, dict))
+        return further + (batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values()))))
+    return batch.numel() if isinstance(batch, Tensor) else len(batch[0])

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
+from lit_llm.batch import count_items
 from lit_llm.models.block import Block
 
 UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
@@ -227,7 +228,7 @@ def measure_step(
         ValueError: When the loss needs the content of a batch, or the network cannot compute its blocks again.
     """
     low = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else None
-    tokens = _count(batch)
+    tokens = count_items(batch)
     ledger = Ledger()
     try:
         with FakeTensorMode(), ledger, _Believe(), _accepting():
@@ -303,10 +304,3 @@ def measure_step(
         flops=flops,
         tokens=tokens,
     )
-
-
-def _count(batch: Any) -> int:
-    """Tokens of a batch of text, or else its rows."""
-    if isinstance(batch, dict):
-        return batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values())))
-    return batch.numel()

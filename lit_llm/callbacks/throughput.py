@@ -11,6 +11,7 @@ import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_llm.batch import count_items
 from lit_llm.data.sampling import place
 from lit_llm.shards import whole_shape
 
@@ -106,14 +107,6 @@ class Throughput(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting."""
         self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
-
-
-def count_items(batch: Any) -> int:
-    """Tokens of a batch of text, or else its rows."""
-    if isinstance(batch, dict):
-        further = sum(count_items(part) for part in batch.values() if isinstance(part, dict))
-        return further + (batch["input_ids"].numel() if "input_ids" in batch else len(next(iter(batch.values()))))
-    return len(batch[0])
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -255,15 +255,14 @@ def probe(words: list[str], details: dict[str, Any], steps: int) -> dict[str, An
     try:
         given = [f"--{name}={value}" for name, value in flags.items()]
         trainer = training.run(["fit", *words, *given], summary=False).trainer
-        report = next(c for c in trainer.callbacks if isinstance(c, Throughput)).latest
+        throughput = next(c for c in trainer.callbacks if isinstance(c, Throughput))
         rise = next(c for c in trainer.callbacks if isinstance(c, MemoryRise)).bytes
         world = trainer.world_size
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    rate = report["train/tokens_per_second"] / world
-    per_step = details["batch_size"] * (details["seq_len"] or 1) * details["accumulate_grad_batches"]
+    rate = throughput.latest["train/tokens_per_second"] / world
     return {
-        "seconds_per_step": per_step / rate,
+        "seconds_per_step": throughput.tokens / trainer.global_step / world / rate,
         "tokens_per_second": rate,
         "flops_per_second": rate * details["flops_per_token"],
         "peak": rise,
