@@ -103,7 +103,14 @@ def reader(
         shape = _image_shape(network, processor)
         return lambda batch, _: {"pixel_values": torch.randn(batch, *shape, generator=generator)}
     config = getattr(network, "config", None)
-    size = getattr(network, "vocab_size", None) or config.get_text_config().vocab_size
+    size = getattr(network, "vocab_size", None)
+    if size is None and config is not None:
+        size = config.get_text_config().vocab_size
+    if size is None:
+        raise ValueError(
+            f"model must have its number of tokens as an attribute vocab_size to be exported, but is a "
+            f"{type(network).__name__} without"
+        )
     padding = getattr(config and config.get_text_config(), "pad_token_id", None)
     padding = tokenizer.pad_token_id if padding is None and tokenizer is not None else padding
     separator, longest = getattr(config, "sep_token_id", None), _longest(network)

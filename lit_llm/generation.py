@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -105,8 +106,10 @@ def steps(
     Raises:
         ValueError: When a value is out of range, a prompt is empty, or prompt and new tokens outgrow the network.
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0, but is {temperature}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0, but is {temperature}")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit into 64 bits, but is {seed}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be at least 1, but is {top_k}")
     if top_p is not None and not 0 < top_p <= 1:

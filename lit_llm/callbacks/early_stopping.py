@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import logging
+from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
+
+log = logging.getLogger(__name__)
 
 
 class EarlyStopping(LightningEarlyStopping):
@@ -43,6 +46,16 @@ class EarlyStopping(LightningEarlyStopping):
         if not self._decides:
             self._watch(*(getattr(trainer.datamodule, "monitor", None) or pl_module.monitor))
         super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there, as patient as it is told to be now."""
+        super().load_state_dict(state_dict | {"patience": self.patience})
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Leaves a run that it has stopped before as it is."""
+        if self.wait_count >= self.patience:
+            trainer.should_stop = True
+            log.info(f"{self.monitor} was no better {self.wait_count} times in a row; to go on, be more patient")
 
     def _validate_condition_metric(self, logs: dict) -> bool:
         if self.monitor not in logs:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_llm.data.tokenizer import boundary_id
+from lit_llm.files import replacing
 from lit_llm.generation import generate
 
 log = logging.getLogger(__name__)
+
+STEP = re.compile(r"^--- step (\d+)$", re.MULTILINE)
 
 
 class Samples(Callback):
@@ -36,6 +40,17 @@ class Samples(Callback):
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Takes away what a run that was cut wrote after the step from which it goes on."""
+        path = Path(trainer.default_root_dir) / "samples.txt"
+        if not trainer.is_global_zero or not path.is_file():
+            return
+        text = path.read_text(encoding="utf-8")
+        later = (m for m in STEP.finditer(text) if int(m[1]) > trainer.global_step)
+        if first := next(later, None):
+            with replacing(path) as new:
+                new.write_text(text[: first.start()], encoding="utf-8")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the samples."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import csv
 import logging
+import re
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 
 TASK = (
     *("data", "data.path", "data.subset", "data.task", "data.column", "data.split_by", "data.max_documents"),
+    *("data.label", "data.target"),
     *("data.validation_fraction", "data.test_fraction", "data.unanswered", "data.overlong"),
 )
 LIMITS = ("trainer.limit_val_batches", "trainer.limit_test_batches")
@@ -165,8 +167,10 @@ def _require_one_task(runs: list[Finished], metric: str) -> None:
         for name in shared:
             here, there = (_evaluated(name, run.settings.get(name)) for run in (runs[0], other))
             if here != there:
+                why = ", in which their limits count," if name == "data.batch_size" else ""
                 raise ValueError(
-                    f"runs must be of one task, but {name} is {here} in {runs[0].folder} and {there} in {other.folder}"
+                    f"runs must be of one task, but {name}{why} is {here} in {runs[0].folder} and {there} in "
+                    f"{other.folder}"
                 )
 
 
@@ -233,10 +237,17 @@ def grouped(runs: Iterable[Finished]) -> list[Group]:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return f"[{', '.join(map(_short, value))}]"
+    if isinstance(value, dict) and "class_path" in value:
+        options = (f"{name}={_short(given)}" for name, given in (value.get("init_args") or {}).items())
+        return f"{_short(value['class_path'])}({', '.join(options)})"
     if isinstance(value, dict):
-        return ", ".join(f"{name}: {weight:g}" for name, weight in value.items())
-    text = f"{value:.4g}" if isinstance(value, float) else str(value)
-    return text.rpartition(".")[2] if "." in text and not isinstance(value, float) else text
+        return ", ".join(f"{name}: {_short(given)}" for name, given in value.items())
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    # Of a class path the class is enough; a file's name stays.
+    return re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z]\w*$)", "", str(value))
 
 
 def _spread(values: list[float]) -> str:

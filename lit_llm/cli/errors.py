@@ -22,6 +22,8 @@ OF_STRATEGIES = {
     "needs a GPU; configs/strategy/fsdp.yaml runs everywhere",
     r"(DeepSpeed) strategy is only supported on CUDA": "trainer.strategy must be one that this machine can run, but is "
     "{}, which needs a GPU; configs/strategy/fsdp.yaml runs everywhere",
+    r"Requirement '(torch_xla)": "trainer.accelerator must be one that this machine has, but needs {}, which is not "
+    "installed",
     r"invalid strategy name: `strategy=(\S+)`": "trainer.strategy must be a class path or a name of Lightning, but "
     "is {}; see configs/strategy",
     r"(\w+Loader)` within local rank has zero length": "trainer.devices must leave each process something to evaluate, "

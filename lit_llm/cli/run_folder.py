@@ -88,9 +88,12 @@ def make(folder: Path, starts_anew: bool, trains: bool) -> None:
     Raises:
         ValueError: When it cannot be written to, or a new run would overwrite another's checkpoints or model.
     """
-    if starts_anew and list((folder / "checkpoints").glob("*.ckpt")):
+    there = {path.stem for path in (folder / "checkpoints").glob("*.ckpt")}
+    if starts_anew and there:
+        latest = "best" if there == {"best"} else "last"
         raise ValueError(
-            f"run_dir must be a new folder, but {folder} holds a run; go on with --ckpt_path last, or choose another"
+            f"run_dir must be a new folder, but {folder} holds a run; go on with --ckpt_path {latest}, or choose "
+            f"another"
         )
     if starts_anew and trains and (folder / "model").exists():
         raise ValueError(f"run_dir must be a new folder, but {folder} holds the model of a run; choose another")

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lit_llm.callbacks.best_checkpoint import BestCheckpoint
 from lit_llm.callbacks.confusion import ConfusionMatrix
 from lit_llm.callbacks.intervals import Intervals
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
@@ -99,12 +100,5 @@ def _standard_callbacks(options: Any, checkpoint: CheckpointOptions, run_dir: Pa
         standard += [DocumentScores(), ExamplePredictions(), GeneratedTexts()]
     if options["enable_checkpointing"] is False:
         return standard
-    best = ModelCheckpoint(
-        dirpath=run_dir / "checkpoints",
-        filename="best",
-        monitor=checkpoint.monitor,
-        mode=checkpoint.mode,
-        save_on_train_epoch_end=False,
-        enable_version_counter=False,
-    )
+    best = BestCheckpoint(run_dir / "checkpoints", checkpoint.monitor, checkpoint.mode)
     return [*standard, best, LastCheckpoint(checkpoint.every_n_steps)]

@@ -9,6 +9,7 @@ import logging
 import os
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +28,7 @@ from lit_llm.cli.lean_loop import skip_empty_hooks
 from lit_llm.cli.quiet import quieten
 from lit_llm.cli.run_config import RunConfig
 from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
+from lit_llm.cli.trainer_options import require_sound
 
 log = logging.getLogger(__name__)
 
@@ -156,6 +158,9 @@ def restore_nulls(config: Namespace) -> None:
 class TrainingCLI(LightningCLI):
     """LightningCLI, with a folder that is all a run writes to."""
 
+    run_dir: Path | None = None
+    """That folder, once it is decided."""
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options that are about the run as a whole."""
         parser.add_argument(
@@ -199,6 +204,12 @@ class TrainingCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Does nothing: Lightning would let the checkpoint's stored values beat an explicit flag."""
+
+    def _set_seed(self) -> None:
+        """Seeds all sources of chance, once what the trainer is told has been looked at."""
+        config = self.config[self.subcommand]
+        require_sound(vars(config["trainer"]), config.get("seed_everything"))
+        super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
         """Decides on the run folder, finds the checkpoint in it, and points all that writes there."""
@@ -247,7 +258,8 @@ class TrainingCLI(LightningCLI):
             self._complete_images(config["data"].get("init_args") or {}, checkpoint)
             if weights or network.get("path") != path:
                 options["weights"] = config["ckpt_path"]
-        super().instantiate_classes()
+        with self._leaving_nothing():
+            super().instantiate_classes()
         if weights:
             options["weights"] = weights  # as the run's config says it
 
@@ -296,13 +308,8 @@ class TrainingCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
-        except Exception:
-            with contextlib.suppress(OSError):  # a run that never started leaves nothing
-                if [path.name for path in self.run_dir.iterdir()] == ["wandb_id.txt"]:
-                    (self.run_dir / "wandb_id.txt").unlink()
-                self.run_dir.rmdir()
-            raise
+            with self._leaving_nothing():
+                super()._run_subcommand(subcommand)
         except SystemExit:
             if self.trainer.interrupted:
                 saved = (self.run_dir / "checkpoints" / "last.ckpt").exists()
@@ -313,6 +320,20 @@ class TrainingCLI(LightningCLI):
         finally:
             if "wandb" in sys.modules:  # its run is global: the next command of this process would log into it
                 sys.modules["wandb"].finish(exit_code=int(sys.exc_info()[0] is not None))
+
+    @contextlib.contextmanager
+    def _leaving_nothing(self) -> Iterator[None]:
+        """Takes the run folder away again where an error comes before anything is in it."""
+        try:
+            yield
+        except Exception:
+            folder = self.run_dir
+            with contextlib.suppress(OSError):
+                if folder and [path.name for path in folder.iterdir()] == ["wandb_id.txt"]:
+                    (folder / "wandb_id.txt").unlink()
+                if folder:
+                    folder.rmdir()
+            raise
 
     def _go_on(self) -> str:
         return shlex.join(["lit-llm", "fit", "--run_dir", str(self.run_dir), "--ckpt_path", "last"])

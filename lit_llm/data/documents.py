@@ -27,6 +27,7 @@ TABLE_FORMATS = {
     ".csv": "csv",
     ".tsv": "csv",
 }
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 PIECE_CHARACTERS = 8192
 SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id(ation)?|uation|el(opment)?)?(set)?(?![a-z])")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -144,6 +145,8 @@ def open_corpus(
     if where.is_file():
         if where.suffix.lower() in TABLE_FORMATS:
             return _table(path, [where], rows)
+        if where.suffix.lower() in PACKED:
+            raise ValueError(f"data.path must be plain text or a table, but {path} is packed; unpack it")
         if not rows.text_files:
             raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but is {path}")
         documents = _pieces if in_pieces else lambda file: _whole(file.parent, [file])

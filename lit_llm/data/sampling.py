@@ -51,6 +51,8 @@ class BatchLoader:
         classes: np.ndarray | None = None,
         weights: np.ndarray | None = None,
     ) -> None:
+        if shuffle_seed is not None and shuffle_seed < 0:
+            raise ValueError(f"data.seed must be at least 0, but is {shuffle_seed}")
         self.cut = cut
         self.num_rows = num_rows
         self.batch_size = batch_size

@@ -181,8 +181,8 @@ class GPT2(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads, "max_seq_len": max_seq_len}
-        for name, value in sizes.items():
-            if value < 1:
+        for name, value in (sizes | {"d_ff": d_ff}).items():
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but is {value}")
         if d_model % num_heads:
             raise ValueError(f"num_heads must divide d_model, but is {num_heads} with d_model {d_model}")

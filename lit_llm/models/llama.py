@@ -114,8 +114,9 @@ class Llama(nn.Module):
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads}.items():
-            if value < 1:
+        sizes = {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
+        for name, value in (sizes | {"d_head": d_head, "d_ff": d_ff, "max_seq_len": max_seq_len}).items():
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but is {value}")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if d_head is None and d_model % num_heads:

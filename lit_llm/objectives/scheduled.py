@@ -47,14 +47,23 @@ class Scheduled(Averaged):
         self._waiting: list[dict[str, Any]] = []
 
     def new_optimizer(self) -> Optimizer:
-        """The optimiser over the groups that `optimizers.parameter_groups` makes."""
+        """The optimiser over the groups that `optimizers.parameter_groups` makes.
+
+        Raises:
+            ValueError: When it does not take an option's value.
+        """
         groups = parameter_groups(self.network, self.decay_embeddings)
         if self.adaptation is not None:
             groups = self.adaptation.groups(groups, self.network)
         if beside := list(self.beside.parameters()):
             groups.append({"params": beside, "role": "head"})
         make = self.make_optimizer or functools.partial(AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        return make(groups)
+        try:
+            return make(groups)
+        except ValueError as error:
+            if str(error).startswith("Invalid"):  # as torch's own say it
+                raise ValueError(f"model.optimizer must be given what it takes, but is not: {error}") from error
+            raise
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser, and its schedule by the step."""

@@ -54,6 +54,37 @@ FLAGS = {
         ["--model.schedule.warmup_steps", "-1"],
         "warmup_steps must be at least 0, but is -1",
     ),
+    "seed below 0": (["--seed_everything", "-1"], "seed_everything must be in [0, 4294967295], but is -1"),
+    "seed of the data below 0": (["--data.seed", "-1"], "data.seed must be at least 0, but is -1"),
+    "clipping that turns round": (
+        ["--trainer.gradient_clip_val", "-1"],
+        "trainer.gradient_clip_val must be at least 0, but is -1",
+    ),
+    "steps of nothing": (
+        ["--trainer.accumulate_grad_batches", "0"],
+        "trainer.accumulate_grad_batches must be at least 1, but is 0",
+    ),
+    "reports never": (["--trainer.log_every_n_steps", "0"], "trainer.log_every_n_steps must be at least 1, but is 0"),
+    "validations never": (
+        ["--trainer.val_check_interval", "0"],
+        "trainer.val_check_interval must be a number of batches, at least 1, or a part of an epoch in (0, 1], but is 0",
+    ),
+    "part of an epoch where steps count": (
+        ["--trainer.val_check_interval", "0.5"],
+        "trainer.val_check_interval must be a number of steps where trainer.check_val_every_n_epoch is null, but is "
+        "0.5; set one of them",
+    ),
+    "no device": (["--trainer.devices", "0"], "trainer.devices must be at least 1, auto or a list, but is 0"),
+    "learning rate below 0": (
+        ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "-0.1"],
+        "model.optimizer must be given what it takes, but is not: Invalid learning rate: -0.1",
+    ),
+    "network of no length": (["--model.network.max_seq_len", "0"], "max_seq_len must be at least 1, but is 0"),
+    "feed-forward of no width": (["--model.network.d_ff", "-3"], "d_ff must be at least 1, but is -3"),
+    "machine without TPU": (
+        ["--trainer.accelerator", "tpu"],
+        "trainer.accelerator must be one that this machine has, but needs torch_xla, which is not installed",
+    ),
     "no such class": (
         ["--model.optimizer", "Nope"],
         "model.optimizer must be a class path or a YAML file, but is Nope, which is neither",

@@ -134,6 +134,36 @@ def test_patience_goes_on_where_it_was_also_at_an_epochs_end(lit_llm, reviews, t
     assert max(row["step"] for row in read_metrics(tmp_path / "cut/metrics.csv")) == ends[0]
 
 
+def test_what_was_best_is_so_still_where_the_run_folder_was_moved(lit_llm, tiny, tmp_path):
+    words = [*tiny, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "first").code == 0
+    (tmp_path / "first").rename(tmp_path / "second")
+    worse = ["--model.optimizer.lr", "1000", "--trainer.max_steps", "9", "--test_after_fit", "false"]
+    outcome = lit_llm("fit", "--run_dir", tmp_path / "second", "--ckpt_path", "last", *worse)
+    assert outcome.code == 0, outcome.err
+    results = json.loads((tmp_path / "second/results.json").read_text())
+    assert results["val/loss"] > results["best/val/loss"]
+    assert read_checkpoint(tmp_path / "second/checkpoints/best.ckpt")["global_step"] == results["best/step"] == 6
+
+
+def test_a_run_that_stopped_early_stays_so_until_it_is_told_to_be_more_patient(lit_llm, tiny, tmp_path):
+    words = [*tiny, "--config", REPOSITORY / "configs/adaptation/early_stopping.yaml", "--trainer.max_steps", "12"]
+    run, patience = tmp_path / "run", ["--trainer.callbacks.min_delta", "10", "--trainer.callbacks.patience"]
+    assert lit_llm("fit", *words, *patience, "1", "--run_dir", run).code == 0
+    before = json.loads((run / "results.json").read_text())
+    assert before["step"] == 6  # the second validation
+    outcome = lit_llm("fit", "--run_dir", run, "--ckpt_path", "last")
+    assert outcome.code == 0, outcome.err
+    assert "val/loss was no better 1 times in a row; to go on, be more patient" in outcome.err
+    after = json.loads((run / "results.json").read_text())
+    assert {name: after[name] for name in before if name not in ("command", "seconds")} == {
+        name: before[name] for name in before if name not in ("command", "seconds")
+    }
+    outcome = lit_llm("fit", *words, *patience, "2", "--run_dir", run, "--ckpt_path", "last")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((run / "results.json").read_text())["step"] == 9
+
+
 class Interrupt(Callback):
     """Ctrl-C while a batch is read."""
 

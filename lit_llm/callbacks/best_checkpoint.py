@@ -1,0 +1,38 @@
+"""The checkpoint of the best validation, wherever its run folder lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's, writing `best.ckpt`; what was best so far stays so where the run folder has been moved or copied.
+
+    Args:
+        dirpath: The folder of checkpoints.
+        monitor: Metric that decides which validation is best.
+        mode: Whether its `min` or its `max` is best.
+    """
+
+    def __init__(self, dirpath: Path, monitor: str, mode: str) -> None:
+        super().__init__(
+            dirpath=dirpath,
+            filename="best",
+            monitor=monitor,
+            mode=mode,
+            save_on_train_epoch_end=False,
+            enable_version_counter=False,
+        )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there, if what was best is in this folder: a run that goes on in a new one begins anew."""
+        here = Path(self.dirpath) / "best.ckpt"
+        if not here.exists():
+            return
+        scores = state_dict["best_k_models"].values()
+        moved = {"dirpath": self.dirpath, "best_k_models": {str(here): score for score in scores}}
+        moved |= {name: str(here) for name in ("best_model_path", "kth_best_model_path") if state_dict[name]}
+        super().load_state_dict(state_dict | moved)

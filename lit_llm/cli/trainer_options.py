@@ -1,0 +1,51 @@
+"""What the trainer's options must be, said before anything is built: Lightning says it late, or divides by zero."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+LEAST = {
+    "accumulate_grad_batches": 1,
+    "log_every_n_steps": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "max_epochs": -1,
+    "max_steps": -1,
+    "num_sanity_val_steps": -1,
+    "limit_train_batches": 0,
+    "limit_val_batches": 0,
+    "limit_test_batches": 0,
+    "limit_predict_batches": 0,
+}
+
+
+def require_sound(trainer: Mapping[str, Any], seed: bool | int | None) -> None:
+    """Refuses options that no run can have.
+
+    Args:
+        trainer: The trainer's options.
+        seed: What `seed_everything` is.
+
+    Raises:
+        ValueError: Naming the first of them.
+    """
+    for name, least in LEAST.items():
+        value = trainer.get(name)
+        if isinstance(value, int | float) and not value >= least:
+            raise ValueError(f"trainer.{name} must be at least {least}, but is {value}")
+    interval, by_steps = trainer.get("val_check_interval"), trainer.get("check_val_every_n_epoch") is None
+    if isinstance(interval, int | float) and not (interval > 0 if isinstance(interval, int) else 0 < interval <= 1):
+        raise ValueError(
+            f"trainer.val_check_interval must be a number of batches, at least 1, or a part of an epoch in (0, 1], but "
+            f"is {interval}"
+        )
+    if isinstance(interval, float) and by_steps:
+        raise ValueError(
+            f"trainer.val_check_interval must be a number of steps where trainer.check_val_every_n_epoch is null, but "
+            f"is {interval}; set one of them"
+        )
+    if trainer.get("devices") in (0, "0"):
+        raise ValueError("trainer.devices must be at least 1, auto or a list, but is 0")
+    if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
+        raise ValueError(f"seed_everything must be in [0, {2**32 - 1}], but is {seed}")
