@@ -102,7 +102,8 @@ class Throughput(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """What has been counted, the part not yet reported included."""
-        return {"tokens": self.tokens + self._new_tokens, "seconds": self.seconds}
+        since = time.perf_counter() - self._since if self._new_tokens else 0.0
+        return {"tokens": self.tokens + self._new_tokens, "seconds": self.seconds + since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting."""

@@ -165,11 +165,11 @@ class SVD(Compression):
         allocation: Where they go. `uniform` leaves each layer the same part. `energy` gives the next rank to the layer
             where a parameter keeps most of its share of squared singular values. `sensitivity` does so too, each
             layer's share counting as much as the network's answers on calibration batches suffer without it.
-        rank: In place of both, one rank for all layers.
+        rank: In place of both, one rank for all layers that are smaller by it.
         layers: Patterns of the names of layers; `None` is all matrices inside blocks (`compression.patterns`).
 
     Raises:
-        ValueError: When a value is out of range, or a rank above what a layer has.
+        ValueError: When a value is out of range, a rank above what a layer has, or no layer would be smaller.
 
     Source:
         Denton et al., 2014, arXiv:1404.0736; budgets by singular values as in Yang et al., 2020, arXiv:2004.09031;
@@ -221,6 +221,9 @@ class SVD(Compression):
             raise ValueError(f"layers must have weights of their own, but {tied[0]} shares another's")
         factors = self.factors(network, layers, batches)
         ranks = self._ranks(network, layers, factors, batches)
+        if not any(ranks.values()):
+            given = f"rank is {self.rank}" if self.rank is not None else f"parameters is {self.parameters}"
+            raise ValueError(f"layers must have one that two thin ones are smaller than, but have none where {given}")
         form = {}
         for name, rank in ranks.items():
             if rank is not None:
@@ -236,11 +239,9 @@ class SVD(Compression):
     def _ranks(
         self, network: nn.Module, layers: Mapping[str, nn.Module], factors: Mapping[str, Factors], batches: list[Batch]
     ) -> dict[str, int | None]:
-        if self.rank is not None:
-            return dict.fromkeys(layers, self.rank)
         shapes = {name: tuple(matrix(layer).shape) for name, layer in layers.items()}
-        even = {name: max(1, int(self.parameters * o * i / (o + i))) for name, (o, i) in shapes.items()}
-        if self.allocation == "uniform":
+        even = {name: self.rank or max(1, int(self.parameters * o * i / (o + i))) for name, (o, i) in shapes.items()}
+        if self.allocation == "uniform" or self.rank is not None:
             return {
                 name: rank if rank * sum(shapes[name]) < math.prod(shapes[name]) else None
                 for name, rank in even.items()

@@ -178,6 +178,10 @@ class ExampleData(LightningDataModule, ABC):
         as_values = getattr(getattr(self.trainer, "lightning_module", None), "size_name", None) == "num_targets"
         splits, self.reader = labelled_splits(found, self.columns, self.path, names, *fractions, as_values)
         if self.max_examples is not None:
+            if self.max_examples < (classes := len(self.reader.values)):
+                raise ValueError(
+                    f"data.max_examples must be at least the number of classes, {classes}, but is {self.max_examples}"
+                )
             splits["train"] = some_of(splits["train"], self.max_examples, self.seed)
             require_seen(splits, self.reader)
         if unlabelled is not None:

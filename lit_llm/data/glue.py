@@ -126,8 +126,8 @@ class GLUEData(ExampleData):
 
     @property
     def submission(self) -> Submission | None:
-        """What a GLUE task's board wants; `None` for other data."""
-        return self.task and self.task.submission
+        """What a GLUE task's board wants; `None` for other data, and for another table that is predicted as a whole."""
+        return self.task.submission if self.task and "train" in self.splits else None
 
     @property
     def vocab_size(self) -> int:

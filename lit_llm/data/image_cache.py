@@ -247,14 +247,20 @@ def read_image(encoded: dict[str, Any] | None, channels: int, height: int, width
         height: In pixels.
         width: In pixels.
 
+    Raises:
+        ValueError: When it is not there, or has more bits, of which nothing says what is white.
+
     Returns:
         Channels × height × width, from 0 to 255.
     """
     with _opened(encoded) as image:
         image.load()
+        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
+        if image.mode in ("I", "F") and not deep:
+            raise ValueError(f"an image must have 8 or 16 bits a channel, but is of mode {image.mode}; convert it")
         if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):
+        if deep:
             image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
         image = image.convert("L" if channels == 1 else "RGB")
         if image.size != (width, height):

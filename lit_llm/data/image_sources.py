@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind, stamps
+from lit_llm.data.documents import HUB_NAME, SPLIT_WORD, TABLE_FORMATS, split_kind, stamps
 from lit_llm.data.tables import LABELS, in_hub_layout, open_table
 
 DIGITS = "sklearn-digits"
@@ -80,7 +80,7 @@ def _digits() -> dict[str, Dataset]:
 
 def _image_folders(folder: Path) -> ImageTables:
     folders = _subfolders(folder)
-    if folders and all(split_kind(each.name) or each.name.startswith("unlabel") for each in folders):
+    if folders and _are_splits(folders):
         trees = {each.name: _classes(each) for each in folders}
     else:
         trees = {"train": _classes(folder)}
@@ -96,6 +96,13 @@ def _image_folders(folder: Path) -> ImageTables:
             features["label"] = ClassLabel(names=names)
         splits[split] = Dataset.from_dict(columns, Features(features))
     return ImageTables(splits, stamps(files))
+
+
+def _are_splits(folders: list[Path]) -> bool:
+    """Whether all are called as splits are; where a name only holds such a word, one has folders of classes, too."""
+    plain = all(SPLIT_WORD.fullmatch(each.name.lower()) or each.name.startswith("unlabel") for each in folders)
+    called = all(split_kind(each.name) or each.name.startswith("unlabel") for each in folders)
+    return plain or (called and any(map(_subfolders, folders)))
 
 
 def _classes(folder: Path) -> dict[str | None, list[Path]]:

@@ -17,6 +17,9 @@ from lit_llm.data.tables import LABELS, Columns, Split, column_values
 log = logging.getLogger(__name__)
 
 WHOLE = re.compile(r"[+-]?\d+")
+CODE = re.compile(r"[+-]?0\d+")
+"""What is a name though it looks like a number: 01 is not 1."""
+
 REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 TRUTHS = {"True": True, "False": False}
 """What text spells of truth values, as Python and pandas write them."""
@@ -56,6 +59,7 @@ class LabelReader:
         place = {value: number for number, value in enumerate(self.values)}
         if set(map(str, found)) <= {"True", "False"}:  # a CSV file has as text what others have as truth values
             found = [value if value in place else TRUTHS.get(value, str(value)) for value in found]
+        found = [value if value in place or str(value) not in place else str(value) for value in found]  # 10, beside 01
         try:
             return np.array([place[value] for value in found], dtype=np.int64)
         except KeyError as error:
@@ -69,7 +73,7 @@ class LabelReader:
 def plain_labels(found: list[Any], path: str, split: str) -> list[Any]:
     """Labels of one type: whole numbers, real numbers, truth values or names; text that spells numbers is numbers.
 
-    Spaces around text are no part of it.
+    Spaces around text are no part of it. Whole numbers of which one has a zero in front are names.
 
     Raises:
         ValueError: When one is missing.
@@ -84,7 +88,7 @@ def plain_labels(found: list[Any], path: str, split: str) -> list[Any]:
             )
     if all(isinstance(value, str) for value in found):
         if all(WHOLE.fullmatch(value) for value in found):
-            return [int(value) for value in found]
+            return found if any(map(CODE.fullmatch, found)) else [int(value) for value in found]
         if all(REAL.fullmatch(value) for value in found):
             return [float(value) for value in found]
         kinds = {("a number" if REAL.fullmatch(value) else "text"): value for value in reversed(found)}
@@ -197,21 +201,25 @@ def strata(labels: np.ndarray) -> np.ndarray:
 def standing(kinds: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How many rows of its kind come before each row in the order of the keys, and how many there are of its kind.
 
+    Of rows with one key all stand where the last of them does.
+
     Example:
         >>> [x.tolist() for x in standing(np.array([0, 0, 0, 0, 1, 1]), np.array([7, 5, 8, 5, 2, 1]))]
-        [[2, 0, 3, 0, 1, 0], [4, 4, 4, 4, 2, 2]]
+        [[2, 1, 3, 1, 1, 0], [4, 4, 4, 4, 2, 2]]
     """
     before, sizes = np.zeros(len(kinds), np.int64), np.zeros(len(kinds), np.int64)
     for kind in np.unique(kinds):
         mine = keys[kinds == kind]
-        before[kinds == kind], sizes[kinds == kind] = np.searchsorted(np.sort(mine), mine), len(mine)
+        before[kinds == kind] = np.searchsorted(np.sort(mine), mine, side="right") - 1
+        sizes[kinds == kind] = len(mine)
     return before, sizes
 
 
 def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_fraction: float) -> dict[str, Split]:
     """Cuts splits out of a training split: of each class the same fraction, by a hash of the texts.
 
-    So the same table is always cut the same way, and equal examples stay together.
+    So the same table is always cut the same way, and equal examples stay together: in training, where they are more
+    than such a fraction.
     """
     texts = zip(*(split.column(name) for name in (columns.text, columns.text_pair) if name), strict=True)
     keys = np.array([content_hash("\0".join(text)) for text in texts], dtype=np.uint64)

@@ -3,6 +3,7 @@ from __future__ import annotations
 import functools
 
 import torch
+from lightning.pytorch import Callback
 
 from lit_llm.callbacks.throughput import Throughput, count_items, peak_flops, peak_memory
 from lit_llm.models.cnn import CNN
@@ -39,6 +40,21 @@ def test_the_steps_after_the_last_report_are_counted_too(tmp_path):
     assert reported["train/tokens"] == 4 * 8 * 6
     assert clock.seconds > reported["train/seconds"]
     assert clock.unit == "tok"
+
+
+def test_what_is_saved_between_two_reports_counts_seconds_as_it_does_tokens(tmp_path):
+    class Saved(Callback):
+        states: list[dict] = []  # noqa: RUF012
+
+        def on_train_batch_end(self, *args):
+            self.states.append(clock.state_dict())
+
+    clock, saved = Throughput(), Saved()
+    made = Classification(functools.partial(PretrainedClassifier, config=BERT))
+    trainer(tmp_path, max_epochs=1, log_every_n_steps=100, callbacks=[clock, saved]).fit(made, datamodule=Examples(3))
+    seconds = [state["seconds"] for state in saved.states]
+    assert seconds == sorted(seconds)
+    assert 0 < seconds[0] < seconds[-1] <= clock.seconds
 
 
 def test_a_rate_of_images_is_shown_as_rows(tmp_path):

@@ -186,6 +186,15 @@ def test_a_rank_above_a_layers_is_refused(tiny_llama) -> None:
         SVD(rank=33).apply(tiny_llama())
 
 
+def test_a_rank_that_makes_no_layer_smaller_is_refused_and_one_that_makes_some_is_theirs(tiny_llama) -> None:
+    message = "layers must have one that two thin ones are smaller than, but have none where rank is 8"
+    with pytest.raises(ValueError, match=exactly(message)):
+        SVD(rank=8, layers=["*"]).apply(nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16)))
+    network = nn.Sequential(nn.Linear(16, 16), nn.Linear(64, 64))
+    SVD(rank=8, layers=["*"]).apply(network)
+    assert [type(layer) for layer in network] == [nn.Linear, nn.Sequential]
+
+
 def test_a_tied_head_is_refused(tiny_llama) -> None:
     message = "layers must have weights of their own, but lm_head shares another's"
     with pytest.raises(ValueError, match=exactly(message)):

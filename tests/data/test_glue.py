@@ -364,6 +364,8 @@ def test_a_single_table_is_predicted_whole_whichever_labels_it_has(table, tmp_pa
     assert ("labels" in batch) == (-1 not in labels)
     assert [labels[row] for row in batch["rows"]] == batch.get("labels", torch.tensor([-1] * 3)).tolist()
     assert new.class_names == ["0", "1"]
+    new.task = TASKS["sst2"]
+    assert new.submission is None  # the board takes its own test split
 
 
 @pytest.mark.parametrize(

@@ -83,6 +83,15 @@ def test_grey_of_other_modes_stays_grey(tmp_path: Path) -> None:
     assert np.array_equal(cache.pixels[1, 0], np.asarray(noise(1)))
 
 
+@pytest.mark.parametrize("kind", [np.float32, np.int32])
+def test_grey_of_which_nothing_says_what_is_white_is_refused(tmp_path: Path, kind: Any) -> None:
+    Image.fromarray(np.asarray(noise(0)).astype(kind)).save(tmp_path / "x.tif")
+    with pytest.raises(
+        ValueError, match=r"^an image must have 8 or 16 bits a channel, but is of mode [FI]; convert it$"
+    ):
+        read_image({"bytes": None, "path": str(tmp_path / "x.tif")}, 1, 6, 6)
+
+
 @pytest.mark.parametrize("size", [(40, 30), (30, 40), (17, 50), (9, 9)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_other_sizes_are_read_as_transformers_reads_them(tmp_path: Path, size: Any, channels: int) -> None:

@@ -59,6 +59,11 @@ def test_a_class_may_be_called_as_a_split_is(tmp_path: Path) -> None:
     assert labels(open_images(str(tmp_path)).splits["train"]) == ["car", "train", "train"]
 
 
+def test_all_classes_may_have_such_a_word_in_their_names(tmp_path: Path) -> None:
+    tree(tmp_path, {"training_shoe": 2, "test_tube": 1})
+    assert labels(open_images(str(tmp_path)).splits["train"]) == ["test_tube", "training_shoe", "training_shoe"]
+
+
 def test_the_identity_changes_with_a_file(tmp_path: Path) -> None:
     tree(tmp_path, {"a": 1, "b": 1})
     before = open_images(str(tmp_path)).identity

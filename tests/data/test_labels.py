@@ -25,6 +25,7 @@ def read(labels: list, names: tuple[str, ...] = ()) -> tuple[list, list[str]]:
     [
         ([5, 2, 5], ([1, 0, 1], ["2", "5"])),
         (["10", "9", "10"], ([1, 0, 1], ["9", "10"])),
+        (["01", "1", "10"], ([0, 1, 2], ["01", "1", "10"])),
         (["b", "a", "c"], ([1, 0, 2], ["a", "b", "c"])),
         ([True, False], ([1, 0], ["False", "True"])),
         (["true", "false", "maybe"], ([2, 0, 1], ["false", "maybe", "true"])),
@@ -226,6 +227,22 @@ def test_equal_examples_are_in_one_split() -> None:
     found = [set(part.column("text")) for part in parts.values()]
     assert len(found) == 3
     assert sum(map(len, found)) == len(set.union(*found))
+
+
+def test_a_class_of_equal_examples_is_trained_on() -> None:
+    texts = [f"text {n}" for n in range(100)] + ["n/a"] * 30
+    parts = cut_splits(split([0] * 100 + [1] * 30, texts), COLUMNS, 0.1, 0.1)
+    assert {name: int(part.labels.sum()) for name, part in parts.items()} == {"train": 30, "validation": 0, "test": 0}
+
+
+def test_codes_of_another_split_are_the_same_classes_where_none_there_has_a_zero_in_front() -> None:
+    reader = learn_labels(table(["01", "10", "12"]), "x", "label")
+    assert reader.read(["12", "10"], "test").tolist() == [2, 1]
+    assert reader.read([10, 12], "test").tolist() == [1, 2]
+    with pytest.raises(
+        ValueError, match=r"^data.label must be one of '01', '10', '12' as in training, but 'label' is 1 "
+    ):
+        reader.read(["1", "10"], "test")
 
 
 def test_some_examples_are_drawn_in_proportion_nested_and_by_the_seed() -> None:
