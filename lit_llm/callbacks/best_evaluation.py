@@ -87,6 +87,14 @@ class BestEvaluation(Callback, ABC):
         """Shows the best so far, when a run is cut short."""
         self._show(trainer)
 
+    def state_dict(self) -> dict[str, Any]:
+        """The best so far, which a run that goes on may not better."""
+        return {} if self._best is None else {"best": self._best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from there."""
+        self._best = state_dict["best"]
+
     @rank_zero_only
     def _show(self, trainer: Trainer) -> None:
         if self._best is None or trainer.fast_dev_run:

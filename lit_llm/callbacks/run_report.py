@@ -88,8 +88,10 @@ class RunReport(Callback):
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds the test's metrics."""
-        self._merge(trainer, {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("test/")})
+        """Adds the test's metrics; where there is no run's report, also what made them."""
+        found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
+        reported = (Path(trainer.default_root_dir) / "results.json").exists()
+        self._merge(trainer, found if reported else {**found, "commit": commit(), "command": command()})
 
     def _write(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
@@ -135,8 +137,10 @@ class RunReport(Callback):
         results = json.loads((folder / "results.json").read_text())
         card = model_card(folder.parent.name, network, trainer.datamodule, results)
         data = trainer.datamodule
-        processor = getattr(data, "image_processor", None)
-        save_model(folder / "model", network, getattr(data, "tokenizer", None), card, processor)
+        processor, tokenizer = (getattr(data, name, None) for name in ("image_processor", "tokenizer"))
+        if tokenizer is not None and (longest := getattr(data, "max_seq_len", None)):
+            tokenizer.model_max_length = longest  # who reads texts later cuts them where training did
+        save_model(folder / "model", network, tokenizer, card, processor)
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics so far, so that the best of a resumed run is the best of all of it."""

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import secrets
 import time
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 VARIABLE = "LIT_LLM_RUN_DIR"
 """Tells the processes that a strategy starts where the first one writes."""
@@ -75,6 +80,33 @@ def find_checkpoint(folder: Path, ckpt_path: str) -> Path:
         found = ", ".join(p.stem for p in sorted(path.parent.glob("*.ckpt"))) or "none"
         raise FileNotFoundError(f"ckpt_path must be a checkpoint in {path.parent} (there: {found}), but is {ckpt_path}")
     return path
+
+
+def of_evaluation(folder: Path, command: str, options: dict[str, Any], checkpoint: Path) -> Path:
+    """Where what an evaluation finds is written: in the run folder, if it is the run's own.
+
+    Another one's figures would stand among those of the run, and pass for them, so it has a folder within: where the
+    data, how many batches of them are read, or the checkpoint are others.
+
+    Args:
+        folder: The run folder.
+        command: `validate` or `test`.
+        options: All that is told, as `config.yaml` has it.
+        checkpoint: What is evaluated.
+    """
+    if not (folder / "config.yaml").is_file():
+        return folder
+    own = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    limit = f"limit_{'val' if command == 'validate' else 'test'}_batches"
+    here, there = (({**of["data"]}, of["trainer"].get(limit)) for of in (options, own))
+    if here[1] is None:  # all of it, in batches of any size
+        for data, _ in (here, there):
+            data["init_args"] = {k: v for k, v in data.get("init_args", {}).items() if k != "batch_size"}
+    best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    if here == there and checkpoint.resolve() == (best if best.exists() else last).resolve():
+        return folder
+    what = json.dumps([here, str(checkpoint)], sort_keys=True, default=str)
+    return folder / "evaluations" / f"{command}-{hashlib.blake2b(what.encode(), digest_size=4).hexdigest()}"
 
 
 def make(folder: Path, starts_anew: bool, trains: bool) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
@@ -98,8 +99,6 @@ def _option(words: list[str], name: str) -> str | None:
 
 def _is_overlay(file: str) -> bool:
     """Whether a run file leaves open which model and data are meant, and so is laid over another."""
-    import yaml
-
     try:
         content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
@@ -224,6 +223,12 @@ class TrainingCLI(LightningCLI):
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
             config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
+        if ckpt_path and self.subcommand in ("validate", "test"):
+            options = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            own, checkpoint = self.run_dir, Path(config["ckpt_path"])
+            self.run_dir = run_folder.of_evaluation(own, self.subcommand, options, checkpoint)
+            if self.run_dir != own and os.environ.get("LOCAL_RANK", "0") == "0":
+                log.info(f"The data or the checkpoint are not the run's own, so what is found goes to {self.run_dir}")
         run_folder.make(self.run_dir, starts_anew=not ckpt_path, trains=self.subcommand == "fit")
         config["trainer"]["default_root_dir"] = str(self.run_dir)
         loggers = config["trainer"].get("logger")

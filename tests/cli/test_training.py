@@ -304,6 +304,27 @@ def test_wandb_joins_by_one_overlay_and_stays_in_the_run_folder(lit_llm, tiny, t
     assert (tmp_path / "run/metrics.csv").exists()
 
 
+def test_what_another_evaluation_finds_is_not_taken_for_the_runs_own(lit_llm, run, tmp_path):
+    copy, before = tmp_path / "copy", json.loads((run / "results.json").read_text())
+    shutil.copytree(run, copy)
+    outcome = lit_llm("test", "--run_dir", copy, "--data.batch_size", "8")
+    assert outcome.code == 0, outcome.err
+    assert not (copy / "evaluations").exists()
+    for more in (["--trainer.limit_test_batches", "1"], ["--ckpt_path", "last"], ["--data.test_fraction", "0.3"]):
+        outcome = lit_llm("test", "--run_dir", copy, *more)
+        assert outcome.code == 0, outcome.err
+        assert "The data or the checkpoint are not the run's own, so what is found goes to" in outcome.err
+    after = json.loads((copy / "results.json").read_text())
+    assert {
+        name: pytest.approx(value, rel=1e-5) if "test/" in name else value for name, value in before.items()
+    } == after
+    found = [json.loads(path.read_text()) for path in (copy / "evaluations").glob("test-*/results.json")]
+    assert len(found) == 3
+    assert all("test/loss" in each and " test " in each["command"] for each in found)
+    outcome = lit_llm("test", "--run_dir", copy, "--trainer.limit_test_batches", "1")
+    assert len(list((copy / "evaluations").iterdir())) == 3
+
+
 @pytest.mark.parametrize("command", ["test", "validate"])
 def test_measuring_a_run_leaves_its_metrics_alone(lit_llm, run, command):
     before = (run / "metrics.csv").read_bytes()
