@@ -67,6 +67,8 @@ class LastCheckpoint(Checkpoint):
         Raises:
             KeyboardInterrupt: After saving, when the run was interrupted.
         """
+        if trainer.fit_loop.epoch_loop._should_accumulate():
+            return
         self._agree(trainer)
         if trainer.global_step == self._saved_step or not self._is_due(trainer):
             return

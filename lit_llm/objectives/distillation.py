@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal
@@ -205,6 +206,7 @@ class Distillation(Objective):
     def inside(self, batch: Any, student: Tapped, teacher: Tapped) -> Tensor | float:
         """The distances inside the networks, summed over the batch's targets."""
         total: Tensor | float = 0.0
+        weights = functools.cache(lambda count: self.position_weights(batch, count))  # the same for every block
         for index, layer in enumerate(self._map):
             if self.hidden_weight:
                 mine, theirs = _positions(student.hidden[index]), _positions(teacher.hidden[layer])
@@ -214,12 +216,15 @@ class Distillation(Objective):
                         f"{index} sees {mine.shape[1]} and the teacher's {layer} sees {theirs.shape[1]}"
                     )
                 apart = (self.projections[index](mine).float() - theirs.float()).square().mean(dim=-1)
-                total = total + self.hidden_weight * (apart * self.position_weights(batch, apart.shape[1])).sum()
+                total = total + self.hidden_weight * (apart * weights(apart.shape[1])).sum()
             if self.attention_weight:
-                total = total + self.attention_weight * self._attention(batch, student, teacher, index, layer)
+                apart = self._attention_apart(student, teacher, index, layer)
+                total = total + self.attention_weight * (apart * weights(apart.shape[1])).sum()
         return total / max(len(self._map), 1)
 
-    def _attention(self, batch: Any, student: Tapped, teacher: Tapped, index: int, layer: int) -> Tensor:
+    def _attention_apart(
+        self, student: Tapped, teacher: Tapped, index: int, layer: int
+    ) -> Float[Tensor, "batch positions"]:
         if index not in student.attention or layer not in teacher.attention:
             raise ValueError("model.attention_weight must be 0 for networks without attention in blocks, but is not")
         mine, theirs = student.attention[index].float(), teacher.attention[layer].float()
@@ -229,10 +234,8 @@ class Distillation(Objective):
                 f"{mine.shape[1]} and the teacher's {layer} has {theirs.shape[1]}"
             )
         seen = (mine > UNSEEN) & (theirs > UNSEEN)
-        apart = (mine.where(seen, 0) - theirs.where(seen, 0)).square().sum(dim=(1, 3)) / seen.sum(dim=(1, 3)).clamp(
-            min=1
-        )
-        return (apart * self.position_weights(batch, apart.shape[1])).sum()
+        apart = (mine.where(seen, 0) - theirs.where(seen, 0)).square()
+        return apart.sum(dim=(1, 3)) / seen.sum(dim=(1, 3)).clamp(min=1)
 
 
 def _positions(hidden: Tensor) -> Float[Tensor, "batch positions width"]:
