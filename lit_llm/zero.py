@@ -22,9 +22,9 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 from torch.optim import SGD, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
+from lit_llm.async_checkpoints import AsyncCheckpointIO
 from lit_llm.checkpoint_files import (
     FOLDER,
-    AsyncCheckpointIO,
     plain_errors,
     read_checkpoint,
     require_whole,

@@ -12,12 +12,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from lit_llm.async_checkpoints import AsyncCheckpointIO, snapshot
 from lit_llm.checkpoint_files import (
-    AsyncCheckpointIO,
     AtomicCheckpointIO,
     Shares,
     read_checkpoint,
-    snapshot,
     write_sealed,
 )
 from lit_llm.checkpoints import load_model

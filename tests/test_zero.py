@@ -12,9 +12,10 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy
 from torch import nn
 
+from lit_llm.async_checkpoints import AsyncCheckpointIO
 from lit_llm.callbacks.pruning import Pruning
 from lit_llm.callbacks.spike_recovery import SpikeRecovery
-from lit_llm.checkpoint_files import AsyncCheckpointIO, AtomicCheckpointIO, Shares, read_checkpoint
+from lit_llm.checkpoint_files import AtomicCheckpointIO, Shares, read_checkpoint
 from lit_llm.cli.errors import one_line
 from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.objectives.exact_steps import PART_SCALE

@@ -67,7 +67,8 @@ class GLUEData(ExampleData):
 
     Example:
         >>> folder = Path(__import__("tempfile").mkdtemp())
-        >>> _ = (folder / "x.csv").write_text("text,label\\n" + "good,yes\\nbad,no\\n" * 20)
+        >>> rows = "".join(f"good {n},yes\\nbad {n},no\\n" for n in range(20))
+        >>> _ = (folder / "x.csv").write_text("text,label\\n" + rows)
         >>> data = GLUEData(path=str(folder / "x.csv"), tokenizer="bert-bpe-260", batch_size=4)
         >>> data.prepare_data(); data.setup("fit")
         >>> data.class_names, sorted(next(iter(data.train_dataloader())))

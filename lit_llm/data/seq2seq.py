@@ -64,7 +64,7 @@ class Seq2SeqData(LightningDataModule):
     Example:
         >>> from pathlib import Path
         >>> path = Path(__import__("tempfile").mkdtemp()) / "x.csv"
-        >>> _ = path.write_text("source,target\\n" + "eins,one\\nzwei,two\\n" * 20)
+        >>> _ = path.write_text("source,target\\n" + "".join(f"eins {n},one {n}\\n" for n in range(40)))
         >>> data = Seq2SeqData(path=str(path), tokenizer="t5-bpe-360", batch_size=4)
         >>> data.prepare_data(); data.setup("fit")
         >>> sorted(next(iter(data.train_dataloader())))
