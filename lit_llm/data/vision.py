@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Any, Literal
 
@@ -223,13 +224,17 @@ class VisionData(ExampleData):
             known, channels = self._processor_of_network(), self.channels
             size = self.image_size and (self.image_size, self.image_size)
         size, channels = size or (known and known.shape[1:]), channels or (known and known.shape[0])
-        name = cache_name(images=identity, column=self._image, splits=list(tables), size=size, channels=channels)
-        folder = cache_folder() / "images" / name
+        what = {"images": identity, "column": self._image, "splits": list(tables)}
+        folder = cache_folder() / "images" / cache_name(**what, size=size, channels=channels)
         encoded = {
             split: rows.cast_column(self._image, Image(decode=False)).select_columns([self._image])
             for split, rows in tables.items()
         }
         self.cache = ImageCache.open(folder) or build_image_cache(folder, encoded, size, channels)
+        shape = self.cache.shape
+        same = folder.with_name(cache_name(**what, size=shape[1:], channels=shape[0]))
+        with contextlib.suppress(OSError):  # who asks for what was found out here, as `predict` does, finds it decoded
+            same.symlink_to(folder.name)
         found = {}
         for split, rows in tables.items():
             places, names = self.cache.places(split), image_names(rows, self._image)

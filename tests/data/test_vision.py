@@ -305,6 +305,14 @@ def test_a_broken_image_is_named_and_refused_or_skipped(folder, caplog) -> None:
         assert np.array_equal(data.images("train", [row])[0], pixels_of(data, "train", row))
 
 
+def test_who_asks_for_what_was_found_out_finds_it_decoded(tmp_path, caplog) -> None:
+    folder = str(tree(tmp_path, {"cat": 6, "dog": 6}))
+    caplog.set_level("INFO")
+    first, asked = (made(path=folder, validation_fraction=0.5, **o) for o in ({}, {"image_size": 6, "channels": 1}))
+    assert np.array_equal(asked.cache.pixels, first.cache.pixels)
+    assert caplog.text.count("Decoded 12 images") == 1
+
+
 def test_mixed_sizes_and_modes_become_one(tmp_path) -> None:
     tree(tmp_path, {"a": 4, "b": 4})
     noise(50, 9, 12, "RGB").save(tmp_path / "a" / "large.png")
