@@ -232,7 +232,7 @@ class TextClasses(Classes):
     def logits(self, requests: list[TextRequest]) -> torch.Tensor:
         """As a data module makes them: cut to what the network reads, padded to the longest."""
         paired = [request.text_pair is not None for request in requests]
-        longest = getattr(self.network, "max_seq_len", None) or self.tokenizer.model_max_length
+        longest = getattr(self.network, "max_seq_len", None) or min(self.tokenizer.model_max_length, MAX_TOKENS)
         device = next(self.network.parameters()).device
         found: dict[int, torch.Tensor] = {}
         for with_pair in set(paired):  # a second text, where only some have one

@@ -14,6 +14,7 @@ from fastapi import HTTPException
 from litserve.specs.openai import ChatCompletionRequest
 from pydantic import ValidationError
 
+from lit_llm import serving
 from lit_llm.checkpoints import save_model
 from lit_llm.data.chat import prompt_ids, turn_ends, with_template
 from lit_llm.data.image_processor import ImageProcessor
@@ -149,8 +150,12 @@ def test_what_would_be_passed_over_is_refused(talker: Chat, fields: dict[str, An
     assert refused.value.detail.startswith(message)
 
 
-def classifier(tmp_path: Path, num_classes: int = 3) -> TextClasses:
-    network = PretrainedClassifier(num_classes, config=BERT)
+FUNNEL = {"model_type": "funnel", "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "block_sizes": [1]}
+"""An encoder that reads texts of any length."""
+
+
+def classifier(tmp_path: Path, num_classes: int = 3, config: dict[str, Any] = BERT) -> TextClasses:
+    network = PretrainedClassifier(num_classes, config=config | {"vocab_size": 20})
     with torch.no_grad():
         for p in network.parameters():
             p += 0.3 * torch.randn_like(p)
@@ -177,6 +182,23 @@ def test_texts_and_pairs_are_classed_together_as_each_alone(tmp_path: Path) -> N
     expected = endpoint.network(**tokens)[0].softmax(-1)
     np.testing.assert_allclose(list(together[1]["probabilities"].values()), expected.tolist(), atol=1e-5)
     assert len({round(answer["probabilities"]["no"], 4) for answer in together}) == 3
+
+
+def test_a_network_without_a_longest_text_reads_one_up_to_a_bound(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = classifier(tmp_path, config=FUNNEL)
+    assert endpoint.network.max_seq_len is None
+    answers = [endpoint.predict(TextRequest(text="a b c " * n)) for n in (3, 30)]
+    monkeypatch.setattr(serving, "MAX_TOKENS", 9)
+    assert [endpoint.predict(TextRequest(text="a b c " * n)) for n in (3, 30)] == [answers[0]] * 2 != answers
+
+
+def test_no_request_copies_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    endpoint = classifier(tmp_path)
+    copied = lambda *args: pytest.fail("copied")  # noqa: E731
+    monkeypatch.setattr(type(endpoint.tokenizer), "__deepcopy__", copied, raising=False)
+    assert endpoint.predict(TextRequest(text="a b"))["label"] in endpoint.network.class_names
 
 
 def test_a_regression_gives_a_value(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterator
 
@@ -26,7 +25,8 @@ class Collation:
         texts: The text of each, or the first of two.
         pairs: The second text of each; `None` where there is one.
         labels: Index of the class or value of each; `None` where there are none.
-        tokenizer: Any fast tokeniser; it puts its own marks around and between texts.
+        tokenizer: Any fast tokeniser; it puts its own marks around and between texts. Cutting becomes a state of it, so
+            where others would see that, it must be a copy.
         max_seq_len: Tokens after which an example is cut, marks included; of two texts the longer one is.
 
     Attributes:
@@ -48,7 +48,6 @@ class Collation:
         max_seq_len: int,
     ) -> None:
         ids, types, lengths = [np.zeros(0, np.int32)], [np.zeros(0, np.uint8)], [0]
-        tokenizer = copy.deepcopy(tokenizer)  # cutting is a state of it that others should not see
         with_types, num_cut = "token_type_ids" in tokenizer.model_input_names, 0
         for start in range(0, len(texts), CHUNK):
             encoded = tokenizer(

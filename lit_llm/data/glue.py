@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import tempfile
 from dataclasses import asdict
@@ -244,7 +245,8 @@ class GLUEData(ExampleData):
 
     def _make_readable(self, split: Split) -> Collation:
         texts, pair = split.column(self.columns.text), self.columns.text_pair
-        return Collation(texts, split.column(pair) if pair else None, split.labels, self.tokenizer, self.max_seq_len)
+        pairs, tokenizer = split.column(pair) if pair else None, copy.deepcopy(self.tokenizer)
+        return Collation(texts, pairs, split.labels, tokenizer, self.max_seq_len)
 
     def _lengths(self, readable: Collation) -> np.ndarray | None:
         return readable.lengths if self.length_grouping else None

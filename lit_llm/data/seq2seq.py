@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from typing import Any
 
@@ -240,9 +241,9 @@ class Seq2SeqData(LightningDataModule):
 
     def _loader(self, name: str, seed: int | None = None) -> BatchLoader:
         if name not in self._collations:
-            limits = (self.max_source_len, self.max_target_len)
+            limits, tokenizer = (self.max_source_len, self.max_target_len), copy.deepcopy(self.tokenizer)
             self._collations[name] = tuple(
-                Collation(self.splits[name].column(column), None, None, self.tokenizer, limit)
+                Collation(self.splits[name].column(column), None, None, tokenizer, limit)
                 for column, limit in zip(self.columns, limits, strict=True)
             )
         sources, targets = self._collations[name]

@@ -15,7 +15,7 @@ from lit_llm.data import glue
 from lit_llm.data.augmentation import TextAugmentation
 from lit_llm.data.glue import GLUEData
 from lit_llm.data.glue_tasks import TASKS
-from lit_llm.data.tokenizer import train_bert_bpe
+from lit_llm.data.tokenizer import fingerprint, train_bert_bpe
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.regression import Regression
 from tests.writing import exactly, prose
@@ -328,6 +328,13 @@ def test_a_trained_tokenizer_is_trained_once(table, monkeypatch) -> None:
     first = made(path=table).tokenizer
     monkeypatch.setattr(glue, "training_of", lambda spec: lambda texts: pytest.fail("trained again"))
     assert made(path=table).tokenizer.get_vocab() == first.get_vocab()
+
+
+def test_cutting_leaves_the_tokenizer_as_it_was(table) -> None:
+    data = made(path=table, max_seq_len=10)
+    before = fingerprint(data.tokenizer)
+    next(iter(data.train_dataloader()))
+    assert fingerprint(data.tokenizer) == before
 
 
 def test_a_checkpoint_of_other_classes_or_tokens_is_refused(table, tmp_path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lit_llm.data.seq2seq import Seq2SeqData
+from lit_llm.data.tokenizer import fingerprint
 from tests.writing import exactly, pairs
 
 
@@ -47,9 +48,12 @@ def test_a_batch_is_the_tables_texts_with_the_end_after_each(tmp_path: Path) -> 
 
 def test_long_texts_are_cut_before_their_end_token(tmp_path: Path) -> None:
     path = table(tmp_path, source=["one two three four " * 9] * 20, target=["five six " * 9] * 20)
-    batch = next(iter(opened(path, max_source_len=7, max_target_len=5).train_dataloader()))
+    data = opened(path, max_source_len=7, max_target_len=5)
+    before = fingerprint(data.tokenizer)
+    batch = next(iter(data.train_dataloader()))
     assert (batch["input_ids"].shape, batch["labels"].shape) == ((4, 7), (4, 5))
     assert set(batch["input_ids"][:, -1].tolist()) == set(batch["labels"][:, -1].tolist()) == {1}
+    assert fingerprint(data.tokenizer) == before
 
 
 def test_columns_are_found_or_named(tmp_path: Path) -> None:
