@@ -130,9 +130,9 @@ def build_image_cache(
         for (name, count), first in zip(counts.items(), np.cumsum([0, *counts.values()]).tolist())
         for start in range(0, count, CHUNK)
     ]
-    with _processes(sum(counts.values())) as share:
+    with _processes(splits) as share:
         if size is None or channels is None:
-            looks = {look for found in share(partial(_look, splits), tasks) for look in found}
+            looks = {look for found in share(_look, tasks) for look in found}
             sizes = {(look.height, look.width) for look in looks}
             size = size or (next(iter(sizes)) if len(sizes) == 1 else (USUAL_SIZE, USUAL_SIZE))
             channels = channels or (1 if looks and all(look.grey for look in looks) else 3)
@@ -142,7 +142,7 @@ def build_image_cache(
                 _reserve(file.fileno(), total * int(np.prod(shape)))
             contents, sums = np.zeros(total, np.uint64), np.zeros((total, channels, 2), np.uint64)
             broken: list[tuple[str, int, str]] = []
-            decode = partial(_decode, splits, new / "pixels", shape, total)
+            decode = partial(_decode, file=new / "pixels", shape=shape, total=total)
             for (name, start, place), done in zip(tasks, share(decode, tasks), strict=True):
                 contents[place : place + len(done.contents)], sums[place : place + len(done.sums)] = done[:2]
                 broken += [(name, start + row, reason) for row, reason in done.broken]
@@ -159,18 +159,40 @@ def build_image_cache(
 
 
 class _processes:
-    """Maps a function over tasks in order, by several processes where it is worth it."""
+    """Maps a function of tables and a task over tasks in order, by several processes where it is worth it.
 
-    def __init__(self, num_images: int) -> None:
+    Each process is given the tables once: paths of a million images are not to come with every task.
+    """
+
+    def __init__(self, splits: dict[str, Dataset]) -> None:
         available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self.pool = ProcessPoolExecutor(available) if num_images > ALONE and available > 1 else None
+        several = sum(map(len, splits.values())) > ALONE and available > 1
+        self.splits = splits
+        self.pool = ProcessPoolExecutor(available, initializer=_keep, initargs=(splits,)) if several else None
 
     def __enter__(self) -> Callable[..., Iterator[Any]]:
-        return map if self.pool is None else self.pool.map
+        return self._share
 
     def __exit__(self, *error: object) -> None:
         if self.pool is not None:
             self.pool.shutdown(cancel_futures=True)
+
+    def _share(self, function: Callable[..., Any], tasks: list[Any]) -> Iterator[Any]:
+        if self.pool is None:
+            return map(partial(function, self.splits), tasks)
+        return self.pool.map(partial(_of_kept, function), tasks)
+
+
+_kept: dict[str, Dataset] = {}
+"""The tables, in a process that shares the work."""
+
+
+def _keep(splits: dict[str, Dataset]) -> None:
+    _kept.update(splits)
+
+
+def _of_kept(function: Callable[..., Any], task: Any) -> Any:
+    return function(_kept, task)
 
 
 def _reserve(file: int, size: int) -> None:
@@ -210,7 +232,7 @@ class _Decoded(NamedTuple):
 
 
 def _decode(
-    splits: dict[str, Dataset], file: Path, shape: tuple[int, int, int], total: int, task: tuple[str, int, int]
+    splits: dict[str, Dataset], task: tuple[str, int, int], file: Path, shape: tuple[int, int, int], total: int
 ) -> _Decoded:
     """Decodes a chunk into its place in the file."""
     chunk, broken = _encoded(splits, task), []

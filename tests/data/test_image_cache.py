@@ -1,5 +1,7 @@
 import errno
 import json
+import pickle
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,24 @@ def test_several_processes_make_what_one_makes(tmp_path: Path, monkeypatch: pyte
     for name in ("pixels", "contents", "sums"):
         assert np.array_equal(getattr(one, name), getattr(several, name))
     assert [one.manifest["broken"][0][:2]] == [several.manifest["broken"][0][:2]] == [["train", 4]]
+
+
+def test_tables_do_not_come_with_every_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    class Measured(ProcessPoolExecutor):
+        def submit(self, *work: Any) -> Any:
+            sizes.append(len(pickle.dumps(work)))
+            return super().submit(*work)
+
+    many = table(saved(tmp_path, [noise(0)]) * 100)
+    monkeypatch.setattr(image_cache, "ProcessPoolExecutor", Measured)
+    monkeypatch.setattr(image_cache, "ALONE", 1)
+    monkeypatch.setattr(image_cache, "CHUNK", 25)
+    monkeypatch.setattr(image_cache.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
+    assert build_image_cache(tmp_path / "cache", {"train": many}, None, None).shape == (1, 6, 6)
+    assert len(sizes) == 8  # 4 to look at, 4 to decode
+    assert max(sizes) < 1000 < len(pickle.dumps(many))
 
 
 @pytest.mark.parametrize(("sizes", "shape"), [([(5, 5), (5, 5)], (5, 5)), ([(5, 5), (5, 6)], (224, 224))])
