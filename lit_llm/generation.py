@@ -13,6 +13,9 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_HELD = 16
+"""Tokens of which no character became, after which they are given out: one has four bytes at most."""
+
 
 def choose(
     logits: Float[Tensor, "batch vocab"],
@@ -171,12 +174,15 @@ def steps(
 class Writing:
     """A text whose tokens come one by one: what each adds, without the bytes of a character that is not whole yet.
 
+    Only the last tokens are decoded again, so that a text takes time with its length, not with the square of it.
+    (`tokenizers.decoders.DecodeStream` fails on bytes that are no character where a tokeniser falls back on bytes.)
+
     Args:
         tokenizer: Of the tokens.
         tokens: Those that are there before.
 
     Attributes:
-        text: What has been given out.
+        tokens: All there are.
 
     Example:
         >>> from lit_llm.data.tokenizer import byte_tokenizer
@@ -188,20 +194,20 @@ class Writing:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] = ()) -> None:
         self.tokenizer, self.tokens = tokenizer, list(tokens)
-        self.text = tokenizer.decode(self.tokens) if tokens else ""
+        # The last tokens whose text was given out: decoders leave out the space of a first one.
+        self._start, self._end = 0, len(self.tokens)
 
     def add(self, token: int) -> str:
         """The text that the token adds, with what was held back before."""
         self.tokens.append(token)
-        text = self.tokenizer.decode(self.tokens)
-        if text.endswith("\ufffd"):
-            return ""
-        added, self.text = text[len(self.text) :], text
-        return added
+        unfinished = self.tokenizer.decode(self.tokens[self._start :]).endswith("\ufffd")
+        return "" if unfinished and len(self.tokens) - self._end < MAX_HELD else self.rest()
 
     def rest(self) -> str:
-        """What was held back and is not followed by the rest of its character."""
-        return self.tokenizer.decode(self.tokens)[len(self.text) :]
+        """What was held back, though it may not be followed by the rest of its character."""
+        before, text = (self.tokenizer.decode(self.tokens[self._start : end]) for end in (self._end, None))
+        self._start, self._end = self._end, len(self.tokens)
+        return text[len(before) :]
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:

@@ -142,19 +142,22 @@ class Completions(Endpoint):
             room = _room(self.network, ids, request.max_tokens)
             how = request.temperature, request.top_k, request.top_p, request.seed
             writings = [Writing(self.tokenizer, prompt[1:]) for prompt in ids]  # a space in front counts
-            texts, made = [""] * len(ids), [0] * len(ids)
+            made: list[list[int]] = [[] for _ in ids]
+            ends, longest = [""] * len(ids), max(map(len, stops), default=0)
             for new in steps(self.network, ids, room, *how, {first}):
                 for index, token in enumerate(new):
-                    if token is not None and not any(stop in texts[index] for stop in stops):
-                        texts[index] += writings[index].add(token)
-                        made[index] += 1
-                if stops and all(any(stop in text for stop in stops) for text in texts):
+                    if token is not None and not any(stop in ends[index] for stop in stops):
+                        made[index].append(token)
+                        if stops:
+                            ends[index] = ends[index][-longest:] + writings[index].add(token)
+                if stops and all(any(stop in end for stop in stops) for end in ends):
                     break
         choices = []
-        for index, (text, writing) in enumerate(zip(texts, writings, strict=True)):
-            whole = text + writing.rest()
+        for index, ([_, *prompt], tokens) in enumerate(zip(ids, made, strict=True)):
+            before, text = self.tokenizer.batch_decode([prompt, prompt + tokens])
+            whole = text[len(before) :]
             cut = "".join(until([whole], stops))
-            ended = made[index] < room or cut != whole
+            ended = len(tokens) < room or cut != whole
             choices.append({"index": index, "text": cut, "finish_reason": "stop" if ended else "length"})
         return {
             "id": f"cmpl-{uuid.uuid4().hex[:12]}",
@@ -162,7 +165,7 @@ class Completions(Endpoint):
             "created": int(time.time()),
             "model": request.model or self.model,
             "choices": choices,
-            "usage": _usage(sum(map(len, ids)), sum(made)),
+            "usage": _usage(sum(map(len, ids)), sum(map(len, made))),
         }
 
 

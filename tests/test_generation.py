@@ -2,8 +2,11 @@ from collections import Counter
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from lit_llm.generation import choose, generate, steps, until
+from lit_llm.data.tokenizer import byte_tokenizer, character_tokenizer, train_bert_uncased_bpe, train_bpe, train_t5_bpe
+from lit_llm.generation import MAX_HELD, Writing, choose, generate, steps, until
 from tests.writing import exactly
 
 PROMPTS = [[5], [3, 14, 15, 9, 2, 6], [1, 2, 3], [8, 8, 8, 8]]
@@ -162,6 +165,97 @@ def test_a_text_ends_where_a_stop_begins_however_it_is_cut(stops: list[str], tex
 
 def test_what_may_begin_a_stop_is_held_back_and_given_out_where_it_does_not() -> None:
     assert list(until(["on", "e t", "ea"], ["two"])) == ["on", "e ", "tea"]
+
+
+# A text whose tokens come one by one.
+
+WRITTEN = ["  the sea, and\tit's\n\n    green", "第3篇 山高月小，水落石出。", "é 😀👨‍👩‍👧 x😀 ", "a b</s>c "]
+
+
+def learnt(
+    model: models.Model, decoder: decoders.Decoder, trainer: trainers.Trainer, **parts
+) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoder
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    tokenizer.train_from_iterator(WRITTEN[:2], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", unk_token="<unk>")
+
+
+def sentencepiece() -> PreTrainedTokenizerFast:
+    """As T5's and ALBERT's."""
+    trainer = trainers.UnigramTrainer(
+        vocab_size=80, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+    )
+    space = pre_tokenizers.Metaspace()
+    return learnt(models.Unigram(), decoders.Metaspace(), trainer, pre_tokenizer=space)
+
+
+def sentencepiece_with_bytes() -> PreTrainedTokenizerFast:
+    """As Llama 2's: what it has not seen is bytes."""
+    marks = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=marks, show_progress=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    spaces = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    model = models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    return learnt(model, decoders.Sequence(steps), trainer, normalizer=spaces)
+
+
+def word_pieces() -> PreTrainedTokenizerFast:
+    """As BERT's."""
+    trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=["<unk>", "</s>"], show_progress=False)
+    words = pre_tokenizers.BertPreTokenizer()
+    return learnt(models.WordPiece(unk_token="<unk>"), decoders.WordPiece(), trainer, pre_tokenizer=words)
+
+
+TOKENIZERS = {
+    "bytes": byte_tokenizer,
+    "characters": lambda: character_tokenizer(WRITTEN),
+    "bpe": lambda: train_bpe(WRITTEN, 280),
+    "bert-uncased-bpe": lambda: train_bert_uncased_bpe(WRITTEN, 280),
+    "t5-bpe": lambda: train_t5_bpe(WRITTEN, 380),
+    "sentencepiece": sentencepiece,
+    "sentencepiece with bytes": sentencepiece_with_bytes,
+    "word pieces": word_pieces,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("known", [0, 4])
+def test_the_pieces_of_a_text_are_the_text_and_whole_characters(kind: str, known: int) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    for text in WRITTEN:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        while tokenizer.decode(ids[:known]).endswith("\ufffd"):
+            known += 1
+        writing = Writing(tokenizer, ids[:known])
+        pieces = [writing.add(token) for token in ids[known:]]
+        assert writing.rest() == ""
+        assert tokenizer.decode(ids[:known]) + "".join(pieces) == tokenizer.decode(ids)
+        assert "\ufffd" not in "".join(pieces)
+        assert writing.tokens == ids
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+def test_bytes_that_are_no_character_are_given_out_in_the_end(kind: str) -> None:
+    tokenizer = TOKENIZERS[kind]()
+    first = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("é")[0][0][0]  # a byte that another must follow
+    ids = [*tokenizer.encode("a"), *[tokenizer.convert_tokens_to_ids(first)] * 40, *tokenizer.encode("b😀")[:-1]]
+    writing = Writing(tokenizer)
+    pieces = [writing.add(token) for token in ids]
+    assert pieces[: MAX_HELD + 1] == ["a", *[""] * (MAX_HELD - 1), "\ufffd" * MAX_HELD]
+    assert "".join(pieces) + writing.rest() == tokenizer.decode(ids)
+
+
+def test_no_more_is_decoded_for_the_last_token_than_for_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, counts = byte_tokenizer(), []
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: counts.append(len(ids)) or decode(ids))
+    writing = Writing(tokenizer)
+    for token in tokenizer.encode("ab😀" * 50):
+        writing.add(token)
+    assert max(counts) <= 8  # two characters of four bytes
 
 
 def test_the_last_place_of_the_network_can_be_used_and_no_more(tiny_llama) -> None:

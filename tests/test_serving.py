@@ -82,6 +82,12 @@ def test_a_text_ends_before_a_stop(writer: Completions) -> None:
     assert choice == {"index": 0, "text": whole[: whole.index(stop)], "finish_reason": "stop"}
 
 
+def test_a_continuation_without_stops_is_decoded_once(writer: Completions, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = asked(writer, prompt="ab", max_tokens=9, seed=3)["choices"]
+    monkeypatch.setattr(serving.Writing, "add", lambda *args: pytest.fail("decoded token by token"))
+    assert asked(writer, prompt="ab", max_tokens=9, seed=3)["choices"] == expected
+
+
 def test_what_there_is_no_room_for_is_an_answer_of_status_400(writer: Completions) -> None:
     with pytest.raises(HTTPException) as refused:
         asked(writer, prompt="abc", max_tokens=61)

@@ -103,10 +103,11 @@ def generate(
         if streamed_after is None:
             return generation.generate(*how)
         writing = generation.Writing(tokenizer, streamed_after)
-        print(writing.text, end="", flush=True)
+        print(tokenizer.decode(streamed_after), end="", flush=True)
         for [token] in generation.steps(*how):
             if token is not None:
                 print(writing.add(token), end="", flush=True)
+        print(writing.rest(), end="", flush=True)
         return [writing.tokens[len(streamed_after) :]]
 
     told = [{"role": "system", "content": system}] if system is not None else []

@@ -36,8 +36,14 @@ def test_several_prompts_are_continued_as_each_alone(lit_llm, model):
 
 def test_streaming_writes_the_same_text(lit_llm, model):
     words = ["generate", "--model", model, "--prompt", "é", "--temperature", "0", "--max_new_tokens", "20"]
-    whole, streamed = lit_llm(*words).out, lit_llm(*words, "--stream").out
-    assert streamed.rstrip("\n") == whole.rstrip("\n").rstrip("\ufffd") or streamed == whole
+    assert lit_llm(*words, "--stream").out == lit_llm(*words).out
+
+
+def test_a_character_that_is_never_finished_is_written_too(lit_llm, model, monkeypatch):
+    tokens = byte_tokenizer().encode("b😀")[:-1]
+    monkeypatch.setattr("lit_llm.generation.steps", lambda *options: ([token] for token in tokens))
+    words = ["generate", "--model", model, "--prompt", "a"]
+    assert lit_llm(*words, "--stream").out == lit_llm(*words).out == "ab\ufffd\n"
 
 
 def test_by_default_it_writes_what_the_model_has_room_for(lit_llm, model):
