@@ -233,9 +233,9 @@ class TextClasses(Classes):
         return request
 
     def logits(self, requests: list[TextRequest]) -> torch.Tensor:
-        """As a data module makes them: cut to what the network reads, padded to the longest."""
+        """As a data module makes them: cut where training did, or to what the network reads, padded to the longest."""
         paired = [request.text_pair is not None for request in requests]
-        longest = getattr(self.network, "max_seq_len", None) or min(self.tokenizer.model_max_length, MAX_TOKENS)
+        longest = min(getattr(self.network, "max_seq_len", None) or MAX_TOKENS, self.tokenizer.model_max_length)
         device = next(self.network.parameters()).device
         found: dict[int, torch.Tensor] = {}
         for with_pair in set(paired):  # a second text, where only some have one

@@ -200,6 +200,14 @@ def test_a_network_without_a_longest_text_reads_one_up_to_a_bound(
     assert [endpoint.predict(TextRequest(text="a b c " * n)) for n in (3, 30)] == [answers[0]] * 2 != answers
 
 
+def test_a_text_is_cut_where_training_cut_it(tmp_path: Path) -> None:
+    endpoint = classifier(tmp_path)
+    long, short = TextRequest(text="a b c d " * 5), TextRequest(text="a b c d a b c")
+    assert endpoint.predict(long) != endpoint.predict(short)
+    endpoint.tokenizer.model_max_length = 9  # as a model directory says it, of a run with this max_seq_len
+    assert endpoint.predict(long) == endpoint.predict(short)
+
+
 def test_no_request_copies_the_tokenizer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     endpoint = classifier(tmp_path)
     copied = lambda *args: pytest.fail("copied")  # noqa: E731

@@ -120,6 +120,7 @@ def test_a_run_has_the_tokeniser_of_what_it_started_from_ever_after(lit_llm, rev
         assert outcome.code == 0, outcome.err
         assert "The head is new" not in outcome.err
     assert (second / "model/tokenizer.json").is_file()
+    assert json.loads((second / "model/tokenizer_config.json").read_text())["model_max_length"] == 32
 
 
 @pytest.mark.parametrize(
