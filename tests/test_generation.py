@@ -298,7 +298,7 @@ def test_the_network_stays_in_the_mode_it_was_in(tiny_llama, training: bool) -> 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": -0.5}, "temperature must be at least 0, but is -0.5"),
+        ({"temperature": -0.5}, "temperature must be finite and at least 0, but is -0.5"),
         ({"top_k": 0}, "top_k must be at least 1, but is 0"),
         ({"top_p": 0.0}, "top_p must be in (0, 1], but is 0.0"),
         ({"top_p": 1.5}, "top_p must be in (0, 1], but is 1.5"),

@@ -54,7 +54,7 @@ def test_by_default_it_writes_what_the_model_has_room_for(lit_llm, model):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--temperature", "-1"], "temperature must be at least 0, but is -1.0"),
+        (["--temperature", "-1"], "temperature must be finite and at least 0, but is -1.0"),
         (["--top_p", "0"], "top_p must be in (0, 1], but is 0.0"),
         (["--top_k", "0"], "top_k must be at least 1, but is 0"),
         (
