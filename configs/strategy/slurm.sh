@@ -1,6 +1,6 @@
 #!/bin/bash
 # A run on a SLURM cluster: sbatch configs/strategy/slurm.sh --config RUN.yaml --config configs/strategy/fsdp.yaml
-# Before its time is over, or where it has to give way, it saves; then it is queued again and goes on where it was.
+# When its time is nearly up or it is preempted, the run saves, is queued again and resumes where it stopped.
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=8
 #SBATCH --gpus-per-node=8
@@ -16,6 +16,6 @@ else
 fi
 srun --kill-on-bad-exit=0 --wait=120 lit-llm fit "${words[@]}"
 code=$?
-# 130: interrupted, and saved. All processes are let end, so that none is killed while another still saves.
+# 130: interrupted and saved. All processes may finish, so that none is killed while another is still saving.
 if [ "$code" = 130 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
