@@ -58,13 +58,13 @@ class CompletionRequest(Request):
     """As OpenAI's, with `top_k`; several prompts are continued together."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] = Field(examples=["def read_file("])
-    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="128, or what the model has room for")
+    max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="128, or what the context allows")
     temperature: float = Field(0.8, ge=0)
     top_k: int | None = Field(None, ge=1)
     top_p: float = Field(0.95, gt=0, le=1)
     seed: int | None = None
     stop: NotEmpty | list[NotEmpty] = []
-    model: str | None = Field(None, description="There is one; what is said here comes back")
+    model: str | None = Field(None, description="Ignored, and returned as given: there is only one model")
     stream: Literal[False] = False
 
 
@@ -78,7 +78,7 @@ class TextRequest(Request):
 class ImageRequest(Request):
     """An image to be classed."""
 
-    image: str = Field(description=f"A file, one of {', '.join(FORMATS)}, in base64")
+    image: str = Field(description=f"An image file ({', '.join(FORMATS)}) in base64")
 
     @field_validator("image")
     @classmethod

@@ -57,7 +57,7 @@ class LastCheckpoint(Checkpoint):
     def _on_interrupt(self, number: int, frame: Any) -> None:
         self._interrupted = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        log.info("Interrupted: saving after this step. Once more stops at once.")
+        log.info("Interrupted: saving after this step. Interrupt again to stop immediately.")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

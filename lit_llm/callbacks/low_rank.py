@@ -76,7 +76,7 @@ class LowRank(Callback):
         give_new_parameters(trainer.optimizers[0], pl_module.configure_optimizers()["optimizer"])
         self.finished = True
         forget_best(trainer)
-        log.info(f"Factorised: {after:,} parameters in place of {before:,}")
+        log.info(f"Factorised: {after:,} parameters instead of {before:,}")
 
     def state_dict(self) -> dict[str, Any]:
         """Whether it is done; how is in the network."""

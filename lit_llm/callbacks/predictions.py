@@ -145,7 +145,7 @@ class ExamplePredictions(PredictionTable):
             values = (f"{min(max(value, low), high):.3f}" for value in best)
             says = {"index": best, "name": map(name, best), "value": values}
             write_table(path, ["index", "prediction"], list(zip(rows, says[submission.labels])), delimiter="\t")
-            log.info(f"For the board: {path}")
+            log.info(f"Submission file: {path}")
 
 
 class GeneratedTexts(PredictionTable):
@@ -202,7 +202,7 @@ def set_apart(lines: list[dict[str, Any]], added: list[str]) -> list[dict[str, A
     """Rows whose columns have other names than those which are to be added."""
     names = {name: f"{name} (source)" for name in (lines[0] if lines else ()) if name in added}
     if names:
-        log.info(f"Columns of the source that are called as predictions are written as {', '.join(names.values())}")
+        log.info(f"Renamed columns of the source that clash with predictions: {', '.join(names.values())}")
     return [{names.get(name, name): value for name, value in line.items()} for line in lines]
 
 

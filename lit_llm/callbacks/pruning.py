@@ -189,7 +189,7 @@ class Pruning(KeepZeros):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Says so where the run was over before the pruning."""
         if not self.finished:
-            log.warning(f"The run stopped at step {trainer.global_step}, before all was pruned that was to be")
+            log.warning(f"The run stopped at step {trainer.global_step}, before pruning was complete")
 
     def state_dict(self) -> dict[str, Any]:
         """Whether the pruning is over; what is pruned is in the network."""

@@ -87,7 +87,7 @@ class QuantizationAwareTraining(Callback):
         if not own and step_at(self.delay, total) <= step < total:
             self.fake.apply(network)
             forget_best(trainer)
-            log.info(f"Weights are rounded from step {step} on, by {self.fake.class_path.rpartition('.')[2]}")
+            log.info(f"Weights are quantised from step {step} on, by {self.fake.class_path.rpartition('.')[2]}")
         elif own and not own[0]["form"]["frozen"] and step_at(self.freeze, total) <= step < total:
             freeze_scales(network)
-            log.info(f"Scales stay as they are from step {step} on")
+            log.info(f"Scales are frozen from step {step} on")

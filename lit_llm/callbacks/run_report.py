@@ -118,7 +118,7 @@ class RunReport(Callback):
         if best.exists() or (shared_out and last.exists()):
             network, _ = read_adapted(best if best.exists() else last)
         elif shared_out:
-            log.info("No model directory: the weights are shared out over devices, and there is no checkpoint")
+            log.info("No model directory: the weights are sharded over devices, and there is no checkpoint")
             return
         else:
             changes = adaptation is not None or records_of(pl_module.evaluated)

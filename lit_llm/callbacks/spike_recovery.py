@@ -149,7 +149,7 @@ class SpikeRecovery(Callback):
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         skipped, run, seen = torch.stack([self.skipped, self.run, self.seen]).tolist()
         if news := skipped - self._skipped_before:
-            log.info(f"Step {trainer.global_step}: {news} steps with an outlying loss or gradient were not taken")
+            log.info(f"Step {trainer.global_step}: {news} steps with an outlying loss or gradient were skipped")
             for logger in trainer.loggers:
                 logger.log_metrics({"train/skipped_steps": float(skipped)}, step=trainer.global_step)
         self._skipped_before = skipped
@@ -179,7 +179,7 @@ class SpikeRecovery(Callback):
         for group, rate in zip(groups, rates, strict=True):
             group["lr"] = rate  # the schedule goes on
         self.run = torch.zeros_like(self.run)
-        log.info(f"Step {step}: the loss did not return, so the weights of step {checkpoint['global_step']} do")
+        log.info(f"Step {step}: the loss did not recover; returning to step {checkpoint['global_step']}")
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen, and how often steps were skipped."""

@@ -18,24 +18,24 @@ from lit_llm.cli.lean_import import import_torchmetrics
 from lit_llm.cli.quiet import quieten
 
 COMMANDS = {
-    "fit": ("lit_llm.cli.training", "train a network: pre-train, fine-tune"),
-    "validate": ("lit_llm.cli.training", "measure a checkpoint on the validation split"),
-    "test": ("lit_llm.cli.training", "measure a checkpoint on the test split"),
-    "predict": ("lit_llm.cli.training", "write what a checkpoint says of each item"),
-    "plan": ("lit_llm.cli.plan", "say beforehand what a run will need: memory, time, energy, cost"),
+    "fit": ("lit_llm.cli.training", "train a network: pre-training or fine-tuning"),
+    "validate": ("lit_llm.cli.training", "evaluate a checkpoint on the validation split"),
+    "test": ("lit_llm.cli.training", "evaluate a checkpoint on the test split"),
+    "predict": ("lit_llm.cli.training", "write a checkpoint's predictions to a table"),
+    "plan": ("lit_llm.cli.plan", "estimate what a run will need: memory, time, energy, cost"),
     "generate": ("lit_llm.cli.generate", "continue prompts with a trained language model"),
-    "serve": ("lit_llm.cli.serve", "answer HTTP requests with a trained model"),
-    "evaluate": ("lit_llm.cli.evaluate", "score a language model at the tasks of lm-eval"),
-    "compress": ("lit_llm.cli.compress", "make a trained model smaller and faster, and say what it cost"),
-    "export": ("lit_llm.cli.export", "write a trained network as one file for serving: ONNX, torch.export"),
-    "sweep": ("lit_llm.cli.sweep", "search what a W&B sweep file describes, on this machine"),
-    "compare": ("lit_llm.cli.compare", "put runs side by side: mean and spread over seeds, tests, curves"),
+    "serve": ("lit_llm.cli.serve", "serve a trained model over HTTP"),
+    "evaluate": ("lit_llm.cli.evaluate", "score a language model on lm-eval tasks"),
+    "compress": ("lit_llm.cli.compress", "make a trained model smaller and faster, and report the cost"),
+    "export": ("lit_llm.cli.export", "export a trained network to one file for serving: ONNX, torch.export"),
+    "sweep": ("lit_llm.cli.sweep", "run a W&B sweep file on this machine"),
+    "compare": ("lit_llm.cli.compare", "compare runs: mean and spread over seeds, tests, curves"),
     "tokenizer": ("lit_llm.cli.tokenizer", "train a tokeniser on a corpus"),
 }
 
 HELP = f"""usage: lit-llm COMMAND [options]
 
-Build large models from zero: raw data, architecture, pre-training, fine-tuning, evaluation, compression.
+Build large models from scratch: raw data, architecture, pre-training, fine-tuning, evaluation, compression.
 
 commands:
 {chr(10).join(f"  {name:<11}{text}" for name, (_, text) in COMMANDS.items())}
@@ -43,14 +43,15 @@ commands:
 examples:
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --data.path my_texts/ --trainer.max_steps 200
-  lit-llm fit --run_dir runs/llama_stdlib/2026-01-31_12-00-00 --ckpt_path last    # go on
+  lit-llm fit --run_dir runs/llama_stdlib/2026-01-31_12-00-00 --ckpt_path last    # resume
   lit-llm generate --model runs/llama_stdlib/2026-01-31_12-00-00/model --prompt "def main("
 
 options:
-  -h, --help     this; `lit-llm COMMAND --help` explains a command
+  -h, --help     show this help; `lit-llm COMMAND --help` explains a command
   --version      print the version
 
-LIT_LLM_TRACEBACK=1 shows the traceback of an error, LIT_LLM_CACHE=DIR moves the token caches.
+LIT_LLM_TRACEBACK=1 shows the traceback of an error.
+LIT_LLM_CACHE=DIR moves all caches (tokens, images, tables, tokenisers, teachers' outputs) from ~/.cache/lit-llm.
 """
 
 
@@ -86,7 +87,7 @@ def main(args: list[str] | None = None) -> None:
             module.run(words)
     except KeyboardInterrupt:
         if words[0] in ("sweep", "compress"):
-            print("Stopped: the same command goes on where it was.", file=sys.stderr)
+            print("Stopped: run the same command again to resume.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         from lit_llm.cli.errors import one_line

@@ -45,17 +45,17 @@ def run(words: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineArguments(
         prog="lit-llm compare",
-        description="Put finished runs side by side. Runs that differ by their seed only are one setting: "
-        "OUT/compare.md has its mean and standard deviation, and a paired t-test by seed against the first setting; "
-        "OUT/compare.csv has each run; OUT/learning_curves.png draws all of them.",
+        description="Compare finished runs. Runs that differ only in their seed are grouped as one setting: "
+        "OUT/compare.md lists its mean and standard deviation, and a paired t-test by seed against the first setting; "
+        "OUT/compare.csv lists every run; OUT/learning_curves.png plots all settings.",
         epilog="examples: lit-llm compare runs/muon/* runs/adamw/* --out reports/muon; "
         "lit-llm compare sweeps/lr --out sweeps/lr/compared",
     )
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders, or folders of a sweep")
-    parser.add_argument("--out", required=True, type=Path, help="the only folder that is written to")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="run folders or sweep folders")
+    parser.add_argument("--out", required=True, type=Path, help="folder for all output")
     parser.add_argument(
         "--metric",
-        help="what to compare by (default: val/bits_per_byte where all have it, or else what chose the best)",
+        help="metric to compare (default: val/bits_per_byte if all runs have it, else the one that chose the best)",
     )
     return parser
 
@@ -218,7 +218,7 @@ def grouped(runs: Iterable[Finished]) -> list[Group]:
     for run in runs:
         group = groups.setdefault(run.setting, Group())
         if run.seed in group.runs:
-            log.info(f"{run.folder} is left out: {group.runs[run.seed].folder} has its settings and its seed")
+            log.info(f"Ignoring {run.folder}: {group.runs[run.seed].folder} has the same settings and seed")
         else:
             group.runs[run.seed] = run
     found = list(groups.values())
@@ -313,7 +313,7 @@ def draw_curves(path: Path, groups: list[Group], metric: str) -> None:
     from lit_llm.files import replacing
 
     if len(groups) > MOST_CURVES:
-        log.info(f"The picture has the first {MOST_CURVES} of {len(groups)} settings")
+        log.info(f"The picture shows the first {MOST_CURVES} of {len(groups)} settings")
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
     for group in groups[:MOST_CURVES]:

@@ -34,17 +34,17 @@ def run(words: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineArguments(
         prog="lit-llm compress",
-        description="Make a trained model smaller and faster, in the stages that a config names: methods of "
-        "compression, and trainings (to distil, to recover). Each stage is measured; one that loses too much ends the "
-        "chain, and the last good one is the result, in OUT/model. A command that was cut goes on where it stopped, "
-        "and so does a chain with more stages at its end, or another floor. "
-        "Other options, such as --data.path, go to each training and evaluation.",
+        description="Make a trained model smaller and faster through a chain of stages: compression methods and "
+        "training runs (to distil or to recover). Each stage is measured; one that loses too much ends the chain, and "
+        "the last good stage is the result, in OUT/model. An interrupted command resumes where it stopped, and so "
+        "does a chain that was extended with more stages or given a different floor. All other options, such as "
+        "--data.path, are passed to every training and evaluation.",
         epilog="example: lit-llm compress --config configs/compression/chain_llama.yaml "
         "--model runs/llama_stdlib/<time>/model --out runs/llama_small",
     )
-    parser.add_argument("--config", required=True, type=Path, help="the chain")
+    parser.add_argument("--config", required=True, type=Path, help="YAML file of the chain")
     parser.add_argument("--model", required=True, help="a model directory or a run folder")
-    parser.add_argument("--out", required=True, type=Path, help="the only folder that is written to")
+    parser.add_argument("--out", required=True, type=Path, help="folder for all output")
     return parser
 
 
@@ -66,7 +66,7 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
         raise ValueError(f"--model must be a model directory or a run folder with one, but is {model}")
     if before := records_of(original.network):
         names = ", ".join(record["class_path"].rpartition(".")[2] for record in before)
-        log.info(f"{model} has been compressed before, by {names}: it is measured from there")
+        log.info(f"{model} has already been compressed, by {names}; scores are relative to that")
     if methods[0] is not None:
         methods[0].chosen(original.network)
     claim(out, chain, model, original.folder, more)

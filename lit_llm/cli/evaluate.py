@@ -31,17 +31,17 @@ def run(words: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineArguments(
         prog="lit-llm evaluate",
-        description="Score a language model at the tasks of lm-eval (pip install 'lit-llm[evaluation]'). A task is one "
-        "that the harness knows by name, which may download its data, or a YAML file of your own, which need not.",
+        description="Score a language model on lm-eval tasks (pip install 'lit-llm[evaluation]'). A task is the name "
+        "of one of the harness's own tasks, which may download data, or a YAML file of yours, which need not.",
         epilog="example: lit-llm evaluate --model runs/llama_stdlib/<time>/model --tasks my_task.yaml hellaswag",
     )
     parser.add_argument("--model", required=True, help="a model directory, a run folder or a checkpoint file")
-    parser.add_argument("--tasks", required=True, nargs="+", help="names, or YAML files")
-    parser.add_argument("--limit", type=int, help="only the first examples of each task")
-    parser.add_argument("--num_fewshot", type=int, help="solved examples shown before each (default: the task's)")
-    parser.add_argument("--batch_size", type=int, default=8, help="rows read at once (default 8)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, …; by default the accelerator, if there is one")
-    parser.add_argument("--json", type=Path, help="file to write the scores to")
+    parser.add_argument("--tasks", required=True, nargs="+", help="names of tasks, or YAML files")
+    parser.add_argument("--limit", type=int, help="evaluate only this many examples of each task")
+    parser.add_argument("--num_fewshot", type=int, help="number of few-shot examples (default: the task's)")
+    parser.add_argument("--batch_size", type=int, default=8, help="rows per batch (default 8)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, …; default: the accelerator if there is one")
+    parser.add_argument("--json", type=Path, help="write the scores to this file")
     return parser
 
 

@@ -24,13 +24,13 @@ def run(words: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineArguments(
         prog="lit-llm export",
-        description="Write a trained network as one file for serving, by ONNX (pip install 'lit-llm[export]') or "
-        "torch.export: any number of rows, texts of any length that the network reads. Tokeniser, class names, image "
-        "normalisation and a README with a program that runs it lie beside the file. It is run again, and there only "
-        "if its logits are the network's.",
+        description="Export a trained network to one file for serving, with ONNX (pip install 'lit-llm[export]') or "
+        "torch.export. The file accepts any number of rows and texts of any length that the network supports. The "
+        "tokeniser, class names, image normalisation and a README with a program that runs the model are written next "
+        "to it. The exported file is run and kept only if its logits match the network's.",
         epilog="example: lit-llm export --model runs/llama_stdlib/<time> --out exported/llama",
     )
     parser.add_argument("--model", required=True, help="a model directory, a run folder or a checkpoint file")
     parser.add_argument("--out", required=True, type=Path, help="a new or empty folder")
-    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="what to write (default onnx)")
+    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="file format (default onnx)")
     return parser

@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from lit_llm.callbacks.learning_rate_finder import STEPS, LearningRateFinder
 
 HELP = (
-    "Instead of training, raise all learning rates together from step to step until the loss diverges, and suggest "
-    "some: lr_find.png and lr_find.csv in the run folder. A training that comes after is none the wiser."
+    "Run a learning-rate range test instead of training: raise all learning rates together step by step until the loss "
+    "diverges, and suggest rates (lr_find.png and lr_find.csv in the run folder). It does not affect a later training."
 )
 
 
@@ -40,7 +40,7 @@ def say(config: Any, trainer: Trainer) -> None:
     print(f"{'picture':<24}{trainer.default_root_dir}/lr_find.png")
     factor = finder.suggestion
     if factor is None:
-        print(f"{'suggested':<24}nothing: in {len(finder.losses)} steps the loss never fell")
+        print(f"{'suggested':<24}nothing: the loss never fell in {len(finder.losses)} steps")
         return
     print(f"{'suggested':<24}{factor:.3g} times the configured rates, where the loss falls fastest")
     print(f"{'to use it':<24}{shlex.join(flags(config, trainer.optimizers[0], factor))}")

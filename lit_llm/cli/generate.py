@@ -28,33 +28,36 @@ def run(words: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineArguments(
         prog="lit-llm generate",
-        description="Continue prompts with a trained language model. Several prompts are continued together. With "
-        "--chat a prompt is what a user says, and only the reply is printed; without one, lines are read until the "
-        "input ends, as one conversation.",
+        description="Continue prompts with a trained language model. Several prompts are batched. With --chat, a "
+        "prompt is a user's message and only the reply is printed; --chat without a prompt reads lines from the "
+        "standard input as one conversation.",
         epilog='examples: lit-llm generate --model runs/llama_stdlib/<time>/model --prompt "def main(" --seed 1; '
         "lit-llm generate --model runs/llama_instructions/<time> --chat",
     )
     parser.add_argument("--model", required=True, help="a model directory, a run folder or a checkpoint file")
-    parser.add_argument("--prompt", action="append", help="text to continue; may be given many times")
-    parser.add_argument("--chat", action="store_true", help="converse, by the chat template of the model's tokeniser")
-    parser.add_argument("--system", help="with --chat: what the model is told before the conversation")
+    parser.add_argument("--prompt", action="append", help="text to continue; can be given several times")
+    parser.add_argument("--chat", action="store_true", help="chat, using the chat template of the model's tokeniser")
+    parser.add_argument("--system", help="system prompt of --chat")
     parser.add_argument(
-        "--max_new_tokens", type=int, help="most tokens added to each (default 128, or what the model has room for)"
+        "--max_new_tokens", type=int, help="maximum number of new tokens (default 128, or what the context allows)"
     )
     parser.add_argument(
-        "--temperature", type=float, default=0.8, help="0 takes the likeliest token each time (default 0.8)"
+        "--temperature", type=float, default=0.8, help="sampling temperature; 0 is greedy (default 0.8)"
     )
-    parser.add_argument("--top_k", type=int, help="draw only from this many of the likeliest tokens")
+    parser.add_argument("--top_k", type=int, help="sample from only this many of the most likely tokens")
     parser.add_argument(
-        "--top_p", type=float, default=0.95, help="draw only from the likeliest that share this probability (0.95)"
+        "--top_p",
+        type=float,
+        default=0.95,
+        help="sample from the smallest set of tokens with this total probability (default 0.95)",
     )
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument(
         "--stream",
         action=argparse.BooleanOptionalAction,
-        help="write tokens as they come (default: with one prompt on a terminal)",
+        help="print tokens as they are generated (default: for a single prompt on a terminal)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, …; by default the accelerator, if there is one")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, …; default: the accelerator if there is one")
     return parser
 
 
@@ -155,7 +158,7 @@ def _converse(
         while len(ids) > max_prompt and len(messages) > first + 1:
             del messages[first : first + 2]
             ids = prompt_ids(tokenizer, messages)
-            log.info("(The oldest question and answer are forgotten: the model reads no more.)")
+            log.info("(The oldest question and answer are forgotten: the context is full.)")
         answer = tokenizer.decode(reply(ids), skip_special_tokens=True)
         print(flush=True)
         messages.append({"role": "assistant", "content": answer})

@@ -51,33 +51,35 @@ def size(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineArguments(
         prog="lit-llm plan",
-        description="What a run will need: parameters, operations, memory under each strategy, time, energy, cost. The "
-        "config is read and its training step is taken on tensors without content: no weights are allocated, and of a "
-        "language model's data nothing is read (of other data a first batch). Other options, such as --model.network "
-        "or --data.seq_len, are those of lit-llm fit.",
+        description="Estimate what a run will need: parameters, operations, memory under each strategy, time, energy, "
+        "cost. The training step of the config is run on tensors without storage: no weights are allocated, and no "
+        "data are read for a language model (a single batch for anything else). All other options, such as "
+        "--model.network or --data.seq_len, are those of lit-llm fit.",
         epilog="example: lit-llm plan --config configs/pretraining/llama_stdlib.yaml --model.network "
         "configs/models/llama3_8b.yaml --model.vocab_size 128256 --data.seq_len 8192 --data.batch_size 1 --devices 8 "
         "--table",
     )
-    parser.add_argument("--devices", type=int, default=1, help="devices of a node (default 1)")
-    parser.add_argument("--nodes", type=int, default=1, help="nodes (default 1)")
-    parser.add_argument("--memory", type=size, default="80GiB", help="of a device (default 80GiB)")
-    parser.add_argument("--peak_flops", type=float, default=989e12, help="of a device, a second (default an H100's)")
-    parser.add_argument("--mfu", type=float, default=0.4, help="part of the peak that training reaches (default 0.4)")
-    parser.add_argument("--watts", type=float, default=700.0, help="power of a device (default an H100's, 700)")
-    parser.add_argument("--bandwidth", type=size, default="50GB", help="bytes a device sends a second (default 50GB)")
-    parser.add_argument("--price", type=float, help="of a device for an hour, in your currency")
-    parser.add_argument("--tokens", type=float, help="of the training (default: 20 for each parameter)")
-    parser.add_argument("--table", action="store_true", help="the same for 8 to 1,024 devices")
+    parser.add_argument("--devices", type=int, default=1, help="devices per node (default 1)")
+    parser.add_argument("--nodes", type=int, default=1, help="number of nodes (default 1)")
+    parser.add_argument("--memory", type=size, default="80GiB", help="memory per device (default 80GiB)")
+    parser.add_argument("--peak_flops", type=float, default=989e12, help="peak FLOP/s of a device (default: an H100)")
+    parser.add_argument("--mfu", type=float, default=0.4, help="fraction of the peak that is reached (default 0.4)")
+    parser.add_argument("--watts", type=float, default=700.0, help="power of a device (default: an H100, 700)")
+    parser.add_argument(
+        "--bandwidth", type=size, default="50GB", help="bytes per second sent by a device (default 50GB)"
+    )
+    parser.add_argument("--price", type=float, help="price of a device per hour, in your currency")
+    parser.add_argument("--tokens", type=float, help="training tokens (default: 20 per parameter)")
+    parser.add_argument("--table", action="store_true", help="also plan for 8 to 1,024 devices")
     parser.add_argument(
         "--probe",
         type=int,
         nargs="?",
         const=PROBE_STEPS,
         metavar="STEPS",
-        help=f"take so many real steps here (default {PROBE_STEPS}) and plan with those",
+        help=f"time this many real steps on this machine (default {PROBE_STEPS}) and plan with their speed",
     )
-    parser.add_argument("--json", type=Path, help="file to write the figures to")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
     return parser
 
 

@@ -25,31 +25,31 @@ def run(words: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineArguments(
         prog="lit-llm serve",
-        description="Answer HTTP requests with a trained model, by LitServe. A language model continues prompts at "
-        "/v1/completions, or, where its tokeniser has a chat template, converses at /v1/chat/completions, both in "
-        "OpenAI's form; a classifier of texts or images answers at /classify. /docs shows what may be asked, /health "
-        "says whether it is up. With LIT_SERVER_API_KEY in the environment a request needs it as its X-API-Key.",
+        description="Serve a trained model over HTTP with LitServe. A language model continues prompts at "
+        "/v1/completions or, if its tokeniser has a chat template, chats at /v1/chat/completions, both in OpenAI's "
+        "format; a classifier of texts or images answers at /classify. /docs documents the API, and /health reports "
+        "whether the server is up. If LIT_SERVER_API_KEY is set, requests must send it in the X-API-Key header.",
         epilog="examples: lit-llm serve --model runs/first; "
         "curl localhost:8000/v1/completions -H 'content-type: application/json' -d '{\"prompt\": \"def main(\"}'",
     )
     parser.add_argument("--model", required=True, help="a model directory, a run folder or a checkpoint file")
     parser.add_argument(
-        "--host", choices=HOSTS, default=HOSTS[0], help="127.0.0.1 (default) for this machine, 0.0.0.0 or :: for others"
+        "--host", choices=HOSTS, default=HOSTS[0], help="127.0.0.1 (default) for local access, 0.0.0.0 or :: for others"
     )
     parser.add_argument("--port", type=int, default=8000, help="from 1024 to 65535 (default 8000)")
     parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda", "mps"),
         default="auto",
-        help="where the model computes; by default the accelerator, if there is one",
+        help="device to run the model on; default: the accelerator if there is one",
     )
     parser.add_argument(
         "--max_batch_size",
         type=int,
         default=8,
-        help="requests to a classifier that are answered together, where several wait (default 8)",
+        help="maximum number of waiting requests to a classifier that are batched (default 8)",
     )
-    parser.add_argument("--timeout", type=float, default=60.0, help="most seconds that a request waits (default 60)")
+    parser.add_argument("--timeout", type=float, default=60.0, help="maximum seconds that a request waits (default 60)")
     return parser
 
 
@@ -89,8 +89,8 @@ def serve(model: str, host: str, port: int, device: str, max_batch_size: int, ti
     )
     shown = f"[{host}]" if ":" in host else host
     log.info(
-        f"{model} answers at http://{shown}:{port}{endpoint.path} as soon as it is loaded; what may be asked: /docs; "
-        f"Ctrl-C ends it"
+        f"{model} answers at http://{shown}:{port}{endpoint.path} as soon as it is loaded; API documentation: /docs; "
+        f"stop with Ctrl-C"
     )
     own = os.getpid()
 

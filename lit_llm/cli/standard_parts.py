@@ -30,10 +30,10 @@ class CheckpointOptions:
     """When checkpoints are written.
 
     Args:
-        monitor: Metric that decides which validation is best; `best.ckpt` and the exported model are of that step.
-            `None` is the headline metric of the data's task, or else the objective's.
-        mode: Whether its `min` or its `max` is best; `None` is `min` for losses and errors, `max` for other metrics.
-        every_n_steps: How often `last.ckpt` is written; also at the end, and on Ctrl-C.
+        monitor: Metric that decides which validation is best; `best.ckpt` and the exported model are from that step.
+            `None` uses the headline metric of the data's task, or otherwise the objective's.
+        mode: Whether `min` or `max` of the metric is best; `None` is `min` for losses and errors, otherwise `max`.
+        every_n_steps: Steps between writes of `last.ckpt`, which is also written at the end and on Ctrl-C.
     """
 
     def __init__(

@@ -38,20 +38,21 @@ def run(words: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineArguments(
         prog="lit-llm sweep",
-        description="Search what a sweep file of Weights & Biases describes, on this machine: `wandb sweep` and `wandb "
-        "agent` take the same file. Each trial is a run folder, OUT/trials/<number>. The same command goes on after an "
-        "interruption, and with more --trials after its end. Other options, such as --data.path, go to each trial.",
+        description="Run a Weights & Biases sweep file on this machine; `wandb sweep` and `wandb agent` accept the "
+        "same file. Each trial is a run folder, OUT/trials/<number>. The same command resumes an interrupted sweep, "
+        "and extends a finished one with more --trials. All other options, such as --data.path, are passed to each "
+        "trial.",
         epilog="example: lit-llm sweep --config configs/sweeps/llama_stdlib_lr.yaml --trials 20 --out sweeps/lr",
     )
     parser.add_argument("--config", required=True, type=Path, help="the sweep file")
-    parser.add_argument("--trials", type=int, help="how many in all (default: the file's run_cap, or the whole grid)")
-    parser.add_argument("--out", required=True, type=Path, help="the only folder that is written to")
-    parser.add_argument("--workers", type=int, default=1, help="trials at a time, which share the cores (default 1)")
+    parser.add_argument("--trials", type=int, help="total trials (default: the file's run_cap, or the whole grid)")
+    parser.add_argument("--out", required=True, type=Path, help="folder for all output")
+    parser.add_argument("--workers", type=int, default=1, help="parallel trials, which share the cores (default 1)")
     parser.add_argument(
         "--seeds",
         type=int,
         default=0,
-        help="at the end, train the best and its runner-up with so many further seeds, to tell them apart (default 0)",
+        help="at the end, train the best trial and the runner-up with this many more seeds to compare them (default 0)",
     )
     return parser
 
@@ -301,7 +302,7 @@ class _Search:
         """Says in one line whether the best differs from the runner-up by more than seeds do."""
         first, second = (*self._best(), None)[:2]
         if second is None:
-            print("Only one trial came to its end: there is nothing to compare the best with.")
+            print("Only one trial finished: there is nothing to compare the best with.")
             return
         names = f"best trial {first.number}", f"runner-up {second.number}"
         if not seeds:

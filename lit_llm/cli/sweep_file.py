@@ -185,7 +185,7 @@ def _number(key: str, name: str, value: Any) -> float | int:
         except ValueError:
             pass
         else:
-            log.info(f"{name} of {key} is text to YAML and to W&B; write {value} as {_with_point(value)}")
+            log.info(f"{name} of {key} is read as text by YAML and W&B; write {_with_point(value)} instead of {value}")
             return found
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise ValueError(f"{name} of {key} must be a number, but is {value}")

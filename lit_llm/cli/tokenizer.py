@@ -19,23 +19,23 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = OneLineArguments(
         prog="lit-llm tokenizer",
-        description="Train a tokeniser on any corpus that lit_llm.data.text.TextData reads, whole. "
-        "Use it with --data.tokenizer DIR. (A run can also train its own, on its training documents alone: "
+        description="Train a tokeniser on a whole corpus, given as for lit_llm.data.text.TextData. Use it with "
+        "--data.tokenizer DIR. (A run can also train its own tokeniser on its training documents only: "
         "--data.tokenizer bpe-4096.)",
         epilog="example: lit-llm tokenizer --path texts/ --vocab_size 8192 --out tokenizers/texts",
     )
-    parser.add_argument("--path", default="stdlib", help="as data.path of a run, one corpus (default stdlib)")
+    parser.add_argument("--path", default="stdlib", help="corpus, as data.path of a run (default stdlib)")
     parser.add_argument("--subset", help="configuration of a hub data set")
-    parser.add_argument("--column", default="text", help="where a table keeps its text (default text)")
-    parser.add_argument("--max_documents", type=int, help="read only the first ones")
+    parser.add_argument("--column", default="text", help="column of a table that holds the text (default text)")
+    parser.add_argument("--max_documents", type=int, help="read only this many documents")
     parser.add_argument(
         "--kind",
         choices=KINDS,
         default="bpe",
-        help="byte-level BPE for a decoder (default), for an encoder bert-uncased-bpe or bert-bpe, for an "
-        "encoder-decoder t5-bpe",
+        help="bpe (byte-level, the default) for a decoder, bert-uncased-bpe or bert-bpe for an encoder, t5-bpe for an "
+        "encoder-decoder",
     )
-    parser.add_argument("--vocab_size", type=int, default=4096, help="tokens wanted (default 4096)")
+    parser.add_argument("--vocab_size", type=int, default=4096, help="size of the vocabulary (default 4096)")
     parser.add_argument("--out", required=True, type=Path, help="folder to write to; must not exist yet")
     return parser
 
@@ -67,5 +67,5 @@ def train(
     tokens = sum(map(len, DocumentEncoder(tokenizer).encode(texts)))
     print(
         f"{len(tokenizer):,} tokens from {len(texts):,} documents, {size / 1e6:.1f} MB, in "
-        f"{time.perf_counter() - started:.0f} s: {size / tokens:.2f} bytes a token; written to {out}"
+        f"{time.perf_counter() - started:.0f} s: {size / tokens:.2f} bytes per token; written to {out}"
     )

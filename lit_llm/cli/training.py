@@ -35,18 +35,18 @@ log = logging.getLogger(__name__)
 
 EXAMPLES = """
 
-A run is one YAML file, named by --config; more of them are laid over it, and each value can be set by its dotted flag,
-such as --model.network.d_model 128. All that the run writes goes to --run_dir: config.yaml, metrics.csv, results.json,
-learning_curve.png, samples.txt, checkpoints/ and model/.
+A run is described by a YAML file given by --config. Further --config files are overlays on top of it, and any value can
+be set with a dotted flag such as --model.network.d_model 128. The run writes everything to --run_dir: config.yaml,
+metrics.csv, results.json, learning_curve.png, samples.txt, checkpoints/ and model/.
 
 examples:
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --config configs/logging/wandb.yaml --trainer.max_steps 100
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --data.path texts/ --data.tokenizer bpe-8192
-  lit-llm fit --run_dir runs/llama_stdlib/2026-01-31_12-00-00 --ckpt_path last      # go on where it stopped
+  lit-llm fit --run_dir runs/llama_stdlib/2026-01-31_12-00-00 --ckpt_path last      # resume where it stopped
   lit-llm test --run_dir runs/llama_stdlib/2026-01-31_12-00-00                      # its best checkpoint
   lit-llm fit --config configs/pretraining/llama_stdlib.yaml --find_lr true         # suggests learning rates
-  lit-llm fit --config configs/pretraining/llama_stdlib.yaml --print_config         # what the run file comes to
+  lit-llm fit --config configs/pretraining/llama_stdlib.yaml --print_config         # the resulting config
   lit-llm fit --data.help lit_llm.data.glue.GLUEData                                # the options of a class"""
 
 
@@ -166,14 +166,14 @@ class TrainingCLI(LightningCLI):
             "--run_dir",
             type=str | None,
             default=None,
-            help="The only folder that the run writes to; default: runs/<config name>/<time>. Where no --config is "
-            "given, the folder's own is used.",
+            help="Folder for everything that the run writes; default: runs/<config name>/<time>. Without --config, the "
+            "config of an existing folder is used.",
         )
         parser.add_argument(
             "--test_after_fit",
             type=bool,
             default=True,
-            help="After training, test the best checkpoint once, where there is a test split.",
+            help="After training, test the best checkpoint once if there is a test split.",
         )
         if sys.argv[1] == "fit":
             parser.add_argument("--find_lr", type=bool, default=False, help=find_lr.HELP)
@@ -319,7 +319,7 @@ class TrainingCLI(LightningCLI):
             if self.trainer.interrupted:
                 saved = (self.run_dir / "checkpoints" / "last.ckpt").exists()
                 if self.trainer.is_global_zero:
-                    log.info(f"Stopped at step {self.trainer.global_step}." + (f" To go on: {self._go_on()}" * saved))
+                    log.info(f"Stopped at step {self.trainer.global_step}." + (f" To resume: {self._go_on()}" * saved))
                 sys.exit(130)
             raise
         finally:

@@ -163,7 +163,7 @@ def open_corpus(
         if texts and rows.text_files:
             if others := sorted(set(files) - set(texts)):
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
-                log.info(f"Reading {len(texts)} text files of {path}; {others[0].name}{more} beside them left out")
+                log.info(f"Reading {len(texts)} text files of {path}; ignoring {others[0].name}{more}")
             return Corpus(path, {"text": stamps(texts)}, lambda limit=None: _whole(where, texts[:limit]))
         known = ", ".join([*(TEXT_SUFFIXES if rows.text_files else ()), *TABLE_FORMATS])
         raise ValueError(f"data.path must hold files of text ({known}), but is {path} with {len(files)} other files")

@@ -279,7 +279,7 @@ class ExampleData(LightningDataModule, ABC):
         if "train" not in self.splits:
             log.info(f"Predicting all {count:,} rows of {self.path}")
         else:
-            alone = ", on which it was trained: there is no other split" if split == "train" else ""
+            alone = ", on which it was trained, as there is no other split" if split == "train" else ""
             log.info(f"Predicting the {count:,} rows of the {split} split of {self.path}{alone}")
         return self.ordered_dataloader(split)
 

@@ -150,7 +150,7 @@ def build_image_cache(
             np.save(new / "sums.npy", sums)
             manifest |= {"shape": shape, "rows": counts, "broken": broken}
     log.info(
-        f"Decoded {total:,} images into {size[0]} × {size[1]} pixels of {channels} channel{'s' * (channels > 1)} in "
+        f"Decoded {total:,} images into {size[0]} × {size[1]} pixels with {channels} channel{'s' * (channels > 1)} in "
         f"{time.perf_counter() - started:.0f} s; kept in {folder}"
     )
     made = ImageCache.open(folder)

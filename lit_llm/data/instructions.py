@@ -130,7 +130,7 @@ class InstructionData(TokenData):
             self._examples[name] = found
             if found.overlong:
                 counts = ", ".join(f"{count:,} {what}" for what, count in found.overlong.items())
-                log.info(f"Longer than {self.seq_len} tokens in the {name} split of {self.path}: {counts}")
+                log.info(f"More than {self.seq_len} tokens in the {name} split of {self.path}: {counts}")
         return self._examples[name]
 
     def split_rows(self, name: str) -> int:

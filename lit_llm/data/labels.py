@@ -133,7 +133,7 @@ def learn_labels(
     found = plain_labels(raw, path, "training")
     kinds = set(found)
     if any(isinstance(value, str) and value != value.strip() for value in raw):
-        log.info(f"Spaces around labels in {column!r} of {path} are left out: there are {len(kinds)} different ones")
+        log.info(f"Ignoring spaces around labels in {column!r} of {path}: there are {len(kinds)} different ones")
     if not kinds:
         raise ValueError(f"data.path must hold rows to train on, but {path} has none")
     feature = rows.features[column]
@@ -158,8 +158,8 @@ def learn_labels(
     if isinstance(found[0], float):
         if not as_values and all(value.is_integer() for value in kinds):
             log.warning(
-                f"{column!r} of {path} holds real numbers, so labels are values, though all are whole "
-                f"({listed(sorted(kinds))}); write them as whole numbers (1, not 1.0) to have classes"
+                f"{column!r} of {path} holds real numbers, so labels are treated as values, although all are whole "
+                f"({listed(sorted(kinds))}); write them as whole numbers (1, not 1.0) to use them as classes"
             )
         return LabelReader(path, column)
     if names and kinds <= set(names):
@@ -298,7 +298,7 @@ def labelled_splits(
         if name == "train" or not is_hidden(rows, column):
             splits[name] = Split(rows, reader.read(column_values(rows, column), name))
         elif name == "test":
-            log.info(f"The test split of {path} has no labels, so it can only be predicted")
+            log.info(f"The test split of {path} has no labels, so it can only be used for predictions")
             splits[name] = Split(rows, None)
         else:
             raise ValueError(

@@ -192,7 +192,7 @@ def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dic
         raise ValueError(f"data.path must say in a name which table is train, but {path} has {', '.join(found)}")
     taken = {kind: chosen[kind] for kind in ("unlabelled", "train", "validation", "test") if kind in chosen}
     if left := [name for name in found if name not in taken.values()]:
-        log.info(f"Reading {', '.join(taken.values())} of {path}; {', '.join(left)} left out")
+        log.info(f"Reading {', '.join(taken.values())} of {path}; ignoring {', '.join(left)}")
     return {kind: found[name] for kind, name in taken.items()}
 
 

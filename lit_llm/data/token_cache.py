@@ -234,8 +234,9 @@ def build_cache(
     tokens, size = (sum(c[key] for c in counts.values()) for key in ("tokens", "bytes"))
     report(
         f"Tokenised {sum(c['documents'] for c in counts.values()):,} documents, {size / 1e6:.1f} MB, into "
-        f"{tokens / 1e6:.2f} M tokens of {manifest['vocab_size']:,} kinds in {time.perf_counter() - started:.0f} s; "
-        f"kept in {folder}" + "".join(f"; left out, {why}: {count:,}" for why, count in dropped.items())
+        f"{tokens / 1e6:.2f} M tokens (vocabulary {manifest['vocab_size']:,}) in "
+        f"{time.perf_counter() - started:.0f} s; "
+        f"cached in {folder}" + "".join(f"; dropped, {why}: {count:,}" for why, count in dropped.items())
     )
     return TokenCache(folder, manifest)
 

@@ -97,7 +97,7 @@ class PretrainedClassifier(Pretrained):
                 raise ValueError(
                     f"path must hold a head of {self.num_classes} classes with strict, but {self._start} has {width}"
                 )
-            log.info(f"The head is new until a checkpoint is read, {self._start} has {width}: {', '.join(new)}")
+            log.info(f"The head is new unless a checkpoint is loaded; {self._start} has {width}: {', '.join(new)}")
         self._is_trained = True
         self._adopt(model)
 
@@ -139,7 +139,7 @@ class PretrainedClassifier(Pretrained):
                     f"path must hold a head of the classes {', '.join(names)} with strict, but {self._start} has one "
                     f"of {', '.join(before)}"
                 )
-            log.info(f"The head tells apart {', '.join(names)} now; it came with {', '.join(before)}")
+            log.info(f"The classes of the head are now {', '.join(names)}; they were {', '.join(before)}")
         for config in (self.config, self.model.config):
             config.id2label = dict(enumerate(names))
             config.label2id = {name: index for index, name in enumerate(names)}

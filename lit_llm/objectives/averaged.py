@@ -93,7 +93,7 @@ class Averaged(ExactSteps):
             stored.update({name.replace("network.", "average.", 1): stored[name] for name in weights})
         elif self.average is None and checkpoint.get("evaluated") == "average":
             if self._fits:
-                log.info("The checkpoint's average of the weights is left out: the run has no WeightAverage")
+                log.info("Ignoring the checkpoint's weight average: the run has no WeightAverage")
             for name in weights:
                 average = stored.pop(name.replace("network.", "average.", 1))
                 stored[name] = stored[name] if self._fits else average

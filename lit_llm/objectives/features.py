@@ -75,7 +75,7 @@ def features_of(
             "model.adaptation.cache_features must be false where training examples are augmented, but is true"
         )
     if not can_be_cached(network, next(iter(data.ordered_dataloader("train", share=False)))):
-        log.info("The head reads whole sequences, so the frozen backbone reads each example at each step")
+        log.info("The head reads whole sequences, so the features of the frozen backbone cannot be cached")
         return {}
     started, found = time.perf_counter(), {}
     for stage, split in ((RunningStage.TRAINING, "train"), (RunningStage.VALIDATING, "validation")):
@@ -83,5 +83,5 @@ def features_of(
         if loader := data.ordered_dataloader(split, share=False):
             with forward_context():
                 found[stage] = FeatureCache(network, loader, loader.num_rows)
-    log.info(f"The frozen backbone has read all examples once, in {time.perf_counter() - started:.0f} s")
+    log.info(f"Cached the features of the frozen backbone for all examples in {time.perf_counter() - started:.0f} s")
     return found

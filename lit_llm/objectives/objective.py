@@ -232,7 +232,7 @@ class Objective(Scheduled):
             replay(self.network, records_of(source.network))
             new = copy_weights(source.network, self.network, where, (before, size) if other_classes else None)
             if new:
-                log.info(f"The head is new, {where} has one of {before} classes: {', '.join(new)}")
+                log.info(f"The head is new, since {where} has one of {before} classes: {', '.join(new)}")
         log.info(f"Starting from the weights of {where}")
         self.hparams["weights"] = None  # a checkpoint has weights of its own
 

@@ -75,7 +75,7 @@ class Scheduled(Averaged):
         total, warmup = self.trainer.estimated_stepping_batches, self.schedule.warmup_steps
         if warmup > total / 2:
             cut = f"The warm-up of {warmup} steps is cut to half of the run's {total}"
-            log.info(f"{cut}; few examples want more passes")
+            log.info(f"{cut}; few examples need more epochs")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _factor_of(self, group: dict[str, Any]) -> Callable[[int], float]:

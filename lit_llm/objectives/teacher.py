@@ -144,7 +144,7 @@ class TeacherCache:
         self._records[path] = np.zeros(0, dtype)
         self._map(path)
         if count := len(self._records[path]):
-            log.info(f"The teacher has read {count:,} rows before: {path}")
+            log.info(f"Using the teacher's cached answers for {count:,} rows: {path}")
 
     def _map(self, path: Path) -> None:
         """Sees what has been added to a file."""

@@ -84,7 +84,7 @@ def test_a_column_of_the_source_that_is_called_as_a_prediction_is_kept_by_anothe
     kept = ["predicted (source)", "p(class 1) (source)"]
     assert list(table[0]) == [*kept, "label", "predicted", "p(class 0)", "p(class 1)", "p(class 2)"]
     assert [line["predicted (source)"] for line in table] == [f"mine {row}" for row in range(7)]
-    said = f"Columns of the source that are called as predictions are written as {', '.join(kept)}"
+    said = f"Renamed columns of the source that clash with predictions: {', '.join(kept)}"
     assert said in caplog.messages
 
 

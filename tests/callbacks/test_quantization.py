@@ -21,8 +21,8 @@ def test_a_run_that_is_cut_goes_on_and_leaves_integers(lit_llm, tiny, tmp_path):
     words = ["fit", *tiny, callback(delay=0.3, freeze=0.6), "--checkpoint.every_n_steps", 3]
     outcome = lit_llm(*words, "--run_dir", tmp_path / "whole")
     assert outcome.code == 0, outcome.err
-    assert "Weights are rounded from step 2 on, by Int4WeightOnly" in outcome.err
-    assert "Scales stay as they are from step 4 on" in outcome.err
+    assert "Weights are quantised from step 2 on, by Int4WeightOnly" in outcome.err
+    assert "Scales are frozen from step 4 on" in outcome.err
     crash = '--trainer.callbacks+={"class_path": "tests.cli.test_resume.Crash", "init_args": {"step": 5}}'
     with pytest.raises(RuntimeError, match="crash"):
         lit_llm(*words, crash, "--run_dir", tmp_path / "cut")

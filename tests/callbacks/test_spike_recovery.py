@@ -96,7 +96,7 @@ def test_a_poisoned_step_changes_neither_weights_nor_optimizer(lit_llm, tiny, tm
     else:
         assert not Poison.state[0].any()
     assert not torch.equal(Poison.weights[first], Poison.weights[first + 1])
-    assert "1 steps with an outlying loss or gradient were not taken" in outcome.err
+    assert "1 steps with an outlying loss or gradient were skipped" in outcome.err
 
 
 def test_a_poisoned_step_leaves_running_statistics_as_they_were(lit_llm, pictures, tmp_path):

@@ -258,7 +258,7 @@ def test_what_was_compressed_before_is_measured_from_there(chain, tmp_path, llam
     save_model(llama, network, tokenizer)
     outcome = chain(NEURONS)
     assert outcome.code == 0, outcome.err
-    assert f"{llama} has been compressed before, by Neurons: it is measured from there" in outcome.err
+    assert f"{llama} has already been compressed, by Neurons; scores are relative to that" in outcome.err
     sizes = [row["parameters"] for row in json.loads((tmp_path / "out/report.json").read_text())["stages"]]
     assert sum(p.numel() for p in network.parameters()) == sizes[0] > sizes[1]
 

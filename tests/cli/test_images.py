@@ -81,7 +81,7 @@ def test_a_run_is_asked_about_files_gone_on_from_and_trained_further_on_others(l
     assert lit_llm("fit", "--config", config, "--data.image_size", "null", "--run_dir", own).code == 0
     outcome = lit_llm("predict", "--run_dir", own, "--data.path", flat)
     assert outcome.code == 0, outcome.err
-    assert outcome.err.count("Decoded 7 images into 8 × 8 pixels of 1 channel") == outcome.err.count("Decoded") == 1
+    assert outcome.err.count("Decoded 7 images into 8 × 8 pixels with 1 channel") == outcome.err.count("Decoded") == 1
 
     # further on inverted digits of another size: read as before, since the network is
     inverted, second = digits(tmp_path / "inverted", ImageOps.invert), tmp_path / "second"

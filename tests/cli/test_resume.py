@@ -259,7 +259,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130
     assert "Traceback" not in err
-    assert f"To go on: lit-llm fit --run_dir {run} --ckpt_path last" in err
+    assert f"To resume: lit-llm fit --run_dir {run} --ckpt_path last" in err
     assert (run / "checkpoints/last.ckpt").exists()
     assert (run / "learning_curve.png").exists()
 
@@ -324,5 +324,5 @@ def test_who_interrupts_a_run_has_its_checkpoint_when_it_ends(tiny, tmp_path, nu
     process.send_signal(number)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert f"To go on: lit-llm fit --run_dir {run} --ckpt_path last" in err
+    assert f"To resume: lit-llm fit --run_dir {run} --ckpt_path last" in err
     assert read_checkpoint(run / "checkpoints/last.ckpt")["global_step"] == max(losses(run))

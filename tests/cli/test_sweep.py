@@ -208,7 +208,7 @@ def test_a_crashed_trial_is_kept_and_marked_and_the_sweep_goes_on(sweep, tmp_pat
     assert [row["state"] for row in rows(tmp_path)] == ["fail", "complete"]
     assert (tmp_path / "out/trials/000/output.txt").exists()
     assert re.search(r"^1 of 2: trial   0  failed .*num_heads must fit, but is 3$", outcome.err, re.MULTILINE)
-    assert "Only one trial came to its end" in outcome.out
+    assert "Only one trial finished" in outcome.out
 
 
 @pytest.mark.slow
@@ -459,7 +459,7 @@ def test_a_trial_that_fell_behind_when_the_sweep_was_interrupted_is_not_trained_
     }
     monkeypatch.setattr(Pretended, "send_signal", cut)
     cut_off = sweep(None, **options)
-    assert (cut_off.code, cut_off.last_line) == (130, "Stopped: the same command goes on where it was.")
+    assert (cut_off.code, cut_off.last_line) == (130, "Stopped: run the same command again to resume.")
     assert sweep(None, **options).code == 0
     assert [row["state"] for row in rows(tmp_path)] == ["complete", "pruned"]
     assert len(started) == 2

@@ -190,7 +190,7 @@ def test_a_warm_up_that_does_not_fit_into_the_run_is_said_to_be_cut(lit_llm, tin
     outcome = lit_llm("fit", *words, "--model.schedule.warmup_steps", warmup)
     assert outcome.code == 0, outcome.err
     assert (
-        "The warm-up of 4 steps is cut to half of the run's 6; few examples want more passes" in outcome.err
+        "The warm-up of 4 steps is cut to half of the run's 6; few examples need more epochs" in outcome.err
     ) == is_cut
 
 

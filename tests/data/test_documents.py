@@ -118,7 +118,7 @@ def test_a_table_of_a_folder_is_named_whose_suffix_the_library_would_not_see(tmp
     (tmp_path / "c.txt.gz").write_bytes(b"")
     with caplog.at_level("INFO"):
         assert read(tmp_path) == ["a text"]
-    assert caplog.messages[-1] == f"Reading 1 text files of {tmp_path}; A.JSONL and 1 more beside them left out"
+    assert caplog.messages[-1] == f"Reading 1 text files of {tmp_path}; ignoring A.JSONL and 1 more"
 
 
 def test_an_empty_cell_is_an_empty_document(tmp_path: Path) -> None:

@@ -389,7 +389,7 @@ def test_of_the_runs_own_table_what_it_was_not_trained_on_is_predicted(table, fr
     assert data.texts(split, rows) == trained.texts(split, rows)
     assert len(rows) == len(trained.splits[split])
     assert all("labels" in batch for batch in batches)
-    alone = ", on which it was trained: there is no other split" if split == "train" else ""
+    alone = ", on which it was trained, as there is no other split" if split == "train" else ""
     assert caplog.messages[-1] == f"Predicting the {len(rows)} rows of the {split} split of {table}{alone}"
 
 

@@ -63,7 +63,7 @@ def test_spaces_around_labels_make_no_further_classes_and_are_said(caplog) -> No
     caplog.set_level("INFO")
     labels = ["a", " a", "b ", "b"]
     assert read(labels) == ([0, 0, 1, 1], ["a", "b"])
-    assert caplog.messages == ["Spaces around labels in 'label' of x are left out: there are 2 different ones"]
+    assert caplog.messages == ["Ignoring spaces around labels in 'label' of x: there are 2 different ones"]
     assert read([" 1", "2"]) == ([0, 1], ["1", "2"])
 
 

@@ -84,7 +84,7 @@ def test_the_report_is_one_line_that_says_where(tmp_path: Path) -> None:
     build_cache(tmp_path / "cache", items, lambda texts: byte_tokenizer(), {}, said.append)
     [line] = said
     assert line.startswith("Tokenised 30 documents, ")
-    assert line.endswith(f"; kept in {tmp_path / 'cache'}; left out, empty: 2")
+    assert line.endswith(f"; cached in {tmp_path / 'cache'}; dropped, empty: 2")
 
 
 def test_the_tokenizer_learns_from_training_documents_alone(tmp_path: Path) -> None:

@@ -189,7 +189,7 @@ def test_a_backbone_is_taken_and_that_the_head_is_new_is_said_in_one_line(source
     assert all(torch.equal(tensor, start[name]) for name, tensor in backbone(network).items())
     [line] = [record.getMessage() for record in caplog.records]
     has = "one of another width than 3" if source == "classifier of five" else "none"
-    assert line.startswith(f"The head is new until a checkpoint is read, {tmp_path} has {has}: ")
+    assert line.startswith(f"The head is new unless a checkpoint is loaded; {tmp_path} has {has}: ")
     assert line.endswith("classifier.bias, classifier.weight")
     assert network(**inputs("bert")).shape == (4, 3)
     assert all(module.training for module in network.modules())
@@ -216,7 +216,7 @@ def test_a_head_of_the_same_width_is_taken_too_and_its_names(tmp_path: Path, cap
     with caplog.at_level(logging.INFO, "lit_llm"):
         network.class_names = ["a", "b", "c"]
     [line] = [record.getMessage() for record in caplog.records]
-    assert line == "The head tells apart a, b, c now; it came with no, maybe, yes"
+    assert line == "The classes of the head are now a, b, c; they were no, maybe, yes"
 
 
 def test_a_decoder_of_ours_is_a_backbone_too(tiny_llama, tmp_path: Path) -> None:

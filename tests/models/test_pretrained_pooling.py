@@ -111,7 +111,7 @@ def test_an_encoder_is_taken_from_any_model_that_has_it(kind: type, source: str,
         network = kind(3, str(tmp_path))
     [line] = [record.getMessage() for record in caplog.records]
     new = ", ".join(sorted(f"pooled_head.{name}" for name, _ in network.model.pooled_head.named_parameters()))
-    assert line == f"The head is new until a checkpoint is read, {tmp_path} has none: {new}"
+    assert line == f"The head is new unless a checkpoint is loaded; {tmp_path} has none: {new}"
     stored = before.state_dict()
     assert all(torch.equal(tensor, stored[name]) for name, tensor in network.backbone.state_dict().items())
     assert not any("pooler" in name for name in network.state_dict())

@@ -145,7 +145,7 @@ def test_weights_of_other_classes_get_a_new_head_which_is_said(tmp_path, caplog,
     with caplog.at_level("INFO"):
         trainer.fit(objective, Examples(3))
     new = "model.classifier.bias, model.classifier.weight"
-    assert f"The head is new, {tmp_path / 'model'} has one of {before} classes: {new}" in caplog.messages
+    assert f"The head is new, since {tmp_path / 'model'} has one of {before} classes: {new}" in caplog.messages
     assert objective.network.num_classes == objective.hparams["num_classes"] == 3
     assert objective.network.class_names == ["class 0", "class 1", "class 2"]
     assert same(objective.network.backbone, source.backbone)
