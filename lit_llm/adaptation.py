@@ -71,12 +71,12 @@ class Adaptation(ABC):
 
 @dataclass(frozen=True)
 class HeadOnly(Adaptation):
-    """The head learns on what a frozen backbone gives: a probe of it, and the cheapest start.
+    """Trains only the head, on the features of a frozen backbone: a linear probe, and the cheapest start.
 
     Args:
-        cache_features: Have the backbone read each example once, before the first step, without dropout; the steps
-            then cost what the head costs. Not for training examples that are augmented; where the head reads whole
-            sequences it has no effect, which is said.
+        cache_features: Compute each example's features once, before the first step and without dropout, so that a step
+            costs only what the head costs. Not for augmented training examples; without effect (which is logged) if
+            the head reads whole sequences.
 
     Source:
         Alain & Bengio, 2016, "Understanding intermediate layers using linear classifier probes", arXiv:1610.01644.
@@ -91,10 +91,10 @@ class HeadOnly(Adaptation):
 
 @dataclass(frozen=True)
 class FrozenLayers(Adaptation):
-    """The embeddings and the first blocks stay as they are.
+    """Freezes the embeddings and the first blocks.
 
     Args:
-        num_layers: Blocks that are frozen; 0 freezes the embeddings alone.
+        num_layers: Number of frozen blocks; 0 freezes only the embeddings.
 
     Source:
         Lee et al., 2019, "What Would Elsa Do? Freezing Layers During Transformer Fine-Tuning", arXiv:1911.03090.
@@ -129,9 +129,9 @@ class LayerDecay(Adaptation):
     """Discriminative learning rates: each layer learns more slowly than the one above it.
 
     Args:
-        decay: Factor from a layer to the one below, in (0, 1]; 0.65 to 0.95 is usual, the smaller the fewer examples.
-        head_factor: Factor on the head's rate alone, above 0: a new head may learn faster than what has been trained.
-            One that is tied to the embeddings has theirs.
+        decay: Factor from each layer to the one below, in (0, 1]; 0.65 to 0.95 is usual, smaller for fewer examples.
+        head_factor: Factor on the head's rate, above 0: a new head may learn faster than pretrained layers. A head
+            tied to the embeddings has their rate.
 
     Source:
         Howard & Ruder, 2018, "ULMFiT", arXiv:1801.06146, section 3.2 (with 1/2.6); Clark et al., 2020, "ELECTRA",
@@ -158,14 +158,14 @@ class LayerDecay(Adaptation):
 
 @dataclass(frozen=True)
 class GradualUnfreezing(LayerDecay):
-    """The head learns from the first step, each layer below a little later than the one above it.
+    """Trains the head from the first step, and each layer a little later than the one above it.
 
     A layer that does not learn yet costs no backward pass.
 
     Args:
         decay: As in `LayerDecay`; 1 for equal rates.
         head_factor: As in `LayerDecay`.
-        until: Part of the training, in (0, 1), after which all learn.
+        until: Fraction of the training, in (0, 1), after which all layers learn.
 
     Source:
         Howard & Ruder, 2018, "ULMFiT", arXiv:1801.06146, section 3.3, where a layer is added each epoch.
@@ -196,9 +196,9 @@ class LoRA(Adaptation):
 
     Args:
         rank: Width of the adapters.
-        alpha: Numerator of the scale of what they add; `None` is twice the rank.
-        dropout: Probability that a component of what they read is dropped, in [0, 1).
-        targets: Ends of the names of the layers that get one; `None` is all inside blocks.
+        alpha: Numerator of the scale of their output; `None` is twice the rank.
+        dropout: Dropout probability of their input, in [0, 1).
+        targets: Suffixes of the names of the layers that get an adapter; `None` is all layers inside blocks.
 
     Raises:
         ValueError: When no layer has such a name.

@@ -22,8 +22,8 @@ OPEN = {
 INSTALL = {"onnx": "onnxruntime", "torch": "torch"}
 MEANINGS = {
     "input_ids": "int64, batch × tokens",
-    "attention_mask": "int64, as many: 1 on tokens, 0 on padding",
-    "token_type_ids": "int64, as many: 0 on the first text, 1 on the second",
+    "attention_mask": "int64, same shape: 1 for tokens, 0 for padding",
+    "token_type_ids": "int64, same shape: 0 for the first text, 1 for the second",
     "pixel_values": "float32, batch × channels × height × width, normalised",
 }
 
@@ -76,11 +76,11 @@ def card(
 
 def _meaning(network: nn.Module, names: tuple[str, ...]) -> str:
     if hasattr(network, "logits_at"):
-        return "float32, batch × tokens × vocabulary, of the token that should stand at each place"
+        return "float32, batch × tokens × vocabulary, for the token at each position"
     if names == ("input_ids",):
-        return "float32, batch × tokens × vocabulary, of the token after each (padding on the right changes nothing)"
+        return "float32, batch × tokens × vocabulary, for the next token (padding on the right has no effect)"
     if getattr(network, "num_classes", None) == 1:
-        return "float32, batch × 1, the number that is predicted"
+        return "float32, batch × 1, the predicted value"
     return "float32, batch × classes, which `id2label` in `config.json` names"
 
 

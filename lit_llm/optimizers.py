@@ -91,15 +91,15 @@ class Muon(Optimizer):
 
     Args:
         params: Groups from `parameter_groups`, or plain parameters (two dimensions and more are then matrices).
-        lr: Step of the matrices: the update has a root mean square near `lr / sqrt(cols)`.
-        momentum: Of the matrices (Nesterov's form).
-        momentum_warmup_steps: Steps over which the momentum rises to that from 0.85, so that the first, fast-changing
-            gradients are forgotten sooner; 0 for none.
-        weight_decay: Decoupled, for the groups that do not say otherwise.
+        lr: Learning rate of matrices: the update has a root mean square near `lr / sqrt(cols)`.
+        momentum: Momentum of matrices (Nesterov).
+        momentum_warmup_steps: Steps over which the momentum rises from 0.85, so that the first, fast-changing gradients
+            are forgotten sooner; 0 for none.
+        weight_decay: Decoupled weight decay, for groups that do not set their own.
         embedding_lr: AdamW's learning rate for embeddings.
         head_lr: AdamW's learning rate for the output layer.
         vector_lr: AdamW's learning rate for norms and biases.
-        betas: AdamW's averages.
+        betas: AdamW's betas.
         eps: AdamW's epsilon.
 
     Raises:

@@ -30,7 +30,7 @@ class Schedule(ABC):
     """A factor on every group's learning rate at each optimiser step.
 
     Args:
-        warmup_steps: Steps over which the factor rises linearly to one; of a short run at most the first half.
+        warmup_steps: Steps over which the factor rises linearly to one; at most the first half of the run.
 
     Raises:
         ValueError: When `warmup_steps` is negative.
@@ -77,7 +77,7 @@ class _Decaying(Schedule):
 
 
 class Linear(_Decaying):
-    """Falls along a line.
+    """Falls linearly.
 
     Example:
         >>> [Linear(warmup_steps=2).factor(step, total_steps=6) for step in range(6)]
@@ -102,12 +102,12 @@ class Cosine(_Decaying):
 
 
 class WarmupStableDecay(_Decaying):
-    """Stays at one, then falls along a line over the last part: a run can be prolonged from before the fall.
+    """Stays at one, then falls linearly over the last part; a run can be extended from before the fall.
 
     Args:
         warmup_steps: As in `Schedule`.
         final: The factor reached after the last step, in [0, 1].
-        decay_fraction: Part of the steps after the warm-up over which it falls, in (0, 1].
+        decay_fraction: Fraction of the steps after the warm-up over which it falls, in (0, 1].
 
     Source:
         Hu et al., 2024, "MiniCPM", arXiv:2404.06395, section 4; the linear fall of Hägele et al., 2024,

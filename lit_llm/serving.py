@@ -330,7 +330,7 @@ def _require_known(request: ChatCompletionRequest) -> None:
     given |= {name: getattr(request, name) or None for name in ("presence_penalty", "frequency_penalty")}
     for name, value in given.items():
         if value is not None:
-            raise ValueError(f"{name} must be left out, which this endpoint does not have, but is {value!r:.60}")
+            raise ValueError(f"{name} must be left out, as it is not supported, but is {value!r:.60}")
 
 
 def _text(content: Any) -> str:

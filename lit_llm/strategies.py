@@ -35,7 +35,7 @@ READING = ("hidden", "logits_at", "classify", "features", "generate")
 
 
 class Sharded(ModelParallelStrategy):
-    """Shares weights, gradients and the optimiser's state out over all devices, and matrix products over some of them.
+    """Shards weights, gradients and optimiser state over all devices, and matrix products over some of them.
 
     With `tensor_parallel_size` 1 that is fully sharded data parallelism: each device keeps a part of every block, the
     whole block is gathered where it is read, and its gradients are scattered again (FSDP2). With more, devices next to
@@ -54,17 +54,17 @@ class Sharded(ModelParallelStrategy):
     network of a class with `defers_init` is made without memory, and each device draws the shares that it keeps.
 
     Args:
-        tensor_parallel_size: Devices that share each matrix product; divides their number.
-        sequence_parallel: Have them share what lies between products, too, by positions; divides sequences. The
-            last norm stays as it is.
-        loss_parallel: Have them share the logits and the head's product, by tokens of the vocabulary. The head's
-            weights stay whole on each: they may be the embedding's, too.
-        cpu_offload: Keep weights, gradients and optimiser in the CPU's memory, and step there.
-        sharded_checkpoints: Have each process write its share of a checkpoint, and read what it needs; the first one
-            alone reads all weights, to export them. `NAME.ckpt` belongs together with the folder `NAME.shares/` then,
-            and all processes have to see both.
-        process_group_backend: As in Lightning; `None` is the device's own.
-        timeout_minutes: After which a process that waits for another one gives up.
+        tensor_parallel_size: Number of devices that split each matrix product; must divide the number of devices.
+        sequence_parallel: Also split what lies between products, by position; sequence lengths must be multiples of
+            `tensor_parallel_size`. The last norm is not split.
+        loss_parallel: Also split the logits and the head's product, by tokens of the vocabulary. The head's weights
+            stay whole on each device, since they may be tied to the embeddings.
+        cpu_offload: Keep weights, gradients and optimiser state in CPU memory, and run optimiser steps there.
+        sharded_checkpoints: Each process writes its shard of a checkpoint and reads what it needs; only the first one
+            reads all weights, to export them. `NAME.ckpt` then belongs together with the folder `NAME.shares/`, and
+            both must be visible to all processes.
+        process_group_backend: As in Lightning; `None` is the device's default.
+        timeout_minutes: Minutes after which a process stops waiting for another one.
 
     Raises:
         ValueError: When a size is below 1, or does not divide what it has to, or there are no products to share.

@@ -78,7 +78,7 @@ def _own(folder: Path) -> list[Path]:
 
 
 class DeepSpeed(DDPStrategy):
-    """Shares the optimiser's state out over all devices, from stage 2 on the gradients too, in stage 3 the weights too.
+    """Shards the optimiser state over all devices, from stage 2 on also the gradients, and in stage 3 the weights.
 
     DeepSpeed's engine owns gradients: it reduces, clips and applies them, in flat parts that have no parameter's shape.
     So the optimiser has to treat each value by itself, all parameters learn from the first step on, and callbacks that
@@ -94,10 +94,10 @@ class DeepSpeed(DDPStrategy):
     weights are read everywhere, by DeepSpeed's own conversion.
 
     Args:
-        stage: Of ZeRO.
-        offload: Keep the optimiser's state, and in stage 3 the weights, in the CPU's memory, and step there.
-        process_group_backend: As in Lightning; `None` is the device's own.
-        timeout_minutes: After which a process that waits for another one gives up.
+        stage: Stage of ZeRO.
+        offload: Keep the optimiser state, and in stage 3 the weights, in CPU memory, and run optimiser steps there.
+        process_group_backend: As in Lightning; `None` is the device's default.
+        timeout_minutes: Minutes after which a process stops waiting for another one.
 
     Raises:
         ImportError: Without the package deepspeed.

@@ -305,7 +305,7 @@ def test_the_readme_has_a_program_that_runs_and_names_classes(shown):
 def test_the_readme_says_of_a_number_and_of_pairs_what_they_are(shown, tmp_path):
     assert shown("pairs", "torch")
     text = (tmp_path / "out/README.md").read_text(encoding="utf-8")
-    assert "- gives `logits`: float32, batch × 1, the number that is predicted" in text
+    assert "- gives `logits`: float32, batch × 1, the predicted value" in text
     assert '["a text", "another text"], ["the text beside it", "the other\'s"]' in text
 
 

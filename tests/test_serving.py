@@ -138,8 +138,8 @@ def test_the_pieces_of_a_reply_are_what_generating_gives(talker: Chat) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"reasoning_effort": "low"}, "reasoning_effort must be left out, which this endpoint does not have, but is 'low'"),
-        ({"presence_penalty": 0.5}, "presence_penalty must be left out, which this endpoint does not have, but is 0.5"),
+        ({"reasoning_effort": "low"}, "reasoning_effort must be left out, as it is not supported, but is 'low'"),
+        ({"presence_penalty": 0.5}, "presence_penalty must be left out, as it is not supported, but is 0.5"),
         ({"temperature": -1}, "temperature must be finite and at least 0, but is -1.0"),
         ({"max_tokens": 500}, "max_tokens must be at most "),
         ({"max_tokens": 70_000}, "max_tokens must be at most 65536, but is 70000"),

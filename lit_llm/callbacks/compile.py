@@ -11,7 +11,7 @@ from lit_llm.compression.taps import blocks_of
 
 
 class Compile(Callback):
-    """Has torch.compile compile the network's blocks for training steps.
+    """Compiles the network's blocks with torch.compile for training steps.
 
     Each block is compiled by itself, and those of one kind share what comes of it, so that the time to compile does not
     grow with the depth. A network without blocks is compiled whole. Losses are those without this up to rounding;
@@ -19,9 +19,9 @@ class Compile(Callback):
     were compiled.
 
     Args:
-        mode: As in torch.compile: `default`; `reduce-overhead`, by CUDA graphs, which take memory; `max-autotune`, by
-            trying kernels out.
-        dynamic: Whether lengths and numbers of rows are to be left open; `None` leaves open what has changed once.
+        mode: As in torch.compile: `default`; `reduce-overhead`, which uses CUDA graphs and more memory; `max-autotune`,
+            which benchmarks kernels.
+        dynamic: Compile for dynamic sequence lengths and batch sizes; `None` makes a size dynamic once it changes.
 
     Raises:
         ValueError: When the objective looks into blocks (distillation of hidden states).

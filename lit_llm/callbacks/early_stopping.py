@@ -12,13 +12,13 @@ log = logging.getLogger(__name__)
 
 
 class EarlyStopping(LightningEarlyStopping):
-    """Lightning's, watching what decides which checkpoint is best: the data's headline metric, or the objective's.
+    """Lightning's early stopping on the metric that selects the best checkpoint (the data's, or else the objective's).
 
     Args:
-        patience: Validations in a row that may be no better.
-        min_delta: By how much one has to be better.
-        monitor: Another metric to watch.
-        mode: Whether its `min` or its `max` is best; to be given with `monitor`.
+        patience: Number of consecutive validations without improvement before the run stops.
+        min_delta: Smallest change that counts as an improvement.
+        monitor: Another metric to monitor.
+        mode: Whether `min` or `max` of `monitor` is best; must be given together with it.
 
     Raises:
         ValueError: When only one of `monitor` and `mode` is given, or nothing of that name is measured.

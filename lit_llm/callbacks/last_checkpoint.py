@@ -33,7 +33,7 @@ class LastCheckpoint(Checkpoint):
     once. What a cluster sends before it takes a machine away, SIGTERM, is as Ctrl-C.
 
     Args:
-        every_n_steps: How often.
+        every_n_steps: Steps between two saves.
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:

@@ -17,15 +17,15 @@ log = logging.getLogger(__name__)
 
 
 class LowRank(Callback):
-    """Factorises once, at a step, and trains on: the rest of the run is the recovery.
+    """Factorises matrices once, at a given step, and continues training: the rest of the run is the recovery.
 
     A checkpoint says what was factorised, so a resumed run goes on as if never cut. Validations from before do not
     count as the best. What the optimiser remembers of the other parameters stays; the factors begin anew.
 
     Args:
         method: How matrices are factorised.
-        start: Part of the run after which they are, in [0, 1]; 0 is before the first step.
-        num_batches: Batches of training data that a method looks at which wants to see what flows.
+        start: Fraction of the run after which they are factorised, in [0, 1]; 0 is before the first step.
+        num_batches: Batches of training data for methods that need activations.
 
     Raises:
         ValueError: When a value is out of range, or several processes train.

@@ -24,7 +24,7 @@ class WorstMistakes(BestEvaluation):
     many as are shown are kept while a split is read.
 
     Args:
-        count: How many.
+        count: Number of examples.
     """
 
     files = ("mistakes.png", "mistakes.csv")

@@ -8,10 +8,10 @@ from lit_llm.shards import whole_shape
 
 
 class ParameterBudget(Callback):
-    """Refuses to train a network that is too large: for a search over architectures, where too large is no answer.
+    """Refuses to train a network that is too large, for searches over architectures.
 
     Args:
-        max_parameters: Most parameters that the network may have, those that tie being counted once.
+        max_parameters: Maximum number of parameters; tied parameters count once.
 
     Raises:
         ValueError: When `max_parameters` is less than 1; and when training starts, where the network has more.

@@ -30,7 +30,7 @@ class Progress(ProgressBar):
     Where the output is not a terminal the bar becomes a line at the start, and then one every so often.
 
     Args:
-        seconds_between_lines: How often, where the output is not a terminal.
+        seconds_between_lines: Seconds between two lines if the output is not a terminal.
     """
 
     def __init__(self, seconds_between_lines: float = 15.0) -> None:

@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 
 
 class KeepZeros(Callback):
-    """Trains on from a pruned model, whose zeros stay zero through every optimiser, momentum and weight decay included.
+    """Continues training from a pruned model and keeps its zeros, whatever optimiser, momentum and weight decay do.
 
     The masks are buffers of the network, beside the weights, in the checkpoint; an exported model has none. Logs
     `train/sparsity`, counted, whenever the trainer logs.
 
     Args:
-        layers: Patterns of the names of layers; `None` is all matrices inside blocks (`compression.patterns`).
+        layers: Patterns of layer names; `None` is all matrices inside blocks (`compression.patterns`).
     """
 
     needs_plain_weights = True
@@ -98,7 +98,7 @@ def masked_sparsity(network: nn.Module) -> float:
 
 
 class Pruning(KeepZeros):
-    """Prunes little by little during training: the sparsity rises along a cubic curve, and the rest learns around it.
+    """Prunes gradually during training: the sparsity rises along a cubic curve, and the remaining weights adapt.
 
     How much is pruned is a function of the step alone; masks, and scores that add up, are buffers of the network, so a
     resumed run goes on as if never cut. What is pruned stays so. Validations from before the end of the pruning do not
@@ -108,11 +108,11 @@ class Pruning(KeepZeros):
     same) prunes at once.
 
     Args:
-        method: What the score of a weight is, and how sparse the layers become.
-        start: Part of the run after which the first weights go, in [0, 1].
-        end: Part of the run after which the sparsity is reached, in [`start`, 1].
-        every_n_steps: Steps from one pruning to the next.
-        num_batches: Batches of training data that a method looks at which wants to see what flows.
+        method: How weights are scored, and how sparse the layers become.
+        start: Fraction of the run after which pruning begins, in [0, 1].
+        end: Fraction of the run after which the full sparsity is reached, in [`start`, 1].
+        every_n_steps: Steps between two prunings.
+        num_batches: Batches of training data for methods that need activations.
 
     Raises:
         ValueError: When a value is out of range.

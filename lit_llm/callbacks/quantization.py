@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 
 class QuantizationAwareTraining(Callback):
-    """Trains, from a step on, with weights that are rounded as they will be; the exported model has them as integers.
+    """Trains with quantised weights from a given step on; the exported model stores them as integers.
 
     The delay lets weights come near to where they will be; freezing the scales lets them settle. Both are functions of
     the step, and what they made is in the network and its record, so that a resumed run goes on as if never cut.
@@ -26,9 +26,9 @@ class QuantizationAwareTraining(Callback):
     Suggested: begin with trained weights and a tenth of their learning rate, `delay` 0 to 0.2, `freeze` 0.8.
 
     Args:
-        method: What the weights are to become: `Int4WeightOnly` or `Int8DynamicInt4`.
-        delay: Part of the run after which weights are rounded, in [0, 1).
-        freeze: Part of the run after which scales stay, in [`delay`, 1]; 1 for never.
+        method: Target format of the weights: `Int4WeightOnly` or `Int8DynamicInt4`.
+        delay: Fraction of the run after which weights are quantised, in [0, 1).
+        freeze: Fraction of the run after which scales are frozen, in [`delay`, 1]; 1 for never.
 
     Raises:
         ValueError: When a value is out of range, or the method cannot be trained with.

@@ -36,7 +36,7 @@ class RunReport(Callback):
 
     Args:
         monitor: Metric that decides which validation is best.
-        mode: Whether its `min` or its `max` is best.
+        mode: Whether `min` or `max` of the metric is best.
     """
 
     def __init__(self, monitor: str = "val/loss", mode: str = "min") -> None:
@@ -217,7 +217,7 @@ def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> s
             f"for {results.get('step'):,} steps over {results.get('tokens', 0):,} tokens in "
             f"{results.get('seconds', 0):,.0f} s.",
             "",
-            *(["Its form is that of `compression.json`, which lit-llm reads; transformers does not.", ""] * reformed),
+            *(["Compressed as in `compression.json`; lit-llm reads it, transformers does not.", ""] * reformed),
             *(["Transformers has no such network; lit-llm reads it.", ""] * (not known and not reformed)),
             "| metric | value |",
             "| --- | ---: |",

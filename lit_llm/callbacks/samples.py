@@ -19,14 +19,14 @@ STEP = re.compile(r"^--- step (\d+)$", re.MULTILINE)
 
 
 class Samples(Callback):
-    """Continues a few prompts after each validation: on the terminal, and all of them in `samples.txt`.
+    """Samples continuations of a few prompts after each validation, and writes all of them to `samples.txt`.
 
     Args:
         prompts: Texts to continue; an empty one starts a document.
-        max_new_tokens: Most tokens added; fewer where the network has no room for them.
+        max_new_tokens: Maximum number of new tokens; fewer if the context is full.
         temperature: As in `generation.choose`.
         top_p: As in `generation.choose`.
-        seed: Of the draws, so that samples of two steps differ by what was learnt.
+        seed: Seed of the sampling, so that samples of two steps differ only by what was learnt.
     """
 
     def __init__(

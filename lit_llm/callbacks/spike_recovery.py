@@ -20,7 +20,7 @@ KEPT = ("losses", "norms", "seen", "skipped", "run", "rollbacks")
 
 
 class SpikeRecovery(Callback):
-    """Undoes a step whose loss or gradient norm is not finite or far above the last ones'; then, if need be, goes back.
+    """Undoes steps whose loss or gradient norm is not finite or far above the recent ones, and rolls back if needed.
 
     The device decides and undoes: weights, an average of them and the optimiser are copied before each step, which
     takes their memory once more, and taken back where the step was bad, without anybody waiting. Only where the run
@@ -31,10 +31,10 @@ class SpikeRecovery(Callback):
     of tensors goes on over a step undone.)
 
     Args:
-        threshold: Standard deviations above the mean of the last `window` steps from which a value is an outlier.
-        window: Steps that are compared with; the first half of them are taken as they are, if they are finite.
-        patience: Bad steps in a row after which the run goes back; more than are between two reports.
-        max_rollbacks: How often it may go back before it gives up.
+        threshold: Number of standard deviations above the mean of the last `window` steps that makes an outlier.
+        window: Number of steps to compare with; the first half of them accept any finite value.
+        patience: Consecutive bad steps before the run rolls back; more than there are between two reports.
+        max_rollbacks: Maximum number of roll-backs; then the run fails.
 
     Attributes:
         skipped: Bad steps so far.

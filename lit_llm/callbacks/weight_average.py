@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class WeightAverage(Callback):
-    """Validates, tests and exports an exponential moving average of the weights; the weights themselves learn on.
+    """Validates, tests and exports an exponential moving average of the weights, without affecting the training.
 
     The average lies beside the network, in each checkpoint, cut among devices as the network is. It begins with the
     weights that the run begins with, and forgets those soon: after step t it keeps at most `(1 + t) / (10 + t)` of
@@ -17,7 +17,7 @@ class WeightAverage(Callback):
     in 16 bits.
 
     Args:
-        decay: What remains of the average at each step, in [0, 1): it is about one of the last `1 / (1 - decay)` steps.
+        decay: Share of the average kept at each step, in [0, 1); it covers about the last `1 / (1 - decay)` steps.
 
     Raises:
         ValueError: When the decay is out of range, or the objective has an average of its own.

@@ -279,21 +279,21 @@ def report(found: dict[str, Any]) -> list[str]:
     devices = found["devices"]
     lines = [
         f"{found['network']}: {step['parameters']:,} parameters, {step['embeddings']:,} of them embeddings that are "
-        f"looked up, {step['trained']:,} trained" + ", and an average of all" * found["averages"],
+        f"looked up, {step['trained']:,} trained" + ", plus an average of all" * found["averages"],
         f"{found['flops_per_token']:.4g} operations per {unit}, forward and backward; batches of {batch} per device in "
         f"{found['precision']}",
     ]
     if "probe" in found:
         p = found["probe"]
         lines += [
-            f"measured here: {p['seconds_per_step']:.4g} s a step, {p['tokens_per_second']:,.0f} {unit}s/s, "
+            f"measured here: {p['seconds_per_step']:.4g} s per step, {p['tokens_per_second']:,.0f} {unit}s/s, "
             f"{p['flops_per_second']:.4g} operations/s; peak {gib(p['peak'])} (planned {gib(step['peak'])})"
         ]
     each = f"each of {devices} devices" if devices > 1 else "one device"
     for name, strategies in found["memory"].items():
         lines += [
             "",
-            f"Memory of {each}, {name}; {gib(machine['memory'])} are there",
+            f"Memory of {each}, {name}; {gib(machine['memory'])} available",
             f"{'':<22}{'weights':>12}{'gradients':>12}{'optimizer':>12}{'activations':>12}{'peak':>12}",
         ]
         for strategy, m in strategies.items() if devices > 1 else [("one device", strategies["ddp"])]:
@@ -304,15 +304,15 @@ def report(found: dict[str, Any]) -> list[str]:
     speed = "the measured speed" if "probe" in found else f"{machine['mfu']:.0%} of {machine['peak_flops']:.4g}/s"
     lines += [
         "",
-        f"Compute-optimal: {found['optimal_tokens']:.4g} {unit}s, 20 for each parameter (Hoffmann et al., 2022)",
+        f"Compute-optimal: {found['optimal_tokens']:.4g} {unit}s, 20 per parameter (Hoffmann et al., 2022)",
         f"{found['tokens']:.4g} {unit}s on {devices} × {machine['watts']:g} W at {speed}: {duration(b['seconds'])}"
         f"{exchange(b, devices, machine['mfu'])}, {b['kilowatt_hours']:,.4g} kWh" + cost(b),
     ]
     if "table" in found:
         lines += [
             "",
-            "fsdp, the same batch on each device; strong: the batch of 8 devices, shared out (– where there are fewer "
-            "rows than devices). Planned, not measured.",
+            "fsdp with the same batch on each device; strong: the batch of 8 devices, split (– if there are fewer rows "
+            "than devices). Planned, not measured.",
             f"{'devices':>8}{'memory':>12}{'checkpointed':>14}{'time':>14}{'kWh':>12}{'weak':>7}{'strong':>8}",
         ]
         for count, row in found["table"].items():
@@ -330,11 +330,11 @@ def exchange(bill: dict[str, Any], devices: int, mfu: int | float) -> str:
     if devices == 1:
         return ""
     if bill["efficiency"] == 1:
-        return " under fsdp, which exchanges meanwhile"
+        return " under fsdp, whose communication overlaps with it"
     computing = duration(bill["seconds"] * bill["efficiency"])
     return (
-        f" under fsdp, which exchanges for longer than it computes ({computing} by itself): "
-        f"{mfu * bill['efficiency']:.0%} are reached"
+        f" under fsdp, limited by communication ({computing} of computation): "
+        f"{mfu * bill['efficiency']:.0%} of the peak"
     )
 
 

@@ -130,7 +130,7 @@ class _Search:
                         self._start(cut.pop(0) if cut else self._next())
                     if not self.running:
                         if self._begun() < number:
-                            self.progress.say(f"{self.plan.metric} has reached {self.plan.target}, its target")
+                            self.progress.say(f"{self.plan.metric} has reached its target of {self.plan.target}")
                         return
                     time.sleep(SECONDS_BETWEEN_LOOKS)
                     for trial, process in list(self.running.values()):
@@ -206,9 +206,7 @@ class _Search:
 
         value = figure_of(process.folder, self.plan.metric)
         if process.exit_code == INTERRUPTED and not stopped:
-            self.progress.say(
-                f"trial {trial.number} was stopped from outside: the next sweep here goes on with it", "red"
-            )
+            self.progress.say(f"trial {trial.number} was interrupted: run the same command again to resume it", "red")
             return
         if stopped:
             self.study.tell(trial, state=TrialState.PRUNED)
@@ -286,12 +284,12 @@ class _Search:
         if not best:
             if self.trials("RUNNING"):
                 raise ValueError(
-                    "a sweep must have a trial that comes to its end, but has none that was not stopped from outside; "
-                    "the same command goes on with them"
+                    "a sweep must have a trial that finishes, but all of them were interrupted; run the same command "
+                    "again to resume"
                 )
             failed = self.trials("FAIL")
             error = failed[-1].user_attrs.get("error") if failed else "all were stopped early"
-            raise ValueError(f"a sweep must have a trial that comes to its end, but has none; the last: {error}")
+            raise ValueError(f"a sweep must have a trial that finishes, but has none; the last: {error}")
         draw(self.study, self.plan, self.out, SEED)
         print(f"{'best trial':<22}{self.folder(best[0].number)}")
         print(f"{self.plan.metric:<22}{best[0].value:.4f}")
@@ -345,7 +343,7 @@ class _Search:
             self.progress.end(name)
             value = figure_of(folder, self.plan.metric)
             if process.exit_code == INTERRUPTED:
-                raise ValueError(f"{name} must come to its end, but was stopped; the same command goes on with it")
+                raise ValueError(f"{name} must finish, but was stopped; run the same command again to resume")
             if process.exit_code or value is None or not math.isfinite(value):
                 reason = process.last_line() if process.exit_code else f"its {self.plan.metric} is {value}"
                 raise ValueError(f"trial {trial.number} must train with seed {seed} too, but {reason}")

@@ -155,18 +155,18 @@ def allocate(
 
 @dataclass(frozen=True)
 class SVD(Compression):
-    """Each matrix becomes the product of two thin ones that is nearest to it.
+    """Replaces each matrix by the closest product of two thin matrices.
 
     Idea: a matrix whose singular values fall fast needs few of them. Suggested: keep half of the parameters or more,
     then a recovery run (`callbacks.low_rank`, or training on from the directory): without one much is lost.
 
     Args:
-        parameters: Part of the layers' parameters that is left, in (0, 1), over all layers together.
-        allocation: Where they go. `uniform` leaves each layer the same part. `energy` gives the next rank to the layer
-            where a parameter keeps most of its share of squared singular values. `sensitivity` does so too, each
-            layer's share counting as much as the network's answers on calibration batches suffer without it.
-        rank: In place of both, one rank for all layers that are smaller by it.
-        layers: Patterns of the names of layers; `None` is all matrices inside blocks (`compression.patterns`).
+        parameters: Fraction of the layers' parameters to keep, in (0, 1), over all layers together.
+        allocation: How they are distributed. `uniform` keeps the same fraction of each layer. `energy` gives the next
+            rank to the layer where a parameter keeps the largest share of the squared singular values. `sensitivity`
+            does the same, but weights each layer by how much the network's answers on calibration batches suffer.
+        rank: One rank for all layers that it makes smaller, instead of the two arguments above.
+        layers: Patterns of layer names; `None` is all matrices inside blocks (`compression.patterns`).
 
     Raises:
         ValueError: When a value is out of range, a rank above what a layer has, or no layer would be smaller.
@@ -291,7 +291,7 @@ class SVD(Compression):
 
 @dataclass(frozen=True)
 class ActivationSVD(SVD):
-    """Each matrix becomes the product of two thin ones whose output is nearest to its own on calibration batches.
+    """Replaces each matrix by the product of two thin ones with the closest output on calibration batches.
 
     Idea: what a layer reads lies in few directions; what the matrix does in the others need not be kept. Suggested: as
     `SVD`, on 64 rows of training text or more.

@@ -91,12 +91,12 @@ def _in_place_of(layer: nn.Module, weight: Tensor) -> Quantized:
 
 @dataclass(frozen=True)
 class Int8WeightOnly(Quantization):
-    """Weights of 8 bits, a scale for each output; computed with as real numbers.
+    """8-bit weights with one scale per output; computation uses real numbers.
 
     A quarter of the bytes. Of convolutions and embeddings too.
 
     Args:
-        layers: Patterns of names; `None` is all matrices inside blocks. `*` is all, embeddings and head included.
+        layers: Patterns of layer names; `None` is all matrices inside blocks. `*` is all, embeddings and head included.
 
     Source:
         Jacob et al., 2017, arXiv:1712.05877, section 2.1, symmetric; by torchao's `Int8WeightOnlyConfig`.
@@ -122,12 +122,12 @@ class Int8WeightOnly(Quantization):
 
 @dataclass(frozen=True)
 class Int8Dynamic(Quantization):
-    """Weights of 8 bits, and what linear layers read rounded to 8 bits as it comes, a scale for each row.
+    """8-bit weights, and inputs of linear layers quantised to 8 bits on the fly with one scale per row.
 
     A quarter of the bytes; products are of integers.
 
     Args:
-        layers: As in `Int8WeightOnly`, of linear layers.
+        layers: As in `Int8WeightOnly`, for linear layers.
 
     Source:
         Dettmers et al., 2022, "LLM.int8()", arXiv:2208.07339, section 2 (vector-wise, without its outliers); by
@@ -143,13 +143,13 @@ class Int8Dynamic(Quantization):
 
 @dataclass(frozen=True)
 class Int4WeightOnly(Quantization):
-    """Weights of 4 bits, a scale for each few inputs of an output; on disk two a byte, computed with as real numbers.
+    """4-bit weights with one scale per group of inputs; two per byte on disk, computation uses real numbers.
 
     About a seventh of the bytes. `QuantizationAwareTraining` has a network learn with it.
 
     Args:
-        layers: As in `Int8WeightOnly`, of linear layers and embeddings.
-        group_size: Inputs that share a scale; 32 to 128 is usual, the fewer the closer, at 32 bits a scale.
+        layers: As in `Int8WeightOnly`, for linear layers and embeddings.
+        group_size: Inputs that share a scale; 32 to 128 is usual. Smaller is more accurate; a scale takes 32 bits.
 
     Raises:
         ValueError: When groups do not divide a layer's inputs.
@@ -175,10 +175,10 @@ class Int4WeightOnly(Quantization):
 
 @dataclass(frozen=True)
 class Int8DynamicInt4(Quantization):
-    """Weights of 4 bits as in `Int4WeightOnly`, and what linear layers read rounded to 8 bits, a scale for each row.
+    """4-bit weights as in `Int4WeightOnly`, and inputs of linear layers quantised to 8 bits with one scale per row.
 
     Args:
-        layers: As in `Int8WeightOnly`, of linear layers.
+        layers: As in `Int8WeightOnly`, for linear layers.
         group_size: As in `Int4WeightOnly`.
 
     Raises:

@@ -142,12 +142,11 @@ class Sparsity(Compression):
     Applied once it leaves plain weights; `callbacks.pruning` applies it little by little during a run.
 
     Args:
-        sparsity: Part of the weights that become zero, in [0, 1).
-        layers: Patterns of the names of layers; `None` is all matrices inside blocks (`compression.patterns`).
-        scope: What is compared with what: the inputs of one output (`row`), the weights of a `layer`, or of all
-            layers (`global`).
-        pattern: `N:M` keeps N of each M inputs in a row of an output, `2:4` say, which hardware can use; it then
-            decides sparsity and scope.
+        sparsity: Fraction of the weights set to zero, in [0, 1).
+        layers: Patterns of layer names; `None` is all matrices inside blocks (`compression.patterns`).
+        scope: Which weights compete: those of one output (`row`), of one `layer`, or of all layers (`global`).
+        pattern: `N:M` keeps N of every M consecutive inputs of an output, for example `2:4`, which hardware supports;
+            it overrides sparsity and scope.
 
     Raises:
         ValueError: When a value is out of range.
@@ -252,7 +251,7 @@ class Sparsity(Compression):
 
 @dataclass(frozen=True)
 class Magnitude(Sparsity):
-    """Small weights go: no data is looked at.
+    """Removes the smallest weights; needs no data.
 
     Idea: what is nearly zero already changes least. Suggested: 50 % at once, up to 90 % little by little in training,
     `global` for convolutional networks, whose layers differ most in what they can spare.
@@ -277,7 +276,7 @@ class Magnitude(Sparsity):
 
 @dataclass(frozen=True)
 class Wanda(Sparsity):
-    """Weights go that are small *and* read little: `|w|` times the norm of what the weight is multiplied by.
+    """Removes weights that are small *and* have small inputs: `|w|` times the norm of the weight's input.
 
     Idea: a few inputs of a transformer's layers are far larger than the others, and their weights matter though they
     are small. No training. Suggested: 50 %, compared within each output, on 128 rows of training text.

@@ -61,10 +61,10 @@ class Structured(Compression):
     units silent.
 
     Args:
-        sparsity: Part of the units of each layer that go, in [0, 1), rounded to whole ones; at least one stays.
-        importance: By the size of their weights (`magnitude`), by what they add on calibration batches
-            (`activation`), or by what the loss would be without them to first order (`taylor`; on labels where batches
-            have them).
+        sparsity: Fraction of the units of each layer to remove, in [0, 1), rounded to whole units; at least one stays.
+        importance: How units are ranked: by the size of their weights (`magnitude`), by their contribution on
+            calibration batches (`activation`), or by the first-order change of the loss without them (`taylor`; uses
+            labels if the batches have them).
 
     Raises:
         ValueError: When a value is out of range.
@@ -148,7 +148,7 @@ def _spread(units: Tensor, width: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Neurons(_OfBlocks):
-    """Neurons of the feed-forward layers are taken out.
+    """Removes neurons of the feed-forward layers.
 
     Idea: two thirds of a transformer's blocks are feed-forward, and many neurons seldom say anything. Suggested: half
     of them by `activation`, then a recovery run; the first thing to take from a decoder or an encoder.
@@ -176,7 +176,7 @@ class Neurons(_OfBlocks):
 
 @dataclass(frozen=True)
 class Heads(_OfBlocks):
-    """Attention heads are taken out: where queries share keys and values, each with all the queries that share it.
+    """Removes attention heads; key-value heads are removed together with all the queries that share them.
 
     For networks whose config has a head's width of its own: Llama, Qwen3 and their kin. Where it is the width of the
     network over the number of heads (GPT-2, BERT, ModernBERT) no config describes what would be left.
@@ -212,13 +212,13 @@ class Heads(_OfBlocks):
 
 @dataclass(frozen=True)
 class Blocks(Structured):
-    """Whole blocks are taken out: those that change what passes through them least.
+    """Removes whole blocks: those that change their input least.
 
     Idea: in the upper half of a deep network a block is nearly the identity. It saves time as it saves parameters, on
     any hardware. Suggested: up to a third, by `activation`, then a recovery run. The first block always stays.
 
     Args:
-        sparsity: Part of the blocks that go, in [0, 1), rounded to whole ones.
+        sparsity: Fraction of the blocks to remove, in [0, 1), rounded to whole blocks.
         importance: `activation` is one minus the cosine between what goes into a block and what comes out;
             `magnitude` is the mean square of its weights, `taylor` what the loss would be if the block added nothing.
 
@@ -287,15 +287,15 @@ class Blocks(Structured):
 
 @dataclass(frozen=True)
 class Channels(Structured):
-    """Channels of convolutions are taken out, and with them what reads them: the next layer's inputs, norms, shortcuts.
+    """Removes channels of convolutions and everything that reads them: the next layer's inputs, norms, shortcuts.
 
     Idea: a filter whose output hardly varies is not missed. Suggested: half of the channels, by `taylor` or
     `activation`, then a recovery run. What depends on what is found by torch-pruning from one calibration batch.
 
     Args:
-        sparsity: Part of the channels of each convolution that go, in [0, 1), rounded; at least one stays.
+        sparsity: Fraction of the channels of each convolution to remove, in [0, 1), rounded; at least one stays.
         importance: As in `Structured`; `magnitude` is the sum of the filter's squares.
-        layers: Patterns of the names of convolutions; `None` is all.
+        layers: Patterns of the names of convolutions; `None` is all of them.
 
     Source:
         Li et al., 2016, "Pruning Filters for Efficient ConvNets", arXiv:1608.08710; the dependency graph: Fang et al.,

@@ -6,15 +6,15 @@ import numpy as np
 
 
 class TextAugmentation:
-    """Changes tokens of a text; special tokens stay where they are, and each text keeps one token or more.
+    """Changes tokens of a text; special tokens stay where they are, and each text keeps at least one token.
 
     What becomes of a row depends on seed, epoch and row alone: a resumed run sees what an uninterrupted one does.
 
     Args:
-        dropout: Chance of each token to become the mask token (of a tokeniser without one, the unknown or padding
-            token), from 0 to 1. Usual values are 0.05 to 0.2.
-        swap: Chance of each token to change places with the next.
-        deletion: Chance of each token to be left out.
+        dropout: Probability that a token is replaced by the mask token (or, if the tokeniser has none, by the unknown
+            or padding token), from 0 to 1. Usual values are 0.05 to 0.2.
+        swap: Probability that a token swaps places with the next.
+        deletion: Probability that a token is deleted.
 
     Raises:
         ValueError: When a chance is not from 0 to below 1, or all are 0.

@@ -18,13 +18,13 @@ CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 @dataclass(frozen=True)
 class Cleaning:
-    """Which cleaning steps are taken, in this order.
+    """The cleaning steps to apply, in this order.
 
     Attributes:
         strip_control: Remove control characters other than tab and line feed; every line end becomes a line feed.
         unicode_nfc: Compose characters (Unicode normal form C), so that one spelling has one form.
-        drop_empty: Leave out documents that hold nothing but white space.
-        drop_duplicates: Leave out documents whose text has been seen; the first one stays.
+        drop_empty: Drop documents that contain only white space.
+        drop_duplicates: Drop documents whose text has occurred before; the first one stays.
     """
 
     strip_control: bool = True

@@ -33,35 +33,35 @@ class GLUEData(ExampleData):
     come together, so that little is padding.
 
     Args:
-        task: A GLUE task: `cola`, `sst2`, `mrpc`, `stsb`, `qqp`, `mnli`, `mnli_mismatched` (which validates on other
+        task: A GLUE task: `cola`, `sst2`, `mrpc`, `stsb`, `qqp`, `mnli`, `mnli_mismatched` (validated on other
             genres), `qnli`, `rte` or `wnli`. `None` for any other table.
         path: `stdlib-docmatch` (the default without a task: does a docstring of Python's library describe a function?),
             a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), a folder of tables called `train`, `validation` and
-            `test`, a folder in the hub's layout, or a data set on the hub (with a task by default `nyu-mll/glue`).
-        subset: Configuration of a hub data set; with a task its name.
-        text: Column of the text, or of the first of two; may be left out where there is one obvious choice.
+            `test`, a folder in the hub's layout, or a data set on the hub (default for a task: `nyu-mll/glue`).
+        subset: Configuration of a hub data set; with a task, its name by default.
+        text: Column of the text, or of the first of two; optional if there is one obvious choice.
         text_pair: Column of the second text.
         label: Column of the label. Whole numbers and text are classes, real numbers are values; for an objective that
-            needs values, as `Regression` does, whole numbers are such too.
+            needs values, such as `Regression`, whole numbers are values too.
         tokenizer: `bert-uncased-bpe-<size>` or `bert-bpe-<size>`, trained on these training texts; a folder with a
-            `tokenizer.json`; or a name on the hub. By default the one beside the network's weights, or for a network
-            without, `bert-uncased-bpe-8192`.
-        max_seq_len: Tokens after which an example is cut, special tokens included; of two texts the longer one is.
-        batch_size: Examples in a batch of one device.
-        validation_fraction: Part of the training split to validate on, where the source has no validation split: of
-            each class the same, by a hash of the texts. 0 for none.
+            `tokenizer.json`; or a name on the hub. Default: the one next to the network's weights, or
+            `bert-uncased-bpe-8192` for a network without weights.
+        max_seq_len: Maximum tokens of an example, including special tokens; of two texts, the longer one is truncated.
+        batch_size: Examples per batch and device.
+        validation_fraction: Fraction of the training split to validate on if the source has no validation split: the
+            same of each class, by a hash of the texts. 0 for none.
         test_fraction: The same for a test split.
-        max_examples: Train on at most so many, drawn with the seed in the proportions of the classes.
-        labels_per_class: Train on so many of each class as labelled, drawn with the seed; the others of the training
-            split become unlabelled, as those of a split called `unlabelled` or `unsupervised` are.
-        unlabelled_ratio: For semi-supervised training: so many unlabelled examples in a batch for each labelled one,
-            as they are and augmented; labelled ones are then not augmented. An epoch is one pass over the unlabelled
-            ones; labelled ones come again as often as is needed. 0 leaves the unlabelled ones out.
+        max_examples: Train on at most this many examples, drawn with the seed in proportion to the classes.
+        labels_per_class: Keep the labels of only this many training examples per class, drawn with the seed; the rest
+            become unlabelled, like those of a split called `unlabelled` or `unsupervised`.
+        unlabelled_ratio: For semi-supervised training: number of unlabelled examples per labelled one in a batch, both
+            plain and augmented; labelled ones are then not augmented. An epoch is one pass over the unlabelled ones;
+            labelled ones are repeated as needed. 0 ignores the unlabelled ones.
         balance_classes: Draw each class equally often.
-        length_grouping: Put examples of about one length into a batch; not the few of `labels_per_class`, which would
-            then always come in the same company.
-        augmentation: Changes training examples, anew in each epoch.
-        seed: Of the order in which examples are drawn, and of the augmentation.
+        length_grouping: Batch examples of similar length; does not apply to the few of `labels_per_class`, which would
+            always be batched together.
+        augmentation: Augmentation of training examples, different in each epoch.
+        seed: Seed of the order of examples and of the augmentation.
 
     Raises:
         ValueError: When the table has no such columns, a label is missing or new, or there are too few examples.

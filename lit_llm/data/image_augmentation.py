@@ -68,7 +68,7 @@ class Draws:
 
 
 class ImageAugmentation:
-    """Changes images in this order: crop and flip; rotation, scale and shift at once; colours; RandAugment; erasing.
+    """Augments images in this order: crop and flip; rotation, scale and shift together; colours; RandAugment; erasing.
 
     Mixing with another image comes last. What becomes of an image depends on seed, epoch and row alone: whatever the
     batch size, and also after a resume. What comes from outside an image is black.
@@ -77,22 +77,22 @@ class ImageAugmentation:
     flipped; the second view has all but the mixing.
 
     Args:
-        rotate: Degrees up to which an image is turned, either way.
-        scale: Part by which it is made larger or smaller, at most.
-        shift: Part of its sides by which it is moved, at most, either way.
-        crop_padding: Pixels of padding around an image, of which its size is then cut out somewhere; 4 is usual for
+        rotate: Maximum rotation in degrees, in either direction.
+        scale: Maximum relative change of size, up or down.
+        shift: Maximum shift as a fraction of the image's sides, in either direction.
+        crop_padding: Pixels of padding around an image before a random crop of its original size; 4 is usual for
             images of 32 × 32.
-        flip: Chance of each image to be mirrored left to right, from 0 to 1.
-        brightness: Part by which intensities are multiplied up or down, at most.
-        contrast: The same of each image's distance to its mean.
-        saturation: The same of its distance to grey.
-        erase: Chance of each image to have a rectangle of 2 to 33 % of it blackened.
-        randaugment: Operations of RandAugment on each image; 2 is usual, 0 is none.
-        magnitude: Strength up to which these go, from 0 to 1.
-        mixup: Images are added to others, in shares of `Beta(mixup, mixup)`, and so are their labels; 0.2 is usual,
-            0 is not at all.
-        cutmix: Images have a rectangle of another pasted in, of a share of `Beta(cutmix, cutmix)`; 1 is usual. With
-            `mixup` too, each image has one of the two by chance.
+        flip: Probability that an image is mirrored left to right, from 0 to 1.
+        brightness: Maximum relative change of intensities, up or down.
+        contrast: The same for each image's distance to its mean.
+        saturation: The same for its distance to grey.
+        erase: Probability that a rectangle of 2 to 33 % of an image is blackened.
+        randaugment: Number of RandAugment operations per image; 2 is usual, 0 for none.
+        magnitude: Maximum strength of these operations, from 0 to 1.
+        mixup: Mix images and their labels with others in shares drawn from `Beta(mixup, mixup)`; 0.2 is usual, 0 for
+            none.
+        cutmix: Paste a rectangle of another image with a share drawn from `Beta(cutmix, cutmix)`; 1 is usual. Together
+            with `mixup`, each image gets one of the two at random.
 
     Raises:
         ValueError: When a value is out of range, or nothing would change.

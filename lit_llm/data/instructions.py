@@ -39,25 +39,25 @@ class InstructionData(TokenData):
         path: `stdlib-instructions`; a table (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`) or a folder of them; or a
             data set on the Hugging Face hub, by name or as a local folder.
         subset: Configuration of a hub data set.
-        prompt: Column of what the user says.
-        response: Column of what the assistant answers.
+        prompt: Column of the user's message.
+        response: Column of the assistant's answer.
         messages: Column of whole conversations: lists of `{"role": system, user or assistant, "content": text}`.
-        unanswered: Whether a row without an assistant's turn, or with an empty one, is an error, or left out.
-        max_documents: Read only the first rows.
-        cleaning: Which cleaning steps are taken, on each message.
-        validation_fraction: Part of the conversations to validate on; 0 for none.
-        test_fraction: Part of the conversations to test on; 0 for none.
+        unanswered: Whether a row without an assistant's turn, or with an empty one, is an error or dropped.
+        max_documents: Read only this many rows.
+        cleaning: Cleaning steps to apply to each message.
+        validation_fraction: Fraction of the conversations to validate on; 0 for none.
+        test_fraction: Fraction of the conversations to test on; 0 for none.
         tokenizer: `bytes`; `bpe-<size>`, trained on these training conversations; a folder with a `tokenizer.json`,
             such as that of the model to start from; or a name on the hub.
-        chat_template: File with a template (Jinja, as transformers reads it); by default the tokeniser's own, and for
-            one without, `lit_llm.data.chat.CHAT_TEMPLATE`.
-        seq_len: Tokens in a row.
-        batch_size: Rows in a batch of one device.
-        packed: Fill rows with as many whole conversations as they hold, each a document of its own, at positions from
-            0; otherwise one conversation a row, padded to the longest of its batch. The losses are the same.
-        overlong: What is done with a conversation that is longer than a row: leave it out, cut it at the row's end (or
-            leave it out where nothing to learn is left), or refuse the data.
-        seed: Of the order in which rows are drawn.
+        chat_template: File with a Jinja template as for transformers; default: that of the tokeniser, or
+            `lit_llm.data.chat.CHAT_TEMPLATE` if it has none.
+        seq_len: Tokens per row.
+        batch_size: Rows per batch and device.
+        packed: Fill rows with as many whole conversations as fit, each a separate document with positions from 0;
+            otherwise one conversation per row, padded to the longest of its batch. The losses are the same.
+        overlong: What to do with a conversation that is longer than a row: drop it, cut it at the row's end (or drop it
+            if nothing to learn is left), or refuse the data.
+        seed: Seed of the order of rows.
 
     Raises:
         ValueError: When a row is no conversation, or there are too few for a batch, or to validate on.

@@ -33,7 +33,7 @@ PAIRS = (
 
 
 class Seq2SeqData(LightningDataModule):
-    """Examples of a text to read and one to write.
+    """Pairs of a source text to read and a target text to write.
 
     Texts are tokenised once. A batch is cut at once and padded to its own longest texts; examples of about one length
     come together, so that little is padding.
@@ -44,19 +44,19 @@ class Seq2SeqData(LightningDataModule):
             folder of tables called `train`, `validation` and `test`, a folder in the hub's layout, or a data set on the
             hub.
         subset: Configuration of a hub data set.
-        source: Column of the text to read; may be left out, as `target`, where they are called `source` and `target`,
-            `document` and `summary`, `input` and `output`, `prompt` and `response` or the like.
+        source: Column of the text to read; like `target`, it is optional if the columns are called `source` and
+            `target`, `document` and `summary`, `input` and `output`, `prompt` and `response` or similar.
         target: Column of the text to write.
         tokenizer: `t5-bpe-<size>`, trained on these training texts; a folder with a `tokenizer.json`; or a name on the
-            hub. By default the one beside the network's weights, or for a network without, `t5-bpe-4096`.
-        max_source_len: Tokens after which a text to read is cut, the end token included.
-        max_target_len: The same of a text to write.
-        batch_size: Examples in a batch of one device.
-        validation_fraction: Part of the training split to validate on, where the source has no validation split, by a
+            hub. Default: the one next to the network's weights, or `t5-bpe-4096` for a network without weights.
+        max_source_len: Maximum tokens of a text to read, including the end token; longer ones are truncated.
+        max_target_len: The same for a text to write.
+        batch_size: Examples per batch and device.
+        validation_fraction: Fraction of the training split to validate on if the source has no validation split, by a
             hash of the texts; 0 for none.
         test_fraction: The same for a test split.
-        length_grouping: Put examples of about one length into a batch.
-        seed: Of the order in which examples are drawn.
+        length_grouping: Batch examples of similar length.
+        seed: Seed of the order of examples.
 
     Raises:
         ValueError: When the table has no such columns, a text is missing, there are too few examples, or the tokeniser

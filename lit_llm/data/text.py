@@ -43,26 +43,26 @@ class TextData(TokenData):
     Args:
         path: The name of an embedded corpus (`stdlib`, `stdlib-code`, `stdlib-prose`), a file or folder of `.txt`,
             `.md` or `.py`, a table (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), or a data set on the Hugging Face
-            hub, by name or as a local folder. A mapping mixes several: from each to its weight, which is above 0, as
-            in `{stdlib-code: 3, my_texts/: 1}`; the other arguments are then those of all.
+            hub, by name or as a local folder. A mapping from paths to weights above 0 mixes several, for example
+            `{stdlib-code: 3, my_texts/: 1}`; the other arguments then apply to all of them.
         subset: Configuration of a hub data set.
-        column: Where a table keeps its text.
-        max_documents: Read only the first ones, of a mixture those of each source.
-        streaming: Train on documents as they come, without tokenising (or downloading) all of them first. Validation,
-            test and a tokeniser to be trained come from the first 10,000 documents. Not of a mixture.
-        cleaning: Which cleaning steps are taken.
-        validation_fraction: Part of the documents to validate on; 0 for none.
-        test_fraction: Part of the documents to test on; 0 for none.
-        split_by: `document` puts whole documents into splits. `position` cuts each one instead, a single file as one
-            document: its first characters train, the next validate, the last test. So nanoGPT splits Shakespeare's
-            text (`validation_fraction: 0.1`, `test_fraction: 0`): the last tenth of its characters validates.
-        tokenizer: `bytes`; `characters`, `bpe-<size>`, for an encoder `bert-uncased-bpe-<size>` or `bert-bpe-<size>`,
-            for an encoder-decoder `t5-bpe-<size>`, from this corpus's training documents; a folder with a
+        column: Column of a table that holds the text.
+        max_documents: Read only this many documents (of each source of a mixture).
+        streaming: Train on documents as they arrive, without tokenising (or downloading) all of them first. Validation,
+            test and tokeniser training use the first 10,000 documents. Not available for mixtures.
+        cleaning: Cleaning steps to apply.
+        validation_fraction: Fraction of the documents to validate on; 0 for none.
+        test_fraction: Fraction of the documents to test on; 0 for none.
+        split_by: `document` assigns whole documents to splits. `position` splits each document instead (a single file
+            is one document): its beginning is for training, the next part for validation, the end for testing. nanoGPT
+            splits Shakespeare this way (`validation_fraction: 0.1`, `test_fraction: 0`).
+        tokenizer: `bytes`; `characters`, `bpe-<size>`, `bert-uncased-bpe-<size>` or `bert-bpe-<size>` (for encoders) or
+            `t5-bpe-<size>` (for encoder-decoders), built from this corpus's training documents; a folder with a
             `tokenizer.json`; or a name on the hub.
-        seq_len: Tokens in a row.
-        batch_size: Rows in a batch of one device.
-        mask_documents: Keep attention from crossing documents in a row.
-        seed: Of the order in which rows are drawn.
+        seq_len: Tokens per row.
+        batch_size: Rows per batch and device.
+        mask_documents: Prevent attention across documents in a row.
+        seed: Seed of the order of rows.
 
     Raises:
         ValueError: When there is no text, not enough for one row (of each source) or batch, or none to validate on;

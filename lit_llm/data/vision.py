@@ -28,7 +28,7 @@ PLACE, CONTENT = "place in the cache", "hash of the pixels"
 
 
 class VisionData(ExampleData):
-    """Images, each of a class.
+    """Labelled images.
 
     Images are decoded once, by all cores, into a file of bytes that is mapped into memory; batches are gathered from it
     whole. So a set may be larger than memory. Those of mixed sizes are scaled until they cover `image_size`, and the
@@ -38,30 +38,31 @@ class VisionData(ExampleData):
     normalisation are taken from there, the first two unless they are named.
 
     Args:
-        path: `sklearn-digits` (1,797 of 8 × 8 pixels, a fifth of them to test on), a data set on the hub such as
-            `ylecun/mnist`, a folder in its layout, Parquet (a file or a folder of them), or a folder of images: with a
-            folder for each class, which may be beneath `train`, `validation` and `test`. To predict, also without.
+        path: `sklearn-digits` (1,797 images of 8 × 8 pixels, a fifth of them for testing), a data set on the hub such
+            as `ylecun/mnist`, a folder in its layout, Parquet (a file or a folder), or a folder of images with one
+            folder per class, optionally inside `train`, `validation` and `test`. For predictions, class folders are
+            optional.
         subset: Configuration of a hub data set.
-        image: Column of the images; may be left out where there is one obvious choice.
-        label: Column of the labels; the same.
-        image_size: Height and width in pixels. By default those of the images, or 224 where they differ.
-        channels: 1 for grey, 3 for colour. By default 1 where no image has colour.
+        image: Column of the images; optional if there is one obvious choice.
+        label: Column of the labels; likewise.
+        image_size: Height and width in pixels. Default: those of the images, or 224 if they differ.
+        channels: 1 for grey, 3 for colour. Default: 1 if no image has colour.
         normalize: Subtract the mean of each channel over the training images and divide by its standard deviation;
-            else intensities are from 0 to 1.
-        batch_size: Images in a batch of one device.
-        validation_fraction: Part of the training split to validate on, where the source has no validation split: of
-            each class the same, by a hash of the pixels. 0 for none.
+            otherwise intensities are from 0 to 1.
+        batch_size: Images per batch and device.
+        validation_fraction: Fraction of the training split to validate on if the source has no validation split: the
+            same of each class, by a hash of the pixels. 0 for none.
         test_fraction: The same for a test split.
-        max_examples: Train on at most so many, drawn with the seed in the proportions of the classes.
-        labels_per_class: Train on so many of each class as labelled, drawn with the seed; the others of the training
-            split become unlabelled, as those of a split called `unlabelled` are.
-        unlabelled_ratio: For semi-supervised training: so many unlabelled images in a batch for each labelled one, once
-            weakly and once strongly augmented (see `ImageAugmentation`). An epoch is one pass over the unlabelled
-            ones; labelled ones come again as often as is needed. 0 leaves the unlabelled ones out.
+        max_examples: Train on at most this many images, drawn with the seed in proportion to the classes.
+        labels_per_class: Keep the labels of only this many training images per class, drawn with the seed; the rest
+            become unlabelled, like those of a split called `unlabelled`.
+        unlabelled_ratio: For semi-supervised training: number of unlabelled images per labelled one in a batch, each
+            once weakly and once strongly augmented (see `ImageAugmentation`). An epoch is one pass over the unlabelled
+            ones; labelled ones are repeated as needed. 0 ignores the unlabelled ones.
         balance_classes: Draw each class equally often.
-        augmentation: Changes training images, anew in each epoch.
-        broken: What to do about images that cannot be read: `refuse` them, or `skip` them and say which.
-        seed: Of the order in which images are drawn, and of the augmentation.
+        augmentation: Augmentation of training images, different in each epoch.
+        broken: What to do with images that cannot be read: `refuse` the data, or `skip` them and report which.
+        seed: Seed of the order of images and of the augmentation.
 
     Raises:
         ValueError: When there are no such images, one is broken, a label is missing or new, or there are too few.

@@ -29,8 +29,8 @@ class CNN(ImageClassifier):
         channels: As in `ImageClassifier`.
         image_size: As in `ImageClassifier`; at least 6.
         class_names: As in `ImageClassifier`.
-        channel_dropout: Probability that, in training, a channel is dropped after pooling, in [0, 1).
-        dropout: The same of what the head reads.
+        channel_dropout: Probability that a channel is dropped after pooling in training, in [0, 1).
+        dropout: Dropout probability of the head's input.
 
     Raises:
         ValueError: When a value is out of range.

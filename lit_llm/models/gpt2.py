@@ -137,12 +137,11 @@ class GPT2(nn.Module):
         num_layers: Number of blocks.
         num_heads: Attention heads; divides `d_model`.
         d_ff: Width inside the feed-forward layers; `None` is four times `d_model`.
-        max_seq_len: Number of positions that are learnt: the longest sequence the network reads.
+        max_seq_len: Number of learned positions: the longest sequence the network can read.
         norm_eps: Epsilon of every LayerNorm.
-        dropout: Probability of dropping, in training: of each embedding's components, attention weights, and what a
-            layer adds; in [0, 1).
-        bias: Biases in linear layers and norms. Without them it is exported with biases of zero.
-        tie_embeddings: Use one matrix for reading and predicting tokens.
+        dropout: Dropout probability of embeddings, attention weights and the outputs of layers, in [0, 1).
+        bias: Use biases in linear layers and norms. Without them, the model is exported with biases of zero.
+        tie_embeddings: Share one matrix between input and output embeddings.
         activation: `gelu_new`, the tanh approximation that GPT-2 was trained with, or `gelu`, exact.
         activation_checkpointing: As in `Llama`: about a third more computation for much less memory.
 

@@ -22,9 +22,9 @@ class ImageClassifier(nn.Module, ABC):
 
     Args:
         num_classes: Width of the head; decided by the data.
-        channels: Of an image, 1 for grey and 3 for colours; `None` is decided by the data, and 1 without.
-        image_size: Height and width of an image, one number or two; `None` is decided by the data, and 28 without.
-        class_names: What the classes are called, in their order; decided by the data.
+        channels: Channels of an image, 1 for grey and 3 for colour; `None` is decided by the data, or 1 without data.
+        image_size: Height and width of an image, one number or two; `None` is decided by the data, or 28 without data.
+        class_names: Names of the classes, in order; decided by the data.
 
     Raises:
         ValueError: When a value is out of range, or there are not as many names as classes.

@@ -44,7 +44,7 @@ class LeNet(ImageClassifier):
         class_names: As in `ImageClassifier`.
         width: Channels after the first layer; two and four times as many after the poolings.
         num_layers: Convolutions before each pooling, after the first of all.
-        dropout: Probability of dropping, in training, a component of what the head reads, in [0, 1).
+        dropout: Dropout probability of the head's input, in [0, 1).
 
     Raises:
         ValueError: When a value is out of range.

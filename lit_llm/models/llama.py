@@ -65,13 +65,13 @@ class Llama(nn.Module):
         d_ff: Width inside the feed-forward layers; `None` is 8/3 of `d_model`, rounded up to a multiple of 64.
         max_seq_len: Longest sequence the model is meant for; written into the exported config.
         rope_base: Base of the rotary wavelengths.
-        rope_scaling: How rotary positions reach further than the sequences trained on (`models.rotary`); `None` is
-            not.
+        rope_scaling: How rotary positions are extended beyond the training length (`models.rotary`); `None` for no
+            extension.
         norm_eps: Epsilon of every RMSNorm.
-        qk_norm: Normalise queries and keys (then it is Qwen3's network rather than Llama's).
-        tie_embeddings: Use one matrix for reading and predicting tokens.
-        activation_checkpointing: Keep only each block's input and compute the block again in the backward pass: about
-            a third more time for a memory that grows with one block instead of all.
+        qk_norm: Normalise queries and keys, which makes it Qwen3's network rather than Llama's.
+        tie_embeddings: Share one matrix between input and output embeddings.
+        activation_checkpointing: Keep only each block's input and recompute the block in the backward pass: about a
+            third more time, but memory for the activations of one block instead of all.
 
     Raises:
         ValueError: When heads do not divide, or a head's width is odd.

@@ -41,7 +41,7 @@ class MLP(ImageClassifier):
         class_names: As in `ImageClassifier`.
         d_hidden: Width of the hidden layers.
         num_layers: Number of hidden layers; 0 is multinomial logistic regression.
-        dropout: Probability of dropping, in training, a component of a hidden layer, in [0, 1).
+        dropout: Dropout probability of the hidden layers, in [0, 1).
 
     Raises:
         ValueError: When a value is out of range.

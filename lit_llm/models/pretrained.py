@@ -28,9 +28,9 @@ class PretrainedCausalLM(PretrainedLanguageModel):
     with scaled or capped logits. No code that comes with a checkpoint is run, and no pickle is read.
 
     Args:
-        vocab_size: Number of tokens; decided by the data, and takes the place of the config's.
+        vocab_size: Number of tokens; decided by the data, and overrides the config.
         config: The content of a `config.json`, or a directory or a name on the hub that has one.
-        activation_checkpointing: Compute each block again in the backward pass: less memory for more computation.
+        activation_checkpointing: Recompute each block in the backward pass: less memory for more computation.
 
     Raises:
         FileNotFoundError: When there is no such config.

@@ -34,12 +34,12 @@ class PretrainedClassifier(Pretrained):
     one class the logit is a value, as in a regression.
 
     Args:
-        num_classes: Width of the head; decided by the data, and takes the place of the config's.
+        num_classes: Width of the head; decided by the data, and overrides the config.
         path: What to start from: a model directory (transformers' or ours), a run folder with `model/`, or a name on
-            the hub. The backbone's weights are taken; the head's too, where there is one of this width.
-        config: In place of `path`, for fresh weights: the content of a `config.json`, or a place that has one.
-        strict: Refuse a `path` without a head of this width, and a head of classes with other names.
-        activation_checkpointing: Compute each block again in the backward pass: less memory for more computation.
+            the hub. Loads the backbone's weights, and the head's if it has this width.
+        config: For random weights instead of `path`: the content of a `config.json`, or a place that has one.
+        strict: Refuse a `path` without a head of this width, or with a head for classes of other names.
+        activation_checkpointing: Recompute each block in the backward pass: less memory for more computation.
 
     Raises:
         FileNotFoundError: When there is nothing at `path`.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class PretrainedMaskedLM(PretrainedLanguageModel):
-    """An encoder of transformers that fills in words (BERT, RoBERTa, ELECTRA's generator, ERNIE, ModernBERT, …).
+    """An encoder of transformers that predicts masked words (BERT, RoBERTa, ELECTRA's generator, ERNIE, ModernBERT, …).
 
     Made from its config with fresh weights; they come from a checkpoint with `checkpoints.load_model` or an objective's
     `weights`. A directory that it is saved in can be named as `path` of a `PretrainedClassifier`, which takes the
@@ -26,9 +26,9 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
     read.
 
     Args:
-        vocab_size: Number of tokens; decided by the data, and takes the place of the config's.
+        vocab_size: Number of tokens; decided by the data, and overrides the config.
         config: The content of a `config.json`, or a directory or a name on the hub that has one.
-        activation_checkpointing: Compute each block again in the backward pass: less memory for more computation.
+        activation_checkpointing: Recompute each block in the backward pass: less memory for more computation.
 
     Raises:
         FileNotFoundError: When there is no such config.

@@ -144,7 +144,7 @@ class PooledClassifier(PretrainedClassifier, ABC):
 
     Args:
         num_classes: As in `PretrainedClassifier`.
-        path: As in `PretrainedClassifier`; of a model with another head the encoder is taken.
+        path: As in `PretrainedClassifier`; only the encoder is loaded if the model has a different head.
         config: As in `PretrainedClassifier`.
         strict: As in `PretrainedClassifier`.
         activation_checkpointing: As in `PretrainedClassifier`.
@@ -196,7 +196,7 @@ class PooledClassifier(PretrainedClassifier, ABC):
 
 
 class MeanClassifier(PooledClassifier):
-    """An encoder below a linear head that reads the mean of all tokens, marks included.
+    """An encoder with a linear head on the mean of all tokens, including special tokens.
 
     For encoders that were trained by such means, as sentence-transformers' are, rather than by their first position.
 
@@ -222,7 +222,7 @@ class MeanClassifier(PooledClassifier):
 
 
 class PairClassifier(PooledClassifier):
-    """An encoder that reads two texts together, below a head that holds each token against the other text.
+    """An encoder that reads two texts together, with a head that compares each token with the other text.
 
     For each token `a` of one text the head makes the mean `b` of the other text's tokens, weighted by a softmax of how
     much each is like `a` (cosine, times a learnt number). A layer compares `[a; b; |a - b|; a * b]`, and a linear layer

@@ -101,8 +101,8 @@ class Recurrent(nn.Module, ABC):
         vocab_size: Number of tokens; decided by the data.
         d_model: Width of embeddings and memories.
         num_layers: Number of recurrent layers.
-        dropout: Probability of dropping, in training, components of what enters each layer and the head; in [0, 1).
-        tie_embeddings: Use one matrix for reading and predicting tokens.
+        dropout: Dropout probability of the inputs of each layer and of the head, in [0, 1).
+        tie_embeddings: Share one matrix between input and output embeddings.
     """
 
     def __init__(

@@ -117,7 +117,7 @@ class YaRN(RopeScaling):
         original_max_seq_len: Length of the sequences trained on before.
         beta_fast: Pairs with more turns than this, within `original_max_seq_len` tokens, are left as they are.
         beta_slow: Pairs with fewer turns than this are slowed down.
-        attention_factor: What queries and keys are multiplied by, each; `None` is `0.1 log(factor) + 1`.
+        attention_factor: Factor on both queries and keys; `None` is `0.1 log(factor) + 1`.
 
     Source:
         Peng et al., 2023, "YaRN", arXiv:2309.00071, eq. 17, 21 and 22; the ends of the mixture are rounded to whole

@@ -25,15 +25,15 @@ class CausalLM(Objective):
     nats of each label.
 
     Args:
-        network: Makes a language model from its number of tokens. Called with `input_ids`, `document_ids` and
-            `positions` it gives logits; `hidden` gives what its `lm_head` makes them from, where that can be had.
-            `None` is the network that `weights` are of.
+        network: Makes a language model from the number of tokens. Called with `input_ids`, `document_ids` and
+            `positions`, it returns logits; its `hidden`, if it has one, returns the input of its `lm_head`. `None` is
+            the network of `weights`.
         optimizer: As in `Objective`.
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
         weights: As in `Objective`.
         adaptation: As in `Objective`.
-        vocab_size: Tokens that the network has; `None` is as many as the tokeniser, more is room or alignment.
+        vocab_size: Tokens of the network; `None` is as many as the tokeniser. More leave room for growth or alignment.
         label_smoothing: Probability spread over all tokens, in [0, 1).
         z_loss: Weight of the squared log-normaliser; 0 for none, 1e-4 is usual.
 

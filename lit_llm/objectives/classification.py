@@ -26,17 +26,17 @@ class Classification(Objective):
     weighted nor smoothed) over the whole split; the same under `test/`. `predict` gives each example's probabilities.
 
     Args:
-        network: Makes a classifier from its number of classes. Called by name with all that a batch has but `labels`
-            and `rows`, it gives logits. `None` is the network that `weights` are of.
+        network: Makes a classifier from the number of classes. Called with everything in a batch except `labels` and
+            `rows` as keyword arguments, it returns logits. `None` is the network of `weights`.
         optimizer: As in `Objective`.
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
         weights: As in `Objective`.
         adaptation: As in `Objective`.
-        num_classes: Classes that the network tells apart; `None` is as many as the data has.
+        num_classes: Number of classes of the network; `None` is that of the data.
         label_smoothing: Probability spread over all classes, in [0, 1); 0.1 is usual.
-        class_weights: `balanced` weighs each example by the inverse of its class's share of the training split, so that
-            all classes count alike; the loss is the weighted sum over the sum of weights.
+        class_weights: `balanced` weights each example by the inverse of its class's share of the training split, so
+            that all classes count equally; the loss is the weighted sum over the sum of weights.
 
     Raises:
         ValueError: When a value is out of range, labels are real numbers, or nothing says how often classes occur.

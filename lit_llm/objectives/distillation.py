@@ -39,17 +39,17 @@ class Distillation(Objective):
         args: As in the objective.
         teacher: A model directory, a run folder, a checkpoint file or a name on the hub; of the same task, tokeniser
             and classes.
-        temperature: What both sets of logits are divided by, above 0; 2 to 5 is usual for classes, 1 to 2 for tokens.
+        temperature: Divisor of both sets of logits, above 0; 2 to 5 is usual for classes, 1 to 2 for tokens.
         teacher_weight: Share of the teacher in the loss, in [0, 1].
-        divergence: How far two answers are apart; `None` is `ForwardKL`.
-        hidden_weight: Weight of the mean squared difference of what blocks give, of which the student's goes through a
-            learnt projection to the teacher's width; 0 for none.
-        attention_weight: The same of the attention's scores, of networks with as many heads; 0 for none.
-        layers: For each block of the student the teacher's that it learns from, from 0; `None` is every k-th.
-        inherit: Begin with the weights of those blocks, cut to the student's width.
-        teacher_precision: What the teacher computes in.
-        cache_top_k: Keep on disk, of each row that the teacher has read, so many of the likeliest tokens or classes: it
-            does not read that row again, in this run or the next. For rows that always come alike.
+        divergence: Distance between the two answers; `None` is `ForwardKL`.
+        hidden_weight: Weight of the mean squared difference between the outputs of blocks, after a learned projection
+            of the student's to the teacher's width; 0 for none.
+        attention_weight: The same for attention scores, if both have the same number of heads; 0 for none.
+        layers: For each block of the student, the index of the teacher's block it learns from; `None` is every k-th.
+        inherit: Start with the weights of those blocks, cut to the student's width.
+        teacher_precision: Precision of the teacher's computation.
+        cache_top_k: Cache this many of the teacher's most likely tokens or classes per row on disk, so that it does not
+            read the row again in this run or the next. Only for rows that are always the same.
         kwargs: As in the objective.
 
     Raises:

@@ -34,17 +34,17 @@ class MaskedLM(Objective):
     `val/perplexity`; the same under `test/`.
 
     Args:
-        network: Makes a masked language model from its number of tokens. Its `logits_at`, called with positions,
-            `input_ids`, `document_ids` and `positions`, gives logits. `None` is the network that `weights` are of.
+        network: Makes a masked language model from the number of tokens. Its `logits_at`, called with positions,
+            `input_ids`, `document_ids` and `positions`, returns logits. `None` is the network of `weights`.
         optimizer: As in `Objective`.
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
         weights: As in `Objective`.
         adaptation: As in `Objective`.
-        vocab_size: Tokens that the network has; `None` is as many as the tokeniser, more is room or alignment.
-        mask_ratio: Fraction of the tokens that is hidden, in (0, 1); 0.15 is BERT's, 0.3 ModernBERT's.
-        whole_words: Hide all tokens of a word, or none.
-        mask_seed: Of what is hidden.
+        vocab_size: Tokens of the network; `None` is as many as the tokeniser. More leave room for growth or alignment.
+        mask_ratio: Fraction of masked tokens, in (0, 1); 0.15 in BERT, 0.3 in ModernBERT.
+        whole_words: Mask either all tokens of a word or none.
+        mask_seed: Seed of the masks.
 
     Raises:
         ValueError: When a value is out of range, or the tokeniser has no mask token.

@@ -44,15 +44,15 @@ class Objective(Scheduled):
     Its steps are those of `ExactSteps`: the mean over all targets, over micro-batches and processes.
 
     Args:
-        network: Makes the network from its first argument; `None` is the network that `weights` are of.
+        network: Makes the network from its first argument; `None` is the network of `weights`.
         optimizer: Makes the optimiser from parameter groups (`lit_llm.optimizers`); `None` is AdamW with a learning
             rate of 1e-3, betas 0.9 and 0.95, weight decay 0.1.
         schedule: Factor on the learning rates at each step; `None` is constant.
-        decay_embeddings: Let weight decay act on embeddings (it never does on norms and biases).
-        weights: What to start from instead of fresh weights: a model directory (ours or transformers'), a run folder, a
-            checkpoint file or a name on the hub. Read once, before the first step: checkpoints do without it. A
-            classifier of another number of classes than the data have gets a new head.
-        adaptation: Which parameters learn, from when on and how fast; `None` is all of them alike.
+        decay_embeddings: Apply weight decay to embeddings (it is never applied to norms and biases).
+        weights: What to start from instead of random weights: a model directory (ours or transformers'), a run folder,
+            a checkpoint file or a name on the hub. Read only once, before the first step; resuming does not need it. A
+            classifier gets a new head if the data have a different number of classes.
+        adaptation: Which parameters are trained, from when on and how fast; `None` trains all of them alike.
 
     Raises:
         ValueError: When there is neither a network nor weights.

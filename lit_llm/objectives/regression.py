@@ -23,14 +23,14 @@ class Regression(Objective):
     the same under `test/`. `predict` gives each example's value.
 
     Args:
-        network: Makes, from the number of values, which is one, what gives them when it is called by name with all that
-            a batch has but `labels` and `rows`: a classifier of one class. `None` is the network that `weights` are of.
+        network: Makes a network from the number of values, which is one: a classifier of one class. Called with
+            everything in a batch except `labels` and `rows`, it returns the values. `None` is the network of `weights`.
         optimizer: As in `Objective`.
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
         weights: As in `Objective`.
         adaptation: As in `Objective`.
-        num_targets: Values of each example; one.
+        num_targets: Values per example; must be 1.
 
     Raises:
         ValueError: When labels are classes, or `num_targets` is not 1.

@@ -28,8 +28,8 @@ class Scheduled(Averaged):
     Args:
         optimizer: As in `Objective`, and so are the others.
         schedule: Factor on the learning rates at each step.
-        decay_embeddings: Whether weight decay acts on embeddings.
-        adaptation: Which parameters learn.
+        decay_embeddings: Whether weight decay is applied to embeddings.
+        adaptation: Which parameters are trained.
     """
 
     def __init__(

@@ -36,16 +36,16 @@ class SemiSupervised(Classification):
 
     Args:
         args: As in `Classification`.
-        threshold: Probability of the likeliest class from which on an unlabelled example counts, in [0, 1].
+        threshold: Minimum probability of the most likely class for an unlabelled example to count, in [0, 1].
         unlabelled_weight: Factor on the loss of the unlabelled examples, at least 0.
         ramp_up_steps: Steps over which that factor rises to `unlabelled_weight`, as `exp(-5 (1 - x)²)`.
-        decay: What remains of the average at each step, in [0, 1): it is about one of the last `1 / (1 - decay)` steps.
-            Before as many are done it is of all steps so far.
-        distribution_alignment: Scale what the teacher says, class by class, by how often the class is among labelled
-            examples over how often the teacher has said it lately (a mean with `decay`), before it is held against
-            `threshold`: it is kept from calling everything one class. Where classes are as frequent among
-            unlabelled examples as among labelled ones.
-        kwargs: As in `Classification`; smoothing and weights are of the labelled examples.
+        decay: Share of the average kept at each step, in [0, 1); it covers about the last `1 / (1 - decay)` steps, or
+            all steps while there are fewer.
+        distribution_alignment: Scale the teacher's probabilities, class by class, by the ratio of the class's frequency
+            among labelled examples to that of the teacher's recent answers (a mean with `decay`), before comparing them
+            with `threshold`. This keeps the teacher from assigning everything to one class. Use it if classes are as
+            frequent among unlabelled examples as among labelled ones.
+        kwargs: As in `Classification`; smoothing and weights apply to the labelled examples.
 
     Raises:
         ValueError: When a value is not in its range, or a batch has no unlabelled examples.

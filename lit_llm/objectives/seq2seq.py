@@ -87,19 +87,19 @@ class Seq2Seq(TeacherForcing):
     `predict` writes a text for each example.
 
     Args:
-        network: Makes an encoder-decoder from its number of tokens: called with `input_ids`, `labels` and
-            `attention_mask` it gives logits of the labels, and by `generate` it writes. `None` is the network that
-            `weights` are of.
+        network: Makes an encoder-decoder from the number of tokens. Called with `input_ids`, `labels` and
+            `attention_mask`, it returns logits of the labels; its `generate` writes text. `None` is the network of
+            `weights`.
         optimizer: As in `Objective`.
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
         weights: As in `Objective`.
         adaptation: As in `Objective`.
-        vocab_size: Tokens that the network has; `None` is as many as the tokeniser, more is room or alignment.
+        vocab_size: Tokens of the network; `None` is as many as the tokeniser. More leave room for growth or alignment.
         label_smoothing: Probability spread over all tokens, in [0, 1); 0.1 is usual.
-        num_generated: Examples of a split for which texts are written while validating and testing.
-        max_new_tokens: Tokens after which a text that is written is cut.
-        num_beams: Texts that are followed side by side; 1 takes the most probable token each time.
+        num_generated: Number of examples of a split for which text is generated in validation and test.
+        max_new_tokens: Maximum number of generated tokens.
+        num_beams: Number of beams; 1 is greedy decoding.
 
     Raises:
         ValueError: When a value is out of range.

@@ -30,17 +30,17 @@ class SpanCorruption(TeacherForcing):
     is most probable, the ones before being given); the same under `test/`.
 
     Args:
-        network: Makes an encoder-decoder from its number of tokens; called with `input_ids` and `labels` it gives
-            logits of the labels. `None` is the network that `weights` are of.
+        network: Makes an encoder-decoder from the number of tokens; called with `input_ids` and `labels`, it returns
+            logits of the labels. `None` is the network of `weights`.
         optimizer: As in `Objective`.
         schedule: As in `Objective`.
         decay_embeddings: As in `Objective`.
         weights: As in `Objective`.
         adaptation: As in `Objective`.
-        vocab_size: Tokens that the network has; `None` is as many as the tokeniser, more is room or alignment.
-        mask_ratio: Fraction of the tokens that is left out, in (0, 1).
+        vocab_size: Tokens of the network; `None` is as many as the tokeniser. More leave room for growth or alignment.
+        mask_ratio: Fraction of masked tokens, in (0, 1).
         mean_span: Mean length of a span, at least 1.
-        mask_seed: Of what is left out.
+        mask_seed: Seed of the masks.
 
     Raises:
         ValueError: When a value is out of range, or the tokeniser has no end or too few sentinels.

@@ -134,7 +134,7 @@ def test_a_run_that_is_lost_goes_back_and_then_on_with_other_data(lit_llm, tiny,
     poisoned = [POISON, "--trainer.callbacks.first", 6, "--trainer.callbacks.last", 9]
     outcome = lit_llm("fit", *words(tiny, *few, *poisoned, steps=12), "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
-    assert "Step 9: the loss did not return, so the weights of step 6 do" in outcome.err
+    assert "Step 9: the loss did not recover; returning to step 6" in outcome.err
     good = torch.load(tmp_path / "run/checkpoints/good.ckpt", weights_only=True)
     assert good["global_step"] >= 6
     assert torch.equal(Poison.weights[8], Poison.weights[5])

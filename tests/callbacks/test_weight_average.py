@@ -151,7 +151,7 @@ def test_a_run_goes_back_to_a_checkpoint_from_before_the_average(lit_llm, tiny, 
     on = [*words, *AVERAGE, *poison(6, 8), "--ckpt_path", "last", "--trainer.max_steps", 10]
     outcome = lit_llm("fit", *on)
     assert outcome.code == 0, outcome.err
-    assert "the loss did not return, so the weights of step" in outcome.err
+    assert "the loss did not recover; returning to step" in outcome.err
     assert all(t.isfinite().all() for t in parts(tmp_path / "run")[1].values())
 
 

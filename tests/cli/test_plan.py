@@ -33,7 +33,7 @@ def test_a_plan_needs_neither_data_nor_tokeniser_and_writes_nothing(lit_llm, tmp
     assert list(found["table"]) == ["8", "16", "32", "64", "128", "256", "512", "1024"]
     assert found["bill"] == pytest.approx({k: found["table"]["8"][k] for k in found["bill"]})
     assert found["bill"]["cost"] == pytest.approx(found["bill"]["kilowatt_hours"] / 0.7 * 2.5)
-    for line in ("Memory of each of 8 devices, as configured; 24.00 GiB are there", "Compute-optimal: ", "   1,024 "):
+    for line in ("Memory of each of 8 devices, as configured; 24.00 GiB available", "Compute-optimal: ", "   1,024 "):
         assert line in outcome.out
     assert outcome.out.count("  fits") == 12
     assert found["memory"]["as configured"].keys() == set(STRATEGIES)
@@ -140,12 +140,10 @@ def test_time_says_how_much_of_it_is_computing_and_under_which_strategy(lit_llm)
     alone, shared = (lit_llm(*words, "--devices", devices).out.splitlines()[-1] for devices in (1, 2))
     assert "under" not in alone
     assert " W at 40% of 9.89e+14/s: " in shared
-    assert " under fsdp, which exchanges for longer than it computes (" in shared
+    assert " under fsdp, limited by communication (" in shared
     bill = {"seconds": 25.6 * 86400, "efficiency": 0.664}
-    assert exchange(bill, 8, 0.4) == (
-        " under fsdp, which exchanges for longer than it computes (17.0 d by itself): 27% are reached"
-    )
-    assert exchange(bill | {"efficiency": 1.0}, 8, 0.4) == " under fsdp, which exchanges meanwhile"
+    assert exchange(bill, 8, 0.4) == (" under fsdp, limited by communication (17.0 d of computation): 27% of the peak")
+    assert exchange(bill | {"efficiency": 1.0}, 8, 0.4) == " under fsdp, whose communication overlaps with it"
 
 
 def test_a_row_is_not_shared_out(lit_llm):
@@ -154,7 +152,7 @@ def test_a_row_is_not_shared_out(lit_llm):
     shared, cut = (next(x for x in outcome.out.splitlines() if x.startswith(f"{n:>8}")) for n in (16, 32))
     assert shared.endswith("%")
     assert cut.endswith("       –")
-    assert "strong: the batch of 8 devices, shared out (– where there are fewer rows than devices)" in outcome.out
+    assert "strong: the batch of 8 devices, split (– if there are fewer rows than devices)" in outcome.out
 
 
 def test_pairs_are_planned_where_the_devices_of_a_node_are_even(lit_llm):
@@ -169,6 +167,6 @@ def test_an_average_of_the_weights_is_counted(lit_llm, tmp_path):
     for words in ([], overlay):
         outcome = lit_llm("plan", *MAIN, *SMALL, *words, "--json", tmp_path / "plan.json")
         assert outcome.code == 0, outcome.err
-        assert ("trained, and an average of all" in outcome.out) is bool(words)
+        assert ("trained, plus an average of all" in outcome.out) is bool(words)
         found.append(json.loads((tmp_path / "plan.json").read_text())["steps"]["as configured"])
     assert found[1]["peak"] - found[0]["peak"] == found[0]["weights"] > 0

@@ -229,8 +229,7 @@ def test_a_file_that_is_no_yaml_is_refused_in_one_line(lit_llm, tmp_path):
 
 def test_a_sweep_of_which_all_trials_crash_says_why(sweep):
     assert sweep(1, parameters={"model.network.num_heads": {"value": 3}}).last_line == (
-        "lit-llm: error: a sweep must have a trial that comes to its end, but has none; the last: num_heads must fit, "
-        "but is 3"
+        "lit-llm: error: a sweep must have a trial that finishes, but has none; the last: num_heads must fit, but is 3"
     )
 
 
@@ -470,10 +469,10 @@ def test_a_trial_that_is_stopped_from_outside_is_gone_on_with(sweep, tmp_path, s
     poll = Pretended.poll
     monkeypatch.setattr(Pretended, "poll", lambda self: poll(self) and None if self.steps < 2 else 130)
     outcome = sweep(1)
-    assert "trial 0 was stopped from outside: the next sweep here goes on with it" in outcome.err
+    assert "trial 0 was interrupted: run the same command again to resume it" in outcome.err
     assert outcome.last_line == (
-        "lit-llm: error: a sweep must have a trial that comes to its end, but has none that was not stopped from "
-        "outside; the same command goes on with them"
+        "lit-llm: error: a sweep must have a trial that finishes, but all of them were interrupted; run the same "
+        "command again to resume"
     )
     monkeypatch.setattr(Pretended, "poll", poll)
     assert sweep(1).code == 0
@@ -486,7 +485,7 @@ def test_a_search_ends_when_its_target_is_reached(sweep, tmp_path):
     values = {"model.optimizer.lr": {"values": [0.5, 0.01, 0.02]}}
     metric = {"name": "val/loss", "target": 1.0}
     outcome = sweep(None, method="grid", parameters=values, metric=metric)
-    assert outcome.err.count("val/loss has reached 1.0, its target") == 1
+    assert outcome.err.count("val/loss has reached its target of 1.0") == 1
     assert [row["model.optimizer.lr"] for row in rows(tmp_path)] == ["0.5", "0.01"]
 
 

@@ -119,7 +119,7 @@ def test_probabilities_say_how_often_a_value_is_drawn():
 def test_text_that_is_a_number_is_read_as_one_and_said(caplog):
     with caplog.at_level("INFO", logger="lit_llm"):
         assert read({"min": "1e-4", "max": 0.1}).low == 1e-4
-    assert "min of x is text to YAML and to W&B; write 1e-4 as 1.0e-4" in caplog.text
+    assert "min of x is read as text by YAML and W&B; write 1.0e-4 instead of 1e-4" in caplog.text
 
 
 @pytest.mark.parametrize(

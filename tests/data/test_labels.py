@@ -78,7 +78,7 @@ def test_whole_numbers_written_as_real_ones_are_values_with_a_warning_where_clas
     assert read([1.0, 0.5]) == ([1.0, 0.5], [])
     assert not caplog.text
     assert read([1.0, 0.0]) == ([1.0, 0.0], [])
-    assert "write them as whole numbers (1, not 1.0) to have classes" in caplog.text
+    assert "write them as whole numbers (1, not 1.0) to use them as classes" in caplog.text
 
 
 @pytest.mark.parametrize(
