@@ -16,7 +16,9 @@ from typing import Any
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary neighbour of `path` to write to, which takes its place once whole.
 
-    Works for a file and for a folder. On an error, and where nothing was written, `path` stays as it is.
+    Works for a file and for a folder. On an error, and where nothing was written, `path` stays as it is. A file is
+    replaced in one step, a folder in two: a process killed between those leaves the earlier one as `old` in a neighbour
+    whose name begins with a dot and that of `path`.
 
     Example:
         >>> folder = Path(tempfile.mkdtemp())

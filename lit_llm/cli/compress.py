@@ -11,6 +11,7 @@ import logging
 import shutil
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -260,9 +261,7 @@ class _Evaluator:
         return data.val_dataloader() if self.chain.split == "validate" else data.test_dataloader()
 
     def calibration(self) -> list[Any]:
-        """Training batches as they are without augmentation of their order: the first of the first epoch."""
-        from itertools import islice
-
+        """The first training batches of the first epoch, as a training would have them."""
         return list(islice(iter(self._ready().train_dataloader()), self.chain.calibration_batches))
 
     def time(self, rows: list[dict[str, Any]]) -> None:
