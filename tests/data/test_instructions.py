@@ -301,7 +301,7 @@ def test_what_is_longer_than_a_row_is_left_out_or_cut_and_counted(
         "test": {},
     }
     said = ", ".join(f"{count} {what}" for what, count in counts.items())
-    assert f"Longer than 100 tokens in the train split of {long}: {said}" in caplog.text
+    assert f"More than 100 tokens in the train split of {long}: {said}" in caplog.text
     assert len(data.examples("train").documents) == 62 - lost
     widest = max(batch["input_ids"].shape[1] for batch in data.train_dataloader())
     assert widest == 100 if packed or overlong == "cut" else widest < 100
