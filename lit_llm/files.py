@@ -37,12 +37,12 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(new, path)
         elif new.is_dir():
-            if path.exists():
+            if os.path.lexists(path):
                 os.replace(path, old)
             try:
                 os.replace(new, path)
             except BaseException:
-                if old.exists():
+                if os.path.lexists(old):
                     os.replace(old, path)
                 raise
     finally:

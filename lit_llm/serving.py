@@ -4,7 +4,6 @@ The server checks a request against a schema, which `/docs` shows, and hands it 
 """
 
 import base64
-import binascii
 import io
 import itertools
 import time
@@ -19,7 +18,7 @@ import numpy as np
 import torch
 from fastapi import HTTPException
 from litserve.specs.openai import ChatCompletionRequest, OpenAISpec
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -27,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_llm.checkpoints import load_model, read_image_processor
 from lit_llm.data.chat import prompt_ids, turn_ends
 from lit_llm.data.collation import Collation
-from lit_llm.data.image_cache import read_image
+from lit_llm.data.image_cache import is_deep, read_image
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.tokenizer import boundary_id
 from lit_llm.generation import Writing, steps, until
@@ -89,7 +88,8 @@ class ImageRequest(Request):
                 if short * long > MAX_PIXELS or long > MAX_SKEW * short:
                     raise OSError(f"it has {image.width} × {image.height} pixels")
                 image.load()
-        except (binascii.Error, UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+                is_deep(image)
+        except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise ValueError(f"image must be an image file in base64, but is not: {error}") from error
         return value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
@@ -27,10 +28,15 @@ class BestCheckpoint(ModelCheckpoint):
             enable_version_counter=False,
         )
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Sees from which folder's checkpoint the run goes on, if from any."""
+        super().setup(trainer, pl_module, stage)
+        self._from = Path(trainer.ckpt_path).parent.resolve() if trainer.ckpt_path else None
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there, if what was best is in this folder: a run that goes on in a new one begins anew."""
+        """Goes on from there, if what was best is in this folder: a run that goes on in another one begins anew."""
         here = Path(self.dirpath) / "best.ckpt"
-        if not here.exists():
+        if not here.exists() or self._from != here.parent.resolve():
             return
         scores = state_dict["best_k_models"].values()
         moved = {"dirpath": self.dirpath, "best_k_models": {str(here): score for score in scores}}

@@ -47,7 +47,8 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets what was best in another folder, whose `best.ckpt` is not here."""
-        if not (Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt").exists():
+        best = Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt"
+        if not best.exists() or Path(trainer.ckpt_path or best).parent.resolve() != best.parent.resolve():
             self.results = {name: v for name, v in self.results.items() if not name.startswith("best/")}
 
     def on_train_batch_end(
@@ -60,6 +61,8 @@ class RunReport(Callback):
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remembers the metrics."""
+        if trainer.state.fn == "validate":
+            self._add(trainer, "val/")
         if trainer.sanity_checking or trainer.state.fn != "fit":
             return
         found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
@@ -88,10 +91,16 @@ class RunReport(Callback):
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Adds the test's metrics; where there is no run's report, also what made them."""
-        found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("test/")}
-        reported = (Path(trainer.default_root_dir) / "results.json").exists()
-        self._merge(trainer, found if reported else {**found, "commit": commit(), "command": command()})
+        """Adds the test's metrics."""
+        self._add(trainer, "test/")
+
+    def _add(self, trainer: Trainer, split: str) -> None:
+        """Adds what an evaluation found; where that is not a run's report, also what made it."""
+        found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(split)}
+        if "monitor" not in self._read(trainer):
+            self._merge(trainer, {**found, "commit": commit(), "command": command()})
+        elif split == "test/":  # those of the best validation are there
+            self._merge(trainer, found)
 
     def _write(self, trainer: Trainer) -> None:
         for logger in trainer.loggers:
@@ -106,9 +115,11 @@ class RunReport(Callback):
         draw_learning_curve(Path(trainer.default_root_dir), self.monitor, self.mode)
 
     def _merge(self, trainer: Trainer, news: dict[str, Any]) -> None:
+        write_json(Path(trainer.default_root_dir) / "results.json", self._read(trainer) | news)
+
+    def _read(self, trainer: Trainer) -> dict[str, Any]:
         path = Path(trainer.default_root_dir) / "results.json"
-        results = json.loads(path.read_text()) if path.exists() else {}
-        write_json(path, results | news)
+        return json.loads(path.read_text()) if path.exists() else {}
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)

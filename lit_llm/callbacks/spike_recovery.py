@@ -22,13 +22,13 @@ KEPT = ("losses", "norms", "seen", "skipped", "run", "rollbacks")
 class SpikeRecovery(Callback):
     """Undoes steps whose loss or gradient norm is not finite or far above the recent ones, and rolls back if needed.
 
-    The device decides and undoes: weights, an average of them and the optimiser are copied before each step, which
-    takes their memory once more, and taken back where the step was bad, without anybody waiting. Only where the run
-    reports anyway, every `log_every_n_steps` steps, the count of bad steps is read. After `patience` of them in a row
-    weights and optimiser of `checkpoints/good.ckpt` come back; data and schedule go on from where they are, so what was
-    read since then is not read again. That file is written every half `window` of good steps, where none since the last
-    report was bad. A run without bad steps is the same as without this, bit for bit. (What an optimiser counts outside
-    of tensors goes on over a step undone.)
+    The device decides and undoes: before each step it copies the weights, their average, running statistics and the
+    optimiser's state (which takes their memory once more) and restores them after a bad step, without synchronisation.
+    The count of bad steps is read only when the run reports anyway, every `log_every_n_steps` steps. After `patience`
+    bad steps in a row, weights and optimiser are restored from `checkpoints/good.ckpt`; data and schedule continue from
+    where they are, so what was read since then is not read again. That file is written every half `window` of good
+    steps, if none since the last report was bad. A run without bad steps is bit for bit the same as without this
+    callback. (Counters that an optimiser keeps outside of tensors are not undone.)
 
     Args:
         threshold: Number of standard deviations above the mean of the last `window` steps that makes an outlier.

@@ -155,14 +155,15 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
 
         def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
             """The continuations, the likeliest where a task does not want them drawn, up to a stop."""
-            ways: dict[tuple[int, float, tuple[str, ...]], list[int]] = {}
+            ways: dict[tuple[Any, ...], list[int]] = {}
             for index, request in enumerate(requests):
                 _, options = request.args
                 new = min(options.get("max_gen_toks", 128), longest // 2)
                 temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
                 until = options.get("until") or []
                 stops = filter(None, [until] if isinstance(until, str) else until)
-                ways.setdefault((new, float(temperature), tuple(stops)), []).append(index)
+                drawn = float(temperature), options.get("top_k"), options.get("top_p")
+                ways.setdefault((new, tuple(stops), *drawn), []).append(index)
             texts: dict[int, str] = {}
             for way, members in ways.items():
                 room = longest - way[0]
@@ -170,19 +171,22 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
                 order = sorted(members, key=lambda index: len(ids[index]))
                 for first in range(0, len(order), batch_size):
                     batch = order[first : first + batch_size]
-                    texts |= dict(zip(batch, self._written([ids[index] for index in batch], *way), strict=True))
+                    said = self._written([ids[index] for index in batch], *way, seed=first)
+                    texts |= dict(zip(batch, said, strict=True))
             return [texts[index] for index in range(len(requests))]
 
-        def _written(self, prompts: list[list[int]], new: int, temperature: float, stops: tuple[str, ...]) -> list[str]:
+        def _written(
+            self, prompts: list[list[int]], new: int, stops: tuple[str, ...], *drawn: Any, seed: int
+        ) -> list[str]:
             """What is written after each prompt, up to the first stop in it."""
             ends = re.compile("|".join(map(re.escape, stops)) or "(?!)").search
             said: list[list[int]] = [[] for _ in prompts]
-            for count, tokens in enumerate(
-                steps(network, prompts, new, temperature, seed=0, stop=self.eot_token_id), 1
-            ):
+            made = steps(network, prompts, new, *drawn, seed=seed, stop=self.eot_token_id)
+            for count, tokens in enumerate(made, 1):
                 for text, token in zip(said, tokens, strict=True):
                     text += [token] if token is not None else []
-                if count % 8 == 0 and all(map(ends, tokenizer.batch_decode(said))):
+                over = (token is None or ends(tokenizer.decode(text)) for text, token in zip(said, tokens, strict=True))
+                if count % 8 == 0 and all(over):
                     break  # all that comes would be cut
             texts = tokenizer.batch_decode(said, skip_special_tokens=True)
             return [text[: found.start()] if (found := ends(text)) else text for text in texts]

@@ -80,7 +80,6 @@ def generate(
         ValueError: When the model continues no texts, has no tokeniser, one that is not its own or, to chat, no
             template, or an option is out of range.
     """
-
     from lit_llm import generation
     from lit_llm.checkpoints import load_language_model
     from lit_llm.data.chat import prompt_ids, turn_ends

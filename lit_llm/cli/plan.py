@@ -262,11 +262,11 @@ def probe(words: list[str], details: dict[str, Any], steps: int) -> dict[str, An
         world = trainer.world_size
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    rate = throughput.latest["train/tokens_per_second"] / world
+    rate = throughput.latest["train/tokens_per_second"]
     return {
-        "seconds_per_step": throughput.tokens / trainer.global_step / world / rate,
-        "tokens_per_second": rate,
-        "flops_per_second": rate * details["flops_per_token"],
+        "seconds_per_step": throughput.tokens / trainer.global_step / rate,
+        "tokens_per_second": rate / world,
+        "flops_per_second": rate / world * details["flops_per_token"],
         "peak": rise,
     }
 

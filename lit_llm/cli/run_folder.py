@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -86,7 +87,7 @@ def of_evaluation(folder: Path, command: str, options: dict[str, Any], checkpoin
     """Where what an evaluation finds is written: in the run folder, if it is the run's own.
 
     Another one's figures would stand among those of the run, and pass for them, so it has a folder within: where the
-    data, how many batches of them are read, or the checkpoint are others.
+    data, how many batches of them are read, the model's options or the checkpoint are others.
 
     Args:
         folder: The run folder.
@@ -98,15 +99,32 @@ def of_evaluation(folder: Path, command: str, options: dict[str, Any], checkpoin
         return folder
     own = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     limit = f"limit_{'val' if command == 'validate' else 'test'}_batches"
-    here, there = (({**of["data"]}, of["trainer"].get(limit)) for of in (options, own))
-    if here[1] is None:  # all of it, in batches of any size
-        for data, _ in (here, there):
-            data["init_args"] = {k: v for k, v in data.get("init_args", {}).items() if k != "batch_size"}
+    here, there = (_evaluated(of, limit) for of in (options, own))
     best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     if here == there and checkpoint.resolve() == (best if best.exists() else last).resolve():
         return folder
-    what = json.dumps([here, str(checkpoint)], sort_keys=True, default=str)
+    what = json.dumps([here, str(checkpoint.resolve())], sort_keys=True, default=str)
     return folder / "evaluations" / f"{command}-{hashlib.blake2b(what.encode(), digest_size=4).hexdigest()}"
+
+
+def _evaluated(options: dict[str, Any], limit: str) -> dict[str, Any]:
+    """What decides about figures; where all is read, in batches of any size."""
+    batches = options["trainer"].get(limit)
+    batches = None if isinstance(batches, float) and batches == 1 else batches
+    data = dict(options["data"])
+    if batches is None:
+        data["init_args"] = {k: v for k, v in (data.get("init_args") or {}).items() if k != "batch_size"}
+    return {"model": options["model"], "data": data, limit: batches}
+
+
+def leave(folder: Path) -> None:
+    """Takes a folder away again in which nothing was written; also the one that holds those of evaluations."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in folder.iterdir()] == ["wandb_id.txt"]:
+            (folder / "wandb_id.txt").unlink()
+        folder.rmdir()
+        if folder.parent.name == "evaluations":
+            folder.parent.rmdir()
 
 
 def make(folder: Path, starts_anew: bool, trains: bool) -> None:
@@ -122,7 +140,8 @@ def make(folder: Path, starts_anew: bool, trains: bool) -> None:
     """
     there = {path.stem for path in (folder / "checkpoints").glob("*.ckpt")}
     if starts_anew and there:
-        latest = "best" if there == {"best"} else "last"
+        some = str(folder / "checkpoints" / f"{min(there)}.ckpt")
+        latest = next((name for name in ("last", "best") if name in there), some)
         raise ValueError(
             f"run_dir must be a new folder, but {folder} holds a run; go on with --ckpt_path {latest}, or choose "
             f"another"

@@ -96,6 +96,7 @@ def _standard_callbacks(options: Any, checkpoint: CheckpointOptions, run_dir: Pa
     if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
         standard.insert(1, Progress())
     standard += [ConfusionMatrix(), WorstMistakes(), Intervals()]
+    standard = [callback for callback in standard if not any(type(own) is type(callback) for own in given)]
     if predicts:
         standard += [DocumentScores(), ExamplePredictions(), GeneratedTexts()]
     if options["enable_checkpointing"] is False:

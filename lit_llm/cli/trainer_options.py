@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 LEAST = {
+    "num_nodes": 1,
     "accumulate_grad_batches": 1,
     "log_every_n_steps": 1,
     "check_val_every_n_epoch": 1,

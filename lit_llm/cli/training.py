@@ -223,13 +223,14 @@ class TrainingCLI(LightningCLI):
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
             config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
+        run_folder.make(self.run_dir, starts_anew=not ckpt_path, trains=self.subcommand == "fit")
         if ckpt_path and self.subcommand in ("validate", "test"):
             options = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
             own, checkpoint = self.run_dir, Path(config["ckpt_path"])
             self.run_dir = run_folder.of_evaluation(own, self.subcommand, options, checkpoint)
+            self.run_dir.mkdir(parents=True, exist_ok=True)
             if self.run_dir != own and os.environ.get("LOCAL_RANK", "0") == "0":
                 log.info(f"The data or the checkpoint are not the run's own, so what is found goes to {self.run_dir}")
-        run_folder.make(self.run_dir, starts_anew=not ckpt_path, trains=self.subcommand == "fit")
         config["trainer"]["default_root_dir"] = str(self.run_dir)
         loggers = config["trainer"].get("logger")
         for logger in loggers if isinstance(loggers, list) else [loggers]:
@@ -332,12 +333,8 @@ class TrainingCLI(LightningCLI):
         try:
             yield
         except Exception:
-            folder = self.run_dir
-            with contextlib.suppress(OSError):
-                if folder and [path.name for path in folder.iterdir()] == ["wandb_id.txt"]:
-                    (folder / "wandb_id.txt").unlink()
-                if folder:
-                    folder.rmdir()
+            if self.run_dir is not None:
+                run_folder.leave(self.run_dir)
             raise
 
     def _go_on(self) -> str:

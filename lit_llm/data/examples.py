@@ -178,7 +178,8 @@ class ExampleData(LightningDataModule, ABC):
         as_values = getattr(getattr(self.trainer, "lightning_module", None), "size_name", None) == "num_targets"
         splits, self.reader = labelled_splits(found, self.columns, self.path, names, *fractions, as_values)
         if self.max_examples is not None:
-            if self.max_examples < (classes := len(self.reader.values)):
+            classes = len(np.unique(splits["train"].labels)) if self.class_names else 1
+            if self.max_examples < classes:
                 raise ValueError(
                     f"data.max_examples must be at least the number of classes, {classes}, but is {self.max_examples}"
                 )

@@ -270,16 +270,14 @@ def read_image(encoded: dict[str, Any] | None, channels: int, height: int, width
         width: In pixels.
 
     Raises:
-        ValueError: When it is not there, or has more bits, of which nothing says what is white.
+        ValueError: When it is not there, or its mode does not say what is white.
 
     Returns:
         Channels × height × width, from 0 to 255.
     """
     with _opened(encoded) as image:
         image.load()
-        deep = image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG")
-        if image.mode in ("I", "F") and not deep:
-            raise ValueError(f"an image must have 8 or 16 bits a channel, but is of mode {image.mode}; convert it")
+        deep = is_deep(image)
         if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if deep:
@@ -289,6 +287,19 @@ def read_image(encoded: dict[str, Any] | None, channels: int, height: int, width
             image = _covering(image, height, width)
         array = np.asarray(image)
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Whether an image has 16 bits of grey.
+
+    Raises:
+        ValueError: When it has real numbers or 32 bits, of which nothing says what is white.
+    """
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return True
+    if image.mode in ("I", "F"):
+        raise ValueError(f"an image must have 8 or 16 bits a channel, but is of mode {image.mode}; convert it")
+    return False
 
 
 def _covering(image: Image.Image, height: int, width: int) -> Image.Image:

@@ -47,7 +47,7 @@ class LabelReader:
         Raises:
             ValueError: When one is missing, or was never seen in training.
         """
-        found = plain_labels(found, self.path, split)
+        found = plain_labels(found, self.path, split, as_values=not self.values)
         if not self.values:
             if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in found):
                 odd = next(value for value in found if not isinstance(value, int | float) or isinstance(value, bool))
@@ -70,10 +70,10 @@ class LabelReader:
             ) from None
 
 
-def plain_labels(found: list[Any], path: str, split: str) -> list[Any]:
+def plain_labels(found: list[Any], path: str, split: str, as_values: bool = False) -> list[Any]:
     """Labels of one type: whole numbers, real numbers, truth values or names; text that spells numbers is numbers.
 
-    Spaces around text are no part of it. Whole numbers of which one has a zero in front are names.
+    Spaces around text are no part of it. Whole numbers of which one has a zero in front are names, but for `as_values`.
 
     Raises:
         ValueError: When one is missing.
@@ -88,7 +88,8 @@ def plain_labels(found: list[Any], path: str, split: str) -> list[Any]:
             )
     if all(isinstance(value, str) for value in found):
         if all(WHOLE.fullmatch(value) for value in found):
-            return found if any(map(CODE.fullmatch, found)) else [int(value) for value in found]
+            coded = not as_values and any(map(CODE.fullmatch, found))
+            return found if coded else [int(value) for value in found]
         if all(REAL.fullmatch(value) for value in found):
             return [float(value) for value in found]
         kinds = {("a number" if REAL.fullmatch(value) else "text"): value for value in reversed(found)}
@@ -130,7 +131,7 @@ def learn_labels(
         TypeError: When they are of several types.
     """
     raw = column_values(rows, column)
-    found = plain_labels(raw, path, "training")
+    found = plain_labels(raw, path, "training", as_values)
     kinds = set(found)
     if any(isinstance(value, str) and value != value.strip() for value in raw):
         log.info(f"Ignoring spaces around labels in {column!r} of {path}: there are {len(kinds)} different ones")
