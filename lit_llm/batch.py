@@ -90,13 +90,13 @@ class Seq2SeqBatch(TypedDict):
         input_ids: Tokens of the text to read; padded on the right.
         attention_mask: 1 on tokens, 0 on padding.
         labels: Tokens of the text to write, the end token included, and `IGNORE_INDEX` after it. They are not shifted:
-            a network reads those before a token to tell it.
+            a network reads those before a token to tell it. There are none where it is only to be predicted.
         rows: Index of each example in its split.
     """
 
     input_ids: Int[Tensor, "batch seq"]
     attention_mask: Int[Tensor, "batch seq"]
-    labels: Int[Tensor, "batch new"]
+    labels: NotRequired[Int[Tensor, "batch new"]]
     rows: Int[Tensor, " batch"]
 
 

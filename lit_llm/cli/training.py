@@ -278,9 +278,9 @@ class TrainingCLI(LightningCLI):
             )
 
     def _complete(self, options: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds what data decided when a checkpoint was made: data without labels cannot say again what those are."""
+        """Adds what data decided when a checkpoint was made: data to predict cannot say it again."""
         for name, value in checkpoint.get("hyper_parameters", {}).items() if self.subcommand == "predict" else ():
-            if name.startswith("num_") and options.get(name, value) is None:
+            if name.startswith(("num_", "vocab_size")) and options.get(name, value) is None:
                 options[name] = value
         made = getattr(options.get("network"), "init_args", None)
         stored = (checkpoint.get("network") or {}).get("init_args", {})

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import logging
-from abc import ABC, abstractmethod
-from dataclasses import asdict
-from functools import cached_property
-from pathlib import Path
+from abc import abstractmethod
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from datasets import Dataset
-from lightning.pytorch import LightningDataModule
 
+from lit_llm.data.arguments import require_counts
 from lit_llm.data.labels import LabelReader, few_of, labelled_splits, read_labels, require_seen, some_of
 from lit_llm.data.sampling import BatchLoader, place
+from lit_llm.data.split_data import SplitData
 from lit_llm.data.tables import Columns, Split, both
-
-log = logging.getLogger(__name__)
 
 
 @runtime_checkable
@@ -33,7 +28,7 @@ class Readable(Protocol):
         """Some of the examples; seed and epoch decide with the row how each is augmented."""
 
 
-class ExampleData(LightningDataModule, ABC):
+class ExampleData(SplitData):
     """Examples with a label: a class, or a real number.
 
     A subclass says what a source's splits are, and how a split's rows become batches. Arguments are explained where
@@ -60,32 +55,16 @@ class ExampleData(LightningDataModule, ABC):
         augmentation: Any,
         seed: int,
     ) -> None:
-        super().__init__()
-        counts = {"batch_size": batch_size, "max_examples": max_examples, "labels_per_class": labels_per_class}
-        for name, value in counts.items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be at least 1, but is {value}")
+        super().__init__(path, subset, batch_size, validation_fraction, test_fraction, seed)
+        require_counts(max_examples=max_examples, labels_per_class=labels_per_class)
         if unlabelled_ratio < 0:
             raise ValueError(f"data.unlabelled_ratio must be at least 0, but is {unlabelled_ratio}")
-        if validation_fraction < 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, "
-                f"but are {validation_fraction} and {test_fraction}"
-            )
-        self.path, self.subset, self.batch_size = path, subset, batch_size
-        self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
         self.max_examples, self.balance_classes = max_examples, balance_classes
         self.labels_per_class, self.unlabelled_ratio = labels_per_class, unlabelled_ratio
-        self.augmentation, self.seed = augmentation, seed
+        self.augmentation = augmentation
         self.reader: LabelReader | None = None
-        self._readable: dict[str, Any] = {}
-        self._trained_on: dict[str, Any] | None = None
 
     # What a subclass says.
-
-    @abstractmethod
-    def _find_splits(self) -> dict[str, Split]:
-        """The splits, by what they are for."""
 
     @abstractmethod
     def _make_readable(self, split: Split) -> Readable:
@@ -121,53 +100,11 @@ class ExampleData(LightningDataModule, ABC):
         """Labelled training examples of each class."""
         return np.bincount(self.splits["train"].labels, minlength=len(self.class_names)).tolist()
 
-    @property
-    def predict_split(self) -> str:
-        """The split that `predict` reads: the test split, or where there is none the validation split.
-
-        Of another source than the run's own all is a test split, and where the own has nothing else it is `train`.
-        """
-        return next(name for name in ("test", "validation", "train") if name in self.splits)
-
     def label_name(self, index: int) -> str:
         """What a class is called; a network may know more of them than the data."""
         return self.class_names[index] if index < len(self.class_names) else f"LABEL_{index}"
 
-    def texts(self, split: str, rows: list[int]) -> list[dict[str, Any]]:
-        """All columns of some examples, as the source has them."""
-        return [self.splits[split].rows[row] for row in rows]
-
     # Splits.
-
-    @cached_property
-    def splits(self) -> dict[str, Split]:
-        """The examples: `train`, `validation` and `test`, as far as there are such, and `unlabelled`."""
-        return self._find_splits()
-
-    @property
-    def _is_own(self) -> bool | None:
-        """Whether the source is that which a checkpoint was trained on; `None` where nothing says it."""
-        if not self._trained_on:
-            return None
-        here, there = (Path(path).expanduser().resolve() for path in (self.path, self._trained_on["path"]))
-        return (here, self.subset) == (there, self._trained_on["subset"])
-
-    def _known_columns(self, rows: Dataset) -> dict[str, str]:
-        """Columns of what was trained on, by what they are for, where a table to predict has them too."""
-        known = (self._trained_on or {}).get("columns", {}) if self._predicting else {}
-        return {role: name for role, name in known.items() if name in rows.column_names}
-
-    def _whole_to_predict(self, found: dict[str, Dataset], label: str | None) -> dict[str, Split] | None:
-        """A table that is predicted as a whole, as no run's own is; what its labels mean, a checkpoint says.
-
-        Args:
-            found: The tables.
-            label: Their label column; decides where nothing says whether they are the run's own.
-        """
-        own = (len(found) > 1 and label is not None) if self._is_own is None else self._is_own
-        if not self._predicting or own:
-            return None
-        return {"test": Split(next(reversed(found.values())), None)}
 
     def _labelled(
         self, found: dict[str, Dataset], unlabelled: Dataset | None, names: tuple[str, ...] = ()
@@ -196,15 +133,6 @@ class ExampleData(LightningDataModule, ABC):
     def _testable(self) -> bool:
         return "test" in self.splits and self.splits["test"].labels is not None
 
-    @property
-    def _stage(self) -> str | None:
-        """What the trainer does: `fit`, `validate`, `test` or `predict`."""
-        return None if self.trainer is None else self.trainer.state.fn
-
-    @property
-    def _predicting(self) -> bool:
-        return self._stage == "predict"
-
     # Lightning's hooks.
 
     def setup(self, stage: str) -> None:
@@ -218,15 +146,11 @@ class ExampleData(LightningDataModule, ABC):
                 f"data.path must hold a test split with labels to test on, but {self.path} has none; raise "
                 f"data.test_fraction where the checkpoint was trained, or predict"
             )
+        super().setup(stage)
         if stage != "fit":
             return
-        rows, devices = len(self.splits["train"]), place(self.trainer)[1]
-        if rows < self.batch_size * devices:
-            raise ValueError(
-                f"data.batch_size must be at most the examples there are to train on, but is {self.batch_size} on "
-                f"{devices} device{'s' * (devices > 1)} where {self.path} has {rows}; lower it"
-            )
         if self.unlabelled_ratio:
+            devices = place(self.trainer)[1]
             unlabelled = len(self.splits["unlabelled"]) if "unlabelled" in self.splits else 0
             if unlabelled < self.unlabelled_ratio * self.batch_size * devices:
                 raise ValueError(
@@ -237,16 +161,11 @@ class ExampleData(LightningDataModule, ABC):
                 )
         if self.balance_classes and not self.class_names:
             raise ValueError("data.balance_classes must be false where labels are real numbers, but is true")
-        if self.validation_fraction and "validation" not in self.splits:
-            raise ValueError(
-                f"data.validation_fraction must leave an example to validate on, but is {self.validation_fraction}, "
-                f"which takes none of the {rows} of {self.path}; raise it, or set it to 0 to go without"
-            )
 
     def train_dataloader(self) -> BatchLoader:
         """Examples in an order drawn anew each epoch."""
         if not self.unlabelled_ratio:
-            return self._loader("train", self.seed)
+            return super().train_dataloader()
         labelled, read, unlabelled = self._loader("train", self.seed), self._read("train"), self._read("unlabelled")
         of_labelled, first, second = self._views()
 
@@ -261,33 +180,13 @@ class ExampleData(LightningDataModule, ABC):
         loader = BatchLoader(cut, len(unlabelled), size, self.seed, *place(self.trainer), lengths)
         return loader
 
-    def val_dataloader(self) -> BatchLoader | list[Any]:
-        """All examples of the validation split, the longest first, each once whatever the number of processes."""
-        return self.ordered_dataloader("validation")
-
-    def ordered_dataloader(self, split: str, share: bool = True) -> BatchLoader | list[Any]:
-        """All examples of any split, the longest first and as they are; shared out among the processes, or not."""
-        return self._loader(split, share=share) if split in self.splits else []
-
     def test_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the test split, as in validation; none where it has no labels."""
         return self.ordered_dataloader("test") if self._testable else []
 
-    def predict_dataloader(self) -> BatchLoader | list[Any]:
-        """All examples of the split to predict, with labels or without."""
-        split = self.predict_split
-        count = len(self.splits[split])
-        if "train" not in self.splits:
-            log.info(f"Predicting all {count:,} rows of {self.path}")
-        else:
-            alone = ", on which it was trained, as there is no other split" if split == "train" else ""
-            log.info(f"Predicting the {count:,} rows of the {split} split of {self.path}{alone}")
-        return self.ordered_dataloader(split)
-
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to name classes on its own, and to know again what it was trained on."""
-        trained_on = {"path": self.path, "subset": self.subset, "columns": asdict(self.columns)}
-        return {"labels": [list(self.reader.values), list(self.reader.class_names)], "trained_on": trained_on}
+        return {"labels": [list(self.reader.values), list(self.reader.class_names)], **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses a checkpoint whose classes mean something else; a table to predict as a whole takes its classes.
@@ -295,11 +194,8 @@ class ExampleData(LightningDataModule, ABC):
         Raises:
             ValueError: When the checkpoint's classes are not this data's.
         """
+        super().load_state_dict(state_dict)
         values, names = state_dict["labels"]
-        self._trained_on = state_dict.get("trained_on", {})  # older checkpoints do not say it
-        if self._predicting and "train" not in self.__dict__.get("splits", ["train"]):  # found before that was known
-            self.__dict__.pop("splits")
-            self._readable = {}
         if "train" not in self.splits:
             rows, column = self.splits["test"].rows, self.columns.label
             self.reader = LabelReader(self.path, column or "", tuple(values), names)
@@ -311,11 +207,6 @@ class ExampleData(LightningDataModule, ABC):
             )
 
     # How batches are made.
-
-    def _read(self, name: str) -> Any:
-        if name not in self._readable:
-            self._readable[name] = self._make_readable(self.splits[name])
-        return self._readable[name]
 
     def _loader(self, name: str, seed: int | None = None, share: bool = True) -> BatchLoader:
         readable = self._read(name)

@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-import tempfile
 from dataclasses import asdict
-from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from datasets import Dataset
-from transformers import PreTrainedTokenizerBase
 
 from lit_llm.data.augmentation import TextAugmentation
 from lit_llm.data.collation import Collation
 from lit_llm.data.docmatch import NAME, open_docmatch
 from lit_llm.data.examples import ExampleData
 from lit_llm.data.glue_tasks import DOCMATCH, TASKS, Submission
-from lit_llm.data.table_tokenizer import tokenizer_beside, tokenizer_files, trained_tokenizer
+from lit_llm.data.table_tokenizer import TableTokens
 from lit_llm.data.tables import LABELS, Split, check_texts, choose_splits, find_columns, open_table
-from lit_llm.data.tokenizer import load_tokenizer, training_of
 
 log = logging.getLogger(__name__)
 
 
-class GLUEData(ExampleData):
+class GLUEData(TableTokens, ExampleData):
     """Examples of one or two texts with a label: a class, or a real number.
 
     Texts are tokenised once. A batch is cut at once and padded to its own longest example; examples of about one length
@@ -67,6 +61,7 @@ class GLUEData(ExampleData):
         ValueError: When the table has no such columns, a label is missing or new, or there are too few examples.
 
     Example:
+        >>> from pathlib import Path
         >>> folder = Path(__import__("tempfile").mkdtemp())
         >>> rows = "".join(f"good {n},yes\\nbad {n},no\\n" for n in range(20))
         >>> _ = (folder / "x.csv").write_text("text,label\\n" + rows)
@@ -75,6 +70,8 @@ class GLUEData(ExampleData):
         >>> data.class_names, sorted(next(iter(data.train_dataloader())))
         (['no', 'yes'], ['attention_mask', 'input_ids', 'labels', 'rows', 'token_type_ids'])
     """
+
+    default_tokenizer = "bert-uncased-bpe-8192"
 
     def __init__(
         self,
@@ -132,11 +129,6 @@ class GLUEData(ExampleData):
         return self.task.submission if self.task and "train" in self.splits else None
 
     @property
-    def vocab_size(self) -> int:
-        """Number of tokens."""
-        return len(self.tokenizer)
-
-    @property
     def manifest(self) -> dict[str, Any]:
         """What the data is and how it was made."""
         return {
@@ -155,27 +147,6 @@ class GLUEData(ExampleData):
         """Reads the table, and trains the tokeniser; to predict, once a checkpoint has said what it was trained on."""
         if not self._predicting and "train" in self.splits:
             self._require_marks()
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to read texts and to name classes on its own."""
-        return {"tokenizer": self._tokenizer_files, **super().state_dict()}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose tokens or classes mean something else; a table to predict as a whole takes both.
-
-        Raises:
-            ValueError: When the checkpoint's tokeniser or classes are not this data's.
-        """
-        super().load_state_dict(state_dict)
-        if "train" not in self.splits:
-            with tempfile.TemporaryDirectory() as folder:
-                for name, text in state_dict["tokenizer"].items():
-                    (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
-                self.tokenizer = load_tokenizer(folder)
-        elif self._tokenizer_files["tokenizer.json"] != state_dict["tokenizer"]["tokenizer.json"]:
-            raise ValueError(
-                f"data.tokenizer must be the checkpoint's, but is {self._tokenizer_spec} of {self.path}, which differs"
-            )
 
     # How examples are read.
 
@@ -206,27 +177,10 @@ class GLUEData(ExampleData):
 
     # How texts become tokens.
 
-    @property
-    def _tokenizer_spec(self) -> str:
-        network = getattr(self.trainer, "lightning_module", None)
-        return self.tokenizer_spec or getattr(network, "tokenizer_path", None) or "bert-uncased-bpe-8192"
-
-    @cached_property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokeniser; of a table without labels that is predicted, the checkpoint's, once that is read."""
-        spec = str(self._tokenizer_spec)
-        if training_of(spec) is None:
-            return load_tokenizer(spec) if self.tokenizer_spec else tokenizer_beside(spec, self.trainer)
-        if "train" not in self.splits:
-            raise AttributeError("tokenizer")  # so that who asks what data has finds none
+    def _texts_to_learn_tokens_from(self) -> list[str]:
         splits, columns = [self.splits["train"]], (self.columns.text, self.columns.text_pair)
         splits += [self.splits["unlabelled"]] if "unlabelled" in self.splits else []
-        texts = [text for split in splits for name in columns if name for text in split.column(name)]
-        return trained_tokenizer(spec, texts)
-
-    @cached_property
-    def _tokenizer_files(self) -> dict[str, str]:
-        return tokenizer_files(self.tokenizer)
+        return [text for split in splits for name in columns if name for text in split.column(name)]
 
     def _require_marks(self) -> None:
         pair = self.columns.text_pair is not None
@@ -245,8 +199,7 @@ class GLUEData(ExampleData):
 
     def _make_readable(self, split: Split) -> Collation:
         texts, pair = split.column(self.columns.text), self.columns.text_pair
-        pairs, tokenizer = split.column(pair) if pair else None, copy.deepcopy(self.tokenizer)
-        return Collation(texts, pairs, split.labels, tokenizer, self.max_seq_len)
+        return self._collated(texts, split.column(pair) if pair else None, split.labels, self.max_seq_len)
 
     def _lengths(self, readable: Collation) -> np.ndarray | None:
         return readable.lengths if self.length_grouping else None

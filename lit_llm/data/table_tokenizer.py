@@ -2,16 +2,84 @@
 
 from __future__ import annotations
 
+import copy
 import tempfile
+from abc import abstractmethod
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.cleaning import content_hash
+from lit_llm.data.collation import Collation
+from lit_llm.data.split_data import SplitData
 from lit_llm.data.tokenizer import load_tokenizer, training_of
 from lit_llm.files import replacing
+
+
+class TableTokens(SplitData):
+    """Texts of a table as tokens, of a tokeniser that is named, lies beside the network's weights or is learnt here."""
+
+    default_tokenizer: ClassVar[str]
+    """What is learnt where none is named and the network starts from nothing."""
+
+    tokenizer_spec: str | None
+    """What is named."""
+
+    @abstractmethod
+    def _texts_to_learn_tokens_from(self) -> list[str]:
+        """All texts of the training split."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens."""
+        return len(self.tokenizer)
+
+    @property
+    def _tokenizer_spec(self) -> str:
+        network = getattr(self.trainer, "lightning_module", None)
+        return str(self.tokenizer_spec or getattr(network, "tokenizer_path", None) or self.default_tokenizer)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokeniser; of a table that is predicted as a whole, the checkpoint's, once that is read."""
+        spec = self._tokenizer_spec
+        if training_of(spec) is None:
+            return load_tokenizer(spec) if self.tokenizer_spec else tokenizer_beside(spec, self.trainer)
+        if self._awaits_checkpoint or "train" not in self.splits:
+            raise AttributeError("tokenizer")  # so that who asks what data has finds none
+        return trained_tokenizer(spec, self._texts_to_learn_tokens_from())
+
+    @cached_property
+    def _tokenizer_files(self) -> dict[str, str]:
+        return tokenizer_files(self.tokenizer)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to read and write texts on its own, and what it was trained on."""
+        return {"tokenizer": self._tokenizer_files, **super().state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose tokens mean something else; a table to predict as a whole takes its tokeniser.
+
+        Raises:
+            ValueError: When the checkpoint's tokeniser is not this data's.
+        """
+        super().load_state_dict(state_dict)
+        if "train" not in self.splits:
+            with tempfile.TemporaryDirectory() as folder:
+                for name, text in state_dict["tokenizer"].items():
+                    (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+                self.tokenizer = load_tokenizer(folder)
+        elif self._tokenizer_files["tokenizer.json"] != state_dict["tokenizer"]["tokenizer.json"]:
+            raise ValueError(
+                f"data.tokenizer must be the checkpoint's, but is {self._tokenizer_spec} of {self.path}, which differs"
+            )
+
+    def _collated(self, texts: list[str], pairs: list[str] | None, labels: Any, max_seq_len: int) -> Collation:
+        """Texts as tokens, cut by a copy of the tokeniser."""
+        return Collation(texts, pairs, labels, copy.deepcopy(self.tokenizer), max_seq_len)
 
 
 def trained_tokenizer(spec: str, texts: list[str]) -> PreTrainedTokenizerBase:

@@ -12,6 +12,7 @@ from typing import Any
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
+from lit_llm.data.arguments import require_counts, require_fractions
 from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.corpora import Document
@@ -55,14 +56,8 @@ class TokenData(LightningDataModule, ABC):
         seed: int,
     ) -> None:
         super().__init__()
-        for name, value in {"seq_len": seq_len, "batch_size": batch_size, "max_documents": max_documents}.items():
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be at least 1, but is {value}")
-        if validation_fraction < 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
-            raise ValueError(
-                f"data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, "
-                f"but are {validation_fraction} and {test_fraction}"
-            )
+        require_counts(seq_len=seq_len, batch_size=batch_size, max_documents=max_documents)
+        require_fractions(validation_fraction, test_fraction)
         self.path, self.subset, self.max_documents = path, subset, max_documents
         self.corpus_name = corpus_name(path)
         self.cleaning = cleaning

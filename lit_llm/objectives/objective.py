@@ -119,7 +119,8 @@ class Objective(Scheduled):
         given = self.hparams.get(name)
         if needed is None:
             return
-        if given is None:
+        awaits = self.network is None and not self._fits  # a checkpoint, which refuses data of more when it is read
+        if given is None or (given < needed and awaits):
             self.hparams[name] = needed
         elif given < needed:
             raise ValueError(f"model.{name} must be at least what the data has, {needed}, but is {given}")

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from transformers import BertConfig, BertForSequenceClassification
 
 from lit_llm.batch import inputs
-from lit_llm.data import glue
+from lit_llm.data import table_tokenizer
 from lit_llm.data.augmentation import TextAugmentation
 from lit_llm.data.glue import GLUEData
 from lit_llm.data.glue_tasks import TASKS
@@ -124,7 +124,7 @@ def test_without_a_path_a_task_is_the_hubs_and_no_task_the_embedded_one(monkeypa
         {"docstring": Value("string"), "body": Value("string"), "label": ClassLabel(names=["other", "described"])}
     )
     found = dict.fromkeys(("train", "validation", "test"), Dataset.from_dict(columns, features))
-    monkeypatch.setattr(glue, "open_docmatch", lambda: found)
+    monkeypatch.setattr("lit_llm.data.glue.open_docmatch", lambda: found)
     data = made()
     assert data.class_names == ["other", "described"]
     assert data.submission is None
@@ -326,7 +326,7 @@ def test_a_start_that_is_not_there_or_has_no_tokenizer_is_named_as_it_was_given(
 
 def test_a_trained_tokenizer_is_trained_once(table, monkeypatch) -> None:
     first = made(path=table).tokenizer
-    monkeypatch.setattr(glue, "training_of", lambda spec: lambda texts: pytest.fail("trained again"))
+    monkeypatch.setattr(table_tokenizer, "training_of", lambda spec: lambda texts: pytest.fail("trained again"))
     assert made(path=table).tokenizer.get_vocab() == first.get_vocab()
 
 
@@ -491,7 +491,7 @@ def test_values_cannot_be_balanced(tmp_path) -> None:
     table = write_csv(tmp_path / "x.csv", [(f"a{n}", n / 3) for n in range(30)])
     message = "data.balance_classes must be false where labels are real numbers, but is true"
     with pytest.raises(ValueError, match=exactly(message)):
-        made(path=table, balance_classes=True)
+        made(path=table, balance_classes=True, validation_fraction=0.0)
     message = f"data.labels_per_class must be None where labels are real numbers, but is 3 for {table}"
     with pytest.raises(ValueError, match=exactly(message)):
         made(path=table, labels_per_class=3)

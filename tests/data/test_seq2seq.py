@@ -1,11 +1,13 @@
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from lit_llm.data.seq2seq import Seq2SeqData
+from lit_llm.data.seq2seq import PairColumns, Seq2SeqData
 from lit_llm.data.tokenizer import fingerprint
 from tests.writing import exactly, pairs
 
@@ -48,7 +50,7 @@ def test_a_batch_is_the_tables_texts_with_the_end_after_each(tmp_path: Path) -> 
 
 def test_long_texts_are_cut_before_their_end_token(tmp_path: Path) -> None:
     path = table(tmp_path, source=["one two three four " * 9] * 20, target=["five six " * 9] * 20)
-    data = opened(path, max_source_len=7, max_target_len=5)
+    data = opened(path, max_source_len=7, max_target_len=5, validation_fraction=0.0)
     before = fingerprint(data.tokenizer)
     batch = next(iter(data.train_dataloader()))
     assert (batch["input_ids"].shape, batch["labels"].shape) == ((4, 7), (4, 5))
@@ -59,9 +61,9 @@ def test_long_texts_are_cut_before_their_end_token(tmp_path: Path) -> None:
 def test_columns_are_found_or_named(tmp_path: Path) -> None:
     texts = [f"text {number}" for number in range(20)]
     path = table(tmp_path, target=texts, source=texts, other=texts)
-    assert opened(path).columns == ("source", "target")
-    assert opened(path, source="other").columns == ("other", "target")
-    assert opened(path, source="target", target="other").columns == ("target", "other")
+    assert opened(path).columns == PairColumns("source", "target")
+    assert opened(path, source="other").columns == PairColumns("other", "target")
+    assert opened(path, source="target", target="other").columns == PairColumns("target", "other")
     message = f"data.source must be one of target, source, other in {path}, but is 'x'"
     with pytest.raises(ValueError, match=exactly(message)):
         opened(path, source="x")
@@ -80,7 +82,7 @@ def test_docstrings_are_written_from_the_bodies_they_belong_to(monkeypatch) -> N
     splits = dict.fromkeys(("train", "validation", "test"), Dataset.from_list(rows))
     monkeypatch.setattr("lit_llm.data.seq2seq.open_docmatch", lambda: splits)
     data = opened("stdlib-docstrings")
-    assert data.columns == ("body", "docstring")
+    assert data.columns == PairColumns("body", "docstring")
     assert [len(split) for split in data.splits.values()] == [30, 30, 30]
     assert {row["label"] for row in data.texts("test", list(range(30)))} == {1}
     assert data.predict_split == "test"
@@ -113,7 +115,7 @@ def test_a_missing_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_another_tokeniser_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
-    path = table(tmp_path, source=["some text"] * 20, target=["another"] * 20)
+    path = table(tmp_path, source=[f"some text {n}" for n in range(20)], target=["another"] * 20)
     state = opened(path).state_dict()
     message = f"data.tokenizer must be the checkpoint's, but is t5-bpe-360 of {path}, which differs"
     with pytest.raises(ValueError, match=exactly(message)):
@@ -129,3 +131,87 @@ def test_texts_of_one_length_come_together(tmp_path: Path) -> None:
         padding.append(sum((batch["attention_mask"] == 0).sum().item() for batch in batches))
     assert padding[0] < 0.2 * padding[1]
     assert all(tensor.dtype == torch.long for tensor in batches[0].values())
+
+
+# Predicting.
+
+
+def predicting(path: str, state: dict[str, Any], **options) -> Seq2SeqData:
+    """Data to predict, asked for its tokens before and after a checkpoint is read, as a trainer does."""
+    data = Seq2SeqData(path=path, **({"tokenizer": "t5-bpe-400", "batch_size": 4} | options))
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"), global_rank=0, world_size=1)
+    data.prepare_data()
+    data.setup("predict")
+    assert getattr(data, "vocab_size", None) is None
+    data.load_state_dict(state)
+    return data
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Seq2SeqData:
+    rows = [row | {"id": str(n)} for n, row in enumerate(pairs(60))]
+    (tmp_path / "own").mkdir()
+    names = {"id": "id", "text": "prompt", "wanted": "response"}
+    path = table(tmp_path / "own", **{name: [row[key] for row in rows] for name, key in names.items()})
+    return opened(path, source="text", target="wanted", validation_fraction=0.2)
+
+
+@pytest.mark.parametrize("columns", [("text",), ("text", "wanted"), ("other", "text", "target")])
+def test_another_table_is_predicted_whole_with_what_the_checkpoint_knows(trained, tmp_path, columns, caplog) -> None:
+    texts = [f"{n} the moon{' and the sea' * (n % 3)}" for n in range(7)]
+    path = table(tmp_path, **{name: texts if name == "text" else ["none of it"] * 7 for name in columns})
+    named = {"source": "text", "target": "wanted"}  # as the run's config does
+    caplog.set_level("INFO")
+    for options in ({}, named):
+        data = predicting(path, trained.state_dict(), **options)
+        batches = list(data.predict_dataloader())
+        rows = [row for batch in batches for row in batch["rows"].tolist()]
+        assert sorted(rows) == list(range(7))
+        read = [ids[mask == 1][:-1] for b in batches for ids, mask in zip(b["input_ids"], b["attention_mask"])]
+        assert [data.tokenizer.decode(ids) for ids in read] == [texts[row] for row in rows]
+        assert all("labels" not in batch for batch in batches)
+        assert data.tokenizer.get_vocab() == trained.tokenizer.get_vocab()
+        assert data.predict_split == "test"
+        assert list(data.texts("test", [3])[0]) == list(columns)
+        assert caplog.messages[-1] == f"Predicting all 7 rows of {path}"
+
+
+def test_of_another_folder_with_splits_the_last_is_predicted(trained, tmp_path) -> None:
+    (tmp_path / "new").mkdir()
+    for split, count in (("train", 9), ("test", 2)):
+        lines = ["text,wanted", *(f"{split} {n}," for n in range(count))]
+        (tmp_path / f"new/{split}.csv").write_text("\n".join(lines) + "\n")
+    data = predicting(str(tmp_path / "new"), trained.state_dict())
+    assert [row["text"] for row in data.texts("test", [0, 1])] == ["test 0", "test 1"]
+    assert {name: len(split) for name, split in data.splits.items()} == {"test": 2}
+
+
+@pytest.mark.parametrize(("fraction", "split"), [(0.0, "validation"), (0.3, "test")])
+def test_of_the_runs_own_table_what_it_was_not_trained_on_is_predicted(trained, fraction, split) -> None:
+    own = {"source": "text", "target": "wanted", "validation_fraction": 0.2, "test_fraction": fraction}
+    run = opened(trained.path, **own)
+    data = predicting(trained.path, run.state_dict(), **own)
+    assert data.predict_split == split
+    rows = [row for batch in data.predict_dataloader() for row in batch["rows"].tolist()]
+    assert data.texts(split, sorted(rows)) == run.texts(split, list(range(len(run.splits[split]))))
+
+
+def test_a_table_to_predict_without_the_text_to_read_is_refused_by_its_option(trained, tmp_path) -> None:
+    path = table(tmp_path, a=["x"] * 3, b=["y"] * 3)
+    for options, given in (({}, "not given"), ({"source": "text", "target": "wanted"}, "'text'")):
+        message = f"data.source must be one of a, b in {path}, but is {given}"
+        with pytest.raises(ValueError, match=exactly(message)):
+            predicting(path, trained.state_dict(), **options)
+    assert len(predicting(path, trained.state_dict(), source="b").splits["test"]) == 3
+
+
+def test_without_a_checkpoint_a_table_is_predicted_with_the_tokeniser_beside_the_weights(trained, tmp_path) -> None:
+    trained.tokenizer.save_pretrained(tmp_path / "model")
+    data = Seq2SeqData(path=table(tmp_path, source=["one", "two"]))
+    module = SimpleNamespace(tokenizer_path=str(tmp_path / "model"))
+    data.trainer = SimpleNamespace(
+        state=SimpleNamespace(fn="predict"), lightning_module=module, global_rank=0, world_size=1
+    )
+    assert data.vocab_size == trained.vocab_size
+    [batch] = data.predict_dataloader()
+    assert sorted(batch["rows"].tolist()) == [0, 1]

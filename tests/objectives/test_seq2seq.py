@@ -114,6 +114,11 @@ def test_values_out_of_range_are_refused(options: dict, message: str) -> None:
         Seq2Seq(network(), **options)
 
 
+def predictions(run: Path) -> list[dict[str, str]]:
+    with (run / "predictions.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def test_the_command_line_trains_exports_and_writes(lit_llm, numbers: str, tmp_path: Path) -> None:
     made = {"class_path": "lit_llm.models.pretrained_seq2seq.PretrainedSeq2Seq", "init_args": {"config": T5}}
     content = {
@@ -130,8 +135,7 @@ def test_the_command_line_trains_exports_and_writes(lit_llm, numbers: str, tmp_p
     assert "val/chrf" in json.loads((tmp_path / "run/results.json").read_text())
     outcome = lit_llm("predict", "--run_dir", tmp_path / "run", "--model.max_new_tokens", "4")
     assert outcome.code == 0, outcome.err
-    with (tmp_path / "run/predictions.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
+    table = predictions(tmp_path / "run")
     assert list(table[0]) == ["source", "target", "predicted"]
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run/model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
@@ -140,3 +144,13 @@ def test_the_command_line_trains_exports_and_writes(lit_llm, numbers: str, tmp_p
     written = model.generate(**ids, max_new_tokens=4, do_sample=False)
     expected = [text.strip() for text in tokenizer.batch_decode(written, skip_special_tokens=True)]
     assert [row["predicted"] for row in table] == expected
+    again = {row["source"]: row["predicted"] for row in table}
+    (tmp_path / "new.tsv").write_text("source\tnote\n7\tone\n3\ttwo\n1\tthree\n")
+    words = ["--data.path", tmp_path / "new.tsv", "--model.max_new_tokens", "4"]
+    outcome = lit_llm("predict", "--run_dir", tmp_path / "run", *words)
+    assert outcome.code == 0, outcome.err
+    table = predictions(tmp_path / "run")
+    assert [list(row.values()) for row in table] == [
+        [n, note, again[n]] for n, note in zip("731", ["one", "two", "three"])
+    ]
+    assert list(table[0]) == ["source", "note", "predicted"]

@@ -1,0 +1,27 @@
+"""Checks of arguments that several data modules have."""
+
+from __future__ import annotations
+
+
+def require_counts(least: int = 1, **counts: int | None) -> None:
+    """Refuses a count that is too small; `None` is none at all.
+
+    Raises:
+        ValueError: When one is below the least.
+    """
+    for name, count in counts.items():
+        if count is not None and count < least:
+            raise ValueError(f"data.{name} must be at least {least}, but is {count}")
+
+
+def require_fractions(validation_fraction: int | float, test_fraction: int | float) -> None:
+    """Refuses parts of the training split that cannot be held out.
+
+    Raises:
+        ValueError: When one is negative, or they leave nothing to train on.
+    """
+    if validation_fraction < 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
+        raise ValueError(
+            f"data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, "
+            f"but are {validation_fraction} and {test_fraction}"
+        )

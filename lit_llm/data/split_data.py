@@ -1,0 +1,191 @@
+"""What data of examples in splits have in common: their checks, what of them is predicted, and resuming."""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from lightning.pytorch import LightningDataModule
+
+from lit_llm.data.arguments import require_counts, require_fractions
+from lit_llm.data.sampling import BatchLoader, place
+from lit_llm.data.tables import Split
+
+log = logging.getLogger(__name__)
+
+
+class SplitData(LightningDataModule, ABC):
+    """Examples of a source that has splits, or is cut into them; one that is not the run's own is predicted whole.
+
+    A subclass says what a source's splits are, and how a split's rows become batches. Arguments are explained where
+    it names them.
+
+    Raises:
+        ValueError: When a value is out of range.
+    """
+
+    columns: Any
+    """Where the source keeps what an example is, a dataclass; from `splits` on."""
+
+    def __init__(
+        self,
+        path: str,
+        subset: str | None,
+        batch_size: int,
+        validation_fraction: float,
+        test_fraction: float,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        require_counts(batch_size=batch_size)
+        require_fractions(validation_fraction, test_fraction)
+        self.path, self.subset, self.batch_size, self.seed = path, subset, batch_size, seed
+        self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
+        self._readable: dict[str, Any] = {}
+        self._trained_on: dict[str, Any] | None = None
+
+    # What a subclass says.
+
+    @abstractmethod
+    def _find_splits(self) -> dict[str, Split]:
+        """The splits, by what they are for."""
+
+    @abstractmethod
+    def _make_readable(self, split: Split) -> Any:
+        """The examples of a split, ready to be cut into batches."""
+
+    @abstractmethod
+    def _loader(self, name: str, seed: int | None = None, share: bool = True) -> BatchLoader:
+        """Batches of a split, drawn with a seed or the longest first; shared out among the processes, or not."""
+
+    # Facts that callbacks ask for.
+
+    @property
+    def predict_split(self) -> str:
+        """The split that `predict` reads: the test split, or where there is none the validation split.
+
+        Of another source than the run's own all is a test split, and where the own has nothing else it is `train`.
+        """
+        return next(name for name in ("test", "validation", "train") if name in self.splits)
+
+    def texts(self, split: str, rows: list[int]) -> list[dict[str, Any]]:
+        """All columns of some examples, as the source has them."""
+        return [self.splits[split].rows[row] for row in rows]
+
+    # Splits.
+
+    @cached_property
+    def splits(self) -> dict[str, Split]:
+        """The examples: `train`, `validation` and `test`, as far as there are such, and `unlabelled`."""
+        return self._find_splits()
+
+    @property
+    def _is_own(self) -> bool | None:
+        """Whether the source is that which a checkpoint was trained on; `None` where nothing says it."""
+        if not self._trained_on:
+            return None
+        here, there = (Path(path).expanduser().resolve() for path in (self.path, self._trained_on["path"]))
+        return (here, self.subset) == (there, self._trained_on["subset"])
+
+    def _known_columns(self, rows: Dataset) -> dict[str, str]:
+        """Columns of what was trained on, by what they are for, where a table to predict has them too."""
+        known = (self._trained_on or {}).get("columns", {}) if self._predicting else {}
+        return {role: name for role, name in known.items() if name in rows.column_names}
+
+    def _whole_to_predict(self, found: dict[str, Dataset], wanted: str | None) -> dict[str, Split] | None:
+        """A table that is predicted as a whole, as no run's own is.
+
+        Args:
+            found: The tables.
+            wanted: Their column of what is to be found, a label or a text; decides where nothing says whether they are
+                the run's own.
+        """
+        own = (len(found) > 1 and wanted is not None) if self._is_own is None else self._is_own
+        if not self._predicting or own:
+            return None
+        return {"test": Split(next(reversed(found.values())), None)}
+
+    @property
+    def _stage(self) -> str | None:
+        """What the trainer does: `fit`, `validate`, `test` or `predict`."""
+        return None if self.trainer is None else self.trainer.state.fn
+
+    @property
+    def _predicting(self) -> bool:
+        return self._stage == "predict"
+
+    @property
+    def _awaits_checkpoint(self) -> bool:
+        """Whether a checkpoint is still to say what it was trained on, which decides what is predicted."""
+        return self._predicting and self._trained_on is None
+
+    # Lightning's hooks.
+
+    def setup(self, stage: str) -> None:
+        """Refuses data that cannot do what `stage` needs.
+
+        Raises:
+            ValueError: When there is too little to train on, or nothing to validate on.
+        """
+        if stage != "fit":
+            return
+        rows, devices = len(self.splits["train"]), place(self.trainer)[1]
+        if rows < self.batch_size * devices:
+            raise ValueError(
+                f"data.batch_size must be at most the examples there are to train on, but is {self.batch_size} on "
+                f"{devices} device{'s' * (devices > 1)} where {self.path} has {rows}; lower it"
+            )
+        if self.validation_fraction and "validation" not in self.splits:
+            raise ValueError(
+                f"data.validation_fraction must leave an example to validate on, but is {self.validation_fraction}, "
+                f"which takes none of the {rows} of {self.path}; raise it, or set it to 0 to go without"
+            )
+
+    def train_dataloader(self) -> BatchLoader:
+        """Examples in an order drawn anew each epoch."""
+        return self._loader("train", self.seed)
+
+    def val_dataloader(self) -> BatchLoader | list[Any]:
+        """All examples of the validation split, the longest first, each once whatever the number of processes."""
+        return self.ordered_dataloader("validation")
+
+    def ordered_dataloader(self, split: str, share: bool = True) -> BatchLoader | list[Any]:
+        """All examples of any split, the longest first and as they are; shared out among the processes, or not."""
+        return self._loader(split, share=share) if split in self.splits else []
+
+    def test_dataloader(self) -> BatchLoader | list[Any]:
+        """All examples of the test split, as in validation."""
+        return self.ordered_dataloader("test")
+
+    def predict_dataloader(self) -> BatchLoader | list[Any]:
+        """All examples of the split to predict, whatever is known of what is to be found."""
+        self._trained_on = self._trained_on or {}  # no checkpoint will say it any more
+        split = self.predict_split
+        count = len(self.splits[split])
+        if "train" not in self.splits:
+            log.info(f"Predicting all {count:,} rows of {self.path}")
+        else:
+            alone = ", on which it was trained, as there is no other split" if split == "train" else ""
+            log.info(f"Predicting the {count:,} rows of the {split} split of {self.path}{alone}")
+        return self.ordered_dataloader(split)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint needs to know again what it was trained on."""
+        return {"trained_on": {"path": self.path, "subset": self.subset, "columns": asdict(self.columns)}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Learns what a checkpoint was trained on."""
+        self._trained_on = state_dict.get("trained_on", {})  # older checkpoints do not say it
+        if self._predicting and "train" not in self.__dict__.get("splits", ["train"]):  # found before that was known
+            self.__dict__.pop("splits")
+            self._readable = {}
+
+    def _read(self, name: str) -> Any:
+        if name not in self._readable:
+            self._readable[name] = self._make_readable(self.splits[name])
+        return self._readable[name]
