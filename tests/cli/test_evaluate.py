@@ -104,6 +104,15 @@ def test_texts_are_written_together_as_they_are_alone_and_no_further_than_a_stop
         assert part == min((said.split(stop)[0] for stop in stops), key=len)
 
 
+def test_the_same_question_asked_again_is_answered_anew_where_answers_are_drawn():
+    class Request:
+        args = ("the cat", {"max_gen_toks": 12, "do_sample": True})
+
+    texts = adapted(awake_network(), byte_tokenizer(), 1).generate_until([Request] * 4)
+    assert len(set(texts)) == 4
+    assert adapted(awake_network(), byte_tokenizer(), 1).generate_until([Request] * 4) == texts
+
+
 @torch.no_grad()
 def test_a_long_text_is_read_in_windows_each_token_once():
     network = awake_network()

@@ -54,4 +54,11 @@ def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are():
     message = "ckpt_path must be a checkpoint in run/checkpoints (there: last), but is best"
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         run_folder.find_checkpoint(Path("run"), "best")
+    Path("run/checkpoints/good.ckpt").touch()
+    for there, named in (("last", "last"), ("best", "best"), ("good", "run/checkpoints/good.ckpt")):
+        with pytest.raises(ValueError, match=re.escape(f"go on with --ckpt_path {named}, or")):
+            run_folder.make(Path("run"), starts_anew=True, trains=True)
+        Path(f"run/checkpoints/{there}.ckpt").unlink()
+        if there == "last":
+            Path("run/checkpoints/best.ckpt").touch()
     os.environ.pop(run_folder.VARIABLE, None)

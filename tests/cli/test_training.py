@@ -384,20 +384,28 @@ def test_two_processes_take_the_steps_of_one(lit_llm, tiny, tmp_path):
 
     assert lit_llm("fit", *tiny, "--run_dir", tmp_path / "one").code == 0
     words = [*tiny, "--data.batch_size", "2", "--trainer.accelerator", "cpu", "--trainer.devices", "2"]
-    done = subprocess.run(
-        [sys.executable, "-m", "lit_llm", "fit", *words, "--trainer.strategy", "ddp", "--run_dir", tmp_path / "two"],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
-    assert done.returncode == 0, done.stderr
+    words += ["--trainer.strategy", "ddp", "--run_dir", tmp_path / "two"]
+
+    def by_two(*command: str) -> None:
+        done = subprocess.run(
+            [sys.executable, "-m", "lit_llm", command[0], *words, *command[1:]],
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        assert done.returncode == 0, done.stderr
+
+    by_two("fit")
     one, two = (read_metrics(tmp_path / name / "metrics.csv") for name in ("one", "two"))
     assert len(one) == len(two)
     for mine, theirs in zip(one, two, strict=True):
         for metric in ("train/loss", "val/loss", "val/bits_per_byte"):
             assert (metric in mine) == (metric in theirs)
             assert mine.get(metric, 0.0) == pytest.approx(theirs.get(metric, 0.0), rel=1e-4), metric
+    by_two("test", "--data.test_fraction", "0.3")
+    [other] = (tmp_path / "two/evaluations").iterdir()
+    assert json.loads((other / "results.json").read_text())["test/loss"] > 0
 
 
 def test_a_run_of_a_network_that_transformers_does_not_know_leaves_all_but_a_model_directory(lit_llm, tiny, tmp_path):

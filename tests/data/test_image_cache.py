@@ -103,6 +103,15 @@ def test_grey_of_other_modes_stays_grey(tmp_path: Path) -> None:
     assert np.array_equal(cache.pixels[1, 0], np.asarray(noise(1)))
 
 
+def test_a_pgm_of_16_bits_is_grey_as_a_png_is(tmp_path: Path) -> None:
+    deep = Image.fromarray((np.asarray(noise(0)).astype(np.uint16) << 8) + 77)
+    found = []
+    for suffix in ("pgm", "png"):
+        deep.save(tmp_path / f"x.{suffix}")
+        found.append(read_image({"bytes": None, "path": str(tmp_path / f"x.{suffix}")}, 1, 6, 6))
+    assert np.array_equal(*found)
+
+
 @pytest.mark.parametrize("kind", [np.float32, np.int32])
 def test_grey_of_which_nothing_says_what_is_white_is_refused(tmp_path: Path, kind: Any) -> None:
     Image.fromarray(np.asarray(noise(0)).astype(kind)).save(tmp_path / "x.tif")

@@ -245,6 +245,13 @@ def test_codes_of_another_split_are_the_same_classes_where_none_there_has_a_zero
         reader.read(["1", "10"], "test")
 
 
+@pytest.mark.parametrize("train", [["05", "10", "15"], ["5", "10", "2.5"]])
+def test_a_zero_in_front_is_no_part_of_a_value(train) -> None:
+    reader = learn_labels(table(train), "x", "label", as_values=True)
+    assert reader.read(train, "train").tolist() == [float(text) for text in train]
+    assert reader.read(["05", "10"], "test").tolist() == [5, 10]
+
+
 def test_some_examples_are_drawn_in_proportion_nested_and_by_the_seed() -> None:
     whole = split([0] * 150 + [1] * 50 + [2])
     forty, ten = some_of(whole, 40, 0), some_of(whole, 10, 0)

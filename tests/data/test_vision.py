@@ -2,6 +2,7 @@ import functools
 import json
 import logging
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -311,6 +312,9 @@ def test_who_asks_for_what_was_found_out_finds_it_decoded(tmp_path, caplog) -> N
     first, asked = (made(path=folder, validation_fraction=0.5, **o) for o in ({}, {"image_size": 6, "channels": 1}))
     assert np.array_equal(asked.cache.pixels, first.cache.pixels)
     assert caplog.text.count("Decoded 12 images") == 1
+    shutil.rmtree(first.cache.folder)  # but not what leads to it
+    again = made(path=folder, validation_fraction=0.5, image_size=6, channels=1)
+    assert np.array_equal(again.cache.pixels, first.cache.pixels)
 
 
 def test_mixed_sizes_and_modes_become_one(tmp_path) -> None:
