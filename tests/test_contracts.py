@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -651,7 +652,8 @@ class TestCompression:
             assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("kind", CALLBACKS)
+# (That of a BestCheckpoint holds where its file is: tests/cli/test_resume.py.)
+@pytest.mark.parametrize("kind", [kind for kind in CALLBACKS if not issubclass(kind, ModelCheckpoint)])
 def test_a_callbacks_state_survives_saving_and_loading(kind):
     known = {"prompts": ["x"], "max_parameters": 9}
     needed = {name: value for name, value in known.items() if name in inspect.signature(kind).parameters}

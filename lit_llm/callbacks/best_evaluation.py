@@ -34,7 +34,7 @@ class BestEvaluation(Callback, ABC):
     """What `show` may write: pictures and tables, which Weights & Biases is given too."""
 
     def __init__(self) -> None:
-        self._best: tuple[Any, str, str] | None = None
+        self.best: tuple[Any, str, str] | None = None
 
     @abstractmethod
     def add(self, pl_module: LightningModule, said: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
@@ -70,12 +70,12 @@ class BestEvaluation(Callback, ABC):
             return
         if trainer.state.fn != "fit":
             split = "test" if trainer.testing else "validation"
-            self._best = found, split, f"{split} split"
+            self.best = found, split, f"{split} split"
             self._show(trainer)
             return
         report = next((c for c in trainer.callbacks if isinstance(c, RunReport)), None)
         if report is None or report.results.get("best/step") == trainer.global_step:
-            self._best = found, "validation", f"validation split, step {trainer.global_step}"
+            self.best = found, "validation", f"validation split, step {trainer.global_step}"
 
     on_test_end = on_validation_end
 
@@ -89,17 +89,17 @@ class BestEvaluation(Callback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The best so far, which a run that goes on may not better."""
-        return {} if self._best is None else {"best": self._best}
+        return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
-        self._best = state_dict["best"]
+        self.best = state_dict["best"]
 
     @rank_zero_only
     def _show(self, trainer: Trainer) -> None:
-        if self._best is None or trainer.fast_dev_run:
+        if self.best is None or trainer.fast_dev_run:
             return
-        best, self._best = self._best, None
+        best, self.best = self.best, None
         folder = Path(trainer.default_root_dir)
         self.show(folder, trainer.datamodule, *best)
         for logger in trainer.loggers:

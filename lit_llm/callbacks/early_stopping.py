@@ -47,6 +47,10 @@ class EarlyStopping(LightningEarlyStopping):
             self._watch(*(getattr(trainer.datamodule, "monitor", None) or pl_module.monitor))
         super().setup(trainer, pl_module, stage)
 
+    def state_dict(self) -> dict[str, Any]:
+        """What has been seen, without what one is told."""
+        return {name: value for name, value in super().state_dict().items() if name != "patience"}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there, as patient as it is told to be now."""
         super().load_state_dict(state_dict | {"patience": self.patience})
