@@ -164,8 +164,9 @@ class _Believe(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__:
             return True
-        if func is Tensor.__deepcopy__:  # by its storage, which is nowhere; metrics copy their states' defaults
-            return args[0].clone()
+        if func is Tensor.__deepcopy__:  # by its storage, which is nowhere; metrics and averages copy
+            made, p = args[0].detach().clone(), args[0]
+            return nn.Parameter(made, p.requires_grad) if isinstance(p, nn.Parameter) else made
         return func(*args, **(kwargs or {}))
 
 

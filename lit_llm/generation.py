@@ -28,7 +28,7 @@ def choose(
 
     Args:
         logits: Unnormalised log-probabilities.
-        temperature: Divides the logits; 0 takes the likeliest token.
+        temperature: Divides the logits; 0, or what is 0 in fp32, takes the likeliest token.
         top_k: Keep only the likeliest tokens, this many.
         top_p: Keep only the likeliest tokens that together have this probability (Holtzman et al., 2019,
             arXiv:1904.09751); at least one stays.
@@ -38,7 +38,7 @@ def choose(
         >>> choose(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0.0).tolist()
         [1]
     """
-    if temperature == 0:
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
     logits = (logits.float() - logits.amax(dim=-1, keepdim=True)) / temperature  # finite for any temperature
     if top_k is not None and top_k < logits.shape[-1]:

@@ -16,8 +16,10 @@ from lit_llm.files import write_json
 def run(words: list[str]) -> None:
     """Runs the command; `words` begins with its name."""
     options = _parser().parse_args(words[1:])
-    if options.batch_size < 1:
-        fail(f"--batch_size must be at least 1, but is {options.batch_size}")
+    for name in ("batch_size", "limit"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            fail(f"--{name} must be at least 1, but is {value}")
     require_writable(options.json)
     results = evaluate(**vars(options))
     for task, found in results.items():
@@ -70,8 +72,6 @@ def evaluate(
         raise ModuleNotFoundError(
             "package lm-eval must be installed for lit-llm evaluate, but is not; pip install 'lit-llm[evaluation]'"
         ) from error
-    import yaml
-
     from lit_llm.checkpoints import load_language_model
 
     files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
@@ -82,7 +82,7 @@ def evaluate(
     for task in tasks:
         if task not in files and task not in known.all_tasks:
             raise ValueError(f"--tasks must be tasks of lm-eval or YAML files, but {task} is neither")
-    given = [yaml.safe_load(Path(task).read_text(encoding="utf-8")) if task in files else task for task in tasks]
+    given = [_read_task(task) if task in files else task for task in tasks]
     network, tokenizer = load_language_model(model)
     adapter = adapted(moved(network, device), tokenizer, batch_size)
     results = lm_eval.simple_evaluate(
@@ -91,6 +91,21 @@ def evaluate(
     if json is not None:
         write_json(json, json_format.loads(json_format.dumps(results, default=str)))
     return results
+
+
+def _read_task(path: str) -> dict[str, Any]:
+    """A task's file, with what it includes, and its functions, as lm-eval reads one."""
+    import yaml
+
+    try:
+        from lm_eval.tasks._yaml_loader import load_yaml
+    except ImportError:  # before version 0.4.10
+        from lm_eval.utils import load_yaml_config as load_yaml
+    try:
+        return load_yaml(path)
+    except (yaml.YAMLError, ValueError, OSError, ImportError, AttributeError) as error:
+        line = next(iter(str(error).splitlines()), repr(error))
+        raise ValueError(f"--tasks must be YAML files of lm-eval, but {path} is none: {line}") from error
 
 
 def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
@@ -158,7 +173,7 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
             ways: dict[tuple[Any, ...], list[int]] = {}
             for index, request in enumerate(requests):
                 _, options = request.args
-                new = min(options.get("max_gen_toks", 128), longest // 2)
+                new = min(options.get("max_gen_toks", 128), longest - 1)  # the context gives way, as in lm-eval's own
                 temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
                 until = options.get("until") or []
                 stops = filter(None, [until] if isinstance(until, str) else until)

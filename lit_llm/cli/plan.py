@@ -151,9 +151,12 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     """
     from dataclasses import replace
 
+    import torch
+
     from lit_llm.callbacks.weight_average import WeightAverage
     from lit_llm.cli import training
     from lit_llm.dry_run import measure_step
+    from lit_llm.recipes import built
 
     cli = training.read_run(words)
     objective, data, trainer = cli.model, cli.datamodule, cli.config["fit"]["trainer"]
@@ -166,11 +169,20 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     def build() -> Any:
         objective.network, objective.hparams["weights"] = None, weights
+        for name, own in objective.named_buffers(recurse=False):  # made before, with content
+            setattr(objective, name, torch.empty(own.shape, dtype=own.dtype))
         objective.configure_model()
         return objective.network.train()
 
     def loss(network: Any, batch: Any) -> Any:
-        total, targets = objective.loss(batch)
+        try:
+            total, targets = objective.loss(batch)
+        except RuntimeError as error:
+            if "is not attached to a `Trainer`" not in str(error):
+                raise
+            raise ValueError(
+                f"model must have a loss that needs shapes alone to be planned, but is a {type(objective).__name__}"
+            ) from error
         return total / targets.clamp(min=1)
 
     def taken(checkpointed: bool | None = None) -> Any:
@@ -180,6 +192,10 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     steps = {"as configured": taken()}
     network = objective.network
     if getattr(network, "activation_checkpointing", None) is False:
+        recipe = objective.hparams["network"]
+        if objective.make_network is not None and "activation_checkpointing" in recipe.get("init_args", {}):
+            again = {**recipe, "init_args": {**recipe["init_args"], "activation_checkpointing": True}}
+            objective.make_network = lambda size: built(again, Path("."), size)
         steps["with activation checkpointing"] = taken(True)
     rule = getattr(network, "flops_per_token", None)
     step = steps["as configured"]
@@ -211,6 +227,7 @@ def example_batch(objective: Any, data: Any) -> dict[str, Any]:
         data.setup("fit")
         if objective.hparams.get(name) is None:
             objective.hparams[name] = getattr(data, name)
+        objective.planned_for = data
         return next(iter(data.train_dataloader()))
     if objective.hparams.get(name) is None and not objective.hparams.get("weights"):  # which say it themselves
         spec = data.tokenizer_spec

@@ -95,7 +95,9 @@ def serve(model: str, host: str, port: int, device: str, max_batch_size: int, ti
     own = os.getpid()
 
     def end(number: int, frame: Any) -> None:
-        """Ends the server as Ctrl-C does; its process that listens, a fork of this one, without a traceback."""
+        """Ends the server as Ctrl-C does, once; its process that listens, a fork of this one, without a traceback."""
+        for further in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(further, signal.SIG_IGN)
         raise KeyboardInterrupt if os.getpid() == own else SystemExit(0)
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -199,7 +199,8 @@ class _Search:
         if ended is not None:
             del self.running[trial.number]
             self.progress.end(f"trial {trial.number}")
-            self._finish(trial, process, stopped=kind is not None)
+            # (One that came to its end before it heard that it was to stop has come to its end.)
+            self._finish(trial, process, stopped=kind is not None and ended != 0)
 
     def _finish(self, trial: Any, process: TrialRun, stopped: bool) -> None:
         from optuna.trial import TrialState

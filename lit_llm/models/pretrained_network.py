@@ -72,6 +72,12 @@ class Pretrained(nn.Module):
         self.reads_images = model.main_input_name == "pixel_values"
         if self.reads_images:
             model.to(memory_format=torch.channels_last)
+        if not model.supports_gradient_checkpointing:
+            if self.activation_checkpointing:
+                raise ValueError(
+                    f"activation_checkpointing must be false for a {type(model).__name__}, which cannot, but is true"
+                )
+            self.activation_checkpointing = None
         if self.activation_checkpointing:
             new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # as later versions call it
             getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
@@ -79,7 +85,7 @@ class Pretrained(nn.Module):
         kin = hasattr(getattr(model.base_model, "embeddings", None), "create_position_ids_from_inputs_embeds")
         self.first_position = model.base_model.embeddings.padding_idx + 1 if kin else 0
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        self.max_seq_len = longest and longest - self.first_position
+        self.max_seq_len = longest - self.first_position if longest and longest > 0 else None  # -1 is any, too
 
     @property
     def backbone(self) -> nn.Module | None:
@@ -138,7 +144,7 @@ class Pretrained(nn.Module):
     @property
     def arguments(self) -> dict[str, Any]:
         """The constructor's, with the config itself in place of where it came from: what a checkpoint needs."""
-        return {"config": self.to_hf_config(), "activation_checkpointing": self.activation_checkpointing}
+        return {"config": self.to_hf_config(), "activation_checkpointing": bool(self.activation_checkpointing)}
 
     def to_hf_config(self) -> dict[str, Any]:
         """The `config.json` with which transformers builds the same network."""

@@ -116,7 +116,11 @@ class Distillation(Objective):
     def teacher(self) -> Teacher:
         """Who is learnt from; there while training."""
         if not self._held:
-            raise ValueError("model must be trained to have its teacher, but is only looked at; plan the student alone")
+            plain = next(kind for kind in type(self).__mro__[1:] if not issubclass(kind, Distillation))
+            raise ValueError(
+                f"model must be without a teacher to be planned, but is a {type(self).__name__}; plan its student by "
+                f"--model {plain.__module__}.{plain.__qualname__}"
+            )
         return self._held[0]
 
     @property

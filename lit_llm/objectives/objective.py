@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor, nn
@@ -63,6 +64,9 @@ class Objective(Scheduled):
 
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
     """The metric that says which validation is best, where the data names none, and whether its `min` or `max` is."""
+
+    planned_for: LightningDataModule | None = None
+    """Data that the network is made for where no trainer has them, as in a plan."""
 
     val_metric: Metric | MetricCollection
     test_metric: Metric | MetricCollection
@@ -147,8 +151,8 @@ class Objective(Scheduled):
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
         if self.make_network is not None:
             self.network = self._make_network(fresh=source is None and self.adaptation is None)
-            if hasattr(self.network, "read_tokens_of") and self._fits:
-                tokenizer = getattr(self.trainer.datamodule, "tokenizer", None)
+            if hasattr(self.network, "read_tokens_of") and (self._fits or self.planned_for is not None):
+                tokenizer = getattr(self.planned_for or self.trainer.datamodule, "tokenizer", None)
                 if tokenizer is not None:
                     self.network.read_tokens_of(tokenizer)
             if self._image_shape is not None and hasattr(self.network, "read_images_of"):
@@ -173,6 +177,8 @@ class Objective(Scheduled):
     @property
     def _image_shape(self) -> tuple[int, int, int] | None:
         """Channels, height and width of the data's images; `None` where it has none, or takes them of a checkpoint."""
+        if self.planned_for is not None:
+            return getattr(self.planned_for, "image_shape", None)
         if self._trainer is None or (self.trainer.state.fn != "fit" and self.trainer.ckpt_path):
             return None
         return getattr(self.trainer.datamodule, "image_shape", None)

@@ -68,6 +68,17 @@ def test_a_local_task_is_scored_by_the_networks_own_probabilities(lit_llm, model
     assert "tiny_choice" in outcome.out
 
 
+def test_a_tasks_file_may_include_another_and_name_functions_beside_it(lit_llm, model, task, tmp_path):
+    (tmp_path / "beside.py").write_text("def text(row):\n    return row['text'].upper()\n")
+    (tmp_path / "mine.yaml").write_text("include: task.yaml\ntask: mine\ndoc_to_text: !function beside.text\n")
+    outcome = lit_llm("evaluate", "--model", model, "--tasks", tmp_path / "mine.yaml", "--limit", 2)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.startswith("mine ")
+    (tmp_path / "mine.yaml").write_text("doc_to_text: !function beside.nothing\n")
+    outcome = lit_llm("evaluate", "--model", model, "--tasks", tmp_path / "mine.yaml")
+    assert f"--tasks must be YAML files of lm-eval, but {tmp_path / 'mine.yaml'} is none: " in outcome.last_line
+
+
 @torch.no_grad()
 def test_the_adapter_holds_the_network_itself_and_batches_do_not_matter():
     network = awake_network()
@@ -145,6 +156,7 @@ def awake_network():
     [
         ("nothing.yaml", "--tasks must be names or files, but nothing.yaml does not exist"),
         ("no_such_task", "--tasks must be tasks of lm-eval or YAML files, but no_such_task is neither"),
+        (["{task}", "--limit", "0"], "--limit must be at least 1, but is 0"),
         (["{task}", "--device", "foo"], "--device must be one that torch finds here, but is foo"),
         (["{task}", "--json", "{task}/x.json"], "--json must be a file in a folder that can be written to, but is"),
     ],

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel
 from lit_llm.checkpoints import save_model
 from lit_llm.cli.plan import exchange
 from lit_llm.data.tokenizer import byte_tokenizer
+from lit_llm.models.lenet import LeNet
 from lit_llm.planning import STRATEGIES
 from tests.writing import REPOSITORY
 
@@ -66,10 +67,14 @@ def test_a_classifier_is_planned_by_its_first_batch(lit_llm, reviews):
     assert "parameters" in outcome.out
 
 
-def step_of(lit_llm, tmp_path, *words):
+def plan_of(lit_llm, tmp_path, *words):
     outcome = lit_llm("plan", *words, "--json", tmp_path / "plan.json")
     assert outcome.code == 0, outcome.err
-    return json.loads((tmp_path / "plan.json").read_text())["steps"]["as configured"]
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def step_of(lit_llm, tmp_path, *words):
+    return plan_of(lit_llm, tmp_path, *words)["steps"]["as configured"]
 
 
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
@@ -98,12 +103,36 @@ def test_what_starts_from_weights_is_planned_without_reading_them(lit_llm, tmp_p
     assert planned["parameters"] == sum(p.numel() for p in encoder.parameters()) + 2 * 16 + 2
 
 
+def test_what_data_say_of_texts_and_images_sizes_what_is_planned(lit_llm, tmp_path, reviews):
+    """The tokeniser's vocabulary, the images' size; and an average of the weights beside, where one is kept."""
+    finetuning, pretraining = REPOSITORY / "configs/finetuning", REPOSITORY / "configs/pretraining"
+    words = ["--config", finetuning / "encoder_docmatch.yaml", "--data", "lit_llm.data.glue.GLUEData"]
+    words += ["--data.path", reviews, "--data.tokenizer", "bert-bpe-300", "--data.batch_size", 4]
+    found = plan_of(lit_llm, tmp_path, *words)
+    assert found["steps"]["as configured"]["embeddings"] == 300 * 256
+    plain, checkpointed = (found["steps"][name] for name in ("as configured", "with activation checkpointing"))
+    assert checkpointed["activations"] < plain["activations"]
+    planned = step_of(lit_llm, tmp_path, "--config", pretraining / "cnn_digits.yaml")
+    assert planned["parameters"] == sum(p.numel() for p in LeNet(10, image_size=8, width=32).parameters())
+    words = ["--config", pretraining / "cnn_mnist_fixmatch.yaml", "--data.path", "sklearn-digits"]
+    words += ["--data.labels_per_class", 4, "--data.unlabelled_ratio", 3]
+    assert step_of(lit_llm, tmp_path, *words)["average"] > 0
+
+
+def test_a_loss_that_needs_more_than_shapes_is_said_to(lit_llm):
+    outcome = lit_llm("plan", "--config", REPOSITORY / "configs/pretraining/modernbert_stdlib.yaml")
+    assert outcome.last_line == (
+        "lit-llm: error: model must have a loss that needs shapes alone to be planned, but is a MaskedLM"
+    )
+
+
 def test_a_student_is_planned_without_its_teacher(lit_llm, tmp_path, tiny_llama):
     save_model(tmp_path / "llama", tiny_llama(vocab_size=257), byte_tokenizer())
     distils = ["--model", "lit_llm.objectives.distillation.CausalLMDistillation", "--model.teacher", tmp_path / "llama"]
     outcome = lit_llm("plan", *MAIN, *distils, "--data.tokenizer", "bytes", "--model.network.d_model", 16)
     assert outcome.last_line == (
-        "lit-llm: error: model must be trained to have its teacher, but is only looked at; plan the student alone"
+        "lit-llm: error: model must be without a teacher to be planned, but is a CausalLMDistillation; plan its student "
+        "by --model lit_llm.objectives.causal_lm.CausalLM"
     )
 
 

@@ -202,6 +202,15 @@ def test_trials_that_fall_behind_are_stopped_and_the_others_not(sweep, tmp_path)
 
 
 @pytest.mark.slow
+def test_a_trial_that_ends_before_it_hears_that_it_is_to_stop_has_come_to_its_end(sweep, tmp_path, monkeypatch):
+    monkeypatch.setattr(Pretended, "send_signal", lambda self, number: None)
+    values = {"model.optimizer.lr": {"values": [0.01, 0.5]}}
+    early = {"type": "hyperband", "min_iter": 2, "eta": 2}
+    assert sweep(None, method="grid", parameters=values, early_terminate=early).code == 0
+    assert [row["state"] for row in rows(tmp_path)] == ["complete", "complete"]
+
+
+@pytest.mark.slow
 def test_a_crashed_trial_is_kept_and_marked_and_the_sweep_goes_on(sweep, tmp_path):
     outcome = sweep(None, method="grid", parameters={"model.network.num_heads": {"values": [3, 2]}})
     assert outcome.code == 0, outcome.err
