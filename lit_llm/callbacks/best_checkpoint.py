@@ -29,14 +29,14 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Sees from which folder's checkpoint the run goes on, if from any."""
+        """Remembers who will know from which checkpoint the run goes on."""
         super().setup(trainer, pl_module, stage)
-        self._from = Path(trainer.ckpt_path).parent.resolve() if trainer.ckpt_path else None
+        self._trainer = trainer
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there, if what was best is in this folder: a run that goes on in another one begins anew."""
         here = Path(self.dirpath) / "best.ckpt"
-        if not here.exists() or self._from != here.parent.resolve():
+        if not here.exists() or Path(self._trainer.ckpt_path).parent.resolve() != here.parent.resolve():
             return
         scores = state_dict["best_k_models"].values()
         moved = {"dirpath": self.dirpath, "best_k_models": {str(here): score for score in scores}}

@@ -252,7 +252,7 @@ def _repeated(model: nn.Module) -> set[type]:
     inside: set[nn.Module] = set()
     for module in model.modules():
         kinds = {type(child) for child in module} if isinstance(module, nn.ModuleList) else set()
-        if len(kinds) == 1 and module not in inside:
+        if len(kinds) == 1 and module not in inside and kinds != {nn.ModuleList}:  # of those, look into each
             found |= kinds
             inside.update(module.modules())
     return found

@@ -158,7 +158,9 @@ def test_so_many_batches_are_of_one_size_or_not_the_same_data(lit_llm, run, tmp_
     few = {"limit_val_batches": 2}
     folders = run("a", 1.0, trainer=few, batch_size=8), run("b", 2.0, trainer=few, batch_size=4)
     line = lit_llm("compare", *folders, "--out", tmp_path / "out").last_line
-    assert line.startswith("lit-llm: error: runs must be of one task, but data.batch_size is 8 in ")
+    assert line.startswith(
+        "lit-llm: error: runs must be of one task, but data.batch_size, in which their limits count, is 8 in "
+    )
     whole = run("c", 1.0, trainer={"limit_val_batches": 1.0}, batch_size=8), run("d", 2.0, batch_size=4)
     assert lit_llm("compare", *whole, "--out", tmp_path / "out").code == 0
 

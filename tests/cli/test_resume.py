@@ -144,6 +144,10 @@ def test_what_was_best_is_so_still_where_the_run_folder_was_moved(lit_llm, tiny,
     results = json.loads((tmp_path / "second/results.json").read_text())
     assert results["val/loss"] > results["best/val/loss"]
     assert read_checkpoint(tmp_path / "second/checkpoints/best.ckpt")["global_step"] == results["best/step"] == 6
+    onward = ["--ckpt_path", tmp_path / "second/checkpoints/last.ckpt", "--trainer.max_steps", "12"]
+    outcome = lit_llm("fit", "--config", tmp_path / "second/config.yaml", *onward, "--run_dir", tmp_path / "third")
+    assert outcome.code == 0, outcome.err
+    assert json.loads((tmp_path / "third/results.json").read_text())["best/step"] == 12  # the best in its folder
 
 
 def test_a_run_that_stopped_early_stays_so_until_it_is_told_to_be_more_patient(lit_llm, tiny, tmp_path):

@@ -263,6 +263,14 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
     torch.testing.assert_close(*gradients)
 
 
+def test_lists_of_lists_of_layers_are_no_blocks_themselves() -> None:
+    funnel = {"model_type": "funnel", "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "block_sizes": [2, 2]}
+    network = PretrainedClassifier(2, config=funnel | {"vocab_size": 20})
+    found = [module for module in network.modules() if isinstance(module, Block)]
+    assert {type(module).__name__ for module in found} == {"FunnelLayer"}
+    assert not isinstance(torch.nn.ModuleList(), Block)
+
+
 def test_its_layers_are_blocks() -> None:
     for kind in sorted(set(CONFIGS) - {"resnet"}):
         assert sum(isinstance(module, Block) for module in awake(kind).modules()) == 2, kind
