@@ -26,7 +26,7 @@ test: .venv/dev  ## style, and all tests but those marked slow: minutes
 slow: .venv/dev  ## the tests marked slow: killed processes, whole chains, every command of the README
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "slow and not processes"
 
-processes: .venv/dev  ## whole runs over several processes, under each strategy: half an hour
+processes: .venv/dev  ## whole runs over several processes, under each strategy: a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m processes
 
 notebooks: .venv/dev  ## run all notebooks in place, as they are committed
