@@ -9,6 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
+def keeps_best(trainer: Trainer, checkpoints: Path) -> bool:
+    """Whether a run goes on from a checkpoint of its own folder, in which the best so far is, too."""
+    best, own = checkpoints / "best.ckpt", trainer.ckpt_path
+    return best.exists() and own is not None and Path(own).parent.resolve() == checkpoints.resolve()
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's, writing `best.ckpt`; what was best so far stays so where the run folder has been moved or copied.
 
@@ -35,9 +41,9 @@ class BestCheckpoint(ModelCheckpoint):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there, if what was best is in this folder: a run that goes on in another one begins anew."""
-        here = Path(self.dirpath) / "best.ckpt"
-        if not here.exists() or Path(self._trainer.ckpt_path).parent.resolve() != here.parent.resolve():
+        if not keeps_best(self._trainer, Path(self.dirpath)):
             return
+        here = Path(self.dirpath) / "best.ckpt"
         scores = state_dict["best_k_models"].values()
         moved = {"dirpath": self.dirpath, "best_k_models": {str(here): score for score in scores}}
         moved |= {name: str(here) for name in ("best_model_path", "kth_best_model_path") if state_dict[name]}

@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 import lit_llm
+from lit_llm.callbacks.best_checkpoint import keeps_best
 from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoints import finish, read_adapted, save_model
@@ -47,8 +48,7 @@ class RunReport(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets what was best in another folder, whose `best.ckpt` is not here."""
-        best = Path(trainer.default_root_dir) / "checkpoints" / "best.ckpt"
-        if not best.exists() or Path(trainer.ckpt_path or best).parent.resolve() != best.parent.resolve():
+        if not keeps_best(trainer, Path(trainer.default_root_dir) / "checkpoints"):
             self.results = {name: v for name, v in self.results.items() if not name.startswith("best/")}
 
     def on_train_batch_end(

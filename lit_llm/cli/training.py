@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_llm.callbacks.learning_rate_finder import LearningRateFinder
 from lit_llm.checkpoint_files import read_checkpoint
-from lit_llm.cli import COMMANDS, fail, find_lr, run_folder
+from lit_llm.cli import COMMANDS, fail, find_lr, from_checkpoint, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.errors import parser_line
 from lit_llm.cli.lean_loop import skip_empty_hooks
@@ -257,50 +257,20 @@ class TrainingCLI(LightningCLI):
         options = config["model"].get("init_args") or {}
         network = getattr(options.get("network"), "init_args", None) or {}
         weights, path = options.get("weights"), network.get("path")
-        if config.get("ckpt_path"):
-            checkpoint = read_checkpoint(Path(config["ckpt_path"]), in_pieces=True)
-            self._require_later(config, checkpoint)
-            self._complete(options, checkpoint)
-            self._complete_images(config["data"].get("init_args") or {}, checkpoint)
-            if weights or network.get("path") != path:
-                options["weights"] = config["ckpt_path"]
+        checkpoint = read_checkpoint(Path(config["ckpt_path"]), in_pieces=True) if config.get("ckpt_path") else {}
+        if checkpoint and self.subcommand == "fit":
+            from_checkpoint.require_later(config["trainer"].get("max_steps"), checkpoint)
+        from_checkpoint.complete_network(network, checkpoint, fits=self.subcommand == "fit")
+        if self.subcommand == "predict":
+            from_checkpoint.complete_images(config["data"].get("init_args") or {}, checkpoint)
+        if checkpoint and (weights or network.get("path") != path):
+            options["weights"] = config["ckpt_path"]
         with self._leaving_nothing():
             super().instantiate_classes()
+        if self.subcommand == "predict":
+            self.model.stored_size = (checkpoint.get("network") or {}).get("size")
         if weights:
             options["weights"] = weights  # as the run's config says it
-
-    def _require_later(self, config: Any, checkpoint: dict[str, Any]) -> None:
-        """Refuses to go on to a step that is past: the run's config would say it ended there."""
-        last, done = config["trainer"].get("max_steps"), checkpoint.get("global_step", 0)
-        if self.subcommand == "fit" and last not in (None, -1) and last < done:
-            raise ValueError(
-                f"trainer.max_steps must be at least the checkpoint's step, {done}, to go on from it, but is {last}"
-            )
-
-    def _complete(self, options: Any, checkpoint: dict[str, Any]) -> None:
-        """Adds what data decided when a checkpoint was made: data to predict cannot say it again."""
-        for name, value in checkpoint.get("hyper_parameters", {}).items() if self.subcommand == "predict" else ():
-            if name.startswith(("num_", "vocab_size")) and options.get(name, value) is None:
-                options[name] = value
-        made = getattr(options.get("network"), "init_args", None)
-        stored = (checkpoint.get("network") or {}).get("init_args", {})
-        if made is None:
-            return
-        if stored.get("config") is not None and made.get("path") is not None and self.subcommand != "fit":
-            made["path"], made["config"] = None, stored["config"]
-        elif stored.get("config") is not None and made.get("config") is not None:
-            made["config"] = stored["config"]
-        for name in ("channels", "image_size") if self.subcommand != "fit" else ():
-            if name in made and made[name] is None:
-                made[name] = stored.get(name)
-
-    def _complete_images(self, options: Any, checkpoint: dict[str, Any]) -> None:
-        """Has images to predict read as the network wants them, where the data do not say how."""
-        channels, height, width = checkpoint.get("image_shape") or (None, None, None)
-        wanted = {"channels": channels, "image_size": height if height == width else None}
-        for name, value in wanted.items() if self.subcommand == "predict" else ():
-            if name in options and options[name] is None:
-                options[name] = value
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""

@@ -65,6 +65,9 @@ class Objective(Scheduled):
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
     """The metric that says which validation is best, where the data names none, and whether its `min` or `max` is."""
 
+    stored_size: int | None = None
+    """The size in the checkpoint that is to be read, for data to predict that cannot say it."""
+
     planned_for: LightningDataModule | None = None
     """Data that the network is made for where no trainer has them, as in a plan."""
 
@@ -118,15 +121,11 @@ class Objective(Scheduled):
                 f"trainer.strategy must leave the weighing of gradients to the objective, but is "
                 f"{type(self.trainer.strategy).__name__}; take configs/strategy/deepspeed_zero2.yaml"
             )
-        name = self.size_name
-        needed = getattr(self.trainer.datamodule, name, None)
-        given = self.hparams.get(name)
-        if needed is None:
-            return
-        awaits = self.network is None and not self._fits  # a checkpoint, which refuses data of more when it is read
-        if given is None or (given < needed and awaits):
-            self.hparams[name] = needed
-        elif given < needed:
+        name, data = self.size_name, self.trainer.datamodule
+        needed, given = getattr(data, name, None), self.hparams.get(name)
+        if given is None:
+            self.hparams[name] = self.stored_size if needed is None else needed
+        elif needed is not None and given < needed:
             raise ValueError(f"model.{name} must be at least what the data has, {needed}, but is {given}")
 
     def configure_model(self) -> None:

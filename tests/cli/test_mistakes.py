@@ -259,6 +259,8 @@ def test_a_checkpoint_of_another_tokeniser_is_refused(lit_llm, run, texts, comma
     assert said(lit_llm(*words, "bpe-300")) == (
         "model.vocab_size must be that of the checkpoint, 257, but is 300; take the data it was trained on"
     )
+    smaller = [command, "--run_dir", run, "--ckpt_path", "last", "--model.vocab_size", "100"]
+    assert said(lit_llm(*smaller)) == "model.vocab_size must be at least what the data has, 257, but is 100"
 
 
 def test_a_model_directory_with_a_larger_tokeniser_is_refused(lit_llm, run, texts, tmp_path):

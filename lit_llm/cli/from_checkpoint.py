@@ -1,0 +1,44 @@
+"""What a command's options owe to the checkpoint that it reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def require_later(max_steps: int | None, checkpoint: dict[str, Any]) -> None:
+    """Refuses to go on to a step that is past: the run's config would say it ended there.
+
+    Raises:
+        ValueError: When it is.
+    """
+    done = checkpoint.get("global_step", 0)
+    if max_steps not in (None, -1) and max_steps < done:
+        raise ValueError(
+            f"trainer.max_steps must be at least the checkpoint's step, {done}, to go on from it, but is {max_steps}"
+        )
+
+
+def complete_network(options: Any, checkpoint: dict[str, Any], fits: bool) -> None:
+    """Gives a network the form that data had given it when a checkpoint was made, in place.
+
+    Args:
+        options: The network's arguments.
+        checkpoint: What is read; empty where nothing is.
+        fits: Whether training goes on, which looks at what the network was made from again.
+    """
+    stored = (checkpoint.get("network") or {}).get("init_args", {})
+    if stored.get("config") is not None and options.get("path") is not None and not fits:
+        options["path"], options["config"] = None, stored["config"]
+    elif stored.get("config") is not None and options.get("config") is not None:
+        options["config"] = stored["config"]
+    for name in ("channels", "image_size") if not fits else ():
+        if name in options and options[name] is None:
+            options[name] = stored.get(name)
+
+
+def complete_images(options: Any, checkpoint: dict[str, Any]) -> None:
+    """Has images to predict read as the network wants them, where the data's options do not say how, in place."""
+    channels, height, width = checkpoint.get("image_shape") or (None, None, None)
+    for name, value in {"channels": channels, "image_size": height if height == width else None}.items():
+        if name in options and options[name] is None:
+            options[name] = value
