@@ -259,6 +259,10 @@ def test_a_checkpoint_of_another_tokeniser_is_refused(lit_llm, run, texts, comma
     assert said(lit_llm(*words, "bpe-300")) == (
         "model.vocab_size must be that of the checkpoint, 257, but is 300; take the data it was trained on"
     )
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_a_size_that_is_too_small_for_the_data_is_refused_whatever_the_checkpoint_says(lit_llm, run, command):
     smaller = [command, "--run_dir", run, "--ckpt_path", "last", "--model.vocab_size", "100"]
     assert said(lit_llm(*smaller)) == "model.vocab_size must be at least what the data has, 257, but is 100"
 
