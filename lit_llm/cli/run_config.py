@@ -17,7 +17,10 @@ ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config", "find_lr"}
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the resolved config into the run folder: `lit-llm fit --config` of it repeats the run."""
+    """Writes the resolved config into the run folder: `lit-llm fit --config` of it repeats the run.
+
+    One that goes on writes it anew once its checkpoint was read, so that what is refused leaves the file as it was.
+    """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes `config.yaml` when a fit starts.
@@ -27,15 +30,24 @@ class RunConfig(SaveConfigCallback):
         """
         if stage != "fit":
             return
-        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
-        config = {key: value for key, value in config.items() if key not in ABOUT_ONE_RUN}
         if dist.is_available() and dist.is_initialized():
+            config = self._about_the_run()
             manifest = getattr(trainer.datamodule, "manifest", {})
             options = {name: value for name, value in config["trainer"].items() if name != "logger"}
             facts = {name: fact for name, fact in manifest.items() if name != "files"}
             require_same({**config, "trainer": options, "the data's": facts})
+        if self.config.get("ckpt_path") is None:
+            self._write(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes `config.yaml` when a fit goes on."""
+        if self.config.get("ckpt_path") is not None:
+            self._write(trainer)
+
+    def _write(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
+        config = self._about_the_run()
         loggers = config["trainer"].get("logger")
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             options = logger.get("init_args", {}) if isinstance(logger, dict) else {}
@@ -48,6 +60,11 @@ class RunConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):  # Weights & Biases compares runs by it
                 logger.log_hyperparams(config)
+
+    def _about_the_run(self) -> dict[str, Any]:
+        """All that was told but what is of one run only."""
+        config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        return {key: value for key, value in config.items() if key not in ABOUT_ONE_RUN}
 
 
 def require_same(said: dict[str, Any]) -> None:

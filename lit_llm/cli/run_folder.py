@@ -55,12 +55,10 @@ def _name(command: str, config: Path | None) -> str:
 
 
 def wandb_id(folder: Path) -> str | None:
-    """The name by which Weights & Biases knows the run: the same when it goes on; `None` where its agent gives one."""
+    """The name by which Weights & Biases knows the run, its agent's where one started it: the same when it goes on."""
     path = folder / "wandb_id.txt"
-    if "WANDB_RUN_ID" in os.environ:
-        return None
     if not path.exists() and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
-        path.write_text(secrets.token_hex(4), encoding="utf-8")
+        path.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), encoding="utf-8")
     return path.read_text(encoding="utf-8") if path.exists() else None
 
 

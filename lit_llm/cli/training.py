@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -70,7 +71,8 @@ def read_run(words: list[str]) -> ConfigCLI:
 
 def _parsed(cli: type[TrainingCLI], words: list[str]) -> Any:
     quieten()
-    words = _with_the_runs_config(words)
+    # W&B's agent writes a sweep's values as Python does.
+    words = [re.sub(r"^(--[^=]+=)None$", r"\1null", word) for word in _with_the_runs_config(words)]
     sys.argv = [sys.argv[0], *words]
     return cli(
         LightningModule,

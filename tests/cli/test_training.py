@@ -129,6 +129,19 @@ def test_a_run_goes_on_under_an_overlay_but_to_no_step_that_is_past_and_no_callb
     assert (folder / "config.yaml").read_text() == config
 
 
+def test_a_run_that_is_refused_as_its_checkpoint_is_read_keeps_its_config(lit_llm, tiny, tmp_path):
+    folder = tmp_path / "run"
+    assert lit_llm("fit", *tiny, "--run_dir", folder, "--trainer.max_steps", 2).code == 0
+    config = (folder / "config.yaml").read_text()
+    on = ["--run_dir", folder, "--ckpt_path", "last", "--trainer.max_steps", 4]
+    refused = lit_llm("fit", *on, "--data.tokenizer", "bpe-300")
+    assert refused.code == 2
+    assert "vocab_size" in refused.last_line
+    assert (folder / "config.yaml").read_text() == config
+    assert lit_llm("fit", *on).code == 0
+    assert "max_steps: 4" in (folder / "config.yaml").read_text()
+
+
 def test_the_model_of_a_run_is_not_overwritten_where_its_checkpoints_are_gone(lit_llm, tiny, tmp_path):
     (tmp_path / "run/model").mkdir(parents=True)
     outcome = lit_llm("fit", *tiny, "--run_dir", tmp_path / "run")

@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
 
 from lit_llm.cli.errors import one_line
+from tests.wandb_server import Sweeps, serving
 from tests.writing import REPOSITORY
 
 OVERLAY = REPOSITORY / "configs/logging/wandb.yaml"
@@ -50,6 +55,40 @@ def test_a_run_has_all_of_its_config_its_confusions_and_its_mistakes_there(lit_l
     while not all(said in log.read_bytes() for said in wanted) and time.monotonic() < end:
         time.sleep(0.5)
     assert [said for said in wanted if said not in log.read_bytes()] == []
+
+
+@pytest.mark.slow
+def test_wandbs_own_agent_runs_a_sweep_file_as_it_is(tiny, tmp_path):
+    content = yaml.safe_load((REPOSITORY / "configs/sweeps/llama_stdlib_lr.yaml").read_text())
+    words = [str(REPOSITORY / word) if word.startswith("configs/") else word for word in content["command"]]
+    content["command"] = [*words[:-1], *map(str, tiny[2:]), "--test_after_fit=false", words[-1]]
+    content["parameters"]["trainer.gradient_clip_val"] = {"values": [None, 1.0]}
+    content["parameters"]["trainer.max_steps"] = {"value": 2}
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(content))
+    trials = [
+        {"model.optimizer.lr": 0.02, "model.schedule": "lit_llm.schedulers.Linear", "trainer.gradient_clip_val": None},
+        {"model.optimizer.lr": 1e-05, "model.schedule": "lit_llm.schedulers.Cosine", "trainer.gradient_clip_val": 1.0},
+    ]
+    sweeps = Sweeps([settings | {"trainer.max_steps": 2} for settings in trials])
+    with serving(sweeps) as server:
+        binaries = Path(sys.executable).parent
+        environment = os.environ | server | {"PATH": f"{binaries}:{os.environ['PATH']}", "PYTHONPATH": str(REPOSITORY)}
+        run = {"capture_output": True, "text": True, "cwd": tmp_path, "timeout": 300}
+        made = subprocess.run([binaries / "wandb", "sweep", "sweep.yaml"], env=environment, **run)
+        assert made.returncode == 0, made.stderr
+        assert sweeps.config == content
+        agent = [binaries / "wandb", "agent", "us/p/s"]
+        agent = subprocess.run(agent, env=environment | {"WANDB_MODE": "offline"}, **run)
+    runs = sorted((tmp_path / "runs").glob("*/*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    assert len(runs) == 2, agent.stderr
+    for number, (path, settings) in enumerate(zip(runs, trials), start=1):
+        config = yaml.safe_load(path.read_text())
+        init_args = config["model"]["init_args"]
+        assert init_args["optimizer"]["init_args"]["lr"] == settings["model.optimizer.lr"]
+        assert init_args["schedule"]["class_path"] == settings["model.schedule"]
+        assert config["trainer"]["gradient_clip_val"] == settings["trainer.gradient_clip_val"]
+        assert "best/val/bits_per_byte" in json.loads((path.parent / "results.json").read_text())
+        assert (path.parent / "wandb_id.txt").read_text() == f"trial{number}"
 
 
 def test_a_run_that_wandb_refuses_leaves_nothing(lit_llm, tiny, tmp_path, monkeypatch):
