@@ -176,7 +176,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     def loss(network: Any, batch: Any) -> Any:
         try:
-            total, targets = objective.loss(batch)
+            total, targets = objective.planned_loss(batch)
         except RuntimeError as error:
             if "is not attached to a `Trainer`" not in str(error):
                 raise

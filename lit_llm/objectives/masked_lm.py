@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -132,21 +132,29 @@ class MaskedLM(Objective):
         read = torch.where(replacement < 0.9, others, ids).masked_fill(replacement < 0.8, self.mask_token)
         return torch.where(chosen, read, ids), ids, chosen
 
-    def _nats(self, batch: TokenBatch, step: int | None) -> tuple[Tensor, Tensor]:
+    def _nats(self, batch: TokenBatch, read: Tensor, ids: Tensor, chosen: Any) -> tuple[Tensor, Tensor]:
         """The cross-entropy of each hidden token, and whether it is the most probable one."""
-        read, ids, chosen = self.hide(batch, step)
         about = {name: batch[name] for name in ("document_ids", "positions") if name in batch}
         logits, labels = self.reading.logits_at(chosen, read, **about).float(), ids[chosen]
         return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1) == labels
 
     def loss(self, batch: TokenBatch) -> Loss:
         """Cross-entropy in nats, summed over the hidden tokens, and their number."""
-        nats, _ = self._nats(batch, self.trainer.global_step)
+        return self._loss_of(batch, *self.hide(batch, self.trainer.global_step))
+
+    def planned_loss(self, batch: TokenBatch) -> Loss:
+        """The same of as many tokens as are hidden on average."""
+        ids = batch["input_ids"]
+        places = torch.arange(max(1, round(self.mask_ratio * ids.numel())), device=ids.device)
+        return self._loss_of(batch, ids, ids, (places // ids.shape[1], places % ids.shape[1]))
+
+    def _loss_of(self, batch: TokenBatch, read: Tensor, ids: Tensor, chosen: Any) -> Loss:
+        nats, _ = self._nats(batch, read, ids, chosen)
         return nats.sum(), nats.new_tensor(len(nats))
 
     def measure(self, metric: TokenPrediction, batch: TokenBatch) -> None:
         """Adds the nats of each hidden token."""
-        metric.update(*self._nats(batch, None))
+        metric.update(*self._nats(batch, *self.hide(batch)))
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> NoReturn:
         """Refuses.

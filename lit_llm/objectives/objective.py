@@ -24,6 +24,7 @@ from lit_llm.compression.compression import records_of, replay
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.deferred_init import deferred
 from lit_llm.metrics import MeanLoss
+from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.features import FeatureCache, features_of
 from lit_llm.objectives.scheduled import Scheduled
 from lit_llm.recipes import built, described, first_argument
@@ -95,6 +96,10 @@ class Objective(Scheduled):
         """Adds a batch to `val_metric` or `test_metric`; what it gives is for callbacks. By default the mean loss."""
         metric.update(*self.loss(batch))
         return None
+
+    def planned_loss(self, batch: Any) -> Loss:
+        """The loss of a batch without content, for a plan; a subclass overrides it that asks its trainer or content."""
+        return self.loss(batch)
 
     # Building.
 

@@ -63,7 +63,17 @@ class TeacherForcing(Objective):
 
     def loss(self, batch: Any) -> Loss:
         """Cross-entropy in nats, smoothed where wanted, summed over the tokens to be written, and their number."""
-        texts = self.texts(batch, self.trainer.global_step)
+        return self._loss_of(self.texts(batch, self.trainer.global_step))
+
+    def planned_loss(self, batch: Any) -> Loss:
+        """The same of texts without content."""
+        return self._loss_of(self.planned_texts(batch))
+
+    def planned_texts(self, batch: Any) -> dict[str, Tensor]:
+        """Texts of the shapes that `texts` gives; a subclass overrides it whose texts depend on what they hold."""
+        return self.texts(batch)
+
+    def _loss_of(self, texts: dict[str, Tensor]) -> Loss:
         logits, labels = self.reading(**texts).flatten(0, 1).float(), texts["labels"].flatten()
         total = F.cross_entropy(
             logits, labels, ignore_index=IGNORE_INDEX, reduction="sum", label_smoothing=self.label_smoothing

@@ -102,8 +102,7 @@ class SpanCorruption(TeacherForcing):
         """
         ids = batch["input_ids"]
         seq = ids.shape[1]
-        num_hidden = min(max(round(seq * self.mask_ratio), 1), seq - 1)
-        num_spans = max(min(round(num_hidden / self.mean_span), seq - num_hidden), 1)
+        num_hidden, num_spans = self._numbers(seq)
         if num_spans > len(self.sentinels):
             raise ValueError(
                 f"data.seq_len must be short enough for the tokeniser's {len(self.sentinels)} sentinels, but is {seq}, "
@@ -120,6 +119,19 @@ class SpanCorruption(TeacherForcing):
         written = both[torch.stack([first, hidden], dim=-1)].view(len(ids), -1)
         end = torch.full_like(ids[:, :1], self.end_token)
         return {"input_ids": torch.cat([read, end], dim=1), "labels": torch.cat([written, end], dim=1)}
+
+    def planned_texts(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Texts of the same lengths, without content."""
+        ids = batch["input_ids"]
+        rows, seq = ids.shape
+        num_hidden, num_spans = self._numbers(seq)
+        lengths = {"input_ids": seq - num_hidden + num_spans + 1, "labels": num_hidden + num_spans + 1}
+        return {name: ids.new_zeros(rows, length) for name, length in lengths.items()}
+
+    def _numbers(self, seq: int) -> tuple[int, int]:
+        """How many tokens of a row are left out, in how many spans."""
+        num_hidden = min(max(round(seq * self.mask_ratio), 1), seq - 1)
+        return num_hidden, max(min(round(num_hidden / self.mean_span), seq - num_hidden), 1)
 
     def measure(self, metric: TokenPrediction, batch: TokenBatch) -> None:
         """Adds the nats of each token that was left out, and of the sentinels."""

@@ -6,12 +6,15 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 from transformers import BertConfig, BertModel
 
 from lit_llm.checkpoints import save_model
 from lit_llm.cli.plan import exchange
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.models.lenet import LeNet
+from lit_llm.models.pretrained_masked_lm import PretrainedMaskedLM
+from lit_llm.models.pretrained_seq2seq import PretrainedSeq2Seq
 from lit_llm.planning import STRATEGIES
 from tests.writing import REPOSITORY
 
@@ -119,10 +122,28 @@ def test_what_data_say_of_texts_and_images_sizes_what_is_planned(lit_llm, tmp_pa
     assert step_of(lit_llm, tmp_path, *words)["average"] > 0
 
 
-def test_a_loss_that_needs_more_than_shapes_is_said_to(lit_llm):
-    outcome = lit_llm("plan", "--config", REPOSITORY / "configs/pretraining/modernbert_stdlib.yaml")
-    assert outcome.last_line == (
-        "lit-llm: error: model must have a loss that needs shapes alone to be planned, but is a MaskedLM"
+@pytest.mark.parametrize(
+    ("config", "recipe", "kind", "size"),
+    [
+        ("modernbert_stdlib", "modernbert_mlm_4m", PretrainedMaskedLM, 8192),
+        ("t5_stdlib", "t5_3m", PretrainedSeq2Seq, 4096),
+    ],
+)
+def test_what_hides_words_is_planned_as_if_it_hid_as_many_as_on_average(lit_llm, tmp_path, config, recipe, kind, size):
+    path = REPOSITORY / f"configs/pretraining/{config}.yaml"
+    step = step_of(lit_llm, tmp_path, "--config", path)
+    options = yaml.safe_load((REPOSITORY / f"configs/models/{recipe}.yaml").read_text())["init_args"]
+    network = kind(size, **options)
+    assert step["parameters"] == sum(p.numel() for p in network.parameters())
+    more = step_of(lit_llm, tmp_path, "--config", path, "--model.mask_ratio", 0.5)
+    assert more["parameters"] == step["parameters"]
+    assert more["flops"] > 1.1 * step["flops"]
+
+
+def test_a_loss_that_needs_more_than_shapes_is_said_to(lit_llm, monkeypatch):
+    monkeypatch.setattr("lit_llm.objectives.causal_lm.CausalLM.planned_loss", lambda self, batch: self.trainer)
+    assert lit_llm("plan", *MAIN, *SMALL).last_line == (
+        "lit-llm: error: model must have a loss that needs shapes alone to be planned, but is a CausalLM"
     )
 
 

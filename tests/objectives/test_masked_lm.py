@@ -102,6 +102,11 @@ def test_the_loss_is_that_of_transformers(tmp_path: Path) -> None:
     expected = theirs(read, labels=ids.masked_fill(~chosen, -100))
     torch.testing.assert_close(total / targets, expected.loss, atol=1e-5, rtol=1e-5)
     assert targets == chosen.sum()
+    planned, targets = made.planned_loss(batch)
+    expected = theirs(batch["input_ids"]).logits.flatten(0, 1)[: int(targets)]
+    expected = torch.nn.functional.cross_entropy(expected, batch["input_ids"].flatten()[: int(targets)])
+    torch.testing.assert_close(planned / targets, expected, atol=1e-5, rtol=1e-5)
+    assert targets == round(0.15 * 8 * 60)
     read, ids, chosen = made.hide(batch)
     made.measure(made.val_metric, batch)
     found, logits = made.val_metric.compute(), theirs(read).logits[chosen]

@@ -47,6 +47,8 @@ def test_source_and_target_together_are_the_row(ratio: float, span: float, seq: 
     spans = min(round(hidden / span), seq - hidden)
     assert found["input_ids"].shape == (50, seq - hidden + spans + 1)
     assert found["labels"].shape == (50, hidden + spans + 1)
+    planned = objective(mask_ratio=ratio, mean_span=span).planned_texts(batch)
+    assert {name: text.shape for name, text in planned.items()} == {name: text.shape for name, text in found.items()}
     assert set(found["input_ids"][:, -1].tolist()) | set(found["labels"][:, -1].tolist()) == {TOKENS.eos_token_id}
     for row, read, written in zip(batch["input_ids"], found["input_ids"], found["labels"], strict=True):
         assert put_together(read.tolist(), written.tolist()) == row.tolist()
