@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+import yaml
+
+from lit_llm.data.cache import cache_folder, cache_name
+from lit_llm.data.tokenizer import training_of
+from lit_llm.files import replacing
+
+NOT_OF_TEXTS = {"batch_size", "seq_len"}
+"""What of data has no part in the texts that a tokeniser is learnt from."""
 
 
 def require_later(max_steps: int | None, checkpoint: dict[str, Any]) -> None:
@@ -42,3 +52,29 @@ def complete_images(options: Any, checkpoint: dict[str, Any]) -> None:
     for name, value in {"channels": channels, "image_size": height if height == width else None}.items():
         if name in options and options[name] is None:
             options[name] = value
+
+
+def complete_tokenizer(options: Any, run: Path, checkpoint: dict[str, Any]) -> None:
+    """Has other data than a run's own read with the run's tokeniser, instead of one learnt from them, in place.
+
+    Args:
+        options: The data's arguments.
+        run: The folder of the run, whose config says what its own are.
+        checkpoint: What is read.
+    """
+    files = next((of["tokenizer"] for of in checkpoint.values() if isinstance(of, dict) and "tokenizer" in of), {})
+    config = run / "config.yaml"
+    if not files or "tokenizer" not in options or not config.is_file():
+        return
+    own = yaml.safe_load(config.read_text(encoding="utf-8"))["data"].get("init_args") or {}
+    here, there = ({k: v for k, v in of.items() if k not in NOT_OF_TEXTS} for of in (options.as_dict(), own))
+    spec = options["tokenizer"]
+    if here == there or spec != own.get("tokenizer") or not (spec is None or training_of(spec)):
+        return
+    folder = cache_folder() / "tokenizers" / cache_name(files=files)
+    if not (folder / "tokenizer.json").is_file():
+        with replacing(folder) as new:
+            new.mkdir()
+            for name, text in files.items():
+                (new / Path(name).name).write_text(text, encoding="utf-8")
+    options["tokenizer"] = str(folder)

@@ -160,7 +160,10 @@ class TrainingCLI(LightningCLI):
     """LightningCLI, with a folder that is all a run writes to."""
 
     run_dir: Path | None = None
-    """That folder, once it is decided."""
+    """Where this command writes."""
+
+    of_run: Path
+    """The folder of the run that it makes or evaluates."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds the options that are about the run as a whole."""
@@ -225,13 +228,14 @@ class TrainingCLI(LightningCLI):
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
             config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
+        self.of_run = self.run_dir
         run_folder.make(self.run_dir, starts_anew=not ckpt_path, trains=self.subcommand == "fit")
         if ckpt_path and self.subcommand in ("validate", "test"):
             options = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
-            own, checkpoint = self.run_dir, Path(config["ckpt_path"])
-            self.run_dir = run_folder.of_evaluation(own, self.subcommand, options, checkpoint)
+            checkpoint = Path(config["ckpt_path"])
+            self.run_dir = run_folder.of_evaluation(self.of_run, self.subcommand, options, checkpoint)
             self.run_dir.mkdir(parents=True, exist_ok=True)
-            if self.run_dir != own and os.environ.get("LOCAL_RANK", "0") == "0":
+            if self.run_dir != self.of_run and os.environ.get("LOCAL_RANK", "0") == "0":
                 log.info(f"The data or the checkpoint are not the run's own, so what is found goes to {self.run_dir}")
         config["trainer"]["default_root_dir"] = str(self.run_dir)
         loggers = config["trainer"].get("logger")
@@ -263,6 +267,8 @@ class TrainingCLI(LightningCLI):
         if checkpoint and self.subcommand == "fit":
             from_checkpoint.require_later(config["trainer"].get("max_steps"), checkpoint)
         from_checkpoint.complete_network(network, checkpoint, fits=self.subcommand == "fit")
+        if self.subcommand != "fit":
+            from_checkpoint.complete_tokenizer(config["data"].get("init_args") or {}, self.of_run, checkpoint)
         if self.subcommand == "predict":
             from_checkpoint.complete_images(config["data"].get("init_args") or {}, checkpoint)
         if checkpoint and (weights or network.get("path") != path):
@@ -337,7 +343,20 @@ class TrainingCLI(LightningCLI):
             self._summary()
 
     def after_validate(self) -> None:
-        """Says what was found."""
+        """Says what was found.
+
+        Raises:
+            ValueError: When there was nothing to look at.
+        """
+        batches, split = {
+            "validate": (self.trainer.num_val_batches, "validation"),
+            "test": (self.trainer.num_test_batches, "test"),
+        }[self.subcommand]
+        if not sum(batches):
+            raise ValueError(
+                f"data must have a {split} split for lit-llm {self.subcommand}, but have none to read; set "
+                f"data.{split}_fraction"
+            )
         self._print_metrics(self.trainer.callback_metrics)
 
     after_test = after_validate

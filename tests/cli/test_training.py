@@ -317,6 +317,19 @@ def test_wandb_joins_by_one_overlay_and_stays_in_the_run_folder(lit_llm, tiny, t
     assert (tmp_path / "run/metrics.csv").exists()
 
 
+@pytest.mark.parametrize(("command", "split"), [("validate", "validation"), ("test", "test")])
+def test_an_evaluation_of_nothing_is_refused(lit_llm, run, tmp_path, command, split):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    outcome = lit_llm(command, "--run_dir", copy, f"--data.{split}_fraction", "0")
+    assert outcome.code == 2
+    assert outcome.last_line == (
+        f"lit-llm: error: data must have a {split} split for lit-llm {command}, but have none to read; set "
+        f"data.{split}_fraction"
+    )
+    assert json.loads((copy / "results.json").read_text()) == json.loads((run / "results.json").read_text())
+
+
 def test_what_another_evaluation_finds_is_not_taken_for_the_runs_own(lit_llm, run, tmp_path):
     copy, before = tmp_path / "copy", json.loads((run / "results.json").read_text())
     shutil.copytree(run, copy)
@@ -336,6 +349,33 @@ def test_what_another_evaluation_finds_is_not_taken_for_the_runs_own(lit_llm, ru
     assert all("test/loss" in each and " test " in each["command"] for each in found)
     outcome = lit_llm("test", "--run_dir", copy, "--trainer.limit_test_batches", "1")
     assert len(list((copy / "evaluations").iterdir())) == 3
+
+
+@pytest.fixture(scope="module")
+def two_corpora(tmp_path_factory) -> tuple[Path, Path]:
+    folders = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("other")
+    for folder, text in zip(folders, ("a quick brown fox, number {0}", "encore une fois, et {0} fois de plus")):
+        for n in range(40):
+            (folder / f"{n}.txt").write_text(text.format(n))
+    return folders
+
+
+def test_other_texts_are_read_with_the_runs_tokeniser_not_one_learnt_from_them(lit_llm, tiny, two_corpora, tmp_path):
+    own, other = two_corpora
+    run = tmp_path / "run"
+    learnt = ["--data.path", own, "--data.tokenizer", "bpe-280", "--data.seq_len", 8, "--test_after_fit", "false"]
+    outcome = lit_llm("fit", *tiny, *learnt, "--run_dir", run)
+    assert outcome.code == 0, outcome.err
+    for command in ("validate", "test", "predict"):
+        outcome = lit_llm(command, "--run_dir", run, "--data.path", other)
+        assert outcome.code == 0, outcome.err
+    [found] = (run / "evaluations").glob("test-*/results.json")
+    outcome = lit_llm("test", "--run_dir", run, "--data.path", other, "--data.tokenizer", run / "model")
+    assert outcome.code == 0, outcome.err
+    [named] = set((run / "evaluations").glob("test-*/results.json")) - {found}
+    assert json.loads(found.read_text())["test/loss"] == json.loads(named.read_text())["test/loss"]
+    refused = lit_llm("test", "--run_dir", run, "--data.path", other, "--data.tokenizer", "bpe-270")
+    assert "vocab_size must be that of the checkpoint" in refused.last_line
 
 
 @pytest.mark.parametrize("command", ["test", "validate"])
