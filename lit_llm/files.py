@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,16 +38,25 @@ def replacing(path: Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(new, path)
         elif new.is_dir():
-            if os.path.lexists(path):
-                os.replace(path, old)
-            try:
-                os.replace(new, path)
-            except BaseException:
-                if os.path.lexists(old):
-                    os.replace(old, path)
-                raise
+            while not _took_its_place(new, path, old):
+                shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _took_its_place(new: Path, path: Path, old: Path) -> bool:
+    """Moves a folder to `path`, what is there to `old`; false where another process was faster in between."""
+    with suppress(FileNotFoundError):
+        os.replace(path, old)
+    try:
+        os.replace(new, path)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        if os.path.lexists(old):
+            os.replace(old, path)
+        raise
+    return True
 
 
 def write_json(path: Path, content: Any) -> None:

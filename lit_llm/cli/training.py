@@ -343,23 +343,32 @@ class TrainingCLI(LightningCLI):
             self._summary()
 
     def after_validate(self) -> None:
-        """Says what was found.
+        """Says what was found."""
+        self._require_some()
+        self._print_metrics(self.trainer.callback_metrics)
+
+    after_test = after_validate
+
+    def after_predict(self) -> None:
+        """Sees that something was read."""
+        self._require_some()
+
+    def _require_some(self) -> None:
+        """Refuses to have evaluated nothing.
 
         Raises:
-            ValueError: When there was nothing to look at.
+            ValueError: When there was nothing to read.
         """
         batches, split = {
             "validate": (self.trainer.num_val_batches, "validation"),
             "test": (self.trainer.num_test_batches, "test"),
+            "predict": (self.trainer.num_predict_batches, "test"),
         }[self.subcommand]
-        if not sum(batches):
+        if self.trainer.is_global_zero and not sum(batches):  # another process may have none of a few rows
             raise ValueError(
                 f"data must have a {split} split for lit-llm {self.subcommand}, but have none to read; set "
                 f"data.{split}_fraction"
             )
-        self._print_metrics(self.trainer.callback_metrics)
-
-    after_test = after_validate
 
     def _print_metrics(self, metrics: dict[str, Any]) -> None:
         if self.trainer.is_global_zero:

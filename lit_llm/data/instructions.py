@@ -14,7 +14,6 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import TokenBatch
-from lit_llm.data.cache import cache_name
 from lit_llm.data.chat import Conversations, encode_conversations, with_template
 from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.corpora import Document
@@ -177,9 +176,7 @@ class InstructionData(TokenData):
         return (f"{turn['role']}\n{turn['content']}" for turn in turns)
 
     def _recipe(self, ready: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-        tokenizer = ready or self._dress(byte_tokenizer())
-        rendered_by = cache_name(template=tokenizer.chat_template, tokens=tokenizer.special_tokens_map)
-        return {"chat_template": self.chat_template, "rendered_by": rendered_by}
+        return {"chat_template": (ready or self._dress(byte_tokenizer())).chat_template}
 
 
 class Examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 import tempfile
 from abc import abstractmethod
 from functools import cached_property
@@ -88,6 +89,8 @@ def trained_tokenizer(spec: str, texts: list[str]) -> PreTrainedTokenizerBase:
     if not (folder / "tokenizer.json").is_file():
         with replacing(folder) as new:
             training_of(spec)(texts).save_pretrained(new)
+            if (folder / "tokenizer.json").is_file():  # of a process that learnt the same meanwhile
+                shutil.rmtree(new)
     return load_tokenizer(folder)
 
 

@@ -210,7 +210,8 @@ class TokenData(LightningDataModule, ABC):
             "tokenizer": self.tokenizer_spec,
             **self._recipe(ready),
         }
-        name = cache_name(**description, fingerprint=fingerprint(ready) if ready else None)
+        of_tokens = [fingerprint(ready), ready.special_tokens_map, ready.chat_template] if ready else None
+        name = cache_name(**description, fingerprint=of_tokens)
         folder = cache_folder() / "tokens" / name
         if cache := TokenCache.open(folder):
             return cache

@@ -317,11 +317,11 @@ def test_wandb_joins_by_one_overlay_and_stays_in_the_run_folder(lit_llm, tiny, t
     assert (tmp_path / "run/metrics.csv").exists()
 
 
-@pytest.mark.parametrize(("command", "split"), [("validate", "validation"), ("test", "test")])
+@pytest.mark.parametrize(("command", "split"), [("validate", "validation"), ("test", "test"), ("predict", "test")])
 def test_an_evaluation_of_nothing_is_refused(lit_llm, run, tmp_path, command, split):
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
-    outcome = lit_llm(command, "--run_dir", copy, f"--data.{split}_fraction", "0")
+    outcome = lit_llm(command, "--run_dir", copy, "--data.validation_fraction", 0, "--data.test_fraction", 0)
     assert outcome.code == 2
     assert outcome.last_line == (
         f"lit-llm: error: data must have a {split} split for lit-llm {command}, but have none to read; set "

@@ -364,6 +364,19 @@ def test_a_saved_tokenizer_is_used_as_it_is(corpus: Path, tmp_path: Path) -> Non
     assert data.cache.split("validation").tokens.tolist() == expected
 
 
+def test_a_saved_tokenizer_that_gets_another_boundary_is_another_one(corpus: Path, tmp_path: Path) -> None:
+    opened(corpus, tokenizer="bpe-300").tokenizer.save_pretrained(tmp_path / "tokenizer")
+    before = opened(corpus, tokenizer=str(tmp_path / "tokenizer"))
+    config = tmp_path / "tokenizer/tokenizer_config.json"
+    content = json.loads(config.read_text())
+    content["eos_token"] = "!"
+    config.write_text(json.dumps(content))
+    after = opened(corpus, tokenizer=str(tmp_path / "tokenizer"))
+    assert before.cache.folder != after.cache.folder
+    assert after.tokenizer.eos_token == "!"
+    assert after.cache.split("train").tokens[0] == after.tokenizer.eos_token_id != before.tokenizer.eos_token_id
+
+
 def test_a_checkpoint_of_other_tokens_is_refused(corpus: Path) -> None:
     data, other = opened(corpus), opened(corpus, tokenizer="bpe-300")
     data.load_state_dict(opened(corpus, seq_len=8).state_dict())
