@@ -100,7 +100,7 @@ class Seq2SeqBatch(TypedDict):
     rows: Int[Tensor, " batch"]
 
 
-NOT_READ = frozenset({"labels", "rows", "sources", "unlabelled", "unlabelled_strong"})
+NOT_READ = frozenset({"labels", "rows", "sources", "num_bytes", "documents", "unlabelled", "unlabelled_strong"})
 
 
 def inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -27,9 +27,6 @@ from torchmetrics.text import BLEUScore, CHRFScore
 
 from lit_llm.batch import IGNORE_INDEX
 
-FALLING = {"loss", "perplexity", "bits_per_byte", "rmse", "mae"}
-"""Metrics of which less is better."""
-
 
 class MeanLoss(Metric):
     """The mean over all targets of a loss that comes as sums: `compute` gives `loss`.

@@ -15,7 +15,7 @@ from lit_llm.files import replacing
 class MetricsCSV(Logger):
     """Writes `metrics.csv`: a row for each step at which something was logged, a column for each metric.
 
-    A resumed run goes on in the same file: what an earlier run logged at or after the first new step goes. (Lightning's
+    A resumed run goes on in the same file: what an earlier run logged after the first new step goes. (Lightning's
     own CSV logger deletes the file.)
 
     Args:
@@ -70,8 +70,8 @@ class MetricsCSV(Logger):
         """For a new column, a step that already has a row, and the first row of a resumed run."""
         rows = read_metrics(self.path)
         if self._last_step is None:
-            rows = [r for r in rows if r["step"] < row["step"]]
-        elif rows and rows[-1]["step"] == row["step"]:
+            rows = [r for r in rows if r["step"] <= row["step"]]
+        if rows and rows[-1]["step"] == row["step"]:
             row = rows.pop() | row
         self._columns = list(dict.fromkeys([*self._columns, *(name for r in rows for name in r), *row]))
         with replacing(self.path) as new, new.open("w", newline="", encoding="utf-8") as file:

@@ -56,6 +56,10 @@ class Samples(Callback):
         """Writes the samples."""
         if not self.prompts or trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":
             return
+        if not hasattr(pl_module.evaluated, "new_cache"):
+            log.info(f"No samples: a {type(pl_module.evaluated).__name__} has no new_cache to write texts with")
+            self.prompts = []
+            return
         tokenizer = trainer.datamodule.tokenizer
         boundary = boundary_id(tokenizer)
         ids = [[boundary, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in self.prompts]

@@ -92,7 +92,7 @@ class Throughput(Callback):
         report |= pl_module.take_train_metrics()
         if pl_module.grad_norm is not None:
             report["train/grad_norm"] = float(pl_module.grad_norm)
-        flops = getattr(pl_module.network, "flops_per_token", None)
+        flops = getattr(pl_module.network, "flops_per_token", None) if "input_ids" in batch else None
         # (They count the network's parameters, which DeepSpeed's third stage leaves empty.)
         if flops is not None and self._peak and all(p.shape == whole_shape(p) for p in pl_module.parameters()):
             report["train/mfu"] = rate * flops(batch["input_ids"].shape[1]) / (self._peak * trainer.world_size)

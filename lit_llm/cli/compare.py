@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lit_llm.cli.finished_run import NOT_OF_THE_SETTING, Finished, read_run
+from lit_llm.cli.finished_run import NOT_OF_THE_SETTING, Finished, falls, read_run
 from lit_llm.cli.parser import OneLineArguments
 from lit_llm.cli.significance import paired_p
 from lit_llm.data.documents import corpus_name
@@ -88,7 +88,7 @@ def compare(runs: list[Path], out: Path, metric: str | None = None) -> None:
     metric = metric or _metric_of_sweeps(runs) or _shared_metric(finished)
     _require_one_task(finished, metric)
     groups = grouped(finished)
-    mode = min if falls(metric, finished) else max
+    mode = min if less_is_better(metric, finished) else max
     if len(runs) == 1 and _is_sweep(runs[0]):
         groups.sort(key=lambda group: mean(group.figures(metric).values()) * (1 if mode is min else -1))
     out.mkdir(parents=True, exist_ok=True)
@@ -131,11 +131,10 @@ def _folders(runs: list[Path]) -> Iterator[Path]:
             yield from sorted((folder / "seeds").glob(f"{int(number):03d}_seed*"))
 
 
-def falls(metric: str, runs: list[Finished]) -> bool:
-    """Whether less of a metric is better."""
+def less_is_better(metric: str, runs: list[Finished]) -> bool:
+    """Whether it is of a metric, as the run says that was judged by it, or as its name has it."""
     mode = runs[0].results.get("mode") if runs[0].results.get("monitor") == metric else None
-    falling = ("loss", "perplexity", "bits_per_byte", "rmse", "mae", "seconds")
-    return mode == "min" if mode else metric.rpartition("/")[2] in falling
+    return mode == "min" if mode else falls(metric)
 
 
 def _shared_metric(runs: list[Finished]) -> str:

@@ -241,7 +241,7 @@ class _Evaluator:
         return row
 
     def _headline(self, found: dict[str, float]) -> tuple[str, str]:
-        from lit_llm.metrics import FALLING
+        from lit_llm.cli.finished_run import falls
 
         headline = getattr(self._cli.datamodule, "monitor", None) or self._cli.model.monitor
         prefix = "val" if self.chain.split == "validate" else "test"
@@ -249,7 +249,7 @@ class _Evaluator:
         if name not in found:
             known = ", ".join(sorted(found)) or "none"
             raise ValueError(f"metric must be one that is measured ({known}), but is {name}")
-        return name, "min" if name.rpartition("/")[2] in FALLING else "max"
+        return name, "min" if falls(name) else "max"
 
     def _ready(self) -> Any:
         if self._cli is None:  # all was measured before: only the data are wanted

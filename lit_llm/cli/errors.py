@@ -80,7 +80,8 @@ def parser_line(message: str, known: Iterable[str] = (), words: Iterable[str] = 
         if found := re.search(r"File does not exist: '(.+?)'", text):
             return f"{key} must be a file, but is {found[1]}, which does not exist"
         value = re.search(r"(?:Got value|Given value): (.+)$", text)
-        path = re.search(r"(?:Expected a path but|import path format:|import path string:) (\S+)", text)
+        forms = ("Expected a path but", "import path format:", "import path string:", "instantiatable class, but")
+        path = re.search(rf"(?:{'|'.join(forms)}) (\S+\.\S+)", text)
         if path:
             return f"{key} must be a class path or a YAML file, but is {path[1]}, which {_fault(path[1])}"
         kinds = _kinds(text)
@@ -97,8 +98,10 @@ def parser_line(message: str, known: Iterable[str] = (), words: Iterable[str] = 
         return f"class_path must name a class, but there is no module {match[1]}"
     if match := re.search(r"Problems parsing config: (.+)", text):
         return f"config must be YAML, but is not: {match[1]}"
-    if match := re.search(r"(?:arguments are required:|[Kk]ey) (.+?)(?: is required.*)?$", text):
-        names = ", ".join(sorted(name.split(".", 1)[-1] for name in match[1].replace('"', "").split(", ")))
+    if match := re.search(r"arguments are required: (.+)$|[Kk]ey (\S+) is required", text):
+        names = ", ".join(
+            sorted(name.split(".", 1)[-1] for name in (match[1] or match[2]).replace('"', "").split(", "))
+        )
         return f"{names} must be given, but are not; start from a run file, such as --config {MAIN_CONFIG}"
     return text
 

@@ -18,6 +18,20 @@ NOT_OF_THE_SETTING = (
 )
 """What two runs of one setting may differ in."""
 
+FALLING = ("loss", "perplexity", "bits_per_byte", "nll", "error", "error_rate", "mse", "rmse", "mae", "seconds")
+"""Names of metrics of which less is better, or the last words of such."""
+
+
+def falls(metric: str) -> bool:
+    """Whether less of a metric is better, as its name has it.
+
+    Example:
+        >>> falls("val/loss"), falls("val/hinge_loss"), falls("val/accuracy"), falls("val/gloss")
+        (True, True, False, False)
+    """
+    name = metric.rpartition("/")[2]
+    return any(name == last or name.endswith(f"_{last}") for last in FALLING)
+
 
 @dataclass(frozen=True)
 class Finished:

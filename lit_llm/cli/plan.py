@@ -197,7 +197,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
             again = {**recipe, "init_args": {**recipe["init_args"], "activation_checkpointing": True}}
             objective.make_network = lambda size: built(again, Path("."), size)
         steps["with activation checkpointing"] = taken(True)
-    rule = getattr(network, "flops_per_token", None)
+    rule = getattr(network, "flops_per_token", None) if "input_ids" in batch else None
     step = steps["as configured"]
     return steps, {
         "network": type(network).__name__,

@@ -52,7 +52,7 @@ class RunConfig(SaveConfigCallback):
         for logger in loggers if isinstance(loggers, list) else [loggers]:
             options = logger.get("init_args", {}) if isinstance(logger, dict) else {}
             if options.get("save_dir") == config["trainer"]["default_root_dir"]:
-                options["save_dir"] = None  # a run that repeats this one logs into its own folder
+                options["save_dir"] = "."  # its run folder: a run that repeats this one logs into its own folder
                 options |= {"id": None, "resume": None} if "id" in options else {}
         config["trainer"]["default_root_dir"] = None
         with replacing(Path(trainer.default_root_dir) / "config.yaml") as new:

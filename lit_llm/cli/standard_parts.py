@@ -22,8 +22,8 @@ from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoint_files import AtomicCheckpointIO
+from lit_llm.cli.finished_run import falls
 from lit_llm.cli.lean_loop import NoProfiler
-from lit_llm.metrics import FALLING
 
 
 class CheckpointOptions:
@@ -44,8 +44,7 @@ class CheckpointOptions:
     def decided(self, headline: tuple[str, str]) -> CheckpointOptions:
         """What is left open taken from the headline metric and its mode."""
         monitor = self.monitor or headline[0]
-        falls = monitor.rpartition("/")[2] in FALLING
-        mode = self.mode or (headline[1] if monitor == headline[0] else "min" if falls else "max")
+        mode = self.mode or (headline[1] if monitor == headline[0] else "min" if falls(monitor) else "max")
         return CheckpointOptions(monitor, mode, self.every_n_steps)
 
 

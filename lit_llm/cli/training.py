@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
@@ -379,7 +380,7 @@ class TrainingCLI(LightningCLI):
         if not is_overridden("test_dataloader", self.datamodule, LightningDataModule):
             return False
         loader = self.datamodule.test_dataloader()
-        return loader is not None and len(loader) > 0
+        return loader is not None and sized_len(loader) != 0  # `None` where it has no length
 
     @property
     def results(self) -> dict[str, Any]:

@@ -44,5 +44,13 @@ def test_a_resumed_run_keeps_earlier_rows_and_drops_what_it_does_again(tmp_path)
     ]
 
 
+def test_what_a_resumed_run_logs_at_the_step_that_it_goes_on_from_joins_what_is_there(tmp_path):
+    log(tmp_path, (2, {"a": 2.0, "val/a": 3.0}))
+    assert log(tmp_path, (2, {"lr": 0.1}), (3, {"a": 6.0})) == [
+        {"step": 2, "a": 2.0, "val/a": 3.0, "lr": 0.1},
+        {"step": 3, "a": 6.0},
+    ]
+
+
 def test_no_file_is_no_rows(tmp_path):
     assert read_metrics(tmp_path / "metrics.csv") == []

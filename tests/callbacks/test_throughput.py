@@ -64,3 +64,15 @@ def test_a_rate_of_images_is_shown_as_rows(tmp_path):
     )
     assert clock.unit == "rows"
     assert clock.tokens == 24
+
+
+def test_of_a_batch_without_token_ids_no_operations_are_counted(tmp_path):
+    class Told(CNN):
+        def flops_per_token(self, seq_len: int) -> float:
+            return 1.0
+
+    clock = Throughput()
+    made = Classification(Told)
+    trainer(tmp_path, max_epochs=1, log_every_n_steps=1, callbacks=[clock]).fit(made, datamodule=Images())
+    assert "train/loss" in clock.latest
+    assert "train/mfu" not in clock.latest

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lit_llm.cli.errors import one_line
+from lit_llm.cli.errors import one_line, parser_line
 from lit_llm.schedulers import Constant
 
 
@@ -38,3 +38,27 @@ def test_a_librarys_error_that_sounds_like_ours_keeps_its_traceback(work) -> Non
 def test_what_is_said_on_purpose_is_said_in_one_line(work) -> None:
     error = error_of(work)
     assert one_line(error) == str(error)
+
+
+def test_a_class_that_is_not_whole_is_said_to_lack_what_it_does_not_write() -> None:
+    message = """Parser key "schedule":
+  Does not validate against any of the Union subtypes
+  Subtypes: [<class 'lit_llm.schedulers.Schedule'>, <class 'NoneType'>]
+  Errors:
+    - Expected an instantiatable class, but lit_llm.schedulers.Schedule is abstract
+    - Expected a <class 'NoneType'>
+  Given value type: <class 'dict'>
+  Given value: {'class_path': 'lit_llm.schedulers.Schedule', 'init_args': {}}"""
+    assert parser_line(message) == (
+        "schedule must be a class path or a YAML file, but is lit_llm.schedulers.Schedule, which does not write "
+        "after_warmup"
+    )
+
+
+def test_only_what_is_said_to_be_required_must_be_given() -> None:
+    assert parser_line("the following arguments are required: --model, --data").startswith(
+        "--data, --model must be given, but are not"
+    )
+    assert parser_line('Key "model.network" is required').startswith("network must be given, but are not")
+    said = "a key of this word is not what it was"
+    assert parser_line(said) == said

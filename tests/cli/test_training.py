@@ -330,6 +330,42 @@ def test_an_evaluation_of_nothing_is_refused(lit_llm, run, tmp_path, command, sp
     assert json.loads((copy / "results.json").read_text()) == json.loads((run / "results.json").read_text())
 
 
+def test_lightnings_own_loggers_write_into_the_run_folder_and_the_run_is_read_again(lit_llm, tiny, tmp_path):
+    kinds = ("CSVLogger", "TensorBoardLogger")
+    loggers = [{"class_path": f"lightning.pytorch.loggers.{kind}", "init_args": {"save_dir": "."}} for kind in kinds]
+    (tmp_path / "loggers.yaml").write_text(yaml.safe_dump({"trainer": {"logger": loggers}}))
+    run, again = tmp_path / "run", tmp_path / "again"
+    short = ["--trainer.max_steps", 2, "--test_after_fit", "false"]
+    outcome = lit_llm("fit", *tiny, *short, "--config", tmp_path / "loggers.yaml", "--run_dir", run)
+    assert outcome.code == 0, outcome.err
+    for words in (
+        ("test", "--run_dir", run),
+        ("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", 3),
+        ("fit", "--config", run / "config.yaml", "--run_dir", again, *short),
+    ):
+        outcome = lit_llm(*words)
+        assert outcome.code == 0, outcome.err
+    for folder in (run, again):
+        assert list(folder.rglob("lightning_logs/version_0/metrics.csv"))
+
+
+def test_a_network_that_cannot_write_trains_without_samples(lit_llm, tiny, tmp_path, monkeypatch):
+    (tmp_path / "readers.py").write_text(
+        "from torch import nn\n\n\nclass Reader(nn.Sequential):\n    def __init__(self, vocab_size: int):\n"
+        "        super().__init__(nn.Embedding(vocab_size, 8), nn.Linear(8, vocab_size))\n\n"
+        "    def forward(self, input_ids, **_):\n        return super().forward(input_ids)\n"
+    )
+    words = [REPOSITORY / word if str(word).startswith("configs/") else word for word in tiny]
+    words = [
+        w for i, w in enumerate(words) if not any("--model.network" in str(x) for x in words[max(0, i - 1) : i + 1])
+    ]
+    monkeypatch.chdir(tmp_path)
+    outcome = lit_llm("fit", *words, "--model.network", "readers.Reader", "--run_dir", "run")
+    assert outcome.code == 0, outcome.err
+    assert outcome.err.count("No samples: a Reader has no new_cache to write texts with") == 1
+    assert not (tmp_path / "run/samples.txt").exists()
+
+
 def test_what_another_evaluation_finds_is_not_taken_for_the_runs_own(lit_llm, run, tmp_path):
     copy, before = tmp_path / "copy", json.loads((run / "results.json").read_text())
     shutil.copytree(run, copy)

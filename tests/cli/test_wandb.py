@@ -30,7 +30,7 @@ def test_a_run_that_goes_on_keeps_its_id_and_one_that_repeats_it_has_its_own(lit
     assert outcome.code == 0, outcome.err
     name = (tmp_path / "run/wandb_id.txt").read_text()
     options = yaml.safe_load((tmp_path / "run/config.yaml").read_text())["trainer"]["logger"]["init_args"]
-    assert [options[key] for key in ("save_dir", "id", "resume")] == [None, None, None]
+    assert [options[key] for key in ("save_dir", "id", "resume")] == [".", None, None]
     more = ["--ckpt_path", "last", "--trainer.max_steps", "4", "--test_after_fit", "false"]
     outcome = lit_llm("fit", "--run_dir", tmp_path / "run", *more)
     assert outcome.code == 0, outcome.err
