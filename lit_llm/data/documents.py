@@ -29,7 +29,13 @@ TABLE_FORMATS = {
 }
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 PIECE_CHARACTERS = 8192
+NO_TABLES = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
+"""What lies beside a data set's tables and says something of them."""
+
 SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id(ation)?|uation|el(opment)?)?(set)?(?![a-z])")
+SPLIT_NAME = re.compile(rf"(.*{SPLIT_WORD.pattern})(-\d+-of-\d+|[\W\d_]*)")
+"""A name that ends in a split's word, but for numbers."""
+
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -127,7 +133,8 @@ def open_corpus(
 
     Args:
         path: The name of an embedded corpus (`stdlib`, `stdlib-code`, `stdlib-prose`), a file (`.txt`, `.md`, `.py`,
-            `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of such files, or a data set on the hub.
+            `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of such files, or a data set on the hub. Of a
+            folder of tables those train whose names do not end in another split's (`validation`, `wiki_test`).
         subset: Configuration of a hub data set, or of a folder in its layout.
         column: Where a table keeps the text, or what else is made of its rows.
         streaming: Read a hub data set as it comes, without downloading all of it first.
@@ -144,7 +151,7 @@ def open_corpus(
     where = Path(path).expanduser()
     if where.is_file():
         if where.suffix.lower() in TABLE_FORMATS:
-            return _table(path, [where], rows)
+            return _tables(path, {"train": [where]}, rows)
         if where.suffix.lower() in PACKED:
             raise ValueError(f"data.path must be plain text or a table, but {path} is packed; unpack it")
         if not rows.text_files:
@@ -152,14 +159,18 @@ def open_corpus(
         documents = _pieces if in_pieces else lambda file: _whole(file.parent, [file])
         return Corpus(path, {"text": stamps([where])}, lambda limit=None: itertools.islice(documents(where), limit))
     if where.is_dir():
+        from lit_llm.data.tables import in_hub_layout  # which imports this module
+
         visible = (p for p in where.rglob("*") if not any(x.startswith(".") for x in p.relative_to(where).parts))
         files = sorted(p for p in visible if p.is_file())
         texts = [p for p in files if p.suffix.lower() in TEXT_SUFFIXES]
-        tables = [p for p in files if p.suffix.lower() in TABLE_FORMATS]
+        tables = [p for p in files if p.suffix.lower() in TABLE_FORMATS and p.name not in NO_TABLES]
         if tables and (not rows.text_files or all(p.name == "README.md" for p in texts)):
-            if loud := next((p for p in tables if p.suffix not in TABLE_FORMATS), None):  # the library passes over it
-                raise ValueError(f"tables of a folder must have suffixes in lower case, but {loud} has not; rename it")
-            return _hub(path, subset, rows, streaming, {"tables": stamps(tables)}, _reading(tables, rows))
+            if subset is not None or in_hub_layout(where):
+                return _hub(path, subset, rows, streaming, {"tables": stamps(tables)}, _reading(tables, rows))
+            if packed := next((p for p in files if _is_packed_table(p)), None):
+                raise ValueError(f"data.path must hold text or tables, but {packed} is packed; unpack it")
+            return _tables(path, _split_tables(tables, where), rows)
         if texts and rows.text_files:
             if others := sorted(set(files) - set(texts)):
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -243,20 +254,52 @@ def _pieces(path: Path) -> Iterator[Document]:
         start, number = end, number + 1
 
 
-def _table(path: str, files: list[Path], rows: Rows) -> Corpus:
-    def load() -> Any:
-        from datasets import load_dataset  # where the tokens are cached, a run does without these 85 MB
-        from datasets.utils.logging import set_verbosity
+def _is_packed_table(file: Path) -> bool:
+    return file.suffix.lower() in PACKED and Path(file.stem).suffix.lower() in TABLE_FORMATS
 
-        set_verbosity(logging.CRITICAL)  # errors are said once, by us
-        kind, options = TABLE_FORMATS[files[0].suffix.lower()], _reading(files, rows)
-        return load_dataset(kind, data_files=[str(p) for p in files], split="train", streaming=True, **options)
 
-    return Corpus(
-        path,
-        {"table": stamps(files), **asdict(rows)},
-        lambda limit=None: itertools.islice(_documents(load, rows, path, files[0].name, None, files), limit),
-    )
+def _split_tables(files: list[Path], folder: Path) -> dict[str, list[Path]]:
+    """Which files of a folder are for what, evaluation first: where a text stands in two, training loses it.
+
+    A file is for what its name ends in, or that of the folder it is in. A name in which more follows, such as
+    `test_prep`, says something only where all files are named after splits. All others are for training.
+    """
+    names = {file: (file.stem, *reversed(file.relative_to(folder).parts[:-1])) for file in files}
+    kinds = {file: next(filter(None, map(split_kind, names[file])), None) for file in files}
+    splits: dict[str, list[Path]] = {"validation": [], "test": [], "train": []}
+    for file in files:
+        clear = (split_kind(name) for name in names[file] if SPLIT_NAME.fullmatch(name.lower()))
+        kind = next(clear, kinds[file] if all(kinds.values()) else None)
+        if kind is None and kinds[file]:
+            log.info(f"Reading {file} for training; for {kinds[file]} its name must end in the word")
+        splits[kind or "train"].append(file)
+    return {kind: found for kind, found in splits.items() if found}
+
+
+def _tables(path: str, splits: dict[str, list[Path]], rows: Rows) -> Corpus:
+    """A table, or the tables of a folder, each read as its own format has it."""
+    where = Path(path).expanduser()
+
+    def documents(file: Path, split: str) -> Iterator[Document]:
+        name, prefix = (path, file.name) if file == where else (str(file), file.relative_to(where).as_posix())
+        return _documents(functools.partial(_load, file, rows), rows, name, prefix, split, [file])
+
+    def read(limit: int | None = None) -> Iterator[Document]:
+        for split, files in splits.items():
+            found = itertools.chain.from_iterable(documents(file, split) for file in files)
+            yield from itertools.islice(found, limit)
+
+    identity = {"tables": {split: stamps(files) for split, files in splits.items()}, **asdict(rows)}
+    return Corpus(path, identity, read, has_validation="validation" in splits, has_test="test" in splits)
+
+
+def _load(file: Path, rows: Rows) -> Any:
+    from datasets import load_dataset  # where the tokens are cached, a run does without these 85 MB
+    from datasets.utils.logging import set_verbosity
+
+    set_verbosity(logging.CRITICAL)  # errors are said once, by us
+    kind, options = TABLE_FORMATS[file.suffix.lower()], _reading([file], rows)
+    return load_dataset(kind, data_files=[str(file)], split="train", streaming=True, **options)
 
 
 def _reading(files: list[Path], rows: Rows) -> dict[str, Any]:

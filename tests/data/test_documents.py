@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 from pathlib import Path
@@ -104,21 +105,17 @@ def test_a_suffix_may_be_in_upper_case(tmp_path: Path, name: str) -> None:
     upper.parent.mkdir()
     upper.write_bytes(lower.read_bytes())
     assert read(upper) == read(lower)
-    if upper.suffix in (".TXT", ".Md"):
-        assert read(upper.parent) == [lower.read_text(encoding="utf-8")]
+    in_folder = [lower.read_text(encoding="utf-8")] if upper.suffix in (".TXT", ".Md") else TEXTS
+    assert read(upper.parent) == in_folder
 
 
-def test_a_table_of_a_folder_is_named_whose_suffix_the_library_would_not_see(tmp_path: Path, caplog) -> None:
+def test_tables_beside_texts_are_left_out_and_said_to_be(tmp_path: Path, caplog) -> None:
     table(tmp_path / "a.jsonl", TEXTS)
-    (tmp_path / "a.jsonl").rename(tmp_path / "A.JSONL")
-    message = f"tables of a folder must have suffixes in lower case, but {tmp_path / 'A.JSONL'} has not; rename it"
-    with pytest.raises(ValueError, match=exactly(message)):
-        open_corpus(str(tmp_path))
-    (tmp_path / "b.txt").write_text("a text", encoding="utf-8")  # beside which tables are left out
+    (tmp_path / "b.txt").write_text("a text", encoding="utf-8")
     (tmp_path / "c.txt.gz").write_bytes(b"")
     with caplog.at_level("INFO"):
         assert read(tmp_path) == ["a text"]
-    assert caplog.messages[-1] == f"Reading 1 text files of {tmp_path}; ignoring A.JSONL and 1 more"
+    assert caplog.messages[-1] == f"Reading 1 text files of {tmp_path}; ignoring a.jsonl and 1 more"
 
 
 def test_an_empty_cell_is_an_empty_document(tmp_path: Path) -> None:
@@ -154,6 +151,46 @@ def test_a_folder_of_tables_is_one_corpus(tmp_path: Path, suffix: str) -> None:
     corpus = open_corpus(str(tmp_path))
     assert sorted(document.text for document in corpus.read()) == sorted(TEXTS)
     assert (corpus.has_validation, corpus.has_test) == (False, False)
+
+
+@pytest.mark.parametrize(
+    ("names", "train", "validation", "test"),
+    [
+        (["train.jsonl", "extra.jsonl"], ["extra", "train"], [], []),
+        (["a.jsonl", "b.jsonl", "c.json", "d.parquet", "e.csv", "f.tsv"], list("abcdef"), [], []),
+        (["books.jsonl", "web.jsonl", "test_prep.jsonl"], ["books", "test_prep", "web"], [], []),
+        (["books.jsonl", "wiki_test.jsonl", "dev-2.csv"], ["books"], ["dev-2"], ["wiki_test"]),
+        (["train_a.jsonl", "train_b.jsonl", "dev_matched.jsonl"], ["train_a", "train_b"], ["dev_matched"], []),
+        (["train/a.jsonl", "test/b.jsonl", "test/train.jsonl", "c.jsonl"], ["c", "train", "a"], [], ["b"]),
+        (["data/train-00000-of-00001.parquet", "dataset_infos.json"], ["train-00000-of-00001"], [], []),
+    ],
+)
+def test_every_table_of_a_folder_is_read_for_what_its_name_clearly_says_or_for_training(
+    tmp_path: Path, names: list[str], train: list[str], validation: list[str], test: list[str]
+) -> None:
+    for name in names:
+        table(tmp_path / name, [Path(name).stem])
+    corpus = open_corpus(str(tmp_path))
+    found = {kind: [d.text for d in corpus.read() if d.split == kind] for kind in ("train", "validation", "test")}
+    assert found == {"train": train, "validation": validation, "test": test}
+    assert (corpus.has_validation, corpus.has_test) == (bool(validation), bool(test))
+
+
+def test_a_table_whose_name_only_begins_as_a_splits_is_said_to_be_trained_on(tmp_path: Path, caplog) -> None:
+    for name in ("books", "test_prep"):
+        table(tmp_path / f"{name}.jsonl", [name])
+    with caplog.at_level("INFO"):
+        open_corpus(str(tmp_path))
+    file = tmp_path / "test_prep.jsonl"
+    assert caplog.messages == [f"Reading {file} for training; for test its name must end in the word"]
+
+
+def test_a_packed_table_beside_others_is_refused(tmp_path: Path) -> None:
+    table(tmp_path / "a.jsonl", TEXTS)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n'))
+    message = f"data.path must hold text or tables, but {tmp_path / 'b.jsonl.gz'} is packed; unpack it"
+    with pytest.raises(ValueError, match=exactly(message)):
+        open_corpus(str(tmp_path))
 
 
 def test_a_corpus_can_be_read_again_and_again(corpus: Path, tmp_path: Path) -> None:
