@@ -167,7 +167,7 @@ def open_corpus(
         tables = [p for p in files if p.suffix.lower() in TABLE_FORMATS and p.name not in NO_TABLES]
         if tables and (not rows.text_files or all(p.name == "README.md" for p in texts)):
             if subset is not None or in_hub_layout(where):
-                return _hub(path, subset, rows, streaming, {"tables": stamps(tables)}, _reading(tables, rows))
+                return _hub(path, subset, rows, streaming, {"tables": stamps(tables)}, tables)
             if packed := next((p for p in files if _is_packed_table(p)), None):
                 raise ValueError(f"data.path must hold text or tables, but {packed} is packed; unpack it")
             return _tables(path, _split_tables(tables, where), rows)
@@ -302,16 +302,15 @@ def _load(file: Path, rows: Rows) -> Any:
     return load_dataset(kind, data_files=[str(file)], split="train", streaming=True, **options)
 
 
-def _reading(files: list[Path], rows: Rows) -> dict[str, Any]:
+def _reading(files: Sequence[Path], rows: Rows) -> dict[str, Any]:
     """Options of pandas for CSV and TSV: text stays text, also where it spells a number or `NA`."""
-    suffixes = {path.suffix.lower() for path in files}
-    if not suffixes <= {".csv", ".tsv"}:
+    separated = [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
+    if not separated or len(separated) < len(files):
         return {}
-    return {
-        "sep": "\t" if ".tsv" in suffixes else ",",
-        "converters": dict.fromkeys(rows.columns, str),
-        "keep_default_na": False,
-    }
+    from lit_llm.data.tables import layout  # which imports this module
+
+    _, options = layout(list(files))
+    return options | {"converters": dict.fromkeys(rows.columns, str), "keep_default_na": False}
 
 
 def _hub(
@@ -320,7 +319,7 @@ def _hub(
     rows: Rows,
     streaming: bool,
     identity: dict[str, Any],
-    options: dict[str, Any] | None = None,
+    tables: Sequence[Path] = (),
 ) -> Corpus:
     from datasets import get_dataset_split_names, load_dataset
     from datasets.utils.logging import set_verbosity
@@ -336,11 +335,13 @@ def _hub(
         ) from error
     local = Path(path).is_dir()
 
+    def load_split(split: str, stream: bool) -> Any:
+        return load_dataset(path, subset, split=split, streaming=stream, **_reading(tables, rows))
+
     def read(limit: int | None = None) -> Iterator[Document]:
         # Evaluation first: where a text stands in two splits, it is the one in training that goes.
         for split in sorted(splits, key=lambda s: split_kind(s) not in ("validation", "test")):
-            stream = streaming or local or limit is not None
-            load = functools.partial(load_dataset, path, subset, split=split, streaming=stream, **(options or {}))
+            load = functools.partial(load_split, split, streaming or local or limit is not None)
             yield from itertools.islice(_documents(load, rows, path, split, split_kind(split) or "train"), limit)
 
     return Corpus(

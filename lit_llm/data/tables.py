@@ -28,6 +28,7 @@ PAIRS = (
 SINGLES = ("text", "sentence")
 NUMBERS = ("idx", "id", "index", "Unnamed: 0")
 QUOTED_CELL = re.compile(r'(?<![^\t\n])"[^"]*(?:""[^"]*)*"(?![^\t\n])')
+csv.field_size_limit(2**31 - 1)  # a cell may hold a book
 SHARD = re.compile(r"-\d+-of-\d+$")
 
 
@@ -138,20 +139,10 @@ def _load_files(files: list[Path], path: str) -> Dataset:
     kind = TABLE_FORMATS[suffix]
     try:
         if kind == "csv":
-            separator = "\t" if suffix == ".tsv" else ","
-            quoting = csv.QUOTE_NONE if separator == "\t" and not all(map(_is_quoted, files)) else csv.QUOTE_MINIMAL
-            with files[0].open(newline="", encoding="utf-8-sig") as file:
-                reader = csv.reader(file, delimiter=separator, quoting=quoting)
-                names, first = next(reader, []), next(reader, [])
-            names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]  # as pandas calls them
+            names, options = layout(files)
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"columns must have names of their own, but {len(twice)} are called {twice[0]!r}")
-            if len(first) > len(names):  # pandas would take what is too many for names of rows
-                raise ValueError(
-                    f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
-                )
-            features = Features(dict.fromkeys(names, Value("string")))
-            options = {"sep": separator, "quoting": quoting, "features": features}
+            options["features"] = Features(dict.fromkeys(names, Value("string")))
             options |= {"keep_default_na": False, "na_values": [""]}
         return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
     except Exception as error:  # each format's reader raises its own kinds
@@ -159,6 +150,25 @@ def _load_files(files: list[Path], path: str) -> Dataset:
         if "corresponds to no data" in reason or not any(file.stat().st_size for file in files):
             raise ValueError(f"data.path must hold rows, but {which} has none") from error
         raise ValueError(f"data.path must be a table that can be read, but {which} is not: {reason}") from error
+
+
+def layout(files: list[Path]) -> tuple[list[str], dict[str, Any]]:
+    """What the columns of CSV or TSV files are called in the first one, and how pandas tells the cells of all apart.
+
+    Raises:
+        ValueError: When the first row has more cells than the header, as where texts have commas, but no quotes.
+    """
+    separator = "\t" if files[0].suffix.lower() == ".tsv" else ","
+    quoting = csv.QUOTE_NONE if separator == "\t" and not all(map(_is_quoted, files)) else csv.QUOTE_MINIMAL
+    with files[0].open(newline="", encoding="utf-8-sig") as file:
+        filled = filter(None, csv.reader(file, delimiter=separator, quoting=quoting))
+        names, first = next(filled, []), next(filled, [])
+    names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]  # as pandas calls them
+    if len(first) > len(names):  # pandas would take what is too many for names of rows
+        raise ValueError(
+            f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
+        )
+    return names, {"sep": separator, "quoting": quoting}
 
 
 def _is_quoted(file: Path) -> bool:

@@ -131,6 +131,26 @@ def test_a_csv_cell_is_text_whatever_it_says(tmp_path: Path, word: str) -> None:
     assert read(path) == [word]
 
 
+@pytest.mark.parametrize("in_folder", [False, True])
+def test_a_row_with_more_cells_than_the_header_is_refused(tmp_path: Path, in_folder: bool) -> None:
+    (tmp_path / "a.csv").write_text("text\n" + "".join(f"some words {n}, and more {n}\n" for n in range(9)))
+    reason = "a row must have as many cells as the header, 1, but the first one has 2"
+    message = f"data.path must be a table that can be read, but {tmp_path / 'a.csv'} is not: {reason}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        read(tmp_path if in_folder else tmp_path / "a.csv")
+
+
+def test_a_cell_may_hold_a_book(tmp_path: Path) -> None:
+    book = "word, " * 50_000
+    assert read(table(tmp_path / "a.csv", [book])) == [book]
+
+
+def test_a_quote_at_a_tsv_cells_head_alone_is_text(tmp_path: Path) -> None:
+    texts = ['"Hello, he said' if number in (10, 60) else f"text {number}" for number in range(100)]
+    (tmp_path / "a.tsv").write_text("text\n" + "\n".join(texts) + "\n")
+    assert read(tmp_path / "a.tsv") == texts
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_folder_in_hub_layout_keeps_its_splits_with_training_last(tmp_path: Path, streaming: bool) -> None:
     corpus = open_corpus(str(hub_layout(tmp_path)), streaming=streaming)
