@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import logging
 import re
 from dataclasses import dataclass
@@ -172,8 +173,20 @@ def layout(files: list[Path]) -> tuple[list[str], dict[str, Any]]:
 
 
 def _is_quoted(file: Path) -> bool:
-    """Whether quotes in a TSV file enclose cells, as its readers take them; in GLUE's own files they are text."""
-    return '"' not in QUOTED_CELL.sub("", file.read_text(encoding="utf-8-sig"))
+    """Whether quotes in a TSV file enclose cells, as its readers take them; in GLUE's own files they are text.
+
+    A quote at the head of a cell and one at the end of another, some lines below, enclose what is between only if that
+    gives all rows as many cells as the header; and in two columns and more, only if the lines do not have them already.
+    """
+    text = file.read_text(encoding="utf-8-sig")
+    if '"' in QUOTED_CELL.sub("", text):
+        return False
+    apart = [cell[0] for cell in QUOTED_CELL.finditer(text) if "\n" in cell[0]]
+    if not apart:
+        return True
+    rows = {len(row) for row in csv.reader(io.StringIO(text), delimiter="\t") if row}
+    lines = {line.count("\t") + 1 for line in text.split("\n") if line}
+    return len(rows) == 1 and (rows == {1} or rows != lines or any('""' in cell for cell in apart))
 
 
 def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dict[str, Dataset]:

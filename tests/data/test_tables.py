@@ -56,6 +56,24 @@ def test_a_folder_has_the_splits_that_its_files_are_called_after_also_of_differe
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 4, "validation": 1, "test": 1}
 
 
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        ('text\tlabel\n"so it goes\t1\nhe said "\t0\n', ['"so it goes', 'he said "']),  # rows as wide either way
+        ('text\tlabel\n"so it goes\t1\nb\t0\t"\n', None),  # neither
+        ('text\tlabel\n"one\n\ntwo"\t1\nb\t0\n', ["one\n\ntwo", "b"]),
+        ('text\n"one\ntwo"\nb\n', ["one\ntwo", "b"]),
+    ],
+)
+def test_quotes_lines_apart_enclose_a_tsv_cell_only_where_rows_need_it(tmp_path, content, texts) -> None:
+    (tmp_path / "x.tsv").write_text(content)
+    if texts is None:
+        with pytest.raises(ValueError, match=r"Expected 2 fields in line 3, saw 3"):
+            open_table(str(tmp_path / "x.tsv"))
+    else:
+        assert open_table(str(tmp_path / "x.tsv"))["train"]["text"][:] == texts
+
+
 @pytest.mark.parametrize("with_card", [True, False])
 def test_a_folder_in_the_hubs_layout_has_its_subsets(tmp_path, with_card) -> None:
     for task, text in (("one", "a"), ("two", "b")):
