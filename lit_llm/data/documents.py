@@ -167,7 +167,7 @@ def open_corpus(
         tables = [p for p in files if p.suffix.lower() in TABLE_FORMATS and p.name not in NO_TABLES]
         if tables and (not rows.text_files or all(p.name == "README.md" for p in texts)):
             if subset is not None or in_hub_layout(where):
-                return _hub(path, subset, rows, streaming, {"tables": stamps(tables)}, tables)
+                return _hub(path, subset, rows, streaming, {"files": stamps(files)}, tables)  # the card, too
             if packed := next((p for p in files if _is_packed_table(p)), None):
                 raise ValueError(f"data.path must hold text or tables, but {packed} is packed; unpack it")
             return _tables(path, _split_tables(tables, where), rows)

@@ -260,6 +260,25 @@ def test_the_identity_changes_with_the_column_and_with_a_new_file(corpus: Path, 
     assert open_corpus(str(corpus)).identity != before
 
 
+def test_the_identity_of_a_folder_with_a_card_changes_with_the_card_and_with_packed_files(tmp_path: Path) -> None:
+    def opened(train: str, test: str, time: int) -> Corpus:
+        files = [{"split": "train", "path": train}, {"split": "test", "path": test}]
+        configs = [{"config_name": "default", "data_files": files}]
+        (tmp_path / "README.md").write_text(f"---\nconfigs: {json.dumps(configs)}\n---\n")
+        os.utime(tmp_path / "README.md", ns=(time, time))
+        return open_corpus(str(tmp_path))
+
+    (tmp_path / "one.jsonl").write_text('{"text": "one"}\n')
+    (tmp_path / "two.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}\n'))
+    first = opened("one.jsonl", "two.jsonl.gz", time=1)
+    assert [(d.split, d.text) for d in first.read()] == [("test", "two"), ("train", "one")]
+    swapped = opened("two.jsonl.gz", "one.jsonl", time=2)
+    assert [(d.split, d.text) for d in swapped.read()] == [("test", "one"), ("train", "two")]
+    (tmp_path / "two.jsonl.gz").write_bytes(gzip.compress(b'{"text": "two"}\n{"text": "more"}\n'))
+    grown = opened("two.jsonl.gz", "one.jsonl", time=2)
+    assert len({json.dumps(corpus.identity) for corpus in (first, swapped, grown)}) == 3
+
+
 def test_the_identity_is_plain_enough_for_json(corpus: Path, tmp_path: Path) -> None:
     for source in (corpus, table(tmp_path / "table.csv", TEXTS), hub_layout(tmp_path / "hub"), "stdlib-prose"):
         opened = open_corpus(str(source))
