@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import logging
+import os
 import re
 import sys
 from abc import ABC, abstractmethod
@@ -159,13 +160,12 @@ def open_corpus(
         documents = _pieces if in_pieces else lambda file: _whole(file.parent, [file])
         return Corpus(path, {"text": stamps([where])}, lambda limit=None: itertools.islice(documents(where), limit))
     if where.is_dir():
-        from lit_llm.data.tables import in_hub_layout  # which imports this module
-
-        visible = (p for p in where.rglob("*") if not any(x.startswith(".") for x in p.relative_to(where).parts))
-        files = sorted(p for p in visible if p.is_file())
+        files = _visible_files(where)
         texts = [p for p in files if p.suffix.lower() in TEXT_SUFFIXES]
         tables = [p for p in files if p.suffix.lower() in TABLE_FORMATS and p.name not in NO_TABLES]
         if tables and (not rows.text_files or all(p.name == "README.md" for p in texts)):
+            from lit_llm.data.tables import in_hub_layout  # which imports this module
+
             if subset is not None or in_hub_layout(where):
                 return _hub(path, subset, rows, streaming, {"files": stamps(files)}, tables)  # the card, too
             if packed := next((p for p in files if _is_packed_table(p)), None):
@@ -252,6 +252,21 @@ def _pieces(path: Path) -> Iterator[Document]:
         end = ends[0] + 2 if ends[0] >= 0 else ends[1] + 1 if ends[1] >= 0 else len(text)
         yield Document(f"{path.name}#{number}", text[start:end])
         start, number = end, number + 1
+
+
+def _visible_files(folder: Path) -> list[Path]:
+    """The files beneath a folder, also where links lead, by name; of several ways to a folder one is taken."""
+    files, entered, ways = [], set(), [folder]
+    for way in ways:  # all that is really here, and then where links lead, which may have more of them
+        for place, folders, names in os.walk(way):
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            if (real := Path(place).resolve()) in entered:
+                folders.clear()
+            else:
+                entered.add(real)
+                ways += [link for name in folders if (link := Path(place) / name).is_symlink()]
+                files += [Path(place) / name for name in names if not name.startswith(".")]
+    return sorted(file for file in files if file.is_file())
 
 
 def _is_packed_table(file: Path) -> bool:

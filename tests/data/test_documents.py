@@ -55,6 +55,25 @@ def test_a_folder_holds_a_document_a_file_in_the_order_of_their_names(corpus: Pa
     assert {document.split for document in documents} == {None}
 
 
+def test_a_linked_folder_is_read_and_each_folder_once(tmp_path: Path) -> None:
+    texts = {"mine/a.txt": "a", "mine/deeper/b.txt": "b", "theirs/c.txt": "c", "theirs/.hidden/d.txt": "d"}
+    for name, text in texts.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    links = {
+        "linked": "../theirs",
+        "twice": "../theirs",
+        "alias": "deeper",
+        "itself": ".",
+        "deeper/up": ".",
+        ".x": "..",
+    }
+    for name, to in links.items():
+        (tmp_path / "mine" / name).symlink_to(to, target_is_directory=True)
+    documents = list(open_corpus(str(tmp_path / "mine")).read())
+    assert [(d.id, d.text) for d in documents] == [("a.txt", "a"), ("deeper/b.txt", "b"), ("linked/c.txt", "c")]
+
+
 def test_a_file_is_cut_at_blank_lines_and_nothing_is_lost(tmp_path: Path) -> None:
     path = tmp_path / "book.txt"
     path.write_text("\n\n".join(prose(number) for number in range(400)), encoding="utf-8")
