@@ -161,7 +161,7 @@ FILES = {
     "broken table": (
         "broken.jsonl",
         b'{"text": "a"}\n{"text": \n',
-        "data.path must be a table that can be read, but {path} is not: line 2 of broken.jsonl is no JSON (Expecting value at character 11)",
+        "data.path must be a table that can be read, but {path} is not: a line must be JSON, but line 2 of broken.jsonl is not (Expecting value at character 11)",
     ),
 }
 

@@ -367,6 +367,9 @@ def test_a_column_of_numbers_is_refused(tmp_path: Path) -> None:
     ("name", "content"),
     [
         ("broken.jsonl", b'{"text": "a"}\n{"text": \n'),
+        ("broken.json", b'{"text": "a"}\n{"text": \n'),
+        ("number.jsonl", b'{"text": "a"}\n12\n'),
+        ("half.jsonl", b'{"text": "\\ud83d"}\n'),
         ("latin.jsonl", b'{"text": "\xe9"}\n'),
         ("latin.csv", b"text\n\xe9\n"),
         ("empty.csv", b""),
@@ -379,8 +382,13 @@ def test_a_table_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, name: 
     with pytest.raises(ValueError, match=r"\Adata\.path must be a table that can be read, but [^\n]+\Z") as caught:
         read(path)
     assert f"{path} is not: " in str(caught.value)
-    if name == "broken.jsonl":
-        assert str(caught.value).endswith("line 2 of broken.jsonl is no JSON (Expecting value at character 11)")
+    reasons = {
+        "broken.jsonl": "a line must be JSON, but line 2 of broken.jsonl is not (Expecting value at character 11)",
+        "broken.json": "a line must be JSON, but line 2 of broken.json is not (Expecting value at character 11)",
+        "number.jsonl": "a line must be a row, but line 2 of number.jsonl is 12",
+        "half.jsonl": "a text must be of whole characters, but line 1 of half.jsonl holds one half of a surrogate pair",
+    }
+    assert str(caught.value).endswith(reasons.get(name, ""))
 
 
 def test_an_empty_table_has_no_documents_or_is_refused_in_one_line(tmp_path: Path) -> None:

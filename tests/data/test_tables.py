@@ -255,7 +255,7 @@ def test_a_table_without_rows_is_said_to_have_none(tmp_path, content) -> None:
 
 def test_a_line_that_is_no_json_is_named(tmp_path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a", "label": 1}\n\n{"text": "b", "label": }\n')
-    with pytest.raises(ValueError, match=r"is not: line 3 of x\.jsonl is no JSON \(Expecting value at character 24\)$"):
+    with pytest.raises(ValueError, match=r"but line 3 of x\.jsonl is not \(Expecting value at character 24\)$"):
         open_table(str(tmp_path / "x.jsonl"))
 
 

@@ -1,0 +1,58 @@
+"""Lines of JSON, each a row: read one by one, so that they need nothing in common."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROWS_AT_ONCE = 512
+HALF_CHARACTER = re.compile("[\ud800-\udfff]")
+
+
+def json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file with one in each line that is not blank.
+
+    Raises:
+        ValueError: When a line is no JSON, or no row, or holds half a character; or when the file is not UTF-8.
+    """
+    with file.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            place = f"line {number} of {file.name}"
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as wrong:
+                what = f"{wrong.msg.removesuffix(' at')} at character {wrong.pos + 1}"
+                raise ValueError(f"a line must be JSON, but {place} is not ({what})") from None
+            if not isinstance(row, dict):
+                raise ValueError(f"a line must be a row, but {place} is {line.strip():.60}")
+            if "\\u" in line and HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False)):
+                raise ValueError(f"a text must be of whole characters, but {place} holds one half of a surrogate pair")
+            yield row
+
+
+def is_in_lines(file: Path) -> bool:
+    """Whether a file of JSON begins with a line that is a row, or is empty."""
+    try:
+        next(json_lines(file), None)
+    except ValueError:
+        return False
+    return True
+
+
+def with_all_columns(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Rows with null for each column that they lack, but another has, up to some hundreds of rows later.
+
+    Example:
+        >>> list(with_all_columns(iter([{"a": 1}, {"b": 2}])))
+        [{'a': 1, 'b': None}, {'a': None, 'b': 2}]
+    """
+    columns: dict[str, None] = {}
+    while some := list(itertools.islice(rows, ROWS_AT_ONCE)):
+        columns |= dict.fromkeys(itertools.chain.from_iterable(some))
+        yield from (columns | row for row in some)
