@@ -215,6 +215,13 @@ class TextData(TokenData):
         return {} if self.split_by == "document" else {"split_by": self.split_by}
 
     def _check_train(self) -> None:
+        documents = {name: split["documents"] for name, split in self.manifest["splits"].items()}
+        if not documents["train"]:
+            remedy = "give more text" + ", or set data.split_by to position" * (self.split_by == "document")
+            raise ValueError(
+                f"data.path must leave a document to train on, but {self.corpus_name} has {documents['validation']} to "
+                f"validate on, {documents['test']} to test on and none besides; {remedy}"
+            )
         tokens = len(self._cache.split("train").tokens)
         rows = (tokens - 1) // self.seq_len
         if rows < 1:

@@ -470,6 +470,19 @@ def test_a_corpus_shorter_than_a_row_is_refused(tmp_path: Path) -> None:
     opened(path, validation_fraction=0.0, test_fraction=0.0, seq_len=4, batch_size=1)
 
 
+def test_a_corpus_of_one_document_that_is_not_for_training_is_refused_with_what_helps(tmp_path: Path) -> None:
+    path = tmp_path / "line.txt"
+    path.write_text(next(text for n in range(99) if content_hash(text := f"{n} " * 5_000) / 2**64 < 0.5))
+    message = (
+        f"data.path must leave a document to train on, but {path} has 1 to validate on, 0 to test on and none besides; "
+        f"give more text, or set data.split_by to position"
+    )
+    fractions = {"validation_fraction": 0.5, "test_fraction": 0.0}
+    with pytest.raises(ValueError, match=exactly(message)):
+        opened(path, **fractions)
+    opened(path, split_by="position", **fractions)
+
+
 def test_an_empty_validation_split_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "one.txt"
     path.write_text("one document and no more, long enough for a row or two")
