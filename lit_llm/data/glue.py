@@ -15,7 +15,7 @@ from lit_llm.data.docmatch import NAME, open_docmatch
 from lit_llm.data.examples import ExampleData
 from lit_llm.data.glue_tasks import DOCMATCH, TASKS, Submission
 from lit_llm.data.table_tokenizer import TableTokens
-from lit_llm.data.tables import LABELS, Split, check_texts, choose_splits, find_columns, open_table
+from lit_llm.data.tables import LABELS, PAIRS, Split, check_texts, choose_splits, find_columns, open_table
 
 log = logging.getLogger(__name__)
 
@@ -156,19 +156,43 @@ class GLUEData(TableTokens, ExampleData):
         if not found:
             raise ValueError(f"data.path must hold a split to read, but {self.path} has none")
         first = found["train"] if "train" in found else next(iter(found.values()))
-        known, usual = self._known_columns(first), LABELS
+        known, usual, pairs = self._known_columns(first), LABELS, PAIRS
         given = {
             role: name or getattr(self.task and self.task.columns, role, None) or known.get(role)
             for role, name in self.given.items()
         }
         if self._predicting and (given["label"] or self._trained_on):  # no other column is one of labels
             given["label"], usual = given["label"] if given["label"] in first.column_names else None, ()
-        self.columns = find_columns(first, self.path, **given, usual=usual)
+        if self._predicting and self._trained_on:
+            pairs = PAIRS if self._trained_on_pairs(given["text_pair"], first) else ()
+        self.columns = find_columns(first, self.path, **given, usual=usual, usual_pairs=pairs)
         for name, rows in [*found.items(), *([("unlabelled", unlabelled)] if unlabelled is not None else [])]:
             check_texts(rows, self.columns.texts, self.path, name)
         if whole := self._whole_to_predict(found, self.columns.label):
             return whole
         return self._labelled(found, unlabelled, self.task.class_names if self.task else ())
+
+    def _trained_on_pairs(self, text_pair: str | None, rows: Dataset) -> bool:
+        """Whether a checkpoint was trained on two texts; refuses a table to predict that has more or fewer.
+
+        Args:
+            text_pair: Where the table has the second text; `None` where it has none.
+            rows: The table.
+
+        Raises:
+            ValueError: When only one of them has a second text.
+        """
+        trained_on = self._trained_on["columns"]["text_pair"]
+        if trained_on is not None and text_pair is None:
+            raise ValueError(
+                f"data.path must hold a second text, as the checkpoint was trained on {trained_on!r}, but {self.path} "
+                f"has {', '.join(rows.column_names)}; name another column by data.text_pair"
+            )
+        if trained_on is None and text_pair is not None:
+            raise ValueError(
+                f"data.text_pair must be None for a checkpoint that was trained on one text, but is {text_pair!r}"
+            )
+        return trained_on is not None
 
     def _open(self) -> dict[str, Dataset]:
         if self.path == NAME:

@@ -237,6 +237,7 @@ def find_columns(
     text_pair: str | None,
     label: str | None,
     usual: tuple[str, ...] = LABELS,
+    usual_pairs: tuple[tuple[str, str], ...] = PAIRS,
 ) -> Columns:
     """Where the texts and the label are: as named, or where there is one obvious choice.
 
@@ -265,7 +266,7 @@ def find_columns(
     taken = {label, text_pair, *NUMBERS}
     others = [name for name in names if name not in taken and _is_text(rows.features[name])]
     seconds = others if text_pair is None else [text_pair]
-    pairs = [(first, second) for first, second in PAIRS if first in others and second in seconds]
+    pairs = [(first, second) for first, second in usual_pairs if first in others and second in seconds]
     singles = [name for name in SINGLES if name in others] or (others if len(others) == 1 else [])
     if not others:
         raise ValueError(f"data.path must hold a column of text to classify, but {path} has {', '.join(names)}")

@@ -420,6 +420,36 @@ def test_the_text_to_predict_is_the_column_that_was_trained_on(tmp_path) -> None
     assert (new.columns.text, new.columns.label) == ("review", None)
 
 
+@pytest.mark.parametrize("columns", ["id,sentence1", "id,sentence1,sentence_b", "id,premise,hypothesis"])
+def test_a_table_to_predict_without_the_second_text_that_was_trained_on_is_refused(tmp_path, columns) -> None:
+    pairs = [(text, f"ab {n}", label) for n, (text, label) in enumerate(rows(60))]
+    trained = made(path=write_csv(tmp_path / "x.csv", pairs, "sentence1,sentence2,label"))
+    path = write_csv(tmp_path / "new.csv", [("a", "ab", "ba")[: columns.count(",") + 1]] * 3, columns)
+    message = (
+        f"data.path must hold a second text, as the checkpoint was trained on 'sentence2', but {path} has "
+        f"{columns.replace(',', ', ')}; name another column by data.text_pair"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        predicting(path, trained.state_dict())
+    if len(names := columns.split(",")) == 3:
+        named = predicting(path, trained.state_dict(), text_pair=names[2])
+        assert (named.columns.text, named.columns.text_pair) == (names[1], names[2])
+
+
+def test_a_table_of_pairs_is_not_read_as_such_by_a_checkpoint_that_was_trained_on_one_text(table, tmp_path) -> None:
+    state = made(path=table).state_dict()
+    path = write_csv(tmp_path / "new.csv", [("ab", "ba")] * 3, "premise,hypothesis")
+    with pytest.raises(
+        ValueError, match=exactly(f"data.text must be one of premise, hypothesis in {path}, but is not given")
+    ):
+        predicting(path, state)
+    named = predicting(path, state, text="hypothesis")
+    assert (named.columns.text, named.columns.text_pair) == ("hypothesis", None)
+    message = "data.text_pair must be None for a checkpoint that was trained on one text, but is 'hypothesis'"
+    with pytest.raises(ValueError, match=exactly(message)):
+        predicting(path, state, text_pair="hypothesis")
+
+
 def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_predicts_a_single_table_whole(table) -> None:
     state = made(path=table).state_dict()
     del state["trained_on"]
