@@ -99,10 +99,22 @@ def _image_folders(folder: Path) -> ImageTables:
 
 
 def _are_splits(folders: list[Path]) -> bool:
-    """Whether all are called as splits are; where a name only holds such a word, one has folders of classes, too."""
-    plain = all(SPLIT_WORD.fullmatch(each.name.lower()) or each.name.startswith("unlabel") for each in folders)
-    called = all(split_kind(each.name) or each.name.startswith("unlabel") for each in folders)
-    return plain or (called and any(map(_subfolders, folders)))
+    """Whether all are called as splits are; where a name only holds such a word, one has folders of classes, too.
+
+    Raises:
+        ValueError: When one is a split, by its name and its folders of classes, beside one that is none.
+    """
+    plain = [each for each in folders if SPLIT_WORD.fullmatch(each.name.lower()) or each.name.startswith("unlabel")]
+    called = [each for each in folders if split_kind(each.name) or each.name.startswith("unlabel")]
+    if len(plain) == len(folders) or (len(called) == len(folders) and any(map(_subfolders, folders))):
+        return True
+    if split := next(filter(_subfolders, plain), None):
+        odd = next(each for each in folders if each not in called)
+        raise ValueError(
+            f"data.path must hold a folder for each split or for each class, but {split.parent} has both {split.name} "
+            f"with folders of its own and {odd.name}, which is no split; move that elsewhere"
+        )
+    return False
 
 
 def _classes(folder: Path) -> dict[str | None, list[Path]]:

@@ -10,6 +10,7 @@ from sklearn.datasets import load_digits
 
 from lit_llm.data.image_sources import LAYOUTS, find_image_column, find_label_column, image_names, open_images
 from tests.images import noise, tree
+from tests.writing import exactly
 
 
 def labels(rows: Dataset) -> list[str]:
@@ -140,4 +141,17 @@ def test_folders_that_say_two_things_or_nothing_are_refused(tmp_path: Path) -> N
     with pytest.raises(
         ValueError, match=r"either in a folder for each class or in none, but \S+ has both loose.png and"
     ):
+        open_images(str(tmp_path))
+
+
+@pytest.mark.parametrize("odd", ["samples", "testB"])
+def test_another_folder_beside_splits_does_not_make_classes_of_them(tmp_path: Path, odd: str) -> None:
+    for first, split in enumerate(("train", "val")):
+        tree(tmp_path / split, {"cat": 1, "dog": 1}, first=2 * first)
+    tree(tmp_path, {odd: 1}, first=9)
+    message = (
+        f"data.path must hold a folder for each split or for each class, but {tmp_path} has both train with folders of "
+        f"its own and {odd}, which is no split; move that elsewhere"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
         open_images(str(tmp_path))
