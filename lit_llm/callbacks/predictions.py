@@ -114,7 +114,11 @@ class ExamplePredictions(PredictionTable):
         rows = outputs["rows"].tolist()
         self._said |= zip(rows, said.tolist())
         if "labels" in batch:
-            self._labels |= zip(rows, batch["labels"].tolist())
+            labels = batch["labels"]
+            known = labels != IGNORE_INDEX if self._of_classes else ~labels.isnan()
+            self._labels |= {
+                row: label for row, label, is_known in zip(rows, labels.tolist(), known.tolist()) if is_known
+            }
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the table and the board's file."""
@@ -131,8 +135,8 @@ class ExamplePredictions(PredictionTable):
         added += [f"p({name(index)})" for index in range(len(said[0]))] if self._of_classes else []
         table = columns_of(data, data.predict_split, rows, added)
         for line, row, prediction, p in zip(table, rows, best, said, strict=True):
-            if row in self._labels:
-                line["label"] = name(self._labels[row])
+            if self._labels:
+                line["label"] = name(self._labels[row]) if row in self._labels else ""
             line["predicted"] = name(prediction)
             if self._of_classes:
                 line |= {f"p({name(index)})": round(value, 6) for index, value in enumerate(p)}

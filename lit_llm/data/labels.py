@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
+from lit_llm.batch import IGNORE_INDEX
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tables import LABELS, Columns, Split, column_values
 
@@ -172,8 +173,7 @@ def learn_labels(
 def read_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray | None:
     """The labels of a table by classes learnt from another; `None` where it has none.
 
-    Raises:
-        ValueError: When one is missing, or is none of those classes.
+    A row whose label is missing or none of those classes has `IGNORE_INDEX`, or NaN where labels are values.
     """
     column = reader.column
     if not column or is_hidden(rows, column):
@@ -183,7 +183,28 @@ def read_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray | 
     if known and reader.values == tuple(range(len(reader.values))):  # by its names: the table may number them otherwise
         place = {number: reader.class_names.index(name) for number, name in enumerate(feature.names)}
         found = [place.get(value, value) for value in found]
-    return reader.read(found, split)
+    try:
+        return reader.read(found, split)
+    except (ValueError, TypeError):  # some are missing or unknown: each for itself, then
+        read = {kind: _read_one(value, reader, split) for kind, value in {repr(each): each for each in found}.items()}
+    labels = [read[repr(value)] for value in found]
+    if unknown := [row for row, label in enumerate(labels) if label is None]:
+        log.info(
+            f"{len(unknown):,} of {len(found):,} rows of {reader.path} have no label that is known from training, such "
+            f"as {found[unknown[0]]!r} in row {unknown[0]}"
+        )
+    if len(unknown) == len(found):
+        return None
+    none, kind = (IGNORE_INDEX, np.int64) if reader.values else (np.nan, np.float32)
+    return np.array([none if label is None else label for label in labels], dtype=kind)
+
+
+def _read_one(value: Any, reader: LabelReader, split: str) -> int | float | None:
+    """One label by itself; `None` where it is missing or unknown."""
+    try:
+        return reader.read([value], split).item()
+    except (ValueError, TypeError):
+        return None
 
 
 def listed(values: Iterable[Any]) -> str:

@@ -8,7 +8,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from torch.utils.data import DataLoader
 
+from lit_llm.batch import IGNORE_INDEX
 from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions
 from lit_llm.models.cnn import CNN
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
@@ -50,6 +52,17 @@ def test_values_stand_beside_the_input(tmp_path: Path) -> None:
     assert list(table[0]) == ["sentence", "label", "predicted"]
     torch.testing.assert_close(torch.tensor([float(line["predicted"]) for line in table]), values, atol=1e-6, rtol=0)
     assert [float(line["label"]) for line in table] == [row % 5 / 2 for row in range(7)]
+
+
+@pytest.mark.parametrize("num_classes", [3, None])
+def test_where_a_label_is_not_known_none_is_written(tmp_path: Path, num_classes: int | None) -> None:
+    made, data = Regression(NETWORK) if num_classes is None else Classification(NETWORK), Examples(num_classes)
+    for batch in (batches := list(data.predict_dataloader())):
+        batch["labels"][batch["rows"] % 2 == 0] = float("nan") if num_classes is None else IGNORE_INDEX
+    data.predict_dataloader = lambda: DataLoader(batches, batch_size=None)
+    table = predicted(tmp_path, made, data)
+    said = [f"class {row % 3}" if num_classes else str(row % 5 / 2) for row in range(7)]
+    assert [line["label"] for line in table] == [said[row] if row % 2 else "" for row in range(7)]
 
 
 @pytest.mark.parametrize("labels", ["index", "name", "value"])

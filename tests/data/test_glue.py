@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features, Value
 from lightning.pytorch import LightningModule, Trainer
 from transformers import BertConfig, BertForSequenceClassification
 
-from lit_llm.batch import inputs
+from lit_llm.batch import IGNORE_INDEX, inputs
 from lit_llm.data import table_tokenizer
 from lit_llm.data.augmentation import TextAugmentation
 from lit_llm.data.glue import GLUEData
@@ -373,6 +373,21 @@ def test_a_single_table_is_predicted_whole_whichever_labels_it_has(table, tmp_pa
     assert new.class_names == ["0", "1"]
     new.task = TASKS["sst2"]
     assert new.submission is None  # the board takes its own test split
+
+
+def test_a_table_to_predict_keeps_the_labels_that_are_known_where_others_are_missing_or_new(
+    table, tmp_path, caplog
+) -> None:
+    caplog.set_level("INFO")
+    classes, values = made(path=table), made(path=write_csv(tmp_path / "y.csv", [(t, n / 7) for t, n in rows(60)]))
+    path = write_csv(tmp_path / "new.csv", [(f"ab {n}", label) for n, label in enumerate(["1", "", "unknown", "0"])])
+    for trained, none in ((classes, IGNORE_INDEX), (values, float("nan"))):
+        labels = predicting(path, trained.state_dict()).splits["test"].labels
+        np.testing.assert_array_equal(labels, np.array([1, none, none, 0], trained.splits["train"].labels.dtype))
+    said = f"2 of 4 rows of {path} have no label that is known from training, such as None in row 1"
+    assert said in caplog.messages
+    path = write_csv(tmp_path / "none.csv", [("ab", "unknown"), ("ab ab", "")])
+    assert predicting(path, classes.state_dict()).splits["test"].labels is None
 
 
 @pytest.mark.parametrize(
