@@ -14,7 +14,9 @@ import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
 from datasets.utils.logging import set_verbosity
 
-from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind, why_unreadable
+from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
+from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind, stamps, why_unreadable
+from lit_llm.data.json_lines import json_lines
 
 log = logging.getLogger(__name__)
 
@@ -139,6 +141,8 @@ def _load_files(files: list[Path], path: str) -> Dataset:
     suffix, options = files[0].suffix.lower(), {}
     kind = TABLE_FORMATS[suffix]
     try:
+        if suffix == ".jsonl":
+            return _load_json_lines(files)
         if kind == "csv":
             names, options = layout(files)
             if twice := [name for name in names if names.count(name) > 1]:
@@ -170,6 +174,23 @@ def layout(files: list[Path]) -> tuple[list[str], dict[str, Any]]:
             f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
         )
     return names, {"sep": separator, "quoting": quoting}
+
+
+def _load_json_lines(files: list[Path]) -> Dataset:
+    """One table, read once and kept in the cache folder.
+
+    The library takes text that spells dates for dates, and the first 10 MB for what all columns hold.
+    """
+    folder = cache_folder() / "tables" / cache_name(files=stamps(files))
+    if read_manifest(folder) is None:
+        rows = [row for file in files for row in json_lines(file)]
+        names = dict.fromkeys(name for row in rows for name in row)
+        if not names:
+            raise ValueError("a line must hold a row, but none does")
+        columns = {name: [row.get(name) for row in rows] for name in names}
+        with new_cache(folder) as (new, _):
+            Dataset.from_dict(columns, on_mixed_types="use_json").save_to_disk(new)
+    return Dataset.load_from_disk(folder)
 
 
 def _is_quoted(file: Path) -> bool:

@@ -14,11 +14,12 @@ ROWS = [{"text": 'a "quoted", tab\tand\nline', "label": "1"}, {"text": "NA", "la
 
 def write(path: Path, rows: list[dict[str, Any]]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix in (".jsonl", ".json"):
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return path
     table = Dataset.from_list(rows)
     if path.suffix == ".parquet":
         table.to_parquet(path)
-    elif path.suffix in (".jsonl", ".json"):
-        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     else:
         table.to_csv(path, sep="\t" if path.suffix == ".tsv" else ",", index=False)
     return path
@@ -28,6 +29,30 @@ def write(path: Path, rows: list[dict[str, Any]]) -> Path:
 def test_a_file_of_any_kind_is_read_word_for_word(tmp_path, suffix) -> None:
     [rows] = open_table(str(write(tmp_path / f"x{suffix}", ROWS))).values()
     assert list(rows) == ROWS
+
+
+def test_dates_in_json_lines_are_text(tmp_path) -> None:
+    dates = ["2024-01-01", "2024-01-02T10:00:00Z"]
+    rows = open_table(str(write(tmp_path / "x.jsonl", [{"text": date, "label": date[:10]} for date in dates])))["train"]
+    assert list(rows) == [{"text": date, "label": date[:10]} for date in dates]
+    check_texts(rows, {"text": "text"}, "x", "train")
+
+
+def test_what_a_column_of_json_lines_holds_is_seen_in_all_of_its_rows(tmp_path) -> None:
+    rows = [{}, {"text": "b"}] + [{"text": "ab" * 500, "label": n % 5, "more": n} for n in range(11_000)]
+    rows += [{"text": "a", "label": 0.5, "more": "b"}, {"text": "a", "label": 1, "late": {"c": None}}]
+    found = open_table(str(write(tmp_path / "x.jsonl", rows)))["train"]
+    assert column_values(found, "label") == [row.get("label") for row in rows]
+    assert found[-2:]["more"] == ["b", None]
+    assert found[-1]["late"] == {"c": None}
+
+
+def test_a_line_of_json_that_is_no_row_is_named(tmp_path) -> None:
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n["b"]\n')
+    reason = "a line must hold an object of columns and values, but line 2 of x.jsonl holds something else"
+    message = f"data.path must be a table that can be read, but {tmp_path}/x.jsonl is not: {reason}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        open_table(str(tmp_path / "x.jsonl"))
 
 
 def test_a_csv_file_with_a_nameless_index_is_read_and_its_text_found(tmp_path) -> None:
@@ -246,11 +271,11 @@ def test_the_case_of_a_suffix_says_nothing(tmp_path) -> None:
     assert list(open_table(str(tmp_path))["x"]) == [{"text": "a", "label": "1"}]
 
 
-@pytest.mark.parametrize("content", ["text,label\n", ""])
-def test_a_table_without_rows_is_said_to_have_none(tmp_path, content) -> None:
-    (tmp_path / "x.csv").write_text(content)
-    with pytest.raises(ValueError, match=exactly(f"data.path must hold rows, but {tmp_path}/x.csv has none")):
-        open_table(str(tmp_path / "x.csv"))
+@pytest.mark.parametrize(("name", "content"), [("x.csv", "text,label\n"), ("x.csv", ""), ("x.jsonl", "")])
+def test_a_table_without_rows_is_said_to_have_none(tmp_path, name, content) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=exactly(f"data.path must hold rows, but {tmp_path}/{name} has none")):
+        open_table(str(tmp_path / name))
 
 
 def test_a_line_that_is_no_json_is_named(tmp_path) -> None:
