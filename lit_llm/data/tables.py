@@ -149,7 +149,9 @@ def _load_files(files: list[Path], path: str) -> Dataset:
                 raise ValueError(f"columns must have names of their own, but {len(twice)} are called {twice[0]!r}")
             options["features"] = Features(dict.fromkeys(names, Value("string")))
             options |= {"keep_default_na": False, "na_values": [""]}
-        return load_dataset(kind, data_files=[str(file) for file in files], split="train", **options)
+        # The library knows a file again by its time of change alone; so it keeps each version by a name of its own.
+        options |= {"name": stamps(files), "data_files": [str(file) for file in files]}
+        return load_dataset(kind, split="train", **options)
     except Exception as error:  # each format's reader raises its own kinds
         which, reason = files[0] if len(files) == 1 else path, why_unreadable(error, files)
         if "corresponds to no data" in reason or not any(file.stat().st_size for file in files):

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,16 @@ def test_a_changed_file_is_read_anew(tmp_path) -> None:
     open_table(str(path))
     write(path, ROWS[:1])
     assert len(open_table(str(path))["train"]) == 1
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".json", ".parquet"])
+def test_a_file_that_is_changed_at_the_time_it_had_before_is_read_anew(tmp_path, suffix) -> None:
+    path = write(tmp_path / f"x{suffix}", ROWS)
+    before = path.stat()
+    open_table(str(path))
+    write(path, ROWS[:1])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert list(open_table(str(path))["train"]) == ROWS[:1]
 
 
 def test_of_several_splits_of_a_kind_the_one_asked_for_is_chosen() -> None:
