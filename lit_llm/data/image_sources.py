@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 
 from lit_llm.data.documents import HUB_NAME, SPLIT_WORD, TABLE_FORMATS, split_kind, stamps
 from lit_llm.data.tables import LABELS, in_hub_layout, open_table
+
+log = logging.getLogger(__name__)
 
 DIGITS = "sklearn-digits"
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".pgm", ".ppm")
@@ -95,6 +98,12 @@ def _image_folders(folder: Path) -> ImageTables:
             columns["label"] = [names.index(name) for _, name in found]
             features["label"] = ClassLabel(names=names)
         splits[split] = Dataset.from_dict(columns, Features(features))
+    others = [each for each in _visible(folder) if each.suffix.lower() not in SUFFIXES and each.is_file()]
+    if others:
+        endings = ", ".join(sorted({each.suffix.lower() or "none" for each in others}))
+        log.info(
+            f"Reading {len(files):,} images of {folder}; ignoring {len(others):,} other files (endings: {endings})"
+        )
     return ImageTables(splits, stamps(files))
 
 
@@ -119,8 +128,8 @@ def _are_splits(folders: list[Path]) -> bool:
 
 def _classes(folder: Path) -> dict[str | None, list[Path]]:
     """The images of each class; of none where they lie in no folder of one."""
-    loose = list(_images(folder.iterdir()))
-    classes: dict[str | None, list[Path]] = {each.name: list(_images(each.rglob("*"))) for each in _subfolders(folder)}
+    loose = _images(each for each in folder.iterdir() if not each.name.startswith("."))
+    classes: dict[str | None, list[Path]] = {each.name: _images(_visible(each)) for each in _subfolders(folder)}
     if loose and classes:
         raise ValueError(
             f"data.path must hold images either in a folder for each class or in none, but {folder} has both "
@@ -140,9 +149,13 @@ def _subfolders(folder: Path) -> list[Path]:
     return sorted(each for each in folder.iterdir() if each.is_dir() and not each.name.startswith("."))
 
 
-def _images(files: Any) -> Iterator[Path]:
-    visible = (file for file in files if file.suffix.lower() in SUFFIXES and not file.name.startswith("."))
-    return iter(sorted(file for file in visible if file.is_file()))
+def _visible(folder: Path) -> Iterator[Path]:
+    """What lies beneath a folder, without hidden files and what hidden folders hold."""
+    return (each for each in folder.rglob("*") if not any(x.startswith(".") for x in each.relative_to(folder).parts))
+
+
+def _images(files: Iterable[Path]) -> list[Path]:
+    return sorted(file for file in files if file.suffix.lower() in SUFFIXES and file.is_file())
 
 
 def find_image_column(rows: Dataset, path: str, image: str | None) -> str:

@@ -45,6 +45,24 @@ def test_a_folder_for_each_class_is_one_split_with_the_folders_names(tmp_path: P
     assert image_names(rows, "image")[-1] == str(tmp_path / "dog" / "more" / "8.JPG")
 
 
+def test_what_lies_in_a_hidden_folder_of_a_class_is_none_of_it(tmp_path: Path) -> None:
+    tree(tmp_path, {"dog": 2, "cat": 1})
+    tree(tmp_path / "cat", {".ipynb_checkpoints": 2}, first=3)
+    assert labels(open_images(str(tmp_path)).splits["train"]) == ["cat", "dog", "dog"]
+
+
+def test_files_that_are_no_known_images_are_said_to_be_ignored(tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    tree(tmp_path, {"dog": 2, "cat": 1})
+    open_images(str(tmp_path))
+    assert not caplog.messages
+    for name in ("dog/a.jfif", "dog/b.JFIF", "cat/c.avif", "cat/d", "cat/.hidden.jp2"):
+        (tmp_path / name).touch()
+    open_images(str(tmp_path))
+    said = f"Reading 3 images of {tmp_path}; ignoring 4 other files (endings: .avif, .jfif, none)"
+    assert caplog.messages == [said]
+
+
 def test_splits_on_top_may_lack_classes_and_labels(tmp_path: Path) -> None:
     tree(tmp_path / "train", {"a": 2, "b": 2, "c": 2})
     tree(tmp_path / "val", {"c": 2, "b": 1}, first=10)
