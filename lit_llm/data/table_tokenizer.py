@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.data.cache import cache_folder, cache_name
@@ -79,8 +80,19 @@ class TableTokens(SplitData):
             )
 
     def _collated(self, texts: list[str], pairs: list[str] | None, labels: Any, max_seq_len: int) -> Collation:
-        """Texts as tokens, cut by a copy of the tokeniser."""
-        return Collation(texts, pairs, labels, copy.deepcopy(self.tokenizer), max_seq_len)
+        """Texts as tokens, cut by a copy of the tokeniser.
+
+        Raises:
+            ValueError: When one has no token: of rows without any there is no batch.
+        """
+        read = Collation(texts, pairs, labels, copy.deepcopy(self.tokenizer), max_seq_len)
+        if len(empty := np.flatnonzero(read.lengths == 0)):
+            raise ValueError(
+                f"data.path must hold texts of a token or more, but {self.path} has {len(empty):,} of {len(read):,} "
+                f"without, the first of them {texts[empty[0]]!r} in row {empty[0]} of a split; leave such rows out, or "
+                f"name a data.tokenizer that marks the end of a text"
+            )
+        return read
 
 
 def trained_tokenizer(spec: str, texts: list[str]) -> PreTrainedTokenizerBase:

@@ -570,3 +570,18 @@ def test_a_network_learns_from_it(tmp_path) -> None:
     trainer.fit(module, datamodule=GLUEData(path=table, tokenizer=TOKENIZER, batch_size=8))
     assert len(module.right) == 12
     assert np.mean(module.right) > 0.9
+
+
+def test_a_text_without_tokens_is_said_with_its_row(tmp_path) -> None:
+    texts = [{"text": "" if n in (5, 7) else f"ab {n}", "label": n % 2} for n in range(20)]
+    path = tmp_path / "x.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    data = made(path=str(path), tokenizer="bytes", validation_fraction=0.0)
+    message = (
+        f"data.path must hold texts of a token or more, but {path} has 2 of 20 without, the first of them '' in row 5 of "
+        f"a split; leave such rows out, or name a data.tokenizer that marks the end of a text"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        data.train_dataloader()
+    marked = made(path=str(path), validation_fraction=0.0)
+    assert sum(len(batch["rows"]) for batch in marked.train_dataloader()) == 20
