@@ -16,7 +16,7 @@ from datasets.utils.logging import set_verbosity
 
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
 from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind, stamps, why_unreadable
-from lit_llm.data.json_lines import json_lines
+from lit_llm.data.json_lines import is_in_lines, json_lines
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ def _load_files(files: list[Path], path: str) -> Dataset:
     suffix, options = files[0].suffix.lower(), {}
     kind = TABLE_FORMATS[suffix]
     try:
-        if suffix == ".jsonl":
+        if suffix == ".jsonl" or (suffix == ".json" and all(map(is_in_lines, files))):
             return _load_json_lines(files)
         if kind == "csv":
             names, options = layout(files)

@@ -50,7 +50,7 @@ def test_what_a_column_of_json_lines_holds_is_seen_in_all_of_its_rows(tmp_path) 
 
 def test_a_line_of_json_that_is_no_row_is_named(tmp_path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n["b"]\n')
-    reason = "a line must hold an object of columns and values, but line 2 of x.jsonl holds something else"
+    reason = 'a line must be a row, but line 2 of x.jsonl is ["b"]'
     message = f"data.path must be a table that can be read, but {tmp_path}/x.jsonl is not: {reason}"
     with pytest.raises(ValueError, match=exactly(message)):
         open_table(str(tmp_path / "x.jsonl"))
