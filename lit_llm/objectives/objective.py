@@ -27,7 +27,7 @@ from lit_llm.metrics import MeanLoss
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.features import FeatureCache, features_of
 from lit_llm.objectives.scheduled import Scheduled
-from lit_llm.recipes import built, described, first_argument
+from lit_llm.recipes import built, described, first_argument, require_rebuildable
 from lit_llm.schedulers import Schedule
 from lit_llm.shards import local, whole_shape
 from lit_llm.weights import copy_weights
@@ -154,6 +154,8 @@ class Objective(Scheduled):
         if self.hparams.get(name) is None:
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
         if self.make_network is not None:
+            if self._fits and self.hparams.get("network"):
+                require_rebuildable(self.hparams["network"], self.make_network)
             self.network = self._make_network(fresh=source is None and self.adaptation is None)
             if hasattr(self.network, "read_tokens_of") and (self._fits or self.planned_for is not None):
                 tokenizer = getattr(self.planned_for or self.trainer.datamodule, "tokenizer", None)
@@ -332,7 +334,7 @@ class Objective(Scheduled):
             self.require_finite("the norm of the weights", float(norm))
         checkpoint["network"] = {**self.hparams["network"], "size": self.hparams[self.size_name]}
         if hasattr(self.network, "arguments"):  # they say what a path or a name stood for
-            checkpoint["network"]["init_args"] = self.network.arguments
+            checkpoint["network"]["init_args"] = {n: described(n, v) for n, v in self.network.arguments.items()}
             network = {key: checkpoint["network"][key] for key in ("class_path", "init_args")}
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "network": network}
         if self._image_shape is not None:

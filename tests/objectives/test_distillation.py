@@ -46,9 +46,9 @@ def trainer(folder, **options: Any) -> Trainer:
     )  # fmt: skip
 
 
-def student(bert, **options: Any) -> ClassificationDistillation:
+def student(bert, config: dict[str, Any] = BERT, **options: Any) -> ClassificationDistillation:
     return ClassificationDistillation(
-        functools.partial(PretrainedClassifier, config=BERT), teacher=str(bert), **options
+        functools.partial(PretrainedClassifier, config=config), teacher=str(bert), **options
     )
 
 
@@ -122,11 +122,11 @@ def test_a_student_comes_closer_to_its_teacher_inside_and_out(bert, tmp_path):
         with torch.no_grad():
             return float(made.loss(batch)[0])
 
-    made = student(bert, teacher_weight=1.0, hidden_weight=1.0, attention_weight=1.0, inherit=True)
-    made.make_network = functools.partial(PretrainedClassifier, config=BERT | {"num_hidden_layers": 3})
+    weights = {"teacher_weight": 1.0, "hidden_weight": 1.0, "attention_weight": 1.0}
+    made = student(bert, BERT | {"num_hidden_layers": 3}, **weights, inherit=True)
     trainer(tmp_path, max_steps=1, limit_train_batches=0).fit(made, datamodule=Examples())
     assert distance(made) < 1e-5
-    far = student(bert, teacher_weight=1.0, hidden_weight=1.0, attention_weight=1.0)
+    far = student(bert, **weights)
     trainer(tmp_path, max_steps=1, limit_train_batches=0).fit(far, datamodule=Examples())
     first = distance(far)
     trainer(tmp_path, max_epochs=10).fit(far, datamodule=Examples())
@@ -192,8 +192,7 @@ def test_values_out_of_range_are_refused(bert, option, value, message):
 
 
 def test_what_inside_cannot_be_compared_is_refused(bert, tmp_path):
-    made = student(bert, attention_weight=1.0)
-    made.make_network = functools.partial(PretrainedClassifier, config=BERT | {"num_attention_heads": 4})
+    made = student(bert, BERT | {"num_attention_heads": 4}, attention_weight=1.0)
     with pytest.raises(
         ValueError,
         match=r"^model.attention_weight must be 0 where heads are not as many as the teacher's, but block 0 has 4 and the teacher's 0 has 2$",

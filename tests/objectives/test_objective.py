@@ -1,0 +1,80 @@
+from __future__ import annotations
+
+import enum
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningDataModule, Trainer
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lit_llm.checkpoint_files import AtomicCheckpointIO
+from lit_llm.checkpoints import load_model
+from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.objective import Objective
+from tests.writing import exactly
+
+
+class Act(enum.Enum):
+    silu = "silu"
+    tanh = "tanh"
+
+
+class Points(LightningDataModule):
+    """Two clouds."""
+
+    num_classes = 2
+
+    def train_dataloader(self) -> DataLoader:
+        draw = torch.Generator().manual_seed(0)
+        labels = torch.arange(16) % 2
+        x = torch.randn(16, 4, generator=draw) + 2 * labels[:, None]
+        return DataLoader([{"x": row, "labels": label} for row, label in zip(x, labels, strict=True)], batch_size=4)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+class Net(nn.Module):
+    def __init__(
+        self, num_classes: int, act: Act = Act.silu, activation: nn.Module | None = None, function: Any = None
+    ) -> None:
+        super().__init__()
+        self.act = activation or {Act.silu: F.silu, Act.tanh: torch.tanh}[act]
+        self.into, self.out = nn.Linear(4, 8), nn.Linear(8, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.act(self.into(x)))
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options = {"max_epochs": 1, "accelerator": "cpu", "enable_model_summary": False} | quiet | options
+    return Trainer(default_root_dir=folder, plugins=[AtomicCheckpointIO()], **options)
+
+
+def fitted(folder: Path, made: Objective, **options: Any) -> Trainer:
+    found = trainer(folder, **options)
+    found.fit(made, datamodule=Points())
+    return found
+
+
+def test_a_network_with_an_enum_says_the_same_when_it_is_loaded_again(tmp_path: Path) -> None:
+    made = Classification(network=functools.partial(Net, act=Act.tanh))
+    fitted(tmp_path, made).save_checkpoint(tmp_path / "x.ckpt")
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(load_model(tmp_path / "x.ckpt")[0](x), made.network(x))
+
+
+def test_a_network_that_a_checkpoint_could_not_make_again_is_refused_before_it_is_trained(tmp_path: Path) -> None:
+    made = Classification(network=functools.partial(Net, function=Act.tanh))
+    message = (
+        "model.network.function must be what a checkpoint can make again by its annotation, none, but is "
+        "<Act.tanh: 'tanh'>; let it be a plain type, an enum, a dataclass or a torch module, and be annotated so"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        fitted(tmp_path, made)
+    assert made.network is None
