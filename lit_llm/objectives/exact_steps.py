@@ -149,7 +149,8 @@ class ExactSteps(LightningModule, ABC):
                 "trainer.gradient_clip_val must be None with a fused optimiser under 16-mixed, but is "
                 f"{gradient_clip_val}; train in bf16-mixed, or set the optimiser's fused to false"
             )
-        gradients = [p.grad for p in self.parameters() if p.grad is not None] if gradient_clip_val else []
+        members = (p for group in optimizer.param_groups for p in group["params"]) if gradient_clip_val else ()
+        gradients = [p.grad for p in members if p.grad is not None]
         if gradient_clip_algorithm == "value" and gradient_clip_val:
             torch._foreach_clamp_min_(local(gradients), -gradient_clip_val)
             torch._foreach_clamp_max_(local(gradients), gradient_clip_val)

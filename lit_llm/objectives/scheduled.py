@@ -50,13 +50,14 @@ class Scheduled(Averaged):
         """The optimiser over the groups that `optimizers.parameter_groups` makes.
 
         Raises:
-            ValueError: When it does not take an option's value.
+            ValueError: When it does not take an option's value, or a parameter of the objective's own is in no group.
         """
         groups = parameter_groups(self.network, self.decay_embeddings)
         if self.adaptation is not None:
             groups = self.adaptation.groups(groups, self.network)
         if beside := list(self.beside.parameters()):
             groups.append({"params": beside, "role": "head"})
+        self._require_grouped(groups)
         make = self.make_optimizer or functools.partial(AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         try:
             return make(groups)
@@ -64,6 +65,17 @@ class Scheduled(Averaged):
             if str(error).startswith("Invalid"):  # as torch's own say it
                 raise ValueError(f"model.optimizer must be given what it takes, but is not: {error}") from error
             raise
+
+    def _require_grouped(self, groups: list[dict[str, Any]]) -> None:
+        """Sees that all learn that would be given gradients, but for what of the network is left out on purpose."""
+        grouped = {id(p) for group in groups for p in group["params"]}
+        members = {id(p) for network in self.networks for p in network.parameters()}
+        for name, p in self.named_parameters():
+            if p.requires_grad and id(p) not in grouped | members:
+                raise ValueError(
+                    f"model.{name} must be in the network or in the objective's beside, to be optimised, but is in "
+                    f"neither; return its module from the property beside, or set its requires_grad to false"
+                )
 
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser, and its schedule by the step."""

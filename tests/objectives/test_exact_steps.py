@@ -108,3 +108,26 @@ def test_what_is_drawn_at_a_step_depends_on_seed_step_and_micro_batch_alone(tmp_
     assert len(set(found["d"])) == 4
     assert found["d"][0] == found["a"][0]
     assert found["d"][2] == found["a"][1]  # the first of the second step
+
+
+class Apart(Line):
+    """Has a parameter that its optimiser does not know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.apart = nn.Parameter(torch.ones(()))
+
+    def loss(self, batch: Tensor) -> Loss:
+        total, targets = super().loss(batch)
+        return total + 100 * self.apart, targets
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.line.parameters(), lr=0.0)
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, closure=None) -> None:
+        ExactSteps.optimizer_step(self, epoch, batch_idx, optimizer, closure)
+
+
+def test_gradients_of_what_is_not_optimised_are_not_in_the_norm(tmp_path: Path) -> None:
+    made = fitted(tmp_path, Apart(), accumulate_grad_batches=4, gradient_clip_val=0.5)
+    torch.testing.assert_close(made.grad_norm, mean_gradient().norm())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import enum
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,3 +79,34 @@ def test_a_network_that_a_checkpoint_could_not_make_again_is_refused_before_it_i
     with pytest.raises(ValueError, match=exactly(message)):
         fitted(tmp_path, made)
     assert made.network is None
+
+
+class Warm(Classification):
+    """Has a temperature of its own."""
+
+    def __init__(self, network: Callable[..., nn.Module] | None = None, in_beside: bool = False) -> None:
+        super().__init__(network, functools.partial(torch.optim.SGD, lr=0.5))
+        self.save_arguments()
+        self.in_beside, self.warmth = in_beside, nn.ParameterDict({"temperature": torch.ones(())})
+
+    @property
+    def beside(self) -> nn.Module:
+        return self.warmth if self.in_beside else super().beside
+
+    def logits(self, batch: Any) -> Tensor:
+        return super().logits(batch) * self.warmth["temperature"]
+
+
+def test_a_parameter_beside_the_network_learns(tmp_path: Path) -> None:
+    made = Warm(Net, in_beside=True)
+    fitted(tmp_path, made)
+    assert made.warmth["temperature"] != 1.0
+
+
+def test_a_parameter_that_nothing_optimises_is_refused_before_training(tmp_path: Path) -> None:
+    message = (
+        "model.warmth.temperature must be in the network or in the objective's beside, to be optimised, but is in "
+        "neither; return its module from the property beside, or set its requires_grad to false"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        fitted(tmp_path, Warm(Net))
