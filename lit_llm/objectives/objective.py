@@ -88,6 +88,7 @@ class Objective(Scheduled):
         super().__init__(optimizer, schedule, decay_embeddings, adaptation)
         if network is None and weights is None:
             raise ValueError("model.network must be given where there are no model.weights to start from, but is None")
+        self.save_arguments()
         self.make_network = network
         self.val_metric, self.test_metric = MeanLoss(), MeanLoss()
         self._features: dict[RunningStage, FeatureCache] = {}
@@ -106,8 +107,8 @@ class Objective(Scheduled):
     def save_arguments(self) -> None:
         """Keeps the constructor's arguments in the checkpoint, as plain values that are safe to load.
 
-        To be called by each subclass's constructor. The command line has plain values already; objects given in a
-        notebook are written down as class paths and arguments.
+        To be called again by the constructor of a subclass with arguments of its own. The command line has plain values
+        already; objects given in a notebook are written down as class paths and arguments.
         """
         self.save_hyperparameters(frame=inspect.currentframe().f_back)
         for name, value in self.hparams.items():

@@ -4,7 +4,7 @@ import enum
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,9 +13,10 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from lit_llm.checkpoint_files import AtomicCheckpointIO
+from lit_llm.checkpoint_files import AtomicCheckpointIO, read_checkpoint
 from lit_llm.checkpoints import load_model
 from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.objective import Objective
 from tests.writing import exactly
 
@@ -110,3 +111,21 @@ def test_a_parameter_that_nothing_optimises_is_refused_before_training(tmp_path:
     )
     with pytest.raises(ValueError, match=exactly(message)):
         fitted(tmp_path, Warm(Net))
+
+
+class Least(Objective):
+    """No more than an objective must have."""
+
+    size_name: ClassVar[str] = "num_classes"
+
+    def loss(self, batch: Any) -> Loss:
+        total = F.cross_entropy(self.reading(batch["x"]), batch["labels"], reduction="sum")
+        return total, total.new_tensor(len(batch["labels"]))
+
+
+def test_the_network_of_an_objective_of_no_more_than_a_loss_is_read_again(tmp_path: Path) -> None:
+    made = Least(functools.partial(Net, act=Act.tanh), decay_embeddings=True)
+    fitted(tmp_path, made).save_checkpoint(tmp_path / "x.ckpt")
+    assert read_checkpoint(tmp_path / "x.ckpt")["hyper_parameters"]["decay_embeddings"]
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(load_model(tmp_path / "x.ckpt")[0](x), made.network(x))
