@@ -6,6 +6,7 @@ import functools
 import inspect
 import logging
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -305,7 +306,10 @@ class Objective(Scheduled):
         self._report_split("test", self.test_metric)
 
     def _report_split(self, split: str, metric: Metric | MetricCollection) -> None:
-        self.report({f"{split}/{name}": value for name, value in metric.compute().items()})
+        found = metric.compute()
+        if not isinstance(found, Mapping):  # one of torchmetrics is called by its class: `mean_squared_error`
+            found = {re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(metric).__name__).lower(): found}
+        self.report({f"{split}/{name}": value for name, value in found.items()})
         metric.reset()
 
     def report(self, metrics: dict[str, Tensor]) -> None:

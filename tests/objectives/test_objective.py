@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningDataModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from torchmetrics import MeanSquaredError
 
 from lit_llm.checkpoint_files import AtomicCheckpointIO, read_checkpoint
 from lit_llm.checkpoints import load_model
@@ -129,3 +130,18 @@ def test_the_network_of_an_objective_of_no_more_than_a_loss_is_read_again(tmp_pa
     assert read_checkpoint(tmp_path / "x.ckpt")["hyper_parameters"]["decay_embeddings"]
     x = torch.randn(3, 4)
     torch.testing.assert_close(load_model(tmp_path / "x.ckpt")[0](x), made.network(x))
+
+
+class Squared(Least):
+    """Measures with a metric of torchmetrics alone."""
+
+    def build(self) -> None:
+        super().build()
+        self.val_metric, self.test_metric = MeanSquaredError(), MeanSquaredError()
+
+    def measure(self, metric: MeanSquaredError, batch: Any) -> None:
+        metric.update(self.reading(batch["x"])[:, 1], batch["labels"].float())
+
+
+def test_a_single_metric_is_called_by_its_class(tmp_path: Path) -> None:
+    assert set(fitted(tmp_path, Squared(Net)).callback_metrics) == {"val/mean_squared_error"}
