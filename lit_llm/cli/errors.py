@@ -80,8 +80,8 @@ def parser_line(message: str, known: Iterable[str] = (), words: Iterable[str] = 
         if found := re.search(r"File does not exist: '(.+?)'", text):
             return f"{key} must be a file, but is {found[1]}, which does not exist"
         value = re.search(r"(?:Got value|Given value): (.+)$", text)
-        forms = ("Expected a path but", "import path format:", "import path string:", "instantiatable class, but")
-        path = re.search(rf"(?:{'|'.join(forms)}) (\S+\.\S+)", text)
+        forms = ("Expected a path but", "import path format:", "import path string:", r"class, but(?= \S+ is abstract)")
+        path = re.search(rf"(?:{'|'.join(forms)}) (\S+)", text)
         if path:
             return f"{key} must be a class path or a YAML file, but is {path[1]}, which {_fault(path[1])}"
         kinds = _kinds(text)
