@@ -11,7 +11,7 @@ from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.tokenizer import training_of
 from lit_llm.files import replacing
 
-NOT_OF_TEXTS = {"batch_size", "seq_len"}
+NOT_OF_TEXTS = {"batch_size", "seq_len", "mask_documents"}
 """What of data has no part in the texts that a tokeniser is learnt from."""
 
 
@@ -62,13 +62,15 @@ def complete_tokenizer(options: Any, run: Path, checkpoint: dict[str, Any]) -> N
         run: The folder of the run, whose config says what its own are.
         checkpoint: What is read.
     """
-    files = next((of["tokenizer"] for of in checkpoint.values() if isinstance(of, dict) and "tokenizer" in of), {})
+    states = (of.get("tokenizer") for of in checkpoint.values() if isinstance(of, dict))
+    files = next((of for of in states if isinstance(of, dict) and "tokenizer.json" in of), {})
     config = run / "config.yaml"
     if not files or "tokenizer" not in options or not config.is_file():
         return
     own = yaml.safe_load(config.read_text(encoding="utf-8"))["data"].get("init_args") or {}
-    here, there = ({k: v for k, v in of.items() if k not in NOT_OF_TEXTS} for of in (options.as_dict(), own))
-    spec = options["tokenizer"]
+    told, spec = options.as_dict(), options["tokenizer"]
+    shared = (told.keys() & own.keys()) - NOT_OF_TEXTS
+    here, there = ({name: of[name] for name in shared} for of in (told, own))
     if here == there or spec != own.get("tokenizer") or not (spec is None or training_of(spec)):
         return
     folder = cache_folder() / "tokenizers" / cache_name(files=files)

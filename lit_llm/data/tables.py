@@ -6,6 +6,7 @@ import csv
 import io
 import logging
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,11 @@ PAIRS = (
 )
 SINGLES = ("text", "sentence")
 NUMBERS = ("idx", "id", "index", "Unnamed: 0")
+ROWS_AT_ONCE = 10_000
+LOOKED_AT = 10_000_000
+"""Characters of a TSV file by which it is decided whether quotes enclose cells."""
+
+LINES_OF_A_CELL = 100
 QUOTED_CELL = re.compile(r'(?<![^\t\n])"[^"]*(?:""[^"]*)*"(?![^\t\n])')
 csv.field_size_limit(2**31 - 1)  # a cell may hold a book
 SHARD = re.compile(r"-\d+-of-\d+$")
@@ -133,7 +139,10 @@ def open_table(
 def in_hub_layout(folder: Path) -> bool:
     """Whether a card says which files are which splits; a README beside tables says nothing of the kind."""
     card = folder / "README.md"
-    return card.is_file() and re.search(r"^configs:", card.read_text(encoding="utf-8"), re.MULTILINE) is not None
+    return (
+        card.is_file()
+        and re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
+    )
 
 
 def _load_files(files: list[Path], path: str) -> Dataset:
@@ -141,7 +150,7 @@ def _load_files(files: list[Path], path: str) -> Dataset:
     suffix, options = files[0].suffix.lower(), {}
     kind = TABLE_FORMATS[suffix]
     try:
-        if suffix == ".jsonl" or (suffix == ".json" and all(map(is_in_lines, files))):
+        if kind == "json" and all(map(is_in_lines, files)):
             return _load_json_lines(files)
         if kind == "csv":
             names, options = layout(files)
@@ -189,10 +198,22 @@ def _load_json_lines(files: list[Path]) -> Dataset:
         names = dict.fromkeys(name for row in rows for name in row)
         if not names:
             raise ValueError("a line must hold a row, but none does")
-        columns = {name: [row.get(name) for row in rows] for name in names}
+        parts = [_columns(rows[start : start + ROWS_AT_ONCE], names) for start in range(0, len(rows), ROWS_AT_ONCE)]
+        alike = all(part.features == parts[0].features for part in parts)
         with new_cache(folder) as (new, _):
-            Dataset.from_dict(columns, on_mixed_types="use_json").save_to_disk(new)
+            (concatenate_datasets(parts) if alike else _columns(rows, names)).save_to_disk(new)
     return Dataset.load_from_disk(folder)
+
+
+def _columns(rows: list[dict[str, Any]], names: Iterable[str]) -> Dataset:
+    """Rows as columns of a type each; made of all rows at once, they take several times the file's size."""
+    columns = {name: [_in_64_bits(row.get(name)) for row in rows] for name in names}
+    return Dataset.from_dict(columns, on_mixed_types="use_json")
+
+
+def _in_64_bits(value: Any) -> Any:
+    """A whole number that has too many as a real one, as the library reads it."""
+    return float(value) if type(value) is int and not -(2**63) <= value < 2**63 else value
 
 
 def _is_quoted(file: Path) -> bool:
@@ -201,7 +222,7 @@ def _is_quoted(file: Path) -> bool:
     A quote at the head of a cell and one at the end of another, some lines below, enclose what is between only if that
     gives all rows as many cells as the header; and in two columns and more, only if the lines do not have them already.
     """
-    text = file.read_text(encoding="utf-8-sig")
+    text = _from_the_first_quote(file)
     if '"' in QUOTED_CELL.sub("", text):
         return False
     apart = [cell[0] for cell in QUOTED_CELL.finditer(text) if "\n" in cell[0]]
@@ -210,6 +231,22 @@ def _is_quoted(file: Path) -> bool:
     rows = {len(row) for row in csv.reader(io.StringIO(text), delimiter="\t") if row}
     lines = {line.count("\t") + 1 for line in text.split("\n") if line}
     return len(rows) == 1 and (rows == {1} or rows != lines or any('""' in cell for cell in apart))
+
+
+def _from_the_first_quote(file: Path) -> str:
+    """The header and the lines from the first with a quote on; of many megabytes some, to where no cell is open."""
+    with file.open(encoding="utf-8-sig") as lines:
+        text = next(lines, "")
+        if '"' not in text:
+            text += next((line for line in lines if '"' in line), "")
+        text += lines.read(LOOKED_AT)
+        if not lines.read(1):
+            return text
+    for _ in range(LINES_OF_A_CELL):
+        text = text.rpartition("\n")[0]
+        if text.count('"') % 2 == 0:
+            break
+    return text
 
 
 def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dict[str, Dataset]:

@@ -345,3 +345,42 @@ def test_only_the_column_that_is_wanted_is_read(monkeypatch) -> None:
     assert column_values(rows, "text") == ["c", "a"]
     check_texts(rows, {"text": "text"}, "x", "train")
     assert read == [["text"]] * 2
+
+
+def test_an_array_of_json_is_read_whatever_its_file_is_called(tmp_path) -> None:
+    for name in ("x.json", "x.jsonl"):
+        (tmp_path / name).write_text(json.dumps([{"text": "a", "label": 0}, {"text": "b", "label": 1}]))
+        assert open_table(str(tmp_path / name))["train"]["text"][:] == ["a", "b"]
+
+
+def test_whole_numbers_beyond_64_bits_are_read_as_real_ones(tmp_path) -> None:
+    rows = [{"text": "a", "n": 2**63 + 5, "label": 0}, {"text": "b", "n": 1, "label": 1}]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert open_table(str(tmp_path / "x.jsonl"))["train"]["n"][:] == [float(2**63 + 5), 1.0]
+
+
+@pytest.mark.parametrize("last", ["more", 0.5, None])
+def test_json_lines_that_are_read_in_parts_are_one_table(tmp_path, monkeypatch, last) -> None:
+    monkeypatch.setattr("lit_llm.data.tables.ROWS_AT_ONCE", 2)
+    rows = [{"text": f"{n}", "value": last if n == 4 else n} for n in range(5)]
+    (tmp_path / "x.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    found = open_table(str(tmp_path / "x.jsonl"))["train"]
+    assert found["text"][:] == ["0", "1", "2", "3", "4"]
+    assert found["value"][:] == [0, 1, 2, 3, last]
+
+
+@pytest.mark.parametrize("stray", ["", 'an inch is 1"'])
+def test_quotes_of_a_long_tsv_file_are_judged_by_a_part_of_it(tmp_path, monkeypatch, stray) -> None:
+    monkeypatch.setattr("lit_llm.data.tables.LOOKED_AT", 300)
+    cells = [f'"over\ntwo lines, {n}"' if n % 7 == 3 else f"plain {n}" for n in range(200)]
+    cells[10] = stray or cells[10]
+    lines = ["text\tlabel", *(f"{cell}\t{n % 2}" for n, cell in enumerate(cells) if not (stray and '"o' in cell))]
+    (tmp_path / "x.tsv").write_text("\n".join(lines) + "\n")
+    found = open_table(str(tmp_path / "x.tsv"))["train"]["text"][:]
+    assert found == ([c for c in cells if '"o' not in c] if stray else [c.strip('"') for c in cells])
+
+
+def test_a_card_that_is_not_utf_8_says_nothing(tmp_path) -> None:
+    (tmp_path / "README.md").write_bytes(b"caf\xe9")
+    (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n')
+    assert open_table(str(tmp_path))["train"]["text"][:] == ["a"]
