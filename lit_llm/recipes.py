@@ -84,7 +84,7 @@ def built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:
 
 
 def require_rebuildable(recipe: dict[str, Any], make: Any) -> None:
-    """Sees that a network's arguments come out of a checkpoint as they go in.
+    """Sees that a network's arguments come out of a checkpoint as they go in, where its class can be named in one.
 
     Args:
         recipe: What the checkpoint will hold.
@@ -93,7 +93,10 @@ def require_rebuildable(recipe: dict[str, Any], make: Any) -> None:
     Raises:
         ValueError: Naming the argument that would be another.
     """
-    kind = _class_of(recipe, "model.network", network=True)
+    try:
+        kind = _class_of(recipe, "model.network", network=True)
+    except ValueError:  # one that is made in a function or by one trains, too; no file could name it
+        return
     with torch.random.fork_rng(devices=[]):  # modules among them draw weights
         again = _arguments(kind, recipe, "model.network")
     for name, value in (make.keywords if isinstance(make, functools.partial) else {}).items():
