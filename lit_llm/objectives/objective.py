@@ -156,9 +156,9 @@ class Objective(Scheduled):
         if self.hparams.get(name) is None:
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
         if self.make_network is not None:
-            if self._fits and self.hparams.get("network"):
-                require_rebuildable(self.hparams["network"], self.make_network)
             self.network = self._make_network(fresh=source is None and self.adaptation is None)
+            if self._fits and self.hparams.get("network") and not hasattr(self.network, "arguments"):
+                require_rebuildable(self.hparams["network"], self.make_network)
             if hasattr(self.network, "read_tokens_of") and (self._fits or self.planned_for is not None):
                 tokenizer = getattr(self.planned_for or self.trainer.datamodule, "tokenizer", None)
                 if tokenizer is not None:
