@@ -68,10 +68,10 @@ class Scheduled(Averaged):
 
     def _require_grouped(self, groups: list[dict[str, Any]]) -> None:
         """Sees that all learn that would be given gradients, but for what of the network is left out on purpose."""
-        grouped = {id(p) for group in groups for p in group["params"]}
-        members = {id(p) for network in self.networks for p in network.parameters()}
+        known = {id(p) for group in groups for p in group["params"]}
+        known |= {id(p) for network in self.networks for p in network.parameters()}
         for name, p in self.named_parameters():
-            if p.requires_grad and id(p) not in grouped | members:
+            if p.requires_grad and id(p) not in known:
                 raise ValueError(
                     f"model.{name} must be in the network or in the objective's beside, to be optimised, but is in "
                     f"neither; return its module from the property beside, or set its requires_grad to false"
