@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_llm.callbacks.calibration import calibration_batches
-from lit_llm.callbacks.run_report import forget_best
+from lit_llm.callbacks.changed_network import begin_anew
 from lit_llm.compression.low_rank import SVD
 from lit_llm.schedulers import step_at
 
@@ -75,7 +75,7 @@ class LowRank(Callback):
         after = sum(p.numel() for p in pl_module.network.parameters())
         give_new_parameters(trainer.optimizers[0], pl_module.configure_optimizers()["optimizer"])
         self.finished = True
-        forget_best(trainer)
+        begin_anew(trainer, pl_module)
         log.info(f"Factorised: {after:,} parameters instead of {before:,}")
 
     def state_dict(self) -> dict[str, Any]:

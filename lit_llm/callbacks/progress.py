@@ -164,7 +164,8 @@ class Progress(ProgressBar):
         parts = [f"step {step:>6}" + ("" if total == float("inf") else f"/{total:.0f}")]
         if latest:
             rate = f"{latest['train/tokens_per_second'] / 1e3:.1f}k {throughput.unit}/s"
-            parts += [f"loss {latest['train/loss']:.3f}", rate]
+            parts += [f"loss {latest['train/loss']:.3f}"] if "train/loss" in latest else []
+            parts.append(rate)
         if "train/mfu" in latest:
             parts.append(f"mfu {latest['train/mfu']:.0%}")
         done = step - self._first_step

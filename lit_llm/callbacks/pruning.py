@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_llm.callbacks.calibration import calibration_batches
-from lit_llm.callbacks.run_report import forget_best
+from lit_llm.callbacks.changed_network import begin_anew, look_anew
 from lit_llm.compression.compression import records_of
 from lit_llm.compression.sparsity import (
     MASK,
@@ -168,9 +168,10 @@ class Pruning(KeepZeros):
             if step >= last or (step >= first and (step - first) % self.every_n_steps == 0):
                 progress = 1.0 if step >= last else (step - first) / (last - first)
                 self._prune(trainer, pl_module.network, cubic(progress, self.method.final))
+                look_anew(trainer, pl_module)
             if step >= last:
                 self.finished = True
-                forget_best(trainer)
+                begin_anew(trainer, pl_module)
                 log.info(f"Pruned to a sparsity of {masked_sparsity(pl_module.network):.4f}")
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 

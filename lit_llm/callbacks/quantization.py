@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_llm.callbacks.run_report import forget_best
+from lit_llm.callbacks.changed_network import begin_anew
 from lit_llm.compression.compression import records_of
 from lit_llm.compression.quantization import FakeQuantized, Int4WeightOnly, Quantization, freeze_scales
 from lit_llm.schedulers import step_at
@@ -86,7 +86,7 @@ class QuantizationAwareTraining(Callback):
         own = [record for record in records_of(network) if record["class_path"].endswith(".FakeQuantized")]
         if not own and step_at(self.delay, total) <= step < total:
             self.fake.apply(network)
-            forget_best(trainer)
+            begin_anew(trainer, pl_module)
             log.info(f"Weights are quantised from step {step} on, by {self.fake.class_path.rpartition('.')[2]}")
         elif own and not own[0]["form"]["frozen"] and step_at(self.freeze, total) <= step < total:
             freeze_scales(network)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 
 import lit_llm
@@ -32,8 +31,9 @@ class RunReport(Callback):
     """Writes `results.json`, `learning_curve.png` and `model/` into the run folder.
 
     `results.json` holds the metrics of the last validation (`val/…`), of the best one (`best/val/…`, `best/step`), of
-    the test (`test/…`), what decides which is best (`monitor`, `mode`), and what it took (`step`, `tokens`, `seconds`
-    of training, `commit`, `command`). `model/` holds the weights of the best validation.
+    the test (`test/…`), what decides which is best (`monitor`, `mode`), whether the run is `finished` rather than cut
+    short, and what it took (`step`, `tokens`, `seconds` of training, `commit`, `command`). `model/` holds the weights
+    of the best validation.
 
     Args:
         monitor: Metric that decides which validation is best.
@@ -80,14 +80,14 @@ class RunReport(Callback):
         """Writes all of it; where weights are shared out, from the last checkpoint, if there is no best."""
         if trainer.fast_dev_run:
             return
-        self._write(trainer)
+        self._write(trainer, finished=True)
         self._export(trainer, pl_module)
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes what there is when a run is cut short."""
         if trainer.state.fn == "fit" and trainer.global_step and not trainer.fast_dev_run:
-            self._write(trainer)
+            self._write(trainer, finished=False)
 
     @rank_zero_only
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,11 +102,11 @@ class RunReport(Callback):
         elif split == "test/":  # those of the best validation are there
             self._merge(trainer, found)
 
-    def _write(self, trainer: Trainer) -> None:
+    def _write(self, trainer: Trainer, finished: bool) -> None:
         for logger in trainer.loggers:
             logger.save()
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
-        judged = {"monitor": self.monitor, "mode": self.mode}
+        judged = {"monitor": self.monitor, "mode": self.mode, "finished": finished}
         cost = {"tokens": throughput.tokens, "seconds": round(throughput.seconds, 2)} if throughput else {}
         self._merge(
             trainer,
@@ -160,17 +160,6 @@ class RunReport(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
         self.results = state_dict["results"]
-
-
-def forget_best(trainer: Trainer) -> None:
-    """Has what was best so far give way to the next validation: for a callback after which it is another network."""
-    for callback in trainer.callbacks:
-        if isinstance(callback, RunReport):
-            callback.results = {name: v for name, v in callback.results.items() if not name.startswith("best/")}
-        elif isinstance(callback, ModelCheckpoint):
-            callback.best_k_models = {}
-            callback.best_model_score = callback.current_score = None
-            callback.kth_best_model_path = callback.best_model_path = ""
 
 
 def commit() -> str | None:

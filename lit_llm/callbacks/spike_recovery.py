@@ -153,7 +153,7 @@ class SpikeRecovery(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({"train/skipped_steps": float(skipped)}, step=trainer.global_step)
         self._skipped_before = skipped
-        good = Path(trainer.default_root_dir) / "checkpoints" / "good.ckpt"
+        good = self._good(trainer)
         if run >= self.patience:
             self._go_back(trainer, pl_module, good)
         elif not news and not trainer.fast_dev_run and seen - self._good_at >= self.window // 2:
@@ -180,6 +180,20 @@ class SpikeRecovery(Callback):
             group["lr"] = rate  # the schedule goes on
         self.run = torch.zeros_like(self.run)
         log.info(f"Step {step}: the loss did not recover; returning to step {checkpoint['global_step']}")
+
+    def forget(self, trainer: Trainer) -> None:
+        """Compares with what comes, and never goes back to before: for a callback that makes another network of it.
+
+        The next good step that is looked at is one to go back to.
+        """
+        settle(trainer)
+        trainer.strategy.remove_checkpoint(self._good(trainer))
+        self.seen, self.run = torch.zeros_like(self.seen), torch.zeros_like(self.run)
+        self._good_at = 1 - self.window // 2
+
+    @staticmethod
+    def _good(trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "checkpoints" / "good.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
         """What was seen, and how often steps were skipped."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 import time
@@ -82,7 +83,7 @@ class Throughput(Callback):
         rate = self._new_tokens / elapsed
         self._new_tokens, self._reported_step = 0, trainer.global_step
         report = {
-            "train/loss": loss,
+            **({} if math.isnan(loss) else {"train/loss": loss}),
             "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
             "train/tokens": float(self.tokens),
             "train/tokens_per_second": rate,

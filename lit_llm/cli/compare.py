@@ -16,6 +16,7 @@ from typing import Any
 from lit_llm.cli.finished_run import NOT_OF_THE_SETTING, Finished, falls, read_run
 from lit_llm.cli.parser import OneLineArguments
 from lit_llm.cli.significance import paired_p
+from lit_llm.cli.trial_run import read_results
 from lit_llm.data.documents import corpus_name
 
 log = logging.getLogger(__name__)
@@ -105,6 +106,11 @@ def _is_sweep(folder: Path) -> bool:
     return (folder / "trials.csv").is_file()
 
 
+def _is_finished(folder: Path) -> bool:
+    """Whether it is of a run that was not cut short, so far as its results say it."""
+    return bool(found := read_results(folder)) and found.get("finished", True)
+
+
 def _metric_of_sweeps(runs: list[Path]) -> str | None:
     """What all of some sweeps were judged by; `None` where they were not by one, or not all are sweeps."""
     found = set()
@@ -128,7 +134,8 @@ def _folders(runs: list[Path]) -> Iterator[Path]:
             raise ValueError(f"RUN must hold trials that came to their end, but {folder} has none")
         for number in complete:
             yield folder / "trials" / f"{int(number):03d}"
-            yield from sorted((folder / "seeds").glob(f"{int(number):03d}_seed*"))
+            seeds = sorted((folder / "seeds").glob(f"{int(number):03d}_seed*"))
+            yield from (one for one in seeds if _is_finished(one))  # the sweep goes on with others
 
 
 def less_is_better(metric: str, runs: list[Finished]) -> bool:
@@ -283,7 +290,7 @@ def _write(out: Path, groups: list[Group], metric: str, text: str) -> None:
     with replacing(out / "compare.md") as new:
         new.write_text(text, encoding="utf-8")
     runs = [(group.name, run) for group in groups for _, run in group.in_order()]
-    names = {name for _, run in runs for name, value in run.results.items() if isinstance(value, int | float)}
+    names = {name for _, run in runs for name, value in run.results.items() if type(value) in (int, float)}
     columns = sorted(names)
     with replacing(out / "compare.csv") as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

@@ -69,7 +69,7 @@ def read_run(folder: Path) -> Finished:
 
     Raises:
         FileNotFoundError: When it holds no finished run.
-        ValueError: When what it holds was cut off.
+        ValueError: When the run, or what the folder holds, was cut off.
     """
     import yaml
 
@@ -81,6 +81,11 @@ def read_run(folder: Path) -> Finished:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"RUN must be the folder of a finished run, but files of {folder} are not whole") from error
+    if not results.get("finished", True):
+        raise ValueError(
+            f"RUN must be the folder of a finished run, but {folder} was cut short at step {results.get('step')}; go "
+            f"on with lit-llm fit --run_dir {folder} --ckpt_path last"
+        )
     return Finished(folder, dict(dotted(config)), results)
 
 

@@ -172,12 +172,15 @@ class ExactSteps(LightningModule, ABC):
     def take_train_loss(self) -> float:
         """The mean loss over the targets since the last call: the one place that waits for the device.
 
+        NaN where there were none, as where all steps were taken back.
+
         Raises:
             FloatingPointError: When it is not finite.
         """
-        loss = self._mean_loss()
+        loss_sum, target_sum = map(float, self._summed_loss())
+        self.require_finite("train/loss", loss_sum / max(target_sum, 1.0))
         self._loss_sum = self._target_sum = 0.0
-        return loss
+        return loss_sum / target_sum if target_sum else math.nan
 
     def take_train_metrics(self) -> dict[str, float]:
         """What else there is to say of the steps since the last call, by name; asked for after the loss."""
@@ -190,12 +193,6 @@ class ExactSteps(LightningModule, ABC):
             for x in (self._loss_sum, self._target_sum)
         )
         return loss_sum, target_sum
-
-    def _mean_loss(self) -> float:
-        loss_sum, target_sum = self._summed_loss()
-        loss = float(loss_sum) / max(float(target_sum), 1.0)
-        self.require_finite("train/loss", loss)
-        return loss
 
     def require_finite(self, name: str, value: float) -> None:
         """Refuses to go on with what is no number.

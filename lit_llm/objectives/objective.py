@@ -277,9 +277,11 @@ class Objective(Scheduled):
             forward_context = self.trainer.precision_plugin.forward_context
             self._features = features_of(self.network, self.trainer.datamodule, forward_context)
 
-    def on_train_end(self) -> None:
-        """Forgets the features: other data may be evaluated next."""
+    def forget_features(self) -> None:
+        """Has the network read whole examples from here on: other data are evaluated, or its backbone is another."""
         self._features = {}
+
+    on_train_end = forget_features
 
     def read(self, batch: Mapping[str, Tensor]) -> Tensor:
         """What the network says of a batch; where its backbone is frozen, of features made before."""

@@ -140,6 +140,8 @@ def test_a_run_that_is_lost_goes_back_and_then_on_with_other_data(lit_llm, tiny,
     assert torch.equal(Poison.weights[8], Poison.weights[5])
     assert not torch.equal(Poison.weights[9], Poison.weights[8])
     assert Poison.weights[-1].isfinite().all()
+    # No step that counts, no loss: it was 0.
+    assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 10, 11, 12]
 
 
 def test_it_gives_up_in_one_line(lit_llm, tiny, tmp_path):

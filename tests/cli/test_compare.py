@@ -220,6 +220,11 @@ def test_what_was_cut_off_is_one_line(lit_llm, run, tmp_path):
     assert error(lit_llm("compare", one, "--out", tmp_path / "out")) == (
         f"RUN must be the folder of a finished run, but files of {one} are not whole"
     )
+    cut = run("cut", 1.0, results={"best/val/bits_per_byte": 1.0, "step": 7, "finished": False})
+    assert error(lit_llm("compare", cut, "--out", tmp_path / "out")) == (
+        f"RUN must be the folder of a finished run, but {cut} was cut short at step 7; go on with lit-llm fit "
+        f"--run_dir {cut} --ckpt_path last"
+    )
     (tmp_path / "trials.csv").write_text("trial,state,val/loss\n0,fail,\n")
     assert error(lit_llm("compare", tmp_path, "--out", tmp_path / "out")) == (
         f"RUN must hold trials that came to their end, but {tmp_path} has none"

@@ -1,0 +1,79 @@
+"""What a run knows of its network is forgotten once a callback makes another one of it."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lit_llm.adaptation import HeadOnly
+from lit_llm.callbacks.early_stopping import EarlyStopping
+from lit_llm.callbacks.low_rank import LowRank
+from lit_llm.callbacks.pruning import Pruning
+from lit_llm.callbacks.quantization import QuantizationAwareTraining
+from lit_llm.checkpoint_files import read_checkpoint
+from lit_llm.checkpoints import load_model
+from lit_llm.compression.low_rank import SVD
+from lit_llm.compression.quantization import Int4WeightOnly
+from lit_llm.compression.sparsity import Magnitude, sparsity_of
+from lit_llm.objectives.classification import Classification
+from tests.callbacks.test_spike_recovery import POISON, words
+from tests.examples import Examples
+from tests.objectives.test_classification import NETWORK, trainer
+
+STILL = functools.partial(torch.optim.SGD, lr=0.0)
+
+CHANGES = {
+    "pruned at once": lambda: Pruning(Magnitude(0.9), start=0.5, end=0.5),
+    "pruned bit by bit": lambda: Pruning(Magnitude(0.9), start=0.2, end=0.9, every_n_steps=1),
+    "factorised": lambda: LowRank(SVD(rank=2), start=0.5),
+    "quantised": lambda: QuantizationAwareTraining(Int4WeightOnly(group_size=16), delay=0.5),
+}
+
+
+@pytest.mark.parametrize("change", ["pruned at once", "pruned bit by bit"])
+def test_a_frozen_backbone_that_is_changed_is_measured_as_it_is(change: str, tmp_path: Path) -> None:
+    optimizer = functools.partial(torch.optim.SGD, lr=0.1)
+    made = Classification(NETWORK, optimizer, adaptation=HeadOnly(cache_features=True))
+    data, run = Examples(3), trainer(tmp_path, max_epochs=4, callbacks=[CHANGES[change]()])
+    data.ordered_dataloader = functools.partial(ordered, data)
+    run.fit(made, datamodule=data)
+    found = run.callback_metrics["val/loss"]
+    run.validate(made, datamodule=data, verbose=False)
+    torch.testing.assert_close(found, run.callback_metrics["val/loss"])
+
+
+def ordered(data: Examples, split: str, share: bool = True) -> Any:
+    loader = data.train_dataloader() if split == "train" else data.val_dataloader()
+    loader.num_rows = 200
+    return loader
+
+
+@pytest.mark.parametrize("change", ["pruned at once", "factorised", "quantised"])
+def test_early_stopping_waits_for_the_new_network_anew(change: str, tmp_path: Path) -> None:
+    stopping = EarlyStopping(monitor="val/loss", mode="min", patience=3)
+    run = trainer(tmp_path, max_epochs=8, callbacks=[CHANGES[change](), stopping])
+    run.fit(Classification(NETWORK, STILL), datamodule=Examples(3))
+    # Three of the old network that are no better than its first would end the run with the fourth.
+    assert run.current_epoch > 4
+
+
+def test_a_run_does_not_go_back_to_before_its_network_was_pruned(lit_llm, tiny, tmp_path):
+    method = {"class_path": "lit_llm.compression.sparsity.Magnitude", "init_args": {"sparsity": 0.5}}
+    pruning = {"class_path": "lit_llm.callbacks.pruning.Pruning"}
+    pruning["init_args"] = {"method": method, "start": 0.5, "end": 0.5}
+    recovery = {"class_path": "lit_llm.callbacks.spike_recovery.SpikeRecovery"}
+    recovery["init_args"] = {"window": 16, "patience": 3}
+    overlay = tmp_path / "overlay.yaml"
+    overlay.write_text(yaml.safe_dump({"trainer": {"callbacks+": [pruning, recovery]}}))
+    poisoned = [POISON, "--trainer.callbacks.first", 15, "--trainer.callbacks.last", 18]
+    outcome = lit_llm("fit", *words(tiny, "--config", overlay, *poisoned, steps=24), "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "Step 18: the loss did not recover; returning to step 13" in outcome.err
+    assert read_checkpoint(tmp_path / "run/checkpoints/good.ckpt")["global_step"] > 12
+    network, _ = load_model(tmp_path / "run/model")
+    assert sparsity_of(network, list(Magnitude().chosen(network))) == pytest.approx(0.5, abs=0.01)
