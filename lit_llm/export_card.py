@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.data.image_processor import ImageProcessor
-from lit_llm.data.tokenizer import boundary_id
+from lit_llm.data.tokenizer import first_id
 
 if TYPE_CHECKING:
     from lit_llm.export import Exported
@@ -98,7 +98,7 @@ def _program(
     if names == ("input_ids",):
         start = "[1, 2, 3]"
         if tokenizer is not None:
-            start = f'[{boundary_id(tokenizer)}, *tokenizer.encode("def ", add_special_tokens=False)]'
+            start = f'[{first_id(tokenizer)}, *tokenizer.encode("def ", add_special_tokens=False)]'
         ask = _asked(form, "input_ids=[ids]")
         return [
             *_imports(form, open_tokenizer),

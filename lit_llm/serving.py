@@ -28,7 +28,7 @@ from lit_llm.data.chat import prompt_ids, turn_ends
 from lit_llm.data.collation import Collation
 from lit_llm.data.image_cache import is_deep, read_image
 from lit_llm.data.image_processor import ImageProcessor
-from lit_llm.data.tokenizer import boundary_id
+from lit_llm.data.tokenizer import boundary_id, first_id
 from lit_llm.generation import Writing, steps, until
 
 NEW_TOKENS = 128
@@ -137,14 +137,14 @@ class Completions(Endpoint):
         prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         stops = [request.stop] if isinstance(request.stop, str) else request.stop
         with _refusing():
-            first = boundary_id(self.tokenizer)
+            first = first_id(self.tokenizer)
             ids = [[first, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
             room = _room(self.network, ids, request.max_tokens)
             how = request.temperature, request.top_k, request.top_p, request.seed
             writings = [Writing(self.tokenizer, prompt[1:]) for prompt in ids]  # a space in front counts
             made: list[list[int]] = [[] for _ in ids]
             ends, longest = [""] * len(ids), max(map(len, stops), default=0)
-            for new in steps(self.network, ids, room, *how, {first}):
+            for new in steps(self.network, ids, room, *how, {boundary_id(self.tokenizer)}):
                 for index, token in enumerate(new):
                     if token is not None and not any(stop in ends[index] for stop in stops):
                         made[index].append(token)

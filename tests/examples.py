@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerFast
+
+from lit_llm.data.tokenizer import byte_tokenizer
 
 BERT = {
     "model_type": "bert",
@@ -43,6 +45,15 @@ def twenty_tokens() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="[SEP]", **names)
+
+
+def bytes_with_bos() -> PreTrainedTokenizerFast:
+    """A tokeniser of bytes that puts a BOS before each text, as those of Llama do, where the boundary is another."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    opened = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", tokenizer.bos_token_id)])
+    tokenizer.backend_tokenizer.post_processor = opened
+    return tokenizer
 
 
 class Submission(NamedTuple):

@@ -33,7 +33,7 @@ from lit_llm.serving import (
     TextRequest,
     endpoint_of,
 )
-from tests.examples import BERT, twenty_tokens
+from tests.examples import BERT, bytes_with_bos, twenty_tokens
 from tests.writing import exactly
 
 
@@ -65,6 +65,17 @@ def test_a_continuation_is_what_generating_gives(writer: Completions) -> None:
     assert answer["usage"] == usage
     assert answer["model"] == writer.model
     assert asked(writer, prompt="a", model="mine", max_tokens=0)["model"] == "mine"
+
+
+def test_a_prompt_begins_with_the_bos_that_the_tokenizer_puts_there(tiny_llama: Any, tmp_path: Path) -> None:
+    tokenizer = bytes_with_bos()
+    save_model(tmp_path / "writer", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
+    endpoint = endpoint_of(str(tmp_path / "writer"))
+    endpoint.setup("cpu")
+    ids = tokenizer("ab c").input_ids
+    [expected] = generate(endpoint.network, [ids], 20, temperature=0.0, stop=tokenizer.eos_token_id)
+    [choice] = asked(endpoint, prompt="ab c", max_tokens=20, temperature=0)["choices"]
+    assert "ab c" + choice["text"] == tokenizer.decode(ids[1:] + expected)
 
 
 def test_several_prompts_are_continued_as_each_alone(writer: Completions) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_llm.data.tokenizer import boundary_id
+from lit_llm.data.tokenizer import boundary_id, first_id
 from lit_llm.files import replacing
 from lit_llm.generation import generate
 
@@ -61,8 +61,8 @@ class Samples(Callback):
             self.prompts = []
             return
         tokenizer = trainer.datamodule.tokenizer
-        boundary = boundary_id(tokenizer)
-        ids = [[boundary, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in self.prompts]
+        first = first_id(tokenizer)
+        ids = [[first, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in self.prompts]
         room = (getattr(pl_module.evaluated, "max_seq_len", None) or sys.maxsize) - max(map(len, ids))
         texts = generate(
             pl_module.evaluated,
@@ -71,7 +71,7 @@ class Samples(Callback):
             self.temperature,
             top_p=self.top_p,
             seed=self.seed,
-            stop=boundary,
+            stop=boundary_id(tokenizer),
             device=pl_module.device,
         )
         if not trainer.is_global_zero:  # they took part, as those must that share weights

@@ -123,20 +123,23 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
     from lm_eval.api.model import TemplateLM
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-    from lit_llm.data.tokenizer import boundary_id
+    from lit_llm.data.tokenizer import boundary_id, first_id, opening_ids
     from lit_llm.generation import steps
 
     longest = getattr(network, "max_seq_len", None) or 2048
     place = next(network.parameters()).device
+    opening = opening_ids(tokenizer)
 
     class LiveModel(TemplateLM):
         """The harness's view of the network."""
 
         eot_token_id = boundary_id(tokenizer)
+        prefix_token_id = first_id(tokenizer)
 
         def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-            """Tokens of a text, without marks."""
-            return tokenizer.encode(string, add_special_tokens=False)
+            """Tokens of a text, after what opens one, unless it is there or not wanted; no mark is added at the end."""
+            ids = tokenizer.encode(string, add_special_tokens=False)
+            return ids if add_special_tokens is False or ids[:1] == opening else [*opening, *ids]
 
         @torch.inference_mode()
         def _loglikelihood_tokens(self, requests: list[Any], **kwargs: Any) -> list[tuple[float, bool]]:
@@ -162,8 +165,8 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
             """Log-probability of whole texts, window by window."""
             totals = []
             for request in requests:
-                tokens = self.tok_encode(request.args[0])
-                windows = map(make_disjoint_window, get_rolling_token_windows(tokens, self.eot_token_id, longest, 1))
+                tokens = self.tok_encode(request.args[0], add_special_tokens=False)
+                windows = map(make_disjoint_window, get_rolling_token_windows(tokens, self.prefix_token_id, longest, 1))
                 pairs = [(("", ""), list(context), list(wanted)) for context, wanted in windows]
                 totals.append(sum(nats for nats, _ in self._loglikelihood_tokens(pairs)))
             return totals
@@ -182,7 +185,8 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
             texts: dict[int, str] = {}
             for way, members in ways.items():
                 room = longest - way[0]
-                ids = {i: [self.eot_token_id, *self.tok_encode(requests[i].args[0])][-room:] for i in members}
+                first = [] if opening else [self.prefix_token_id]
+                ids = {i: [*first, *self.tok_encode(requests[i].args[0])][-room:] for i in members}
                 order = sorted(members, key=lambda index: len(ids[index]))
                 for first in range(0, len(order), batch_size):
                     batch = order[first : first + batch_size]

@@ -83,7 +83,7 @@ def generate(
     from lit_llm import generation
     from lit_llm.checkpoints import load_language_model
     from lit_llm.data.chat import prompt_ids, turn_ends
-    from lit_llm.data.tokenizer import boundary_id
+    from lit_llm.data.tokenizer import boundary_id, first_id
 
     if system is not None and not chat:
         raise ValueError("--system must be given with --chat, but is given without")
@@ -95,8 +95,7 @@ def generate(
         )
     moved(network, device)
     limit = getattr(network, "max_seq_len", None) or sys.maxsize
-    boundary = boundary_id(tokenizer)
-    stop = turn_ends(tokenizer) if chat else {boundary}
+    stop = turn_ends(tokenizer) if chat else {boundary_id(tokenizer)}
 
     def write(prompts: list[list[int]], streamed_after: list[int] | None) -> list[list[int]]:
         """The new tokens of each prompt; of one, printed as they come after those that are shown of it."""
@@ -122,7 +121,8 @@ def generate(
         shown: list[list[int]] = [[] for _ in prompt]
     else:
         shown = [tokenizer.encode(text, add_special_tokens=False) for text in prompt]
-        prompts = [[boundary, *ids] for ids in shown]
+        first = first_id(tokenizer)
+        prompts = [[first, *ids] for ids in shown]
     if stream is None:
         stream = len(prompt) == 1 and sys.stdout.isatty()
     if stream and len(prompt) > 1:

@@ -62,7 +62,7 @@ class DocumentEncoder:
         return [np.array(next(encoded), dtype=self.dtype) if ids is None else ids for ids in found]
 
     def encode_opened(self, texts: list[str]) -> list[np.ndarray]:
-        """The same, each after what opens a document: an encoder's `[CLS]`."""
+        """The same, each after what opens a document (`opening_ids`)."""
         opening = np.array(opening_ids(self.tokenizer), dtype=self.dtype)
         return [np.concatenate([opening, ids]) if len(opening) else ids for ids in self.encode(texts)]
 

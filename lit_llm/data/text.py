@@ -21,7 +21,7 @@ from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.sampling import BatchLoader, StreamLoader, place
 from lit_llm.data.token_cache import TokenSplit, cut_documents, split_documents
 from lit_llm.data.token_data import TokenData
-from lit_llm.data.tokenizer import boundary_id
+from lit_llm.data.tokenizer import boundary_id, opening_ids
 
 STREAM_CHUNK = 64
 
@@ -31,7 +31,8 @@ class TextData(TokenData):
 
     Documents are cleaned, put into a split by a hash of their content (so that none is in two splits, and one stays
     where it is when the corpus grows), tokenised once into a cache that later runs map into memory, and laid end to
-    end in rows of `seq_len` tokens. A split that the source itself has is used as it is. A single file is cut into
+    end in rows of `seq_len` tokens, each after a boundary and what the tokeniser itself opens a text with, such as the
+    BOS of Llama's. A split that the source itself has is used as it is. A single file is cut into
     documents of about 8,192 characters, so that there is something to split.
 
     Of a mixture of corpora each has its share of the rows that are trained on, its weight by the sum of all, whatever
@@ -211,8 +212,10 @@ class TextData(TokenData):
         return split(corpus, self.cleaning, self.validation_fraction, self.test_fraction, dropped)
 
     def _recipe(self, ready: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-        # What was made before there was a choice keeps its name.
-        return {} if self.split_by == "document" else {"split_by": self.split_by}
+        # What was made before there was a choice, or before a BOS opened documents, keeps its name.
+        recipe = {} if self.split_by == "document" else {"split_by": self.split_by}
+        by_bos = ready is not None and ready.cls_token_id is None and opening_ids(ready)
+        return recipe | ({"opening": ready.bos_token} if by_bos else {})
 
     def _check_train(self) -> None:
         documents = {name: split["documents"] for name, split in self.manifest["splits"].items()}

@@ -46,7 +46,7 @@ Encode = Callable[[DocumentEncoder, list[Document], Counter[str]], list[Encoded 
 
 
 def encode_texts(encoder: DocumentEncoder, documents: list[Document], dropped: Counter[str]) -> list[Encoded | None]:
-    """Plain texts, of which every token is predicted; an encoder's `[CLS]` opens each."""
+    """Plain texts, of which every token is predicted, each after what opens a document (`opening_ids`)."""
     texts = [document.text for document in documents]
     sizes = (len(text.encode("utf-8", "surrogatepass")) for text in texts)
     return [Encoded(ids, size) for ids, size in zip(encoder.encode_opened(texts), sizes, strict=True)]

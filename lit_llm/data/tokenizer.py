@@ -296,9 +296,19 @@ def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands between the boundary and a document: BERT's `[CLS]`; nothing where the boundary does both."""
+    """What stands between the boundary and a document: BERT's `[CLS]`, or the BOS that a tokeniser puts before texts.
+
+    Nothing where the boundary does both, as in the tokenisers made here for decoders.
+    """
     opening = tokenizer.cls_token_id
+    if opening is None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
+        opening = tokenizer.bos_token_id
     return [] if opening is None or opening == boundary_id(tokenizer) else [opening]
+
+
+def first_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token before a text that is to be continued: what opens a document, else the boundary."""
+    return [boundary_id(tokenizer), *opening_ids(tokenizer)][-1]
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:

@@ -13,6 +13,7 @@ from lit_llm.cli.evaluate import adapted
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.generation import generate
 from tests.conftest import awake
+from tests.examples import bytes_with_bos
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -90,6 +91,28 @@ def test_the_adapter_holds_the_network_itself_and_batches_do_not_matter():
     assert [value for value, _ in both] == pytest.approx(wanted, rel=1e-5)
 
 
+@torch.no_grad()
+def test_texts_begin_with_the_bos_that_the_tokenizer_puts_there():
+    tokenizer = bytes_with_bos()
+    network = awake_network(vocab_size=len(tokenizer))
+    model = adapted(network, tokenizer)
+    assert model.tok_encode("ab") == model.tok_encode("<s>ab") == tokenizer("ab").input_ids
+
+    class Request:
+        def __init__(self, *args):
+            self.args = args
+
+    context, whole = tokenizer("the cat").input_ids, tokenizer("the cat sat").input_ids
+    [(pair, _), (start, _)] = model.loglikelihood([Request("the cat", " sat"), Request("", " sat")], disable_tqdm=True)
+    assert pair == pytest.approx(nats(network, context, whole[len(context) :]), rel=1e-5)
+    assert start == pytest.approx(nats(network, context[:1], whole[len(context) :]), rel=1e-5)
+    [rolled] = model.loglikelihood_rolling([Request("the cat")])
+    assert rolled == pytest.approx(nats(network, context[:1], context[1:]), rel=1e-5)
+    [said] = model.generate_until([Request("the cat", {"max_gen_toks": 9})])
+    [new] = generate(network, [context], 9, temperature=0.0, stop=tokenizer.eos_token_id)
+    assert said == tokenizer.decode(new, skip_special_tokens=True)
+
+
 def test_texts_are_written_together_as_they_are_alone_and_no_further_than_a_stop(monkeypatch):
     network, steps = awake_network(), []
     monkeypatch.setattr(
@@ -145,10 +168,10 @@ def test_a_long_text_is_read_in_windows_each_token_once():
     assert found == pytest.approx(total * (len(ids) - 1) / (64 * ((len(ids) - 1) // 64)), rel=0.25)
 
 
-def awake_network():
+def awake_network(vocab_size=257):
     from lit_llm.models.llama import Llama
 
-    return awake(Llama, vocab_size=257)
+    return awake(Llama, vocab_size=vocab_size)
 
 
 @pytest.mark.parametrize(

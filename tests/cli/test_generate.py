@@ -6,10 +6,12 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from lit_llm import generation
 from lit_llm.checkpoints import save_model
 from lit_llm.data.chat import CHAT_TEMPLATE, encode_conversation, prompt_ids, with_template
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.models.llama import Llama
+from tests.examples import bytes_with_bos
 from tests.writing import REPOSITORY
 
 
@@ -25,6 +27,16 @@ def test_the_same_seed_gives_the_same_text(lit_llm, model):
     )
     assert first == again != other
     assert first.startswith("ab")
+
+
+def test_a_prompt_is_what_the_tokenizer_makes_of_it_where_it_puts_a_bos_first(lit_llm, tiny_llama, tmp_path):
+    tokenizer = bytes_with_bos()
+    network = tiny_llama(vocab_size=258)
+    save_model(tmp_path / "model", network, tokenizer)
+    said = lit_llm("generate", "--model", tmp_path / "model", "--prompt", "ab", "--temperature", "0").out
+    ids = tokenizer("ab").input_ids
+    [new] = generation.generate(network, [ids], 61, temperature=0.0, stop=tokenizer.eos_token_id)
+    assert said == tokenizer.decode(ids[1:] + new) + "\n"
 
 
 def test_several_prompts_are_continued_as_each_alone(lit_llm, model):

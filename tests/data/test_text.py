@@ -15,6 +15,7 @@ from lit_llm.data.cleaning import Cleaning, content_hash
 from lit_llm.data.documents import PIECE_CHARACTERS
 from lit_llm.data.text import TextData, read_texts
 from lit_llm.data.tokenizer import boundary_id, encode_documents, train_bpe
+from tests.examples import bytes_with_bos
 from tests.writing import exactly, prose
 
 SPLITS = ("train", "validation", "test")
@@ -362,6 +363,26 @@ def test_a_saved_tokenizer_is_used_as_it_is(corpus: Path, tmp_path: Path) -> Non
     boundary = boundary_id(own)
     expected = [token for ids in encode_documents(own, texts) for token in [boundary, *ids]] + [boundary]
     assert data.cache.split("validation").tokens.tolist() == expected
+
+
+def test_the_tokenizers_own_bos_stands_between_the_boundary_and_a_document(corpus: Path, tmp_path: Path) -> None:
+    bytes_with_bos().save_pretrained(tmp_path / "own")
+    data, streamed = (opened(corpus, tokenizer=str(tmp_path / "own"), streaming=way) for way in (False, True))
+    own, tokens = data.tokenizer, data.cache.split("train").tokens.tolist()
+    after_boundaries = [after for token, after in itertools.pairwise(tokens) if token == own.eos_token_id]
+    assert after_boundaries == [own.bos_token_id] * data.manifest["splits"]["train"]["documents"]
+    labels = labels_of(itertools.islice(streamed.train_dataloader(), 9))
+    assert labels[0] == own.bos_token_id
+    assert {b for a, b in itertools.pairwise(labels) if a == own.eos_token_id} == {own.bos_token_id}
+
+
+def test_only_a_bos_that_opens_documents_gives_the_cache_another_name(corpus: Path, tmp_path: Path) -> None:
+    bytes_with_bos().save_pretrained(tmp_path / "own")
+    assert opened(corpus, tokenizer=str(tmp_path / "own")).manifest["opening"] == "<s>"
+    for tokenizer in ("bytes", "bert-bpe-300"):
+        data = opened(corpus, tokenizer=tokenizer)
+        assert "opening" not in data.manifest
+        assert data._recipe(data.tokenizer) == {}
 
 
 def test_a_saved_tokenizer_that_gets_another_boundary_is_another_one(corpus: Path, tmp_path: Path) -> None:

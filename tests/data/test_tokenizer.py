@@ -14,6 +14,7 @@ from lit_llm.data.tokenizer import (
     character_tokenizer,
     encode_documents,
     fingerprint,
+    first_id,
     load_tokenizer,
     opening_ids,
     train_bert_bpe,
@@ -22,6 +23,7 @@ from lit_llm.data.tokenizer import (
     train_t5_bpe,
     training_of,
 )
+from tests.examples import bytes_with_bos
 from tests.writing import exactly, prose
 
 TEXTS = [prose(number) for number in range(60)]
@@ -176,6 +178,17 @@ def test_a_word_is_the_same_tokens_wherever_it_stands() -> None:
 def test_an_encoders_documents_open_with_cls_and_end_with_sep() -> None:
     assert (opening_ids(BERT), boundary_id(BERT)) == ([BERT.cls_token_id], BERT.sep_token_id)
     assert opening_ids(TRAINED) == opening_ids(BYTES) == []
+
+
+def test_a_bos_that_the_tokenizer_puts_before_texts_opens_documents_and_what_is_continued(tmp_path: Path) -> None:
+    bytes_with_bos().save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer("a").input_ids[:1] == opening_ids(tokenizer) == [first_id(tokenizer)] == [tokenizer.bos_token_id]
+    assert boundary_id(tokenizer) == tokenizer.eos_token_id != tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = None  # a BOS that it has and does not put there
+    assert (opening_ids(tokenizer), first_id(tokenizer)) == ([], boundary_id(tokenizer))
+    assert [first_id(other) for other in (BYTES, TRAINED)] == [boundary_id(BYTES), boundary_id(TRAINED)]
+    assert first_id(BERT) == BERT.cls_token_id
 
 
 def test_the_fingerprint_tells_tokenizers_apart() -> None:
