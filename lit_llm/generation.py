@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float, Int
@@ -90,10 +90,12 @@ def steps(
 ) -> Iterator[list[int | None]]:
     """Continues each prompt, a token at a time.
 
-    Prompts of unequal length are padded on the left, and the padding is never looked at.
+    Prompts of unequal length are padded on the left, and the padding is never looked at; the mask that says so, which
+    grows with the square of the longest, is made for them alone. A network that has its output layer apart, as `hidden`
+    and `lm_head`, makes logits of the last position alone.
 
     Args:
-        network: A causal language model with `new_cache`, that takes `positions`, `mask` and `cache`.
+        network: A causal language model with `new_cache`, that takes `positions`, `cache` and `mask` (`None`: causal).
         prompts: Token ids, at least one each.
         max_new_tokens: Most tokens added to each prompt.
         temperature: As in `choose`.
@@ -143,16 +145,18 @@ def steps(
     padding = torch.tensor([longest - len(p) for p in prompts], device=device)[:, None]
     places = torch.arange(longest + max_new_tokens, device=device)
     written = (places >= padding)[:, None, None, :]  # batch 1 1 seq
-    causal = (places <= places[:longest, None])[None, None]
     cache = network.new_cache(len(prompts), longest + max_new_tokens)
 
     was_training = network.training
     network.eval()
     try:
         positions = (places[:longest] - padding).clamp(min=0)
-        # A padding position may look at itself: a row of a softmax must have something in it.
-        mask = (causal & written)[..., :longest] | torch.eye(longest, dtype=torch.bool, device=device)
-        logits = network(ids, positions=positions, mask=mask, cache=cache)[:, -1]
+        mask = None
+        if len(set(map(len, prompts))) > 1:
+            causal = places[:longest] <= places[:longest, None]
+            # A padding position may look at itself: a row of a softmax must have something in it.
+            mask = (written[..., :longest] & causal) | torch.eye(longest, dtype=torch.bool, device=device)
+        logits = _last(network, ids, positions=positions, mask=mask, cache=cache)
         ended = [False] * len(prompts)
         for step in range(max_new_tokens):
             chosen = choose(logits, temperature, top_k, top_p, generator)
@@ -164,11 +168,17 @@ def steps(
             if all(ended) or step + 1 == max_new_tokens:
                 break
             place = longest + step
-            logits = network(chosen[:, None], positions=place - padding, mask=written[..., : place + 1], cache=cache)[
-                :, -1
-            ]
+            seen = written[..., : place + 1]
+            logits = _last(network, chosen[:, None], positions=place - padding, mask=seen, cache=cache)
     finally:
         network.train(was_training)
+
+
+def _last(network: nn.Module, ids: Int[Tensor, "batch new"], **about: Any) -> Float[Tensor, "batch vocab"]:
+    """Logits of the token after the last position."""
+    if hasattr(network, "hidden"):
+        return network.lm_head(network.hidden(ids, **about)[:, -1:])[:, -1]
+    return network(ids, **about)[:, -1]
 
 
 class Writing:

@@ -7,6 +7,9 @@ from transformers import PreTrainedTokenizerFast
 
 from lit_llm.data.tokenizer import byte_tokenizer, character_tokenizer, train_bert_uncased_bpe, train_bpe, train_t5_bpe
 from lit_llm.generation import MAX_HELD, Writing, choose, generate, steps, until
+from lit_llm.models.gpt2 import GPT2
+from lit_llm.models.pretrained import PretrainedCausalLM
+from lit_llm.models.recurrent import GRU
 from tests.writing import exactly
 
 PROMPTS = [[5], [3, 14, 15, 9, 2, 6], [1, 2, 3], [8, 8, 8, 8]]
@@ -87,6 +90,33 @@ def test_greedy_with_a_cache_is_greedy_without_and_prompts_do_not_disturb_each_o
     assert len({tuple(text) for text in expected}) == len(PROMPTS)
 
 
+@pytest.mark.parametrize("kind", [GRU, GPT2, PretrainedCausalLM, "capped logits"])
+def test_networks_of_all_kinds_read_prompts_of_one_length_as_each_alone(kind) -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 3, **sizes}
+    if kind == "capped logits":  # which has no head apart
+        kind, config = PretrainedCausalLM, {**config, "model_type": "gemma2", "head_dim": 8}
+    torch.manual_seed(0)
+    network = kind(37, config) if kind is PretrainedCausalLM else kind(37, 24)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn_like(p))
+    prompts = [[3, 14, 15, 9, 2, 6], [1, 2, 3, 4, 5, 6]]
+    expected = [greedy(network.eval(), prompt, NEW) for prompt in prompts]
+    assert generate(network, prompts, NEW, temperature=0.0) == expected
+
+
+def test_a_prompt_makes_no_mask_and_logits_of_its_last_position_alone(tiny_llama) -> None:
+    network, masks, rows = tiny_llama(), [], []
+    network.layers[0].register_forward_pre_hook(lambda module, args: masks.append(args[2]))
+    network.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[1]))
+    generate(network, [[3, 14, 15, 9, 2, 6], [1, 2, 3, 4, 5, 6]], 3, temperature=0.0)
+    assert masks[0] is None
+    generate(network, PROMPTS, 3, temperature=0.0)
+    assert masks[3].shape == (4, 1, 6, 6)
+    assert rows == [1] * 6
+
+
 def test_the_seed_alone_decides_the_text(tiny_llama) -> None:
     network, texts = tiny_llama(), []
     for seed in (1, 1, 2):
@@ -127,7 +157,7 @@ def test_a_text_ends_before_the_stop_token_and_the_others_go_on(tiny_llama) -> N
 
 def test_when_all_texts_have_ended_nothing_more_is_computed(tiny_llama) -> None:
     network, calls = tiny_llama(), []
-    network.register_forward_hook(lambda *args: calls.append(0))
+    network.embed_tokens.register_forward_hook(lambda *args: calls.append(0))
     stop = generate(network, PROMPTS[:1], 3, temperature=0.0)[0][0]
     calls.clear()
     assert generate(network, PROMPTS[:1], NEW, temperature=0.0, stop=stop) == [[]]

@@ -129,6 +129,8 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
     longest = getattr(network, "max_seq_len", None) or 2048
     place = next(network.parameters()).device
     opening = opening_ids(tokenizer)
+    # Where the head is apart, there are logits only of what is asked.
+    read, head = (network.hidden, network.lm_head) if hasattr(network, "hidden") else (network, torch.nn.Identity())
 
     class LiveModel(TemplateLM):
         """The harness's view of the network."""
@@ -151,11 +153,10 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
                 width = len(rows[batch[0]][0]) - 1
                 # Padding stands on the right, where a causal network does not look.
                 ids = torch.tensor([[*rows[i][0][:-1], *[0] * (width - len(rows[i][0]) + 1)] for i in batch])
-                logits = network(ids.to(place)).float()
-                for i, row in zip(batch, logits, strict=True):
+                for i, row in zip(batch, read(ids.to(place)), strict=True):
                     tokens, count = rows[i]
                     count = min(count, len(tokens) - 1)
-                    said = row[len(tokens) - 1 - count : len(tokens) - 1].log_softmax(dim=-1)
+                    said = head(row[len(tokens) - 1 - count : len(tokens) - 1]).float().log_softmax(dim=-1)
                     target = torch.tensor(tokens[len(tokens) - count :], device=place)
                     nats = said.gather(1, target[:, None]).sum()
                     found[i] = float(nats), bool((said.argmax(dim=-1) == target).all())

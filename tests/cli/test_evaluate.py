@@ -91,6 +91,14 @@ def test_the_adapter_holds_the_network_itself_and_batches_do_not_matter():
     assert [value for value, _ in both] == pytest.approx(wanted, rel=1e-5)
 
 
+def test_there_are_logits_of_what_is_asked_and_of_nothing_else():
+    network, rows = awake_network(), []
+    network.lm_head.register_forward_hook(lambda module, args, out: rows.append(out.shape[:-1].numel()))
+    requests = [(("", ""), list(b"the c"), list(b"at")), (("", ""), list(b"x"), list(b" bird flies"))]
+    adapted(network, byte_tokenizer(), 2)._loglikelihood_tokens(requests)
+    assert sum(rows) == len(b"at") + len(b" bird flies")
+
+
 @torch.no_grad()
 def test_texts_begin_with_the_bos_that_the_tokenizer_puts_there():
     tokenizer = bytes_with_bos()
@@ -113,11 +121,9 @@ def test_texts_begin_with_the_bos_that_the_tokenizer_puts_there():
     assert said == tokenizer.decode(new, skip_special_tokens=True)
 
 
-def test_texts_are_written_together_as_they_are_alone_and_no_further_than_a_stop(monkeypatch):
+def test_texts_are_written_together_as_they_are_alone_and_no_further_than_a_stop():
     network, steps = awake_network(), []
-    monkeypatch.setattr(
-        network, "forward", lambda *args, _forward=network.forward, **kw: steps.append(1) or _forward(*args, **kw)
-    )
+    network.embed_tokens.register_forward_hook(lambda *args: steps.append(1))
 
     class Request:
         def __init__(self, text, **options):
