@@ -216,11 +216,13 @@ class StreamLoader:
             started = self.documents
             for ids in self.tokens(self.documents):
                 self.documents += 1
-                self._buffer, self._start = self._buffer[self._start :] + ids, 0
+                self._buffer += ids
                 while len(self._buffer) - self._start >= wanted:
                     block = np.array(self._buffer[self._start : self._start + wanted])
                     self._start += wanted - 1
                     yield self.cut(block, np.arange(self.batch_size))
+                del self._buffer[: self._start]
+                self._start = 0
             if started == 0 == self.documents:
                 return
             self.documents = 0

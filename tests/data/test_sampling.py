@@ -191,6 +191,20 @@ def test_the_position_of_a_stream_is_a_copy() -> None:
     assert batches.state_dict() != kept
 
 
+def test_a_document_is_added_to_those_left_over_which_are_not_copied() -> None:
+    left_over: list[list[int]] = []
+
+    def noted(skip: int) -> Iterator[list[int]]:
+        for number in itertools.count(skip):
+            left_over.append(batches._buffer)
+            yield [number]
+
+    batches = StreamLoader(noted, lambda tokens, rows: tokens, seq_len=50, batch_size=2)
+    first(batches, 3)
+    assert len(left_over) > 300
+    assert all(each is left_over[0] for each in left_over)
+
+
 def test_ranks_of_a_stream_read_different_documents_and_together_all() -> None:
     corpus = documents(12)
     read = []
