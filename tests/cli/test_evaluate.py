@@ -144,6 +144,26 @@ def test_texts_are_written_together_as_they_are_alone_and_no_further_than_a_stop
         assert part == min((said.split(stop)[0] for stop in stops), key=len)
 
 
+@pytest.mark.parametrize(
+    ("options", "longest", "drawn"),
+    [
+        ({"until": ["Question:"], "do_sample": False, "temperature": 0.0}, 256, (0.0, None, None)),
+        ({"max_gen_toks": 9, "until": "\n"}, 9, (0.0, None, None)),
+        ({"max_new_tokens": 300, "temperature": 0.7, "top_p": 0.9}, 300, (0.7, None, 0.9)),
+        ({"max_tokens": 5, "do_sample": True, "top_k": 3}, 5, (1.0, 3, None)),
+    ],
+)
+def test_a_tasks_options_mean_what_they_mean_to_the_harness(monkeypatch, options, longest, drawn):
+    asked = []
+    monkeypatch.setattr("lit_llm.generation.steps", lambda network, prompts, *how, **more: asked.append(how) or [])
+
+    class Request:
+        args = ("the cat", options)
+
+    adapted(awake_network(max_seq_len=512), byte_tokenizer()).generate_until([Request])
+    assert asked == [(longest, *drawn)]
+
+
 def test_the_same_question_asked_again_is_answered_anew_where_answers_are_drawn():
     class Request:
         args = ("the cat", {"max_gen_toks": 12, "do_sample": True})
@@ -174,10 +194,10 @@ def test_a_long_text_is_read_in_windows_each_token_once():
     assert found == pytest.approx(total * (len(ids) - 1) / (64 * ((len(ids) - 1) // 64)), rel=0.25)
 
 
-def awake_network(vocab_size=257):
+def awake_network(vocab_size=257, **changes):
     from lit_llm.models.llama import Llama
 
-    return awake(Llama, vocab_size=vocab_size)
+    return awake(Llama, vocab_size=vocab_size, **changes)
 
 
 @pytest.mark.parametrize(
