@@ -206,7 +206,10 @@ class Classes(Endpoint):
     path = "/classify"
 
     def predict(self, request: Any) -> Any:
-        """For each request `label` and `probabilities`, or `value`."""
+        """For each request `label`, the likeliest class, and `probabilities`, or `value`.
+
+        Of classes that do not exclude each other (a network's `multi_label`) each has a probability of its own.
+        """
         together = isinstance(request, list)
         requests = request if together else [request]
         with torch.inference_mode():
@@ -221,7 +224,8 @@ class Classes(Endpoint):
     def _answer(self, logits: torch.Tensor) -> dict[str, Any]:
         if len(logits) == 1:
             return {"value": logits.item()}
-        probabilities = dict(zip(self.network.class_names, logits.softmax(dim=-1).tolist(), strict=True))
+        found = logits.sigmoid() if getattr(self.network, "multi_label", False) else logits.softmax(dim=-1)
+        probabilities = dict(zip(self.network.class_names, found.tolist(), strict=True))
         return {"label": max(probabilities, key=probabilities.__getitem__), "probabilities": probabilities}
 
 

@@ -201,6 +201,14 @@ def test_texts_and_pairs_are_classed_together_as_each_alone(tmp_path: Path) -> N
     assert len({round(answer["probabilities"]["no"], 4) for answer in together}) == 3
 
 
+def test_classes_that_do_not_exclude_each_other_have_each_a_probability_of_its_own(tmp_path: Path) -> None:
+    endpoint = classifier(tmp_path, config=BERT | {"problem_type": "multi_label_classification"})
+    answer = endpoint.predict(TextRequest(text="a b"))
+    expected = endpoint.network(**twenty_tokens()("a b", return_tensors="pt"))[0].sigmoid()
+    np.testing.assert_allclose(list(answer["probabilities"].values()), expected.tolist(), atol=1e-5)
+    assert answer["label"] == endpoint.network.class_names[expected.argmax()]
+
+
 def test_a_network_without_a_longest_text_reads_one_up_to_a_bound(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

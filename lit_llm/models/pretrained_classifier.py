@@ -27,6 +27,10 @@ NO_NAME = re.compile(r"LABEL_\d+")
 """What transformers calls a class of which nothing is known."""
 
 
+MULTI_LABEL = "multi_label_classification"
+"""What transformers calls it where classes do not exclude each other."""
+
+
 class PretrainedClassifier(Pretrained):
     """A classifier of transformers: an encoder (or decoder) of text, or a network of images, with a head on it.
 
@@ -44,7 +48,8 @@ class PretrainedClassifier(Pretrained):
     Raises:
         FileNotFoundError: When there is nothing at `path`.
         ValueError: When not exactly one of `path` and `config` is given, when they describe no classifier, when `path`
-            lacks weights of the backbone, or with `strict` those of the head.
+            lacks weights of the backbone, or with `strict` those of the head, or has one of classes that do not exclude
+            each other.
 
     Source:
         Devlin et al., 2019, "BERT", arXiv:1810.04805, section 4; Wolf et al., 2019, arXiv:1910.03771.
@@ -77,6 +82,11 @@ class PretrainedClassifier(Pretrained):
         self.strict = strict
         made = self.read_config(config if self._start is None else self._start, "config" if path is None else "path")
         made.num_labels = num_classes
+        if strict and getattr(made, "problem_type", None) == MULTI_LABEL:
+            raise ValueError(
+                f"path must hold a head of classes that exclude each other with strict, but {self._start} has one for "
+                f"{MULTI_LABEL}; ask it with lit-llm serve"
+            )
         super().__init__(made, activation_checkpointing)
 
     def _build(self) -> None:
@@ -143,6 +153,18 @@ class PretrainedClassifier(Pretrained):
         for config in (self.config, self.model.config):
             config.id2label = dict(enumerate(names))
             config.label2id = {name: index for index, name in enumerate(names)}
+
+    @property
+    def multi_label(self) -> bool:
+        """Whether an example may be of several classes, each with a probability of its own; kept as `problem_type`."""
+        return getattr(self.config, "problem_type", None) == MULTI_LABEL
+
+    @multi_label.setter
+    def multi_label(self, several: bool) -> None:
+        if self.multi_label and not several:
+            log.info(f"The head was for {MULTI_LABEL}; now each example is of one class")
+        for config in (self.config, self.model.config):
+            config.problem_type = MULTI_LABEL if several else None
 
     def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Has fresh weights made for a tokeniser: as many tokens, the same padding. Others are held against it.

@@ -78,8 +78,10 @@ class Classification(Objective):
         super().setup(stage)
 
     def build(self) -> None:
-        """Makes the network, and tells it the classes' names."""
+        """Makes the network, and tells it the classes' names, and that they exclude each other."""
         super().build()
+        if getattr(self.network, "multi_label", False):
+            self.network.multi_label = False
         data = getattr(self._trainer, "datamodule", None)
         if (names := getattr(data, "class_names", None)) and hasattr(self.network, "class_names"):
             self.network.class_names = [*names, *(f"LABEL_{i}" for i in range(len(names), self.hparams["num_classes"]))]

@@ -219,6 +219,21 @@ def test_a_head_of_the_same_width_is_taken_too_and_its_names(tmp_path: Path, cap
     assert line == "The classes of the head are now a, b, c; they were no, maybe, yes"
 
 
+def test_a_head_of_classes_that_do_not_exclude_each_other_says_so_and_is_not_taken_as_it_is(tmp_path: Path) -> None:
+    before = awake("bert")
+    assert not before.multi_label
+    before.multi_label = True
+    save_model(tmp_path, before)
+    assert load_model(tmp_path)[0].multi_label
+    assert PretrainedClassifier(3, str(tmp_path)).multi_label
+    message = (
+        f"path must hold a head of classes that exclude each other with strict, but {tmp_path} has one for "
+        f"multi_label_classification; ask it with lit-llm serve"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        PretrainedClassifier(3, str(tmp_path), strict=True)
+
+
 def test_a_decoder_of_ours_is_a_backbone_too(tiny_llama, tmp_path: Path) -> None:
     made = tiny_llama()
     save_model(tmp_path / "model", made)

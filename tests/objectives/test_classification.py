@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,16 @@ def test_predictions_are_probabilities_of_rows(tmp_path: Path) -> None:
     outputs = trainer(tmp_path).predict(made, datamodule=Examples(3, test_labels=False))
     assert torch.cat([output["rows"] for output in outputs]).tolist() == list(range(7))
     torch.testing.assert_close(torch.cat([output["probabilities"] for output in outputs]).sum(-1), torch.ones(7))
+
+
+def test_a_network_for_several_classes_at_once_is_saved_as_one_for_a_single_class(tmp_path: Path, caplog) -> None:
+    several = functools.partial(PretrainedClassifier, config=BERT | {"problem_type": "multi_label_classification"})
+    made = Classification(several, functools.partial(torch.optim.AdamW, lr=0.01))
+    with caplog.at_level(logging.INFO, "lit_llm"):
+        trainer(tmp_path, max_steps=1).fit(made, datamodule=Examples(3))
+    assert "The head was for multi_label_classification; now each example is of one class" in caplog.messages
+    save_model(tmp_path / "model", made.network)
+    assert not load_model(tmp_path / "model")[0].multi_label
 
 
 @pytest.mark.parametrize("kind", [Classification, Regression])
