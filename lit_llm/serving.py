@@ -74,6 +74,12 @@ class TextRequest(Request):
     text_pair: str | None = None
 
 
+class FilledTextRequest(TextRequest):
+    """The same of a text that is not empty."""
+
+    text: NotEmpty
+
+
 class ImageRequest(Request):
     """An image to be classed."""
 
@@ -253,6 +259,14 @@ class TextClasses(Classes):
         return torch.stack([found[place] for place in range(len(requests))])
 
 
+class FilledTextClasses(TextClasses):
+    """The same where the tokeniser adds no marks, so that there is nothing to read in an empty text."""
+
+    def decode_request(self, request: FilledTextRequest) -> FilledTextRequest:
+        """As it is: its type is the schema."""
+        return request
+
+
 class ImageClasses(Classes):
     """A classifier of images."""
 
@@ -294,7 +308,8 @@ def endpoint_of(model: str, max_batch_size: int = 1) -> Endpoint:
         )
     if not getattr(network, "reads_images", hasattr(network, "image_shape")):
         _require(tokenizer, model)
-        return TextClasses(model, max_batch_size)
+        kind = TextClasses if tokenizer("").input_ids else FilledTextClasses
+        return kind(model, max_batch_size)
     if read_image_processor(model) is None:
         raise ValueError(f"model must say how it reads images, but there is no preprocessor_config.json in {model}")
     return ImageClasses(model, max_batch_size)
