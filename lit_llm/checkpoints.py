@@ -22,7 +22,7 @@ from lit_llm.compression.quantization import convert
 from lit_llm.compression.sparsity import remove_masks
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
 from lit_llm.data.cleaning import content_hash
-from lit_llm.data.tokenizer import open_tokenizer
+from lit_llm.data.tokenizer import open_tokenizer, padding_id
 from lit_llm.files import replacing
 from lit_llm.models.pretrained_network import Pretrained
 from lit_llm.recipes import built, class_path, first_argument, plain
@@ -141,6 +141,8 @@ def read_model(path: str | Path) -> Model:
                 f"config.json"
             )
         model = _from_directory(path)
+    if model.tokenizer is not None and hasattr(model.network, "read_padding"):
+        model.network.read_padding(padding_id(model.tokenizer))
     model.network.eval()
     return model
 

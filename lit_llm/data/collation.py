@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import ExampleBatch
 from lit_llm.data.augmentation import TextAugmentation
-from lit_llm.data.tokenizer import boundary_id
+from lit_llm.data.tokenizer import padding_id
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,7 @@ class Collation:
         self.ids, self.starts = np.concatenate(ids), np.cumsum(lengths)
         self.types = np.concatenate(types) if with_types else None
         self.labels = labels
-        self.padding = boundary_id(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        self.padding = padding_id(tokenizer)
         self.padding_type = tokenizer.pad_token_type_id
         self.special_ids = np.array(tokenizer.all_special_ids)
         stand_ins = (tokenizer.mask_token_id, tokenizer.unk_token_id, self.padding)

@@ -295,6 +295,15 @@ def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ValueError("tokenizer must have an eos, bos or sep token to put between documents, but has none")
 
 
+def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token that fills rows up; the boundary, where the tokeniser has none for it.
+
+    Raises:
+        ValueError: When it has neither.
+    """
+    return boundary_id(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """What stands between the boundary and a document: BERT's `[CLS]`, or the BOS that a tokeniser puts before texts.
 

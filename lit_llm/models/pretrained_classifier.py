@@ -183,17 +183,23 @@ class PretrainedClassifier(Pretrained):
             raise ValueError(
                 f"data.tokenizer must have at most the tokens of the network, {text.vocab_size}, but has {size}"
             )
-        if text.pad_token_id is None:
-            text.pad_token_id = self.model.config.get_text_config().pad_token_id = padding
+
+    def read_padding(self, padding: int) -> None:
+        """Has the head of a decoder look for the end of a text before this token, whatever the config says.
+
+        Where positions are counted from the padding token, its id belongs to the weights and stays.
+        """
+        if not (self.reads_images or self.first_position):
+            self.config.get_text_config().pad_token_id = padding
+            self.model.config.get_text_config().pad_token_id = padding
 
     def recall_tokens(self, config: Mapping[str, Any]) -> None:
-        """What `read_tokens_of` had learnt when a checkpoint was made, from the config that this holds.
+        """What was learnt of the tokeniser by the time a checkpoint was made, from the config that this holds.
 
         A network that is made from a path again, to be evaluated, knows only what the path says.
         """
-        text, padding = self.config.get_text_config(), config.get("pad_token_id")
-        if padding is not None and getattr(text, "pad_token_id", None) is None:
-            text.pad_token_id = self.model.config.get_text_config().pad_token_id = padding
+        if (padding := config.get("pad_token_id")) is not None:
+            self.read_padding(padding)
 
     @property
     def image_shape(self) -> Shape:

@@ -22,7 +22,7 @@ from lit_llm.adaptation import Adaptation
 from lit_llm.batch import inputs
 from lit_llm.checkpoints import Model, read_image_processor, read_model, unpacked_tokenizer
 from lit_llm.compression.compression import records_of, replay
-from lit_llm.data.tokenizer import fingerprint
+from lit_llm.data.tokenizer import fingerprint, padding_id
 from lit_llm.deferred_init import deferred
 from lit_llm.metrics import MeanLoss
 from lit_llm.objectives.exact_steps import Loss
@@ -163,6 +163,8 @@ class Objective(Scheduled):
                 tokenizer = getattr(self.planned_for or self.trainer.datamodule, "tokenizer", None)
                 if tokenizer is not None:
                     self.network.read_tokens_of(tokenizer)
+                    if hasattr(self.network, "read_padding"):
+                        self.network.read_padding(padding_id(tokenizer))
             if self._image_shape is not None and hasattr(self.network, "read_images_of"):
                 self.network.read_images_of(self._image_shape)
         if source is not None:

@@ -5,6 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,11 +14,13 @@ from sklearn import metrics
 from torch import nn
 
 from lit_llm.checkpoints import load_model, save_model
+from lit_llm.data.collation import Collation
+from lit_llm.data.glue import GLUEData
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.regression import Regression
-from tests.examples import BERT, Examples, example, together
+from tests.examples import BERT, Examples, example, together, twenty_tokens
 from tests.writing import exactly
 
 NETWORK = functools.partial(PretrainedClassifier, config=BERT)
@@ -176,3 +179,31 @@ def test_rows_longer_than_the_network_reads_are_refused(tmp_path: Path) -> None:
     message = "data.max_seq_len must be at most the network's max_seq_len, 64, but is 65"
     with pytest.raises(ValueError, match=exactly(message)):
         fitted(tmp_path, data)
+
+
+@pytest.mark.parametrize("padding", [None, 7])
+def test_a_decoder_reads_a_text_to_its_end_where_the_tokeniser_has_no_padding(tmp_path: Path, padding) -> None:
+    tokenizer = twenty_tokens()
+    tokenizer.pad_token = None
+    size = {"model_type": "gpt2", "vocab_size": 20, "n_embd": 16, "n_layer": 1, "n_head": 2, "pad_token_id": padding}
+    start = PretrainedClassifier(2, config=size)
+    torch.nn.init.normal_(start.model.score.weight)
+    start.model.save_pretrained(tmp_path / "start")
+    tokenizer.save_pretrained(tmp_path / "start")
+    texts = [f"{'a b ' * (row % 5)}{'kl'[row % 2]}" for row in range(24)]
+    (tmp_path / "x.csv").write_text("\n".join(["text,label", *(f"{text},{text[-1]}" for text in texts)]))
+    table = {"path": str(tmp_path / "x.csv"), "batch_size": 4, "validation_fraction": 0.0}
+    data = GLUEData(**table, tokenizer=str(tmp_path / "start"))
+    made = Classification(functools.partial(PretrainedClassifier, path=str(tmp_path / "start")), torch.optim.AdamW)
+    trainer(tmp_path, max_steps=1).fit(made, datamodule=data)
+    save_model(tmp_path / "model", made.network, tokenizer)
+    again = PretrainedClassifier(2, path=str(tmp_path / "start"))
+    again.load_state_dict(made.network.state_dict())
+    again.recall_tokens(made.network.arguments["config"])
+    for network in (made.network.eval(), load_model(tmp_path / "model")[0], again.eval()):
+        read = Collation(texts[:5], None, None, tokenizer, 64)
+        batches = [read.batch(np.array(rows)) for rows in (range(5), *([row] for row in range(5)))]
+        logits, *alone = (network(input_ids=b["input_ids"], attention_mask=b["attention_mask"]) for b in batches)
+        torch.testing.assert_close(logits, torch.cat(alone), atol=1e-5, rtol=1e-5)
+    served = load_model(tmp_path / "start")[0]
+    assert served.config.pad_token_id == data.tokenizer.eos_token_id
