@@ -22,7 +22,7 @@ from lit_llm.compression.quantization import convert
 from lit_llm.compression.sparsity import remove_masks
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
 from lit_llm.data.cleaning import content_hash
-from lit_llm.data.tokenizer import open_tokenizer, padding_id
+from lit_llm.data.tokenizer import open_tokenizer, padding_id, write_tokenizer_files
 from lit_llm.files import replacing
 from lit_llm.models.pretrained_network import Pretrained
 from lit_llm.recipes import built, class_path, first_argument, plain
@@ -290,7 +290,7 @@ def unpacked_tokenizer(path: str | Path) -> str | None:
     folder = cache_folder() / "tokenizers" / cache_name(files=content_hash(json.dumps(files)))
     if read_manifest(folder) is None:
         with new_cache(folder) as (new, _):
-            _write_files(files, new)
+            write_tokenizer_files(files, new)
     return str(folder)
 
 
@@ -299,16 +299,10 @@ def _tokenizer_of(checkpoint: dict[str, Any]) -> PreTrainedTokenizerBase | None:
     if not files:
         return None
     with tempfile.TemporaryDirectory() as folder:
-        _write_files(files, Path(folder) / "tokenizer")
-        return open_tokenizer(Path(folder) / "tokenizer")
+        write_tokenizer_files(files, Path(folder))
+        return open_tokenizer(folder)
 
 
 def _tokenizer_files(checkpoint: dict[str, Any]) -> dict[str, str]:
     states = (state.get("tokenizer") for state in checkpoint.values() if isinstance(state, dict))
     return next((files for files in states if files), {})
-
-
-def _write_files(files: dict[str, str], folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files.items():
-        (folder / Path(name).name).write_text(text, encoding="utf-8")

@@ -17,7 +17,7 @@ from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.collation import Collation
 from lit_llm.data.split_data import SplitData
-from lit_llm.data.tokenizer import load_tokenizer, training_of
+from lit_llm.data.tokenizer import load_tokenizer, tokenizer_files, training_of, write_tokenizer_files
 from lit_llm.files import replacing
 
 
@@ -56,7 +56,9 @@ class TableTokens(SplitData):
 
     @cached_property
     def _tokenizer_files(self) -> dict[str, str]:
-        return tokenizer_files(self.tokenizer)
+        with tempfile.TemporaryDirectory() as folder:
+            self.tokenizer.save_pretrained(folder)
+            return tokenizer_files(Path(folder))
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to read and write texts on its own, and what it was trained on."""
@@ -71,8 +73,7 @@ class TableTokens(SplitData):
         super().load_state_dict(state_dict)
         if "train" not in self.splits:
             with tempfile.TemporaryDirectory() as folder:
-                for name, text in state_dict["tokenizer"].items():
-                    (Path(folder) / Path(name).name).write_text(text, encoding="utf-8")
+                write_tokenizer_files(state_dict["tokenizer"], Path(folder))
                 self.tokenizer = load_tokenizer(folder)
         elif self._tokenizer_files["tokenizer.json"] != state_dict["tokenizer"]["tokenizer.json"]:
             raise ValueError(
@@ -129,10 +130,3 @@ def tokenizer_beside(place: str, trainer: Any) -> PreTrainedTokenizerBase:
             f"{name} must be a model directory, a run folder or a name on the hub, but is {place}, of which there is "
             f"nothing here or there"
         ) from error
-
-
-def tokenizer_files(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
-    """The files of a tokeniser, by name."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {path.name: path.read_text(encoding="utf-8") for path in sorted(Path(folder).iterdir())}

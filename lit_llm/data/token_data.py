@@ -26,7 +26,7 @@ from lit_llm.data.token_cache import (
     encode_texts,
     split_documents,
 )
-from lit_llm.data.tokenizer import fingerprint, load_tokenizer, training_of
+from lit_llm.data.tokenizer import fingerprint, load_tokenizer, tokenizer_files, training_of
 
 log = logging.getLogger(__name__)
 
@@ -121,8 +121,7 @@ class TokenData(LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """The tokeniser's files, so that a checkpoint can read and write text on its own."""
-        files = (path for path in sorted((self._cache.folder / "tokenizer").iterdir()) if path.is_file())
-        return {"tokenizer": {path.name: path.read_text(encoding="utf-8") for path in files}}
+        return {"tokenizer": tokenizer_files(self._cache.folder / "tokenizer")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses a checkpoint whose tokens mean something else.

@@ -283,6 +283,20 @@ def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
 
 
+def tokenizer_files(folder: Path) -> dict[str, str]:
+    """The files of a tokeniser, by their paths in its folder: with several chat templates some have a folder of it."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in files}
+
+
+def write_tokenizer_files(files: dict[str, str], folder: Path) -> None:
+    """Writes what `tokenizer_files` gave; nowhere but into the folder, whatever the paths say."""
+    for name, text in files.items():
+        path = folder.joinpath(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+
+
 def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token that stands before each document and after the last.
 

@@ -361,6 +361,15 @@ def test_a_table_without_labels_is_predicted_whole_with_what_the_checkpoint_know
     assert new.tokenizer.get_vocab() == made(path=table).tokenizer.get_vocab()
 
 
+def test_a_checkpoint_has_all_chat_templates_of_the_tokeniser(table, tmp_path) -> None:
+    tokenizer = train_bert_bpe(["ab " * 9], 300)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    state = made(path=table, tokenizer=str(tmp_path / "tokenizer")).state_dict()
+    new = predicting(write_csv(tmp_path / "new.csv", [("ab",)], "text"), state)
+    assert new.tokenizer.chat_template == tokenizer.chat_template
+
+
 @pytest.mark.parametrize("labels", [[0, 1, 0], [1, 1, 1], [-1, -1, -1]])
 def test_a_single_table_is_predicted_whole_whichever_labels_it_has(table, tmp_path, labels) -> None:
     state = made(path=table).state_dict()

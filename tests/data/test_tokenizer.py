@@ -17,11 +17,13 @@ from lit_llm.data.tokenizer import (
     first_id,
     load_tokenizer,
     opening_ids,
+    tokenizer_files,
     train_bert_bpe,
     train_bert_uncased_bpe,
     train_bpe,
     train_t5_bpe,
     training_of,
+    write_tokenizer_files,
 )
 from tests.examples import bytes_with_bos
 from tests.writing import exactly, prose
@@ -273,3 +275,11 @@ def test_a_file_that_is_no_tokenizer_is_said_in_one_line(tmp_path: Path, content
     (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(FileNotFoundError, match=r"\Atokenizer must be [^\n]+, but is [^\n]+\Z"):
         load_tokenizer(tmp_path)
+
+
+def test_the_files_of_a_tokenizer_are_written_into_its_folder_whatever_their_names_say(tmp_path: Path) -> None:
+    names = {"a.json": "1", "templates/b.jinja": "2", "../c.json": "3", "/d/e.json": "4"}
+    write_tokenizer_files(names, tmp_path / "here")
+    found = {"a.json": "1", "templates/b.jinja": "2", "c.json": "3", "d/e.json": "4"}
+    assert tokenizer_files(tmp_path / "here") == found
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
