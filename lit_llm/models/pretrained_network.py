@@ -6,6 +6,7 @@ This module and its neighbours named `pretrained…` are the only ones that know
 from __future__ import annotations
 
 import copy
+import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,14 @@ from lit_llm.models.pretrained_attention import attend_faster
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
+
+log = logging.getLogger(__name__)
+
+HEADS = frozenset(
+    {"pooler", "seq_relationship", "sop_classifier", "cls", "lm_head", "classifier", "score", "qa_outputs"}
+    | {"discriminator_predictions", "generator_predictions", "generator_lm_head", "multiple_choice_head"}
+)
+"""Layers above a network that one for another task does without; models on the hub often come with several."""
 
 
 class Pretrained(nn.Module):
@@ -163,16 +172,25 @@ class Pretrained(nn.Module):
     def load_weights(self, folder: Path) -> None:
         """Takes the weights of a directory of transformers in place of its own.
 
+        A head for another task and masks that the network makes itself are passed over, as transformers does.
+
         Raises:
             ValueError: When a tensor is missing, left over or of another shape.
         """
         model, found = self._read_weights(str(folder), self.model.config, local_files_only=True)
-        for what, names in (("lacks", found["missing_keys"]), ("also has", found["unexpected_keys"])):
+        unread = sorted(name for name in found["unexpected_keys"] if _goes_unread(model, name))
+        extra = set(found["unexpected_keys"]) - set(unread)
+        for what, names in (("lacks", found["missing_keys"]), ("also has", extra)):
             if names:
                 more = f" and {len(names) - 1} more" if len(names) > 1 else ""
                 raise ValueError(
                     f"model must hold the network's tensors and no others, but {folder} {what} {min(names)}{more}"
                 )
+        if unread:
+            more = f" and {len(unread) - 3} more" if len(unread) > 3 else ""
+            log.info(
+                f"Passing over what a {type(model).__name__} does not read in {folder}: {', '.join(unread[:3])}{more}"
+            )
         self._is_trained = True
         self._adopt(model)
 
@@ -244,6 +262,20 @@ class PretrainedLanguageModel(Pretrained, ABC):
             dtype = next(self.model.parameters()).dtype
             return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
+
+
+def _goes_unread(model: nn.Module, name: str) -> bool:
+    """Whether a tensor that a network has no place for changes nothing of what the network gives.
+
+    That is one of a head that is not there at all, beneath no numbered layer, or the mask that attention once kept.
+    """
+    modules, parts = dict(model.named_modules()), name.split(".")
+    places = [".".join(parts[:length]) for length in range(1, len(parts))]
+    new = next((number for number, place in enumerate(places) if place not in modules), None)
+    if new is not None:
+        return parts[new] in HEADS and not any(part.isdigit() for part in parts[:new])
+    is_mask = parts[-1] in ("bias", "masked_bias") and parts[-2:-1] in (["attn"], ["attention"])
+    return is_mask and not any(True for _ in modules[places[-1]].parameters(recurse=False))
 
 
 def _repeated(model: nn.Module) -> set[type]:

@@ -1,16 +1,19 @@
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.generation import generate
 from lit_llm.models.pretrained import PretrainedCausalLM
+from tests.examples import BERT
 from tests.writing import exactly
 
 SIZE = {
@@ -177,3 +180,39 @@ def test_missing_extra_and_misshapen_tensors_truncated_files_and_pickles_are_ref
     torch.save(whole, tmp_path / "pytorch_model.bin")
     with pytest.raises(FileNotFoundError, match=r"; pickles are not read, save them as safetensors\Z"):
         load_model(tmp_path)
+
+
+HEADS = {
+    "BertForMaskedLM": ({**BERT, "num_hidden_layers": 1}, ["bert.pooler.dense.weight", "cls.seq_relationship.bias"]),
+    "RobertaForSequenceClassification": (
+        {**BERT, "model_type": "roberta", "num_hidden_layers": 1},
+        ["lm_head.dense.weight", "roberta.pooler.dense.weight"],
+    ),
+    "GPTNeoForCausalLM": (
+        {"model_type": "gpt_neo", "hidden_size": 16, "num_layers": 1, "num_heads": 2, "vocab_size": 20}
+        | {"attention_types": [[["global"], 1]]},
+        ["transformer.h.0.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias"],
+    ),
+}
+
+
+@pytest.mark.parametrize("architecture", HEADS)
+def test_heads_for_other_tasks_and_old_masks_are_passed_over_and_named(
+    architecture: str, tmp_path: Path, caplog
+) -> None:
+    content, extra = HEADS[architecture]
+    made = getattr(transformers, architecture)(AutoConfig.for_model(**content)).eval()
+    made.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    whole = load_file(file)
+    save_file(whole | {name: torch.ones(1) for name in extra}, file, metadata={"format": "pt"})
+    with caplog.at_level(logging.INFO, "lit_llm"):
+        network, _ = load_model(tmp_path)
+    assert all(torch.equal(tensor, network.model.state_dict()[name]) for name, tensor in made.state_dict().items())
+    line = f"Passing over what a {architecture} does not read in {tmp_path}: {', '.join(extra)}"
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("lit_llm")] == [line]
+    base = made.base_model_prefix
+    for name in (f"{base}.layers.1.pooler.weight", f"{base}.norm.weight", f"{base}.bias", "projection.weight"):
+        save_file(whole | {name: torch.ones(1)}, file, metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=rf" also has {name}\Z"):
+            load_model(tmp_path)
