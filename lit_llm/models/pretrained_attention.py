@@ -28,7 +28,7 @@ def attend_faster(model: PreTrainedModel) -> None:
 
     simple = model.config._attn_implementation == "sdpa" and not model.config.sub_configs
     simple = simple and model._can_set_attn_implementation()
-    if simple and '"sdpa"' not in inspect.getsource(sys.modules[type(model).__module__]):
+    if simple and '"sdpa"' not in inspect.getsource(sys.modules[type(model.base_model).__module__]):
         AttentionInterface.register(NAME, _attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)

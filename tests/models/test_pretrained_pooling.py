@@ -199,3 +199,11 @@ def test_a_tokeniser_without_a_separator_is_refused_where_two_texts_are_compared
     with pytest.raises(ValueError, match=exactly(message)):
         network.read_tokens_of(byte_tokenizer())
     MeanClassifier(2, config=config("bert")).read_tokens_of(byte_tokenizer())
+
+
+@torch.no_grad()
+def test_the_mean_of_an_encoder_whose_code_asks_for_attention_by_its_name_reads_no_padding() -> None:
+    size = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 20}
+    network = stirred(MeanClassifier(2, config={"model_type": "falcon", **size}))
+    ids, mask = torch.randint(4, 20, (1, 9)), (torch.arange(9) < 5).long()[None]
+    torch.testing.assert_close(network(input_ids=ids, attention_mask=mask), network(input_ids=ids[:, :5]))
