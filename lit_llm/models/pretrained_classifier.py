@@ -19,7 +19,7 @@ from lit_llm.models.pretrained_network import FullPrecision, Pretrained, answeri
 from lit_llm.shapes import shapes_only
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -202,6 +202,11 @@ class PretrainedClassifier(Pretrained):
             self.read_padding(padding)
 
     @property
+    def _of_images(self) -> PretrainedConfig:
+        """The part of the config that says what images are read; CLIP's kin have another of texts beside it."""
+        return getattr(self.config, "vision_config", self.config)
+
+    @property
     def image_shape(self) -> Shape:
         """Channels, height and width of the images it reads; of any size where it does not know places in an image.
 
@@ -209,11 +214,11 @@ class PretrainedClassifier(Pretrained):
         """
         if not self.reads_images:
             raise AttributeError("image_shape")
-        size = getattr(self.config, "image_size", None)
+        channels, size = self._of_images.num_channels, getattr(self._of_images, "image_size", None)
         if size is None or not any("position" in name for name, _ in self.model.named_parameters()):
-            return self.config.num_channels, None, None
+            return channels, None, None
         height, width = (size, size) if isinstance(size, int) else size
-        return self.config.num_channels, height, width
+        return channels, height, width
 
     def require_images(self, image_shape: Sequence[int]) -> None:
         """Refuses images of another shape; see `image_classifier.require_images`."""
@@ -236,15 +241,21 @@ class PretrainedClassifier(Pretrained):
             self.require_images(image_shape)
             return
         channels, height, width = image_shape
-        patch = getattr(self.config, "patch_size", None)
+        config = self._of_images
+        if config is not self.config and height != width:
+            raise ValueError(
+                f"data must have images as high as wide for a {kind}, but has images of {height} x {width}; set "
+                f"data.image_size to one number"
+            )
+        patch = getattr(config, "patch_size", None)
         if isinstance(patch, int) and (height % patch or width % patch):
             raise ValueError(f"patch_size must divide the images' {height} x {width}, but is {patch}")
         size = height if height == width else [height, width]
-        if (self.config.num_channels, getattr(self.config, "image_size", size)) == (channels, size):
+        if (config.num_channels, getattr(config, "image_size", size)) == (channels, size):
             return
-        self.config.num_channels = channels
-        if hasattr(self.config, "image_size"):
-            self.config.image_size = size
+        config.num_channels = channels
+        if hasattr(config, "image_size"):
+            config.image_size = size
         self._build()
 
     @classmethod

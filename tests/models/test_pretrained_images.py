@@ -22,6 +22,12 @@ KEPT = {"vit": {"first_hidden_state"}, "resnet": {"pooler_output"}, "efficientne
 kinds = pytest.mark.parametrize("kind", CONFIGS)
 
 
+def two_parts(kind: str) -> dict[str, Any]:
+    size = {name: VIT[name] for name in ("hidden_size", "intermediate_size", "num_attention_heads")}
+    of_texts = {**size, "num_hidden_layers": 1, "vocab_size": 20}
+    return {"model_type": kind, "vision_config": {**of_texts, "patch_size": 4}, "text_config": of_texts}
+
+
 def made(kind: str, shape: tuple[int, int, int] = (1, 8, 8)) -> PretrainedClassifier:
     network = PretrainedClassifier(3, config=CONFIGS[kind])
     network.read_images_of(shape)
@@ -100,9 +106,28 @@ def test_weights_that_know_no_places_read_images_of_any_size(tmp_path: Path) -> 
     assert network(pixel_values=torch.randn(2, 1, 30, 20)).shape == (2, 3)
 
 
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_the_images_of_a_network_that_was_trained_on_texts_too_are_those_of_its_part_for_them(kind, tmp_path) -> None:
+    network = PretrainedClassifier(3, config=two_parts(kind))
+    network.read_images_of((1, 8, 8))
+    assert network(pixel_values=torch.randn(2, 1, 8, 8)).shape == (2, 3)
+    save_model(tmp_path, network)
+    again = PretrainedClassifier(3, str(tmp_path))
+    again.read_images_of((1, 8, 8))
+    assert again.image_shape == load_model(tmp_path)[0].image_shape == (1, 8, 8)
+    with pytest.raises(ValueError, match="data must have images of 1 channel of 8 x 8"):
+        again.read_images_of((3, 8, 8))
+
+
 @pytest.mark.parametrize(
     ("config", "shape", "message"),
     [
+        (
+            two_parts("clip"),
+            (3, 8, 4),
+            "data must have images as high as wide for a CLIPForImageClassification, but has images of 8 x 4; set "
+            "data.image_size to one number",
+        ),
         (VIT, (1, 10, 8), "patch_size must divide the images' 10 x 8, but is 4"),
         (BERT, (1, 8, 8), "network must read images, but is a BertForSequenceClassification, which reads input_ids"),
     ],
