@@ -343,8 +343,9 @@ class PretrainedClassifier(Pretrained):
         else:
             hidden = features.get("last_hidden_state", unknown)
         pooled = features.get("pooler_output", unknown)
-        if self._learning_pooler is not None:
-            pooled = self._learning_pooler(hidden)
+        if (pooler := self._learning_pooler) is not None:
+            alone = type(pooler) is nn.Linear  # ALBERT's, which is no layer of several
+            pooled = self.model.base_model.pooler_activation(pooler(hidden[:, 0])) if alone else pooler(hidden)
         given = _Output(last_hidden_state=hidden, pooler_output=pooled)
         inputs = {name: tensor for name, tensor in features.items() if name not in {*given, "first_hidden_state"}}
         if not inputs:  # the head does without, but its network passes something on

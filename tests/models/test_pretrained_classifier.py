@@ -40,6 +40,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "bert": SIZE,
     "roberta": SIZE | {"type_vocab_size": 1, "pad_token_id": 1},
     "electra": SIZE | {"embedding_size": 8},
+    "albert": SIZE | {"embedding_size": 8, "num_hidden_groups": 2, "inner_group_num": 1},
     "modernbert": SIZE | {"classifier_pooling": "mean", "global_attn_every_n_layers": 2, "local_attention": 8},
     "distilbert": {"vocab_size": 37, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "pad_token_id": 0},
     "llama": SIZE | {"num_key_value_heads": 1},  # reads the last token that is no padding
@@ -166,7 +167,7 @@ def test_segments_are_read_where_the_architecture_has_them_and_no_harm_elsewhere
     segments = torch.ones(4, 9, dtype=torch.long)
     for kind in sorted(set(CONFIGS) - IMAGES):
         network, batch = awake(kind), inputs(kind)
-        reads = kind in {"bert", "electra"} or getattr(network.config, "type_vocab_size", 1) > 1
+        reads = kind in {"bert", "electra", "albert"} or getattr(network.config, "type_vocab_size", 1) > 1
         assert torch.equal(network(**batch), network(**batch, token_type_ids=segments)) != reads, kind
 
 

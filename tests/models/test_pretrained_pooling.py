@@ -41,7 +41,7 @@ def pairs() -> dict[str, torch.Tensor]:
 
 
 def hidden_of(network: PooledClassifier, encoder: str, batch: dict[str, torch.Tensor]) -> np.ndarray:
-    heard = {"token_type_ids": batch["token_type_ids"]} if encoder in ("bert", "electra") else {}
+    heard = {"token_type_ids": batch["token_type_ids"]} if encoder in ("bert", "electra", "albert") else {}
     return network.backbone(batch["input_ids"], attention_mask=batch["attention_mask"], **heard)[0].numpy()
 
 
