@@ -343,19 +343,21 @@ def _hub(
     identity: dict[str, Any],
     tables: Sequence[Path] = (),
 ) -> Corpus:
-    from datasets import get_dataset_split_names, load_dataset
+    from datasets import get_dataset_split_names, load_dataset, load_dataset_builder
     from datasets.utils.logging import set_verbosity
 
     set_verbosity(logging.CRITICAL)
+    local = Path(path).is_dir()
     try:
         splits = get_dataset_split_names(path, subset)
+        if not local:  # the commit on the hub, or without a connection the one that was loaded last
+            identity = {**identity, "revision": load_dataset_builder(path, subset).hash}
     except Exception as error:  # the library raises dozens of kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
             f"data.path must be a file, a folder, a hub data set or one of {', '.join(rows.embedded)}, "
             f"but is {path!r} (subset {subset!r}): {reason}"
         ) from error
-    local = Path(path).is_dir()
 
     def load_split(split: str, stream: bool) -> Any:
         return load_dataset(path, subset, split=split, streaming=stream, **_reading(tables, rows))

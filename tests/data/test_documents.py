@@ -1,10 +1,12 @@
 import gzip
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from datasets import Dataset, DatasetInfo, SplitDict, SplitInfo
 
 from lit_llm.data.corpora import stdlib_prose
 from lit_llm.data.documents import Corpus, mixture, open_corpus
@@ -317,6 +319,26 @@ NOT_THERE = (
 def test_a_missing_path_is_named(path: str) -> None:
     with pytest.raises(FileNotFoundError, match=exactly(NOT_THERE.format(path))):
         open_corpus(path)
+
+
+def test_a_hub_data_set_that_has_changed_is_another_corpus(tmp_path: Path, monkeypatch) -> None:
+    """As it lies in the library's cache, which is asked where there is no connection."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    identities = []
+    for number, revision in enumerate(("1a" * 20, "2b" * 20)):
+        folder = tmp_path / "me___corpus/default/0.0.0" / revision
+        folder.mkdir(parents=True)
+        rows = Dataset.from_dict({"text": [f"version {revision}"]})
+        rows.save_to_disk(tmp_path / revision)
+        shutil.copy(next((tmp_path / revision).glob("*.arrow")), folder / "corpus-train.arrow")
+        splits = SplitDict({"train": SplitInfo("train", num_examples=1, dataset_name="corpus")})
+        names = {"builder_name": "parquet", "dataset_name": "corpus", "config_name": "default", "version": "0.0.0"}
+        DatasetInfo(features=rows.features, splits=splits, **names).write_to_directory(folder)
+        os.utime(folder, (number, number))
+        corpus = open_corpus("me/corpus")
+        identities.append(corpus.identity)
+        assert [document.text for document in corpus.read()] == [f"version {revision}"]
+    assert open_corpus("me/corpus").identity == identities[1] != identities[0]
 
 
 def test_a_name_that_is_not_on_the_hub_is_said_with_the_reason() -> None:
