@@ -347,11 +347,11 @@ def _hub(
     from datasets.utils.logging import set_verbosity
 
     set_verbosity(logging.CRITICAL)
-    local = Path(path).is_dir()
+    local, place = Path(path).expanduser().is_dir(), str(Path(path).expanduser())
     try:
-        splits = get_dataset_split_names(path, subset)
+        splits = get_dataset_split_names(place, subset)
         if not local:  # the commit on the hub, or without a connection the one that was loaded last
-            identity = {**identity, "revision": load_dataset_builder(path, subset).hash}
+            identity = {**identity, "revision": load_dataset_builder(place, subset).hash}
     except Exception as error:  # the library raises dozens of kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
@@ -360,7 +360,7 @@ def _hub(
         ) from error
 
     def load_split(split: str, stream: bool) -> Any:
-        return load_dataset(path, subset, split=split, streaming=stream, **_reading(tables, rows))
+        return load_dataset(place, subset, split=split, streaming=stream, **_reading(tables, rows))
 
     def read(limit: int | None = None) -> Iterator[Document]:
         # Evaluation first: where a text stands in two splits, it is the one in training that goes.

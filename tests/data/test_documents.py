@@ -341,6 +341,15 @@ def test_a_hub_data_set_that_has_changed_is_another_corpus(tmp_path: Path, monke
     assert open_corpus("me/corpus").identity == identities[1] != identities[0]
 
 
+def test_a_folder_in_hub_layout_may_be_beneath_the_home(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    hub_layout(tmp_path / "mine")
+    files = [{"split": "train", "path": "data/train-*"}]
+    card = json.dumps([{"config_name": "default", "data_files": files}])
+    (tmp_path / "mine" / "README.md").write_text(f"---\nconfigs: {card}\n---\n")
+    assert read("~/mine") == TEXTS[:2]
+
+
 def test_a_name_that_is_not_on_the_hub_is_said_with_the_reason() -> None:
     with pytest.raises(FileNotFoundError) as caught:
         open_corpus("nobody/nothing-of-the-kind")
