@@ -19,28 +19,44 @@ def json_lines(file: Path) -> Iterator[dict[str, Any]]:
     Raises:
         ValueError: When a line is no JSON, or no row, or holds half a character; or when the file is not UTF-8.
     """
-    with file.open(encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            place = f"line {number} of {file.name}"
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as wrong:
-                what = f"{wrong.msg.removesuffix(' at')} at character {wrong.pos + 1}"
-                raise ValueError(f"a line must be JSON, but {place} is not ({what})") from None
-            if not isinstance(row, dict):
-                raise ValueError(f"a line must be a row, but {place} is {line.strip():.60}")
-            if "\\u" in line and HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False)):
-                raise ValueError(f"a text must be of whole characters, but {place} holds one half of a surrogate pair")
-            yield row
+    for number, line in enumerate(_utf8_lines(file), 1):
+        if not line.strip():
+            continue
+        place = f"line {number} of {file.name}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as wrong:
+            what = f"{wrong.msg.removesuffix(' at')} at character {wrong.pos + 1}"
+            raise ValueError(f"a line must be JSON, but {place} is not ({what})") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"a line must be a row, but {place} is {line.strip():.60}")
+        if "\\u" in line and HALF_CHARACTER.search(json.dumps(row, ensure_ascii=False)):
+            raise ValueError(f"a text must be of whole characters, but {place} holds one half of a surrogate pair")
+        yield row
+
+
+def _utf8_lines(file: Path) -> Iterator[str]:
+    try:
+        with file.open(encoding="utf-8-sig") as lines:
+            yield from lines
+    except UnicodeDecodeError as wrong:
+        raise ValueError(
+            f"JSON must be UTF-8 text, but {file.name} has byte 0x{wrong.object[wrong.start]:02x} where it is not; "
+            f"convert it, for example with `iconv -f latin1 -t utf-8`"
+        ) from None
 
 
 def is_in_lines(file: Path) -> bool:
-    """Whether a file of JSON begins with a line that is a row, or is empty."""
+    """Whether a file of JSON begins with a line that is a row, or is empty.
+
+    Raises:
+        ValueError: When it is not UTF-8: other readers would hand on what cannot be read later.
+    """
     try:
         next(json_lines(file), None)
-    except ValueError:
+    except ValueError as error:
+        if isinstance(error.__context__, UnicodeDecodeError):
+            raise
         return False
     return True
 

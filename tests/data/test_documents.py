@@ -417,6 +417,8 @@ def test_a_table_that_cannot_be_read_is_named_in_one_line(tmp_path: Path, name: 
         "broken.jsonl": "a line must be JSON, but line 2 of broken.jsonl is not (Expecting value at character 11)",
         "broken.json": "a line must be JSON, but line 2 of broken.json is not (Expecting value at character 11)",
         "number.jsonl": "a line must be a row, but line 2 of number.jsonl is 12",
+        "latin.jsonl": "JSON must be UTF-8 text, but latin.jsonl has byte 0xe9 where it is not; convert it, for example "
+        "with `iconv -f latin1 -t utf-8`",
         "half.jsonl": "a text must be of whole characters, but line 1 of half.jsonl holds one half of a surrogate pair",
     }
     assert str(caught.value).endswith(reasons.get(name, ""))

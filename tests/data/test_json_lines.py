@@ -4,6 +4,8 @@ from pathlib import Path
 import pytest
 
 from lit_llm.data.documents import open_corpus
+from lit_llm.data.tables import open_table
+from tests.writing import exactly
 
 
 def read(path: Path) -> list[str]:
@@ -39,3 +41,17 @@ def test_json_that_is_not_in_lines_is_read_too(tmp_path: Path, content: str) -> 
     for name in ("a.json", "a.jsonl"):
         (tmp_path / name).write_text(content)
         assert read(tmp_path / name) == ["a", "b"]
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+@pytest.mark.parametrize("before", [0, 3000])
+def test_json_that_is_not_utf8_is_refused_in_one_line_wherever_it_is_read(tmp_path: Path, suffix, before) -> None:
+    path = tmp_path / f"table{suffix}"
+    path.write_bytes(b'{"text": "cafe"}\n' * before + '{"text": "café"}\n'.encode("cp1252"))
+    message = (
+        f"data.path must be a table that can be read, but {path} is not: JSON must be UTF-8 text, but {path.name} has "
+        f"byte 0xe9 where it is not; convert it, for example with `iconv -f latin1 -t utf-8`"
+    )
+    for reading in (read, lambda path: open_table(str(path))):
+        with pytest.raises(ValueError, match=exactly(message)):
+            reading(path)
