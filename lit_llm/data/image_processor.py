@@ -53,8 +53,13 @@ class ImageProcessor:
         """From what transformers keeps; how an image is brought to its size is not asked for.
 
         Raises:
-            ValueError: When it says no size.
+            ValueError: When it says no size, or wants the channels in another order.
         """
+        if config.get("do_flip_channel_order"):
+            raise ValueError(
+                "do_flip_channel_order must be false in preprocessor_config.json, as images are read as RGB, but is "
+                "true; reverse the channels that the network's first weights read, and set it to false"
+            )
         size = (config.get("do_center_crop") and config.get("crop_size")) or config.get("size")
         if isinstance(size, dict):
             edge = size.get("shortest_edge")

@@ -1,6 +1,7 @@
 import pytest
 
 from lit_llm.data.image_processor import ImageProcessor
+from tests.writing import exactly
 
 HALF = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3}
 
@@ -44,3 +45,13 @@ def test_normalisation_comes_to_the_same_however_it_is_written(config) -> None:
 def test_a_config_without_a_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"^preprocessor_config.json must say a size in pixels, but says None$"):
         ImageProcessor.from_hf(HALF)
+
+
+def test_channels_in_another_order_are_refused() -> None:
+    message = (
+        "do_flip_channel_order must be false in preprocessor_config.json, as images are read as RGB, but is true; "
+        "reverse the channels that the network's first weights read, and set it to false"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        ImageProcessor.from_hf(HALF | {"size": 8, "do_flip_channel_order": True})
+    assert ImageProcessor.from_hf(HALF | {"size": 8, "do_flip_channel_order": False}).shape == (3, 8, 8)
