@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from lit_llm.data.cache import cache_folder, cache_name
-from lit_llm.data.tokenizer import training_of
+from lit_llm.data.tokenizer import training_of, write_tokenizer_files
 from lit_llm.files import replacing
 
 NOT_OF_TEXTS = {"batch_size", "seq_len", "mask_documents"}
@@ -76,7 +76,5 @@ def complete_tokenizer(options: Any, run: Path, checkpoint: dict[str, Any]) -> N
     folder = cache_folder() / "tokenizers" / cache_name(files=files)
     if not (folder / "tokenizer.json").is_file():
         with replacing(folder) as new:
-            new.mkdir()
-            for name, text in files.items():
-                (new / Path(name).name).write_text(text, encoding="utf-8")
+            write_tokenizer_files(files, new)
     options["tokenizer"] = str(folder)
