@@ -207,7 +207,8 @@ def _from_directory(folder: Path) -> Model:
         read_weights(network, folder)
     replay(network, records)
     recipe = {**class_path(kind), "init_args": {n: plain(v) for n, v in arguments.items()}, "size": size}
-    has_tokenizer = (folder / "tokenizer.json").is_file()
+    older = ("vocab.json", "merges.txt")  # of which transformers makes the same
+    has_tokenizer = any(all((folder / n).is_file() for n in names) for names in (("tokenizer.json",), older))
     return Model(network, open_tokenizer(folder) if has_tokenizer else None, recipe, folder)
 
 

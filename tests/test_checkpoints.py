@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer
 
 from lit_llm.checkpoint_files import AtomicCheckpointIO
 from lit_llm.checkpoints import load_model, read_image_processor, save_model
-from lit_llm.data.tokenizer import byte_tokenizer, fingerprint
+from lit_llm.data.tokenizer import byte_tokenizer, fingerprint, train_bpe
 from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT
@@ -48,6 +48,19 @@ def test_a_model_comes_with_its_tokenizer_and_card(model: Path) -> None:
     assert (model / "README.md").read_text() == "# Card\n"
     config = json.loads((model / "config.json").read_text())
     assert {config[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {0}
+
+
+def test_a_model_in_older_form_comes_with_its_tokenizer_too(tiny_gpt2, tmp_path: Path) -> None:
+    tokenizer = train_bpe(["some words, some more"] * 3, 300)
+    save_model(tmp_path, tiny_gpt2(vocab_size=len(tokenizer)), tokenizer)
+    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
+    assert load_model(tmp_path)[1] is None
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
+    assert load_model(tmp_path)[1].encode("some more words") == tokenizer.encode("some more words")
 
 
 def test_a_name_on_the_hub_stands_for_the_model_there(model: Path, monkeypatch) -> None:
