@@ -23,10 +23,10 @@ from lit_llm.compression.importance import column_squares, per_example, surprise
 from lit_llm.compression.integers import QuantizedConvolution
 from lit_llm.compression.patterns import chosen_layers
 from lit_llm.compression.surgery import (
+    keep_listed,
     keep_units,
     linear_of,
     list_of_blocks,
-    owners,
     require_described,
     set_size,
     size_of,
@@ -128,7 +128,7 @@ class _OfBlocks(Structured):
                 keep_units(layer, rows=torch.cat(places))
             keep_units(linear_of(block, place[1]), columns=_spread(stay, width))
         self.resize(network, len(kept[0]))
-        require_described(network)
+        require_described(network, batches)
         return {"kept": kept, "of": len(score)}
 
     def _squares(self, block: nn.Module, place: tuple[tuple[str, ...], str, int, dict[str, int]]) -> Tensor:
@@ -251,10 +251,8 @@ class Blocks(Structured):
                 if vars(module).get("layer_idx") == old:
                     module.layer_idx = index
         set_size(network, NUM_BLOCKS, len(stay))
-        for owner in owners(network)[1:]:
-            if isinstance(getattr(owner, "layer_types", None), list):
-                owner.layer_types = [owner.layer_types[old] for old in stay]
-        require_described(network)
+        keep_listed(network, stay, len(scores))
+        require_described(network, batches)
         return {"kept": stay, "of": len(scores)}
 
     def _scores(self, blocks: nn.ModuleList, network: nn.Module, batches: list[Batch]) -> Tensor:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lit_llm.compression.compression import records_of, replay
+from lit_llm.compression.calibration import answer, evaluating
+from lit_llm.compression.compression import Batch, records_of, replay
 from lit_llm.models.block import Block
+
+NOT_OF_BLOCKS = ("architectures", "eos_token_id", "image_size", "patch_size")
+"""Lists of a config that say nothing of each block, however long they are."""
 
 
 def list_of_blocks(network: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -57,6 +62,14 @@ def set_size(network: nn.Module, names: tuple[str, ...], size: int) -> None:
                 setattr(owner, name, size)
 
 
+def keep_listed(network: nn.Module, stay: list[int], num: int) -> None:
+    """Keeps the entries of some of `num` blocks in each list of its config that has one for each."""
+    for owner in owners(network)[1:]:
+        for name, value in list(vars(owner).items()):
+            if isinstance(value, list) and len(value) == num and name not in NOT_OF_BLOCKS:
+                setattr(owner, name, [value[index] for index in stay])
+
+
 @torch.no_grad()
 def keep_units(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
     """Keeps some outputs, or inputs, of a layer."""
@@ -70,8 +83,12 @@ def keep_units(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | N
     layer.weight = nn.Parameter(weight.clone(), layer.weight.requires_grad)
 
 
-def require_described(network: nn.Module) -> None:
-    """Sees that the network is what its config now describes: else no directory of it could be read."""
+@torch.no_grad()
+def require_described(network: nn.Module, batches: Sequence[Batch] = ()) -> None:
+    """Sees that the network is what its config now describes: else no directory of it could be read.
+
+    Where there are batches, that one with the same weights has to answer the first of them alike too.
+    """
     with torch.device("meta"):
         again = replay(type(network).from_hf_config(network.to_hf_config()), records_of(network))
     shapes, expected = ({n: tuple(p.shape) for n, p in made.named_parameters()} for made in (network, again))
@@ -80,4 +97,18 @@ def require_described(network: nn.Module) -> None:
         raise ValueError(
             f"network must still be one that its config can describe, but of a {type(network).__name__} {name} is "
             f"{shapes.get(name, 'absent')} where that says {expected.get(name, 'absent')}"
+        )
+    if not batches:
+        return
+    again.load_state_dict(network.state_dict(), assign=True)
+    for name, buffer in network.named_buffers():  # those too that are in no checkpoint
+        place, _, own = name.rpartition(".")
+        again.get_submodule(place)._buffers[own] = buffer
+    with evaluating(network), evaluating(again):
+        said, expected = (answer(made, batches[0]).float() for made in (network, again))
+    apart, most = float((said - expected).abs().max()), float(said.abs().max())
+    if apart > 0.01 * most:
+        raise ValueError(
+            f"network must still be one that its config can describe, but a {type(network).__name__} made from that "
+            f"answers otherwise by {apart:.2g} of {most:.2g}"
         )

@@ -29,6 +29,8 @@ MODERNBERT = {
     "global_attn_every_n_layers": 3,
     "max_position_embeddings": 32,
 }
+SMOLLM3 = MISTRAL | {"model_type": "smollm3", "num_hidden_layers": 4, "no_rope_layers": [1, 1, 0, 1]}
+SMOLLM3 |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": [1, 2, 3, 4]}
 DISTILBERT = {"model_type": "distilbert", "vocab_size": 20, "dim": 16, "hidden_dim": 24, "n_layers": 3, "n_heads": 2}
 
 
@@ -169,6 +171,31 @@ def test_decoders_of_transformers_shrink_too() -> None:
     again = PretrainedCausalLM(37, config=network.to_hf_config()).eval()
     again.load_state_dict(network.state_dict())
     assert torch.equal(again(**read(batch)), network(**read(batch)))
+
+
+@pytest.mark.parametrize("importance", ["magnitude", "activation"])
+def test_what_a_config_lists_of_each_block_goes_with_the_block(tmp_path, importance: str) -> None:
+    network, batch = PretrainedCausalLM(37, config=SMOLLM3).eval(), tokens()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.copy_(torch.randn_like(p) * 0.2 + (p.ndim == 1))
+        network.model.model.layers[1].self_attn.o_proj.weight.zero_()
+        network.model.model.layers[1].mlp.down_proj.weight.zero_()
+    assert Blocks(sparsity=0.25, importance=importance).apply(network, [batch])["kept"] == [0, 2, 3]
+    assert network.to_hf_config()["no_rope_layers"] == [1, 0, 1]
+    assert network.to_hf_config()["eos_token_id"] == [1, 2, 3, 4]
+    save_model(tmp_path / "model", network)
+    again, _ = load_model(tmp_path / "model")
+    torch.testing.assert_close(again(**read(batch)), network(**read(batch)), atol=1e-6, rtol=1e-6)
+
+
+def test_a_network_that_answers_otherwise_than_its_config_says_is_refused(tiny_llama) -> None:
+    for method in (Blocks(0.25), Neurons(importance="activation")):
+        network = tiny_llama(num_layers=4)
+        network.layers[0].input_layernorm.eps = 10.0
+        message = r"^network must still be one that its config can describe, but a Llama made from that answers otherw"
+        with pytest.raises(ValueError, match=message):
+            method.apply(network, [tokens()])
 
 
 def test_a_smaller_llama_is_one_that_transformers_opens(tiny_llama, tmp_path) -> None:
