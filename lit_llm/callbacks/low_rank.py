@@ -20,7 +20,8 @@ class LowRank(Callback):
     """Factorises matrices once, at a given step, and continues training: the rest of the run is the recovery.
 
     A checkpoint says what was factorised, so a resumed run goes on as if never cut. Validations from before do not
-    count as the best. What the optimiser remembers of the other parameters stays; the factors begin anew.
+    count as the best. What the optimiser remembers of the other parameters stays; the factors begin anew, and those of
+    layers that learn nothing learn nothing.
 
     Args:
         method: How matrices are factorised.
@@ -71,9 +72,13 @@ class LowRank(Callback):
             return
         batches = calibration_batches(trainer, self.num_batches) if self.method.needs_batches else []
         before = sum(p.numel() for p in pl_module.network.parameters())
+        groups = trainer.optimizers[0].param_groups
+        waiting = [group for group in groups if not any(p.requires_grad for p in group["params"])]
+        _let_learn(waiting, True)  # factors are to be in the groups whose turn comes later, too
         self.method.apply(pl_module.network, batches)
         after = sum(p.numel() for p in pl_module.network.parameters())
         give_new_parameters(trainer.optimizers[0], pl_module.configure_optimizers()["optimizer"])
+        _let_learn(waiting, False)
         self.finished = True
         begin_anew(trainer, pl_module)
         log.info(f"Factorised: {after:,} parameters instead of {before:,}")
@@ -85,6 +90,12 @@ class LowRank(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there."""
         self.finished = state_dict["finished"]
+
+
+def _let_learn(groups: list[dict[str, Any]], learn: bool) -> None:
+    for group in groups:
+        for p in group["params"]:
+            p.requires_grad_(learn)
 
 
 def give_new_parameters(optimizer: Optimizer, fresh: Optimizer) -> None:

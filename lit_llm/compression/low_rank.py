@@ -77,7 +77,8 @@ def matrix(layer: nn.Module) -> Float[Tensor, "outputs inputs"]:
 def factorized(layer: nn.Module, rank: int) -> nn.Sequential:
     """Two layers of a layer's kind that go through `rank` numbers; their weights are yet to be filled in.
 
-    Of a convolution the first keeps the kernel and where it looks; the second is a convolution of 1 × 1.
+    Of a convolution the first keeps the kernel and where it looks; the second is a convolution of 1 × 1. They learn
+    where the layer does.
     """
 
     def make(*sizes: Any, **options: Any) -> nn.Module:  # without a draw, which would shift what a run draws next
@@ -90,6 +91,10 @@ def factorized(layer: nn.Module, rank: int) -> nn.Sequential:
     else:
         looks = {name: getattr(layer, name) for name in ("kernel_size", "stride", "padding", "dilation")}
         pair = make(layer.in_channels, rank, bias=False, **looks), make(rank, layer.out_channels, 1, bias=bias)
+    for made in pair:
+        made.weight.requires_grad_(layer.weight.requires_grad)
+    if bias:
+        pair[1].bias.requires_grad_(layer.bias.requires_grad)
     return nn.Sequential(*pair).train(layer.training)
 
 

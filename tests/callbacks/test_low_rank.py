@@ -85,6 +85,26 @@ def test_an_optimiser_remembers_what_it_knows_of_the_parameters_that_stay():
     assert float(before["step"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("adaptation", "options", "blocks"),
+    [("FrozenLayers", {"num_layers": 1}, 1), ("FrozenLayers", {"num_layers": 2}, 0), ("GradualUnfreezing", {}, 2)],
+)
+def test_factors_learn_where_and_when_the_matrices_would(lit_llm, tiny, overlay, tmp_path, adaptation, options, blocks):
+    content = yaml.safe_load((tmp_path / "overlay.yaml").read_text())
+    init_args = content["trainer"]["callbacks+"][0]["init_args"]
+    init_args |= {"start": 0.2, "method": {"class_path": "lit_llm.compression.low_rank.SVD", "init_args": {"rank": 2}}}
+    how = {"class_path": f"lit_llm.adaptation.{adaptation}", "init_args": options}
+    content["model"] = {"init_args": {"adaptation": how}}
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(content))
+    words = [*tiny, *overlay, "--model.network.num_layers", 2, "--test_after_fit", "false"]
+    outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    stored = read_checkpoint(tmp_path / "run/checkpoints/last.ckpt")["optimizer_states"][0]
+    matrices = [i for group in stored["param_groups"] if group["role"] == "matrices" for i in group["params"]]
+    assert len(matrices) == blocks * 7 * 2
+    assert stored["state"].keys() >= set(matrices)
+
+
 def test_adapters_beside_factors_are_refused(lit_llm, tiny, overlay, tmp_path):
     outcome = lit_llm(
         "fit", *tiny, *overlay, "--model.adaptation", "lit_llm.adaptation.LoRA", "--run_dir", tmp_path / "run"

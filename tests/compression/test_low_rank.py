@@ -34,6 +34,14 @@ def test_the_error_of_a_weight_is_the_tail_of_its_singular_values(rank: int) -> 
     assert torch.equal(made[1].bias, layer.bias)
 
 
+def test_factors_and_bias_learn_where_the_layer_does() -> None:
+    layer = nn.Linear(12, 8)
+    layer.weight.requires_grad_(False)
+    assert [p.requires_grad for p in factorize(layer, svd(layer.weight), 3).parameters()] == [False, False, True]
+    layer.requires_grad_(True).bias.requires_grad_(False)
+    assert [p.requires_grad for p in factorize(layer, svd(layer.weight), 3).parameters()] == [True, True, False]
+
+
 @pytest.mark.parametrize("rank", [1, 3, 7])
 def test_the_error_of_an_output_is_the_tail_of_the_whitened_singular_values(rank: int) -> None:
     layer, x = nn.Linear(12, 8), skewed()
