@@ -113,7 +113,7 @@ class _Search:
         from optuna.trial import Trial, TrialState
 
         if self.plan.method == "grid":
-            self._queue_the_grid(number)
+            number = self._queue_the_grid(number)
         cut = []
         for trial in (Trial(self.study, trial._trial_id) for trial in self.trials("RUNNING")):
             if "stopped" in trial.user_attrs:  # it fell behind, and the sweep ended before it did
@@ -158,10 +158,24 @@ class _Search:
         """The keys that are not the same in all trials."""
         return {parameter.key for parameter in self.plan.parameters if not isinstance(parameter, Constant)}
 
-    def _queue_the_grid(self, number: int) -> None:
-        drawn = self._drawn()
-        for point in list(self.plan.grid())[len(self.trials()) : number]:
-            self.study.enqueue_trial({key: label(value) for key, value in point.items() if key in drawn})
+    def _queue_the_grid(self, number: int) -> int:
+        """Queues points that no trial has, until so many have one; gives how many trials that makes with all others."""
+        drawn, others = self._drawn(), 0
+
+        def labels(settings: dict[str, Any]) -> dict[str, Any]:
+            return {key: label(value) for key, value in settings.items() if key in drawn}
+
+        points = [labels(point) for point in self.plan.grid()]
+        left = list(points)
+        for trial in self.trials():  # another method may have drawn some of them, and some twice
+            point = labels(trial.user_attrs.get("settings") or trial.system_attrs.get("fixed_params", {}))
+            if point in left:
+                left.remove(point)
+            else:
+                others += 1
+        for point in left[: max(0, number - len(points) + len(left))]:
+            self.study.enqueue_trial(point)
+        return number + others
 
     def _next(self) -> Any:
         """A new trial. Its sampler's seed is its number: what is drawn after an interruption is drawn for once."""

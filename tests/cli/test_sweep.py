@@ -174,6 +174,16 @@ def test_a_larger_number_goes_on_and_the_same_number_trains_nothing(sweep, tmp_p
     assert found == [("1e-3", "1"), ("1e-3", "2"), ("0.01", "1"), ("0.01", "2")]
 
 
+def test_a_grid_lacks_no_point_after_another_method_drew_some(sweep, tmp_path, started):
+    values = {"model.optimizer.lr": {"values": ["0.01", "0.02", "0.03"]}}
+    assert sweep(3, method="random", parameters=values).code == 0
+    assert [row["model.optimizer.lr"] for row in rows(tmp_path)] == ["0.03", "0.02", "0.03"]
+    for _ in range(2):
+        assert sweep(None, method="grid", parameters=values).code == 0
+        assert [row["model.optimizer.lr"] for row in rows(tmp_path)] == ["0.03", "0.02", "0.03", "0.01"]
+    assert len(started) == 4
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["random", "bayes"])
 def test_what_is_drawn_does_not_depend_on_an_interruption(sweep, tmp_path, started, method):
