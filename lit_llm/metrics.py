@@ -222,7 +222,7 @@ def classification_metrics(num_classes: int) -> MetricCollection:
         "recall": Recall(**each),
         "f1": F1Score(**each),
         "mcc": Matthews(num_classes, validate_args=False),
-        "loss": MeanMetric(),
+        "loss": MeanMetric(nan_strategy="disable"),  # else examples without a loss would be left out
     }
     return MetricCollection(metrics).set_dtype(_wide())
 

@@ -122,6 +122,12 @@ def test_always_the_same_class_has_no_correlation() -> None:
     assert found.compute()["mcc"] == 0
 
 
+def test_the_loss_of_classes_is_no_number_where_that_of_an_example_is_none() -> None:
+    found, classes = classification_metrics(3), torch.arange(3)
+    found.update(preds=classes, target=classes, value=torch.tensor([0.1, math.nan, 0.1]))
+    assert found.compute()["loss"].isnan()
+
+
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_regression_is_scipys_of_the_whole_split(size: int) -> None:
     target = torch.randint(11, (200,)) / 2
