@@ -168,6 +168,6 @@ def row_keys(batch: Mapping[str, Any]) -> list[bytes]:
             if mask is not None and tensor.shape == mask.shape:
                 part = part[mask[row].bool()]
             digest.update(f"{name}{tuple(part.shape)}".encode())
-            digest.update(part.contiguous().numpy().tobytes())
+            digest.update(part.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         keys.append(digest.digest())
     return keys

@@ -4,7 +4,7 @@ import torch
 
 from lit_llm.checkpoints import save_model
 from lit_llm.objectives.divergences import Taught
-from lit_llm.objectives.teacher import Teacher, TeacherCache
+from lit_llm.objectives.teacher import Teacher, TeacherCache, row_keys
 
 
 def test_rows_of_several_lengths_are_kept_side_by_side(tmp_path, tiny_llama, monkeypatch) -> None:
@@ -23,3 +23,10 @@ def test_rows_of_several_lengths_are_kept_side_by_side(tmp_path, tiny_llama, mon
             found = reader.read(batch)
             assert torch.equal(found.index, taught.top(4).index)
             assert torch.equal(found.log_p, before.log_p)
+
+
+def test_images_in_half_precision_have_keys_too() -> None:
+    images = torch.randn(3, 1, 4, 4).bfloat16()
+    first, second, third = row_keys({"pixel_values": images})
+    assert len({first, second, third}) == 3
+    assert row_keys({"pixel_values": images[1:]}) == [second, third]
