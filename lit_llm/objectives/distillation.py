@@ -135,6 +135,11 @@ class Distillation(Objective):
         super().configure_model()  # (an average begins as the network at the first step, whatever that takes over here)
         if self._held or not self._fits:
             return
+        if self.attention_weight and getattr(self.network, "activation_checkpointing", None):
+            raise ValueError(
+                f"model.attention_weight must be 0 where blocks are computed again in the backward pass, but is "
+                f"{self.attention_weight}; set model.network.activation_checkpointing to false"
+            )
         teacher = Teacher(self.teacher_path, self.teacher_precision)
         data = self.trainer.datamodule
         teacher.require(self.network, self.size_name, self.hparams[self.size_name], getattr(data, "tokenizer", None))

@@ -18,6 +18,7 @@ from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.distillation import CausalLMDistillation, ClassificationDistillation, MaskedLMDistillation
 from lit_llm.objectives.divergences import ReverseKL
 from tests.examples import BERT, Examples, example, together
+from tests.writing import exactly
 
 SMALL = {"d_model": 16, "num_layers": 1, "num_heads": 4, "max_seq_len": 64}
 
@@ -200,6 +201,21 @@ def test_what_inside_cannot_be_compared_is_refused(bert, tmp_path):
         trainer(tmp_path).fit(made, datamodule=Examples())
     with pytest.raises(ValueError, match=r"^model.cache_top_k must be None with hidden_weight"):
         student(bert, hidden_weight=1.0, cache_top_k=3)
+
+
+def test_attention_of_blocks_that_are_computed_again_is_not_compared(llama, tmp_path):
+    made = CausalLMDistillation(
+        functools.partial(Llama, **SMALL, activation_checkpointing=True),
+        **{"vocab_size": 257, "teacher": str(llama), "attention_weight": 0.5},
+    )
+    made.trainer = trainer(tmp_path)
+    made.trainer.state.fn = "fit"
+    message = (
+        "model.attention_weight must be 0 where blocks are computed again in the backward pass, but is 0.5; set "
+        "model.network.activation_checkpointing to false"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        made.configure_model()
 
 
 def test_a_teacher_of_another_task_other_classes_or_another_tokeniser_is_refused(bert, llama, tmp_path, lit_llm, tiny):
