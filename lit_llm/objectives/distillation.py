@@ -166,7 +166,7 @@ class Distillation(Objective):
     def _make_projections(self) -> None:
         """One for each block of the student, as wide as the two turn out to be on a batch; they begin by passing on."""
         source: TRAIN_DATALOADERS = self.trainer.fit_loop._data_source.dataloader()
-        batch = next(iter(source))
+        batch = self.trainer.precision_plugin.convert_input(next(iter(source)))
         with evaluating(self.network), tapping(self.network) as student, tapping(self.teacher.network) as taught:
             answer(self.network, batch), answer(self.teacher.network, batch)
         for index, layer in enumerate(self._map):

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import inputs
@@ -27,6 +28,8 @@ log = logging.getLogger(__name__)
 class Teacher:
     """A trained network in evaluation mode that learns nothing; no part of the module that holds it.
 
+    Its weights are in 32 bits, and so are the images that it reads, whatever the student's are.
+
     Args:
         path: A model directory, a run folder, a checkpoint file or a name on the hub.
         precision: What it computes in: `32-true`, or `bf16-mixed`.
@@ -34,9 +37,11 @@ class Teacher:
 
     def __init__(self, path: str, precision: str) -> None:
         self.path, self.precision = path, precision
-        model = read_model(path)
+        with _in_32_bits():
+            model = read_model(path)
         self.network, self.tokenizer, self.size = model.network, model.tokenizer, model.recipe["size"]
         self.network.requires_grad_(False)
+        self.network.register_forward_pre_hook(_widen, with_kwargs=True)
 
     def require(self, student: nn.Module, size_name: str, size: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Refuses a student that means something else by its numbers.
@@ -71,7 +76,8 @@ class Teacher:
     def asked(self) -> Iterator[nn.Module]:
         """The network, without gradients and in its precision."""
         device = next(self.network.parameters()).device.type
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
+        low = torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16-mixed")
+        with torch.no_grad(), _in_32_bits(), low:
             yield self.network
 
     def fingerprint(self) -> str:
@@ -81,6 +87,21 @@ class Teacher:
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
+
+
+@contextmanager
+def _in_32_bits() -> Iterator[None]:
+    """Where a trainer would have all that is made in its own precision."""
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(usual)
+
+
+def _widen(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs))
 
 
 class TeacherCache:

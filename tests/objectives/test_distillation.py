@@ -18,6 +18,7 @@ from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.distillation import CausalLMDistillation, ClassificationDistillation, MaskedLMDistillation
 from lit_llm.objectives.divergences import ReverseKL
 from tests.examples import BERT, Examples, example, together
+from tests.image_batches import VIT, Images
 from tests.writing import exactly
 
 SMALL = {"d_model": 16, "num_layers": 1, "num_heads": 4, "max_seq_len": 64}
@@ -216,6 +217,21 @@ def test_attention_of_blocks_that_are_computed_again_is_not_compared(llama, tmp_
     )
     with pytest.raises(ValueError, match=exactly(message)):
         made.configure_model()
+
+
+@pytest.mark.parametrize("options", [{"cache_top_k": 2}, {"hidden_weight": 1.0}])
+def test_a_teacher_stays_in_32_bits_where_its_student_is_in_16(tmp_path, monkeypatch, options):
+    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "cache"))
+    save_model(tmp_path / "vit", PretrainedClassifier(3, config=VIT | {"image_size": 8, "num_channels": 1}))
+    made = student(tmp_path / "vit", VIT | {"image_size": 8, "num_channels": 1, "num_hidden_layers": 1}, **options)
+    seen = []
+    made.on_fit_start = lambda: made.teacher.network.register_forward_hook(
+        lambda network, args, said: seen.append((said.dtype, torch.get_default_dtype()))
+    )
+    trainer(tmp_path, precision="bf16-true").fit(made, datamodule=Images())
+    assert seen == [(torch.float32, torch.float32)] * 3
+    assert {p.dtype for p in made.teacher.network.parameters()} == {torch.float32}
+    assert {p.dtype for p in made.network.parameters()} == {torch.bfloat16}
 
 
 def test_a_teacher_of_another_task_other_classes_or_another_tokeniser_is_refused(bert, llama, tmp_path, lit_llm, tiny):
