@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,12 @@ def bytes_on_disk(folder: Path) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are alive."""
+    """Adds up the bytes of the tensors that are alive, beside some that are there all the time."""
 
-    def __init__(self) -> None:
+    def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._holders: Counter[int] = Counter()
+        self._holders = Counter(tensor.untyped_storage().data_ptr() for tensor in there)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = func(*args, **(kwargs or {}))
@@ -86,18 +86,16 @@ def peak_memory(network: nn.Module, batch: Batch) -> int:
     On an accelerator all that was allocated; on a CPU what operations gave, without their own scratch space, which does
     not depend on the machine.
     """
-    state = sum(
-        tensor.nbytes for tensor in {**dict(network.named_parameters()), **dict(network.named_buffers())}.values()
-    )
+    state = [*network.parameters(), *network.buffers()]
     device = next(iter(network.state_dict().values())).device
     with evaluating(network):
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
             answer(network, batch)
             return torch.cuda.max_memory_allocated(device)
-        with _Live() as live:
+        with _Live(state) as live:
             answer(network, batch)
-    return state + live.peak
+    return sum(tensor.nbytes for tensor in state) + live.peak
 
 
 def rows_of(batch: Batch, num_rows: int) -> dict[str, Any]:

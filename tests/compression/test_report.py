@@ -41,6 +41,11 @@ def test_memory_is_the_state_and_the_most_that_is_alive_at_once():
     assert peak_memory(network, batch) < state + 3 * wide
 
 
+def test_what_looks_at_a_weight_is_not_counted_beside_it():
+    network = nn.Sequential(nn.Linear(100, 50, bias=False))
+    assert peak_memory(network, {"input": torch.zeros(2, 100)}) == 4 * 100 * 50 + 4 * 2 * 50
+
+
 def test_speeds_are_of_one_row_and_of_thirty_two(tiny_llama):
     batch = {"input_ids": torch.randint(37, (3, 8)), "labels": torch.zeros(3, 8), "size": 3}
     assert rows_of(batch, 5)["input_ids"].tolist() == batch["input_ids"][[0, 1, 2, 0, 1]].tolist()
