@@ -245,11 +245,13 @@ class _Evaluator:
 
         headline = getattr(self._cli.datamodule, "monitor", None) or self._cli.model.monitor
         prefix = "val" if self.chain.split == "validate" else "test"
-        name = f"{prefix}/{(self.chain.metric or headline[0]).rpartition('/')[2]}"
+        chief = headline[0].rpartition("/")[2]
+        last = (self.chain.metric or chief).rpartition("/")[2]
+        name = f"{prefix}/{last}"
         if name not in found:
             known = ", ".join(sorted(found)) or "none"
             raise ValueError(f"metric must be one that is measured ({known}), but is {name}")
-        return name, "min" if falls(name) else "max"
+        return name, headline[1] if last == chief else "min" if falls(name) else "max"
 
     def _ready(self) -> Any:
         if self._cli is None:  # all was measured before: only the data are wanted

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ import yaml
 
 import lit_llm.cli.compress as command
 from lit_llm.checkpoints import load_model, save_model
+from lit_llm.cli.chain_file import Chain
 from lit_llm.compression.integers import Quantized
 from lit_llm.compression.quantization import Int8WeightOnly
 from lit_llm.compression.structured import Neurons
@@ -309,6 +312,17 @@ def test_a_metric_that_is_not_measured_is_refused_after_one_batch_and_can_be_cor
     assert outcome.code == 0, outcome.err
     report = json.loads((tmp_path / "out/report.json").read_text())
     assert [row["metric_name"] for row in report["stages"]] == ["val/loss", "val/loss"]
+
+
+@pytest.mark.parametrize(
+    ("metric", "name", "mode"),
+    [(None, "brier", "min"), ("brier", "brier", "min"), ("val/loss", "loss", "min"), ("accuracy", "accuracy", "max")],
+)
+def test_whether_less_of_the_headline_is_better_says_who_names_it(metric, name, mode):
+    evaluator = command._Evaluator(Chain([], [], "test", metric), Path("out"), Path("model"), [])
+    evaluator._cli = SimpleNamespace(datamodule=None, model=SimpleNamespace(monitor=("val/brier", "min")))
+    found = {"test/brier": 0.1, "test/loss": 0.2, "test/accuracy": 0.9}
+    assert evaluator._headline(found) == (f"test/{name}", mode)
 
 
 def test_layers_that_are_quantised_already_are_refused_before_anything_is_measured(chain, tmp_path, llama):
