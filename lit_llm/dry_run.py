@@ -63,6 +63,7 @@ class Step:
         flops: Floating-point operations of matrix products and attention, forward and backward, over the batch.
         tokens: Tokens of the batch, or its rows where the data has no tokens.
         average: Bytes of an average of the weights that is kept beside them.
+        parts: Batches, each as the one that is measured, whose gradients are added up to one step.
     """
 
     parameters: int
@@ -84,6 +85,7 @@ class Step:
     flops: int
     tokens: int
     average: int = 0
+    parts: int = 1
 
     @property
     def peak(self) -> int:
@@ -111,14 +113,15 @@ class Ledger(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.live = self.casts = 0
+        self.live = self.casts = self.apart = 0
         self.begin()
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def begin(self) -> None:
         """Counts from here: what is alive now is what there was before."""
-        self.peak = self.peak_without_gradients = self.peak_without_weights = self.live
-        self.apart = self.moved = self.operations = self.flops = 0
+        self.peak = self.live
+        self.peak_without_gradients = self.peak_without_weights = self.live - self.apart
+        self.moved = self.operations = self.flops = 0
 
     def add(self, tensor: Tensor, is_cast: bool) -> None:
         """Counts a tensor's storage, once, until nothing holds it."""
@@ -211,6 +214,7 @@ def measure_step(
     batch: Any,
     precision: str = "32-true",
     activation_checkpointing: bool | None = None,
+    parts: int = 1,
 ) -> Step:
     """Takes two steps on tensors without content and says what the second one took.
 
@@ -224,6 +228,7 @@ def measure_step(
         batch: Tensors, of which only shapes and types matter.
         precision: As the trainer names it.
         activation_checkpointing: Has the network compute its blocks again in the backward pass; `None` is as built.
+        parts: Batches of a step; where there are several, the pass is one beside the gradients of those before.
 
     Raises:
         ValueError: When the loss needs the content of a batch, or the network cannot compute its blocks again.
@@ -249,19 +254,22 @@ def measure_step(
             optimizer = make_optimizer(network)
             weights = sum(t.untyped_storage().nbytes() for t in [*network.parameters(), *network.buffers()])
             base = ledger.live
-            for p in network.parameters():
-                if p.requires_grad:
-                    p.register_post_accumulate_grad_hook(ledger.set_apart)
-            ledger.begin()
-            with torch.autocast("cpu", low, enabled=low is not None and precision.endswith("mixed")):
-                value = loss(network, batch)
-                kept, casts = ledger.live - base, ledger.casts
-            value.backward()
+            noting = [
+                p.register_post_accumulate_grad_hook(ledger.set_apart) for p in network.parameters() if p.requires_grad
+            ]
+            for _ in range(min(parts, 2)):
+                ledger.begin()
+                with torch.autocast("cpu", low, enabled=low is not None and precision.endswith("mixed")):
+                    value = loss(network, batch)
+                    kept, casts = ledger.live - base - ledger.apart, ledger.casts
+                value.backward()
+                del value
+                for handle in noting:  # what a second pass adds to gradients is no gradient more
+                    handle.remove()
             passes, flops = ledger.peak - base, ledger.flops
             without_gradients, without_weights = (
                 peak - base for peak in (ledger.peak_without_gradients, ledger.peak_without_weights)
             )
-            del value
             gradients = sum(p.grad.nbytes for p in network.parameters() if p.grad is not None)
             optimizer.step()
             state = sum(
@@ -304,4 +312,5 @@ def measure_step(
         operations=operations,
         flops=flops,
         tokens=tokens,
+        parts=parts,
     )

@@ -163,12 +163,12 @@ def traffic(step: Step, strategy: str, devices: int) -> int | float:
     """Bytes that each device sends in a step.
 
     A ring's all-reduce of the gradients sends them about twice, and so do `zero1` and `zero2` in two halves; `fsdp`
-    gathers the weights for both passes and scatters the gradients once.
+    gathers the weights for both passes and scatters the gradients once, of each batch of the step again.
 
     Source:
         Rajbhandari et al., 2020, arXiv:1910.02054, section 7.
     """
     share = (devices - 1) / devices
     if strategy == "fsdp":
-        return (2 * step.weights + step.gradients) * share
+        return (2 * step.weights + step.gradients) * share * step.parts
     return 2 * step.gradients * share

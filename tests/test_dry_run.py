@@ -23,9 +23,9 @@ def loss(network, batch):
     return linear_cross_entropy_sum(network.hidden(batch), network.lm_head.weight, batch)
 
 
-def step(make=ADAMW, precision="32-true", checkpointed=None, **changes):
+def step(make=ADAMW, precision="32-true", checkpointed=None, parts=1, **changes):
     build = functools.partial(Llama, **(SMALL | changes))
-    return measure_step(build, lambda n: make(parameter_groups(n)), loss, IDS, precision, checkpointed)
+    return measure_step(build, lambda n: make(parameter_groups(n)), loss, IDS, precision, checkpointed, parts)
 
 
 @pytest.fixture(scope="module")
@@ -102,14 +102,26 @@ def test_a_checkpointed_step_is_planned_alike_whenever_python_collects_garbage(p
         gc.enable()
 
 
+@pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_the_passes_hold_what_the_tensors_of_a_real_step_do(checkpointed):
+def test_the_passes_hold_what_the_tensors_of_a_real_step_do(checkpointed, parts):
     with Ledger() as ledger:
         network, batch = Llama(**SMALL, activation_checkpointing=checkpointed), IDS.clone()
         base = ledger.live
         ledger.begin()
-        loss(network, batch).backward()
-    assert step(checkpointed=checkpointed).passes == ledger.peak - base
+        for _ in range(parts):
+            loss(network, batch).backward()
+    assert step(checkpointed=checkpointed, parts=parts).passes == ledger.peak - base
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_only_the_passes_take_more_where_gradients_of_several_batches_are_added_up(precision):
+    alone, added = step(precision=precision), step(precision=precision, parts=4)
+    same = ("weights", "gradients", "optimizer", "activations", "casts", "stepping", "flops", "tokens")
+    assert [getattr(added, name) for name in same] == [getattr(alone, name) for name in same]
+    assert alone.passes < added.passes <= alone.passes + alone.gradients
+    assert added.passes_without_gradients >= alone.passes_without_gradients
+    assert added.passes - added.passes_without_gradients == added.gradients
 
 
 def test_checkpointing_adds_one_more_input_for_each_further_block():

@@ -79,6 +79,9 @@ def test_time_energy_and_cost_follow_from_operations(plain):
     assert slow.seconds == pytest.approx(2 * found.seconds)
     assert traffic(plain, "fsdp", 2) == 1.5 * traffic(plain, "ddp", 2) == 1.5 * plain.gradients
     assert traffic(plain, "ddp", 1) == 0
+    several = replace(plain, parts=4)
+    assert traffic(several, "fsdp", 2) == 4 * traffic(plain, "fsdp", 2)
+    assert traffic(several, "ddp", 2) == traffic(plain, "ddp", 2)
 
 
 @pytest.mark.parametrize(

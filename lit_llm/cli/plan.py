@@ -93,7 +93,7 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: When a value is out of range, or the config cannot be planned from shapes alone.
     """
-    from dataclasses import asdict
+    from dataclasses import asdict, replace
 
     from lit_llm.planning import OPTIMAL_TOKENS_PER_PARAMETER, PAIR, STRATEGIES, Machine, bill, memory, traffic
 
@@ -113,7 +113,7 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     parts = details["accumulate_grad_batches"]
 
     def billed(strategy: str, devices: int, share: float = 1.0) -> Any:
-        sent = traffic(plain, strategy, devices)
+        sent = traffic(replace(plain, parts=math.ceil(parts * share)), strategy, devices)
         return bill(flops, plain.tokens * parts * share, sent, tokens, machine, devices)
 
     found |= {"devices": devices, "tokens": tokens, "optimal_tokens": OPTIMAL_TOKENS_PER_PARAMETER * plain.parameters}
@@ -163,7 +163,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     precision = str(trainer["precision"] or "32-true")
     callbacks = cli.config_init["fit"]["trainer"]["callbacks"] or []
     averages = objective.averages or any(isinstance(c, WeightAverage) for c in callbacks)
-    batch = example_batch(objective, data)
+    batch, parts = example_batch(objective, data), trainer["accumulate_grad_batches"] or 1
 
     weights = objective.hparams.get("weights")  # forgotten once they have been started from
 
@@ -186,7 +186,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         return total / targets.clamp(min=1)
 
     def taken(checkpointed: bool | None = None) -> Any:
-        step = measure_step(build, lambda network: objective.new_optimizer(), loss, batch, precision, checkpointed)
+        step = measure_step(build, lambda _: objective.new_optimizer(), loss, batch, precision, checkpointed, parts)
         return replace(step, average=step.weights) if averages else step
 
     steps = {"as configured": taken()}
@@ -205,7 +205,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         "precision": precision,
         "batch_size": len(next(iter(batch.values()))),
         "seq_len": batch["input_ids"].shape[1] if "input_ids" in batch else None,
-        "accumulate_grad_batches": trainer["accumulate_grad_batches"] or 1,
+        "accumulate_grad_batches": parts,
         "flops_per_token": rule(batch["input_ids"].shape[1]) if rule else step.flops / step.tokens,
     }
 

@@ -196,6 +196,19 @@ def test_time_says_how_much_of_it_is_computing_and_under_which_strategy(lit_llm)
     assert exchange(bill | {"efficiency": 1.0}, 8, 0.4) == " under fsdp, whose communication overlaps with it"
 
 
+def test_several_batches_of_a_step_are_held_and_exchanged_each(lit_llm, tmp_path):
+    words = [*MAIN, *SMALL, "--data.batch_size", 1, "--devices", 2, "--tokens", 1e12, "--bandwidth", "1MB", "--table"]
+    alone, added = (plan_of(lit_llm, tmp_path, *words, "--trainer.accumulate_grad_batches", n) for n in (1, 4))
+    for name, step in added["steps"].items():
+        assert alone["steps"][name]["passes"] < step["passes"]
+        assert alone["memory"][name]["ddp"]["peak"] < added["memory"][name]["ddp"]["peak"]
+    assert added["bill"] == pytest.approx(alone["bill"])  # four times as many tokens, exchanged four times
+    table = added["table"]
+    strong = [table[count]["strong_efficiency"] for count in ("8", "16", "32")]
+    assert strong[2] == pytest.approx(table["32"]["efficiency"])  # a batch for each device
+    assert strong == pytest.approx([table[count]["efficiency"] for count in ("8", "16", "32")])
+
+
 def test_a_row_is_not_shared_out(lit_llm):
     outcome = lit_llm("plan", *MAIN, *SMALL, "--data.batch_size", 2, "--table")
     assert outcome.code == 0, outcome.err
