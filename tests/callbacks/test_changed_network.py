@@ -35,7 +35,7 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("change", ["pruned at once", "pruned bit by bit"])
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_frozen_backbone_that_is_changed_is_measured_as_it_is(change: str, tmp_path: Path) -> None:
     optimizer = functools.partial(torch.optim.SGD, lr=0.1)
     made = Classification(NETWORK, optimizer, adaptation=HeadOnly(cache_features=True))
