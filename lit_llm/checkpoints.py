@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import pkgutil
 import re
 import tempfile
@@ -29,6 +30,8 @@ from lit_llm.recipes import built, class_path, first_argument, plain
 from lit_llm.shapes import shapes_only
 from lit_llm.shards import whole
 from lit_llm.weights import fill, read_weights, require_whole, write_weights
+
+log = logging.getLogger(__name__)
 
 IMAGE_PROCESSOR = "preprocessor_config.json"
 COMPRESSION = "compression.json"
@@ -207,9 +210,20 @@ def _from_directory(folder: Path) -> Model:
         read_weights(network, folder)
     replay(network, records)
     recipe = {**class_path(kind), "init_args": {n: plain(v) for n, v in arguments.items()}, "size": size}
-    older = ("vocab.json", "merges.txt")  # of which transformers makes the same
-    has_tokenizer = any(all((folder / n).is_file() for n in names) for names in (("tokenizer.json",), older))
-    return Model(network, open_tokenizer(folder) if has_tokenizer else None, recipe, folder)
+    return Model(network, _tokenizer_in(folder), recipe, folder)
+
+
+def _tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
+    """The tokeniser of a model directory; of an older form, of two files, where transformers can make one of them."""
+    if (folder / "tokenizer.json").is_file():
+        return open_tokenizer(folder)
+    if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
+        return None
+    try:
+        return open_tokenizer(folder)
+    except (ValueError, OSError) as error:
+        log.info(f"No tokeniser can be made of vocab.json and merges.txt in {folder}: {str(error).splitlines()[0]}")
+        return None
 
 
 def _read_records(folder: Path) -> list[dict[str, Any]]:

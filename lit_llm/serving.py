@@ -74,12 +74,6 @@ class TextRequest(Request):
     text_pair: str | None = None
 
 
-class FilledTextRequest(TextRequest):
-    """The same of a text that is not empty."""
-
-    text: NotEmpty
-
-
 class ImageRequest(Request):
     """An image to be classed."""
 
@@ -259,14 +253,6 @@ class TextClasses(Classes):
         return torch.stack([found[place] for place in range(len(requests))])
 
 
-class FilledTextClasses(TextClasses):
-    """The same where the tokeniser adds no marks, so that there is nothing to read in an empty text."""
-
-    def decode_request(self, request: FilledTextRequest) -> FilledTextRequest:
-        """As it is: its type is the schema."""
-        return request
-
-
 class ImageClasses(Classes):
     """A classifier of images."""
 
@@ -308,8 +294,7 @@ def endpoint_of(model: str, max_batch_size: int = 1) -> Endpoint:
         )
     if not getattr(network, "reads_images", hasattr(network, "image_shape")):
         _require(tokenizer, model)
-        kind = TextClasses if tokenizer("").input_ids else FilledTextClasses
-        return kind(model, max_batch_size)
+        return TextClasses(model, max_batch_size)
     if read_image_processor(model) is None:
         raise ValueError(f"model must say how it reads images, but there is no preprocessor_config.json in {model}")
     return ImageClasses(model, max_batch_size)

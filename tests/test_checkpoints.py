@@ -61,6 +61,10 @@ def test_a_model_in_older_form_comes_with_its_tokenizer_too(tiny_gpt2, tmp_path:
     merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"])
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]), encoding="utf-8")
     assert load_model(tmp_path)[1].encode("some more words") == tokenizer.encode("some more words")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"model_type": "llama"}))  # needs other files
+    (tmp_path / "vocab.json").write_text("{}")
+    assert load_model(tmp_path)[1] is None
 
 
 def test_a_name_on_the_hub_stands_for_the_model_there(model: Path, monkeypatch) -> None:

@@ -67,11 +67,11 @@ class Collation:
                 types.append(np.fromiter(_flat(encoded["token_type_ids"]), np.uint8))
         if num_cut:
             log.info(f"Cut {num_cut:,} of {len(texts):,} examples ({num_cut / len(texts):.1%}) at {max_seq_len} tokens")
-        self.ids, self.starts = np.concatenate(ids), np.cumsum(lengths)
-        self.types = np.concatenate(types) if with_types else None
-        self.labels = labels
         self.padding = padding_id(tokenizer)
         self.padding_type = tokenizer.pad_token_type_id
+        self.ids, self.starts = np.concatenate([*ids, np.array([self.padding], np.int32)]), np.cumsum(lengths)
+        self.types = np.concatenate([*types, np.array([self.padding_type], np.uint8)]) if with_types else None
+        self.labels = labels
         self.special_ids = np.array(tokenizer.all_special_ids)
         stand_ins = (tokenizer.mask_token_id, tokenizer.unk_token_id, self.padding)
         self.mask_token = next(token for token in stand_ins if token is not None)
@@ -88,7 +88,7 @@ class Collation:
     def batch(
         self, rows: np.ndarray, augmentation: TextAugmentation | None = None, chance: tuple[int, int] = (0, 0)
     ) -> ExampleBatch:
-        """Cuts some of the examples, padded to the longest of them.
+        """Cuts some of the examples, padded to the longest of them; one without tokens is read as a padding token.
 
         Args:
             rows: Which.
@@ -106,12 +106,14 @@ class Collation:
                 kept.append(start + places)
             lengths = np.array([len(new) for new in changed])
             starts = np.cumsum(lengths) - lengths
-            ids, types = np.concatenate(changed), None if types is None else types[np.concatenate(kept)]
-        inside = np.arange(lengths.max()) < lengths[:, None]
-        where = np.minimum(starts[:, None] + np.arange(lengths.max()), len(ids) - 1)
+            ids = np.concatenate([*changed, [self.padding]])
+            types = None if types is None else types[np.concatenate([*kept, [-1]])]
+        places = np.arange(max(1, lengths.max()))
+        inside = places < lengths[:, None]
+        where = np.minimum(starts[:, None] + places, len(ids) - 1)
         batch: ExampleBatch = {
             "input_ids": torch.from_numpy(np.where(inside, ids[where], self.padding).astype(np.int64)),
-            "attention_mask": torch.from_numpy(inside.astype(np.int64)),
+            "attention_mask": torch.from_numpy((places < np.maximum(1, lengths)[:, None]).astype(np.int64)),
             "rows": torch.from_numpy(rows.astype(np.int64)),
         }
         if types is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
+
+log = logging.getLogger(__name__)
 
 
 def place(trainer: Any) -> tuple[int, int]:
@@ -114,6 +117,10 @@ class BatchLoader:
         """Goes to a position, also where the batch size or the number of ranks has changed since; other data begins."""
         self.epoch, self.batch = state["epoch"], state["row"] // (self.batch_size * self.world_size)
         if state["num_rows"] != self.num_rows:
+            log.info(
+                f"The data are read from their beginning: they have {self.num_rows:,} rows now, and had "
+                f"{state['num_rows']:,} when the checkpoint was written"
+            )
             self.epoch = self.batch = 0
         elif self.batch >= len(self):
             self.epoch, self.batch = self.epoch + 1, 0
