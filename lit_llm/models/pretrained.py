@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -107,9 +108,12 @@ class PretrainedCausalLM(PretrainedLanguageModel):
             raise AttributeError("lm_head")
         return self.model.get_output_embeddings()
 
-    @property
+    @functools.cached_property
     def hidden(self) -> Any:
-        """What the head reads, as a function with the arguments of `forward`; absent where `lm_head` is."""
+        """What the head reads, as a function with the arguments of `forward`; absent where `lm_head` is.
+
+        (A property could not be replaced, as FSDP does with what reads a network.)
+        """
         if not self._head_is_all:
             raise AttributeError("hidden")
         return self._hidden

@@ -73,6 +73,8 @@ BERT = {
     "hidden_dropout_prob": 0.0,
     "attention_probs_dropout_prob": 0.0,
 }
+LLAMA = {"model_type": "llama", "hidden_size": 32, "intermediate_size": 48}
+LLAMA |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
 T5 = {"model_type": "t5", "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "dropout_rate": 0.0}
 
 
@@ -270,6 +272,18 @@ def examples(reviews: Path) -> list[object]:
         *data,
         *options,
     ]
+
+
+def test_a_decoder_of_transformers_has_the_losses_and_the_samples_of_one_process(texts, tmp_path):
+    network = "lit_llm.models.pretrained.PretrainedCausalLM"
+    words = ["--config", CONFIGS / "pretraining/llama_stdlib.yaml", "--model.network", network, *ADAM, *SHORT]
+    words += ["--model.network.config", json.dumps(LLAMA), "--data.path", texts, "--data.tokenizer", "bytes"]
+    words += ["--data.seq_len", "32", "--data.validation_fraction", "0.1", "--data.test_fraction", "0.1"]
+    fit(tmp_path, *((name, name, words) for name in ("one", "fsdp")))
+    assert_same_losses(tmp_path / "one", tmp_path / "fsdp")
+    assert_same_model(tmp_path / "one", tmp_path / "fsdp")
+    one, other = ((tmp_path / name / "samples.txt").read_text() for name in ("one", "fsdp"))
+    assert one == other
 
 
 def test_other_objectives_have_the_losses_of_one_process(texts, reviews, chats, pictures, tmp_path):
