@@ -235,11 +235,26 @@ def grouped(runs: Iterable[Finished]) -> list[Group]:
         for name in names
         if not name.startswith(NOT_OF_THE_SETTING) and len({str(each.get(name, "")) for each in settings}) > 1
     ]
+    chosen = [name for name in differ if not _follows(name, settings)]
     for group, each in zip(found, settings, strict=True):
-        own = [f"{name.rpartition('.')[2]}={_short(each[name])}" for name in differ if name in each]
+        own = [name for name in differ if name in each]
+        if len(own) > MOST_DIFFERENCES:  # what a class brings along is said by its name
+            own = [name for name in chosen if name in each]
+        own = [f"{name.rpartition('.')[2]}={_short(each[name])}" for name in own]
         more = "" if len(own) <= MOST_DIFFERENCES else f" and {len(own) - MOST_DIFFERENCES} more"
         group.name = " ".join(own[:MOST_DIFFERENCES]) + more or next(iter(group.runs.values())).folder.name
     return found
+
+
+def _follows(name: str, settings: list[dict[str, Any]]) -> bool:
+    """Whether a setting is one of a class, and the same wherever that class is."""
+    parents = [name[: place.start()] for place in re.finditer(r"\.", name)]
+    return any(
+        len({str(each[parent]) for each in settings if parent in each}) > 1
+        and len({(str(each.get(parent)), str(each.get(name, ""))) for each in settings})
+        == len({str(each.get(parent)) for each in settings})
+        for parent in parents
+    )
 
 
 def _short(value: Any) -> str:
@@ -320,7 +335,7 @@ def draw_curves(path: Path, groups: list[Group], metric: str) -> None:
 
     if len(groups) > MOST_CURVES:
         log.info(f"The picture shows the first {MOST_CURVES} of {len(groups)} settings")
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8 if len(groups) < 5 else 11, 4.5), layout="constrained")
     axes = figure.subplots()
     for group in groups[:MOST_CURVES]:
         points = curves(group, metric)
@@ -333,6 +348,7 @@ def draw_curves(path: Path, groups: list[Group], metric: str) -> None:
     axes.set(xlabel="step", ylabel=metric)
     axes.grid(alpha=0.3)
     if axes.lines:
-        axes.legend(fontsize=8, title="setting (seeds)")
+        place = {"loc": "best"} if len(axes.lines) < 5 else {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+        axes.legend(fontsize=8, title="setting (seeds)", **place)
     with replacing(path) as new:
         figure.savefig(new, dpi=120)

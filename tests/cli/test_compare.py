@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import csv
 import json
+from typing import Any
 
 import pytest
 import yaml
 from scipy.stats import ttest_rel
+
+from lit_llm.cli.compare import grouped
+from lit_llm.cli.finished_run import Finished
 
 
 @pytest.fixture
@@ -212,6 +216,26 @@ def test_losses_of_objectives_that_mean_different_things_are_not_compared(lit_ll
     assert error(outcome) == (
         f"runs must be of one task, but model is a CausalLM in {causal} and a MaskedLM in {masked}"
     )
+
+
+def test_settings_of_several_classes_are_named_by_what_does_not_follow_from_these(tmp_path):
+    def finished(network: str, lr: float, **options: Any) -> Finished:
+        settings = {"model.network": f"x.{network}", "model.optimizer.lr": lr}
+        settings |= {f"model.network.{name}": value for name, value in options.items()}
+        return Finished(tmp_path / f"{network}{lr}", settings, {})
+
+    llama = {"d_model": 8, "num_layers": 1, "num_heads": 2, "d_ff": 32}
+    runs = [finished("Llama", lr, **llama) for lr in (0.1, 0.2)]
+    runs += [finished("LSTM", 0.1, d_model=16, num_layers=2, tied=True, skip=1)]
+    names = [group.name for group in grouped(runs)]
+    assert names == ["network=Llama lr=0.1", "network=Llama lr=0.2", "network=LSTM lr=0.1"]
+    runs += [finished("LSTM", 0.1, d_model=16, num_layers=4, tied=True, skip=1)]
+    assert [group.name for group in grouped(runs)][2:] == [
+        "network=LSTM lr=0.1 num_layers=2",
+        "network=LSTM lr=0.1 num_layers=4",
+    ]
+    few = [finished("Llama", 0.1, d_model=8), finished("LSTM", 0.1, d_model=16)]
+    assert [group.name for group in grouped(few)] == ["network=Llama d_model=8", "network=LSTM d_model=16"]
 
 
 def test_what_was_cut_off_is_one_line(lit_llm, run, tmp_path):
