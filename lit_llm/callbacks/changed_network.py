@@ -12,7 +12,7 @@ from lit_llm.callbacks.spike_recovery import SpikeRecovery
 
 
 def look_anew(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Has features of a frozen backbone made anew, and early stopping compare with what comes: for a change of many."""
+    """Forgets features of a frozen backbone, and has early stopping compare with what comes: for a change of many."""
     pl_module.forget_features()
     for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping):

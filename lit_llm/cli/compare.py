@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lit_llm.cli.finished_run import NOT_OF_THE_SETTING, Finished, falls, read_run
+from lit_llm.cli.finished_run import NOT_OF_THE_SETTING, Finished, came_to_its_end, falls, read_run
 from lit_llm.cli.parser import OneLineArguments
 from lit_llm.cli.significance import paired_p
 from lit_llm.cli.trial_run import read_results
@@ -106,11 +106,6 @@ def _is_sweep(folder: Path) -> bool:
     return (folder / "trials.csv").is_file()
 
 
-def _is_finished(folder: Path) -> bool:
-    """Whether it is of a run that was not cut short, so far as its results say it."""
-    return bool(found := read_results(folder)) and found.get("finished", True)
-
-
 def _metric_of_sweeps(runs: list[Path]) -> str | None:
     """What all of some sweeps were judged by; `None` where they were not by one, or not all are sweeps."""
     found = set()
@@ -135,7 +130,7 @@ def _folders(runs: list[Path]) -> Iterator[Path]:
         for number in complete:
             yield folder / "trials" / f"{int(number):03d}"
             seeds = sorted((folder / "seeds").glob(f"{int(number):03d}_seed*"))
-            yield from (one for one in seeds if _is_finished(one))  # the sweep goes on with others
+            yield from (one for one in seeds if came_to_its_end(read_results(one)))  # the sweep goes on with others
 
 
 def less_is_better(metric: str, runs: list[Finished]) -> bool:

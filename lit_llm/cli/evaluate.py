@@ -124,14 +124,8 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
     """
     import torch
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
-
-    try:
-        from lm_eval.models.utils import normalize_gen_kwargs as normalised
-    except ImportError:  # before version 0.4.10, where options had one name each
-
-        def normalised(options: dict[str, Any], new: int) -> dict[str, Any]:
-            return {"max_gen_toks": new, **options}
 
     from lit_llm.data.tokenizer import boundary_id, first_id, opening_ids
     from lit_llm.generation import steps
@@ -186,7 +180,7 @@ def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:
             """The continuations, the likeliest where a task does not want them drawn, up to a stop."""
             ways: dict[tuple[Any, ...], list[int]] = {}
             for index, request in enumerate(requests):
-                options = normalised(request.args[1], NEW_TOKENS)
+                options = normalize_gen_kwargs(request.args[1], NEW_TOKENS)
                 new = min(options["max_gen_toks"], longest - 1)  # the context gives way, as in lm-eval's own
                 temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
                 until = options.get("until") or []

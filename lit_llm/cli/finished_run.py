@@ -81,12 +81,17 @@ def read_run(folder: Path) -> Finished:
         results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     except (yaml.YAMLError, json.JSONDecodeError) as error:
         raise ValueError(f"RUN must be the folder of a finished run, but files of {folder} are not whole") from error
-    if not results.get("finished", True):
+    if not came_to_its_end(results):
         raise ValueError(
             f"RUN must be the folder of a finished run, but {folder} was cut short at step {results.get('step')}; go "
             f"on with lit-llm fit --run_dir {folder} --ckpt_path last"
         )
     return Finished(folder, dict(dotted(config)), results)
+
+
+def came_to_its_end(results: dict[str, Any]) -> bool:
+    """Whether a run did, by its `results.json`, of which older ones do not say it."""
+    return bool(results) and results.get("finished", True)
 
 
 def dotted(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

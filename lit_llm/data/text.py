@@ -32,8 +32,8 @@ class TextData(TokenData):
     Documents are cleaned, put into a split by a hash of their content (so that none is in two splits, and one stays
     where it is when the corpus grows), tokenised once into a cache that later runs map into memory, and laid end to
     end in rows of `seq_len` tokens, each after a boundary and what the tokeniser itself opens a text with, such as the
-    BOS of Llama's. A split that the source itself has is used as it is. A single file is cut into
-    documents of about 8,192 characters, so that there is something to split.
+    BOS of Llama's. A split that the source itself has is used as it is. A single file is cut into documents of about
+    8,192 characters, so that there is something to split.
 
     Of a mixture of corpora each has its share of the rows that are trained on, its weight by the sum of all, whatever
     its size: an epoch is as long as without weights, and of a source with too few rows for its share they come again,
