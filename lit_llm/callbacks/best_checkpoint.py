@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 
 def keeps_best(trainer: Trainer, checkpoints: Path) -> bool:
@@ -23,6 +23,8 @@ class BestCheckpoint(ModelCheckpoint):
         monitor: Metric that decides which validation is best.
         mode: Whether its `min` or its `max` is best.
     """
+
+    on_train_batch_end = Callback.on_train_batch_end  # it saves after validations alone: nothing to ask at each step
 
     def __init__(self, dirpath: Path, monitor: str, mode: str) -> None:
         super().__init__(

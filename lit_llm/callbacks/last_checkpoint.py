@@ -67,10 +67,8 @@ class LastCheckpoint(Checkpoint):
         Raises:
             KeyboardInterrupt: After saving, when the run was interrupted.
         """
-        if trainer.fit_loop.epoch_loop._should_accumulate():
-            return
         self._agree(trainer)
-        if trainer.global_step == self._saved_step or not self._is_due(trainer):
+        if not self._is_due(trainer) or trainer.global_step == self._saved_step:
             return
         # Where a validation follows, the step is not done before it: who went on from here would pass it over.
         loop, data = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
@@ -89,7 +87,7 @@ class LastCheckpoint(Checkpoint):
                 self._save_and_stop(trainer)
 
     def _agree(self, trainer: Trainer) -> None:
-        if trainer.world_size > 1:  # all ranks save, or none
+        if trainer.world_size > 1 and not trainer.fit_loop.epoch_loop._should_accumulate():  # all ranks save, or none
             self._interrupted = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
 
     def _is_due(self, trainer: Trainer) -> bool:

@@ -18,7 +18,7 @@ from lit_llm.callbacks.throughput import Throughput
 
 log = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_MOVES = 0.1
+SECONDS_BETWEEN_MOVES = 0.5
 
 STEP_OF_TOTAL = re.compile(r"^step +(\d+)/(\d+)", re.MULTILINE)
 """How a line about a training begins, for who watches one in another process."""
@@ -144,7 +144,9 @@ class Progress(ProgressBar):
         console = Console(stderr=True)
         if self._enabled and console.is_terminal:
             columns = TextColumn("{task.description}"), BarColumn(bar_width=None), TextColumn("{task.fields[status]}")
-            self._bar = RichProgress(*columns, console=console, expand=True, refresh_per_second=4)
+            self._bar = RichProgress(
+                *columns, console=console, expand=True, refresh_per_second=1 / SECONDS_BETWEEN_MOVES
+            )
             self._bar.add_task(what, total=None if total == float("inf") else total, completed=completed, status="")
             self._bar.start()
 

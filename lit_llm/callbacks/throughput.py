@@ -74,7 +74,8 @@ class Throughput(Callback):
             self._new_tokens = 0
 
     def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
-        self.unit = "tok" if isinstance(batch, dict) and "input_ids" in batch else "rows"
+        has_tokens = isinstance(batch, dict) and "input_ids" in batch
+        self.unit = "tok" if has_tokens else "rows"
         loss = pl_module.take_train_loss()  # waits for the device, so the clock below is right
         now = time.perf_counter()
         elapsed, self._since = now - self._since, now
@@ -93,7 +94,7 @@ class Throughput(Callback):
         report |= pl_module.take_train_metrics()
         if pl_module.grad_norm is not None:
             report["train/grad_norm"] = float(pl_module.grad_norm)
-        flops = getattr(pl_module.network, "flops_per_token", None) if "input_ids" in batch else None
+        flops = getattr(pl_module.network, "flops_per_token", None) if has_tokens else None
         # (They count the network's parameters, which DeepSpeed's third stage leaves empty.)
         if flops is not None and self._peak and all(p.shape == whole_shape(p) for p in pl_module.parameters()):
             report["train/mfu"] = rate * flops(batch["input_ids"].shape[1]) / (self._peak * trainer.world_size)

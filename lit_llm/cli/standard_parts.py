@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_llm.callbacks.best_checkpoint import BestCheckpoint
@@ -20,6 +19,7 @@ from lit_llm.callbacks.mistakes import WorstMistakes
 from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions, GeneratedTexts
 from lit_llm.callbacks.progress import Progress
 from lit_llm.callbacks.run_report import RunReport
+from lit_llm.callbacks.tensorboard import TensorBoard
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoint_files import AtomicCheckpointIO
 from lit_llm.cli.finished_run import falls
@@ -65,7 +65,7 @@ def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, p
         callbacks += _standard_callbacks(options, checkpoint, run_dir, predicts)
         standard = [MetricsCSV(run_dir)]
         if loggers is not False:
-            standard.append(TensorBoardLogger(run_dir, name="", version="tensorboard"))
+            standard.append(TensorBoard(run_dir, name="", version="tensorboard"))
         loggers = [*([] if isinstance(loggers, bool) else _listed(loggers)), *standard]
     _require_one_of_each(callbacks)
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
