@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from lit_llm.models.normalization import RMSNorm
 from lit_llm.models.rotary import Rotation, rotate
 
-MAX_MATMUL_SEQ = 512
-"""Up to this length two bfloat16 matrix products beat the CPU's flash kernel; the memory they need grows as seq²."""
+MAX_MATMUL_SEQ = {torch.bfloat16: 512, torch.float32: 0}
+"""Up to this length two matrix products beat the CPU's flash kernel; the memory they need grows as seq².
+
+With 32 bits only where oneDNN multiplies those (`cli.products`)."""
 
 
 class KVCache:
@@ -86,7 +88,7 @@ def attend(
     num_kv_heads, seq = k.shape[1:3]
     if mask is None and new != seq:
         mask = torch.ones(new, seq, dtype=torch.bool, device=q.device).tril(seq - new)[None, None]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or not 1 < seq <= MAX_MATMUL_SEQ:
+    if q.device.type != "cpu" or not 1 < seq <= MAX_MATMUL_SEQ.get(q.dtype, 0):
         gqa = num_heads != num_kv_heads
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     if num_heads != num_kv_heads:
@@ -105,7 +107,7 @@ def attend_by_products(
 ) -> Float[Tensor, "batch heads new d_value"]:
     """Softmax attention as two matrix products, which keeps all probabilities.
 
-    On a CPU in bfloat16 it is faster than the flash kernel while sequences are short, for gradients most of all.
+    On a CPU it is faster than the flash kernel while sequences are short (`MAX_MATMUL_SEQ`), for gradients most of all.
 
     Args:
         q: Queries.

@@ -20,8 +20,8 @@ NAME = "lit-llm"
 def attend_faster(model: PreTrainedModel) -> None:
     """Has a network that attends by torch's `scaled_dot_product_attention` take two matrix products where they win.
 
-    That is in training on a CPU in bfloat16, over sequences that are not long. What is saved does not tell. Networks
-    made of several, and those whose code asks for attention by its name, stay as they are.
+    That is on a CPU over sequences that are not long, in bfloat16 in training alone. What is saved does not tell.
+    Networks made of several, and those whose code asks for attention by its name, stay as they are.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -50,11 +50,11 @@ def _attend(
 
     # As the kernel does under autocast, where rotated queries come in full precision.
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    wins = query.device.type == "cpu" and dtype == torch.bfloat16 and torch.is_grad_enabled()
-    plain = wins and (attention_mask is None or attention_mask.dtype == torch.bool)  # (an export must ask no size)
+    longest = MAX_MATMUL_SEQ.get(dtype, 0) if dtype != torch.bfloat16 or torch.is_grad_enabled() else 0
+    plain = query.device.type == "cpu" and longest and (attention_mask is None or attention_mask.dtype == torch.bool)  # (an export must ask no size)
     plain = plain and len(query) == len(key) and query.shape[2] == key.shape[2]
     plain = plain and all(more.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
-    if not (plain and 1 < query.shape[2] <= MAX_MATMUL_SEQ):
+    if not (plain and 1 < query.shape[2] <= longest):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **more
         )
