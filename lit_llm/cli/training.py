@@ -62,7 +62,6 @@ def run(words: list[str], summary: bool = True) -> TrainingCLI:
             `results`, `model`, `datamodule`, `trainer`.
     """
     keep_freed_memory()
-    multiply_by_onednn()
     cli = TrainingCLI if summary else SilentCLI
     return _parsed(cli, words)
 
@@ -74,6 +73,7 @@ def read_run(words: list[str]) -> ConfigCLI:
 
 def _parsed(cli: type[TrainingCLI], words: list[str]) -> Any:
     quieten()
+    multiply_by_onednn()
     # W&B's agent writes a sweep's values as Python does.
     words = [re.sub(r"^(--[^=]+=)None$", r"\1null", word) for word in _with_the_runs_config(words)]
     sys.argv = [sys.argv[0], *words]
