@@ -16,6 +16,7 @@ from lit_llm.compression.sparsity import Magnitude
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.tokenizer import byte_tokenizer, train_bert_bpe
 from lit_llm.export import Exported, export, export_model
+from lit_llm.models.attention import MAX_MATMUL_SEQ
 from lit_llm.models.llama import Llama
 from lit_llm.models.mlp import MLP
 from lit_llm.models.pretrained import PretrainedCausalLM
@@ -156,6 +157,13 @@ def test_every_network_of_the_package_is_exported_with_any_shape_of_input(kind, 
 @pytest.mark.parametrize("name", OTHERS)
 def test_so_are_their_kin_and_those_of_transformers(name, form, tmp_path):
     require_parity(awake(OTHERS[name]()), tmp_path / "out", form)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["grouped queries", "Mistral", "RoBERTa"])
+def test_an_export_asks_no_length_also_where_a_training_attended_by_products_up_to_one(name, tmp_path, monkeypatch):
+    monkeypatch.setitem(MAX_MATMUL_SEQ, torch.float32, 8)  # as `cli.products` does, for all of the process
+    require_parity(awake(OTHERS[name]()), tmp_path / "out", "torch")
 
 
 def llama(**changes: Any) -> nn.Module:

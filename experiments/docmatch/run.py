@@ -62,6 +62,16 @@ WAYS = {
         {"config": SMALL, "model.network": FIRST_POSITION, "model.optimizer.lr": 0.0005},
     ),
     "small_tokens": Way("small, from zero, tokens compared", {"config": SMALL}, seeds=3),
+    "masked_first": Way(
+        "small, from its masked language model, first position",
+        {
+            "config": SMALL,
+            "model.network": FIRST_POSITION,
+            "model.network.config": "null",
+            "model.optimizer.lr": 0.0005,
+        },
+        "masked",
+    ),
     "masked_tokens": Way(
         "small, from its masked language model, tokens compared",
         {"config": SMALL, "model.network.config": "null"},

@@ -18,6 +18,11 @@ MAX_MATMUL_SEQ = {torch.bfloat16: 512, torch.float32: 0}
 With 32 bits only where oneDNN multiplies those (`cli.products`)."""
 
 
+def longest_by_products(device: torch.device, dtype: torch.dtype) -> int:
+    """Up to which length `attend_by_products` is to be taken; 0 for an export, which asks no size."""
+    return MAX_MATMUL_SEQ.get(dtype, 0) if device.type == "cpu" and not torch.compiler.is_exporting() else 0
+
+
 class KVCache:
     """Keys and values of the tokens already read, for all layers of a network.
 
@@ -88,7 +93,8 @@ def attend(
     num_kv_heads, seq = k.shape[1:3]
     if mask is None and new != seq:
         mask = torch.ones(new, seq, dtype=torch.bool, device=q.device).tril(seq - new)[None, None]
-    if q.device.type != "cpu" or not 1 < seq <= MAX_MATMUL_SEQ.get(q.dtype, 0):
+    longest = longest_by_products(q.device, q.dtype)
+    if not longest or not 1 < seq <= longest:
         gqa = num_heads != num_kv_heads
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     if num_heads != num_kv_heads:

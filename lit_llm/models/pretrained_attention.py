@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_llm.models.attention import MAX_MATMUL_SEQ, attend_by_products
+from lit_llm.models.attention import attend_by_products, longest_by_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -50,8 +50,8 @@ def _attend(
 
     # As the kernel does under autocast, where rotated queries come in full precision.
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    longest = MAX_MATMUL_SEQ.get(dtype, 0) if dtype != torch.bfloat16 or torch.is_grad_enabled() else 0
-    plain = query.device.type == "cpu" and longest and (attention_mask is None or attention_mask.dtype == torch.bool)  # (an export must ask no size)
+    longest = longest_by_products(query.device, dtype) if dtype != torch.bfloat16 or torch.is_grad_enabled() else 0
+    plain = longest and (attention_mask is None or attention_mask.dtype == torch.bool)
     plain = plain and len(query) == len(key) and query.shape[2] == key.shape[2]
     plain = plain and all(more.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
     if not (plain and 1 < query.shape[2] <= longest):
