@@ -36,7 +36,7 @@ class Classification(Objective):
         num_classes: Number of classes of the network; `None` is that of the data.
         label_smoothing: Probability spread over all classes, in [0, 1); 0.1 is usual.
         class_weights: `balanced` weights each example by the inverse of its class's share of the training split, so
-            that all classes count equally; the loss is the weighted sum over the sum of weights.
+            that all classes count equally; the loss, smoothed or not, is the weighted sum over the sum of weights.
 
     Raises:
         ValueError: When a value is out of range, labels are real numbers, or nothing says how often classes occur.
@@ -106,13 +106,22 @@ class Classification(Objective):
 
         Labels are classes, or of each example a probability of each class (`batch classes`), as mixed images have.
         """
-        labels, weight = batch["labels"], self.weight_of_class
-        total = F.cross_entropy(
-            self.logits(batch), labels, weight=weight, reduction="sum", label_smoothing=self.label_smoothing
-        )
-        if weight is None:
+        logits, labels, smoothing = self.logits(batch), batch["labels"], self.label_smoothing
+        if self.weight_of_class is None:
+            total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             return total, total.new_tensor(len(labels))
-        return total, (labels @ weight if labels.is_floating_point() else weight[labels]).sum()
+        weights = self.weights_of(batch)
+        total = F.cross_entropy(logits, labels, weight=self.weight_of_class, reduction="sum")
+        if smoothing:  # (torch's own gives each other class's part that class's weight, and so a rare one all of it.)
+            total = torch.lerp(total, -(weights @ logits.log_softmax(dim=-1).mean(dim=-1)), smoothing)
+        return total, weights.sum()
+
+    def weights_of(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
+        """What each example counts; of mixed images the mean weight of what they are mixed of."""
+        labels, weight = batch["labels"], self.weight_of_class
+        if weight is None:
+            return torch.ones(len(labels), device=labels.device)
+        return labels @ weight if labels.is_floating_point() else weight[labels]
 
     def measure(self, metric: MetricCollection, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adds each example's class, predicted class and nats."""

@@ -274,17 +274,11 @@ class ClassificationDistillation(Distillation, Classification):
         with self.tapped(self.teacher.network) as taught:
             teacher = self.say(batch, lambda network: Taught.of(network(**inputs(batch)), self.temperature))
         apart = teacher.against(said[-1], self.temperature, self.divergence)
-        return self.mixed(hard, (apart * self._weights(batch)).sum()) + self.inside(batch, student, taught), targets
-
-    def _weights(self, batch: Mapping[str, Any]) -> Float[Tensor, " batch"]:
-        labels, weight = batch["labels"], self.weight_of_class
-        if weight is None:
-            return torch.ones(len(labels), device=labels.device)
-        return labels @ weight if labels.is_floating_point() else weight[labels]
+        return self.mixed(hard, (apart * self.weights_of(batch)).sum()) + self.inside(batch, student, taught), targets
 
     def position_weights(self, batch: Mapping[str, Any], num_positions: int) -> Float[Tensor, "batch positions"]:
         """An example's, spread evenly over what is not padding."""
-        weights, mask = self._weights(batch)[:, None], batch.get("attention_mask")
+        weights, mask = self.weights_of(batch)[:, None], batch.get("attention_mask")
         if mask is None or mask.shape[1] != num_positions:
             return (weights / num_positions).expand(-1, num_positions)
         return weights * mask / mask.sum(dim=1, keepdim=True)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -69,14 +70,24 @@ def test_the_network_knows_the_classes_by_name_and_so_does_what_is_saved(tmp_pat
     assert load_model(tmp_path / "model")[0].class_names == ["class 0", "class 1", "class 2"]
 
 
-def test_the_loss_is_torchs_with_weights_and_smoothing(tmp_path: Path) -> None:
-    made = fitted(tmp_path, Examples(3, counts=[12, 6, 3]), label_smoothing=0.2, class_weights="balanced")
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_the_loss_weighs_each_examples_smoothed_loss_by_its_class(tmp_path: Path, smoothing: float) -> None:
+    made = fitted(tmp_path, Examples(3, counts=[12, 6, 3]), label_smoothing=smoothing, class_weights="balanced")
     batch = together([example(row, 3) for row in (0, 1, 3, 5)])
     total, count = made.loss(batch)
-    weight = 21 / (3 * torch.tensor([12.0, 6.0, 3.0]))  # as scikit-learn's compute_class_weight has it
-    expected = F.cross_entropy(made.logits(batch), batch["labels"], weight=weight, label_smoothing=0.2)
-    torch.testing.assert_close(total / count, expected)
+    weights = (21 / (3 * torch.tensor([12.0, 6.0, 3.0])))[batch["labels"]]  # as scikit-learn's compute_class_weight
+    each = F.cross_entropy(made.logits(batch), batch["labels"], reduction="none", label_smoothing=smoothing)
+    torch.testing.assert_close(total / count, (weights * each).sum() / weights.sum())
     assert count >= len(batch["labels"])
+
+
+def test_a_rare_class_is_not_likely_everywhere_for_being_smoothed(tmp_path: Path) -> None:
+    made = fitted(tmp_path, Examples(2, counts=[640, 16]), label_smoothing=0.1, class_weights="balanced")
+    batch = together([example(0, 2)])
+    made.read = lambda batch: logits
+    logits = torch.tensor([[math.log(19.0), 0.0]], requires_grad=True)  # what smoothing asks for: 0.95 and 0.05
+    made.loss(batch)[0].backward()
+    torch.testing.assert_close(logits.grad, torch.zeros(1, 2))
 
 
 def test_a_class_that_never_occurs_in_training_has_a_weight_too(tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def test_a_network_learns_images_of_the_datas_shape(network: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("weights", [None, "balanced"])
-def test_the_loss_of_mixed_images_is_torchs_of_their_shares(weights: Any, tmp_path: Path) -> None:
+def test_the_loss_of_mixed_images_is_that_of_their_shares(weights: Any, tmp_path: Path) -> None:
     data = Images(mixed=True)
     data.class_counts = [12, 6, 3]
     made = fitted(tmp_path, NETWORKS["cnn"], data, label_smoothing=0.1, class_weights=weights)
@@ -68,8 +68,9 @@ def test_the_loss_of_mixed_images_is_torchs_of_their_shares(weights: Any, tmp_pa
     assert batch["labels"].shape == (4, 3)
     weight = torch.tensor([1.0, 2.0, 4.0]) if weights else torch.ones(3)
     total, count = made.loss(batch)
-    shares = 0.9 * batch["labels"] + 0.1 / 3
-    expected = -(shares * weight * made.logits(batch).log_softmax(-1)).sum()
+    shares = batch["labels"] * weight  # of each class smoothed as a whole image of it
+    shares = 0.9 * shares + 0.1 * shares.sum(dim=1, keepdim=True) / 3
+    expected = -(shares * made.logits(batch).log_softmax(-1)).sum()
     torch.testing.assert_close(total, expected)
     torch.testing.assert_close(count, (batch["labels"] * weight).sum())
 
