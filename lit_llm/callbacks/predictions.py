@@ -126,7 +126,7 @@ class ExamplePredictions(PredictionTable):
             return
         data, rows = trainer.datamodule, sorted(self._said)
         said = [self._said[row] for row in rows]
-        name = data.label_name if self._of_classes else lambda value: float(f"{value:.7g}")
+        name = data.label_name if self._of_classes else lambda value: float(str(np.float32(value)))  # 0.1 as 0.1
         if self._of_classes and not data.class_names:  # of data without labels the network knows what they would be
             name = pl_module.network.class_names.__getitem__
         # The first of those that are most probable, as `argmax` has it.

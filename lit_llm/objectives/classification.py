@@ -7,12 +7,13 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lit_llm.adaptation import Adaptation
+from lit_llm.batch import keep_unread
 from lit_llm.metrics import classification_metrics
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.objective import Objective
@@ -69,6 +70,7 @@ class Classification(Objective):
 
     def setup(self, stage: str) -> None:
         """Takes the number of classes from the data."""
+        keep_unread(self.trainer.precision_plugin)
         data = self.trainer.datamodule
         if getattr(data, "num_classes", None) is None and getattr(data, "num_targets", None) is not None:
             raise ValueError(
@@ -86,15 +88,23 @@ class Classification(Objective):
         if (names := getattr(data, "class_names", None)) and hasattr(self.network, "class_names"):
             self.network.class_names = [*names, *(f"LABEL_{i}" for i in range(len(names), self.hparams["num_classes"]))]
         self.val_metric, self.test_metric = (classification_metrics(self.hparams["num_classes"]) for _ in range(2))
-        self.register_buffer("weight_of_class", self._weight_of_class(data), persistent=False)
+        # Whole numbers: others would be rounded to the precision of the network.
+        self.register_buffer("count_of_class", self._count_of_class(data), persistent=False)
 
-    def _weight_of_class(self, data: Any) -> Float[Tensor, " classes"] | None:
+    def _count_of_class(self, data: Any) -> Int[Tensor, " classes"] | None:
         if self.class_weights is None or not self._fits:
             return None
         counts = getattr(data, "class_counts", None)
         if counts is None:
             raise ValueError("data must say its class_counts for model.class_weights, but does not")
-        counts = torch.tensor([*counts, *[0] * (self.hparams["num_classes"] - len(counts))]).clamp(min=1)
+        return torch.tensor([*counts, *[0] * (self.hparams["num_classes"] - len(counts))]).clamp(min=1)
+
+    @property
+    def weight_of_class(self) -> Float[Tensor, " classes"] | None:
+        """What an example of each class counts, in fp32; `None` where all count alike."""
+        if self.count_of_class is None:
+            return None
+        counts = self.count_of_class.float()
         return counts.max() / counts  # 1 at least, so that a sum of weights is never taken for none
 
     def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
@@ -107,7 +117,7 @@ class Classification(Objective):
         Labels are classes, or of each example a probability of each class (`batch classes`), as mixed images have.
         """
         logits, labels, smoothing = self.logits(batch), batch["labels"], self.label_smoothing
-        if self.weight_of_class is None:
+        if self.count_of_class is None:
             total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             return total, total.new_tensor(len(labels))
         weights = self.weights_of(batch)

@@ -54,6 +54,15 @@ def test_values_stand_beside_the_input(tmp_path: Path) -> None:
     assert [float(line["label"]) for line in table] == [row % 5 / 2 for row in range(7)]
 
 
+def test_values_are_written_with_all_digits_that_tell_them_apart_and_no_others(tmp_path: Path) -> None:
+    made, data, values = Regression(NETWORK), Examples(None), [12345681.0, 0.1, 1906.0, 2.5, 0.123456789, -3.0, 1e-9]
+    for batch in (batches := list(data.predict_dataloader())):
+        batch["labels"] = torch.tensor(values)[batch["rows"]]
+    data.predict_dataloader = lambda: DataLoader(batches, batch_size=None)
+    table = predicted(tmp_path, made, data)
+    assert [line["label"] for line in table] == ["12345681.0", "0.1", "1906.0", "2.5", "0.12345679", "-3.0", "1e-09"]
+
+
 @pytest.mark.parametrize("num_classes", [3, None])
 def test_where_a_label_is_not_known_none_is_written(tmp_path: Path, num_classes: int | None) -> None:
     made, data = Regression(NETWORK) if num_classes is None else Classification(NETWORK), Examples(num_classes)

@@ -95,6 +95,14 @@ def test_a_class_that_never_occurs_in_training_has_a_weight_too(tmp_path: Path) 
     assert made.weight_of_class.tolist() == [1.0, 1.0, 12.0, 12.0]
 
 
+def test_weights_of_classes_are_exact_where_the_network_is_in_16_bits(tmp_path: Path) -> None:
+    made = Classification(NETWORK, class_weights="balanced")
+    data = Examples(3, counts=[1201, 601, 3])
+    trainer(tmp_path, max_steps=1, precision="bf16-true").fit(made, datamodule=data)
+    assert next(made.network.parameters()).dtype == torch.bfloat16
+    torch.testing.assert_close(made.weight_of_class, 1201 / torch.tensor([1201.0, 601.0, 3.0]))
+
+
 def test_predictions_are_probabilities_of_rows(tmp_path: Path) -> None:
     made = fitted(tmp_path, Examples(3))
     outputs = trainer(tmp_path).predict(made, datamodule=Examples(3, test_labels=False))

@@ -75,6 +75,16 @@ def test_the_loss_of_mixed_images_is_that_of_their_shares(weights: Any, tmp_path
     torch.testing.assert_close(count, (batch["labels"] * weight).sum())
 
 
+@pytest.mark.parametrize("weights", [None, "balanced"])
+def test_mixed_images_are_learnt_by_a_network_in_16_bits(weights: Any, tmp_path: Path) -> None:
+    read = []
+    made = Classification(NETWORKS["cnn"], ADAM, label_smoothing=0.1, class_weights=weights)
+    made.on_train_batch_start = lambda batch, batch_idx: read.append(batch)
+    trainer(tmp_path, max_steps=1, precision="bf16-true").fit(made, datamodule=Images(mixed=True))
+    assert read[0]["pixel_values"].dtype == torch.bfloat16
+    assert read[0]["labels"].dtype == torch.float32
+
+
 def test_shares_that_are_all_of_one_class_are_that_class(tmp_path: Path) -> None:
     data = Images()
     made = fitted(tmp_path, NETWORKS["cnn"], data, class_weights="balanced", label_smoothing=0.1).eval()

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import stats
 from sklearn import metrics
+from torch.utils.data import DataLoader
 
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.pretrained_pooling import MeanClassifier
@@ -45,6 +46,17 @@ def test_values_have_more_digits_than_the_precision_of_the_products(kind: type, 
     batches = trainer(tmp_path, precision="bf16-mixed").predict(made, datamodule=Examples(None))
     values = torch.cat([batch["values"] for batch in batches])
     assert (values != values.bfloat16().float()).any()
+
+
+def test_labels_keep_their_digits_where_the_network_is_in_16_bits(tmp_path: Path) -> None:
+    made, data, read = Regression(NETWORK), Examples(None), []
+    loss = made.loss
+    made.loss = lambda batch: read.append(batch["labels"]) or loss(batch)
+    batches = [batch | {"labels": 1900 + batch["rows"] + 0.5} for batch in data.train_dataloader()]
+    data.train_dataloader = lambda: DataLoader(batches, batch_size=None)
+    trainer(tmp_path, max_steps=3, precision="bf16-true").fit(made, datamodule=data)
+    assert next(made.network.parameters()).dtype == torch.bfloat16
+    torch.testing.assert_close(torch.cat(read), 1900.5 + torch.arange(24), rtol=0, atol=0)
 
 
 def test_predictions_are_values_of_rows(tmp_path: Path) -> None:
