@@ -13,6 +13,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_llm.batch import IGNORE_INDEX
+from lit_llm.data.labels import say_nothing
 from lit_llm.files import replacing
 
 log = logging.getLogger(__name__)
@@ -86,10 +87,10 @@ class ExamplePredictions(PredictionTable):
     """What each example of the split was taken for, beside all the source says of it.
 
     A row for each example in the order of the split: the source's columns or an image's name, `label` where it is
-    known, `predicted`, and of classes the probability of each under `p(<class>)`; a column of the source with one of
-    these names is called `<name> (source)`. For a GLUE task the file that its
-    board takes is written too, under the name it must have. Acts on predictions that carry `rows` and `probabilities`
-    or `values`; leaves others alone.
+    known (the source's own where none is), `predicted`, and of classes the probability of each under `p(<class>)`; a
+    column of the source with one of these names is called `<name> (source)`. For a GLUE task the file that its board
+    takes is written too, under the name it must have. Acts on predictions that carry `rows` and `probabilities` or
+    `values`; leaves others alone.
     """
 
     def __init__(self) -> None:
@@ -188,7 +189,9 @@ class GeneratedTexts(PredictionTable):
 
 
 def columns_of(data: Any, split: str, rows: list[int], added: list[str]) -> list[dict[str, Any]]:
-    """What the source says of some examples but their label; of images their names.
+    """What the source says of some examples, but a label that another is written for or that says nothing.
+
+    Of images their names.
 
     Args:
         data: The data module.
@@ -197,7 +200,8 @@ def columns_of(data: Any, split: str, rows: list[int], added: list[str]) -> list
         added: Columns that will stand beside these; see `set_apart`.
     """
     lines = data.texts(split, rows)
-    if getattr(getattr(data, "columns", None), "label", "label") == "label":  # else that column is something else
+    is_label = getattr(getattr(data, "columns", None), "label", "label") == "label"  # else it is something else
+    if is_label and ("label" in added or say_nothing(line.get("label") for line in lines)):
         lines = [{name: value for name, value in line.items() if name != "label"} for line in lines]
     return set_apart(lines, added)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,8 +22,8 @@ CODE = re.compile(r"[+-]?0\d+")
 """What is a name though it looks like a number: 01 is not 1."""
 
 REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-TRUTHS = {"True": True, "False": False}
-"""What text spells of truth values, as Python and pandas write them."""
+TRUTHS = {"true": True, "false": False}
+"""What text spells of truth values: in small letters, as `True` or as `TRUE`."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class LabelReader:
     class_names: list[str] = field(default_factory=list)
 
     def read(self, found: list[Any], split: str) -> np.ndarray:
-        """The labels of a split.
+        """The labels of a split, as training had them or by the names of the classes.
 
         Raises:
             ValueError: When one is missing, or was never seen in training.
@@ -57,18 +57,25 @@ class LabelReader:
                     f"{found.index(odd)} of the {split} split of {self.path}"
                 )
             return np.array(found, dtype=np.float32)
-        place = {value: number for number, value in enumerate(self.values)}
-        if set(map(str, found)) <= {"True", "False"}:  # a CSV file has as text what others have as truth values
-            found = [value if value in place else TRUTHS.get(value, str(value)) for value in found]
-        found = [value if value in place or str(value) not in place else str(value) for value in found]  # 10, beside 01
+        numbers = range(len(self.values))
+        place = dict(zip(self.class_names, numbers)) | dict(zip(self.values, numbers))
         try:
-            return np.array([place[value] for value in found], dtype=np.int64)
+            return np.array([place[_as_known(value, place)] for value in found], dtype=np.int64)
         except KeyError as error:
             value = error.args[0]
             raise ValueError(
                 f"data.label must be one of {listed(self.values)} as in training, but {self.column!r} is {value!r} in "
                 f"row {found.index(value)} of the {split} split of {self.path}"
             ) from None
+
+
+def _as_known(value: Any, known: Collection[Any]) -> Any:
+    """A label as it is known: as it is, or as text (10, beside 01); a truth value as any table writes it."""
+    if value in known:
+        return value
+    text = str(value)
+    truths = (text.lower(), text.title(), text.upper(), TRUTHS[text.lower()]) if text.lower() in TRUTHS else ()
+    return next((same for same in (text, *truths) if same in known), value)
 
 
 def plain_labels(found: list[Any], path: str, split: str, as_values: bool = False) -> list[Any]:
@@ -111,7 +118,12 @@ def plain_labels(found: list[Any], path: str, split: str, as_values: bool = Fals
 
 def is_hidden(rows: Dataset, column: str) -> bool:
     """Whether a split has no labels: no such column, or -1 or nothing in all of it, as in GLUE's test splits."""
-    return column not in rows.column_names or set(map(str, set(column_values(rows, column)))) <= {"-1", "-1.0", "None"}
+    return column not in rows.column_names or say_nothing(column_values(rows, column))
+
+
+def say_nothing(labels: Iterable[Any]) -> bool:
+    """Whether all labels are -1 or nothing."""
+    return set(map(str, set(labels))) <= {"-1", "-1.0", "None"}
 
 
 def learn_labels(
@@ -179,10 +191,10 @@ def read_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray | 
     if not column or is_hidden(rows, column):
         return None
     found, feature = column_values(rows, column), rows.features[column]
-    known = isinstance(feature, ClassLabel) and set(feature.names) <= set(reader.class_names)
-    if known and reader.values == tuple(range(len(reader.values))):  # by its names: the table may number them otherwise
-        place = {number: reader.class_names.index(name) for number, name in enumerate(feature.names)}
-        found = [place.get(value, value) for value in found]
+    known = dict(zip(reader.class_names, reader.values))
+    if isinstance(feature, ClassLabel) and known.keys() & set(feature.names):  # which may number them otherwise
+        value_of = {number: known.get(name, name) for number, name in enumerate(feature.names)}
+        found = [value_of.get(value, value) for value in found]
     try:
         return reader.read(found, split)
     except (ValueError, TypeError):  # some are missing or unknown: each for itself, then

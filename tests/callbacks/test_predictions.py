@@ -74,6 +74,14 @@ def test_where_a_label_is_not_known_none_is_written(tmp_path: Path, num_classes:
     assert [line["label"] for line in table] == [said[row] if row % 2 else "" for row in range(7)]
 
 
+def test_labels_of_which_none_is_known_stay_as_the_source_has_them(tmp_path: Path) -> None:
+    data = Examples(3, test_labels=False)
+    data.texts = lambda split, rows: [{"sentence": f"{row}", "label": f"unheard {row}"} for row in rows]
+    table = predicted(tmp_path, Classification(NETWORK), data)
+    assert list(table[0])[:3] == ["sentence", "label", "predicted"]
+    assert [line["label"] for line in table] == [f"unheard {row}" for row in range(7)]
+
+
 @pytest.mark.parametrize("labels", ["index", "name", "value"])
 def test_the_board_gets_its_file(tmp_path: Path, labels: str) -> None:
     data = Examples(None if labels == "value" else 3, test_labels=False)

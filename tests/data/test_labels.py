@@ -4,7 +4,8 @@ from datasets import ClassLabel, Dataset, Features, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_llm.data.labels import cut_splits, is_hidden, labelled_splits, learn_labels, some_of
+from lit_llm.batch import IGNORE_INDEX
+from lit_llm.data.labels import cut_splits, is_hidden, labelled_splits, learn_labels, read_labels, some_of
 from lit_llm.data.tables import Columns, Split
 from tests.writing import exactly
 
@@ -113,10 +114,30 @@ def test_labels_that_are_none_are_said_in_one_line(labels, kind, message) -> Non
         learn_labels(table(labels), "x", "label")
 
 
-@pytest.mark.parametrize(("train", "other"), [(["True", "False"], [True, False]), ([True, False], ["True", "False"])])
-def test_truth_values_are_the_same_classes_as_text_and_as_themselves(train, other) -> None:
-    reader = learn_labels(table(train), "x", "label", ())
-    assert reader.read(train, "train").tolist() == reader.read(other, "validation").tolist() == [1, 0]
+@pytest.mark.parametrize("train", [["true", "false"], ["True", "False"], ["TRUE", "FALSE"], [True, False], [1, 0]])
+@pytest.mark.parametrize("other", [["true", "false"], ["True", "False"], ["TRUE", "FALSE"], [True, False]])
+def test_truth_values_are_the_same_classes_however_a_table_writes_them(train, other) -> None:
+    reader = learn_labels(table(train), "x", "label")
+    assert reader.read(other, "test").tolist() == [1, 0]
+
+
+def named(labels: list, names: list[str]) -> Dataset:
+    return table(labels, Features({"text": Value("string"), "label": ClassLabel(names=names)}))
+
+
+@pytest.mark.parametrize(
+    ("train", "other", "expected"),
+    [
+        (named([0, 1], ["pos", "neg"]), table(["neg", "pos", "neg"]), [1, 0, 1]),
+        (table(["pos", "neg"]), named([0, 1, 0], ["pos", "neg"]), [1, 0, 1]),
+        (named([0, 1], ["pos", "neg"]), named([0, 2, 1], ["neg", "mixed", "pos"]), [1, 0, IGNORE_INDEX]),
+        (named([0, 1], ["pos", "neg"]), named([0, 1, 0], ["POSITIVE", "NEGATIVE"]), [0, 1, 0]),
+        (table([2, 5]), named([1, 0, 1], ["2", "5"]), [1, 0, 1]),
+        (table([True, False]), named([1, 0, 1], ["True", "False"]), [0, 1, 0]),
+    ],
+)
+def test_labels_to_predict_are_the_classes_of_the_same_names(train, other, expected) -> None:
+    assert read_labels(other, learn_labels(train, "x", "label"), "test").tolist() == expected
 
 
 @pytest.mark.parametrize(
