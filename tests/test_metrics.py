@@ -7,7 +7,13 @@ import sklearn.metrics
 import torch
 
 from lit_llm.batch import IGNORE_INDEX
-from lit_llm.metrics import LanguageModeling, RegressionMetrics, bootstrap_interval, classification_metrics
+from lit_llm.metrics import (
+    GeneratedText,
+    LanguageModeling,
+    RegressionMetrics,
+    bootstrap_interval,
+    classification_metrics,
+)
 
 ROWS, SEQ = 12, 9
 
@@ -81,6 +87,23 @@ def test_each_source_is_measured_as_if_there_were_no_other(data, size: int) -> N
     metric.reset()
     metric.update(*data)
     assert metric.compute().keys() == reference(*data).keys()
+
+
+@pytest.mark.parametrize(
+    ("written", "wanted", "rouge"),
+    [
+        ("Кошка сидит!", "кошка: сидит", 1.0),
+        ("猫 坐 在 门 边", "猫 坐 在 门 上", 0.8),
+        ("le café à Noël", "le cafe a Noel", 0.25),
+        ("a snake_case name", "a snake case name", 1.0),
+        ("no word of it", "some other text", 0.0),
+    ],
+)
+def test_words_of_rouge_are_of_any_script(written: str, wanted: str, rouge: float) -> None:
+    metric = GeneratedText()
+    metric.tokens.update(torch.zeros(1), torch.ones(1, dtype=torch.bool))
+    metric.update([written], [wanted])
+    assert metric.compute()["rouge_l"].item() == pytest.approx(rouge)
 
 
 def test_a_reset_metric_begins_anew(data) -> None:
