@@ -8,11 +8,15 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping as LightningEarlyStopping
 
+from lit_llm.callbacks.best_checkpoint import BestCheckpoint
+
 log = logging.getLogger(__name__)
 
 
 class EarlyStopping(LightningEarlyStopping):
-    """Lightning's early stopping on the metric that selects the best checkpoint (the data's, or else the objective's).
+    """Lightning's early stopping on the metric that selects the best checkpoint.
+
+    That is `checkpoint.monitor` where it is given, or else the data's, or the objective's.
 
     Args:
         patience: Number of consecutive validations without improvement before the run stops.
@@ -44,7 +48,9 @@ class EarlyStopping(LightningEarlyStopping):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Finds out what to watch, before what a checkpoint knows of it is read."""
         if not self._decides:
-            self._watch(*(getattr(trainer.datamodule, "monitor", None) or pl_module.monitor))
+            best = next((c for c in trainer.callbacks if isinstance(c, BestCheckpoint)), None)
+            headline = getattr(trainer.datamodule, "monitor", None) or pl_module.monitor
+            self._watch(*((best.monitor, best.mode) if best else headline))
         super().setup(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from lit_llm.callbacks.best_checkpoint import BestCheckpoint
 from lit_llm.callbacks.early_stopping import EarlyStopping
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.classification import Classification
@@ -41,6 +42,13 @@ def test_it_watches_the_headline_metric(
     run.fit(objective(NETWORK, STILL), datamodule=data)
     assert (stopping.monitor, stopping.mode) == watched
     assert run.current_epoch == 3  # the first validation is the best, and two are no better
+
+
+def test_it_watches_what_selects_the_best_checkpoint(tmp_path: Path) -> None:
+    stopping, best = EarlyStopping(patience=1), BestCheckpoint(tmp_path, "val/loss", "min")
+    run = trainer(tmp_path, max_epochs=20, callbacks=[stopping, best], enable_checkpointing=True)
+    run.fit(Classification(NETWORK, STILL), datamodule=Named(3))
+    assert (stopping.monitor, stopping.mode) == ("val/loss", "min")
 
 
 def test_another_metric_can_be_named(tmp_path: Path) -> None:
