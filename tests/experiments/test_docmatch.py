@@ -41,7 +41,7 @@ def test_rows_come_from_run_folders(tmp_path):
 
 
 def test_what_is_no_run_and_no_way_is_said(tmp_path):
-    known = "minilm_first, minilm_tokens, small_first, small_tokens, masked_tokens"
+    known = "minilm_first, minilm_tokens, small_first, small_tokens, masked_first, masked_tokens"
     with pytest.raises(argparse.ArgumentTypeError, match=exactly(f"ways must be of {known}, but has small")):
         docmatch.ways("small_first,small")
     message = f"a run must be WAY=DIR with DIR/results.json, but is small_first={tmp_path}"
