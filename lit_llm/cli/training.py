@@ -251,10 +251,14 @@ class TrainingCLI(LightningCLI):
                 os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # else it is silent for a minute and a half
 
     def _starts_from_weights(self, config: Any) -> bool:
-        """Whether no checkpoint is meant: in a training, and where a model directory outside of a run is evaluated."""
+        """Whether no checkpoint is meant: in a training, and where a model directory outside of a run is evaluated.
+
+        A run has a config even where its checkpoints are gone: what it began with is not what it came to.
+        """
         weights = (config["model"].get("init_args") or {}).get("weights")
-        ran = Path(config.get("run_dir") or "") / "checkpoints" / "best.ckpt"
-        return self.subcommand == "fit" or bool(weights and not ran.is_file())
+        folder = config.get("run_dir") or config["trainer"].get("default_root_dir")
+        ran = folder and any((Path(folder) / name).is_file() for name in ("config.yaml", "checkpoints/best.ckpt"))
+        return self.subcommand == "fit" or bool(weights and not ran)
 
     def instantiate_classes(self) -> None:
         """Instantiates; what a run started from gives way to the checkpoint that is read.

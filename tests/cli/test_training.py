@@ -165,6 +165,22 @@ def test_a_model_is_tested_as_often_as_one_likes_in_one_folder(lit_llm, tiny, ru
         assert outcome.code == 0, outcome.err
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_taken_for_what_it_started_from(lit_llm, tiny, run, tmp_path):
+    begun = tmp_path / "begun"
+    start = ["--model.network", "null", "--model.weights", run / "model", "--trainer.max_steps", "1"]
+    assert lit_llm("fit", *tiny, *start, "--run_dir", begun).code == 0
+    shutil.rmtree(begun / "checkpoints")
+    before = (begun / "results.json").read_bytes()
+    for command in ("validate", "test", "predict"):
+        outcome = lit_llm(command, "--run_dir", begun)
+        assert outcome.code == 2
+        assert outcome.last_line == (
+            f"lit-llm: error: ckpt_path must be a checkpoint in {begun / 'checkpoints'} (there: none), but is best"
+        )
+    assert (begun / "results.json").read_bytes() == before
+    assert not (begun / "predictions.csv").exists()
+
+
 @pytest.mark.slow
 def test_going_on_with_more_steps_uses_the_runs_own_config(lit_llm, run, tmp_path):
     copy = tmp_path / "copy"
