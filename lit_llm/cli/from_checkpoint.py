@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,39 @@ def require_later(max_steps: int | None, checkpoint: dict[str, Any]) -> None:
         raise ValueError(
             f"trainer.max_steps must be at least the checkpoint's step, {done}, to go on from it, but is {max_steps}"
         )
+
+
+def require_own_start(model: Any, run: Path, words: list[str]) -> None:
+    """Refuses to evaluate a run's checkpoint where the command line names another model.
+
+    Args:
+        model: What the model is told.
+        run: The folder of the run, whose config says what it started from.
+        words: The command line.
+
+    Raises:
+        ValueError: When it does.
+    """
+    config = run / "config.yaml"
+    if not config.is_file():
+        return
+    own = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
+    for names in (("weights",), ("network", "path")):
+        here, there = (_argument(of, names) for of in (model, own))
+        flag = r"--model\.(init_args\.)?" + r"\.(init_args\.)?".join(names) + "(=|$)"
+        if here not in (None, there) and any(re.match(flag, word) for word in words):
+            raise ValueError(
+                f"model.{'.'.join(names)} must be as in {config}, {there}, where that run's checkpoint is evaluated, "
+                f"but is {here}; to evaluate that, take --config {config} --model.network null "
+                f"--model.weights {here} and another --run_dir"
+            )
+
+
+def _argument(of: Any, names: tuple[str, ...]) -> Any:
+    """An argument of a class, or of one among its arguments."""
+    for name in names:
+        of = ((of or {}).get("init_args") or {}).get(name)
+    return of
 
 
 def complete_network(options: Any, checkpoint: dict[str, Any], fits: bool) -> None:

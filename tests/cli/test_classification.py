@@ -119,6 +119,9 @@ def test_a_run_has_the_tokeniser_of_what_it_started_from_ever_after(lit_llm, rev
         outcome = lit_llm(*command, "--run_dir", second)
         assert outcome.code == 0, outcome.err
         assert "The head is new" not in outcome.err
+    if by == "path":
+        outcome = lit_llm("validate", "--run_dir", second, "--model.network.path", tmp_path)
+        assert f"model.network.path must be as in {second / 'config.yaml'}, {first}, where" in outcome.last_line
     assert (second / "model/tokenizer.json").is_file()
     assert json.loads((second / "model/tokenizer_config.json").read_text())["model_max_length"] == 32
 

@@ -181,6 +181,21 @@ def test_a_run_whose_checkpoints_are_gone_is_not_taken_for_what_it_started_from(
     assert not (begun / "predictions.csv").exists()
 
 
+def test_a_runs_checkpoint_is_not_evaluated_by_the_name_of_another_model(lit_llm, tiny, run, tmp_path):
+    for words in (["--model.weights", tmp_path], [f"--model.init_args.weights={tmp_path}"]):
+        for config in ([], tiny):
+            outcome = lit_llm("test", *config, "--run_dir", run, *words)
+            assert outcome.code == 2
+            assert outcome.last_line == (
+                f"lit-llm: error: model.weights must be as in {run / 'config.yaml'}, None, where that run's checkpoint "
+                f"is evaluated, but is {tmp_path}; to evaluate that, take --config {run / 'config.yaml'} "
+                f"--model.network null --model.weights {tmp_path} and another --run_dir"
+            )
+    other = ["--config", run / "config.yaml", "--model.network", "null", "--model.weights", run / "model"]
+    outcome = lit_llm("test", *other, "--run_dir", tmp_path / "other")
+    assert outcome.code == 0, outcome.err
+
+
 @pytest.mark.slow
 def test_going_on_with_more_steps_uses_the_runs_own_config(lit_llm, run, tmp_path):
     copy = tmp_path / "copy"
