@@ -54,7 +54,7 @@ class Objective(Scheduled):
         decay_embeddings: Apply weight decay to embeddings (it is never applied to norms and biases).
         weights: What to start from instead of random weights: a model directory (ours or transformers'), a run folder,
             a checkpoint file or a name on the hub. Read only once, before the first step; resuming does not need it. A
-            classifier gets a new head if the data have a different number of classes.
+            classifier gets a new head if the data have a different number of classes, or values.
         adaptation: Which parameters are trained, from when on and how fast; `None` trains all of them alike.
 
     Raises:
@@ -224,18 +224,19 @@ class Objective(Scheduled):
         if other_classes:
             return
         size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
-        if needed is not None and size < needed:
+        more = "" if name == "num_targets" else "at least "  # a class may be without examples
+        if needed is not None and (size < needed or (size > needed and not more)):
             raise ValueError(
-                f"model.weights must have at least the {name} of the data, {needed}, but {weights} has {size}"
+                f"model.weights must have {more}the {name} of the data, {needed}, but {weights} has {size}"
             )
         if given not in (None, needed, size):
             raise ValueError(f"model.{name} must be that of model.weights, {size}, but is {given}")
 
     def _has_other_classes(self, source: Model) -> bool:
-        """Whether a classifier is to learn other classes than its weights are of, and so wants a new head."""
+        """Whether other classes, or values, are to be learnt than the weights are of, and so a new head is wanted."""
         needed = getattr(getattr(self._trainer, "datamodule", None), self.size_name, None)
         own = needed is None or source.recipe["size"] in (needed, self.hparams.get(self.size_name))
-        return self.size_name == "num_classes" and self._fits and not own
+        return self.size_name != "vocab_size" and self._fits and not own
 
     def _start_from(self, source: Model, other_classes: bool) -> None:
         where, kept = self.hparams["weights"], {key: source.recipe[key] for key in ("class_path", "init_args")}

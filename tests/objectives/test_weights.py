@@ -22,6 +22,7 @@ from lit_llm.models.recurrent import LSTM
 from lit_llm.models.rotary import YaRN
 from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.regression import Regression
 from tests.examples import BERT, Examples
 from tests.writing import exactly
 
@@ -151,6 +152,26 @@ def test_weights_of_other_classes_get_a_new_head_which_is_said(tmp_path, caplog,
     assert same(objective.network.backbone, source.backbone)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert same(load_model(tmp_path / "x.ckpt")[0], objective.network)
+
+
+def test_values_are_learnt_by_a_new_head_on_weights_of_classes_but_not_evaluated_by_theirs(tmp_path, caplog) -> None:
+    source = PretrainedClassifier(3, config=BERT)
+    save_model(tmp_path / "model", source)
+    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1, limit_val_batches=0)
+    objective = still(Regression, weights=str(tmp_path / "model"))
+    with caplog.at_level("INFO"):
+        trainer.fit(objective, Examples(None))
+    new = "model.classifier.bias, model.classifier.weight"
+    assert f"The head is new, since {tmp_path / 'model'} has one of 3 classes: {new}" in caplog.messages
+    assert objective.network.num_classes == objective.hparams["num_targets"] == 1
+    assert same(objective.network.backbone, source.backbone)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    assert same(load_model(tmp_path / "x.ckpt")[0], objective.network)
+    message = f"model.weights must have the num_targets of the data, 1, but {tmp_path / 'model'} has 3"
+    with pytest.raises(ValueError, match=exactly(message)):
+        Trainer(accelerator="cpu", logger=False).validate(
+            Regression(weights=str(tmp_path / "model")), Examples(None), verbose=False
+        )
 
 
 def test_weights_of_fewer_classes_than_the_data_are_not_evaluated(tmp_path) -> None:
