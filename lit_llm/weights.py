@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,11 @@ def read_weights(network: nn.Module, folder: Path) -> None:
 
 
 def copy_weights(
-    source: nn.Module, target: nn.Module, where: Path | str, sizes: tuple[int, int] | None = None
+    source: nn.Module,
+    target: nn.Module,
+    where: Path | str,
+    sizes: tuple[int, int] | None = None,
+    head: Collection[str] = (),
 ) -> list[str]:
     """Copies all parameters of one network into another of the same form.
 
@@ -66,6 +70,7 @@ def copy_weights(
         target: Into which.
         where: What errors call the source.
         sizes: How many classes the two have, where those are not the same: heads of so many rows are passed over.
+        head: What is passed over besides, by name.
 
     Returns:
         The names of the parameters that were passed over.
@@ -79,7 +84,7 @@ def copy_weights(
         here, there = own[name].shape, stored[name].shape
         return here != there and (there[:1], here[:1]) == ((sizes[0],), (sizes[1],)) and here[1:] == there[1:]
 
-    new = sorted(name for name in own.keys() & stored.keys() if sizes is not None and is_head(name))
+    new = sorted(name for name in own.keys() & stored.keys() if name in head or (sizes is not None and is_head(name)))
     of_both = ({name: tensor for name, tensor in each.items() if name not in new} for each in (own, stored))
     _copy(*of_both, Path(where), target.state_dict())
     return new

@@ -22,9 +22,11 @@ from lit_llm.adaptation import Adaptation
 from lit_llm.batch import inputs
 from lit_llm.checkpoints import Model, read_image_processor, read_model, unpacked_tokenizer
 from lit_llm.compression.compression import records_of, replay
+from lit_llm.data.labels import listed
 from lit_llm.data.tokenizer import fingerprint, padding_id
 from lit_llm.deferred_init import deferred
 from lit_llm.metrics import MeanLoss
+from lit_llm.objectives import heads
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.features import FeatureCache, features_of
 from lit_llm.objectives.scheduled import Scheduled
@@ -54,7 +56,7 @@ class Objective(Scheduled):
         decay_embeddings: Apply weight decay to embeddings (it is never applied to norms and biases).
         weights: What to start from instead of random weights: a model directory (ours or transformers'), a run folder,
             a checkpoint file or a name on the hub. Read only once, before the first step; resuming does not need it. A
-            classifier gets a new head if the data have a different number of classes, or values.
+            classifier's head has the data's classes by their names; training gives it a new one for others, or values.
         adaptation: Which parameters are trained, from when on and how fast; `None` trains all of them alike.
 
     Raises:
@@ -149,9 +151,13 @@ class Objective(Scheduled):
         """
         name = self.size_name
         source = read_model(self.hparams["weights"]) if self.hparams.get("weights") else None
+        if source is not None and getattr(self._trainer, "ckpt_path", "no trainer") is None:
+            getattr(self.trainer.datamodule, "splits", None)  # found now: no checkpoint will say what the classes are
         other_classes = source is not None and self._has_other_classes(source)
         if source is not None:
             self._require_same_data(source, other_classes)
+            if not other_classes:
+                heads.put_in_order(source, self._order_of_classes(source), self.hparams["weights"])
             self.hparams[name] = self.hparams[name] if other_classes else source.recipe["size"]
         if self.hparams.get(name) is None:
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
@@ -231,11 +237,22 @@ class Objective(Scheduled):
             )
         if given not in (None, needed, size):
             raise ValueError(f"model.{name} must be that of model.weights, {size}, but is {given}")
+        if self._order_of_classes(source) is None:
+            raise ValueError(
+                f"model.weights must tell apart the data's classes, {listed(data.class_names)}, but {weights} tells "
+                f"apart {listed(source.network.class_names)}"
+            )
+
+    def _order_of_classes(self, source: Model) -> list[int] | None:
+        """In which order the head of weights is of the data's classes; `None` where it is of others."""
+        sides = getattr(self._trainer, "datamodule", None), source.network
+        return heads.order_of(*(getattr(side, "class_names", None) for side in sides))
 
     def _has_other_classes(self, source: Model) -> bool:
         """Whether other classes, or values, are to be learnt than the weights are of, and so a new head is wanted."""
         needed = getattr(getattr(self._trainer, "datamodule", None), self.size_name, None)
         own = needed is None or source.recipe["size"] in (needed, self.hparams.get(self.size_name))
+        own = own and self._order_of_classes(source) is not None
         return self.size_name != "vocab_size" and self._fits and not own
 
     def _start_from(self, source: Model, other_classes: bool) -> None:
@@ -248,9 +265,12 @@ class Objective(Scheduled):
             self.network, self.hparams["network"] = source.network.train(), kept
         else:
             replay(self.network, records_of(source.network))
-            new = copy_weights(source.network, self.network, where, (before, size) if other_classes else None)
+            head = heads.head_of(source, where) if other_classes and before == size else ()
+            sizes = (before, size) if other_classes else None
+            new = copy_weights(source.network, self.network, where, sizes, head)
             if new:
-                log.info(f"The head is new, since {where} has one of {before} classes: {', '.join(new)}")
+                what = f"the classes {listed(source.network.class_names)}" if head else f"{before} classes"
+                log.info(f"The head is new, since {where} has one of {what}: {', '.join(new)}")
         log.info(f"Starting from the weights of {where}")
         self.hparams["weights"] = None  # a checkpoint has weights of its own
 

@@ -162,3 +162,24 @@ def test_what_a_config_does_not_say_of_tokens_is_known_in_an_evaluation_too(lit_
     assert outcome.code == 0, outcome.err
     found = dict(line.split() for line in outcome.out.splitlines() if line.startswith("val/"))
     assert found["val/loss"] == f"{fitted:.4f}"
+
+
+def test_weights_whose_classes_are_in_another_order_predict_by_their_names(lit_llm, tmp_path) -> None:
+    lines = [f"some {('bad', 'good')[row % 2]} words {row},{('bad', 'good')[row % 2]}" for row in range(20)]
+    size = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    network = PretrainedClassifier(2, config={**size, "num_hidden_layers": 1, "vocab_size": 300})
+    network.class_names = ["good", "bad"]
+    save_model(tmp_path / "start", network, train_bert_bpe(lines, 300))
+    (tmp_path / "splits").mkdir()
+    for name in ("alone.csv", "splits/train.csv", "splits/test.csv"):
+        (tmp_path / name).write_text("\n".join(["text,label", *lines]))
+    (tmp_path / "alone.csv").write_text("\n".join(["text", *(line.split(",")[0] for line in lines)]))
+    words = ["--config", REPOSITORY / "configs/finetuning/encoder_glue.yaml", "--model.network", "null"]
+    words += ["--model.weights", tmp_path / "start", "--data.max_seq_len", "16", "--trainer.precision", "32-true"]
+    found = []
+    for data in ("alone.csv", "splits"):
+        outcome = lit_llm("predict", *words, "--data.path", tmp_path / data, "--run_dir", tmp_path / f"of_{data}")
+        assert outcome.code == 0, outcome.err
+        with (tmp_path / f"of_{data}/predictions.csv").open(newline="") as file:
+            found.append([(line["predicted"], line["p(bad)"], line["p(good)"]) for line in csv.DictReader(file)])
+    assert found[0] == found[1]

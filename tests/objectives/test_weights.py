@@ -13,6 +13,7 @@ from torch import nn
 
 from lit_llm.checkpoint_files import read_checkpoint
 from lit_llm.checkpoints import load_model, save_model
+from lit_llm.compression.low_rank import SVD
 from lit_llm.data.text import TextData
 from lit_llm.data.tokenizer import byte_tokenizer, train_bpe
 from lit_llm.models.llama import Llama
@@ -23,7 +24,7 @@ from lit_llm.models.rotary import YaRN
 from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.regression import Regression
-from tests.examples import BERT, Examples
+from tests.examples import BERT, Examples, example
 from tests.writing import exactly
 
 MISTRAL = {"model_type": "mistral", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1}
@@ -152,6 +153,72 @@ def test_weights_of_other_classes_get_a_new_head_which_is_said(tmp_path, caplog,
     assert same(objective.network.backbone, source.backbone)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     assert same(load_model(tmp_path / "x.ckpt")[0], objective.network)
+
+
+def one_step() -> Trainer:
+    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1, limit_val_batches=0)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_classes_in_another_order_are_found_by_their_names(tmp_path, given) -> None:
+    source = PretrainedClassifier(3, config=BERT)
+    source.class_names = ["CLASS 2", "CLASS 0", "CLASS 1"]
+    save_model(tmp_path / "model", source)
+    batch = {name: tensor for name, tensor in example(0, 3).items() if name in ("input_ids", "attention_mask")}
+    expected = source.eval()(**batch)[:, [1, 2, 0]]
+    network = functools.partial(PretrainedClassifier, config=BERT) if given else None
+    for command in ("fit", "validate"):
+        objective = still(Classification, network=network, weights=str(tmp_path / "model"))
+        getattr(one_step(), command)(objective, Examples(3))
+        assert objective.network.class_names == ["class 0", "class 1", "class 2"]
+        assert torch.equal(objective.network.eval()(**batch), expected)
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_as_many_classes_of_other_names_get_a_new_head_and_are_not_evaluated_by_the_old(
+    tmp_path, caplog, given
+) -> None:
+    source = PretrainedClassifier(3, config=BERT)
+    source.class_names = ["cat", "dog", "hen"]
+    save_model(tmp_path / "model", source)
+    network = functools.partial(PretrainedClassifier, config=BERT) if given else None
+    objective = still(Classification, network=network, weights=str(tmp_path / "model"))
+    with caplog.at_level("INFO"):
+        one_step().fit(objective, Examples(3))
+    new = "model.classifier.bias, model.classifier.weight"
+    classes = "the classes 'cat', 'dog', 'hen'"
+    assert f"The head is new, since {tmp_path / 'model'} has one of {classes}: {new}" in caplog.messages
+    assert same(objective.network.backbone, source.backbone)
+    assert not torch.equal(objective.network.model.classifier.weight, source.model.classifier.weight)
+    message = (
+        f"model.weights must tell apart the data's classes, 'class 0', 'class 1', 'class 2', but {tmp_path / 'model'} "
+        f"tells apart 'cat', 'dog', 'hen'"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        one_step().validate(Classification(weights=str(tmp_path / "model")), Examples(3))
+
+
+@pytest.mark.parametrize("names", [["0", "1", "2"], ["LABEL_0", "LABEL_1", "LABEL_2"]])
+def test_a_head_of_classes_without_names_is_kept(tmp_path, names) -> None:
+    source = PretrainedClassifier(3, config=BERT)
+    source.class_names = names
+    save_model(tmp_path / "model", source)
+    objective = still(Classification, weights=str(tmp_path / "model"))
+    one_step().fit(objective, Examples(3))
+    assert same(objective.network, source)
+
+
+def test_a_compressed_head_is_not_put_in_order(tmp_path) -> None:
+    source = PretrainedClassifier(3, config=BERT)
+    SVD(rank=1, layers=["model.classifier"]).apply(source)
+    source.class_names = ["class 2", "class 0", "class 1"]
+    save_model(tmp_path / "model", source)
+    message = (
+        f"model.weights must have a plain head for classes of other names or in another order, but that of "
+        f"{tmp_path / 'model'} ('class 2', 'class 0', 'class 1') is compressed"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        one_step().validate(Classification(weights=str(tmp_path / "model")), Examples(3))
 
 
 def test_values_are_learnt_by_a_new_head_on_weights_of_classes_but_not_evaluated_by_theirs(tmp_path, caplog) -> None:

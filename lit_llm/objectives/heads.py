@@ -1,0 +1,78 @@
+"""Heads of classifiers: of which classes they are, and those in the order of the data's."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from lit_llm.checkpoints import Model
+from lit_llm.data.labels import listed
+from lit_llm.recipes import built
+
+NO_NAME = re.compile(r"LABEL_\d+|[+-]?\d+")
+"""What a class is called of which nothing is known but its number."""
+
+
+def order_of(wanted: Sequence[str] | None, own: Sequence[str] | None) -> list[int] | None:
+    """In which order a head's classes are the wanted ones, with those that nobody wants behind them.
+
+    They are found by their names, be the letters small or capital. They are as they are where names say nothing: where
+    there are none, or on one side only numbers. `None` where the head is of other classes.
+
+    Example:
+        >>> order_of(["bad", "good"], ["GOOD", "BAD", "so-so"])
+        [1, 0, 2]
+        >>> order_of(["bad", "good"], ["LABEL_0", "LABEL_1"])
+        [0, 1]
+        >>> order_of(["bad", "good"], ["cat", "dog"])
+    """
+    own = list(own or [])
+    if not wanted or not own:
+        return list(range(len(own)))
+    for form in (str, str.casefold):
+        places = {form(name): place for place, name in enumerate(own)}
+        found = [places.get(form(name)) for name in wanted]
+        if None not in found and len(set(found)) == len(found):
+            return found + [place for place in range(len(own)) if place not in found]
+    if any(all(map(NO_NAME.fullmatch, names)) for names in (wanted, own)):
+        return list(range(len(own)))
+    return None
+
+
+def head_of(source: Model, where: str) -> set[str]:
+    """The names of what is as long as there are classes.
+
+    Args:
+        source: What the head is part of.
+        where: What errors call it.
+
+    Raises:
+        ValueError: When compression has left no such head.
+    """
+    options = {name: value for name, value in source.recipe["init_args"].items() if name != "class_names"}
+    with torch.device("meta"):
+        one, more = (
+            built(source.recipe | {"init_args": options}, Path(where), source.recipe["size"] + added).state_dict()
+            for added in (0, 1)
+        )
+    head = {name for name in one if one[name].shape != more[name].shape}
+    layers = {name.rpartition(".")[0] for name in head}
+    if {name for name in source.network.state_dict() if name.rpartition(".")[0] in layers} != head:
+        raise ValueError(
+            f"model.weights must have a plain head for classes of other names or in another order, but that of {where} "
+            f"({listed(source.network.class_names)}) is compressed"
+        )
+    return head
+
+
+def put_in_order(source: Model, order: list[int], where: str) -> None:
+    """Puts a head's classes in an order, in place."""
+    if order == list(range(len(order))):
+        return
+    state = source.network.state_dict()
+    for name in head_of(source, where):
+        state[name].copy_(state[name][order])
+    source.network.class_names = [source.network.class_names[place] for place in order]
