@@ -28,11 +28,11 @@ from lit_llm.cli import COMMANDS, fail, find_lr, from_checkpoint, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.errors import parser_line
 from lit_llm.cli.lean_loop import skip_empty_hooks
-from lit_llm.cli.products import multiply_by_onednn
 from lit_llm.cli.quiet import quieten
 from lit_llm.cli.run_config import RunConfig
 from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
 from lit_llm.cli.trainer_options import require_sound
+from lit_llm.products import multiply_by_onednn
 
 log = logging.getLogger(__name__)
 

@@ -11,16 +11,7 @@ from torch import Tensor, nn
 
 from lit_llm.models.normalization import RMSNorm
 from lit_llm.models.rotary import Rotation, rotate
-
-MAX_MATMUL_SEQ = {torch.bfloat16: 512, torch.float32: 0}
-"""Up to this length two matrix products beat the CPU's flash kernel; the memory they need grows as seq².
-
-With 32 bits only where oneDNN multiplies those (`cli.products`)."""
-
-
-def longest_by_products(device: torch.device, dtype: torch.dtype) -> int:
-    """Up to which length `attend_by_products` is to be taken; 0 for an export, which asks no size."""
-    return MAX_MATMUL_SEQ.get(dtype, 0) if device.type == "cpu" and not torch.compiler.is_exporting() else 0
+from lit_llm.products import longest_by_products
 
 
 class KVCache:
@@ -113,7 +104,7 @@ def attend_by_products(
 ) -> Float[Tensor, "batch heads new d_value"]:
     """Softmax attention as two matrix products, which keeps all probabilities.
 
-    On a CPU it is faster than the flash kernel while sequences are short (`MAX_MATMUL_SEQ`), for gradients most of all.
+    On a CPU it is faster than the flash kernel while sequences are short, for gradients most of all.
 
     Args:
         q: Queries.

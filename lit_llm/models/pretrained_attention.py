@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_llm.models.attention import attend_by_products, longest_by_products
+from lit_llm.models.attention import attend_by_products
+from lit_llm.products import longest_by_products
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,8 +2,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_llm.models.attention import MAX_MATMUL_SEQ, Attention, KVCache, attend, document_mask
+from lit_llm.models.attention import Attention, KVCache, attend, document_mask
 from lit_llm.models.rotary import rotation
+from lit_llm.products import MAX_MATMUL_SEQ
 from tests.writing import exactly
 
 BATCH, HEADS, D_HEAD = 2, 4, 16

@@ -1,4 +1,4 @@
-"""Has 32-bit numbers multiplied by the library that is fastest on this CPU."""
+"""Which library multiplies matrices on a CPU, and what that makes of attention."""
 
 from __future__ import annotations
 
@@ -6,9 +6,17 @@ from pathlib import Path
 
 import torch
 
-from lit_llm.models.attention import MAX_MATMUL_SEQ
-
 CPU_INFO = Path("/proc/cpuinfo")
+
+MAX_MATMUL_SEQ = {torch.bfloat16: 512, torch.float32: 0}
+"""Up to this length two matrix products beat the CPU's flash kernel; the memory they need grows as seq².
+
+With 32 bits only where oneDNN multiplies those (`multiply_by_onednn`)."""
+
+
+def longest_by_products(device: torch.device, dtype: torch.dtype) -> int:
+    """Up to which length attention is to be two matrix products; 0 for an export, which asks no size."""
+    return MAX_MATMUL_SEQ.get(dtype, 0) if device.type == "cpu" and not torch.compiler.is_exporting() else 0
 
 
 def multiply_by_onednn() -> None:

@@ -9,8 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_llm.cli import products
-from lit_llm.models.attention import MAX_MATMUL_SEQ, attend
+from lit_llm import products
+from lit_llm.models.attention import attend
+from lit_llm.products import MAX_MATMUL_SEQ
 
 AMD, INTEL = "vendor_id : AuthenticAMD\nflags : avx512f", "vendor_id : GenuineIntel\nflags : avx512f"
 
