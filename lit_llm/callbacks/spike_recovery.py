@@ -200,6 +200,13 @@ class SpikeRecovery(Callback):
         return {name: getattr(self, name) for name in KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Goes on from there; where the window is another one now, with the newest that it holds."""
         for name in KEPT:
             setattr(self, name, state_dict[name])
+        if (before := len(self.losses)) != self.window:
+            kept = min(int(self.seen), before, self.window)
+            newest = torch.arange(int(self.seen) - kept, int(self.seen)) % before
+            for name in ("losses", "norms"):
+                last = getattr(self, name)[newest]
+                setattr(self, name, torch.cat([last, last.new_zeros(self.window - kept)]))
+            self.seen = torch.full_like(self.seen, kept)

@@ -169,6 +169,24 @@ def test_what_was_seen_survives_a_resume(lit_llm, tiny, tmp_path):
     assert torch.equal(kept[0]["losses"], kept[1]["losses"])
 
 
+@pytest.mark.parametrize("seen", [0, 3, 4, 6, 9])
+@pytest.mark.parametrize("window", [2, 4, 5, 8])
+def test_another_window_holds_the_newest_of_what_was_seen(window, seen):
+    before, now = SpikeRecovery(window=4), SpikeRecovery(window=window)
+    for step in range(seen):
+        before.losses[step % 4] = before.norms[step % 4] = step
+    before.seen += seen
+    before.norms = before.losses + 10
+    now.load_state_dict(before.state_dict())
+    kept = list(range(seen))[-min(window, 4) :]
+    held = torch.arange(window) < now.seen
+    assert now._is_usual(torch.tensor(1.0), now.losses)
+    assert sorted(now.losses[held].tolist()) == kept
+    assert torch.equal(now.norms[held], now.losses[held] + 10)
+    now.losses[now.seen % window] = 99  # the next takes the place of the oldest
+    assert sorted(now.losses[: len(kept) + 1].tolist()) == [*kept, 99][-window:]
+
+
 @pytest.mark.parametrize(("name", "value"), [("threshold", 0.0), ("window", 1), ("patience", 0), ("max_rollbacks", -1)])
 def test_values_out_of_range_are_refused(name, value):
     with pytest.raises(ValueError, match=f"{name} must be"):
