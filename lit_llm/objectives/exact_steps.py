@@ -64,6 +64,8 @@ class ExactSteps(LightningModule, ABC):
 
     def training_step(self, batch: Any, batch_idx: int) -> Float[Tensor, ""]:
         """The mean loss of this batch, or, where a step has several, their share of the step's: see below."""
+        if self._step_has_parts and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self._begin_step()
         self._seed_chance()
         total, targets = self.loss(batch)
         self._loss_sum = self._loss_sum + total.detach()
@@ -72,6 +74,11 @@ class ExactSteps(LightningModule, ABC):
             return total / targets.clamp(min=1)
         self._step_targets = self._step_targets + targets
         return total / PART_SCALE
+
+    def _begin_step(self) -> None:
+        """Forgets micro-batches that never came to a step, whose gradients Lightning lets go of."""
+        if not self._gradients_are_elsewhere:
+            self._step_targets, self._parts_read = 0.0, 0
 
     def _seed_chance(self) -> None:
         if self._seed is None:  # Lightning keeps there what `seed_everything` was given

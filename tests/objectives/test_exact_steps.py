@@ -42,7 +42,7 @@ class Line(ExactSteps):
 def fitted(folder: Path, made: Line, **options) -> Line:
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = Trainer(
-        max_epochs=1, accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **quiet, **options
+        accelerator="cpu", default_root_dir=folder, enable_model_summary=False, **quiet, **({"max_epochs": 1} | options)
     )
     made.trainer = trainer
     trainer.fit(made, DataLoader(ROWS, batch_size=None))
@@ -109,6 +109,20 @@ def test_what_is_drawn_at_a_step_depends_on_seed_step_and_micro_batch_alone(tmp_
     assert len(set(found["d"])) == 4
     assert found["d"][0] == found["a"][0]
     assert found["d"][2] == found["a"][1]  # the first of the second step
+
+
+class Broken(Noise):
+    """Leaves out the rest of the first epoch when a step is half read."""
+
+    def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
+        return -1 if self.current_epoch == 0 and batch_idx == 2 else None
+
+
+def test_micro_batches_that_came_to_no_step_do_not_count_in_the_next(tmp_path: Path) -> None:
+    made = Broken()
+    [gradient] = fitted(tmp_path, made, accumulate_grad_batches=4, max_epochs=2).gradients
+    torch.testing.assert_close(gradient, mean_gradient())
+    assert made.drawn[2:4] == made.drawn[:2]  # the step is still the first
 
 
 class Apart(Line):
