@@ -48,5 +48,10 @@ def require_sound(trainer: Mapping[str, Any], seed: bool | int | None) -> None:
         )
     if trainer.get("devices") in (0, "0"):
         raise ValueError("trainer.devices must be at least 1, auto or a list, but is 0")
+    if trainer.get("overfit_batches"):  # a loader that goes on where it was would read others each epoch
+        raise ValueError(
+            f"trainer.overfit_batches must be 0, but is {trainer['overfit_batches']}; give data of a few rows, as with "
+            f"data.max_examples or data.max_documents"
+        )
     if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
         raise ValueError(f"seed_everything must be in [0, {2**32 - 1}], but is {seed}")

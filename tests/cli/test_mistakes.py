@@ -75,6 +75,11 @@ FLAGS = {
         "0.5; set one of them",
     ),
     "no device": (["--trainer.devices", "0"], "trainer.devices must be at least 1, auto or a list, but is 0"),
+    "the same batches over and over": (
+        ["--trainer.overfit_batches", "2"],
+        "trainer.overfit_batches must be 0, but is 2; give data of a few rows, as with data.max_examples or "
+        "data.max_documents",
+    ),
     "learning rate below 0": (
         ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "-0.1"],
         "model.optimizer must be given what it takes, but is not: Invalid learning rate: -0.1",
