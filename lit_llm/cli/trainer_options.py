@@ -53,5 +53,10 @@ def require_sound(trainer: Mapping[str, Any], seed: bool | int | None) -> None:
             f"trainer.overfit_batches must be 0, but is {trainer['overfit_batches']}; give data of a few rows, as with "
             f"data.max_examples or data.max_documents"
         )
+    if reload := trainer.get("reload_dataloaders_every_n_epochs"):  # a new loader begins with the first epoch's order
+        raise ValueError(
+            f"trainer.reload_dataloaders_every_n_epochs must be 0, but is {reload}; each epoch has an order of its own "
+            f"without it"
+        )
     if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
         raise ValueError(f"seed_everything must be in [0, {2**32 - 1}], but is {seed}")

@@ -80,6 +80,10 @@ FLAGS = {
         "trainer.overfit_batches must be 0, but is 2; give data of a few rows, as with data.max_examples or "
         "data.max_documents",
     ),
+    "loaders made anew": (
+        ["--trainer.reload_dataloaders_every_n_epochs", "1"],
+        "trainer.reload_dataloaders_every_n_epochs must be 0, but is 1; each epoch has an order of its own without it",
+    ),
     "learning rate below 0": (
         ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "-0.1"],
         "model.optimizer must be given what it takes, but is not: Invalid learning rate: -0.1",
