@@ -20,6 +20,32 @@ def place(trainer: Any) -> tuple[int, int]:
     return (share["rank"], share["num_replicas"]) if share else (trainer.global_rank, trainer.world_size)
 
 
+def go_on(fit_loop: Any) -> None:
+    """Has a run that goes on count the batches of its epoch as they are cut now, and begin at a whole step.
+
+    Lightning counts on from those of before, and ends an epoch too soon, or late and without its validation, where the
+    batch size, the rows or the number of ranks have changed. Of a step that was begun no checkpoint holds the gradient:
+    its batches are read again. An epoch that is over stays so; one of a limited number of batches is Lightning's alone.
+
+    Args:
+        fit_loop: Lightning's, before it takes a batch, with what a checkpoint told it.
+    """
+    # Where epochs set the length, the schedule had the loaders made before there was a position to give them; after a
+    # whole epoch Lightning gives them none.
+    loader, progress = fit_loop._combined_loader.flattened[0], fit_loop.epoch_loop.batch_progress
+    if fit_loop.restarting or progress.is_last_batch:
+        fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
+        fit_loop._combined_loader_states_to_load = []
+    if not fit_loop.restarting or not isinstance(loader, BatchLoader) or len(loader) != fit_loop.max_batches:
+        return
+    begun = 0 if progress.is_last_batch else loader.batch % fit_loop.trainer.accumulate_grad_batches
+    loader.batch -= begun
+    moved = (len(loader) if progress.is_last_batch else loader.batch) - progress.current.ready
+    for counts, change in ((progress.current, moved), (progress.total, -begun)):
+        for name, count in vars(counts).items():
+            setattr(counts, name, count + change)
+
+
 class BatchLoader:
     """Yields batches cut whole from data with random access, with a position that is a pair of numbers.
 
@@ -114,7 +140,10 @@ class BatchLoader:
         return {"epoch": self.epoch, "row": self.batch * self.batch_size * self.world_size, "num_rows": self.num_rows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to a position, also where the batch size or the number of ranks has changed since; other data begins."""
+        """Goes to a position, also where the batch size or the number of ranks has changed since; other data begins.
+
+        An epoch that was not over has a batch left, its last, of which some rows may be read again.
+        """
         self.epoch, self.batch = state["epoch"], state["row"] // (self.batch_size * self.world_size)
         if state["num_rows"] != self.num_rows:
             log.info(
@@ -122,8 +151,7 @@ class BatchLoader:
                 f"{state['num_rows']:,} when the checkpoint was written"
             )
             self.epoch = self.batch = 0
-        elif self.batch >= len(self):
-            self.epoch, self.batch = self.epoch + 1, 0
+        self.batch = min(self.batch, max(len(self) - 1, 0))
 
 
 def grouped(order: np.ndarray, lengths: np.ndarray, batch_size: int, chance: np.random.Generator) -> np.ndarray:

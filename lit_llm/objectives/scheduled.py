@@ -13,6 +13,7 @@ from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_llm.adaptation import Adaptation
+from lit_llm.data.sampling import go_on
 from lit_llm.objectives.averaged import Averaged
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule, step_at
@@ -103,8 +104,7 @@ class Scheduled(Averaged):
             group.update(configured)
             group["lr"] = configured["initial_lr"] * self._factor_of(configured)(self.trainer.global_step)
         scheduler.base_lrs = [configured["initial_lr"] for configured in self._configured]
-        # Where epochs set the length, the schedule had the loaders made before there was a position to give them.
-        self.trainer.fit_loop._load_combined_loader_states()
+        go_on(self.trainer.fit_loop)
         self._waiting = [group for group in optimizer.param_groups if group.get("start")]
         self._wake(optimizer, self.trainer.global_step)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,9 @@ from tests.writing import REPOSITORY
 
 STEPS = 14  # past the end of an epoch
 ASYNC = ["--config", str(REPOSITORY / "configs/strategy/async_checkpoints.yaml")]
+
+EPOCHS = ["--trainer.max_steps=-1", "--trainer.val_check_interval=1.0", "--trainer.check_val_every_n_epoch=1"]
+EPOCHS += ["--test_after_fit=false", "--trainer.max_epochs"]
 
 
 class Crash(Callback):
@@ -194,6 +198,52 @@ def test_a_run_interrupted_before_a_validation_or_within_a_step_goes_on_exactly(
     for name in ("train/loss", "val/loss"):
         found = [{row["step"]: row[name] for row in rows if name in row} for rows in (whole, cut)]
         assert found[0] == found[1] != {}, name
+
+
+# Of the 328 rows of an epoch 10 batches of 32 are made, 5 of 64, 20 of 16, 2 of 128; of twice the length, 5 of 32.
+@pytest.mark.parametrize(
+    ("batch", "change", "validated"),
+    [
+        (4, ("batch_size", "64"), [5 + 3, 5 + 3 + 5]),
+        (8, ("batch_size", "128"), [9 + 1, 9 + 1 + 2]),  # the rows that are left are no batch
+        (9, ("batch_size", "64"), [10, 10 + 5]),  # saved after the validation
+        (14, ("batch_size", "16"), [10, 15 + 10]),
+        (14, ("seq_len", "64"), [10, 15 + 5]),  # from its beginning
+    ],
+)
+def test_epochs_go_on_to_their_end_and_validation_with_other_batches(lit_llm, tiny, tmp_path, batch, change, validated):
+    run = tmp_path / "run"
+    words = [*tiny, *EPOCHS, "2", "--data.batch_size", "32", "--run_dir", run]
+    stopped = ["--trainer.callbacks+", "tests.cli.test_resume.Interrupt", "--trainer.callbacks.batch", batch]
+    assert lit_llm("fit", *words, *stopped).code == 130
+    outcome = lit_llm("fit", *words, "--ckpt_path", "last", f"--data.{change[0]}", change[1])
+    assert outcome.code == 0, outcome.err
+    assert [row["step"] for row in read_metrics(run / "metrics.csv") if "val/loss" in row] == validated
+
+
+def test_further_epochs_have_the_losses_of_a_run_that_had_them_from_the_beginning(lit_llm, tiny, tmp_path):
+    words = [*tiny, "--model.schedule", "lit_llm.schedulers.Constant", "--model.schedule.warmup_steps", "0"]
+    words += ["--data.batch_size", "64"]
+    for run, epochs, more in (("whole", 2, []), ("cut", 1, []), ("cut", 2, ["--ckpt_path", "last"])):
+        outcome = lit_llm("fit", *words, *EPOCHS, epochs, *more, "--run_dir", tmp_path / run)
+        assert outcome.code == 0, outcome.err
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    assert len(losses(tmp_path / "cut")) == 10
+
+
+def test_a_run_goes_on_from_a_validation_within_a_step_at_its_beginning(lit_llm, tiny, tmp_path):
+    run = tmp_path / "run"
+    words = [*tiny, "--trainer.max_steps", "4", "--trainer.accumulate_grad_batches", "4", "--test_after_fit", "false"]
+    words += ["--trainer.val_check_interval", "10", "--run_dir", run]
+    stopped = ["--trainer.callbacks+", "tests.cli.test_resume.Interrupt", "--trainer.callbacks.batch", "11"]
+    assert lit_llm("fit", *words, *stopped).code == 130
+    shutil.copy(run / "checkpoints/best.ckpt", tmp_path / "within.ckpt")
+    ends = []
+    for start_from in ("last", tmp_path / "within.ckpt"):
+        assert lit_llm("fit", *words, "--ckpt_path", start_from).code == 0
+        ends.append(read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"])
+    for name, weight in ends[0].items():
+        assert torch.equal(weight, ends[1][name]), name
 
 
 def start(words: list[str]) -> subprocess.Popen:
