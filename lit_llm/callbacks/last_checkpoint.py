@@ -30,7 +30,8 @@ class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` of the run folder fresh, and turns Ctrl-C into a place to go on from.
 
     Saves after whole optimiser steps only: every so many, at the end, and when interrupted. A second Ctrl-C stops at
-    once. What a cluster sends before it takes a machine away, SIGTERM, is as Ctrl-C.
+    once. What a cluster sends before it takes a machine away, SIGTERM, is as Ctrl-C. A run that is asked to stop within
+    a step, by the clock or by a validation, stops after it.
 
     Args:
         every_n_steps: Steps between two saves.
@@ -41,12 +42,12 @@ class LastCheckpoint(Checkpoint):
             raise ValueError(f"checkpoint.every_n_steps must be at least 1, but is {every_n_steps}")
         self.every_n_steps = every_n_steps
         self._saved_step = -1
-        self._interrupted = False
+        self._interrupted = self._stopped = False
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens for Ctrl-C, and removes what a killed process had begun to write."""
-        self._saved_step = trainer.global_step
+        self._saved_step, self._stopped = trainer.global_step, False
         if trainer.is_global_zero:
             for half in (Path(trainer.default_root_dir) / "checkpoints").glob(".*.ckpt-*"):
                 shutil.rmtree(half, ignore_errors=True)
@@ -67,6 +68,7 @@ class LastCheckpoint(Checkpoint):
         Raises:
             KeyboardInterrupt: After saving, when the run was interrupted.
         """
+        self._put_off(trainer)
         self._agree(trainer)
         if not self._is_due(trainer) or trainer.global_step == self._saved_step:
             return
@@ -82,9 +84,16 @@ class LastCheckpoint(Checkpoint):
             KeyboardInterrupt: As after a step that none follows.
         """
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._put_off(trainer)
             self._agree(trainer)
             if self._is_due(trainer):
                 self._save_and_stop(trainer)
+
+    def _put_off(self, trainer: Trainer) -> None:
+        """Has who asks to stop within a step wait for its end: no checkpoint holds the gradient so far."""
+        if trainer.should_stop or self._stopped:
+            self._stopped = True
+            trainer.should_stop = not trainer.fit_loop.epoch_loop._should_accumulate()
 
     def _agree(self, trainer: Trainer) -> None:
         if trainer.world_size > 1 and not trainer.fit_loop.epoch_loop._should_accumulate():  # all ranks save, or none

@@ -231,6 +231,27 @@ def test_further_epochs_have_the_losses_of_a_run_that_had_them_from_the_beginnin
     assert len(losses(tmp_path / "cut")) == 10
 
 
+class Stop(Callback):
+    """Asks to stop once a batch is read, as the clock does."""
+
+    def __init__(self, batch: int) -> None:
+        self.batch = batch
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop |= trainer.fit_loop.epoch_loop.total_batch_idx == self.batch
+
+
+def test_a_run_asked_to_stop_within_a_step_stops_after_it_and_goes_on_exactly(lit_llm, tiny, tmp_path):
+    words = [*tiny, "--trainer.max_steps", "5", "--trainer.accumulate_grad_batches", "4", "--test_after_fit", "false"]
+    words += ["--trainer.val_check_interval", "1000", "--model.schedule", "lit_llm.schedulers.Constant"]
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
+    stopped = ["--trainer.callbacks+", "tests.cli.test_resume.Stop", "--trainer.callbacks.batch", "9"]
+    assert lit_llm("fit", *words, *stopped, "--run_dir", tmp_path / "cut").code == 0
+    assert json.loads((tmp_path / "cut/results.json").read_text())["step"] == 3  # of batches 8 to 11
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
 def test_a_run_goes_on_from_a_validation_within_a_step_at_its_beginning(lit_llm, tiny, tmp_path):
     run = tmp_path / "run"
     words = [*tiny, "--trainer.max_steps", "4", "--trainer.accumulate_grad_batches", "4", "--test_after_fit", "false"]
