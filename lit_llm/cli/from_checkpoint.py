@@ -47,12 +47,19 @@ def require_own_start(model: Any, run: Path, words: list[str]) -> None:
     for names in (("weights",), ("network", "path")):
         here, there = (_argument(of, names) for of in (model, own))
         flag = r"--model\.(init_args\.)?" + r"\.(init_args\.)?".join(names) + "(=|$)"
-        if here not in (None, there) and any(re.match(flag, word) for word in words):
+        if here is None or any(_is_within(here, place) for place in (there, run)):
+            continue
+        if any(re.match(flag, word) for word in words):
             raise ValueError(
                 f"model.{'.'.join(names)} must be as in {config}, {there}, where that run's checkpoint is evaluated, "
                 f"but is {here}; to evaluate that, take --config {config} --model.network null "
                 f"--model.weights {here} and another --run_dir"
             )
+
+
+def _is_within(path: Any, place: Any) -> bool:
+    """Whether a path is another, however it is spelt, or leads into it."""
+    return place is not None and (path == place or Path(path).resolve().is_relative_to(Path(place).resolve()))
 
 
 def _argument(of: Any, names: tuple[str, ...]) -> Any:

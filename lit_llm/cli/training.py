@@ -255,12 +255,16 @@ class TrainingCLI(LightningCLI):
     def _starts_from_weights(self, config: Any) -> bool:
         """Whether no checkpoint is meant: in a training, and where a model directory outside of a run is evaluated.
 
-        A run has a config even where its checkpoints are gone: what it began with is not what it came to.
+        A run has a config even where its checkpoints are gone: what it began with is not what it came to, but its own
+        model is.
         """
         weights = (config["model"].get("init_args") or {}).get("weights")
         folder = config.get("run_dir") or config["trainer"].get("default_root_dir")
-        ran = folder and any((Path(folder) / name).is_file() for name in ("config.yaml", "checkpoints/best.ckpt"))
-        return self.subcommand == "fit" or bool(weights and not ran)
+        of_run = folder and [
+            name for name in ("checkpoints/best.ckpt", "config.yaml") if (Path(folder) / name).is_file()
+        ]
+        own = of_run == ["config.yaml"] and Path(weights or "").resolve().is_relative_to(Path(folder).resolve())
+        return self.subcommand == "fit" or bool(weights and (own or not of_run))
 
     def instantiate_classes(self) -> None:
         """Instantiates; what a run started from gives way to the checkpoint that is read.

@@ -123,7 +123,7 @@ class Classification(Objective):
         weights = self.weights_of(batch)
         total = F.cross_entropy(logits, labels, weight=self.weight_of_class, reduction="sum")
         if smoothing:  # (torch's own gives each other class's part that class's weight, and so a rare one all of it.)
-            total = torch.lerp(total, -(weights @ logits.log_softmax(dim=-1).mean(dim=-1)), smoothing)
+            total = torch.lerp(total, -(weights * logits.log_softmax(dim=-1).mean(dim=-1)).sum(), smoothing)
         return total, weights.sum()
 
     def weights_of(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
@@ -131,7 +131,7 @@ class Classification(Objective):
         labels, weight = batch["labels"], self.weight_of_class
         if weight is None:
             return torch.ones(len(labels), device=labels.device)
-        return labels @ weight if labels.is_floating_point() else weight[labels]
+        return (labels * weight).sum(dim=-1) if labels.is_floating_point() else weight[labels]  # (`@` would be rounded)
 
     def measure(self, metric: MetricCollection, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Adds each example's class, predicted class and nats."""

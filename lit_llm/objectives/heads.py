@@ -12,21 +12,27 @@ from lit_llm.checkpoints import Model
 from lit_llm.data.labels import listed
 from lit_llm.recipes import built
 
-NO_NAME = re.compile(r"LABEL_\d+|[+-]?\d+")
+NO_NAME = re.compile(r"LABEL_\d+|[+-]?\d+", re.IGNORECASE)
 """What a class is called of which nothing is known but its number."""
+
+RESERVED = re.compile(r"LABEL_\d+", re.IGNORECASE)
+"""What a class is called that had no examples: any may take its place."""
 
 
 def order_of(wanted: Sequence[str] | None, own: Sequence[str] | None) -> list[int] | None:
     """In which order a head's classes are the wanted ones, with those that nobody wants behind them.
 
     They are found by their names, be the letters small or capital. They are as they are where names say nothing: where
-    there are none, or on one side only numbers. `None` where the head is of other classes.
+    there are none, or on one side only numbers; what is without a name takes the place of what is not found. `None`
+    where the head is of other classes.
 
     Example:
         >>> order_of(["bad", "good"], ["GOOD", "BAD", "so-so"])
         [1, 0, 2]
         >>> order_of(["bad", "good"], ["LABEL_0", "LABEL_1"])
         [0, 1]
+        >>> order_of(["bad", "good"], ["good", "LABEL_1"])
+        [1, 0]
         >>> order_of(["bad", "good"], ["cat", "dog"])
     """
     own = list(own or [])
@@ -39,7 +45,12 @@ def order_of(wanted: Sequence[str] | None, own: Sequence[str] | None) -> list[in
             return found + [place for place in range(len(own)) if place not in found]
     if any(all(map(NO_NAME.fullmatch, names)) for names in (wanted, own)):
         return list(range(len(own)))
-    return None
+    places = {name.casefold(): place for place, name in enumerate(own)}
+    free = (place for place, name in enumerate(own) if RESERVED.fullmatch(name))
+    found = [places[name.casefold()] if name.casefold() in places else next(free, None) for name in wanted]
+    if None in found or len(set(found)) < len(found) or not any(name.casefold() in places for name in wanted):
+        return None
+    return found + [place for place in range(len(own)) if place not in found]
 
 
 def head_of(source: Model, where: str) -> set[str]:

@@ -240,7 +240,8 @@ class Objective(Scheduled):
         if self._order_of_classes(source) is None:
             raise ValueError(
                 f"model.weights must tell apart the data's classes, {listed(data.class_names)}, but {weights} tells "
-                f"apart {listed(source.network.class_names)}"
+                f"apart {listed(source.network.class_names)}; where they are the same, give them the data's names in "
+                f"id2label of its config.json"
             )
 
     def _order_of_classes(self, source: Model) -> list[int] | None:
@@ -270,7 +271,8 @@ class Objective(Scheduled):
             new = copy_weights(source.network, self.network, where, sizes, head)
             if new:
                 what = f"the classes {listed(source.network.class_names)}" if head else f"{before} classes"
-                log.info(f"The head is new, since {where} has one of {what}: {', '.join(new)}")
+                say = log.warning if head else log.info
+                say(f"The head is new, since {where} has one of {what}: {', '.join(new)}")
         log.info(f"Starting from the weights of {where}")
         self.hparams["weights"] = None  # a checkpoint has weights of its own
 

@@ -196,6 +196,21 @@ def test_a_runs_checkpoint_is_not_evaluated_by_the_name_of_another_model(lit_llm
     assert outcome.code == 0, outcome.err
 
 
+def test_a_run_is_evaluated_by_its_own_model_with_and_without_its_checkpoints(lit_llm, run, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    words = ["test", "--config", copy / "config.yaml", "--run_dir", copy, "--model.weights", f"{copy}/model/"]
+    assert lit_llm(*words).code == 0
+    with_them = json.loads((copy / "results.json").read_text())["test/loss"]
+    shutil.rmtree(copy / "checkpoints")
+    outcome = lit_llm(*words, "--model.network", "null")
+    assert outcome.code == 0, outcome.err
+    found = [json.loads(path.read_text()) for path in copy.rglob("results.json")]
+    assert [one["test/loss"] for one in found if "test/loss" in one] == pytest.approx(
+        [with_them] * len(found), abs=1e-5
+    )
+
+
 @pytest.mark.slow
 def test_going_on_with_more_steps_uses_the_runs_own_config(lit_llm, run, tmp_path):
     copy = tmp_path / "copy"

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lit_llm.batch import IGNORE_INDEX
-from lit_llm.data.labels import cut_splits, is_hidden, labelled_splits, learn_labels, read_labels, some_of
+from lit_llm.data.labels import LabelReader, cut_splits, is_hidden, labelled_splits, learn_labels, read_labels, some_of
 from lit_llm.data.tables import Columns, Split
 from tests.writing import exactly
 
@@ -281,3 +281,9 @@ def test_some_examples_are_drawn_in_proportion_nested_and_by_the_seed() -> None:
     assert set(ten.labels.tolist()) == {0, 1, 2}
     assert set(some_of(whole, 10, 1).column("text")) != set(ten.column("text"))
     assert len(some_of(whole, 1000, 0)) == 201
+
+
+def test_labels_of_a_split_are_all_values_or_all_names_of_classes():
+    stars = LabelReader("table", "label", (0, 1, 2), ["1", "2", "3"])
+    assert stars.read(["1", "2", "3"], "test").tolist() == [0, 1, 2]
+    assert stars.read([2, 0], "test").tolist() == [2, 0]

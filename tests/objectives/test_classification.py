@@ -81,6 +81,19 @@ def test_the_loss_weighs_each_examples_smoothed_loss_by_its_class(tmp_path: Path
     assert count >= len(batch["labels"])
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_under_autocast_a_weighed_and_smoothed_loss_has_all_its_bits(tmp_path: Path, mixed: bool) -> None:
+    made = fitted(tmp_path, Examples(3, counts=[1201, 601, 3]), label_smoothing=0.2, class_weights="balanced")
+    batch = together([example(row, 3) for row in (0, 1, 3, 5)])
+    if mixed:
+        batch["labels"] = torch.tensor([[0.3, 0.7, 0.0], [0.0, 0.1, 0.9]])[[0, 1, 0, 1]]
+    logits = torch.randn(4, 3)
+    made.read = lambda batch: logits
+    expected = made.loss(batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(made.loss(batch), expected)
+
+
 def test_a_rare_class_is_not_likely_everywhere_for_being_smoothed(tmp_path: Path) -> None:
     made = fitted(tmp_path, Examples(2, counts=[640, 16]), label_smoothing=0.1, class_weights="balanced")
     batch = together([example(0, 2)])

@@ -192,7 +192,8 @@ def test_as_many_classes_of_other_names_get_a_new_head_and_are_not_evaluated_by_
     assert not torch.equal(objective.network.model.classifier.weight, source.model.classifier.weight)
     message = (
         f"model.weights must tell apart the data's classes, 'class 0', 'class 1', 'class 2', but {tmp_path / 'model'} "
-        f"tells apart 'cat', 'dog', 'hen'"
+        f"tells apart 'cat', 'dog', 'hen'; where they are the same, give them the data's names in id2label of its "
+        f"config.json"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         one_step().validate(Classification(weights=str(tmp_path / "model")), Examples(3))
