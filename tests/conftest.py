@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from lit_llm import products
 from tests.images import tree
 from tests.writing import REPOSITORY, pairs, prose
 
@@ -39,6 +40,15 @@ def _private_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 @pytest.fixture(autouse=True)
 def _same_chance_for_every_test() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _products_as_torch_has_them() -> Iterator[None]:
+    """A training within the process changes who multiplies (`multiply_by_onednn`); the next test is to know nothing."""
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.mkldnn.matmul.fp32_precision = "none"
+    products.MAX_MATMUL_SEQ[torch.float32] = 0
 
 
 @pytest.fixture

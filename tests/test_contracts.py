@@ -663,6 +663,11 @@ def test_a_callbacks_state_survives_saving_and_loading(kind):
         return
     plain = [key for key in first.state_dict() if not isinstance(getattr(first, key), Enum)]
     for number, key in enumerate(plain):
-        setattr(first, key, {"metric": 1.0} if isinstance(getattr(first, key), dict) else number + 7)
+        old, new = getattr(first, key), number + 7
+        setattr(
+            first,
+            key,
+            {"metric": 1.0} if isinstance(old, dict) else old + new if isinstance(old, torch.Tensor) else new,
+        )
     second.load_state_dict(first.state_dict())
     assert second.state_dict() == first.state_dict()

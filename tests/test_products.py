@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,16 +13,6 @@ from lit_llm.models.attention import attend
 from lit_llm.products import MAX_MATMUL_SEQ
 
 AMD, INTEL = "vendor_id : AuthenticAMD\nflags : avx512f", "vendor_id : GenuineIntel\nflags : avx512f"
-
-
-@pytest.fixture(autouse=True)
-def undecided(monkeypatch) -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.mkldnn.matmul.fp32_precision = "none"
-    monkeypatch.setitem(MAX_MATMUL_SEQ, torch.float32, 0)
-    yield
-    torch.set_float32_matmul_precision(before)
 
 
 def fakes(monkeypatch, tmp_path: Path, cpu: str, capability: str) -> None:
