@@ -110,9 +110,9 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def keep_unread(precision: Any) -> None:
-    """Has a precision of Lightning's leave labels as they are, when it brings batches into the network's 16 bits.
+    """Has a precision of Lightning's leave what no network reads, when it brings batches into the network's 16 bits.
 
-    (It would make 1904 of a year 1906 that is to be told.)
+    (It would make 1904 of a label of 1906, and round how many bytes texts have.)
     """
     precision.convert_input = functools.partial(_converted, precision)
 

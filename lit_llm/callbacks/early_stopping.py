@@ -16,7 +16,8 @@ log = logging.getLogger(__name__)
 class EarlyStopping(LightningEarlyStopping):
     """Lightning's early stopping on the metric that selects the best checkpoint.
 
-    That is `checkpoint.monitor` where it is given, or else the data's, or the objective's.
+    That is `checkpoint.monitor` where it is given, or else the data's, or the objective's; where no checkpoints are
+    written, it is one of the latter two.
 
     Args:
         patience: Number of consecutive validations without improvement before the run stops.

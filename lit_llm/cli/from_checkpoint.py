@@ -29,12 +29,13 @@ def require_later(max_steps: int | None, checkpoint: dict[str, Any]) -> None:
         )
 
 
-def require_own_start(model: Any, run: Path, words: list[str]) -> None:
+def require_own_start(model: Any, run: Path, checkpoint: Path, words: list[str]) -> None:
     """Refuses to evaluate a run's checkpoint where the command line names another model.
 
     Args:
         model: What the model is told.
         run: The folder of the run, whose config says what it started from.
+        checkpoint: What is evaluated.
         words: The command line.
 
     Raises:
@@ -47,7 +48,7 @@ def require_own_start(model: Any, run: Path, words: list[str]) -> None:
     for names in (("weights",), ("network", "path")):
         here, there = (_argument(of, names) for of in (model, own))
         flag = r"--model\.(init_args\.)?" + r"\.(init_args\.)?".join(names) + "(=|$)"
-        if here is None or any(_is_within(here, place) for place in (there, run)):
+        if here is None or any(_is_same(here, place) for place in (there, run, run / "model", checkpoint)):
             continue
         if any(re.match(flag, word) for word in words):
             raise ValueError(
@@ -57,9 +58,9 @@ def require_own_start(model: Any, run: Path, words: list[str]) -> None:
             )
 
 
-def _is_within(path: Any, place: Any) -> bool:
-    """Whether a path is another, however it is spelt, or leads into it."""
-    return place is not None and (path == place or Path(path).resolve().is_relative_to(Path(place).resolve()))
+def _is_same(path: Any, other: Any) -> bool:
+    """Whether a path is another one, however it is spelt."""
+    return other is not None and Path(path).resolve() == Path(other).resolve()
 
 
 def _argument(of: Any, names: tuple[str, ...]) -> Any:

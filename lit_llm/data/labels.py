@@ -59,7 +59,8 @@ class LabelReader:
             return np.array(found, dtype=np.float32)
         kinds = [{value: number for number, value in enumerate(known)} for known in (self.values, self.class_names)]
         # All are values or all are names: a class may have another's number as its name.
-        place = next((kind for kind in kinds if all(_as_known(value, kind) in kind for value in found)), kinds[0])
+        met = set(found)
+        place = next((kind for kind in kinds if all(_as_known(value, kind) in kind for value in met)), kinds[0])
         try:
             return np.array([place[_as_known(value, place)] for value in found], dtype=np.int64)
         except KeyError as error:

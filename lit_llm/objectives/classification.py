@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torchmetrics import MetricCollection
 
 from lit_llm.adaptation import Adaptation
-from lit_llm.batch import keep_unread
 from lit_llm.metrics import classification_metrics
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.objective import Objective
@@ -70,7 +69,6 @@ class Classification(Objective):
 
     def setup(self, stage: str) -> None:
         """Takes the number of classes from the data."""
-        keep_unread(self.trainer.precision_plugin)
         data = self.trainer.datamodule
         if getattr(data, "num_classes", None) is None and getattr(data, "num_targets", None) is not None:
             raise ValueError(

@@ -38,19 +38,16 @@ def order_of(wanted: Sequence[str] | None, own: Sequence[str] | None) -> list[in
     own = list(own or [])
     if not wanted or not own:
         return list(range(len(own)))
-    for form in (str, str.casefold):
-        places = {form(name): place for place, name in enumerate(own)}
-        found = [places.get(form(name)) for name in wanted]
-        if None not in found and len(set(found)) == len(found):
+    reserved = [place for place, name in enumerate(own) if RESERVED.fullmatch(name)]
+    for form, free in ((str, []), (str.casefold, reserved)):
+        places, left = {form(name): place for place, name in enumerate(own)}, iter(free)
+        known = {name for name in wanted if form(name) in places}
+        found = [places[form(name)] if name in known else next(left, None) for name in wanted]
+        if known and None not in found and len(set(found)) == len(found):
             return found + [place for place in range(len(own)) if place not in found]
     if any(all(map(NO_NAME.fullmatch, names)) for names in (wanted, own)):
         return list(range(len(own)))
-    places = {name.casefold(): place for place, name in enumerate(own)}
-    free = (place for place, name in enumerate(own) if RESERVED.fullmatch(name))
-    found = [places[name.casefold()] if name.casefold() in places else next(free, None) for name in wanted]
-    if None in found or len(set(found)) < len(found) or not any(name.casefold() in places for name in wanted):
-        return None
-    return found + [place for place in range(len(own)) if place not in found]
+    return None
 
 
 def head_of(source: Model, where: str) -> set[str]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lit_llm.adaptation import Adaptation
-from lit_llm.batch import inputs
+from lit_llm.batch import inputs, keep_unread
 from lit_llm.checkpoints import Model, read_image_processor, read_model, unpacked_tokenizer
 from lit_llm.compression.compression import records_of, replay
 from lit_llm.data.labels import listed
@@ -130,6 +130,7 @@ class Objective(Scheduled):
                 f"trainer.strategy must leave the weighing of gradients to the objective, but is "
                 f"{type(self.trainer.strategy).__name__}; take configs/strategy/deepspeed_zero2.yaml"
             )
+        keep_unread(self.trainer.precision_plugin)
         name, data = self.size_name, self.trainer.datamodule
         needed, given = getattr(data, name, None), self.hparams.get(name)
         if given is None:

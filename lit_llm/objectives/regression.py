@@ -10,7 +10,6 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 
 from lit_llm.adaptation import Adaptation
-from lit_llm.batch import keep_unread
 from lit_llm.metrics import RegressionMetrics
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.objective import Objective
@@ -61,7 +60,6 @@ class Regression(Objective):
 
     def setup(self, stage: str) -> None:
         """Sees that the labels are values."""
-        keep_unread(self.trainer.precision_plugin)
         data = self.trainer.datamodule
         if getattr(data, "num_targets", None) is None and getattr(data, "num_classes", None) is not None:
             raise ValueError(

@@ -181,6 +181,12 @@ def test_a_run_whose_checkpoints_are_gone_is_not_taken_for_what_it_started_from(
     assert not (begun / "predictions.csv").exists()
 
 
+def test_a_runs_best_checkpoint_is_not_evaluated_by_the_name_of_its_last(lit_llm, run):
+    outcome = lit_llm("test", "--run_dir", run, "--model.weights", run / "checkpoints/last.ckpt")
+    assert outcome.code == 2
+    assert "where that run's checkpoint is evaluated" in outcome.last_line
+
+
 def test_a_runs_checkpoint_is_not_evaluated_by_the_name_of_another_model(lit_llm, tiny, run, tmp_path):
     for words in (["--model.weights", tmp_path], [f"--model.init_args.weights={tmp_path}"]):
         for config in ([], tiny):

@@ -144,3 +144,15 @@ class Squared(Least):
 
 def test_a_single_metric_is_called_by_its_class(tmp_path: Path) -> None:
     assert set(fitted(tmp_path, Squared(Net)).callback_metrics) == {"val/mean_squared_error"}
+
+
+def test_what_no_network_reads_keeps_its_digits_where_the_network_is_in_16_bits(tmp_path: Path) -> None:
+    made, data, read = Classification(Net), Points(), []
+    loss = made.loss
+    made.logits = lambda batch: made.network(batch["x"])
+    made.loss = lambda batch: read.append(batch) or loss(batch)
+    batches = [batch | {"num_bytes": torch.full((4,), 1001.0)} for batch in data.train_dataloader()]
+    data.train_dataloader = lambda: DataLoader(batches, batch_size=None)
+    trainer(tmp_path, max_steps=1, precision="bf16-true", limit_val_batches=0).fit(made, datamodule=data)
+    assert read[0]["x"].dtype == torch.bfloat16
+    assert read[0]["num_bytes"].tolist() == [1001.0] * 4
