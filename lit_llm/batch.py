@@ -6,7 +6,7 @@ A batch is a plain dict, so that every strategy, device transfer and collate fun
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NotRequired, TypedDict
 
 from jaxtyping import Float, Int
@@ -99,6 +99,17 @@ class Seq2SeqBatch(TypedDict):
     attention_mask: Int[Tensor, "batch seq"]
     labels: NotRequired[Int[Tensor, "batch new"]]
     rows: Int[Tensor, " batch"]
+
+
+def say_nothing(labels: Iterable[Any]) -> bool:
+    """Whether all labels are -1 or nothing."""
+    return set(map(str, set(labels))) <= {"-1", "-1.0", "None"}
+
+
+def listed(values: Iterable[Any]) -> str:
+    """Classes in words, or other values, the first ten of many."""
+    values = list(values)
+    return ", ".join(map(repr, values[:10])) + (f" … ({len(values)} in all)" if len(values) > 10 else "")
 
 
 NOT_READ = frozenset({"labels", "rows", "sources", "num_bytes", "documents", "unlabelled", "unlabelled_strong"})

@@ -5,18 +5,21 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 CPU_INFO = Path("/proc/cpuinfo")
 
-MAX_MATMUL_SEQ = {torch.bfloat16: 512, torch.float32: 0}
-"""Up to this length two matrix products beat the CPU's flash kernel; the memory they need grows as seq².
+MOST_QUERIES = {torch.bfloat16: (4096, 4096), torch.float32: (0, 0)}
+"""Of how many queries attention by matrix products beats the CPU's flash kernel: with a mask, and when all look back.
 
 With 32 bits only where oneDNN multiplies those (`multiply_by_onednn`)."""
 
 
-def longest_by_products(device: torch.device, dtype: torch.dtype) -> int:
-    """Up to which length attention is to be two matrix products; 0 for an export, which asks no size."""
-    return MAX_MATMUL_SEQ.get(dtype, 0) if device.type == "cpu" and not torch.compiler.is_exporting() else 0
+def product_dtype(x: Tensor) -> torch.dtype:
+    """In which dtype products of it are taken: autocast's, where that is on."""
+    kind = x.device.type
+    autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 def multiply_by_onednn() -> None:
@@ -33,4 +36,4 @@ def multiply_by_onednn() -> None:
     has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     if has_avx512 and "AuthenticAMD" in cpu and "amx" not in cpu and torch.backends.mkldnn.is_available():
         torch.set_float32_matmul_precision("medium")
-        MAX_MATMUL_SEQ[torch.float32] = 224
+        MOST_QUERIES[torch.float32] = (224, 512)

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_llm import products
-from lit_llm.models.attention import attend
-from lit_llm.products import MAX_MATMUL_SEQ
+from lit_llm.products import MOST_QUERIES
 
 AMD, INTEL = "vendor_id : AuthenticAMD\nflags : avx512f", "vendor_id : GenuineIntel\nflags : avx512f"
 
@@ -36,7 +35,7 @@ def test_onednn_multiplies_on_amds_cpus_that_have_avx512(monkeypatch, tmp_path, 
     fakes(monkeypatch, tmp_path, cpu, capability)
     products.multiply_by_onednn()
     assert torch.backends.mkldnn.matmul.fp32_precision == decided
-    assert (MAX_MATMUL_SEQ[torch.float32] > 0) == (decided == "bf16")
+    assert (MOST_QUERIES[torch.float32] > (0, 0)) == (decided == "bf16")
 
 
 @pytest.mark.parametrize("chosen", ["highest", "high"])
@@ -69,16 +68,3 @@ def test_products_keep_32_bits_on_this_machine(rows: int, inside: int, outside: 
     for y, exact in zip(found, (x @ weight.T, grad @ weight, grad.T @ x, x @ weight.T), strict=True):
         error = (y.double() - exact).abs().max() / exact.abs().max()
         assert error < 2e-6  # bfloat16 would be wrong by 1e-3
-
-
-@pytest.mark.parametrize("seq", [2, 13, 224, 225])
-def test_short_sequences_are_attended_to_as_by_the_flash_kernel(monkeypatch, seq: int) -> None:
-    torch.manual_seed(0)
-    q, k, v = (torch.randn(2, heads, seq, 8) for heads in (4, 2, 2))
-    padded = torch.ones(2, 1, seq, seq, dtype=torch.bool)
-    padded[1, ..., 1:] = False
-    for mask in (None, padded):
-        expected = attend(q, k, v, mask)
-        monkeypatch.setitem(MAX_MATMUL_SEQ, torch.float32, 224)
-        torch.testing.assert_close(attend(q, k, v, mask), expected, atol=2e-6, rtol=2e-6)
-        monkeypatch.setitem(MAX_MATMUL_SEQ, torch.float32, 0)

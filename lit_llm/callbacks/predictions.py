@@ -12,8 +12,7 @@ from typing import Any
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_llm.batch import IGNORE_INDEX
-from lit_llm.data.labels import say_nothing
+from lit_llm.batch import IGNORE_INDEX, say_nothing
 from lit_llm.files import replacing
 
 log = logging.getLogger(__name__)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from lit_llm.batch import IGNORE_INDEX
+from lit_llm.batch import IGNORE_INDEX, listed, say_nothing
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tables import LABELS, Columns, Split, column_values
 
@@ -123,11 +123,6 @@ def is_hidden(rows: Dataset, column: str) -> bool:
     return column not in rows.column_names or say_nothing(column_values(rows, column))
 
 
-def say_nothing(labels: Iterable[Any]) -> bool:
-    """Whether all labels are -1 or nothing."""
-    return set(map(str, set(labels))) <= {"-1", "-1.0", "None"}
-
-
 def learn_labels(
     rows: Dataset, path: str, column: str, names: tuple[str, ...] = (), as_values: bool = False
 ) -> LabelReader:
@@ -219,12 +214,6 @@ def _read_one(value: Any, reader: LabelReader, split: str) -> int | float | None
         return reader.read([value], split).item()
     except (ValueError, TypeError):
         return None
-
-
-def listed(values: Iterable[Any]) -> str:
-    """Values in words, the first ten of many."""
-    values = list(values)
-    return ", ".join(map(repr, values[:10])) + (f" … ({len(values)} in all)" if len(values) > 10 else "")
 
 
 def strata(labels: np.ndarray) -> np.ndarray:

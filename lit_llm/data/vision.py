@@ -11,6 +11,7 @@ from datasets import Dataset, Image
 from jaxtyping import UInt8
 from torch import Tensor
 
+from lit_llm.batch import listed
 from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.examples import ExampleData
 from lit_llm.data.image_augmentation import ImageAugmentation
@@ -18,7 +19,6 @@ from lit_llm.data.image_cache import ImageCache, build_image_cache
 from lit_llm.data.image_collation import ImageCollation
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.image_sources import DIGITS, find_image_column, find_label_column, image_names, open_images
-from lit_llm.data.labels import listed
 from lit_llm.data.tables import Columns, Split, choose_splits
 
 log = logging.getLogger(__name__)

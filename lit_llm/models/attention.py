@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from lit_llm.models.attention_products import attend_by_products, products_win
 from lit_llm.models.normalization import RMSNorm
 from lit_llm.models.rotary import Rotation, rotate
-from lit_llm.products import longest_by_products
 
 
 class KVCache:
@@ -84,48 +82,12 @@ def attend(
     num_kv_heads, seq = k.shape[1:3]
     if mask is None and new != seq:
         mask = torch.ones(new, seq, dtype=torch.bool, device=q.device).tril(seq - new)[None, None]
-    longest = longest_by_products(q.device, q.dtype)
-    if not longest or not 1 < seq <= longest:
+    if not products_win(q, mask, is_causal=True):
         gqa = num_heads != num_kv_heads
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=gqa)
     if num_heads != num_kv_heads:
         k, v = (t.repeat_interleave(num_heads // num_kv_heads, dim=1) for t in (k, v))
-    return attend_by_products(q, k, v, mask, is_causal=mask is None, scale=q.shape[-1] ** -0.5)
-
-
-def attend_by_products(
-    q: Float[Tensor, "batch heads new d_head"],
-    k: Float[Tensor, "batch heads seq d_head"],
-    v: Float[Tensor, "batch heads seq d_value"],
-    mask: Bool[Tensor, "#batch #heads #new seq"] | None,
-    is_causal: bool,
-    scale: float,
-    dropout: float = 0.0,
-) -> Float[Tensor, "batch heads new d_value"]:
-    """Softmax attention as two matrix products, which keeps all probabilities.
-
-    On a CPU it is faster than the flash kernel while sequences are short, for gradients most of all.
-
-    Args:
-        q: Queries.
-        k: Keys.
-        v: Values.
-        mask: True where a query may look. One that may look nowhere gets something finite.
-        is_causal: Where there is no mask, whether none may look ahead.
-        scale: Of the scores.
-        dropout: Share of the probabilities that is dropped.
-    """
-    (num_heads, new), seq = q.shape[1:3], k.shape[2]
-    if mask is not None:
-        least = torch.finfo(q.dtype).min  # not -inf, for a query of padding that may look nowhere
-        bias = q.new_zeros(mask.shape).masked_fill(~mask, least).expand(len(q), num_heads, new, -1).flatten(0, 1)
-    elif is_causal:
-        bias = q.new_full((new, seq), -math.inf).triu(1)
-    else:
-        bias = q.new_zeros(1)
-    scores = torch.baddbmm(bias, q.flatten(0, 1), k.flatten(0, 1).mT, alpha=scale)
-    shares = F.dropout(scores.softmax(dim=-1), dropout, training=dropout > 0)
-    return torch.bmm(shares, v.flatten(0, 1)).unflatten(0, (-1, num_heads))
+    return attend_by_products(q, k, v, mask, is_causal=True, scale=q.shape[-1] ** -0.5)
 
 
 class Attention(nn.Module):

@@ -8,6 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from lit_llm.products import product_dtype
+
 
 class _CPURMSNorm(torch.autograd.Function):
     """RMSNorm with a backward pass in one kernel: on the CPU torch has none and takes a dozen passes over memory.
@@ -61,10 +63,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Normalises the last axis; the output has the dtype that matrix products take here."""
-        kind = x.device.type
-        autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-        dtype = torch.get_autocast_dtype(kind) if autocast else x.dtype
-        if kind == "cpu" and self.weight.dtype == torch.float32 and not torch.compiler.is_compiling():
+        dtype = product_dtype(x)
+        if x.device.type == "cpu" and self.weight.dtype == torch.float32 and not torch.compiler.is_compiling():
             return _CPURMSNorm.apply(x, self.weight, self.eps, dtype)
         # The gain in the input's dtype: mixed dtypes would leave torch's fused kernel.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(dtype)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lit_llm.models.attention import attend_by_products
-from lit_llm.products import longest_by_products
+from lit_llm.models.attention_products import attend_by_products, products_win
+from lit_llm.products import product_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -49,21 +49,18 @@ def _attend(
     """As transformers calls it: (batch, heads, seq, d_head) in, (batch, seq, heads, d_head) out."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    # As the kernel does under autocast, where rotated queries come in full precision.
-    dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
-    longest = longest_by_products(query.device, dtype) if dtype != torch.bfloat16 or torch.is_grad_enabled() else 0
-    plain = longest and (attention_mask is None or attention_mask.dtype == torch.bool)
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    plain = attention_mask is None or attention_mask.dtype == torch.bool
     plain = plain and len(query) == len(key) and query.shape[2] == key.shape[2]
     plain = plain and all(more.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
-    if not (plain and 1 < query.shape[2] <= longest):
+    trains = torch.is_grad_enabled() or product_dtype(query) != torch.bfloat16
+    if not (plain and trains and products_win(query, attention_mask, is_causal, dropout)):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **more
         )
-    if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if (queries := query.shape[1] // key.shape[1]) > 1:  # to each key
         key, value = (t.repeat_interleave(queries, dim=1) for t in (key, value))
-    query, key, value = (t.to(dtype) for t in (query, key, value))
     found = attend_by_products(query, key, value, attention_mask, is_causal, scale, dropout)
     return found.transpose(1, 2).contiguous(), None

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
+from lit_llm.batch import listed
 from lit_llm.checkpoints import Model
-from lit_llm.data.labels import listed
 from lit_llm.recipes import built
 
 NO_NAME = re.compile(r"LABEL_\d+|[+-]?\d+", re.IGNORECASE)

@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lit_llm.adaptation import Adaptation
-from lit_llm.batch import inputs, keep_unread
+from lit_llm.batch import inputs, keep_unread, listed
 from lit_llm.checkpoints import Model, read_image_processor, read_model, unpacked_tokenizer
 from lit_llm.compression.compression import records_of, replay
-from lit_llm.data.labels import listed
 from lit_llm.data.tokenizer import fingerprint, padding_id
 from lit_llm.deferred_init import deferred
 from lit_llm.metrics import MeanLoss

@@ -13,7 +13,8 @@ from lit_llm.cli.lean_import import import_torchmetrics
 import_torchmetrics()
 assert "transformers" not in sys.modules
 import lit_llm.cli.training
-assert "scipy" not in sys.modules
+import lit_llm.objectives.causal_lm, lit_llm.models.llama, lit_llm.data.text
+assert not {"scipy", "datasets", "pandas"} & sys.modules.keys()
 from torchmetrics.text.bert import BERTScore
 from torchmetrics.functional.text.bert import AutoModel
 from torchmetrics.text import infolm

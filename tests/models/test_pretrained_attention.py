@@ -79,16 +79,6 @@ def test_what_is_saved_does_not_name_it(tmp_path: Path) -> None:
     assert AutoModel.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
-def test_dropout_drops_probabilities() -> None:
-    q, k = (torch.randn(1, 2, 8, 4).bfloat16() for _ in range(2))
-    v = torch.eye(8).expand(1, 2, 8, 8).bfloat16()  # so that the output is the probabilities
-    kept = pretrained_attention.attend_by_products(q, k, v, None, False, 0.5, 0.0)
-    some = pretrained_attention.attend_by_products(q, k, v, None, False, 0.5, 0.5)
-    dropped = some == 0
-    assert 0.3 < dropped.float().mean() < 0.7
-    torch.testing.assert_close(some[~dropped], 2 * kept[~dropped], atol=1e-2, rtol=2e-2)
-
-
 def test_a_network_whose_code_asks_for_attention_by_its_name_stays_as_it_is() -> None:
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     size |= {"num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8, "n_routed_experts": 2, "n_group": 1}
