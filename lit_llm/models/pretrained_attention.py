@@ -51,11 +51,11 @@ def _attend(
 
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    plain = attention_mask is None or attention_mask.dtype == torch.bool
-    plain = plain and len(query) == len(key) and query.shape[2] == key.shape[2]
-    plain = plain and all(more.get(name) is None for name in ("position_bias", "softcap", "s_aux"))
     trains = torch.is_grad_enabled() or product_dtype(query) != torch.bfloat16
-    if not (plain and trains and products_win(query, attention_mask, is_causal, dropout)):
+    wins = trains and products_win(query, attention_mask, is_causal, dropout)  # first, since an export asks no size
+    plain = wins and (attention_mask is None or attention_mask.dtype == torch.bool)
+    plain = plain and len(query) == len(key) and query.shape[2] == key.shape[2]
+    if not (plain and all(more.get(name) is None for name in ("position_bias", "softcap", "s_aux"))):
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **more
         )

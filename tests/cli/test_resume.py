@@ -252,6 +252,23 @@ def test_a_run_asked_to_stop_within_a_step_stops_after_it_and_goes_on_exactly(li
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("asked", [True, False])
+@pytest.mark.parametrize("step", [3, 5, 8])
+def test_a_run_that_stops_within_an_epoch_goes_on_within_it(lit_llm, tiny, tmp_path, step, asked):
+    words = [*tiny, *EPOCHS, "3", "--data.batch_size", "64", "--model.schedule", "lit_llm.schedulers.Constant"]
+    words += ["--model.schedule.warmup_steps", "0", "--trainer.log_every_n_steps", "1"]
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
+    assert max(losses(tmp_path / "whole")) == 15
+    stopped = ["--trainer.callbacks+", "tests.cli.test_resume.Stop", "--trainer.callbacks.batch", step - 1]
+    stopped = stopped if asked else ["--trainer.max_steps", step]
+    assert lit_llm("fit", *words, *stopped, "--run_dir", tmp_path / "cut").code == 0
+    assert max(losses(tmp_path / "cut")) == step
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    validated = [row["step"] for row in read_metrics(tmp_path / "cut/metrics.csv") if "val/loss" in row]
+    assert validated == sorted({5, 10, 15, step})
+
+
 def test_a_run_goes_on_from_a_validation_within_a_step_at_its_beginning(lit_llm, tiny, tmp_path):
     run = tmp_path / "run"
     words = [*tiny, "--trainer.max_steps", "4", "--trainer.accumulate_grad_batches", "4", "--test_after_fit", "false"]
