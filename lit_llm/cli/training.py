@@ -231,9 +231,8 @@ class TrainingCLI(LightningCLI):
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
             config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
-            if self.subcommand != "fit":
-                checkpoint = Path(config["ckpt_path"])
-                from_checkpoint.require_own_start(config["model"], self.run_dir, checkpoint, sys.argv)
+            checkpoint = Path(config["ckpt_path"])
+            from_checkpoint.require_own_start(config["model"], self.run_dir, checkpoint, sys.argv)
         self.of_run = self.run_dir
         run_folder.make(self.run_dir, starts_anew=not ckpt_path, trains=self.subcommand == "fit")
         if ckpt_path and self.subcommand in ("validate", "test"):

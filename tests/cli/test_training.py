@@ -187,6 +187,19 @@ def test_a_runs_best_checkpoint_is_not_evaluated_by_the_name_of_its_last(lit_llm
     assert "where that run's checkpoint is evaluated" in outcome.last_line
 
 
+def test_a_run_does_not_go_on_with_other_weights_than_it_began_with(lit_llm, tiny, tmp_path):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder in (run, other):
+        assert lit_llm("fit", *tiny, "--trainer.max_steps", "2", "--run_dir", folder).code == 0
+    outcome = lit_llm("fit", "--run_dir", run, "--ckpt_path", "last", "--model.weights", other / "model")
+    assert outcome.code == 2
+    assert (
+        f"model.weights must be as in {run / 'config.yaml'}, None, where that run's checkpoint is" in outcome.last_line
+    )
+    assert outcome.last_line.endswith("to start from that, take another --run_dir, and no --ckpt_path")
+    assert lit_llm("fit", "--run_dir", run, "--ckpt_path", "last", "--trainer.max_steps", "3").code == 0
+
+
 def test_a_runs_checkpoint_is_not_evaluated_by_the_name_of_another_model(lit_llm, tiny, run, tmp_path):
     for words in (["--model.weights", tmp_path], [f"--model.init_args.weights={tmp_path}"]):
         for config in ([], tiny):
