@@ -51,7 +51,7 @@ class GLUEData(TableTokens, ExampleData):
         unlabelled_ratio: For semi-supervised training: number of unlabelled examples per labelled one in a batch, both
             plain and augmented; labelled ones are then not augmented. An epoch is one pass over the unlabelled ones;
             labelled ones are repeated as needed. 0 ignores the unlabelled ones.
-        balance_classes: Draw each class equally often.
+        balance_classes: Draw each class equally often; instead of an objective's `class_weights`, not beside them.
         length_grouping: Batch examples of similar length; does not apply to the few of `labels_per_class`, which would
             always be batched together.
         augmentation: Augmentation of training examples, different in each epoch.

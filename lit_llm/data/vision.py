@@ -59,7 +59,7 @@ class VisionData(ExampleData):
         unlabelled_ratio: For semi-supervised training: number of unlabelled images per labelled one in a batch, each
             once weakly and once strongly augmented (see `ImageAugmentation`). An epoch is one pass over the unlabelled
             ones; labelled ones are repeated as needed. 0 ignores the unlabelled ones.
-        balance_classes: Draw each class equally often.
+        balance_classes: Draw each class equally often; instead of an objective's `class_weights`, not beside them.
         augmentation: Augmentation of training images, different in each epoch.
         broken: What to do with images that cannot be read: `refuse` the data, or `skip` them and report which.
         seed: Seed of the order of images and of the augmentation.

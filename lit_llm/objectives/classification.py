@@ -36,10 +36,12 @@ class Classification(Objective):
         num_classes: Number of classes of the network; `None` is that of the data.
         label_smoothing: Probability spread over all classes, in [0, 1); 0.1 is usual.
         class_weights: `balanced` weights each example by the inverse of its class's share of the training split, so
-            that all classes count equally; the loss, smoothed or not, is the weighted sum over the sum of weights.
+            that all classes count equally; the loss, smoothed or not, is the weighted sum over the sum of weights. Not
+            beside the data's `balance_classes`, which does the same by drawing.
 
     Raises:
-        ValueError: When a value is out of range, labels are real numbers, or nothing says how often classes occur.
+        ValueError: When a value is out of range, labels are real numbers, nothing says how often classes occur, or the
+            data balance them already.
 
     Source:
         Szegedy et al., 2015, arXiv:1512.00567, section 7 (smoothing); King & Zeng, 2001, "Logistic Regression in Rare
@@ -92,6 +94,11 @@ class Classification(Objective):
     def _count_of_class(self, data: Any) -> Int[Tensor, " classes"] | None:
         if self.class_weights is None or not self._fits:
             return None
+        if getattr(data, "balance_classes", False):
+            raise ValueError(
+                f"model.class_weights must be None where data.balance_classes is true, which balances the classes "
+                f"already, but is {self.class_weights}; set one of the two"
+            )
         counts = getattr(data, "class_counts", None)
         if counts is None:
             raise ValueError("data must say its class_counts for model.class_weights, but does not")

@@ -159,6 +159,18 @@ def test_weights_that_need_counts_are_refused_without(tmp_path: Path) -> None:
         fitted(tmp_path, data, class_weights="balanced")
 
 
+def test_classes_that_the_data_balance_are_not_weighted_too(tmp_path: Path) -> None:
+    data = Examples(3, counts=[12, 6, 3])
+    data.balance_classes = True
+    message = (
+        "model.class_weights must be None where data.balance_classes is true, which balances the classes already, but "
+        "is balanced; set one of the two"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        fitted(tmp_path, data, class_weights="balanced")
+    assert fitted(tmp_path, data).weight_of_class is None
+
+
 def spoil(made: nn.Module) -> None:
     with torch.no_grad():
         next(made.network.parameters()).fill_(torch.nan)
