@@ -87,9 +87,13 @@ class Split:
 
 
 def both(first: Split, second: Split) -> Split:
-    """The rows of two splits as one without labels, with the columns that both have."""
-    shared = [name for name in first.rows.column_names if first.rows.features[name] == second.rows.features.get(name)]
-    return Split(concatenate_datasets([split.rows.select_columns(shared) for split in (first, second)]), None)
+    """The rows of two splits as one without labels, with the columns that both have; text of either type is text."""
+    here, there = first.rows.features, second.rows.features
+    shared = [n for n in here if here[n] == there.get(n) or (_is_text(here[n]) and _is_text(there.get(n)))]
+    one, other = (split.rows.select_columns(shared) for split in (first, second))
+    if other.features != one.features:
+        other = other.cast(one.features)
+    return Split(concatenate_datasets([one, other]), None)
 
 
 def open_table(

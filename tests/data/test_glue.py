@@ -288,6 +288,16 @@ def test_a_split_without_labels_is_unlabelled_as_is_what_is_left(tmp_path) -> No
     assert "labels" not in next(iter(data.train_dataloader()))["unlabelled"]
 
 
+def test_unlabelled_texts_are_read_beside_what_is_left_whatever_type_of_text_their_file_has(tmp_path) -> None:
+    (tmp_path / "x").mkdir()
+    write_csv(tmp_path / "x/train.csv", rows(60))
+    large = Dataset.from_dict({"text": [f"new {n}" for n in range(12)]}, Features({"text": Value("large_string")}))
+    large.to_parquet(tmp_path / "x/unlabelled.parquet")
+    data = made(path=str(tmp_path / "x"), unlabelled_ratio=2, labels_per_class=5)
+    assert data.texts("unlabelled", [43, 44])[1] == {"text": "new 0"}
+    assert len(data.splits["unlabelled"]) == 44 + 12
+
+
 # The tokeniser.
 
 
