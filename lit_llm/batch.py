@@ -102,8 +102,8 @@ class Seq2SeqBatch(TypedDict):
 
 
 def say_nothing(labels: Iterable[Any]) -> bool:
-    """Whether all labels are -1 or nothing."""
-    return set(map(str, set(labels))) <= {"-1", "-1.0", "None"}
+    """Whether all labels are -1, as a number or in text, or nothing; the text `None` is a label."""
+    return set(labels) <= {-1, "-1", "-1.0", None}
 
 
 def listed(values: Iterable[Any]) -> str:

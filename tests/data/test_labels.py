@@ -174,7 +174,7 @@ def test_a_class_that_only_another_split_has_is_refused() -> None:
         labelled_splits(found, COLUMNS, "x", (), 0.0, 0.0)
 
 
-@pytest.mark.parametrize("labels", [[-1, -1], [-1.0, -1.0], [None, None]])
+@pytest.mark.parametrize("labels", [[-1, -1], [-1.0, -1.0], ["-1", "-1"], [None, None]])
 def test_a_test_split_with_hidden_labels_has_none(labels) -> None:
     found = {"train": table([-1, 1, 0]), "test": table(labels)}
     splits, reader = labelled_splits(found, COLUMNS, "x", (), 0.0, 0.0)
@@ -182,6 +182,12 @@ def test_a_test_split_with_hidden_labels_has_none(labels) -> None:
     assert reader.class_names == ["-1", "0", "1"]
     assert not is_hidden(table([-1, 1]), "label")
     assert is_hidden(Dataset.from_dict({"text": ["a"]}), "label")
+
+
+def test_a_class_that_is_called_none_is_a_label() -> None:
+    found = {"train": table(["None", "Some", "Some"]), "test": table(["None", "None"])}
+    splits, _ = labelled_splits(found, COLUMNS, "x", (), 0.0, 0.0)
+    assert splits["test"].labels.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("hidden", [table([-1, -1]), Dataset.from_dict({"text": ["a"]})])
