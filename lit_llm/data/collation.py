@@ -72,7 +72,10 @@ class Collation:
         self.ids, self.starts = np.concatenate([*ids, np.array([self.padding], np.int32)]), np.cumsum(lengths)
         self.types = np.concatenate([*types, np.array([self.padding_type], np.uint8)]) if with_types else None
         self.labels = labels
-        self.special_ids = np.array(tokenizer.all_special_ids)
+        marks = [token for role, token in tokenizer.special_tokens_map.items() if role != "unk_token"]
+        words = {tokenizer.unk_token}.difference(marks)  # it stands for a word, where it is no mark too
+        kept = [token for token in tokenizer.all_special_tokens if token not in words]
+        self.special_ids = np.array(tokenizer.convert_tokens_to_ids(kept))
         stand_ins = (tokenizer.mask_token_id, tokenizer.unk_token_id, self.padding)
         self.mask_token = next(token for token in stand_ins if token is not None)
 

@@ -5,6 +5,7 @@ import torch
 from lit_llm.data.augmentation import TextAugmentation
 from lit_llm.data.collation import Collation
 from lit_llm.data.tokenizer import byte_tokenizer, train_bert_bpe
+from tests.examples import twenty_tokens
 from tests.writing import prose
 
 TEXTS = [prose(number)[: 5 + 7 * (number % 6)] for number in range(40)]
@@ -81,3 +82,13 @@ def test_equal_texts_are_changed_in_different_ways() -> None:
     split = Collation([TEXTS[5] * 3] * 2, None, None, TOKENIZER, 60)
     one, other = (split.batch(np.array([row]), TextAugmentation(deletion=0.3))["input_ids"] for row in (0, 1))
     assert not torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("unknown", "is_word"), [("a", True), ("[SEP]", False)])
+def test_a_token_for_unknown_words_is_changed_as_words_are_unless_it_is_a_mark_too(unknown: str, is_word: bool) -> None:
+    tokenizer = twenty_tokens()
+    tokenizer.unk_token = unknown
+    split = Collation(["b c d e f g h i"], None, None, tokenizer, 64)
+    split.ids[:-1] = tokenizer.unk_token_id
+    changed = split.batch(np.array([0]), TextAugmentation(dropout=0.9))["input_ids"]
+    assert (tokenizer.mask_token_id in changed) == is_word
