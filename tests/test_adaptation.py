@@ -18,7 +18,7 @@ from transformers import AutoModelForSequenceClassification
 from lit_llm.adaptation import Adaptation, DoRA, FrozenLayers, GradualUnfreezing, HeadOnly, LayerDecay, LoRA, RSLoRA
 from lit_llm.checkpoints import load_model, read_adapted, save_model
 from lit_llm.data.sampling import BatchLoader
-from lit_llm.models.block import depths
+from lit_llm.models.block import Block, depths
 from lit_llm.models.gpt2 import GPT2
 from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
@@ -104,11 +104,37 @@ def test_depths_rise_from_the_embeddings_to_the_head(kind: type, tied: bool) -> 
     assert by_depth == [embeddings, {blocks}, {blocks, norm}, set() if tied else {"lm_head"}]
 
 
-def test_a_pooler_belongs_to_the_head() -> None:
-    network = NETWORK(3)
+SMALL = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+
+@pytest.mark.parametrize("kind", ["bert", "nomic_bert"])
+def test_a_pooler_belongs_to_the_head_wherever_it_was_made(kind: str) -> None:
+    network = PretrainedClassifier(3, config=SMALL | {"model_type": kind})
     found, top = depths(network)
     head = {name.rpartition(".")[0] for name, p in network.named_parameters() if found[p] == top}
-    assert head == {"model.classifier", "model.bert.pooler.dense"}
+    assert head == {"model.classifier", f"model.{kind}.pooler.dense"}
+
+
+RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 16}
+
+
+@pytest.mark.parametrize(
+    "described",
+    [
+        SMALL | RELATIVE | {"model_type": "deberta-v2", "position_buckets": 8, "norm_rel_ebd": "layer_norm"},
+        SMALL | {"model_type": "mpnet"},
+        {"model_type": "bart", "vocab_size": 20, "d_model": 16, "encoder_layers": 2, "decoder_layers": 1},
+    ],
+    ids=lambda described: described["model_type"],
+)
+def test_nothing_that_frozen_blocks_read_is_trained_wherever_it_was_made(described: dict[str, Any]) -> None:
+    network = PretrainedClassifier(3, config=described | {"pad_token_id": 0, "eos_token_id": 2})
+    FrozenLayers(1).prepare(network)
+    learns = []
+    for block in [module for module in network.modules() if isinstance(module, Block)][:2]:
+        block.register_forward_hook(lambda module, args, out: learns.append(torch.as_tensor(out[0]).requires_grad))
+    network(input_ids=torch.tensor([[5, 6, 7, 2]]))
+    assert learns == [False, True]
 
 
 def test_what_starts_first_starts_at_once_where_the_head_is_tied_to_the_embeddings() -> None:
