@@ -30,6 +30,9 @@ NO_NAME = re.compile(r"LABEL_\d+")
 MULTI_LABEL = "multi_label_classification"
 """What transformers calls it where classes do not exclude each other."""
 
+SUMMARIES = frozenset({"flaubert", "xlm", "xlnet"})
+"""Architectures whose head reads what `summary_type` says of all positions, be they padding or not."""
+
 
 class PretrainedClassifier(Pretrained):
     """A classifier of transformers: an encoder (or decoder) of text, or a network of images, with a head on it.
@@ -47,9 +50,9 @@ class PretrainedClassifier(Pretrained):
 
     Raises:
         FileNotFoundError: When there is nothing at `path`.
-        ValueError: When not exactly one of `path` and `config` is given, when they describe no classifier, when `path`
-            lacks weights of the backbone, or with `strict` those of the head, or has one of classes that do not exclude
-            each other.
+        ValueError: When not exactly one of `path` and `config` is given, when they describe no classifier, or one that
+            reads padding, as XLNet's, when `path` lacks weights of the backbone, or with `strict` those of the head, or
+            has one of classes that do not exclude each other.
 
     Source:
         Devlin et al., 2019, "BERT", arXiv:1810.04805, section 4; Wolf et al., 2019, arXiv:1910.03771.
@@ -123,6 +126,19 @@ class PretrainedClassifier(Pretrained):
                 module.__class__ = FullPrecision
         if not self.activation_checkpointing:  # which may compute again when a hook has gone
             compute_what_is_read(model)
+
+    @classmethod
+    def read_config(cls, config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:
+        """As `Pretrained.read_config`; refuses a head of transformers that would read padding on the right."""
+        made = super().read_config(config, name)
+        its_own = "AutoModelForSequenceClassification" in cls.tasks and made.model_type in SUMMARIES
+        if its_own and made.summary_type != "first":
+            raise ValueError(
+                f"summary_type must be first in the config of a classifier of {made.model_type}, which else reads "
+                f"padding, but is {made.summary_type}; set model.network to "
+                f"lit_llm.models.pretrained_pooling.MeanClassifier"
+            )
+        return made
 
     @property
     def num_classes(self) -> int:

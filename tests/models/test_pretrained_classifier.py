@@ -18,6 +18,7 @@ from lit_llm.checkpoints import load_model, save_model
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.models.block import Block
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.models.pretrained_pooling import MeanClassifier
 from tests.writing import exactly
 
 SIZE = {
@@ -160,6 +161,22 @@ def test_padding_says_nothing() -> None:
     for kind in sorted(set(CONFIGS) - IMAGES):
         network, batch = awake(kind), inputs(kind, batch=2)
         longer = {name: nn.functional.pad(tensor, (0, 5)) for name, tensor in batch.items()}
+        torch.testing.assert_close(network(**longer), network(**batch), atol=1e-5, rtol=1e-5)
+
+
+@torch.no_grad()
+def test_a_head_that_reads_padding_is_refused_with_one_that_does_not() -> None:
+    size = {"model_type": "xlnet", "vocab_size": 37, "d_model": 16, "d_inner": 32, "n_layer": 1, "n_head": 2}
+    message = (
+        "summary_type must be first in the config of a classifier of xlnet, which else reads padding, but is last; set "
+        "model.network to lit_llm.models.pretrained_pooling.MeanClassifier"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        PretrainedClassifier(3, config=size)
+    batch = inputs("xlnet", batch=2)
+    longer = {name: nn.functional.pad(tensor, (0, 5)) for name, tensor in batch.items()}
+    for network in (PretrainedClassifier(3, config=size | {"summary_type": "first"}), MeanClassifier(3, config=size)):
+        stirred(network)
         torch.testing.assert_close(network(**longer), network(**batch), atol=1e-5, rtol=1e-5)
 
 
