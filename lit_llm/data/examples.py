@@ -100,6 +100,11 @@ class ExampleData(SplitData):
         """Labelled training examples of each class."""
         return np.bincount(self.splits["train"].labels, minlength=len(self.class_names)).tolist()
 
+    @property
+    def mean_label(self) -> float | None:
+        """Mean of the training labels; `None` where they are classes."""
+        return float(self.splits["train"].labels.mean(dtype=np.float64)) if self.num_targets else None
+
     def label_name(self, index: int) -> str:
         """What a class is called; a network may know more of them than the data."""
         return self.class_names[index] if index < len(self.class_names) else f"LABEL_{index}"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from lit_llm.batch import listed
 from lit_llm.checkpoints import Model
@@ -84,3 +85,21 @@ def put_in_order(source: Model, order: list[int], where: str) -> None:
     for name in head_of(source, where):
         state[name].copy_(state[name][order])
     source.network.class_names = [source.network.class_names[place] for place in order]
+
+
+@torch.no_grad()
+def start_at(network: nn.Module, value: float) -> None:
+    """Has a new head of one value say that one to begin with: as the bias of the last linear layer, in place.
+
+    A head is new whose bias is 0; one that has learnt, or has none, stays as it is.
+
+    Example:
+        >>> network = nn.Linear(3, 1)
+        >>> _ = nn.init.zeros_(network.bias)
+        >>> start_at(network, 1906.0)
+        >>> network.bias.item()
+        1906.0
+    """
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    if linear and linear[-1].out_features == 1 and linear[-1].bias is not None and not linear[-1].bias.any():
+        linear[-1].bias.fill_(value)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_llm.adaptation import Adaptation
 from lit_llm.metrics import RegressionMetrics
+from lit_llm.objectives import heads
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.objective import Objective
 from lit_llm.schedulers import Schedule
@@ -18,6 +19,8 @@ from lit_llm.schedulers import Schedule
 
 class Regression(Objective):
     """Minimises the squared error of each example's value.
+
+    A new head starts at the mean of the training labels, where it has a bias: values may be far from 0.
 
     Logs `val/rmse`, `val/mae`, `val/pearson`, `val/spearman` and `val/loss` (mean squared error) over the whole split;
     the same under `test/`. `predict` gives each example's value.
@@ -67,6 +70,13 @@ class Regression(Objective):
                 "lit_llm.objectives.classification.Classification"
             )
         super().setup(stage)
+
+    def build(self) -> None:
+        """Makes the network; a new head starts at the mean of what it is to learn."""
+        super().build()
+        mean = getattr(self.trainer.datamodule, "mean_label", None) if self._fits else None
+        if mean is not None:
+            heads.start_at(self.network, mean)
 
     def values(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
         """What the network says of each example, in fp32."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from scipy import stats
 from sklearn import metrics
 from torch.utils.data import DataLoader
 
+from lit_llm.checkpoints import save_model
+from lit_llm.data.glue import GLUEData
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.pretrained_pooling import MeanClassifier
 from lit_llm.objectives.regression import Regression
@@ -57,6 +60,26 @@ def test_labels_keep_their_digits_where_the_network_is_in_16_bits(tmp_path: Path
     trainer(tmp_path, max_steps=3, precision="bf16-true").fit(made, datamodule=data)
     assert next(made.network.parameters()).dtype == torch.bfloat16
     torch.testing.assert_close(torch.cat(read), 1900.5 + torch.arange(24), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", [PretrainedClassifier, MeanClassifier])
+def test_a_new_head_starts_at_the_mean_label_and_one_that_has_learnt_where_it_is(kind: type, tmp_path: Path) -> None:
+    (tmp_path / "x.csv").write_text("\n".join(["text,label", *(f"a {'bcd'[n % 3]},{1900.5 + n}" for n in range(24))]))
+    table = {"path": str(tmp_path / "x.csv"), "batch_size": 8, "max_seq_len": 16, "validation_fraction": 0.0}
+    data = GLUEData(**table, tokenizer="bert-bpe-300")
+
+    def first_said(**given: Any) -> tuple[Regression, float]:
+        made = Regression(optimizer=functools.partial(torch.optim.SGD, lr=0.0), **given)
+        trainer(tmp_path, max_steps=1).fit(made, datamodule=data)
+        with torch.no_grad():
+            return made, made.eval().values(next(iter(data.train_dataloader()))).mean().item()
+
+    made, said = first_said(network=functools.partial(kind, config=BERT))
+    assert said == pytest.approx(1912, abs=2)
+    last = [module for module in made.network.modules() if isinstance(module, torch.nn.Linear)][-1]
+    torch.nn.init.constant_(last.bias, 5.0)
+    save_model(tmp_path / "model", made.network, data.tokenizer)
+    assert first_said(weights=str(tmp_path / "model"))[1] == pytest.approx(5, abs=2)
 
 
 def test_predictions_are_values_of_rows(tmp_path: Path) -> None:
