@@ -23,6 +23,9 @@ from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.token_cache import Encoded
 
 Message = dict[str, str]
+FORMAT = 2
+"""Of conversations as tokens: raised where other tokens are made of them, or others learnt, so that no cache is old."""
+
 ROLES = ("system", "user", "assistant")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -236,6 +239,8 @@ def _learnt(tokens: Encoding, text: str, spans: list[tuple[int, int]], special: 
         if not len(inside):
             continue
         last = inside[-1]
+        while last + 1 < len(learnt) and ends[last + 1] <= end:  # spaces at the end, where offsets leave spaces out
+            last += 1
         if is_special[inside].any():  # white space after the turn's end is the template's, not the assistant's
             closing = inside[is_special[inside]][-1]
             last = last if text[ends[closing] : end].strip() else closing

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import TokenBatch
-from lit_llm.data.chat import Conversations, encode_conversations, with_template
+from lit_llm.data.chat import FORMAT, Conversations, encode_conversations, with_template
 from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, open_corpus
@@ -176,7 +176,7 @@ class InstructionData(TokenData):
         return (f"{turn['role']}\n{turn['content']}" for turn in turns)
 
     def _recipe(self, ready: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-        return {"chat_template": (ready or self._dress(byte_tokenizer())).chat_template}
+        return {"chat_template": (ready or self._dress(byte_tokenizer())).chat_template, "conversations": FORMAT}
 
 
 class Examples:

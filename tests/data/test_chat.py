@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.data.chat import (
@@ -109,6 +110,15 @@ def test_of_a_mark_that_leaves_out_the_end_that_token_is_learnt_too() -> None:
     [more] = np.flatnonzero(learnt != np.array(theirs["assistant_masks"], dtype=bool))
     assert tokenizer.convert_ids_to_tokens(theirs["input_ids"][more]) == "<|im_end|>"
     assert learnt[more]
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED], ids=["chatml", "marked"])
+def test_the_end_of_a_turn_is_learnt_after_spaces_that_offsets_leave_out(template: str) -> None:
+    tokenizer = dressed(template, "bpe")
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    for answer in ("y", "y ", "y   ", "y\n", "y \n\n"):
+        said = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}]
+        assert learnt_text(tokenizer, [*said, *said]) == f"{answer}<|im_end|>" * 2
 
 
 def test_our_template_is_written_out_as_expected() -> None:

@@ -265,6 +265,14 @@ def test_a_second_run_tokenises_nothing_even_with_rows_of_another_kind(
     assert second.cache.folder == first.cache.folder
 
 
+def test_a_cache_from_before_conversations_became_other_tokens_is_not_taken(
+    chat: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = opened(chat)
+    monkeypatch.setattr("lit_llm.data.instructions.FORMAT", 1)
+    assert opened(chat).cache.folder != first.cache.folder
+
+
 def test_a_checkpoint_of_other_tokens_is_refused(chat: Path) -> None:
     message = f"data.tokenizer must be the checkpoint's, but is bytes of {chat}, which differs"
     with pytest.raises(ValueError, match=exactly(message)):
