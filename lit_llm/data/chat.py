@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections import Counter
@@ -270,7 +271,7 @@ def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: st
     text, spans = _render(tokenizer, messages, name), []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _render(tokenizer, messages[:number], name, add_generation_prompt=True)
+            before = _before(tokenizer, messages[: number + 1], name)
             after = _render(tokenizer, messages[: number + 1], name)
             if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(
@@ -279,6 +280,17 @@ def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: st
                 )
             spans.append((len(before), len(after)))
     return text, spans
+
+
+def _before(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> str:
+    """What is rendered before the assistant says the last of the messages."""
+    *told, said = messages
+    if told:
+        return _render(tokenizer, told, name, add_generation_prompt=True)
+    # No prompt is empty, so it is what another beginning has in common.
+    other = {**said, "content": "b" if said["content"].lstrip().startswith("a") else "a"}
+    both = zip(*(_render(tokenizer, [message], name) for message in (said, other)))
+    return "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
 
 
 def _render(

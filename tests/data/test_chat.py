@@ -132,6 +132,19 @@ def test_our_template_is_written_out_as_expected() -> None:
     assert answered == f"{asked}好{END}assistant\n"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [CHAT_TEMPLATE, CHATML, MARKED, "{% if messages[0]['role'] != 'system' %}By default.{% endif %}" + CHATML],
+    ids=["ours", "chatml", "marked", "default"],
+)
+@pytest.mark.parametrize("greeting", ["hello", "a", " a"])
+def test_the_assistant_may_begin(greeting: str, template: str) -> None:
+    tokenizer = dressed(template)
+    end = END if template == CHAT_TEMPLATE else "<|im_end|>"
+    said = [{"role": "assistant", "content": greeting}, *TALK[1:3]]
+    assert learnt_text(tokenizer, said) == f"{greeting}{end}好{end}"
+
+
 def test_a_template_that_renders_beginnings_otherwise_is_refused() -> None:
     message = (
         "data.chat_template must mark with {% generation %} what the assistant says, or render the beginning of a "
