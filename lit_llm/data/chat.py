@@ -13,7 +13,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jinja2.exceptions import TemplateError
-from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -24,11 +23,14 @@ from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.token_cache import Encoded
 
 Message = dict[str, str]
-FORMAT = 2
-"""Of conversations as tokens: raised where other tokens are made of them, or others learnt, so that no cache is old."""
-
 ROLES = ("system", "user", "assistant")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+
+FORMAT = 3
+"""Of conversations as tokens: raised where other tokens are made of them, or others learnt, so that no cache is old."""
+
+BEFORE = "\ue000"
+"""Stands before a piece of a text where a tokeniser puts a space in front of every text; no token has more than it."""
 
 CHAT_TEMPLATE = """\
 {%- set boundary = eos_token or bos_token or sep_token -%}
@@ -149,9 +151,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
         for token in _special(tokenizer).values():
             if token in message["content"]:
                 raise ValueError(f"prompt must spell no special token, but holds {token}")
-    return tokenizer(
-        _render(tokenizer, messages, "the conversation", add_generation_prompt=True), add_special_tokens=False
-    )["input_ids"]
+    name = "the conversation"
+    text = _render(tokenizer, messages, name, add_generation_prompt=True)
+    [(ids, _)] = _tokens(tokenizer, [text], [_starts(tokenizer, messages, text, name)])
+    return ids
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
@@ -166,7 +169,12 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 def encode_conversation(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str = "the conversation"
 ) -> tuple[list[int], np.ndarray]:
-    """Tokens of a conversation, as transformers' `apply_chat_template` gives them, and which of them are learnt.
+    """Tokens of a conversation, and which of them are learnt.
+
+    They begin with those of the prompt (`prompt_ids`) for each of the assistant's turns: no token reaches from what
+    comes before a turn into it. Else they are those of transformers' `apply_chat_template`, which joins the two where
+    a turn begins with white space that a token with the line's end before it has. Where a template renders a prompt
+    otherwise than as the beginning of the whole, the two are joined here too.
 
     Learnt is what the assistant says in all its turns, and the token that ends each. Where a template marks that with
     `{% generation %}` it is believed; for any other, a turn is what a rendering up to and with it has more than one up
@@ -194,9 +202,9 @@ def encode_conversation(
         >>> tokenizer.decode([token for token, is_learnt in zip(ids, learnt) if is_learnt])
         '2<|endoftext|>'
     """
-    text, spans = _turns(tokenizer, messages, name)
-    [encoding] = _tokens(tokenizer, [text])
-    return encoding.ids, _learnt(encoding, text, spans, _special(tokenizer))
+    text, spans, starts = _turns(tokenizer, messages, name)
+    [(ids, offsets)] = _tokens(tokenizer, [text], [starts])
+    return ids, _learnt(ids, offsets, text, spans, _special(tokenizer))
 
 
 def encode_conversations(
@@ -214,27 +222,66 @@ def encode_conversations(
         dropped["special token in a message"] += sum(spelt)
     kept = [(document.id, messages) for document, messages, no in zip(documents, conversations, spelt) if not no]
     turns = [_turns(tokenizer, messages, name) for name, messages in kept]
+    tokens = _tokens(tokenizer, [text for text, _, _ in turns], [starts for _, _, starts in turns])
     encoded = []
-    for (name, messages), (text, spans), tokens in zip(kept, turns, _tokens(tokenizer, [text for text, _ in turns])):
-        learnt = _learnt(tokens, text, spans, special)
+    for (name, messages), (text, spans, _), (ids, offsets) in zip(kept, turns, tokens):
+        learnt = _learnt(ids, offsets, text, spans, special)
         if not learnt.any():
             raise ValueError(f"data.chat_template must render what the assistant says, but nothing of it is in {name}")
         said = sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
-        encoded.append(Encoded(tokens.ids, said, learnt))
+        encoded.append(Encoded(ids, said, learnt))
     rest = iter(encoded)
     return [None if no else next(rest) for no in spelt]
 
 
-def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Encoding]:
-    """Texts with special tokens in them as tokens, on all cores."""
-    return tokenizer(texts, add_special_tokens=False).encodings if texts else []
+def _tokens(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], starts: list[list[int]]
+) -> list[tuple[list[int], np.ndarray]]:
+    """Texts with special tokens in them as tokens and where each lies, on all cores; none reaches over a start."""
+    before = BEFORE if _adds_space(tokenizer) else ""
+    special = tuple(_special(tokenizer).values()) if before else ()  # after those a token starts, with such a space
+    edges = [
+        sorted({0, len(text), *(place for place in places if not text.endswith(special, 0, place))})
+        for text, places in zip(texts, starts)
+    ]
+    pieces = [
+        (before if start else "") + text[start:end]
+        for text, places in zip(texts, edges)
+        for start, end in itertools.pairwise(places)
+    ]
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()
+    backend.no_padding()
+    encodings = iter(backend.encode_batch(pieces, add_special_tokens=False))
+    found = []
+    for places in edges:
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        begin: list[int] = []
+        for start, encoding in zip(places[:-1], encodings):
+            lying = encoding.offsets
+            skipped = sum(end <= len(before) for _, end in lying) if before and start else 0
+            ids += encoding.ids[skipped:]
+            offsets += lying[skipped:]
+            begin += [start - len(before) * (start > 0)] * (len(lying) - skipped)
+        found.append((ids, np.array(offsets, dtype=np.int64).reshape(-1, 2) + np.array(begin, dtype=np.int64)[:, None]))
+    return found
 
 
-def _learnt(tokens: Encoding, text: str, spans: list[tuple[int, int]], special: dict[int, str]) -> np.ndarray:
+def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokeniser puts a space in front of every text, as many of SentencePiece do."""
+    normalizer, splitter = tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.pre_tokenizer
+    text = normalizer.normalize_str("x") if normalizer else "x"
+    return "".join(piece for piece, _ in splitter.pre_tokenize_str(text)) != "x" if splitter else text != "x"
+
+
+def _learnt(
+    ids: list[int], offsets: np.ndarray, text: str, spans: list[tuple[int, int]], special: dict[int, str]
+) -> np.ndarray:
     """Which tokens lie in the spans of text, with what ends each."""
-    starts, ends = np.array(tokens.offsets, dtype=np.int64).reshape(-1, 2).T
-    is_special = np.isin(tokens.ids, list(special))
-    learnt = np.zeros(len(tokens.ids), dtype=bool)
+    starts, ends = offsets.T
+    is_special = np.isin(ids, list(special))
+    learnt = np.zeros(len(ids), dtype=bool)
     for start, end in spans:
         inside = np.flatnonzero((starts < end) & (ends > start))
         if not len(inside):
@@ -257,8 +304,10 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     return dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
 
 
-def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> tuple[str, list[tuple[int, int]]]:
-    """A conversation as text, and where in it the assistant speaks."""
+def _turns(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str
+) -> tuple[str, list[tuple[int, int]], list[int]]:
+    """A conversation as text, where in it the assistant speaks, and where prompts for that end."""
     template = tokenizer.get_chat_template()
     if GENERATION.search(template):
         try:
@@ -267,7 +316,7 @@ def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: st
             )
         except TemplateError as error:
             raise _refusal(name, error) from error
-        return texts[0], spans[0]
+        return texts[0], spans[0], _starts(tokenizer, messages, texts[0], name)
     text, spans = _render(tokenizer, messages, name), []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -279,7 +328,21 @@ def _turns(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: st
                     f"beginning of a conversation as it renders it in the whole, but does neither with {name}"
                 )
             spans.append((len(before), len(after)))
-    return text, spans
+    return text, spans, [start for start, _ in spans]
+
+
+def _starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, name: str) -> list[int]:
+    """Where prompts for the assistant's turns end in the text of a conversation, as far as it begins with them."""
+    starts = []
+    for number, message in enumerate(messages):
+        if message["role"] == "assistant":
+            try:
+                before = _before(tokenizer, messages[: number + 1], name)
+            except ValueError:  # the template refuses such a beginning, so that there is no such prompt
+                continue
+            if text.startswith(before):
+                starts.append(len(before))
+    return starts
 
 
 def _before(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> str:

@@ -32,7 +32,7 @@ class InstructionData(TokenData):
 
     A row of the table holds a prompt and a response, or a list of messages. Conversations become text by a chat
     template, which is saved with the tokeniser, so `lit-llm generate --chat` and transformers' `apply_chat_template`
-    give the same. They go into splits as documents do in `TextData`, and are tokenised once.
+    render the same. They go into splits as documents do in `TextData`, and are tokenised once.
 
     Args:
         path: `stdlib-instructions`; a table (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`) or a folder of them; or a

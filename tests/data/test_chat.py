@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tokenizers import processors
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from lit_llm.data.chat import (
     CHAT_TEMPLATE,
@@ -73,12 +73,7 @@ def learnt_text(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str
     ids=["ours", "chatml", "marked", "plain"],
 )
 def test_all_that_the_assistant_says_is_learnt_with_what_ends_its_turn(kind: str, template: str, learnt: str) -> None:
-    tokenizer = dressed(template, kind)
-    found = learnt_text(tokenizer, TALK)
-    if kind == "bytes":
-        assert found == learnt
-    else:  # a merge may reach over the edge between cue and answer
-        assert found.replace("\n", "").replace(" ", "") == learnt.replace("\n", "").replace(" ", "")
+    assert learnt_text(dressed(template, kind), TALK) == learnt
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
@@ -91,6 +86,60 @@ def test_the_tokens_are_those_of_transformers(template: str, kind: str) -> None:
     assert prompt_ids(tokenizer, TALK[:2]) == cue
     if kind == "bytes":
         assert theirs[: len(cue)] == cue
+
+
+def joining(spaces: str) -> PreTrainedTokenizerBase:
+    """A tokeniser with a token of a line's end and a space, as a byte-level one or as some of SentencePiece."""
+    if spaces == "bpe":
+        tokenizer = train_bpe(["assistant\n    return x\n\n\n"] * 9, 290)
+    else:
+        alphabet = ["<unk>", END, *(f"<0x{byte:02X}>" for byte in range(256)), *"▁\n", *map(chr, range(33, 127))]
+        merges = [("\n", "▁"), ("▁", "▁"), ("\n▁", "▁▁"), ("r", "e"), ("▁", "re"), ("\n", "\n")]
+        vocab = {token: index for index, token in enumerate([*alphabet, *map("".join, merges)])}
+        built = Tokenizer(models.BPE(vocab, merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        if spaces == "prepended":
+            built.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        else:
+            built.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=spaces, split=False)
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=built, eos_token=END, unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    return tokenizer
+
+
+@pytest.mark.parametrize("spaces", ["bpe", "prepended", "first", "always"])
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHATML, MARKED, PLAIN], ids=["ours", "chatml", "marked", "plain"])
+def test_what_is_learnt_follows_the_tokens_of_its_prompt(template: str, spaces: str) -> None:
+    tokenizer = joining(spaces)
+    tokenizer.chat_template = template
+    marks = {" ": "Ġ", "\n": "Ċ"} if spaces == "bpe" else {" ": "▁"}
+
+    def as_tokens(text: str) -> str:
+        return "".join(marks.get(character, character) for character in text)
+
+    assert as_tokens("\n ") in "".join(token for token in tokenizer.tokenize("x\n    return") if len(token) > 1)
+    end = {CHAT_TEMPLATE: END, PLAIN: ""}.get(template, "<|im_end|>")
+    answers = ["    return x", "re", "\n\nre", " (x) "]
+    talk = [
+        turn for said in answers for turn in ({"role": "user", "content": "q"}, {"role": "assistant", "content": said})
+    ]
+    ids, learnt = encode_conversation(tokenizer, talk)
+    for number, answer in enumerate(answers):
+        prompt = prompt_ids(tokenizer, talk[: 2 * number + 1])
+        assert ids[: len(prompt)] == prompt
+        assert learnt[len(prompt)]
+        assert not learnt[len(prompt) - 1]
+        written = tokenizer.convert_ids_to_tokens(ids[len(prompt) :])
+        assert "".join(written).startswith(as_tokens(answer) + end)
+
+
+@pytest.mark.parametrize("spaces", ["bpe", "prepended", "first", "always"])
+def test_after_a_cue_that_ends_with_a_special_token_the_tokens_are_those_of_transformers(spaces: str) -> None:
+    tokenizer = joining(spaces)
+    tokenizer.chat_template = CHATML.replace("assistant\n", "").replace("message['role'] + '\n' + ", "")
+    for answer in ("re", "    return x", "\nx"):
+        talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": answer}] * 2
+        theirs = tokenizer.apply_chat_template(talk, return_dict=True)["input_ids"]
+        assert encode_conversation(tokenizer, talk)[0] == theirs
 
 
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
