@@ -158,6 +158,10 @@ def test_the_pieces_of_a_reply_are_what_generating_gives(talker: Chat) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "content must be text, but is something else",
         ),
+        (
+            {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": "ab"}]},
+            "role must be one of system, user, assistant, but is 'developer'",
+        ),
     ],
 )  # fmt: skip
 def test_what_would_be_passed_over_is_refused(talker: Chat, fields: dict[str, Any], message: str) -> None:

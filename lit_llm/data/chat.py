@@ -117,13 +117,17 @@ class Conversations(Rows):
                 f"{place} has the columns {', '.join(row)}; name yours with data.prompt and data.response"
             )
         for message in said:
-            if message.get("role") not in ROLES:
-                raise ValueError(f"role must be one of {', '.join(ROLES)}, but is {message.get('role')!r} in {place}")
+            _require_known_role(message.get("role"), f" in {place}")
             content = message.get("content")
             if not isinstance(content, str) and (content is not None or message["role"] != "assistant"):
                 kind = type(content).__name__
                 raise TypeError(f"content must be text, but is {kind} for the {message['role']} in {place}")
         return [{"role": m["role"], "content": self.cleaning.text(m.get("content") or "")} for m in said]
+
+
+def _require_known_role(role: Any, place: str = "") -> None:
+    if role not in ROLES:
+        raise ValueError(f"role must be one of {', '.join(ROLES)}, but is {role!r}{place}")
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> PreTrainedTokenizerBase:
@@ -145,9 +149,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
     """The tokens after which the assistant speaks.
 
     Raises:
-        ValueError: When the template refuses the messages, or one spells a special token, which could end its turn.
+        ValueError: When the template refuses the messages, one is of a role that no conversation has that is learnt
+            from, or one spells a special token, which could end its turn.
     """
     for message in messages:
+        _require_known_role(message["role"])
         for token in _special(tokenizer).values():
             if token in message["content"]:
                 raise ValueError(f"prompt must spell no special token, but holds {token}")

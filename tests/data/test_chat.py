@@ -335,6 +335,15 @@ def test_a_message_that_spells_a_special_token_starts_no_turn_of_its_own() -> No
         prompt_ids(tokenizer, forged)
 
 
+def test_a_prompt_of_a_role_that_is_never_learnt_from_is_refused_as_in_training() -> None:
+    talk = [("developer", "Be brief."), ("user", "a"), ("assistant", "b")]
+    message = "role must be one of system, user, assistant, but is 'developer'"
+    with pytest.raises(ValueError, match=exactly(message)):
+        prompt_ids(dressed(CHATML), messages(*talk[:2])["messages"])
+    with pytest.raises(ValueError, match=exactly(f"{message} in row 3 of chat.jsonl")):
+        read(messages(*talk))
+
+
 def test_a_message_may_have_more_than_role_and_content_late_in_a_file(tmp_path: Path) -> None:
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b" * 1_000_000}]
     rows = [{"messages": talk}] * 12 + [{"messages": [{**message, "name": "c"} for message in talk]}]
