@@ -22,7 +22,7 @@ from lit_llm.data.documents import Rows
 from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.token_cache import Encoded
 
-Message = dict[str, str]
+Message = dict[str, Any]
 ROLES = ("system", "user", "assistant")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -61,7 +61,8 @@ class Conversations(Rows):
     Attributes:
         prompt: Column of what the user says.
         response: Column of what the assistant answers.
-        messages: Column of whole conversations: a list of `{"role": …, "content": …}`.
+        messages: Column of whole conversations: a list of `{"role": …, "content": …}`; what the assistant says with
+            `"weight": 0` is not learnt.
         unanswered: Whether a row without an assistant's turn, or with an empty one, is an error or left out.
         cleaning: What is done to each message.
     """
@@ -81,24 +82,26 @@ class Conversations(Rows):
         return self.prompt, self.response
 
     def text(self, row: dict[str, Any], number: int, path: str) -> str:
-        """The messages as JSON, up to the assistant's last; empty for a row that is left out.
+        """The messages as JSON, up to the assistant's last that is learnt; empty for a row that is left out.
 
         Raises:
-            ValueError: When the columns are not there, a role is none of the three, or an answer is missing.
+            ValueError: When the columns are not there, a role is none of the three, a message calls tools or has a
+                weight other than 0 and 1, or an answer is missing.
             TypeError: When there is something else than text.
         """
         place = f"row {number} of {path}"
         messages = self._messages(row, place)
-        while messages and messages[-1]["role"] != "assistant":
+        kind = "an assistant's turn" + " of weight 1" * any("weight" in message for message in messages)
+        while messages and not _is_learnt(messages[-1]):
             messages.pop()
-        answers = [message["content"] for message in messages if message["role"] == "assistant"]
+        answers = [message["content"] for message in messages if _is_learnt(message)]
         if answers and all(answer.strip() for answer in answers):
             return json.dumps(messages, ensure_ascii=False)
         if self.unanswered == "drop":
             return ""
         remedy = "set data.unanswered to drop to leave such rows out"
         if not answers:
-            raise ValueError(f"messages must hold an assistant's turn, but those in {place} have none; {remedy}")
+            raise ValueError(f"messages must hold {kind}, but those in {place} have none; {remedy}")
         raise ValueError(f"an assistant's turn must say something, but is empty in {place}; {remedy}")
 
     def _messages(self, row: dict[str, Any], place: str) -> list[Message]:
@@ -122,7 +125,22 @@ class Conversations(Rows):
             if not isinstance(content, str) and (content is not None or message["role"] != "assistant"):
                 kind = type(content).__name__
                 raise TypeError(f"content must be text, but is {kind} for the {message['role']} in {place}")
-        return [{"role": m["role"], "content": self.cleaning.text(m.get("content") or "")} for m in said]
+            if calls := message.get("tool_calls"):
+                raise ValueError(
+                    f"tool_calls must be left out, as calls are not learnt, but are {calls!r:.60} in {place}; leave "
+                    f"such rows out"
+                )
+            if message.get("weight") not in (None, 0, 1):
+                raise ValueError(f"weight must be 0 or 1, but is {message['weight']!r:.60} in {place}")
+        return [
+            {"role": m["role"], "content": self.cleaning.text(m.get("content") or "")}
+            | ({"weight": 0} if m["role"] == "assistant" and m.get("weight") == 0 else {})
+            for m in said
+        ]
+
+
+def _is_learnt(message: Message) -> bool:
+    return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def _require_known_role(role: Any, place: str = "") -> None:
@@ -188,15 +206,15 @@ def encode_conversation(
 
     Args:
         tokenizer: Has a chat template.
-        messages: Who says what.
+        messages: Who says what; what the assistant says with a `weight` of 0 is not learnt.
         name: What an error calls the conversation.
 
     Returns:
         The tokens, and for each whether it is learnt.
 
     Raises:
-        ValueError: When the template refuses the messages, or marks nothing and renders a beginning otherwise than as
-            the beginning of the whole.
+        ValueError: When the template refuses the messages, marks nothing and renders a beginning otherwise than as the
+            beginning of the whole, or does not mark each turn once where some are not learnt.
 
     Example:
         >>> from lit_llm.data.tokenizer import byte_tokenizer
@@ -234,7 +252,7 @@ def encode_conversations(
         learnt = _learnt(ids, offsets, text, spans, special)
         if not learnt.any():
             raise ValueError(f"data.chat_template must render what the assistant says, but nothing of it is in {name}")
-        said = sum(len(m["content"].encode()) for m in messages if m["role"] == "assistant")
+        said = sum(len(m["content"].encode()) for m in messages if _is_learnt(m))
         encoded.append(Encoded(ids, said, learnt))
     rest = iter(encoded)
     return [None if no else next(rest) for no in spelt]
@@ -313,7 +331,8 @@ def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 def _turns(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str
 ) -> tuple[str, list[tuple[int, int]], list[int]]:
-    """A conversation as text, where in it the assistant speaks, and where prompts for that end."""
+    """A conversation as text, where in it the assistant says what is learnt, and where prompts for its turns end."""
+    answers = [message for message in messages if message["role"] == "assistant"]
     template = tokenizer.get_chat_template()
     if GENERATION.search(template):
         try:
@@ -322,7 +341,15 @@ def _turns(
             )
         except TemplateError as error:
             raise _refusal(name, error) from error
-        return texts[0], spans[0], _starts(tokenizer, messages, texts[0], name)
+        spans = spans[0]
+        if not all(map(_is_learnt, answers)):
+            if len(spans) != len(answers):
+                raise ValueError(
+                    "data.chat_template must mark each of the assistant's turns once with {% generation %} where a "
+                    f"weight is 0, but marks {len(spans)} where {name} has {len(answers)}"
+                )
+            spans = [span for span, answer in zip(spans, answers, strict=True) if _is_learnt(answer)]
+        return texts[0], spans, _starts(tokenizer, messages, texts[0], name)
     text, spans = _render(tokenizer, messages, name), []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
@@ -334,7 +361,8 @@ def _turns(
                     f"beginning of a conversation as it renders it in the whole, but does neither with {name}"
                 )
             spans.append((len(before), len(after)))
-    return text, spans, [start for start, _ in spans]
+    starts = [start for start, _ in spans]
+    return text, [span for span, answer in zip(spans, answers, strict=True) if _is_learnt(answer)], starts
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, name: str) -> list[int]:

@@ -40,7 +40,8 @@ class InstructionData(TokenData):
         subset: Configuration of a hub data set.
         prompt: Column of the user's message.
         response: Column of the assistant's answer.
-        messages: Column of whole conversations: lists of `{"role": system, user or assistant, "content": text}`.
+        messages: Column of whole conversations: lists of `{"role": system, user or assistant, "content": text}`; an
+            assistant's with `"weight": 0` is read but not learnt.
         unanswered: Whether a row without an assistant's turn, or with an empty one, is an error or dropped.
         max_documents: Read only this many rows.
         cleaning: Cleaning steps to apply to each message.

@@ -251,6 +251,47 @@ def test_what_follows_the_last_answer_is_left_out_and_messages_are_cleaned() -> 
     assert json.loads(read(row)) == messages(("system", "s"), ("user", "café\n"), ("assistant", "a"))["messages"]
 
 
+def test_calls_and_weights_may_be_empty_and_a_weight_of_one_is_the_same_as_none() -> None:
+    row = messages(("user", "a"), ("assistant", "b"))
+    more = {
+        "messages": [
+            message | {"tool_calls": [], "weight": weight} for message, weight in zip(row["messages"], (None, 1))
+        ]
+    }
+    assert read(more) == read(row)
+
+
+WEIGHTED = [
+    {"role": "user", "content": "2+2?"},
+    {"role": "assistant", "content": "5", "weight": 0},
+    {"role": "user", "content": "No."},
+    {"role": "assistant", "content": "4", "weight": 1},
+    {"role": "user", "content": "Thanks."},
+    {"role": "assistant", "content": "", "weight": 0},
+]
+
+
+@pytest.mark.parametrize("template", [CHAT_TEMPLATE, CHATML, MARKED], ids=["ours", "chatml", "marked"])
+def test_an_answer_of_weight_zero_is_read_but_not_learnt(template: str) -> None:
+    tokenizer, text = dressed(template), read({"messages": WEIGHTED})
+    [found] = encode_conversations(DocumentEncoder(tokenizer), [Document("0", text)], Counter())
+    end = END if template == CHAT_TEMPLATE else "<|im_end|>"
+    assert tokenizer.decode(np.array(found.ids)[found.learnt].tolist()) == f"4{end}"
+    assert found.num_bytes == 1
+    whole, _ = encode_conversation(tokenizer, [{"role": m["role"], "content": m["content"]} for m in WEIGHTED[:4]])
+    assert found.ids == whole
+
+
+def test_of_marks_that_are_not_one_a_turn_no_weight_can_be_told() -> None:
+    twice = MARKED.replace("message['content'] }}{% endgen", "'x' }}{% endgeneration %}{% generation %}y{% endgen")
+    message = (
+        "data.chat_template must mark each of the assistant's turns once with {% generation %} where a weight is 0, "
+        "but marks 4 where chat.jsonl/3 has 2"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        encode_conversation(dressed(twice), WEIGHTED[:4], "chat.jsonl/3")
+
+
 UNANSWERED = "set data.unanswered to drop to leave such rows out"
 BAD = [
     (
@@ -277,6 +318,19 @@ BAD = [
     (messages(("human", "a")), "role must be one of system, user, assistant, but is 'human' in {place}"),
     (messages(("user", "a"), ("assistant", 3)), "content must be text, but is int for the assistant in {place}"),
     ({"messages": [{"role": "user"}]}, "content must be text, but is NoneType for the user in {place}"),
+    (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "weight": 0}]},
+        f"messages must hold an assistant's turn of weight 1, but those in {{place}} have none; {UNANSWERED}",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "b", "weight": 0.5}]},
+        "weight must be 0 or 1, but is 0.5 in {place}",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "Let me look.", "tool_calls": [{"type": "function"}]}]},
+        "tool_calls must be left out, as calls are not learnt, but are [{{'type': 'function'}}] in {place}; leave such "
+        "rows out",
+    ),
     ({"prompt": 3, "response": "b"}, "content must be text, but is int for the user in {place}"),
     ({"messages": "hi"}, "messages must be a list of role and content, but are 'hi' in {place}"),
     ({"messages": ["hi"]}, "messages must be a list of role and content, but are ['hi'] in {place}"),
