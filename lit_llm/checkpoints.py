@@ -34,6 +34,7 @@ from lit_llm.weights import fill, read_weights, require_whole, write_weights
 log = logging.getLogger(__name__)
 
 IMAGE_PROCESSOR = "preprocessor_config.json"
+GENERATION_CONFIG = "generation_config.json"
 COMPRESSION = "compression.json"
 """In a model directory: what was done to the network to compress it (`compression.compression`)."""
 
@@ -79,12 +80,27 @@ def save_model(
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
+            if hasattr(network, "new_cache") and tokenizer.chat_template:
+                _write_ends(tokenizer, tokens, new / GENERATION_CONFIG)
         if image_processor is not None:
             (new / IMAGE_PROCESSOR).write_text(json.dumps(image_processor, indent=2) + "\n")
         if records := records_of(network):
             (new / COMPRESSION).write_text(json.dumps(records, indent=2) + "\n")
         if card is not None:
             (new / "README.md").write_text(card, encoding="utf-8")
+
+
+def _write_ends(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int | None], file: Path) -> None:
+    """Tells transformers' `generate` of all tokens that end a turn; `config.json` has only the end of text."""
+    from lit_llm.data.chat import turn_ends
+
+    try:
+        ends = turn_ends(tokenizer)
+    except (ValueError, TypeError):  # the template renders no conversation of which its end could be told
+        return
+    written = json.loads(file.read_text()) if file.is_file() else {}
+    written.pop("_from_model_config", None)
+    file.write_text(json.dumps(written | tokens | {"eos_token_id": sorted(ends) or None}, indent=2) + "\n")
 
 
 class Model(NamedTuple):

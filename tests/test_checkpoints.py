@@ -5,12 +5,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from lit_llm.checkpoint_files import AtomicCheckpointIO
 from lit_llm.checkpoints import load_model, read_image_processor, save_model
 from lit_llm.data.tokenizer import byte_tokenizer, fingerprint, train_bpe
 from lit_llm.models.llama import Llama
+from lit_llm.models.pretrained import PretrainedCausalLM
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT
 from tests.writing import exactly
@@ -48,6 +49,37 @@ def test_a_model_comes_with_its_tokenizer_and_card(model: Path) -> None:
     assert (model / "README.md").read_text() == "# Card\n"
     config = json.loads((model / "config.json").read_text())
     assert {config[f"{name}_token_id"] for name in ("bos", "eos", "pad")} == {0}
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_transformers_ends_a_reply_with_the_turn_and_with_the_text(own: bool, tiny_llama, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] + '\n' + m['content'] + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'assistant\n' }}{% endif %}"
+    )
+    network = tiny_llama(vocab_size=len(tokenizer))
+    if not own:
+        network = PretrainedCausalLM(len(tokenizer), config={**network.to_hf_config(), "eos_token_id": 7})
+    save_model(tmp_path, network, tokenizer)
+    assert json.loads((tmp_path / "config.json").read_text())["eos_token_id"] == tokenizer.eos_token_id
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert theirs.generation_config.eos_token_id == ends
+    for end in ends:
+        with torch.no_grad():
+            theirs.lm_head.weight.zero_()
+            theirs.lm_head.weight[end] = theirs.model.norm(theirs.model.embed_tokens.weight[ends[1]])
+        reply = theirs.generate(torch.tensor([[5, ends[1]]]), max_new_tokens=4, do_sample=False)
+        assert reply[0, 2:].tolist() == [end]
+
+
+def test_a_model_whose_chat_template_renders_no_prompt_is_written_all_the_same(tiny_llama, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    save_model(tmp_path, tiny_llama(vocab_size=len(tokenizer)), tokenizer)
+    assert load_model(tmp_path)[1].chat_template == tokenizer.chat_template
 
 
 def test_a_model_in_older_form_comes_with_its_tokenizer_too(tiny_gpt2, tmp_path: Path) -> None:
