@@ -19,6 +19,7 @@ from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 
 import lit_llm
 from lit_llm.batch import IGNORE_INDEX, inputs
@@ -362,6 +363,12 @@ def gradients(made: Objective) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in made.network.named_parameters() if p.grad is not None}
 
 
+def states(made: Objective) -> list[torch.dtype]:
+    """What its metrics add up in: each of them, those within others too."""
+    metrics = [module for module in made.modules() if isinstance(module, Metric)]
+    return [getattr(m, name).dtype for m in metrics for name in m._defaults if torch.is_tensor(getattr(m, name))]
+
+
 @functools.cache
 def teacher_of(kind: type) -> str:
     """A model directory to learn from, of three layers."""
@@ -449,6 +456,16 @@ class TestObjective:
         network = again.hparams.pop("network")
         assert network.get("class_path") == made.hparams["network"].get("class_path")
         assert again.hparams == {name: value for name, value in made.hparams.items() if name != "network"}
+
+    def test_its_metrics_keep_their_digits_where_it_is_in_16_bits(self, kind):
+        for low in (torch.bfloat16, torch.float16):
+            made = objective(kind).to(low)
+            assert next(made.network.parameters()).dtype == low
+            before = states(objective(kind))
+            assert states(made) == before
+            for metric in (made.val_metric, made.test_metric):
+                metric.reset()
+            assert states(made) == before
 
     def test_a_function_that_no_checkpoint_could_rebuild_is_refused(self, kind):
         with pytest.raises(TypeError, match=r"^network must be a class or a functools.partial of one, so that a "):

@@ -316,6 +316,19 @@ class Objective(Scheduled):
 
     # Measuring.
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objective:
+        """Moves and casts what learns. Metrics only move: in 16 bits a sum soon grows no more, or is infinite."""
+
+        def moved(state: Tensor) -> Tensor:
+            state = state.to(fn(state).device)
+            # One made within the network's 16 bits has them.
+            return state.float() if state.is_floating_point() and state.itemsize < 4 else state
+
+        super()._apply(fn, recurse=False)
+        for child in self.children() if recurse else ():
+            child._apply(moved if any(isinstance(module, Metric) for module in child.modules()) else fn)
+        return self
+
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
         """Adds a batch to the metrics of the validation."""
         return self.measure(self.val_metric, batch)

@@ -59,9 +59,9 @@ def trainer(folder: Path, **options: Any) -> Trainer:
     return Trainer(default_root_dir=folder, plugins=[AtomicCheckpointIO()], **options)
 
 
-def fitted(folder: Path, made: Objective, **options: Any) -> Trainer:
+def fitted(folder: Path, made: Objective, data: LightningDataModule | None = None, **options: Any) -> Trainer:
     found = trainer(folder, **options)
-    found.fit(made, datamodule=Points())
+    found.fit(made, datamodule=data or Points())
     return found
 
 
@@ -144,6 +144,18 @@ class Squared(Least):
 
 def test_a_single_metric_is_called_by_its_class(tmp_path: Path) -> None:
     assert set(fitted(tmp_path, Squared(Net)).callback_metrics) == {"val/mean_squared_error"}
+
+
+@pytest.mark.parametrize("kind", [Least, Squared])
+def test_many_batches_are_measured_in_16_bits_as_in_32(kind: type, tmp_path: Path) -> None:
+    data, checkpoint = Points(), tmp_path / "x.ckpt"
+    data.val_dataloader = lambda: DataLoader([*data.train_dataloader()] * 100, batch_size=None)
+    low, full = fitted(tmp_path, kind(Net), data, precision="bf16-true"), trainer(tmp_path)
+    low.save_checkpoint(checkpoint)
+    full.validate(kind(Net), datamodule=data, ckpt_path=checkpoint, verbose=False)
+    found, wanted = ({n: v.item() for n, v in run.callback_metrics.items()} for run in (low, full))
+    assert found.keys() & {"val/loss", "val/mean_squared_error"}
+    assert found == pytest.approx(wanted, rel=0.01)
 
 
 def test_what_no_network_reads_keeps_its_digits_where_the_network_is_in_16_bits(tmp_path: Path) -> None:
