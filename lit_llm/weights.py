@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ def read_weights(network: nn.Module, folder: Path) -> None:
 
     Raises:
         FileNotFoundError: When there are none, or one of several files is missing.
-        ValueError: When a file is cut off, or a parameter is missing, left over or of another shape.
+        ValueError: When a file is cut off, or a parameter is missing, left over, of another shape, or tied here and two
+            different ones there.
     """
     if shapes_only():
         return
@@ -52,7 +53,7 @@ def read_weights(network: nn.Module, folder: Path) -> None:
             raise ValueError(
                 f"{name} must be zero for a network without biases, but is not in {folder}; give the network biases"
             )
-    tied = {name_of(name) for name, _ in network.named_parameters(remove_duplicate=False)}
+    tied = {name_of(name): name_of(first) for name, first in _tied(network).items()}
     _copy(_as_transformers(network), stored, folder, tied)
 
 
@@ -76,7 +77,7 @@ def copy_weights(
         The names of the parameters that were passed over.
 
     Raises:
-        ValueError: When a parameter is missing, left over or of another shape.
+        ValueError: When a parameter is missing, left over, of another shape, or tied here and two different ones there.
     """
     own, stored = _own(target), _own(source)
 
@@ -86,7 +87,7 @@ def copy_weights(
 
     new = sorted(name for name in own.keys() & stored.keys() if name in head or (sizes is not None and is_head(name)))
     of_both = ({name: tensor for name, tensor in each.items() if name not in new} for each in (own, stored))
-    _copy(*of_both, Path(where), target.state_dict())
+    _copy(*of_both, Path(where), _tied(target))
     return new
 
 
@@ -96,7 +97,7 @@ def fill(network: nn.Module, stored: dict[str, Tensor], where: Path | str) -> No
     Raises:
         ValueError: When a parameter is missing, left over or of another shape; `where` names the source.
     """
-    _copy(_own(network), stored, Path(where), network.state_dict())
+    _copy(_own(network), stored, Path(where), _tied(network))
 
 
 def _own(network: nn.Module) -> dict[str, Tensor]:
@@ -106,21 +107,34 @@ def _own(network: nn.Module) -> dict[str, Tensor]:
     return once | others
 
 
-def _copy(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied: Iterable[str] = ()) -> None:
+def _tied(network: nn.Module) -> dict[str, str]:
+    """The further names of tied parameters, and the first name of each."""
+    first: dict[nn.Parameter, str] = {}
+    names = ((name, first.setdefault(p, name)) for name, p in network.named_parameters(remove_duplicate=False))
+    return {name: of_first for name, of_first in names if name != of_first}
+
+
+def _copy(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied: dict[str, str]) -> None:
     """Copies weights by name; every one must be there, fit, and be used.
 
     Args:
         own: The network's.
         stored: What is copied into them.
         source: Where that is from.
-        tied: Names under which a matrix may be there twice.
+        tied: Names under which a matrix may be there once more, and its own.
     """
-    missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys() - set(tied))
+    missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys() - tied.keys())
     for what, names in (("lacks", missing), ("also has", extra)):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
             raise ValueError(
                 f"model must hold the network's tensors and no others, but {source} {what} {names[0]}{more}"
+            )
+    for name, first in tied.items():
+        if name in stored and not torch.equal(stored[name], stored[first]):
+            raise ValueError(
+                f"{name} must be the same as {first}, to which the network ties it, but is another matrix in {source}; "
+                f"set tie_word_embeddings in its config.json, or the network's tie_embeddings, to false"
             )
     with torch.no_grad():
         for name, p in own.items():

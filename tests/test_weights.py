@@ -1,5 +1,6 @@
 """Weights in files; what they compute is compared in tests/models/."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lit_llm.checkpoints import load_model, save_model
+from lit_llm.weights import copy_weights
 from tests.writing import exactly
 
 
@@ -54,6 +56,31 @@ def test_a_tied_matrix_may_be_there_twice(tiny_llama, tmp_path: Path) -> None:
     twice = network.embed_tokens.weight.detach().clone()
     edit_weights(tmp_path / "model", lambda tensors: tensors.update({"lm_head.weight": twice}))
     assert torch.equal(load_model(tmp_path / "model")[0].lm_head.weight, twice)
+
+
+TIED = (
+    "lm_head.weight must be the same as {}, to which the network ties it, but is another matrix in {}; set "
+    "tie_word_embeddings in its config.json, or the network's tie_embeddings, to false"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "first"), [("tiny_llama", "model.embed_tokens.weight"), ("tiny_gpt2", "transformer.wte.weight")]
+)
+def test_a_head_of_its_own_is_refused_where_the_config_ties_it(kind: str, first: str, request, tmp_path: Path) -> None:
+    model, network = tmp_path / "model", request.getfixturevalue(kind)(tie_embeddings=False)
+    save_model(model, network)
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": True}))
+    with pytest.raises(ValueError, match=exactly(TIED.format(first, model))):
+        load_model(model)
+    (model / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert torch.equal(load_model(model)[0].lm_head.weight, network.lm_head.weight)
+
+
+def test_a_head_of_its_own_does_not_start_a_network_whose_head_is_tied(tiny_llama) -> None:
+    with pytest.raises(ValueError, match=exactly(TIED.format("embed_tokens.weight", "there"))):
+        copy_weights(tiny_llama(), tiny_llama(tie_embeddings=True), "there")
 
 
 def test_a_wrong_shape_is_named(model: Path) -> None:
