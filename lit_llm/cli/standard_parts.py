@@ -58,7 +58,7 @@ def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, p
         predicts: Whether it is for `predict`.
 
     Raises:
-        ValueError: When a callback is there twice whose state could then not be told apart.
+        ValueError: When a callback of this package is there twice, or one whose state could then not be told apart.
     """
     callbacks, loggers, plugins = _listed(options["callbacks"]), options["logger"], _listed(options["plugins"])
     if not options["fast_dev_run"]:
@@ -75,11 +75,17 @@ def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, p
 
 
 def _require_one_of_each(callbacks: list[Callback]) -> None:
-    stateful = Counter(c.state_key for c in callbacks if is_overridden("state_dict", c, Callback))
+    """Of this package's own none does its work twice a step, as averaging; of others two with a state are one in it."""
+    package = __name__.partition(".")[0]
+    single = Counter(
+        callback.state_key
+        for callback in callbacks
+        if type(callback).__module__.partition(".")[0] == package or is_overridden("state_dict", callback, Callback)
+    )
     for callback in callbacks:
-        if stateful[callback.state_key] > 1:
+        if single[callback.state_key] > 1:
             raise ValueError(
-                f"trainer.callbacks must have one {type(callback).__name__}, but have {stateful[callback.state_key]}; "
+                f"trainer.callbacks must have one {type(callback).__name__}, but have {single[callback.state_key]}; "
                 f"leave out an overlay that the run's config has already"
             )
 

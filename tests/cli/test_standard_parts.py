@@ -1,8 +1,35 @@
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+from typing import Any
 
-from lit_llm.cli.standard_parts import CheckpointOptions
+import pytest
+from lightning.pytorch import Callback
+
+from lit_llm.callbacks.compile import Compile
+from lit_llm.callbacks.weight_average import WeightAverage
+from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
+from tests.writing import exactly
+
+
+class Plain(Callback):
+    """Of somebody else, without a state."""
+
+
+def parts(callbacks: list[Callback], folder: Path) -> dict[str, Any]:
+    options = {"callbacks": callbacks, "logger": False, "plugins": None, "fast_dev_run": True, "profiler": None}
+    return standard_parts(options, CheckpointOptions("val/loss", "min"), folder, predicts=False)
+
+
+@pytest.mark.parametrize("kind", [WeightAverage, Compile])
+def test_a_callback_of_this_package_is_not_there_twice(kind: type[Callback], tmp_path: Path) -> None:
+    message = (
+        f"trainer.callbacks must have one {kind.__name__}, but have 2; leave out an overlay that the run's config has "
+        f"already"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        parts([kind(), Plain(), kind()], tmp_path)
+    assert len(parts([kind(), Plain(), Plain()], tmp_path)["callbacks"]) == 3
 
 
 @pytest.mark.parametrize(
