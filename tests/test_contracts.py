@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.utils.data import DataLoader
 from torchmetrics import Metric
 
@@ -29,6 +30,7 @@ from lit_llm.compression.compression import Compression, replay
 from lit_llm.compression.patterns import chosen_layers
 from lit_llm.compression.quantization import FakeQuantized
 from lit_llm.compression.sparsity import Magnitude, Movement, Zeros, add_masks
+from lit_llm.derivatives import differentiable_once
 from lit_llm.generation import generate
 from lit_llm.models.block import Block
 from lit_llm.models.image_classifier import ImageClassifier
@@ -48,6 +50,14 @@ def classes(package: str, base: type) -> list[type]:
             if ours and not inspect.isabstract(value):
                 found[value.__qualname__] = value
     return list(found.values())
+
+
+def everywhere(base: type) -> list[type]:
+    """Those of all modules, private ones too."""
+    for info in pkgutil.walk_packages(lit_llm.__path__, "lit_llm."):
+        if not info.name.endswith("__main__"):
+            importlib.import_module(info.name)
+    return [kind for kind in base.__subclasses__() if kind.__module__.startswith("lit_llm.")]
 
 
 def first_argument(kind: type) -> str | None:
@@ -688,3 +698,22 @@ def test_a_callbacks_state_survives_saving_and_loading(kind):
         )
     second.load_state_dict(first.state_dict())
     assert second.state_dict() == first.state_dict()
+
+
+TWICE = {"_CPURotate": lambda: (draw(1, 2, 3, 4), *(torch.randn(1, 1, 3, 2, dtype=torch.double) for _ in "cs"))}
+"""Arguments of the functions with a backward pass of their own that may be differentiated twice."""
+
+
+REFUSING = (differentiable_once, once_differentiable)
+"""torch's own is enough where a backward pass reads nothing but the gradient."""
+
+
+def draw(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=torch.double, requires_grad=True)
+
+
+@pytest.mark.parametrize("kind", everywhere(torch.autograd.Function), ids=lambda kind: kind.__name__)
+def test_a_second_derivative_is_right_or_refused(kind):
+    refuses = any(f"@{once.__name__}\n" in inspect.getsource(kind.backward) for once in REFUSING)
+    assert refuses != (kind.__name__ in TWICE)
+    assert refuses or torch.autograd.gradgradcheck(kind.apply, TWICE[kind.__name__]())

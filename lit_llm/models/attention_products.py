@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from lit_llm.derivatives import differentiable_once
 from lit_llm.products import MOST_QUERIES, product_dtype
 
 ROWS = 128
@@ -127,7 +127,7 @@ class _ByRows(torch.autograd.Function):
         return out
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of queries, keys and values; those of keys and values are summed in float32."""
         q, k, v, mask = ctx.saved_tensors

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from lit_llm.derivatives import differentiable_once
 from lit_llm.products import product_dtype
 
 
@@ -30,6 +31,7 @@ class _CPURMSNorm(torch.autograd.Function):
         return y.to(dtype)
 
     @staticmethod
+    @differentiable_once
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of the input and the gain."""
         x, scale, weight = ctx.saved_tensors

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
+from lit_llm.derivatives import differentiable_once
 from lit_llm.objectives.losses import scaled_once
 
 
@@ -153,7 +154,7 @@ class _LinearLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Scales, in place: the gradients are used once."""
         return *scaled_once(ctx, grad), None

@@ -7,9 +7,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from lit_llm.batch import IGNORE_INDEX
+from lit_llm.derivatives import differentiable_once
 
 
 def token_nats(
@@ -100,7 +101,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return losses.where(kept, 0).sum()
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Scales, in place: the gradients are used once."""
         return *scaled_once(ctx, grad), None, None, None, None

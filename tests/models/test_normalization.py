@@ -3,6 +3,7 @@ import torch
 from torch import nn
 
 from lit_llm.models.normalization import RMSNorm
+from tests.writing import exactly
 
 SHAPES = [(6,), (4, 6), (2, 3, 6), (2, 3, 4, 6)]
 
@@ -38,6 +39,13 @@ def test_gradients_are_right_for_a_tensor_that_is_not_contiguous() -> None:
     x, weights = torch.randn(2, 6, 5, requires_grad=True), torch.randn(2, 5, 6)
     found, expected = (torch.autograd.grad((norm(x.mT) * weights).sum(), x) for norm in (ours, theirs))
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_a_second_derivative_is_refused_and_not_wrong() -> None:
+    x = torch.randn(3, 8, requires_grad=True)
+    message = "create_graph must be false where _CPURMSNorm.backward takes part, which is written by hand, but is true"
+    with pytest.raises(RuntimeError, match=exactly(message)):
+        torch.autograd.grad(RMSNorm(8)(x).sum(), x, create_graph=True)
 
 
 def test_bfloat16_is_as_close_as_it_can_be_to_float32() -> None:

@@ -270,3 +270,10 @@ def test_devices_that_share_the_vocabulary_have_the_loss_and_the_gradients_of_on
     one, near = found(None), {} if precision == "32-true" else {"rtol": 2e-2, "atol": 2e-2}
     for device in each(3, lambda: found(dist.group.WORLD)):  # 37 tokens: not as many for each
         torch.testing.assert_close(device, one, **near)
+
+
+def test_a_second_derivative_of_what_was_made_chunk_by_chunk_is_refused_and_not_left_out() -> None:
+    hidden, weight = torch.randn(1, 3, 4, requires_grad=True), torch.randn(5, 4)
+    loss = linear_cross_entropy_sum(hidden, weight, torch.tensor([[1, 2, 4]]))
+    with pytest.raises(RuntimeError, match=r"^create_graph must be false where _LinearCrossEntropy\.backward takes"):
+        torch.autograd.grad(loss, hidden, create_graph=True)
