@@ -171,6 +171,8 @@ class PretrainedCausalLM(PretrainedLanguageModel):
         others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION)
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             others.append("no positions that can be given")
+        if getattr(config, "alibi", False):  # made of the mask's padding, wherever positions are said to be
+            others.append("alibi")
         if others:
             raise ValueError(
                 f"network must be made of attention over given positions to keep documents apart or to decode with a "

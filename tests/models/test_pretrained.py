@@ -110,6 +110,18 @@ def test_the_embedding_of_the_boundary_learns_though_it_pads() -> None:
     assert network.to_hf_config()["pad_token_id"] == 0
 
 
+def test_a_network_whose_attention_counts_distances_by_padding_is_refused_where_that_matters() -> None:
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    network = PretrainedCausalLM(37, {"model_type": "falcon", "alibi": True, **size})
+    assert network(tokens()).shape == (2, 12, 37)
+    line = r"\Anetwork must be made of attention [^\n]+, but a FalconForCausalLM has alibi\Z"
+    with pytest.raises(ValueError, match=line):
+        network(tokens(), document_ids=torch.zeros(2, 12, dtype=torch.long))
+    with pytest.raises(ValueError, match=line):
+        network.new_cache(2, 12)
+    PretrainedCausalLM(37, {"model_type": "falcon", "alibi": False, **size}).new_cache(2, 12)
+
+
 def test_activation_checkpointing_gives_the_same_gradients() -> None:
     gradients = []
     for checkpointing in (False, True):
