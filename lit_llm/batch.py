@@ -16,6 +16,11 @@ IGNORE_INDEX = -100
 """The label of a position that is not to be predicted; torch's own default for cross-entropy."""
 
 
+def say_nothing(labels: Iterable[Any]) -> bool:
+    """Whether all labels are -1, as a number or in text, or nothing; the text `None` is a label."""
+    return set(labels) <= {-1, "-1", "-1.0", None}
+
+
 class TokenBatch(TypedDict):
     """Rows of tokens for a language model.
 
@@ -99,17 +104,6 @@ class Seq2SeqBatch(TypedDict):
     attention_mask: Int[Tensor, "batch seq"]
     labels: NotRequired[Int[Tensor, "batch new"]]
     rows: Int[Tensor, " batch"]
-
-
-def say_nothing(labels: Iterable[Any]) -> bool:
-    """Whether all labels are -1, as a number or in text, or nothing; the text `None` is a label."""
-    return set(labels) <= {-1, "-1", "-1.0", None}
-
-
-def listed(values: Iterable[Any]) -> str:
-    """Classes in words, or other values, the first ten of many."""
-    values = list(values)
-    return ", ".join(map(repr, values[:10])) + (f" … ({len(values)} in all)" if len(values) > 10 else "")
 
 
 NOT_READ = frozenset({"labels", "rows", "sources", "num_bytes", "documents", "unlabelled", "unlabelled_strong"})

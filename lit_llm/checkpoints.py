@@ -92,7 +92,7 @@ def save_model(
 
 def _write_ends(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int | None], file: Path) -> None:
     """Tells transformers' `generate` of all tokens that end a turn; `config.json` has only the end of text."""
-    from lit_llm.data.chat import turn_ends
+    from lit_llm.data.chat import turn_ends  # of few models, so not at every start
 
     try:
         ends = turn_ends(tokenizer)

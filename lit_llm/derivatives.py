@@ -9,10 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Backward = Callable[..., Any]
 
-
-def differentiable_once(backward: Backward) -> Backward:
+def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Has an `autograd.Function` with this backward pass refuse a second derivative.
 
     torch's `once_differentiable` does so only where it goes through the gradient that comes in. That of a sum is

@@ -1,4 +1,4 @@
-"""Which library multiplies matrices on a CPU, and what that makes of attention."""
+"""How matrices are multiplied: in which dtype, on a CPU by which library, and what that makes of attention."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from torch import Tensor
 CPU_INFO = Path("/proc/cpuinfo")
 
 MOST_QUERIES = {torch.bfloat16: (4096, 4096), torch.float32: (0, 0)}
-"""Of how many queries attention by matrix products beats the CPU's flash kernel: with a mask, and when all look back.
+"""Of how many queries attention by matrix products beats the CPU's flash kernel.
+
+The first number is in general, the second where all look back, and no mask is needed for that.
 
 With 32 bits only where oneDNN multiplies those (`multiply_by_onednn`)."""
 

@@ -95,7 +95,8 @@ def fill(network: nn.Module, stored: dict[str, Tensor], where: Path | str) -> No
     """Copies weights into a network by the names that it has for them.
 
     Raises:
-        ValueError: When a parameter is missing, left over or of another shape; `where` names the source.
+        ValueError: When a parameter is missing, left over, of another shape, or tied here and two different ones
+            there; `where` names the source.
     """
     _copy(_own(network), stored, Path(where), _tied(network))
 

@@ -17,15 +17,16 @@ from lit_llm.optimizers import Muon, parameter_groups
 SMALL = {"vocab_size": 300, "d_model": 64, "num_layers": 3, "num_heads": 4, "d_ff": 128, "max_seq_len": 64}
 IDS = torch.zeros(4, 64, dtype=torch.long)
 ADAMW = functools.partial(torch.optim.AdamW, fused=True)
+PRECISIONS = ("32-true", "bf16-mixed")
 
 
 def loss(network, batch):
     return linear_cross_entropy_sum(network.hidden(batch), network.lm_head.weight, batch)
 
 
-def step(make=ADAMW, precision="32-true", checkpointed=None, parts=1, **changes):
+def step(make=ADAMW, precision="32-true", checkpointed=None, parts=1, ids=IDS, **changes):
     build = functools.partial(Llama, **(SMALL | changes))
-    return measure_step(build, lambda n: make(parameter_groups(n)), loss, IDS, precision, checkpointed, parts)
+    return measure_step(build, lambda n: make(parameter_groups(n)), loss, ids, precision, checkpointed, parts)
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,11 @@ def test_parameters_weights_gradients_and_optimizer_are_those_of_the_network_its
     # Two averages of each number, and one step count a parameter.
     assert plain.optimizer == 8 * count + 4 * len(list(network.parameters()))
     assert plain.tokens == 4 * 64
+
+
+def test_a_precision_changes_no_operation():
+    found = [step(ids=torch.zeros(1, 600, dtype=torch.long), precision=name, max_seq_len=600) for name in PRECISIONS]
+    assert found[0].flops == found[1].flops
 
 
 def test_what_the_forward_pass_keeps_is_what_autograd_saves(plain):

@@ -101,7 +101,7 @@ class LastCheckpoint(Checkpoint):
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether it is time to save, at the end of a whole step."""
-        # The end of a run counts its epoch as read, which it may not be.
+        # Not left to on_train_end: by then Lightning counts the epoch as read to its end.
         ends = (trainer.should_stop and trainer.fit_loop._can_stop_early) or trainer.global_step == trainer.max_steps
         is_time = self._interrupted or ends or trainer.global_step % self.every_n_steps == 0
         return is_time and not trainer.fit_loop.epoch_loop._should_accumulate()

@@ -29,7 +29,7 @@ def require_later(max_steps: int | None, checkpoint: dict[str, Any]) -> None:
         )
 
 
-def require_own_start(model: Any, run: Path, checkpoint: Path, words: list[str]) -> None:
+def require_own_start(model: Any, run: Path, checkpoint: Path, words: list[str], fits: bool) -> None:
     """Refuses to read a run's checkpoint where the command line names another model.
 
     Args:
@@ -37,6 +37,7 @@ def require_own_start(model: Any, run: Path, checkpoint: Path, words: list[str])
         run: The folder of the run, whose config says what it started from.
         checkpoint: What is evaluated or gone on from.
         words: The command line.
+        fits: Whether training goes on.
 
     Raises:
         ValueError: When it does.
@@ -51,11 +52,12 @@ def require_own_start(model: Any, run: Path, checkpoint: Path, words: list[str])
         if here is None or any(_is_same(here, place) for place in (there, run, run / "model", checkpoint)):
             continue
         if any(re.match(flag, word) for word in words):
-            taken = "evaluated"
-            remedy = f"evaluate that, take --config {config} --model.network null --model.weights {here} and another "
-            remedy += "--run_dir"
-            if words[1] == "fit":
-                taken, remedy = "gone on from", "start from that, take another --run_dir, and no --ckpt_path"
+            anew = f"--config {config} --model.network null --model.weights {here}"
+            taken, remedy = (
+                ("gone on from", "start from that, take another --run_dir, and no --ckpt_path")
+                if fits
+                else ("evaluated", f"evaluate that, take {anew} and another --run_dir")
+            )
             raise ValueError(
                 f"model.{'.'.join(names)} must be as in {config}, {there}, where that run's checkpoint is {taken}, "
                 f"but is {here}; to {remedy}"

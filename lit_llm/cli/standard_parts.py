@@ -75,12 +75,11 @@ def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, p
 
 
 def _require_one_of_each(callbacks: list[Callback]) -> None:
-    """Of this package's own none does its work twice a step, as averaging; of others two with a state are one in it."""
-    package = __name__.partition(".")[0]
+    """None of this package's own twice, which would do its work twice a step; of others none twice that has a state."""
     single = Counter(
         callback.state_key
         for callback in callbacks
-        if type(callback).__module__.partition(".")[0] == package or is_overridden("state_dict", callback, Callback)
+        if type(callback).__module__.startswith("lit_llm.") or is_overridden("state_dict", callback, Callback)
     )
     for callback in callbacks:
         if single[callback.state_key] > 1:

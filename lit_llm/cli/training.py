@@ -232,7 +232,8 @@ class TrainingCLI(LightningCLI):
         if ckpt_path:
             config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
             checkpoint = Path(config["ckpt_path"])
-            from_checkpoint.require_own_start(config["model"], self.run_dir, checkpoint, sys.argv)
+            fits = self.subcommand == "fit"
+            from_checkpoint.require_own_start(config["model"], self.run_dir, checkpoint, sys.argv, fits)
         self.of_run = self.run_dir
         run_folder.make(self.run_dir, starts_anew=not ckpt_path, trains=self.subcommand == "fit")
         if ckpt_path and self.subcommand in ("validate", "test"):

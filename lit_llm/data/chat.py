@@ -1,4 +1,4 @@
-"""Conversations: read from the rows of a table, rendered by a chat template, as tokens of which some are learnt."""
+"""Conversations rendered by a chat template, as tokens of which some are learnt."""
 
 from __future__ import annotations
 
@@ -6,28 +6,22 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lit_llm.data.cleaning import Cleaning
-from lit_llm.data.corpora import INSTRUCTIONS, Document
-from lit_llm.data.documents import Rows
+from lit_llm.data.conversations import Message, is_learnt, require_known_role
+from lit_llm.data.corpora import Document
 from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.token_cache import Encoded
 
-Message = dict[str, Any]
-ROLES = ("system", "user", "assistant")
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-FORMAT = 3
-"""Of conversations as tokens: raised where other tokens are made of them, or others learnt, so that no cache is old."""
+CONVERSATIONS_FORMAT = 3
+"""Raised whenever conversations become other tokens, or others of them are learnt, so that no older cache is taken."""
 
 BEFORE = "\ue000"
 """Stands before a piece of a text where a tokeniser puts a space in front of every text; no token has more than it."""
@@ -54,100 +48,6 @@ next. No token is added. Messages that spell the boundary are refused.
 """
 
 
-@dataclass(frozen=True)
-class Conversations(Rows):
-    """Rows that hold a prompt and a response, or a list of messages; the text is the messages as JSON.
-
-    Attributes:
-        prompt: Column of what the user says.
-        response: Column of what the assistant answers.
-        messages: Column of whole conversations: a list of `{"role": …, "content": …}`; what the assistant says with
-            `"weight": 0` is not learnt.
-        unanswered: Whether a row without an assistant's turn, or with an empty one, is an error or left out.
-        cleaning: What is done to each message.
-    """
-
-    prompt: str = "prompt"
-    response: str = "response"
-    messages: str = "messages"
-    unanswered: Literal["refuse", "drop"] = "refuse"
-    cleaning: Cleaning = field(default_factory=Cleaning)
-
-    embedded: ClassVar[dict[str, Callable[[], Iterator[Document]]]] = INSTRUCTIONS
-    text_files: ClassVar[bool] = False
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """Prompt and response; a table of text has no messages."""
-        return self.prompt, self.response
-
-    def text(self, row: dict[str, Any], number: int, path: str) -> str:
-        """The messages as JSON, up to the assistant's last that is learnt; empty for a row that is left out.
-
-        Raises:
-            ValueError: When the columns are not there, a role is none of the three, a message calls tools or has a
-                weight other than 0 and 1, or an answer is missing.
-            TypeError: When there is something else than text.
-        """
-        place = f"row {number} of {path}"
-        messages = self._messages(row, place)
-        kind = "an assistant's turn" + " of weight 1" * any("weight" in message for message in messages)
-        while messages and not _is_learnt(messages[-1]):
-            messages.pop()
-        answers = [message["content"] for message in messages if _is_learnt(message)]
-        if answers and all(answer.strip() for answer in answers):
-            return json.dumps(messages, ensure_ascii=False)
-        if self.unanswered == "drop":
-            return ""
-        remedy = "set data.unanswered to drop to leave such rows out"
-        if not answers:
-            raise ValueError(f"messages must hold {kind}, but those in {place} have none; {remedy}")
-        raise ValueError(f"an assistant's turn must say something, but is empty in {place}; {remedy}")
-
-    def _messages(self, row: dict[str, Any], place: str) -> list[Message]:
-        if row.get(self.messages) is not None:
-            said = row[self.messages]
-            if not isinstance(said, list) or not all(isinstance(message, dict) for message in said):
-                raise TypeError(f"messages must be a list of role and content, but are {said!r:.60} in {place}")
-        elif {self.prompt, self.response} <= row.keys():
-            said = [
-                {"role": "user", "content": row[self.prompt]},
-                {"role": "assistant", "content": row[self.response] or ""},
-            ]
-        else:
-            raise ValueError(
-                f"data.path must hold rows with {self.messages}, or with {self.prompt} and {self.response}, but "
-                f"{place} has the columns {', '.join(row)}; name yours with data.prompt and data.response"
-            )
-        for message in said:
-            _require_known_role(message.get("role"), f" in {place}")
-            content = message.get("content")
-            if not isinstance(content, str) and (content is not None or message["role"] != "assistant"):
-                kind = type(content).__name__
-                raise TypeError(f"content must be text, but is {kind} for the {message['role']} in {place}")
-            if calls := message.get("tool_calls"):
-                raise ValueError(
-                    f"tool_calls must be left out, as calls are not learnt, but are {calls!r:.60} in {place}; leave "
-                    f"such rows out"
-                )
-            if message.get("weight") not in (None, 0, 1):
-                raise ValueError(f"weight must be 0 or 1, but is {message['weight']!r:.60} in {place}")
-        return [
-            {"role": m["role"], "content": self.cleaning.text(m.get("content") or "")}
-            | ({"weight": 0} if m["role"] == "assistant" and m.get("weight") == 0 else {})
-            for m in said
-        ]
-
-
-def _is_learnt(message: Message) -> bool:
-    return message["role"] == "assistant" and message.get("weight") != 0
-
-
-def _require_known_role(role: Any, place: str = "") -> None:
-    if role not in ROLES:
-        raise ValueError(f"role must be one of {', '.join(ROLES)}, but is {role!r}{place}")
-
-
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> PreTrainedTokenizerBase:
     """The tokeniser with a chat template: that of the file, or its own, or else `CHAT_TEMPLATE`.
 
@@ -167,11 +67,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
     """The tokens after which the assistant speaks.
 
     Raises:
-        ValueError: When the template refuses the messages, one is of a role that no conversation has that is learnt
-            from, or one spells a special token, which could end its turn.
+        ValueError: When the template refuses the messages, one is of a role other than those learnt from,
+            or one spells a special token, which could end its turn.
     """
     for message in messages:
-        _require_known_role(message["role"])
+        require_known_role(message["role"])
         for token in _special(tokenizer).values():
             if token in message["content"]:
                 raise ValueError(f"prompt must spell no special token, but holds {token}")
@@ -252,7 +152,7 @@ def encode_conversations(
         learnt = _learnt(ids, offsets, text, spans, special)
         if not learnt.any():
             raise ValueError(f"data.chat_template must render what the assistant says, but nothing of it is in {name}")
-        said = sum(len(m["content"].encode()) for m in messages if _is_learnt(m))
+        said = sum(len(m["content"].encode()) for m in messages if is_learnt(m))
         encoded.append(Encoded(ids, said, learnt))
     rest = iter(encoded)
     return [None if no else next(rest) for no in spelt]
@@ -273,10 +173,8 @@ def _tokens(
         for text, places in zip(texts, edges)
         for start, end in itertools.pairwise(places)
     ]
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    encodings = iter(backend.encode_batch(pieces, add_special_tokens=False))
+    encoded = tokenizer(pieces, add_special_tokens=False, split_special_tokens=False).encodings if pieces else []
+    encodings = iter(encoded)
     found = []
     for places in edges:
         ids: list[int] = []
@@ -342,13 +240,13 @@ def _turns(
         except TemplateError as error:
             raise _refusal(name, error) from error
         spans = spans[0]
-        if not all(map(_is_learnt, answers)):
+        if not all(map(is_learnt, answers)):
             if len(spans) != len(answers):
                 raise ValueError(
                     "data.chat_template must mark each of the assistant's turns once with {% generation %} where a "
                     f"weight is 0, but marks {len(spans)} where {name} has {len(answers)}"
                 )
-            spans = [span for span, answer in zip(spans, answers, strict=True) if _is_learnt(answer)]
+            spans = [span for span, answer in zip(spans, answers, strict=True) if is_learnt(answer)]
         return texts[0], spans, _starts(tokenizer, messages, texts[0], name)
     text, spans = _render(tokenizer, messages, name), []
     for number, message in enumerate(messages):
@@ -362,7 +260,7 @@ def _turns(
                 )
             spans.append((len(before), len(after)))
     starts = [start for start, _ in spans]
-    return text, [span for span, answer in zip(spans, answers, strict=True) if _is_learnt(answer)], starts
+    return text, [span for span, answer in zip(spans, answers, strict=True) if is_learnt(answer)], starts
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, name: str) -> list[int]:

@@ -14,8 +14,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import TokenBatch
-from lit_llm.data.chat import FORMAT, Conversations, encode_conversations, with_template
+from lit_llm.data.chat import CONVERSATIONS_FORMAT, encode_conversations, with_template
 from lit_llm.data.cleaning import Cleaning
+from lit_llm.data.conversations import Conversations
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, open_corpus
 from lit_llm.data.packing import lay_rows, pack
@@ -177,7 +178,10 @@ class InstructionData(TokenData):
         return (f"{turn['role']}\n{turn['content']}" for turn in turns)
 
     def _recipe(self, ready: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-        return {"chat_template": (ready or self._dress(byte_tokenizer())).chat_template, "conversations": FORMAT}
+        return {
+            "chat_template": (ready or self._dress(byte_tokenizer())).chat_template,
+            "conversations": CONVERSATIONS_FORMAT,
+        }
 
 
 class Examples:

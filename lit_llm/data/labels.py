@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from datasets import ClassLabel, Dataset
 
-from lit_llm.batch import IGNORE_INDEX, listed, say_nothing
+from lit_llm.batch import IGNORE_INDEX, say_nothing
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tables import LABELS, Columns, Split, column_values
+from lit_llm.wording import listed
 
 log = logging.getLogger(__name__)
 

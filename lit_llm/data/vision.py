@@ -11,7 +11,6 @@ from datasets import Dataset, Image
 from jaxtyping import UInt8
 from torch import Tensor
 
-from lit_llm.batch import listed
 from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.examples import ExampleData
 from lit_llm.data.image_augmentation import ImageAugmentation
@@ -20,6 +19,7 @@ from lit_llm.data.image_collation import ImageCollation
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.image_sources import DIGITS, find_image_column, find_label_column, image_names, open_images
 from lit_llm.data.tables import Columns, Split, choose_splits
+from lit_llm.wording import listed
 
 log = logging.getLogger(__name__)
 

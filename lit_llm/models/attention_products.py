@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_llm.derivatives import differentiable_once
 from lit_llm.products import MOST_QUERIES, product_dtype
+from lit_llm.shapes import shapes_only
 
 ROWS = 128
 """Queries at a time: their scores fit a core's cache, and few of them are of keys ahead of their query."""
@@ -29,7 +30,7 @@ def products_win(
         return False
     causal = is_causal and mask is None
     most = MOST_QUERIES.get(product_dtype(q), (0, 0))[causal]
-    if dropout or torch.compiler.is_compiling():
+    if dropout or torch.compiler.is_compiling() or shapes_only():  # a plan is of an accelerator's attention
         most = min(most, _most_kept(q, causal))
     return most > 0 and q.shape[2] <= most
 
@@ -45,8 +46,8 @@ def attend_by_products(
 ) -> Float[Tensor, "batch heads new d_value"]:
     """Softmax attention as two matrix products.
 
-    The backward pass reads what few queries shared out. For many it makes that anew, `ROWS` queries at a time: memory
-    grows with their number then, not with its square.
+    The probabilities of few queries are kept for the backward pass. Those of many are made again there, `ROWS` queries
+    at a time: memory then grows with their number, not with its square.
 
     Args:
         q: Queries.
@@ -55,16 +56,15 @@ def attend_by_products(
         mask: True where a query may look. One that may look nowhere gets something finite.
         is_causal: Where there is no mask, whether none may look ahead; there are as many keys as queries then.
         scale: Of the scores.
-        dropout: Share of the probabilities that is dropped, which keeps all the others.
+        dropout: Share of the probabilities that is dropped; with any, or compiled, all are kept.
 
     Source:
         Rabe & Staats, 2021, "Self-attention Does Not Need O(n²) Memory", arXiv:2112.05682, section 3: blocks of queries
         alone, each with all its keys at once, so that the softmax is torch's own.
     """
-    dtype = product_dtype(q)
+    dtype, is_causal = product_dtype(q), is_causal and mask is None
     q, k, v = (t.to(dtype) for t in (q, k, v))
-    many = q.shape[2] > _most_kept(q, is_causal and mask is None)
-    if many and not dropout and not torch.compiler.is_compiling():
+    if q.shape[2] > _most_kept(q, is_causal) and not dropout and not torch.compiler.is_compiling():
         return _ByRows.apply(q, k, v, mask, is_causal, scale)
     num_heads = q.shape[1]
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
@@ -104,7 +104,7 @@ def _by_rows(
     """Which queries, which keys they may look at, and their shares of these; arguments as in `_shares`."""
     for first in range(0, q.shape[1], ROWS):
         rows = slice(first, min(first + ROWS, q.shape[1]))
-        keys = slice(0, rows.stop if mask is None and is_causal else k.shape[1])
+        keys = slice(0, rows.stop if is_causal else k.shape[1])
         part = mask[:, :, rows] if mask is not None and mask.shape[2] > 1 else mask
         yield rows, keys, _shares(q[:, rows], k[:, keys], part, is_causal, scale, num_heads, first)
 

@@ -21,7 +21,8 @@ NAME = "lit-llm"
 def attend_faster(model: PreTrainedModel) -> None:
     """Has a network that attends by torch's `scaled_dot_product_attention` take two matrix products where they win.
 
-    That is on a CPU over sequences that are not long, in bfloat16 in training alone. What is saved does not tell.
+    That is on a CPU, up to as many queries as `products_win` says, and in bfloat16 in training alone, so that an
+    evaluation is transformers' own to the last bit. What is saved does not tell.
     Networks made of several, and those whose code asks for attention by its name, stay as they are.
     """
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -14,6 +14,7 @@ from torch.autograd.function import FunctionCtx
 
 from lit_llm.derivatives import differentiable_once
 from lit_llm.objectives.losses import scaled_once
+from lit_llm.products import product_dtype
 
 
 class Divergence(ABC):
@@ -177,8 +178,7 @@ def linear_loss_sum(
         As `losses.linear_cross_entropy_sum`, for losses whose gradients are not written by hand.
     """
     kind = hidden.device.type
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    hidden = hidden.to(product_dtype(hidden))
     if not torch.is_grad_enabled():  # which the function cannot see
         hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(kind, enabled=False):

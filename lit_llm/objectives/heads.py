@@ -1,4 +1,4 @@
-"""Heads of classifiers: of which classes they are, and those in the order of the data's."""
+"""Heads: of which classes they are, in the order of the data's, and at which value a new one starts."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from lit_llm.batch import listed
 from lit_llm.checkpoints import Model
 from lit_llm.recipes import built
+from lit_llm.wording import listed
 
 NO_NAME = re.compile(r"LABEL_\d+|[+-]?\d+", re.IGNORECASE)
 """What a class is called of which nothing is known but its number."""

@@ -11,6 +11,7 @@ from torch.autograd.function import FunctionCtx
 
 from lit_llm.batch import IGNORE_INDEX
 from lit_llm.derivatives import differentiable_once
+from lit_llm.products import product_dtype
 
 
 def token_nats(
@@ -222,8 +223,7 @@ def linear_cross_entropy_sum(
     """
     kind = hidden.device.type
     hidden, labels = hidden.flatten(0, 1), labels.flatten()
-    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
-        hidden = hidden.to(torch.get_autocast_dtype(kind))
+    hidden = hidden.to(product_dtype(hidden))
     if (
         kind == "cpu" and not (kept := labels != IGNORE_INDEX).all()
     ):  # elsewhere counting them would wait for the device

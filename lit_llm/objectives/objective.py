@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
 
 from lit_llm.adaptation import Adaptation
-from lit_llm.batch import inputs, keep_unread, listed
+from lit_llm.batch import inputs, keep_unread
 from lit_llm.checkpoints import Model, read_image_processor, read_model, unpacked_tokenizer
 from lit_llm.compression.compression import records_of, replay
 from lit_llm.data.tokenizer import fingerprint, padding_id
@@ -33,6 +33,7 @@ from lit_llm.recipes import built, described, first_argument, require_rebuildabl
 from lit_llm.schedulers import Schedule
 from lit_llm.shards import local, whole_shape
 from lit_llm.weights import copy_weights
+from lit_llm.wording import listed
 
 log = logging.getLogger(__name__)
 

@@ -269,7 +269,7 @@ def test_a_cache_from_before_conversations_became_other_tokens_is_not_taken(
     chat: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = opened(chat)
-    monkeypatch.setattr("lit_llm.data.instructions.FORMAT", 1)
+    monkeypatch.setattr("lit_llm.data.instructions.CONVERSATIONS_FORMAT", 1)
     assert opened(chat).cache.folder != first.cache.folder
 
 

@@ -38,8 +38,8 @@ def test_gradients_of_many_keys_are_summed_in_32_bits() -> None:
     weights = torch.randn(1, 2, 2048, 16).bfloat16()
     (attend_by_products(q, k, v, None, True, 0.25) * weights).sum().backward()
     (F.scaled_dot_product_attention(*exact, is_causal=True) * weights).sum().backward()
-    for t, e in zip((q, k, v), exact, strict=True):
-        assert (t.grad - e.grad).norm() / e.grad.norm() < 7e-3  # summed in 16 bits: 8e-3 of k and v
+    for t, e in zip((k, v), exact[1:], strict=True):
+        assert (t.grad - e.grad).norm() / e.grad.norm() < 6.5e-3  # 8e-3 where they are summed in 16 bits
 
 
 @pytest.mark.parametrize(("seq", "kept"), [(256, True), (257, False)])
@@ -52,10 +52,12 @@ def test_memory_grows_with_the_square_of_few_queries_alone(seq: int, kept: bool)
 
 def test_under_autocast_products_are_taken_in_its_dtype() -> None:
     q, k, v = tensors(1, 2, 300, 4)
+    expected = attend_by_products(*(t.bfloat16() for t in (q, k, v)), None, True, 0.5)
     with torch.autocast("cpu", torch.bfloat16):
         y = attend_by_products(q, k, v.bfloat16(), None, True, 0.5)
-    y.sum().backward()
-    assert (y.dtype, q.grad.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(y, expected)
+    here, there = (torch.autograd.grad(z.float().pow(2).sum(), (q, k, v)) for z in (y, expected))
+    torch.testing.assert_close(here, there, atol=0, rtol=0)
 
 
 def test_dropout_drops_probabilities() -> None:
