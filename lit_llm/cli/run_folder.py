@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -44,7 +45,11 @@ def choose(command: str, given: str | None, config: Path | None, ckpt_path: str 
             )
         return max(ran, key=lambda path: path.stat().st_mtime).parent.parent
     job = os.environ.get("TORCHELASTIC_RUN_ID") or os.environ.get("SLURM_JOB_ID")
-    return family / (job if job and job != "none" else time.strftime("%Y-%m-%d_%H-%M-%S"))
+    if job and job != "none":
+        return family / job
+    now = time.strftime("%Y-%m-%d_%H-%M-%S")
+    names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))  # of one second's runs
+    return next(family / name for name in names if not (family / name).exists())
 
 
 def _name(command: str, config: Path | None) -> str:

@@ -21,6 +21,16 @@ def test_a_run_is_named_by_its_config_and_the_time():
     assert re.fullmatch(r"runs/x/\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d", str(folder))
 
 
+def test_runs_that_begin_in_one_second_have_folders_of_their_own(monkeypatch):
+    monkeypatch.setattr("time.strftime", lambda _: "2026-01-31_12-00-00")
+    names = []
+    for _ in range(3):
+        folder = run_folder.choose("fit", None, Path("x.yaml"), None)
+        run_folder.make(folder, starts_anew=True, trains=True)
+        names.append(folder.name)
+    assert names == ["2026-01-31_12-00-00", "2026-01-31_12-00-00-2", "2026-01-31_12-00-00-3"]
+
+
 def test_a_repeated_run_has_the_name_of_the_first():
     folder = run_folder.choose("fit", None, Path("runs/x/2026-01-31_12-00-00/config.yaml"), None)
     assert folder.parent == Path("runs/x")
