@@ -24,7 +24,7 @@ CONVERSATIONS_FORMAT = 3
 """Raised whenever conversations become other tokens, or others of them are learnt, so that no older cache is taken."""
 
 BEFORE = "\ue000"
-"""Stands before a piece of a text where a tokeniser puts a space in front of every text; no token has more than it."""
+"""Stands before a piece of a text where a tokeniser puts a space in front of each; no token joins it with the piece."""
 
 CHAT_TEMPLATE = """\
 {%- set boundary = eos_token or bos_token or sep_token -%}

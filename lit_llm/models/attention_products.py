@@ -16,7 +16,7 @@ from lit_llm.products import MOST_QUERIES, product_dtype
 from lit_llm.shapes import shapes_only
 
 ROWS = 128
-"""Queries at a time: their scores fit a core's cache, and few of them are of keys ahead of their query."""
+"""Queries at a time: few enough that little is computed of keys ahead of them, enough for large products."""
 
 
 def products_win(
