@@ -46,13 +46,16 @@ def require_own_start(model: Any, run: Path, checkpoint: Path, words: list[str],
     if not config.is_file():
         return
     own = yaml.safe_load(config.read_text(encoding="utf-8"))["model"]
-    for names in (("weights",), ("network", "path")):
+    for names in (("weights",), ("network", "path"), ("network", "config")):
         here, there = (_argument(of, names) for of in (model, own))
-        flag = r"--model\.(init_args\.)?" + r"\.(init_args\.)?".join(names) + "(=|$)"
-        if here is None or any(_is_same(here, place) for place in (there, run, run / "model", checkpoint)):
+        flag = r"--model\.(init_args\.)?" + r"\.(init_args\.)?".join(names) + r"([.=]|$)"
+        is_path = isinstance(here, str)
+        if here in (None, there) or (
+            is_path and any(_is_same(here, place) for place in (there, run, run / "model", checkpoint))
+        ):
             continue
         if any(re.match(flag, word) for word in words):
-            anew = f"--config {config} --model.network null --model.weights {here}"
+            anew = f"--config {config} --model.network null --model.weights {here if is_path else 'DIR'}"
             taken, remedy = (
                 ("gone on from", "start from that, take another --run_dir, and no --ckpt_path")
                 if fits
@@ -66,7 +69,7 @@ def require_own_start(model: Any, run: Path, checkpoint: Path, words: list[str],
 
 def _is_same(path: Any, other: Any) -> bool:
     """Whether a path is another one, however it is spelt."""
-    return other is not None and Path(path).resolve() == Path(other).resolve()
+    return isinstance(other, str | Path) and Path(path).resolve() == Path(other).resolve()
 
 
 def _argument(of: Any, names: tuple[str, ...]) -> Any:

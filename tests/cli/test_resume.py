@@ -138,6 +138,23 @@ def test_patience_goes_on_where_it_was_also_at_an_epochs_end(lit_llm, reviews, t
     assert max(row["step"] for row in read_metrics(tmp_path / "cut/metrics.csv")) == ends[0]
 
 
+def test_a_run_goes_on_with_its_own_network_config_alone(lit_llm, reviews, tmp_path):
+    size = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    words = ["--config", REPOSITORY / "configs/finetuning/encoder_glue.yaml", "--data.path", reviews]
+    words += ["--data.tokenizer", "bert-bpe-300", "--data.max_seq_len", "32", "--test_after_fit", "false"]
+    words += ["--run_dir", tmp_path / "run", "--trainer.max_epochs", "-1"]
+    own = ["--model.network.config", json.dumps({**size, "num_hidden_layers": 1})]
+    other = ["--model.network.config", json.dumps({**size, "num_hidden_layers": 3})]
+    assert lit_llm("fit", *words, *own, "--trainer.max_steps", "2").code == 0
+    on = ["--trainer.max_steps", "3", "--ckpt_path", "last"]
+    for config in (other, ["--model.network.config.num_hidden_layers", "3"]):
+        outcome = lit_llm("fit", *words, *config, *on)
+        assert outcome.code == 2
+        assert f"model.network.config must be as in {tmp_path / 'run/config.yaml'}" in outcome.last_line
+    outcome = lit_llm("fit", *words, *own, *on)
+    assert outcome.code == 0, outcome.err
+
+
 def test_what_was_best_is_so_still_where_the_run_folder_was_moved(lit_llm, tiny, tmp_path):
     words = [*tiny, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
     assert lit_llm("fit", *words, "--run_dir", tmp_path / "first").code == 0
