@@ -25,7 +25,8 @@ def go_on(fit_loop: Any) -> None:
 
     Lightning counts on from those of before, and ends an epoch too soon, or late and without its validation, where the
     batch size, the rows or the number of ranks have changed. Of a step that was begun no checkpoint holds the gradient:
-    its batches are read again. An epoch that is over stays so; one of a limited number of batches is Lightning's alone.
+    its batches are read again. An epoch that is over stays so. One of a limited number of batches is Lightning's alone,
+    and is as long as the others also where it comes to the end of the rows.
 
     Args:
         fit_loop: Lightning's, before it takes a batch, with what a checkpoint told it.
@@ -36,7 +37,10 @@ def go_on(fit_loop: Any) -> None:
     if fit_loop.restarting or progress.is_last_batch:
         fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
         fit_loop._combined_loader_states_to_load = []
-    if not fit_loop.restarting or not isinstance(loader, BatchLoader) or len(loader) != fit_loop.max_batches:
+    if not isinstance(loader, BatchLoader):
+        return
+    loader.endless = len(loader) != fit_loop.max_batches
+    if not fit_loop.restarting or loader.endless:
         return
     begun = 0 if progress.is_last_batch else loader.batch % fit_loop.trainer.accumulate_grad_batches
     loader.batch -= begun
@@ -66,6 +70,9 @@ class BatchLoader:
             longest rows come first. An epoch that goes on with another batch size then goes on with other rows.
         classes: Class of each row, from 0: each comes equally often in an epoch, which is as long as without.
         weights: Weight of each class: each comes as often in an epoch as its weight is of their sum.
+
+    Attributes:
+        endless: Whether shuffled rows go on into the next epoch, for a loop that stops by itself.
     """
 
     def __init__(
@@ -89,6 +96,7 @@ class BatchLoader:
         self.rank, self.world_size = rank, world_size
         self.lengths, self.classes, self.weights = lengths, classes, weights
         self.epoch = self.batch = 0
+        self.endless = False
         self._drawn: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -112,6 +120,8 @@ class BatchLoader:
             # The position after this batch, also when the loop that reads us stops early.
             self.epoch, self.batch = (self.epoch, batch + 1) if batch + 1 < len(self) else (self.epoch + 1, 0)
             yield cut
+        if self.endless and self.shuffle_seed is not None and len(self):
+            yield from iter(self)
 
     def rows(self, number: int) -> np.ndarray:
         """The rows of a batch that is counted from the first epoch on; the position stays as it is."""

@@ -138,6 +138,19 @@ def test_patience_goes_on_where_it_was_also_at_an_epochs_end(lit_llm, reviews, t
     assert max(row["step"] for row in read_metrics(tmp_path / "cut/metrics.csv")) == ends[0]
 
 
+def test_epochs_of_a_limited_number_of_batches_are_all_as_long(lit_llm, tiny, tmp_path):
+    words = [*tiny, *EPOCHS, "3", "--trainer.limit_train_batches", "60", "--trainer.limit_val_batches", "1"]
+    words += ["--trainer.accumulate_grad_batches", "8", "--trainer.log_every_n_steps", "1"]
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
+    rows = read_metrics(tmp_path / "whole/metrics.csv")
+    assert [row["step"] for row in rows if "val/loss" in row] == [8, 16, 24]  # of 137 batches, 60, 60, and 17 + 43
+    crash = ["--trainer.callbacks+=tests.cli.test_resume.Crash", "--trainer.callbacks.step=21"]
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm("fit", *words, "--checkpoint.every_n_steps", "20", "--run_dir", tmp_path / "cut", *crash)
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
 def test_a_run_goes_on_with_its_own_network_config_alone(lit_llm, reviews, tmp_path):
     size = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
     words = ["--config", REPOSITORY / "configs/finetuning/encoder_glue.yaml", "--data.path", reviews]
