@@ -289,8 +289,10 @@ class TrainingCLI(LightningCLI):
             options["weights"] = config["ckpt_path"]
         with self._leaving_nothing():
             super().instantiate_classes()
-        if self.subcommand == "predict":
+        if self.subcommand != "fit":
             self.model.stored_size = (checkpoint.get("network") or {}).get("size")
+        if self.subcommand in ("validate", "test") and hasattr(self.datamodule, "expect"):
+            self.datamodule.expect(checkpoint.get(type(self.datamodule).__qualname__, {}))
         if weights:
             options["weights"] = weights  # as the run's config says it
 

@@ -9,7 +9,16 @@ import numpy as np
 from datasets import Dataset
 
 from lit_llm.data.arguments import require_counts
-from lit_llm.data.labels import LabelReader, few_of, labelled_splits, read_labels, require_seen, some_of
+from lit_llm.data.labels import (
+    LabelReader,
+    few_of,
+    label_column,
+    labelled_splits,
+    read_labels,
+    require_labels,
+    require_seen,
+    some_of,
+)
 from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.split_data import SplitData
 from lit_llm.data.tables import Columns, Split, both
@@ -146,10 +155,10 @@ class ExampleData(SplitData):
         Raises:
             ValueError: When there is too little to train on, or nothing to validate or to test on.
         """
-        if stage == "test" and not self._testable:
+        if stage == "test" and "train" in self.splits and not self._testable:
             raise ValueError(
                 f"data.path must hold a test split with labels to test on, but {self.path} has none; raise "
-                f"data.test_fraction where the checkpoint was trained, or predict"
+                f"data.test_fraction where the checkpoint was trained, or call a table that is only to test on test"
             )
         super().setup(stage)
         if stage != "fit":
@@ -194,7 +203,7 @@ class ExampleData(SplitData):
         return {"labels": [list(self.reader.values), list(self.reader.class_names)], **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose classes mean something else; a table to predict as a whole takes its classes.
+        """Refuses a checkpoint whose classes mean something else; a table without a training split takes its classes.
 
         Raises:
             ValueError: When the checkpoint's classes are not this data's.
@@ -202,9 +211,11 @@ class ExampleData(SplitData):
         super().load_state_dict(state_dict)
         values, names = state_dict["labels"]
         if "train" not in self.splits:
-            rows, column = self.splits["test"].rows, self.columns.label
+            [(name, split)] = self.splits.items()
+            column = self.columns.label if self._predicting else label_column(split.rows, self.columns, self.path)
             self.reader = LabelReader(self.path, column or "", tuple(values), names)
-            self.splits["test"] = Split(rows, read_labels(rows, self.reader, "test"))
+            read = read_labels if self._predicting else require_labels
+            self.splits[name] = Split(split.rows, read(split.rows, self.reader, name))
         elif self.class_names != names:
             raise ValueError(
                 f"data.label must have the checkpoint's classes, {', '.join(names) or 'none'}, but has "

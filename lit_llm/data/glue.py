@@ -163,12 +163,13 @@ class GLUEData(TableTokens, ExampleData):
         }
         if self._predicting and (given["label"] or self._trained_on):  # no other column is one of labels
             given["label"], usual = given["label"] if given["label"] in first.column_names else None, ()
-        if self._predicting and self._trained_on:
+        alone = self._standing_alone(found)
+        if (self._predicting or alone) and self._trained_on:
             pairs = PAIRS if self._trained_on_pairs(given["text_pair"], first) else ()
         self.columns = find_columns(first, self.path, **given, usual=usual, usual_pairs=pairs)
         for name, rows in [*found.items(), *([("unlabelled", unlabelled)] if unlabelled is not None else [])]:
             check_texts(rows, self.columns.texts, self.path, name)
-        if whole := self._whole_to_predict(found, self.columns.label):
+        if whole := alone or self._whole_to_predict(found, self.columns.label):
             return whole
         return self._labelled(found, unlabelled, self.task.class_names if self.task else ())
 

@@ -185,14 +185,9 @@ def read_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray | 
 
     A row whose label is missing or none of those classes has `IGNORE_INDEX`, or NaN where labels are values.
     """
-    column = reader.column
-    if not column or is_hidden(rows, column):
+    if not reader.column or is_hidden(rows, reader.column):
         return None
-    found, feature = column_values(rows, column), rows.features[column]
-    known = dict(zip(reader.class_names, reader.values))
-    if isinstance(feature, ClassLabel) and known.keys() & set(feature.names):  # which may number them otherwise
-        value_of = {number: known.get(name, name) for number, name in enumerate(feature.names)}
-        found = [value_of.get(value, value) for value in found]
+    found = _by_name(rows, reader)
     try:
         return reader.read(found, split)
     except (ValueError, TypeError):  # some are missing or unknown: each for itself, then
@@ -207,6 +202,25 @@ def read_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray | 
         return None
     none, kind = (IGNORE_INDEX, np.int64) if reader.values else (np.nan, np.float32)
     return np.array([none if label is None else label for label in labels], dtype=kind)
+
+
+def require_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray:
+    """The same, where each row must have one of those classes, or a value.
+
+    Raises:
+        ValueError: When one has none.
+    """
+    return reader.read(_by_name(rows, reader), split)
+
+
+def _by_name(rows: Dataset, reader: LabelReader) -> list[Any]:
+    """What stands in the label column, as training had it where the hub's `ClassLabel` numbers the names otherwise."""
+    found, feature = column_values(rows, reader.column), rows.features[reader.column]
+    known = dict(zip(reader.class_names, reader.values))
+    if not isinstance(feature, ClassLabel) or not known.keys() & set(feature.names):
+        return found
+    value_of = {number: known.get(name, name) for number, name in enumerate(feature.names)}
+    return [value_of.get(value, value) for value in found]
 
 
 def _read_one(value: Any, reader: LabelReader, split: str) -> int | float | None:
@@ -293,6 +307,22 @@ def few_of(split: Split, labels_per_class: int, seed: int, path: str) -> tuple[S
     return split.select(np.flatnonzero(few)), split.select(np.flatnonzero(~few))
 
 
+def label_column(rows: Dataset, columns: Columns, path: str) -> str:
+    """The name of the column of labels.
+
+    Raises:
+        ValueError: When none is known.
+    """
+    if columns.label is not None:
+        return columns.label
+    others = ", ".join(name for name in rows.column_names if name not in (columns.text, columns.text_pair))
+    if not others:
+        raise ValueError(f"data.path must hold a column of labels beside the text, but {path} has none")
+    raise ValueError(
+        f"data.label must be given where no column is called {', '.join(LABELS)}, but is not; {path} has {others}"
+    )
+
+
 def labelled_splits(
     found: dict[str, Dataset],
     columns: Columns,
@@ -309,15 +339,7 @@ def labelled_splits(
     """
     if "train" not in found:
         raise ValueError(f"data.path must hold a training split, but {path} has only {', '.join(found)}")
-    column = columns.label
-    if column is None:
-        texts = (columns.text, columns.text_pair)
-        others = ", ".join(name for name in found["train"].column_names if name not in texts)
-        if not others:
-            raise ValueError(f"data.path must hold a column of labels beside the text, but {path} has none")
-        raise ValueError(
-            f"data.label must be given where no column is called {', '.join(LABELS)}, but is not; {path} has {others}"
-        )
+    column = label_column(found["train"], columns, path)
     reader = learn_labels(found["train"], path, column, names, as_values)
     splits = {}
     for name, rows in found.items():

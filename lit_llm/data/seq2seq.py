@@ -151,6 +151,10 @@ class Seq2SeqData(TableTokens):
             self.columns = PairColumns(self.columns.source, None)  # what is there is only shown
             check_texts(whole["test"].rows, asdict(self.columns), self.path, next(reversed(found)))
             return whole
+        if alone := self._standing_alone(found):
+            [(name, split)] = alone.items()
+            check_texts(split.rows, asdict(self.columns), self.path, name)
+            return alone
         if "train" not in found:
             raise ValueError(f"data.path must hold a training split, but {self.path} has only {', '.join(found)}")
         for name, rows in found.items():

@@ -14,13 +14,16 @@ from lightning.pytorch import LightningDataModule
 
 from lit_llm.data.arguments import require_counts, require_fractions
 from lit_llm.data.sampling import BatchLoader, place
-from lit_llm.data.tables import Split
+from lit_llm.data.tables import Split, split_kind
 
 log = logging.getLogger(__name__)
 
 
 class SplitData(LightningDataModule, ABC):
     """Examples of a source that has splits, or is cut into them; one that is not the run's own is predicted whole.
+
+    Where an evaluation names other tables than the run's own, that by their names are not to train on, what there is to
+    evaluate is read as training would have it, by the checkpoint's classes.
 
     A subclass says what a source's splits are, and how a split's rows become batches. Arguments are explained where
     it names them.
@@ -93,8 +96,8 @@ class SplitData(LightningDataModule, ABC):
         return (here, self.subset) == (there, self._trained_on["subset"])
 
     def _known_columns(self, rows: Dataset) -> dict[str, str]:
-        """Columns of what was trained on, by what they are for, where a table to predict has them too."""
-        known = (self._trained_on or {}).get("columns", {}) if self._predicting else {}
+        """Columns of what was trained on, by what they are for, where a table to evaluate has them too."""
+        known = (self._trained_on or {}).get("columns", {}) if self._stage != "fit" else {}
         return {role: name for role, name in known.items() if name in rows.column_names}
 
     def _whole_to_predict(self, found: dict[str, Dataset], wanted: str | None) -> dict[str, Split] | None:
@@ -109,6 +112,15 @@ class SplitData(LightningDataModule, ABC):
         if not self._predicting or own:
             return None
         return {"test": Split(next(reversed(found.values())), None)}
+
+    def _standing_alone(self, found: dict[str, Dataset]) -> dict[str, Split] | None:
+        """A table that is validated or tested on without one to train on beside it, as no run's own is."""
+        file = Path(self.path).expanduser()
+        kinds = {split_kind(file.stem): rows for rows in found.values()} if file.is_file() else found
+        if self._stage not in ("validate", "test") or self._is_own is not False or {"train", None} & kinds.keys():
+            return None
+        wanted = "validation" if self._stage == "validate" else "test"
+        return {wanted: Split(kinds.get(wanted, next(reversed(kinds.values()))), None)}
 
     @property
     def _stage(self) -> str | None:
@@ -177,6 +189,10 @@ class SplitData(LightningDataModule, ABC):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to know again what it was trained on."""
         return {"trained_on": {"path": self.path, "subset": self.subset, "columns": asdict(self.columns)}}
+
+    def expect(self, state_dict: dict[str, Any]) -> None:
+        """Learns what a checkpoint that is going to be read was trained on, before any table is opened."""
+        self._trained_on = state_dict.get("trained_on", {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Learns what a checkpoint was trained on."""

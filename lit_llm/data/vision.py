@@ -216,7 +216,8 @@ class VisionData(ExampleData):
             )
         found = self._decoded(chosen, tables.identity)
         unlabelled = found.pop("unlabelled", None) if "train" in found else None
-        return self._whole_to_predict(found, label) or self._labelled(found, unlabelled)
+        whole = self._standing_alone(found) or self._whole_to_predict(found, label)
+        return whole or self._labelled(found, unlabelled)
 
     def _decoded(self, tables: dict[str, Dataset], identity: str) -> dict[str, Dataset]:
         """The tables with places in the cache, and names, instead of encoded images; without broken ones."""

@@ -70,7 +70,7 @@ class Objective(Scheduled):
     """The metric that says which validation is best, where the data names none, and whether its `min` or `max` is."""
 
     stored_size: int | None = None
-    """The size in the checkpoint that is to be read, for data to predict that cannot say it."""
+    """The size in the checkpoint that is to be read, for data to evaluate that cannot say it."""
 
     planned_for: LightningDataModule | None = None
     """Data that the network is made for where no trainer has them, as in a plan."""

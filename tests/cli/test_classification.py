@@ -183,3 +183,46 @@ def test_weights_whose_classes_are_in_another_order_predict_by_their_names(lit_l
         with (tmp_path / f"of_{data}/predictions.csv").open(newline="") as file:
             found.append([(line["predicted"], line["p(bad)"], line["p(good)"]) for line in csv.DictReader(file)])
     assert found[0] == found[1]
+
+
+def test_a_labelled_table_of_ones_own_is_evaluated_whole_by_the_checkpoints_classes(lit_llm, reviews, tmp_path) -> None:
+    size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    words = ["--config", REPOSITORY / "configs/finetuning/encoder_glue.yaml", "--data.path", reviews]
+    words += ["--model.network.config", json.dumps({"model_type": "bert", **size}), "--data.max_seq_len", "16"]
+    words += ["--data.tokenizer", "bert-bpe-300", "--trainer.precision", "32-true", "--trainer.max_epochs", "2"]
+    run, evaluations = tmp_path / "run", tmp_path / "run/evaluations"
+    assert lit_llm("fit", *words, "--run_dir", run).code == 0
+    folder = tmp_path / "other"
+    folder.mkdir()
+    lines = [f"words {row} of a kind,{('good', 'bad', 'good')[row % 3]}" for row in range(23)]
+    for name in ("test.csv", "only_test.csv", "dev.csv"):
+        (folder / name if name == "test.csv" else tmp_path / name).write_text("\n".join(["text,label", *lines]))
+
+    found = []
+    for command, data in (("test", folder), ("test", tmp_path / "only_test.csv"), ("validate", tmp_path / "dev.csv")):
+        outcome = lit_llm(command, "--run_dir", run, "--data.path", data)
+        assert outcome.code == 0, outcome.err
+        [written] = evaluations.iterdir()
+        results = json.loads((written / "results.json").read_text())
+        shutil.rmtree(written)
+        split = {"test": "test", "validate": "val"}[command]
+        assert results[f"{split}/count"] == 23
+        found.append([results[f"{split}/{metric}"] for metric in ("accuracy", "f1", "mcc", "loss")])
+    assert found[0] == found[1] == pytest.approx(found[2])
+    assert lit_llm("predict", "--run_dir", run, "--data.path", folder).code == 0
+    with (run / "predictions.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert found[0][0] == pytest.approx(sum(line["label"] == line["predicted"] for line in table) / 23)
+
+    (tmp_path / "plain.csv").write_text("\n".join(["text,label", *lines]))  # may be what was trained on, moved
+    outcome = lit_llm("test", "--run_dir", run, "--data.path", tmp_path / "plain.csv")
+    assert "must hold a test split" in outcome.last_line
+    for content, message in {
+        "text,label\nx,good\ny,fair\n": "data.label must be one of 'bad', 'good' as in training, but 'label' is 'fair'",
+        "text,label\nx,good\ny,\n": "label",
+        "text,mark\nx,good\ny,bad\n": "data.label must be given where no column is called",
+    }.items():
+        (tmp_path / "only_test.csv").write_text(content)
+        outcome = lit_llm("test", "--run_dir", run, "--data.path", tmp_path / "only_test.csv")
+        assert outcome.code == 2
+        assert message in outcome.last_line

@@ -83,6 +83,14 @@ def test_a_run_is_asked_about_files_gone_on_from_and_trained_further_on_others(l
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("Decoded 7 images into 8 × 8 pixels with 1 channel") == outcome.err.count("Decoded") == 1
 
+    # labelled images of one's own are evaluated whole, read as the network reads them
+    held = digits(tmp_path / "held" / "test").parent
+    for asked in (run, own):
+        outcome = lit_llm("test", "--run_dir", asked, "--data.path", held)
+        assert outcome.code == 0, outcome.err
+        [written] = (asked / "evaluations").iterdir()
+        assert json.loads((written / "results.json").read_text())["test/count"] == 60
+
     # further on inverted digits of another size: read as before, since the network is
     inverted, second = digits(tmp_path / "inverted", ImageOps.invert), tmp_path / "second"
     start = ["--model.network", "null", "--model.weights", run, "--data.image_size", "null", "--data.path", inverted]

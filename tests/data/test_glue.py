@@ -497,7 +497,7 @@ def test_a_table_with_nothing_to_test_on_is_refused(table) -> None:
     made("test", path=table, test_fraction=0.1)
     message = (
         f"data.path must hold a test split with labels to test on, but {table} has none; raise data.test_fraction "
-        f"where the checkpoint was trained, or predict"
+        f"where the checkpoint was trained, or call a table that is only to test on test"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         made("test", path=table)

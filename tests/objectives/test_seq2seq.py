@@ -154,3 +154,11 @@ def test_the_command_line_trains_exports_and_writes(lit_llm, numbers: str, tmp_p
         [n, note, again[n]] for n, note in zip("731", ["one", "two", "three"])
     ]
     assert list(table[0]) == ["source", "note", "predicted"]
+    (tmp_path / "own_test.csv").write_text((Path(numbers) / "validation.csv").read_text())
+    outcome = lit_llm("test", "--run_dir", tmp_path / "run", "--data.path", tmp_path / "own_test.csv")
+    assert outcome.code == 0, outcome.err
+    [of_own] = (tmp_path / "run/evaluations").iterdir()
+    found = json.loads((of_own / "results.json").read_text())
+    wanted = json.loads((tmp_path / "run/results.json").read_text())
+    for metric in ("loss", "chrf"):  # the whole table, which is that of the best validation
+        assert found[f"test/{metric}"] == pytest.approx(wanted[f"best/val/{metric}"], rel=1e-5)
