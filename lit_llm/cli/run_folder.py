@@ -86,6 +86,12 @@ def find_checkpoint(folder: Path, ckpt_path: str) -> Path:
     return path
 
 
+def own_checkpoint(folder: Path) -> Path:
+    """The checkpoint that stands for a run: its best, or its last where nothing was validated."""
+    best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    return last if last.exists() and not best.exists() else best
+
+
 def of_evaluation(folder: Path, command: str, options: dict[str, Any], checkpoint: Path) -> Path:
     """Where what an evaluation finds is written: in the run folder, if it is the run's own.
 
@@ -103,8 +109,7 @@ def of_evaluation(folder: Path, command: str, options: dict[str, Any], checkpoin
     own = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     limit = f"limit_{'val' if command == 'validate' else 'test'}_batches"
     here, there = (_evaluated(of, limit) for of in (options, own))
-    best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-    if here == there and checkpoint.resolve() == (best if best.exists() else last).resolve():
+    if here == there and checkpoint.resolve() == own_checkpoint(folder).resolve():
         return folder
     what = json.dumps([here, str(checkpoint.resolve())], sort_keys=True, default=str)
     return folder / "evaluations" / f"{command}-{hashlib.blake2b(what.encode(), digest_size=4).hexdigest()}"

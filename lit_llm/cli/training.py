@@ -181,7 +181,7 @@ class TrainingCLI(LightningCLI):
             "--test_after_fit",
             type=bool,
             default=True,
-            help="After training, test the best checkpoint once if there is a test split.",
+            help="After training, test the best checkpoint (without validation the last) if there is a test split.",
         )
         if sys.argv[1] == "fit":
             parser.add_argument("--find_lr", type=bool, default=False, help=find_lr.HELP)
@@ -226,10 +226,12 @@ class TrainingCLI(LightningCLI):
             find_lr.prepare(config)
             self.save_config_callback = None  # what is done here is no run to be repeated
         configs = [Path(str(getattr(path, "relative", path))) for path in config.get("config") or []]
-        ckpt_path = config.get("ckpt_path") or (None if self._starts_from_weights(config) else "best")
+        asked = config.get("ckpt_path")
+        ckpt_path = asked or (None if self._starts_from_weights(config) else "best")
         given = config.get("run_dir") or config["trainer"].get("default_root_dir")
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
+            ckpt_path = asked or run_folder.own_checkpoint(self.run_dir).stem
             config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
             checkpoint = Path(config["ckpt_path"])
             fits = self.subcommand == "fit"
@@ -345,16 +347,16 @@ class TrainingCLI(LightningCLI):
         log.info(f"Run folder {self.run_dir}")
 
     def after_fit(self) -> None:
-        """Tests the best checkpoint, and says what came out and what can be done with it."""
+        """Tests the run's checkpoint, and says what came out and what can be done with it."""
         if self._get(self.config, "find_lr"):
             if self.trainer.is_global_zero:
                 find_lr.say(self.config["fit"], self.trainer)
             return
         if self.trainer.fast_dev_run:
             return
-        best = self.run_dir / "checkpoints" / "best.ckpt"
-        if self._get(self.config, "test_after_fit") and best.exists() and self._has_test():
-            self.trainer.test(datamodule=self.datamodule, ckpt_path=str(best), verbose=False, weights_only=True)
+        own = run_folder.own_checkpoint(self.run_dir)
+        if self._get(self.config, "test_after_fit") and own.exists() and self._has_test():
+            self.trainer.test(datamodule=self.datamodule, ckpt_path=str(own), verbose=False, weights_only=True)
         if self.trainer.is_global_zero:
             self._summary()
 

@@ -357,6 +357,12 @@ def test_a_run_without_validation_still_ends_with_a_model(lit_llm, tiny, tmp_pat
     outcome = lit_llm("fit", *tiny, "--data.validation_fraction", "0", "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "run/model/model.safetensors").exists()
+    tested = json.loads((tmp_path / "run/results.json").read_text())["test/loss"]
+    outcome = lit_llm("test", "--run_dir", tmp_path / "run")  # of the one checkpoint there is
+    assert outcome.code == 0, outcome.err
+    assert not (tmp_path / "run/evaluations").exists()
+    assert json.loads((tmp_path / "run/results.json").read_text())["test/loss"] == pytest.approx(tested)
+    assert lit_llm("predict", "--run_dir", tmp_path / "run").code == 0
 
 
 @pytest.mark.slow
