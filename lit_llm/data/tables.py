@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets,
 from datasets.utils.logging import set_verbosity
 
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
-from lit_llm.data.documents import HUB_NAME, TABLE_FORMATS, split_kind, stamps, why_unreadable
+from lit_llm.data.documents import HUB_NAME, SPLIT_NAME, TABLE_FORMATS, split_kind, stamps, why_unreadable
 from lit_llm.data.json_lines import is_in_lines, json_lines
 
 log = logging.getLogger(__name__)
@@ -39,6 +39,9 @@ LINES_OF_A_CELL = 100
 QUOTED_CELL = re.compile(r'(?<![^\t\n])"[^"]*(?:""[^"]*)*"(?![^\t\n])')
 csv.field_size_limit(2**31 - 1)  # a cell may hold a book
 SHARD = re.compile(r"-\d+-of-\d+$")
+NUMBER = re.compile(rf"{SHARD.pattern}|([-_.]?\d)+$")
+UNLABELLED = ("unlabel", "unsupervised")
+"""How the names of tables begin that are for semi-supervised training."""
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def open_table(
     Args:
         path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of them with `train`,
             `validation` (`val`, `dev`, `eval`) or `test` in the names, a folder in the hub's layout, or a data set on
-            the hub.
+            the hub. Files whose names differ in their numbers alone (`train_0.csv`, `train_1.csv`) are one split.
         subset: Configuration of a hub data set, or folder beneath `path`.
         kinds: What else `path` might have been, as said in errors.
 
@@ -122,7 +125,7 @@ def open_table(
     if where.is_dir() and not in_hub_layout(where):
         folder = where / subset if subset and (where / subset).is_dir() else where
         files = sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLE_FORMATS and not p.name.startswith("."))
-        names = {file: SHARD.sub("", file.stem) for file in files}
+        names = {file: _table_name(file.stem) for file in files}
         if files:
             kinds = dict.fromkeys(names.values())
             return {name: _load_files([f for f in files if names[f] == name], path) for name in kinds}
@@ -138,6 +141,12 @@ def open_table(
         raise FileNotFoundError(
             f"data.path must be {kinds}, but is {path!r} (subset {subset!r}): {why_unreadable(error)}"
         ) from error
+
+
+def _table_name(stem: str) -> str:
+    """What the files of one table are called alike: a split's without any number, others without those of shards."""
+    name = NUMBER.sub("", stem)
+    return name if SPLIT_NAME.fullmatch(name.lower()) or name.startswith(UNLABELLED) else SHARD.sub("", stem)
 
 
 def in_hub_layout(folder: Path) -> bool:
@@ -273,13 +282,13 @@ def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dic
         return {split_kind(name) or "train": rows}
     chosen: dict[str | None, str] = {}
     for name in sorted(found, key=lambda name: not (suffix and name.endswith(suffix))):
-        unlabelled = name.startswith(("unlabel", "unsupervised"))
-        chosen.setdefault("unlabelled" if unlabelled else split_kind(name), name)
+        chosen.setdefault("unlabelled" if name.startswith(UNLABELLED) else split_kind(name), name)
     if None in chosen and "train" not in chosen:
         raise ValueError(f"data.path must say in a name which table is train, but {path} has {', '.join(found)}")
     taken = {kind: chosen[kind] for kind in ("unlabelled", "train", "validation", "test") if kind in chosen}
     if left := [name for name in found if name not in taken.values()]:
-        log.info(f"Reading {', '.join(taken.values())} of {path}; ignoring {', '.join(left)}")
+        say = log.warning if "train" in map(split_kind, left) else log.info
+        say(f"Reading {', '.join(taken.values())} of {path}; ignoring {', '.join(left)}")
     return {kind: found[name] for kind, name in taken.items()}
 
 

@@ -83,6 +83,40 @@ def test_a_folder_has_the_splits_that_its_files_are_called_after_also_of_differe
 
 
 @pytest.mark.parametrize(
+    "name", ["train_{}.parquet", "train-{}.jsonl", "train.{}.csv", "data_train000{}.tsv", "Train_202{}-01.csv"]
+)
+def test_files_of_a_split_that_differ_in_a_number_alone_are_all_read(tmp_path, name) -> None:
+    for number in range(3):
+        write(tmp_path / name.format(number), [{"text": f"{number}", "label": "a"}])
+    write(tmp_path / "test.csv", ROWS)
+    splits = choose_splits(open_table(str(tmp_path)), "x")
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 3, "test": 2}
+    assert splits["train"]["text"][:] == ["0", "1", "2"]
+
+
+def test_files_without_labels_that_differ_in_a_number_alone_are_all_read(tmp_path) -> None:
+    for name in ("train.csv", "unlabelled_0.csv", "unlabelled_1.csv"):
+        write(tmp_path / name, ROWS)
+    splits = choose_splits(open_table(str(tmp_path)), "x")
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 2, "unlabelled": 4}
+
+
+def test_tables_whose_numbers_are_no_parts_of_a_split_stay_apart(tmp_path) -> None:
+    names = ["a1", "a2", "train", "train (1)", "train_v1", "train_v2"]
+    for name in names:
+        write(tmp_path / f"{name}.csv", ROWS)
+    assert sorted(open_table(str(tmp_path))) == names
+
+
+@pytest.mark.parametrize(("left", "level"), [("train_b", "WARNING"), ("sample", "INFO"), ("test_b", "INFO")])
+def test_a_second_table_to_train_on_is_left_out_with_a_warning(caplog, left, level) -> None:
+    caplog.set_level("INFO")
+    choose_splits(dict.fromkeys(["test_a", "train_a", left], Dataset.from_dict({})), "x")
+    said = f"Reading train_a, test_a of x; ignoring {left}"
+    assert [(record.levelname, record.message) for record in caplog.records] == [(level, said)]
+
+
+@pytest.mark.parametrize(
     ("content", "texts"),
     [
         ('text\tlabel\n"so it goes\t1\nhe said "\t0\n', ['"so it goes', 'he said "']),  # rows as wide either way
