@@ -72,12 +72,13 @@ class DocumentScores(PredictionTable):
         """Writes the table."""
         if not self._nats:
             return
-        split = trainer.datamodule.predict_split
+        ids, sizes = trainer.datamodule.predict_split.ids, trainer.datamodule.predict_bytes
         rows = []
         for document, nats in self._nats.items():
-            size = int(split.documents["num_bytes"][document])
-            bits = nats / math.log(2) / max(size, 1)
-            rows.append([split.ids[document], size, self._tokens[document], round(bits, 4)])
+            size = float(sizes[document])
+            bits = nats / math.log(2) / (size or 1)
+            written = int(size) if size.is_integer() else round(size, 2)  # of what is cut a share
+            rows.append([ids[document], written, self._tokens[document], round(bits, 4)])
         rows.sort(key=lambda row: -row[-1])
         self.write(trainer, ["document", "bytes", "tokens", "bits_per_byte"], rows, "documents")
 

@@ -118,6 +118,13 @@ class InstructionData(TokenData):
         found = {name: self.examples(name).overlong for name in SPLITS}
         return {**super().manifest, "overlong": {"seq_len": self.seq_len, "rule": self.overlong, **found}}
 
+    @property
+    def predict_bytes(self) -> np.ndarray:
+        """The same of each conversation as it is laid into rows: of an answer that is cut, its share."""
+        found, examples = np.zeros(len(self.predict_split.documents)), self.examples(self.predict_split.name)
+        found[examples.documents] = examples.num_bytes
+        return found
+
     def train_dataloader(self) -> BatchLoader:
         """Rows in an order drawn anew each epoch."""
         return self._loader("train", self.seed)

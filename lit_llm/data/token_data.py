@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
@@ -141,6 +142,11 @@ class TokenData(LightningDataModule, ABC):
     def predict_split(self) -> TokenSplit:
         """The split that `predict` reads."""
         return self._cache.split("test" if self.split_rows("test") else "validation")
+
+    @property
+    def predict_bytes(self) -> np.ndarray:
+        """For each document of that split the UTF-8 bytes of what is predicted of it."""
+        return self.predict_split.documents["num_bytes"]
 
     @abstractmethod
     def split_rows(self, name: str) -> int:

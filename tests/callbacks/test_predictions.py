@@ -2,31 +2,60 @@ from __future__ import annotations
 
 import csv
 import functools
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.utils.data import DataLoader
 
 from lit_llm.batch import IGNORE_INDEX
 from lit_llm.callbacks.predictions import DocumentScores, ExamplePredictions
+from lit_llm.data.instructions import InstructionData
 from lit_llm.models.cnn import CNN
+from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.objectives.classification import Classification
+from lit_llm.objectives.objective import Objective
 from lit_llm.objectives.regression import Regression
 from tests.examples import BERT, Examples, Submission, example, together
 from tests.image_batches import Images
 from tests.objectives.test_classification import trainer
+from tests.writing import pairs
 
 NETWORK = functools.partial(PretrainedClassifier, config=BERT)
 
 
-def predicted(tmp_path: Path, made: Classification | Regression, data: Examples) -> list[dict[str, str]]:
+def predicted(tmp_path: Path, made: Objective, data: LightningDataModule) -> list[dict[str, str]]:
     trainer(tmp_path, callbacks=[DocumentScores(), ExamplePredictions()]).predict(made, datamodule=data)
     with (tmp_path / "predictions.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize("seq_len", [40, 128])
+def test_the_scores_of_conversations_add_up_to_the_splits_also_where_they_are_cut(tmp_path, packed, seq_len) -> None:
+    rows = "".join(json.dumps(row) + "\n" for row in pairs(60))
+    (tmp_path / "x.jsonl").write_text(rows)
+    fractions = {"validation_fraction": 0.0, "test_fraction": 0.3}
+    cut = {"seq_len": seq_len, "batch_size": 2, "packed": packed, "overlong": "cut"}
+    data = InstructionData(path=str(tmp_path / "x.jsonl"), tokenizer="bytes", **fractions, **cut)
+    made = CausalLM(functools.partial(Llama, d_model=16, num_layers=1, num_heads=2, max_seq_len=128))
+    table = predicted(tmp_path, made, data)
+    (tester := trainer(tmp_path)).test(made, datamodule=data, verbose=False)
+    assert data.examples("test").overlong.keys() == ({"cut"} if seq_len == 40 else set())
+    sizes = [float(line["bytes"]) for line in table]
+    bits = sum(size * float(line["bits_per_byte"]) for size, line in zip(sizes, table, strict=True))
+    assert bits / sum(sizes) == pytest.approx(tester.callback_metrics["test/bits_per_byte"].item(), rel=1e-4)
+    assert all("." not in line["bytes"] for line in table) == (seq_len == 128)
+    found = [float(line["bits_per_byte"]) for line in table]
+    assert found == sorted(found, reverse=True)
+    for line, size in zip(table, sizes, strict=True):  # each byte of an answer is a token, and the turn's end is one
+        said = len(pairs(60)[int(line["document"].split("/")[-1])]["response"].encode())
+        assert size == pytest.approx(int(line["tokens"]) * said / (said + 1), abs=0.005)
 
 
 @pytest.mark.parametrize("labelled", [True, False])
