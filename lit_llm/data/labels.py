@@ -47,7 +47,7 @@ class LabelReader:
         """The labels of a split, as training had them or by the names of the classes.
 
         Raises:
-            ValueError: When one is missing, or was never seen in training.
+            ValueError: When one is missing or not finite, or was never seen in training.
         """
         found = plain_labels(found, self.path, split, as_values=not self.values)
         if not self.values:
@@ -57,7 +57,15 @@ class LabelReader:
                     f"data.label must be a number as in training, but {self.column!r} is {odd!r} in row "
                     f"{found.index(odd)} of the {split} split of {self.path}"
                 )
-            return np.array(found, dtype=np.float32)
+            with np.errstate(over="ignore"):
+                labels = np.array(found, dtype=np.float32)
+            if not np.isfinite(labels).all():
+                row = int(np.isfinite(labels).argmin())
+                raise ValueError(
+                    f"data.label must be finite in 32 bits, but {self.column!r} is {found[row]!r} in row {row} of the "
+                    f"{split} split of {self.path}; leave such rows out"
+                )
+            return labels
         kinds = [{value: number for number, value in enumerate(known)} for known in (self.values, self.class_names)]
         # All are values or all are names: a class may have another's number as its name.
         met = set(found)

@@ -279,6 +279,20 @@ def test_a_zero_in_front_is_no_part_of_a_value(train) -> None:
     assert reader.read(["05", "10"], "test").tolist() == [5, 10]
 
 
+@pytest.mark.parametrize(
+    ("labels", "odd"), [([0.5, float("-inf"), float("inf")], "-inf"), (["1", "1e999"], "inf"), ([0.5, 1e39], "1e+39")]
+)
+def test_a_value_that_is_infinite_or_would_be_in_32_bits_is_refused_and_to_predict_is_not_known(labels, odd) -> None:
+    reader = learn_labels(table([0.5, 2.5]), "x", "label")
+    message = (
+        f"data.label must be finite in 32 bits, but 'label' is {odd} in row 1 of the train split of x; leave such rows "
+        f"out"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        labelled_splits({"train": table(labels)}, COLUMNS, "x", (), 0.0, 0.0)
+    assert np.isnan(read_labels(table(labels), reader, "test")[1])
+
+
 def test_some_examples_are_drawn_in_proportion_nested_and_by_the_seed() -> None:
     whole = split([0] * 150 + [1] * 50 + [2])
     forty, ten = some_of(whole, 40, 0), some_of(whole, 10, 0)
