@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import logging
 import re
 from collections.abc import Iterable
@@ -30,7 +31,9 @@ PAIRS = (
     ("question", "sentence"),
 )
 SINGLES = ("text", "sentence")
-NUMBERS = ("idx", "id", "index", "Unnamed: 0")
+NUMBERS = re.compile(r"idx|id|index|Unnamed: 0(\.\d+)?")
+"""What columns of rows' numbers are called; the last by pandas, the more often it wrote them."""
+
 ROWS_AT_ONCE = 10_000
 LOOKED_AT = 10_000_000
 """Characters of a TSV file by which it is decided whether quotes enclose cells."""
@@ -192,12 +195,19 @@ def layout(files: list[Path]) -> tuple[list[str], dict[str, Any]]:
     with files[0].open(newline="", encoding="utf-8-sig") as file:
         filled = filter(None, csv.reader(file, delimiter=separator, quoting=quoting))
         names, first = next(filled, []), next(filled, [])
-    names = [name or f"Unnamed: {place}" for place, name in enumerate(names)]  # as pandas calls them
+    names = [name or _nameless(place, names) for place, name in enumerate(names)]
     if len(first) > len(names):  # pandas would take what is too many for names of rows
         raise ValueError(
             f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
         )
     return names, {"sep": separator, "quoting": quoting}
+
+
+def _nameless(place: int, names: list[str]) -> str:
+    """What pandas calls a column without a name, beside those that have one."""
+    first = f"Unnamed: {place}"
+    others = (f"{first}.{number}" for number in itertools.count(1))
+    return next(name for name in itertools.chain([first], others) if name not in names)
 
 
 def _load_json_lines(files: list[Path]) -> Dataset:
@@ -336,7 +346,7 @@ def find_columns(
         roles |= {name: role} if name is not None else {}
     if text is not None:
         return Columns(text, text_pair, label)
-    taken = {label, text_pair, *NUMBERS}
+    taken = {label, text_pair, *filter(NUMBERS.fullmatch, names)}
     others = [name for name in names if name not in taken and _is_text(rows.features[name])]
     seconds = others if text_pair is None else [text_pair]
     pairs = [(first, second) for first, second in usual_pairs if first in others and second in seconds]

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
@@ -63,6 +64,24 @@ def test_a_csv_file_with_a_nameless_index_is_read_and_its_text_found(tmp_path) -
     assert rows["text"][:] == [row["text"] for row in ROWS]
     rows = rows.rename_column("text", "review")
     assert find_columns(rows, "x.csv", None, None, None) == Columns("review", None, "label")
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_csv_file_that_was_written_several_times_with_its_index_is_read_and_its_text_found(tmp_path, times) -> None:
+    frame = pd.DataFrame(ROWS).rename(columns={"text": "review"})
+    for _ in range(times):
+        frame.to_csv(tmp_path / "x.csv")
+        frame = pd.read_csv(tmp_path / "x.csv", dtype=str, keep_default_na=False)
+    rows = open_table(str(tmp_path / "x.csv"))["train"]
+    assert rows.to_list() == frame.to_dict("records")
+    assert find_columns(rows, "x.csv", None, None, None) == Columns("review", None, "label")
+
+
+@pytest.mark.parametrize("header", [",Unnamed: 0.2,Unnamed: 0,text", "Unnamed: 1,,text,", ",,Unnamed: 1,Unnamed: 0"])
+def test_columns_without_a_name_are_called_as_pandas_calls_them(tmp_path, header) -> None:
+    (tmp_path / "x.csv").write_text(header + "\na,b,c,d\n")
+    rows = open_table(str(tmp_path / "x.csv"))["train"]
+    assert rows.to_list() == pd.read_csv(tmp_path / "x.csv").to_dict("records")
 
 
 def test_quotes_that_enclose_no_cell_of_a_tsv_file_are_text_and_merge_no_rows(tmp_path) -> None:
