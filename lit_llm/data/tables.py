@@ -165,6 +165,10 @@ def _load_files(files: list[Path], path: str) -> Dataset:
     """One table from files of one kind; in CSV and TSV all is text."""
     suffix, options = files[0].suffix.lower(), {}
     kind = TABLE_FORMATS[suffix]
+    formats = {".tsv" if file.suffix.lower() == ".tsv" else TABLE_FORMATS[file.suffix.lower()]: file for file in files}
+    if len(formats) > 1:
+        found = " and ".join(file.name for file in formats.values())
+        raise ValueError(f"data.path must hold each split in one format, but {path} has {found}; convert one of them")
     try:
         if kind == "json" and all(map(is_in_lines, files)):
             return _load_json_lines(files)

@@ -113,6 +113,17 @@ def test_files_of_a_split_that_differ_in_a_number_alone_are_all_read(tmp_path, n
     assert splits["train"]["text"][:] == ["0", "1", "2"]
 
 
+def test_files_of_a_split_in_several_formats_are_refused_by_their_names(tmp_path) -> None:
+    for name in ("test.csv", "train_0.csv", "train_1.tsv"):
+        write(tmp_path / name, ROWS)
+    message = (
+        f"data.path must hold each split in one format, but {tmp_path} has train_0.csv and train_1.tsv; convert one of "
+        f"them"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        open_table(str(tmp_path))
+
+
 def test_files_without_labels_that_differ_in_a_number_alone_are_all_read(tmp_path) -> None:
     for name in ("train.csv", "unlabelled_0.csv", "unlabelled_1.csv"):
         write(tmp_path / name, ROWS)
