@@ -35,6 +35,9 @@ ORIENTATION = 0x0112
 TURNED = {5, 6, 7, 8}
 """Values of a photograph's orientation, by the number of its tag, with which its sides change places."""
 
+SAYS_ORIENTATION = (b"eXIf", b"exif", b"XML:com.adobe.xmp")
+"""What the bytes of a PNG that may say its orientation hold, one of these at least."""
+
 
 class Look(NamedTuple):
     """What an image is before it is decoded.
@@ -216,13 +219,28 @@ def _look(splits: dict[str, Dataset], task: tuple[str, int, int]) -> set[Look]:
         for encoded in _encoded(splits, task):
             try:
                 with _opened(encoded) as image:
-                    # Of a PNG it may come last, so that all of it would have to be decoded.
-                    turned = image.format != "PNG" and image.getexif().get(ORIENTATION) in TURNED
-                    width, height = image.size[::-1] if turned else image.size
+                    width, height = _upright_size(image)
                     looks.add(Look(height, width, image.mode in GREY))
             except Exception:  # each format's reader raises its own kinds
                 continue
     return looks
+
+
+def _upright_size(image: Image.Image) -> tuple[int, int]:
+    """Width and height of an image as `read_image` turns it, by its orientation.
+
+    Of a PNG this may come last, for which Pillow decodes all of it: only one whose bytes may hold it is asked.
+    """
+    if image.format == "TIFF":  # has the size of the upright image already
+        return image.size
+    if image.format == "PNG":
+        place = image.fp.tell()
+        image.fp.seek(0)
+        content = image.fp.read()
+        image.fp.seek(place)
+        if not any(word in content for word in SAYS_ORIENTATION):
+            return image.size
+    return image.size[::-1] if image.getexif().get(ORIENTATION) in TURNED else image.size
 
 
 class _Decoded(NamedTuple):
@@ -254,7 +272,9 @@ def _decode(
 def _opened(encoded: dict[str, Any] | None) -> Image.Image:
     if encoded is None or (encoded.get("bytes") is None and encoded.get("path") is None):
         raise ValueError("an image must be there, but is missing")
-    return Image.open(encoded["path"] if encoded.get("bytes") is None else io.BytesIO(encoded["bytes"]))
+    image = Image.open(encoded["path"] if encoded.get("bytes") is None else io.BytesIO(encoded["bytes"]))
+    image.filename = ""  # else Pillow maps a grey TIFF into memory in the shape that it has only once it is turned
+    return image
 
 
 def read_image(encoded: dict[str, Any] | None, channels: int, height: int, width: int) -> np.ndarray:

@@ -1,4 +1,5 @@
 import errno
+import io
 import json
 import pickle
 from concurrent.futures import ProcessPoolExecutor
@@ -10,6 +11,7 @@ import pytest
 from datasets import Dataset, Features
 from datasets import Image as Images
 from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile, PngInfo
 from transformers import AutoImageProcessor
 
 from lit_llm.data import image_cache
@@ -133,14 +135,61 @@ def test_other_sizes_are_read_as_transformers_reads_them(tmp_path: Path, size: A
     np.testing.assert_allclose((ours / 255 - 0.3) / 0.2, theirs, atol=1e-5)
 
 
-def test_a_photograph_is_turned_upright(tmp_path: Path) -> None:
-    image, exif = noise(0, 8, 24), Image.Exif()
+def photograph(file: Path) -> Path:
+    """One that lies on its side."""
+    exif = Image.Exif()
     exif[0x0112] = 6
-    image.save(tmp_path / "0.jpg", exif=exif, quality=100)
-    upright = np.asarray(ImageOps.exif_transpose(Image.open(tmp_path / "0.jpg")))
-    cache = build_image_cache(tmp_path / "cache", {"train": table([tmp_path / "0.jpg"])}, None, None)
+    noise(0, 8, 24).save(file, exif=exif, quality=100)
+    return file
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tif"])
+def test_a_photograph_is_turned_upright(tmp_path: Path, suffix: str) -> None:
+    file = photograph(tmp_path / f"0.{suffix}")
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(file.read_bytes()))))
+    cache = build_image_cache(tmp_path / "cache", {"train": table([file])}, None, None)
     assert cache.shape == (1, 24, 8)
     assert np.array_equal(cache.pixels[0, 0], upright)
+
+
+def chunks(png: bytes) -> list[bytes]:
+    """What a PNG consists of, its signature first."""
+    found, place = [png[:8]], 8
+    while place < len(png):
+        end = place + 12 + int.from_bytes(png[place : place + 4], "big")
+        found.append(png[place:end])
+        place = end
+    return found
+
+
+@pytest.mark.parametrize("said", ["exif", "Raw profile type exif", "xmp"])
+def test_an_orientation_is_found_after_the_pixels_of_a_png(tmp_path: Path, said: str) -> None:
+    file, told = photograph(tmp_path / "0.png"), PngInfo()
+    parts = chunks(file.read_bytes())
+    exif = next(part for part in parts if part[4:8] == b"eXIf")
+    if said != "exif":
+        if said == "xmp":
+            told.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+        else:
+            told.add_text(said, f"\nexif\n{len(exif) - 12}\n{exif[8:-4].hex()}\n", zip=True)
+        noise(0, 8, 24).save(tmp_path / "1.png", pnginfo=told)
+        exif = next(part for part in chunks((tmp_path / "1.png").read_bytes()) if part[4:8] in (b"zTXt", b"iTXt"))
+    parts = [part for part in parts if part[4:8] != b"eXIf"]
+    file.write_bytes(b"".join([*parts[:-1], exif, parts[-1]]))
+    cache = build_image_cache(tmp_path / "cache", {"train": table([file])}, None, None)
+    assert cache.shape == (1, 24, 8)
+    assert np.array_equal(cache.pixels[0, 0], np.rot90(np.asarray(noise(0, 8, 24)), -1))
+
+
+def test_no_png_that_says_no_orientation_is_decoded_to_look_at_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = PngInfo()
+    told.add_text("Title", "a")
+    noise(0, 8, 24).save(tmp_path / "0.png", pnginfo=told)
+    monkeypatch.setattr(PngImageFile, "load", lambda image: pytest.fail("decoded"))
+    [look] = image_cache._look({"train": table([tmp_path / "0.png"])}, ("train", 0, 0))
+    assert look == (8, 24, True)
 
 
 def test_broken_images_are_noted_with_why(tmp_path: Path) -> None:
