@@ -145,10 +145,12 @@ def _of_images(form: str, network: nn.Module, processor: dict[str, Any] | None) 
         "from PIL import Image, ImageOps",
         "",
         OPEN[form],
-        f'image = ImageOps.fit(Image.open("image.png").convert("{mode}"), ({width}, {height}), Image.BILINEAR)',
-        f"pixels = np.asarray(image, dtype=np.float32).reshape({height}, {width}, {channels}) / 255",
-        f"pixels = ((pixels - {mean}) / {std}).astype(np.float32).transpose(2, 0, 1)",
-        f"logits = {_asked(form, 'pixel_values=pixels[None]')}",
+        'image = ImageOps.exif_transpose(Image.open("image.png"))',
+        'if image.mode.startswith("I"):  # of 16 bits of grey the upper 8 are read',
+        "    image = Image.fromarray((np.asarray(image).clip(0, 65535) >> 8).astype(np.uint8))",
+        f'pixels = np.asarray(ImageOps.fit(image.convert("{mode}"), ({width}, {height}), Image.BILINEAR)) / 255',
+        f"pixels = ((pixels.reshape({height}, {width}, {channels}) - {mean}) / {std}).astype(np.float32)",
+        f"logits = {_asked(form, 'pixel_values=pixels.transpose(2, 0, 1)[None]')}",
         'print(json.load(open("config.json"))["id2label"][str(int(logits[0].argmax()))])',
     ]
 

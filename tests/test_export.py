@@ -3,6 +3,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -13,6 +14,7 @@ from lit_llm.checkpoints import Model, save_model
 from lit_llm.compression.low_rank import SVD
 from lit_llm.compression.quantization import Int4WeightOnly, Int8Dynamic, Int8DynamicInt4, Int8WeightOnly
 from lit_llm.compression.sparsity import Magnitude
+from lit_llm.data.image_cache import read_image
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.tokenizer import byte_tokenizer, train_bert_bpe
 from lit_llm.export import Exported, export, export_model
@@ -28,6 +30,7 @@ from lit_llm.models.rotary import Llama3Scaling, YaRN
 from lit_llm.products import MOST_QUERIES
 from tests.examples import BERT, T5
 from tests.image_batches import RESNET, VIT
+from tests.images import noise
 from tests.test_contracts import (
     CLASSIFIERS,
     ENCODERS,
@@ -253,14 +256,19 @@ def test_without_the_extra_the_line_names_it(tmp_path, monkeypatch):
         export_model(model(MLP(3)), tmp_path / "out")
 
 
-def printed(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> str:
-    """What the program in the folder's README prints."""
+def printed(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    names: dict[str, Any] | None = None,
+) -> str:
+    """What the program in the folder's README prints; `names` become those that it has given in the end."""
     text = (folder / "README.md").read_text(encoding="utf-8")
     program = text.split("```python\n")[1].split("```")[0]
     assert len([line for line in program.splitlines() if line.strip()]) <= 12
     monkeypatch.chdir(folder)
     capsys.readouterr()
-    exec(program, {})
+    exec(program, {} if names is None else names)
     return capsys.readouterr().out.strip()
 
 
@@ -307,6 +315,19 @@ def shown(tmp_path, monkeypatch, capsys) -> Callable[[str, str], str]:
 
 def test_the_readme_has_a_program_that_runs_and_names_classes(shown):
     assert shown("images", "torch") in ("cat", "dog", "hen")
+
+
+def test_the_program_reads_images_as_training_does(tmp_path, monkeypatch, capsys):
+    network, _, processor = EXAMPLES["images"]()
+    export_model(model(network, None), tmp_path, "torch", processor)
+    grey, exif, file = noise(0, 28, 28), Image.Exif(), tmp_path / "image.png"
+    exif[0x0112] = 6
+    deep = Image.fromarray((np.asarray(grey).astype(np.uint16) << 8) + 77)
+    for image, how in ((grey, {}), (grey, {"exif": exif}), (deep, {}), (deep, {"exif": exif})):
+        image.save(file, **how)
+        printed(tmp_path, monkeypatch, capsys, names := {})
+        expected = (read_image({"path": str(file)}, 1, 28, 28) / 255 - 0.1) / 0.3
+        np.testing.assert_allclose(names["pixels"].transpose(2, 0, 1), expected, atol=1e-5)
 
 
 @pytest.mark.slow
