@@ -47,7 +47,8 @@ def choose(
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, before >= top_p)
+        beyond = (before >= top_p) & (before > 0)  # a `top_p` may be 0 in fp32
+        dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, beyond)
         logits = logits.masked_fill(dropped, -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
 

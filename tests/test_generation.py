@@ -65,6 +65,10 @@ def test_top_p_keeps_the_fewest_that_reach_the_probability(top_p: float) -> None
     assert set(drawn(logits, top_p=top_p)) == kept
 
 
+def test_a_top_p_that_is_0_in_fp32_keeps_the_likeliest() -> None:
+    assert set(drawn(torch.tensor([0.1, 0.5, 0.4]).log(), top_p=1e-50)) == {1}
+
+
 def test_top_p_is_taken_of_what_temperature_and_top_k_leave() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     assert set(drawn(logits, top_k=3, top_p=0.6)) == {0, 1}  # 4/9 and 3/9
