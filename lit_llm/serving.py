@@ -28,7 +28,7 @@ from lit_llm.data.chat import prompt_ids, turn_ends
 from lit_llm.data.collation import Collation
 from lit_llm.data.image_cache import is_deep, read_image
 from lit_llm.data.image_processor import ImageProcessor
-from lit_llm.data.tokenizer import boundary_id, first_id
+from lit_llm.data.tokenizer import boundary_id, first_id, require_utf_8
 from lit_llm.generation import Writing, steps, until
 
 NEW_TOKENS = 128
@@ -137,6 +137,8 @@ class Completions(Endpoint):
         prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         stops = [request.stop] if isinstance(request.stop, str) else request.stop
         with _refusing():
+            for prompt in prompts:
+                require_utf_8(prompt)
             first = first_id(self.tokenizer)
             ids = [[first, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
             room = _room(self.network, ids, request.max_tokens)

@@ -107,6 +107,13 @@ def test_what_there_is_no_room_for_is_an_answer_of_status_400(writer: Completion
     assert len(asked(writer, prompt="abc", temperature=0)["choices"][0]["text"]) > 0  # what there is room for
 
 
+def test_half_a_character_is_an_answer_of_status_400(writer: Completions) -> None:
+    with pytest.raises(HTTPException) as refused:
+        asked(writer, prompt=["abc", "a\ud800"])
+    assert refused.value.status_code == 400
+    assert refused.value.detail == r"prompt must be UTF-8 text, but is 'a\ud800'"
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"top_p": 0}, {"n": 2}, {"stream": True}, {"prompt": 3}, {"temperature": -1}, {"prompt": []}, {"stop": ""}],
@@ -158,6 +165,7 @@ def test_the_pieces_of_a_reply_are_what_generating_gives(talker: Chat) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]},
             "content must be text, but is something else",
         ),
+        ({"messages": [{"role": "user", "content": "\ud800"}]}, r"prompt must be UTF-8 text, but is '\ud800'"),
         (
             {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": "ab"}]},
             "role must be one of system, user, assistant, but is 'developer'",

@@ -78,12 +78,12 @@ def generate(
 
     Raises:
         ValueError: When the model continues no texts, has no tokeniser, one that is not its own or, to chat, no
-            template, or an option is out of range.
+            template, a prompt is not UTF-8, or an option is out of range.
     """
     from lit_llm import generation
     from lit_llm.checkpoints import load_language_model
     from lit_llm.data.chat import prompt_ids, turn_ends
-    from lit_llm.data.tokenizer import boundary_id, first_id
+    from lit_llm.data.tokenizer import boundary_id, first_id, require_utf_8
 
     if system is not None and not chat:
         raise ValueError("--system must be given with --chat, but is given without")
@@ -120,6 +120,8 @@ def generate(
         prompts = [prompt_ids(tokenizer, [*told, {"role": "user", "content": text}]) for text in prompt]
         shown: list[list[int]] = [[] for _ in prompt]
     else:
+        for text in prompt:
+            require_utf_8(text)
         shown = [tokenizer.encode(text, add_special_tokens=False) for text in prompt]
         first = first_id(tokenizer)
         prompts = [[first, *ids] for ids in shown]

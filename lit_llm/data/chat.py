@@ -17,6 +17,7 @@ from lit_llm.data.conversations import Message, is_learnt, require_known_role
 from lit_llm.data.corpora import Document
 from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.token_cache import Encoded
+from lit_llm.data.tokenizer import require_utf_8
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -68,10 +69,11 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
 
     Raises:
         ValueError: When the template refuses the messages, one is of a role other than those learnt from,
-            or one spells a special token, which could end its turn.
+            one is not UTF-8, or one spells a special token, which could end its turn.
     """
     for message in messages:
         require_known_role(message["role"])
+        require_utf_8(message["content"])
         for token in _special(tokenizer).values():
             if token in message["content"]:
                 raise ValueError(f"prompt must spell no special token, but holds {token}")

@@ -334,6 +334,20 @@ def first_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return [boundary_id(tokenizer), *opening_ids(tokenizer)][-1]
 
 
+def require_utf_8(text: str, name: str = "prompt") -> None:
+    """Refuses a text that UTF-8 does not hold, as no tokeniser reads it.
+
+    Python makes one of a command line's bytes that are not UTF-8, and of half a surrogate pair in JSON.
+
+    Raises:
+        ValueError: When it holds such a half.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name} must be UTF-8 text, but is {text!r:.60}") from error
+
+
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Token ids of whole documents, on all cores, without any token added.
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import os
 
 import pytest
 import torch
@@ -81,6 +82,14 @@ def test_a_wrong_option_is_said_in_one_line(lit_llm, model, flags, message):
     outcome = lit_llm("generate", "--model", model, "--prompt", "x", *flags)
     assert outcome.code == 2
     assert outcome.last_line == f"lit-llm: error: {message}"
+
+
+def test_a_prompt_that_is_not_utf_8_is_said_in_one_line(lit_llm, model):
+    prompt = os.fsdecode(b"x\xff")  # as it comes from the command line
+    for words in (["--prompt", "y", "--prompt", prompt], ["--prompt", prompt, "--stream"]):
+        outcome = lit_llm("generate", "--model", model, *words)
+        assert outcome.code == 2
+        assert outcome.err == "lit-llm: error: prompt must be UTF-8 text, but is 'x\\udcff'\n"
 
 
 # Chat.
