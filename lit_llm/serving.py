@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_llm.checkpoints import load_model, read_image_processor
 from lit_llm.data.chat import prompt_ids, turn_ends
 from lit_llm.data.collation import Collation
-from lit_llm.data.image_cache import is_deep, read_image
+from lit_llm.data.image_cache import decoded, read_image
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.tokenizer import boundary_id, first_id, require_utf_8
 from lit_llm.generation import Writing, steps, until
@@ -73,6 +73,13 @@ class TextRequest(Request):
     text: str
     text_pair: str | None = None
 
+    @field_validator("text", "text_pair")
+    @classmethod
+    def _is_utf_8(cls, value: str | None) -> str | None:
+        with _refusing():  # the answer to an error of the schema quotes the text, which no answer holds
+            require_utf_8(value or "", "text")
+        return value
+
 
 class ImageRequest(Request):
     """An image to be classed."""
@@ -87,9 +94,8 @@ class ImageRequest(Request):
                 short, long = sorted(image.size)
                 if short * long > MAX_PIXELS or long > MAX_SKEW * short:
                     raise OSError(f"it has {image.width} × {image.height} pixels")
-                image.load()
-                is_deep(image)
-        except (ValueError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+                decoded(image, 3, short, short)  # what fails later fails for a whole batch
+        except Exception as error:  # each format's reader raises its own kinds
             raise ValueError(f"image must be an image file in base64, but is not: {error}") from error
         return value
 

@@ -257,6 +257,14 @@ def test_no_request_copies_the_tokenizer(tmp_path: Path, monkeypatch: pytest.Mon
     assert endpoint.predict(TextRequest(text="a b"))["label"] in endpoint.network.class_names
 
 
+@pytest.mark.parametrize("name", ["text", "text_pair"])
+def test_half_a_character_never_reaches_a_classifier(name: str) -> None:
+    with pytest.raises(HTTPException) as refused:
+        TextRequest(**({"text": "a"} | {name: "\ud800"}))
+    assert refused.value.status_code == 400
+    assert refused.value.detail == r"text must be UTF-8 text, but is '\ud800'"
+
+
 def test_a_regression_gives_a_value(tmp_path: Path) -> None:
     endpoint = classifier(tmp_path, num_classes=1)
     answer = endpoint.predict(TextRequest(text="a b"))
@@ -264,9 +272,9 @@ def test_a_regression_gives_a_value(tmp_path: Path) -> None:
     assert answer == {"value": pytest.approx(expected, abs=1e-5)}
 
 
-def png(pixels: np.ndarray) -> str:
+def png(pixels: np.ndarray, **options: Any) -> str:
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
+    Image.fromarray(pixels).save(file, "PNG", **options)
     return base64.b64encode(file.getvalue()).decode()
 
 
@@ -301,6 +309,12 @@ def tiff(image: np.ndarray) -> str:
 def test_what_is_no_image_never_reaches_the_model(image: str) -> None:
     with pytest.raises(ValidationError, match="image must be an image file in base64, but is not"):
         ImageRequest(image=image)
+
+
+def test_an_image_whose_orientation_cannot_be_read_never_reaches_the_model() -> None:
+    cut = png(np.zeros((8, 8), np.uint8), exif=b"MM\0*\0\0")
+    with pytest.raises(ValidationError, match="image must be an image file in base64, but is not: unpack requires"):
+        ImageRequest(image=cut)
 
 
 def test_what_cannot_be_asked_is_not_served(tiny_llama: Any, tmp_path: Path) -> None:

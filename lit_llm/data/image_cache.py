@@ -296,16 +296,23 @@ def read_image(encoded: dict[str, Any] | None, channels: int, height: int, width
         Channels × height × width, from 0 to 255.
     """
     with _opened(encoded) as image:
-        image.load()
-        deep = is_deep(image)
-        if image.getexif().get(ORIENTATION, 1) != 1:
-            image = ImageOps.exif_transpose(image)
-        if deep:
-            image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-        image = image.convert("L" if channels == 1 else "RGB")
-        if image.size != (width, height):
-            image = _covering(image, height, width)
-        array = np.asarray(image)
+        return decoded(image, channels, height, width)
+
+
+def decoded(image: Image.Image, channels: int, height: int, width: int) -> np.ndarray:
+    """An open image as `read_image` gives it."""
+    image.load()
+    deep = is_deep(image)
+    if image.getexif().get(ORIENTATION, 1) != 1:
+        image = ImageOps.exif_transpose(image)
+    if deep:
+        image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
+    if image.mode == "LAB":  # of which Pillow makes colour alone
+        image = image.convert("RGB")
+    image = image.convert("L" if channels == 1 else "RGB")
+    if image.size != (width, height):
+        image = _covering(image, height, width)
+    array = np.asarray(image)
     return array[None] if channels == 1 else array.transpose(2, 0, 1)
 
 

@@ -96,6 +96,14 @@ def test_one_image_of_another_mode_gives_all_colours(tmp_path: Path, odd: str) -
     assert grey.shape == (1, 6, 6)
 
 
+def test_lab_is_read_in_colour_and_in_grey(tmp_path: Path) -> None:
+    lab = Image.fromarray(np.asarray(noise(0, mode="RGB")), "LAB")
+    lab.save(tmp_path / "0.tif")
+    file, seen = {"bytes": None, "path": str(tmp_path / "0.tif")}, lab.convert("RGB")
+    assert np.array_equal(read_image(file, 3, 6, 6), np.asarray(seen).transpose(2, 0, 1))
+    assert np.array_equal(read_image(file, 1, 6, 6)[0], np.asarray(seen.convert("L")))
+
+
 def test_grey_of_other_modes_stays_grey(tmp_path: Path) -> None:
     deep = Image.fromarray((np.asarray(noise(0)).astype(np.uint16) << 8) + 77)
     files = saved(tmp_path, [deep, noise(1).convert("LA"), noise(2).convert("1")])
