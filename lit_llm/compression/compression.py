@@ -6,6 +6,7 @@ import dataclasses
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
+from itertools import takewhile
 from typing import Any, ClassVar
 
 from torch import nn
@@ -96,11 +97,15 @@ def is_reformed(network: nn.Module) -> bool:
 def replay(network: nn.Module, records: Iterable[Record]) -> nn.Module:
     """Gives a network the form that records tell of, before weights of that form are loaded; and the records.
 
+    What the network remembers already, first to last, is not done again: layers that it was done to may have gone
+    since, or have become smaller still.
+
     Raises:
         ValueError: When a record names no method of compression, or does not fit the network.
     """
     records = list(records)
-    for record in records:
+    done = takewhile(lambda pair: pair[0] == pair[1], zip(records, records_of(network)))
+    for record in records[len(list(done)) :]:
         kind = method_of(record)
         if "form" in record:
             try:

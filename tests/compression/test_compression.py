@@ -45,6 +45,17 @@ def test_what_was_done_makes_a_network_of_that_form_again() -> None:
     assert records_of(again) == written
 
 
+def test_what_a_network_remembers_is_not_done_to_it_again(monkeypatch) -> None:
+    made, done = network(), []
+    records = [Wider(by).apply(made, [{}]) for by in (2, 5)]
+    monkeypatch.setattr(Wider, "reform", lambda network, form: done.append(form))
+    again = network()
+    for num in (1, 2, 2):
+        replay(again, json.loads(json.dumps(records[:num])))
+        assert records_of(again) == records[:num]
+    assert done == [record["form"] for record in records]
+
+
 def test_a_method_that_looks_at_what_flows_wants_batches() -> None:
     message = "calibration of Wider must have at least one batch, but is empty"
     with pytest.raises(ValueError, match=exactly(message)):

@@ -7,10 +7,11 @@ import torch
 from torch import nn
 
 from lit_llm.checkpoints import load_model, save_model
-from lit_llm.compression.compression import records_of, replay
+from lit_llm.compression.compression import Compression, records_of, replay
 from lit_llm.compression.importance import column_squares, taylor
 from lit_llm.compression.low_rank import SVD
 from lit_llm.compression.structured import Blocks, Channels, Heads, Neurons
+from lit_llm.models.lenet import LeNet
 from lit_llm.models.pretrained import PretrainedCausalLM
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT, example, together
@@ -283,6 +284,19 @@ def test_channels_that_are_added_up_go_together(importance: str) -> None:
     batch = images()
     assert torch.equal(again(batch["pixel_values"]), network(batch["pixel_values"]))
     assert {name: p.requires_grad for name, p in network.named_parameters()} == before
+
+
+@pytest.mark.parametrize("method", [Channels(0.3), SVD(layers=["*"])], ids=lambda method: type(method).__name__)
+def test_a_network_that_went_on_after_its_channels_is_opened_as_it_was(tmp_path, method: Compression) -> None:
+    network, batch = LeNet(5, image_size=8, width=8).eval(), images()
+    for each in (Channels(0.25), method):
+        each.apply(network, [batch])
+    save_model(tmp_path / "model", network)
+    again, _ = load_model(tmp_path / "model")
+    assert len(records_of(again)) == 2
+    assert torch.equal(again(batch["pixel_values"]), network(batch["pixel_values"]))
+    replay(again, json.loads(json.dumps(records_of(network))))  # as an objective does that reads its checkpoint again
+    assert torch.equal(again(batch["pixel_values"]), network(batch["pixel_values"]))
 
 
 # Importance.
