@@ -148,11 +148,16 @@ def load_language_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenize
     return network, tokenizer
 
 
-def read_model(path: str | Path) -> Model:
-    """As `load_model`, with how the network is made."""
+def read_model(path: str | Path, goes_on: bool = False) -> Model:
+    """As `load_model`, with how the network is made.
+
+    Args:
+        path: As of `load_model`.
+        goes_on: Of a checkpoint that a run goes on from, leave weights real that are trained as if they were rounded.
+    """
     path = _place(path)
     if path.is_file():
-        model = _from_checkpoint(path)
+        model = _from_checkpoint(path, goes_on)
     else:
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
@@ -277,12 +282,19 @@ def _architecture(config: dict[str, Any]) -> Any:
     )
 
 
-def finish(network: nn.Module, adaptation: Adaptation | None) -> None:
-    """Makes of a network as it was trained, in place, the one to use: plain weights, or integers."""
+def finish(network: nn.Module, adaptation: Adaptation | None, goes_on: bool = False) -> None:
+    """Makes of a network as it was trained, in place, the one to use: plain weights, or integers.
+
+    Args:
+        network: As it was trained.
+        adaptation: How.
+        goes_on: As of `read_model`.
+    """
     if adaptation is not None:
         adaptation.finish(network)
     remove_masks(network)
-    convert(network)
+    if not goes_on:
+        convert(network)
 
 
 def read_adapted(path: Path) -> tuple[nn.Module, Adaptation | None]:
@@ -290,10 +302,10 @@ def read_adapted(path: Path) -> tuple[nn.Module, Adaptation | None]:
     return _as_trained(path, read_checkpoint(path, in_pieces=True))
 
 
-def _from_checkpoint(path: Path) -> Model:
+def _from_checkpoint(path: Path, goes_on: bool) -> Model:
     checkpoint = read_checkpoint(path, in_pieces=True)
     network, adaptation = _as_trained(path, checkpoint)
-    finish(network, adaptation)
+    finish(network, adaptation, goes_on)
     return Model(network, _tokenizer_of(checkpoint), checkpoint["network"], None)
 
 

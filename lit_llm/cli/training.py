@@ -287,10 +287,12 @@ class TrainingCLI(LightningCLI):
             from_checkpoint.complete_tokenizer(config["data"].get("init_args") or {}, self.of_run, checkpoint)
         if self.subcommand == "predict":
             from_checkpoint.complete_images(config["data"].get("init_args") or {}, checkpoint)
-        if checkpoint and (weights or network.get("path") != path):
+        gives_way = bool(checkpoint and (weights or network.get("path") != path))
+        if gives_way:
             options["weights"] = config["ckpt_path"]
         with self._leaving_nothing():
             super().instantiate_classes()
+        self.model.goes_on = gives_way
         if self.subcommand != "fit":
             self.model.stored_size = (checkpoint.get("network") or {}).get("size")
         if self.subcommand in ("validate", "test") and hasattr(self.datamodule, "expect"):

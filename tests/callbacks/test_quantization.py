@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from lit_llm.callbacks.quantization import QuantizationAwareTraining
-from lit_llm.checkpoints import load_model
+from lit_llm.checkpoints import load_model, save_model
 from lit_llm.compression.integers import Quantized
+from lit_llm.data.tokenizer import byte_tokenizer
 
 
 def callback(**options: object) -> str:
@@ -37,6 +38,25 @@ def test_a_run_that_is_cut_goes_on_and_leaves_integers(lit_llm, tiny, tmp_path):
     from_checkpoint, _ = load_model(tmp_path / "whole/checkpoints/best.ckpt")
     ids = torch.randint(256, (1, 8))
     assert torch.equal(network(ids), from_checkpoint(ids))
+    assert lit_llm("test", "--run_dir", tmp_path / "cut").code == 0
+
+
+@pytest.mark.slow
+def test_a_run_from_trained_weights_that_is_cut_goes_on_and_is_tested_too(lit_llm, tiny, tiny_llama, tmp_path):
+    save_model(tmp_path / "start", tiny_llama(vocab_size=257, tie_embeddings=True), byte_tokenizer())
+    words = [*tiny[:2], *tiny[8:], "--model.network", "null", "--model.weights", tmp_path / "start"]
+    words += [callback().replace("+", ""), "--checkpoint.every_n_steps", 2, "--trainer.max_steps", 4]
+    words += ["--test_after_fit", "false", "--trainer.limit_val_batches", 1]
+    assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
+    crash = '--trainer.callbacks+={"class_path": "tests.cli.test_resume.Crash", "init_args": {"step": 3}}'
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm("fit", *words, crash, "--run_dir", tmp_path / "cut")
+    outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last")
+    assert outcome.code == 0, outcome.err
+    states = [torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("whole", "cut")]
+    assert states[0]["compression"] == states[1]["compression"] != []
+    for name, tensor in states[0]["state_dict"].items():
+        assert torch.equal(tensor, states[1]["state_dict"][name]), name
     assert lit_llm("test", "--run_dir", tmp_path / "cut").code == 0
 
 
