@@ -62,7 +62,7 @@ def vectors(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Float[Te
     """What a layer multiplies by its weight, as a matrix: positions of a text, or the patches that a kernel reads.
 
     Args:
-        layer: A linear layer or a convolution without groups.
+        layer: A linear layer, a convolution without groups, or a block, of what goes through it.
         x: Its input.
         mask: 1 on tokens and 0 on padding, whose positions are left out; of other inputs than texts it says nothing.
 
@@ -88,7 +88,8 @@ def vectors(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Float[Te
     return x.flatten(0, -2)
 
 
-def _mask(batch: Mapping[str, Any]) -> Tensor | None:
+def mask_of(batch: Mapping[str, Any]) -> Tensor | None:
+    """What `vectors` takes of a batch: 1 on tokens and 0 on padding; `None` where it does not say."""
     mask = batch.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
@@ -108,7 +109,7 @@ def gather(
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
     for batch in batches:
-        mask = _mask(batch)
+        mask = mask_of(batch)
 
         def see(name: str, x: Tensor, mask: Tensor | None = mask) -> None:
             read = vectors(layers[name], x, mask).float()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llm.compression.calibration import answer, evaluating, watching
+from lit_llm.compression.calibration import answer, evaluating, mask_of, vectors, watching
 from lit_llm.compression.compression import (
     Batch,
     Compression,
@@ -219,8 +219,9 @@ class Blocks(Structured):
 
     Args:
         sparsity: Fraction of the blocks to remove, in [0, 1), rounded to whole blocks.
-        importance: `activation` is one minus the cosine between what goes into a block and what comes out;
-            `magnitude` is the mean square of its weights, `taylor` what the loss would be if the block added nothing.
+        importance: `activation` is one minus the cosine between what goes into a block and what comes out, of tokens
+            and not of padding; `magnitude` is the mean square of its weights, `taylor` what the loss would be if the
+            block added nothing.
 
     Source:
         Men et al., 2024, "ShortGPT", arXiv:2403.03853, eq. 1.
@@ -278,8 +279,10 @@ class Blocks(Structured):
                     added = (given[name] - read[name]).detach()
                     scores[index] += (added * gradient).flatten(1).sum(1).abs().sum().cpu()
             else:
-                for index, name in enumerate(named):
-                    scores[index] += (1 - F.cosine_similarity(read[name], given[name], dim=-1)).mean().cpu()
+                mask = mask_of(batch)
+                for index, (name, block) in enumerate(named.items()):
+                    before, after = (vectors(block, x[name], mask) for x in (read, given))
+                    scores[index] += (1 - F.cosine_similarity(before, after, dim=-1)).mean().cpu()
         return scores
 
 

@@ -111,6 +111,18 @@ def test_the_block_that_adds_nothing_goes_first(tiny_llama) -> None:
         assert Blocks(sparsity=0.25, importance=importance).apply(network, [tokens()])["kept"] == [0, 1, 3]
 
 
+@pytest.mark.parametrize("importance", ["activation", "taylor"])
+def test_padding_has_no_say_in_which_blocks_go(importance: str) -> None:
+    ids, kept = torch.randint(8, 20, (2, 6)), []
+    for padding in (0, 20):
+        padded, mask = (nn.functional.pad(x, (0, padding)) for x in (ids, torch.ones_like(ids)))
+        torch.manual_seed(1)
+        network = classifier(BERT | {"num_hidden_layers": 4})
+        batch = {"input_ids": padded, "attention_mask": mask, "labels": torch.tensor([0, 1])}
+        kept.append(Blocks(sparsity=0.5, importance=importance).apply(network, [batch])["kept"])
+    assert kept[0] == kept[1]
+
+
 @pytest.mark.parametrize(
     "config", [BERT | {"num_hidden_layers": 3}, MODERNBERT, DISTILBERT], ids=lambda c: c["model_type"]
 )
