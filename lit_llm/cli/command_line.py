@@ -1,0 +1,84 @@
+"""The words of a training command: completed by the run's own config, parsed, refused in one line, explained."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+import yaml
+from jsonargparse import DefaultHelpFormatter, Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_llm.cli import fail
+from lit_llm.cli.errors import parser_line
+
+
+def _options(words: list[str], name: str) -> list[str]:
+    """The values of an option on the command line, before it is parsed."""
+    return [word.split("=", 1)[1] for word in words if word.startswith(name + "=")] + [
+        value for word, value in itertools.pairwise(words) if word == name
+    ]
+
+
+def _option(words: list[str], name: str) -> str | None:
+    """The first of them; `None` where there is none."""
+    return next(iter(_options(words, name)), None)
+
+
+def _is_overlay(file: str) -> bool:
+    """Whether a run file leaves open which model and data are meant, and so is laid over another."""
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return False  # to be said where it is read
+    kinds = [content.get(name) for name in ("model", "data")] if isinstance(content, dict) else [""]
+    return not any(isinstance(kind, str) or (isinstance(kind, dict) and "class_path" in kind) for kind in kinds)
+
+
+def with_the_runs_config(words: list[str]) -> list[str]:
+    """Where a run folder is named, and no config or only overlays are, the run's own config comes first."""
+    run_dir, ckpt_path = _option(words, "--run_dir"), Path(_option(words, "--ckpt_path") or "")
+    if run_dir is None and ckpt_path.parent.name == "checkpoints":
+        run_dir = str(ckpt_path.parent.parent)
+    named = [value for name in ("--config", "-c") for value in _options(words, name)]
+    goes_on = words[0] != "fit" or _option(words, "--ckpt_path")
+    if run_dir is None or (named and not (goes_on and all(map(_is_overlay, named)))):
+        return words
+    folder, config = Path(run_dir), Path(run_dir) / "config.yaml"
+    if config.is_file():
+        return [words[0], "--config", str(config), *words[1:]]
+    others = {"--model", "--data", "-h", "--help", "--print_config"}
+    if goes_on and not named and not {word.split("=")[0] for word in words} & others:
+        lacks = "holds no config.yaml" if folder.is_dir() else "does not exist"
+        model = f"; name a run file with --config, and its model as --model.weights {folder / 'model'}"
+        remedy = model if (folder / "model").is_dir() else ""
+        name = "run_dir" if _option(words, "--run_dir") else "the folder of ckpt_path"
+        raise FileNotFoundError(f"{name} must be a run folder, but is {run_dir}, which {lacks}{remedy}")
+    return words
+
+
+class OneLineParser(LightningArgumentParser):
+    """Says what is wrong with a command line in one line."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Prints the line and exits with code 2."""
+        fail(parser_line(message, [action.dest for action in self._actions], sys.argv))
+        raise AssertionError
+
+
+class ParagraphHelp(DefaultHelpFormatter):
+    """Leaves the lines of a description as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        return "".join(indent + line for line in text.splitlines(keepends=True))
+
+
+def restore_nulls(config: Namespace) -> None:
+    """Makes of the text `None` nothing again, in place: jsonargparse gives it for a flag's `null` inside a class."""
+    for name, value in vars(config).items():
+        if isinstance(value, Namespace):
+            restore_nulls(value)
+        elif value == "None":
+            config[name] = None
