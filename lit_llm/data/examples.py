@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -205,8 +206,10 @@ class ExampleData(SplitData):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuses a checkpoint whose classes mean something else; a table without a training split takes its classes.
 
+        What is evaluated may have them in another order, since they are found by their names.
+
         Raises:
-            ValueError: When the checkpoint's classes are not this data's.
+            ValueError: When the checkpoint's classes are not this data's, or training would go on in another order.
         """
         super().load_state_dict(state_dict)
         values, names = state_dict["labels"]
@@ -217,10 +220,21 @@ class ExampleData(SplitData):
             read = read_labels if self._predicting else require_labels
             self.splits[name] = Split(split.rows, read(split.rows, self.reader, name))
         elif self.class_names != names:
-            raise ValueError(
-                f"data.label must have the checkpoint's classes, {', '.join(names) or 'none'}, but has "
-                f"{', '.join(self.class_names) or 'none'} in {self.path}"
-            )
+            if self._stage == "fit" or set(self.class_names) != set(names):
+                raise ValueError(
+                    f"data.label must have the checkpoint's classes, {', '.join(names) or 'none'}, but has "
+                    f"{', '.join(self.class_names) or 'none'} in {self.path}"
+                )
+            self._put_classes_in_order(names)
+
+    def _put_classes_in_order(self, names: list[str]) -> None:
+        value_of = dict(zip(self.class_names, self.reader.values, strict=True))
+        place = np.array([names.index(name) for name in self.class_names], dtype=np.int64)
+        for name, split in self.splits.items():
+            if split.labels is not None:
+                self.splits[name] = Split(split.rows, place[split.labels])
+        self.reader = replace(self.reader, values=tuple(value_of[name] for name in names), class_names=names)
+        self._readable = {}
 
     # How batches are made.
 

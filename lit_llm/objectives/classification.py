@@ -80,16 +80,27 @@ class Classification(Objective):
         super().setup(stage)
 
     def build(self) -> None:
-        """Makes the network, and tells it the classes' names, and that they exclude each other."""
+        """Makes the network, and tells it, to be trained, the classes' names, and that they exclude each other."""
         super().build()
         if getattr(self.network, "multi_label", False):
             self.network.multi_label = False
-        data = getattr(self._trainer, "datamodule", None)
-        if (names := getattr(data, "class_names", None)) and hasattr(self.network, "class_names"):
-            self.network.class_names = [*names, *(f"LABEL_{i}" for i in range(len(names), self.hparams["num_classes"]))]
+        if self._fits:
+            self._name_classes()
         self.val_metric, self.test_metric = (classification_metrics(self.hparams["num_classes"]) for _ in range(2))
         # Whole numbers: others would be rounded to the precision of the network.
+        data = getattr(self._trainer, "datamodule", None)
         self.register_buffer("count_of_class", self._count_of_class(data), persistent=False)
+
+    def on_validation_start(self) -> None:
+        """Tells the network the classes' names, now that a checkpoint has said in which order the data have them."""
+        self._name_classes()
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def _name_classes(self) -> None:
+        names = getattr(self.trainer.datamodule, "class_names", None)
+        if names and hasattr(self.network, "class_names"):
+            self.network.class_names = [*names, *(f"LABEL_{i}" for i in range(len(names), self.hparams["num_classes"]))]
 
     def _count_of_class(self, data: Any) -> Int[Tensor, " classes"] | None:
         if self.class_weights is None or not self._fits:

@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 import yaml
+from datasets import ClassLabel, Dataset, Features, Value
 from transformers import AutoModelForSequenceClassification
 
 from lit_llm.checkpoints import save_model
@@ -226,3 +227,30 @@ def test_a_labelled_table_of_ones_own_is_evaluated_whole_by_the_checkpoints_clas
         outcome = lit_llm("test", "--run_dir", run, "--data.path", tmp_path / "only_test.csv")
         assert outcome.code == 2
         assert message in outcome.last_line
+
+
+def test_a_run_is_tested_on_its_classes_in_another_order_by_their_names(lit_llm, tmp_path) -> None:
+    names = [("bad", "good")[row % 2] for row in range(60)]
+    texts = [f"{name} words {row // 2}" for row, name in enumerate(names)]
+    table = tmp_path / "x.csv"
+    table.write_text("\n".join(["text,label", *map(",".join, zip(texts, names, strict=True))]))
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["good", "bad"])})
+    Dataset.from_dict({"text": texts, "label": names}, features).to_parquet(tmp_path / "x.parquet")
+    size = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    words = ["--config", REPOSITORY / "configs/finetuning/encoder_glue.yaml", "--data.path", table]
+    words += [
+        "--model.network.config",
+        json.dumps({**size, "num_hidden_layers": 1}),
+        "--data.tokenizer",
+        "bert-bpe-300",
+    ]
+    words += ["--data.batch_size", "8", "--data.validation_fraction", "0.3", "--trainer.max_steps", "30"]
+    words += ["--trainer.precision", "32-true", "--model.optimizer.lr", "0.02", "--model.schedule.warmup_steps", "0"]
+    outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    fitted = json.loads((tmp_path / "run/results.json").read_text())["best/val/loss"]
+    outcome = lit_llm("validate", "--run_dir", tmp_path / "run", "--data.path", tmp_path / "x.parquet")
+    assert outcome.code == 0, outcome.err
+    assert "The classes of the head are now" not in outcome.err
+    found = dict(line.split() for line in outcome.out.splitlines() if line.startswith("val/"))
+    assert found["val/loss"] == f"{fitted:.4f}"

@@ -359,6 +359,27 @@ def test_a_checkpoint_of_other_classes_or_tokens_is_refused(table, tmp_path) -> 
         made(path=table, tokenizer="bert-bpe-280").load_state_dict(state)
 
 
+def test_the_checkpoints_classes_in_another_order_are_found_by_their_names_but_not_to_train_on(tmp_path) -> None:
+    sentences = [f"{word} things {n}" for n in range(30) for word in ("bad", "good")]
+    path = write_csv(tmp_path / "x.csv", [(text, text.split()[0]) for text in sentences])
+    state = made(path=path).state_dict()
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["good", "bad"])})
+    content = {"text": sentences, "label": [int(text.startswith("bad")) for text in sentences]}
+    Dataset.from_dict(content, features).to_parquet(tmp_path / "x.parquet")
+    data = made("validate", path=str(tmp_path / "x.parquet"))
+    next(iter(data.val_dataloader()))
+    data.load_state_dict(state)
+    batch = next(iter(data.val_dataloader()))
+    assert data.class_names == ["bad", "good"]
+    said = [data.label_name(label) for label in batch["labels"].tolist()]
+    assert said == [row["text"].split()[0] for row in data.texts("validation", batch["rows"].tolist())]
+    data = made(path=str(tmp_path / "x.parquet"))
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
+    message = f"data.label must have the checkpoint's classes, bad, good, but has good, bad in {tmp_path / 'x.parquet'}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        data.load_state_dict(state)
+
+
 def test_a_table_without_labels_is_predicted_whole_with_what_the_checkpoint_knows(table, tmp_path) -> None:
     state = made(path=table).state_dict()
     new = awaiting(write_csv(tmp_path / "new.csv", [("ab ab",), ("ab",)], "text"))

@@ -156,7 +156,7 @@ def test_weights_of_other_classes_get_a_new_head_which_is_said(tmp_path, caplog,
 
 
 def one_step() -> Trainer:
-    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1, limit_val_batches=0)
+    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1, limit_val_batches=1)
 
 
 @pytest.mark.parametrize("given", [False, True])
