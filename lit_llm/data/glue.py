@@ -151,7 +151,8 @@ class GLUEData(TableTokens, ExampleData):
     # How examples are read.
 
     def _find_splits(self) -> dict[str, Split]:
-        found = self._open()
+        self.tables = self._open()
+        found = dict(self.tables)
         unlabelled = found.pop("unlabelled", None) if "train" in found else None
         if not found:
             raise ValueError(f"data.path must hold a split to read, but {self.path} has none")

@@ -143,6 +143,7 @@ class Seq2SeqData(TableTokens):
 
     def _find_splits(self) -> dict[str, Split]:
         found = _docstrings() if self.path == NAME else choose_splits(open_table(self.path, self.subset), self.path)
+        self.tables = found
         first = found["train"] if "train" in found else next(iter(found.values()))
         known = self._known_columns(first)
         given = {role: name or known.get(role) for role, name in self.given.items()}

@@ -13,8 +13,9 @@ from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 
 from lit_llm.data.arguments import require_counts, require_fractions
+from lit_llm.data.cleaning import content_hash
 from lit_llm.data.sampling import BatchLoader, place
-from lit_llm.data.tables import Split, split_kind
+from lit_llm.data.tables import Split, column_values, split_kind
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +52,9 @@ class SplitData(LightningDataModule, ABC):
         self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
         self._readable: dict[str, Any] = {}
         self._trained_on: dict[str, Any] | None = None
+        # The source's tables as they are: nothing is cut out of `train`.
+        self.tables: dict[str, Dataset] = {}
+        self._contents: tuple[Any, ...] = (None, None, {})
 
     # What a subclass says.
 
@@ -94,6 +98,46 @@ class SplitData(LightningDataModule, ABC):
             return None
         here, there = (Path(path).expanduser().resolve() for path in (self.path, self._trained_on["path"]))
         return (here, self.subset) == (there, self._trained_on["subset"])
+
+    def _contents_of(self, columns: dict[str, str | None]) -> dict[str, list[int]]:
+        """Rows of each table that is trained on, and a hash of what stands in some columns: of whole ones, once."""
+        _ = self.splits
+        if self._contents[0] is not self.tables or self._contents[1] != columns:
+            found = {}
+            for name in [name for name in ("train", "unlabelled") if name in self.tables]:
+                rows = self.tables[name]
+                known = [column for column in columns.values() if column in rows.column_names]
+                texts = ("\0".join(map(str, column_values(rows, column))) for column in known)
+                found[name] = [len(rows), content_hash("\1".join(texts))]
+            self._contents = self.tables, columns, found
+        return self._contents[2]
+
+    def _change(self) -> str | None:
+        """How the tables have changed since a checkpoint was trained on them; `None` where nothing says they have."""
+        then = (self._trained_on or {}).get("contents")  # older checkpoints do not say it
+        if not then or not self._is_own:
+            return None
+        now = self._contents_of(self._trained_on["columns"])
+        for name in sorted(then.keys() | now.keys()):
+            before, after = (of.get(name, [0, 0]) for of in (then, now))
+            if before[0] != after[0]:
+                return f"the {name} split of {self.path} had {before[0]:,} rows then and has {after[0]:,} now"
+            if before != after:
+                return f"the {name} split of {self.path} has other rows now"
+        return None
+
+    def require_unchanged(self, state_dict: dict[str, Any]) -> None:
+        """Refuses to go on from a checkpoint whose tables have changed since: splits are cut out of them otherwise.
+
+        Raises:
+            ValueError: When they have.
+        """
+        self._trained_on = state_dict.get("trained_on", {})
+        if change := self._change():
+            raise ValueError(
+                f"data.path must hold the rows that the checkpoint was trained on to go on from it, but {change}; put "
+                f"those back, or start a new run with --model.weights"
+            )
 
     def _known_columns(self, rows: Dataset) -> dict[str, str]:
         """Columns of what was trained on, by what they are for, where a table to evaluate has them too."""
@@ -188,18 +232,30 @@ class SplitData(LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to know again what it was trained on."""
-        return {"trained_on": {"path": self.path, "subset": self.subset, "columns": asdict(self.columns)}}
+        columns = asdict(self.columns)
+        contents = self._contents_of(columns)
+        return {"trained_on": {"path": self.path, "subset": self.subset, "columns": columns, "contents": contents}}
 
     def expect(self, state_dict: dict[str, Any]) -> None:
         """Learns what a checkpoint that is going to be read was trained on, before any table is opened."""
         self._trained_on = state_dict.get("trained_on", {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Learns what a checkpoint was trained on."""
+        """Learns what a checkpoint was trained on; says where that may be among what is evaluated.
+
+        Raises:
+            ValueError: When training would go on with a source that has changed.
+        """
+        if self._stage == "fit":
+            self.require_unchanged(state_dict)
         self._trained_on = state_dict.get("trained_on", {})  # older checkpoints do not say it
         if self._predicting and "train" not in self.__dict__.get("splits", ["train"]):  # found before that was known
             self.__dict__.pop("splits")
             self._readable = {}
+        if self._stage in ("validate", "test", "predict") and (change := self._change()):
+            split = {"validate": "validation", "test": "test"}.get(self._stage) or self.predict_split
+            if split not in self.tables:
+                log.warning(f"Rows that the checkpoint was trained on may be in the {split} split, since {change}")
 
     def _read(self, name: str) -> Any:
         if name not in self._readable:

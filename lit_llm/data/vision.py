@@ -214,7 +214,8 @@ class VisionData(ExampleData):
                 f"data.path must tell the classes of images, by a folder for each or a column data.label, but "
                 f"{self.path} has none"
             )
-        found = self._decoded(chosen, tables.identity)
+        self.tables = self._decoded(chosen, tables.identity)
+        found = dict(self.tables)
         unlabelled = found.pop("unlabelled", None) if "train" in found else None
         whole = self._standing_alone(found) or self._whole_to_predict(found, label)
         return whole or self._labelled(found, unlabelled)

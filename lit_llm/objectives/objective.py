@@ -399,13 +399,17 @@ class Objective(Scheduled):
         """Gives the network the form that compression had given it; refuses weights of another network in one line.
 
         Raises:
-            ValueError: Naming the first parameter that differs, or the number of classes or tokens.
+            ValueError: Naming the first parameter that differs, or the number of classes or tokens; before these, to
+                train on, when the data have changed, which may be why.
         """
         if self.hparams["network"] is None:
             self.hparams.update(checkpoint["hyper_parameters"])
         first = self._trainer is None or self.trainer.is_global_zero  # the sum of all processes counts once
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0)) if first else (0.0, 0.0)
         self._require_images_of(checkpoint.get("image_shape"))
+        data = getattr(self._trainer, "datamodule", None)
+        if self._fits and hasattr(data, "require_unchanged"):
+            data.require_unchanged(checkpoint.get(type(data).__qualname__) or {})
         recipe, name = checkpoint.get("network") or {}, self.size_name
         here, there, arguments = self.hparams.get(name), recipe.get("size"), recipe.get("init_args") or {}
         if None not in (here, there) and here != there:

@@ -40,12 +40,12 @@ def made(stage: str = "fit", **arguments: Any) -> GLUEData:
     return data
 
 
-def awaiting(path: str, **arguments: Any) -> GLUEData:
-    """Data to predict, for which a checkpoint is still to be read."""
-    data = GLUEData(path=path, **{"tokenizer": TOKENIZER, **arguments})
-    data.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"), global_rank=0, world_size=1)
+def awaiting(path: str, stage: str = "predict", **arguments: Any) -> GLUEData:
+    """Data, to predict or for another stage, for which a checkpoint is still to be read."""
+    data = GLUEData(path=path, **{"tokenizer": TOKENIZER, "batch_size": 4, **arguments})
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=stage), global_rank=0, world_size=1)
     data.prepare_data()
-    data.setup("predict")
+    data.setup(stage)
     return data
 
 
@@ -373,11 +373,57 @@ def test_the_checkpoints_classes_in_another_order_are_found_by_their_names_but_n
     assert data.class_names == ["bad", "good"]
     said = [data.label_name(label) for label in batch["labels"].tolist()]
     assert said == [row["text"].split()[0] for row in data.texts("validation", batch["rows"].tolist())]
-    data = made(path=str(tmp_path / "x.parquet"))
-    data.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
+    data = awaiting(str(tmp_path / "x.parquet"), "fit")
     message = f"data.label must have the checkpoint's classes, bad, good, but has good, bad in {tmp_path / 'x.parquet'}"
     with pytest.raises(ValueError, match=exactly(message)):
         data.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("changed", "how"),
+    [
+        (rows(80), "had 60 rows then and has 80 now"),
+        ([(text.replace("word7", "word"), label) for text, label in rows(60)], "has other rows now"),
+        ([(text, 1 if n == 8 else label) for n, (text, label) in enumerate(rows(60))], "has other rows now"),
+    ],
+)
+def test_a_table_that_has_changed_since_training_is_not_gone_on_with_and_said_where_it_is_evaluated(
+    table, caplog, changed, how
+) -> None:
+    options = {"tokenizer": "bytes", "test_fraction": 0.2}
+    state = made(path=table, **options).state_dict()
+    for stage in ("fit", "validate", "test", "predict"):
+        awaiting(table, stage, **options, max_examples=30).load_state_dict(state)
+    assert not caplog.messages
+    write_csv(Path(table), changed)
+    change = f"the train split of {table} {how}"
+    message = (
+        f"data.path must hold the rows that the checkpoint was trained on to go on from it, but {change}; put those "
+        f"back, or start a new run with --model.weights"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        awaiting(table, "fit", **options).load_state_dict(state)
+    for stage, split in (("validate", "validation"), ("test", "test"), ("predict", "test")):
+        caplog.clear()
+        awaiting(table, stage, **options).load_state_dict(state)
+        assert caplog.messages == [
+            f"Rows that the checkpoint was trained on may be in the {split} split, since {change}"
+        ]
+    del state["trained_on"]["contents"]  # as of an older checkpoint
+    awaiting(table, "fit", **options).load_state_dict(state)
+
+
+def test_a_test_split_of_its_own_may_change(tmp_path, caplog) -> None:
+    for name in ("train", "test"):
+        write_csv(tmp_path / f"{name}.csv", rows(40))
+    options = {"path": str(tmp_path), "tokenizer": "bytes"}
+    state = made(**options).state_dict()
+    write_csv(tmp_path / "test.csv", rows(20))
+    for stage in ("fit", "test"):
+        awaiting(stage=stage, **options).load_state_dict(state)
+    write_csv(tmp_path / "train.csv", rows(60))
+    awaiting(stage="test", **options).load_state_dict(state)
+    assert not caplog.messages
 
 
 def test_a_table_without_labels_is_predicted_whole_with_what_the_checkpoint_knows(table, tmp_path) -> None:

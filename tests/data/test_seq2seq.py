@@ -122,6 +122,19 @@ def test_another_tokeniser_than_the_checkpoints_is_refused(tmp_path: Path) -> No
         opened(path, tokenizer="t5-bpe-360").load_state_dict(state)
 
 
+def test_training_does_not_go_on_where_a_text_to_write_has_changed(tmp_path: Path) -> None:
+    texts = [f"some text {n}" for n in range(20)]
+    state = opened(table(tmp_path, source=texts, target=["one"] * 20)).state_dict()
+    data = opened(path := table(tmp_path, source=texts, target=["one"] * 19 + ["two"]))
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"))
+    message = (
+        f"data.path must hold the rows that the checkpoint was trained on to go on from it, but the train split of "
+        f"{path} has other rows now; put those back, or start a new run with --model.weights"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        data.load_state_dict(state)
+
+
 def test_texts_of_one_length_come_together(tmp_path: Path) -> None:
     texts = ["x " * (1 + n % 30) for n in range(300)]
     path = table(tmp_path, source=texts, target=["y"] * 300)

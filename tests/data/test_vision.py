@@ -265,6 +265,10 @@ def test_training_does_not_go_on_with_images_of_another_shape_or_other_classes(f
         ValueError, match=r"^data.label must have the checkpoint's classes, cat, dog, ox, but has dog, ox"
     ):
         other.load_state_dict(trained.state_dict())
+    state = trained.state_dict()
+    next(Path(folder).rglob("*.png")).unlink()
+    with pytest.raises(ValueError, match=r"^data.path must hold the rows .* had \d+ rows then and has \d+ now; "):
+        made(doing="fit", path=folder).load_state_dict(state)
 
 
 @pytest.mark.parametrize(
