@@ -106,15 +106,18 @@ def complete_images(options: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def complete_tokenizer(options: Any, run: Path, checkpoint: dict[str, Any]) -> None:
-    """Has other data than a run's own read with the run's tokeniser, instead of one learnt from them, in place.
+    """Has data that are evaluated read with the run's tokeniser, instead of one learnt from them, in place.
+
+    The run's own table may have changed since; a corpus of its own, whose tokens are cached, stays as it is.
 
     Args:
         options: The data's arguments.
         run: The folder of the run, whose config says what its own are.
         checkpoint: What is read.
     """
-    states = (of.get("tokenizer") for of in checkpoint.values() if isinstance(of, dict))
-    files = next((of for of in states if isinstance(of, dict) and "tokenizer.json" in of), {})
+    states = (of for of in checkpoint.values() if isinstance(of, dict) and isinstance(of.get("tokenizer"), dict))
+    state = next((of for of in states if "tokenizer.json" in of["tokenizer"]), {})
+    files = state.get("tokenizer")
     config = run / "config.yaml"
     if not files or "tokenizer" not in options or not config.is_file():
         return
@@ -122,7 +125,8 @@ def complete_tokenizer(options: Any, run: Path, checkpoint: dict[str, Any]) -> N
     told, spec = options.as_dict(), options["tokenizer"]
     shared = (told.keys() & own.keys()) - NOT_OF_TEXTS
     here, there = ({name: of[name] for name in shared} for of in (told, own))
-    if here == there or spec != own.get("tokenizer") or not (spec is None or training_of(spec)):
+    own_corpus = here == there and "trained_on" not in state
+    if own_corpus or spec != own.get("tokenizer") or not (spec is None or training_of(spec)):
         return
     folder = cache_folder() / "tokenizers" / cache_name(files=files)
     if not (folder / "tokenizer.json").is_file():

@@ -254,3 +254,29 @@ def test_a_run_is_tested_on_its_classes_in_another_order_by_their_names(lit_llm,
     assert "The classes of the head are now" not in outcome.err
     found = dict(line.split() for line in outcome.out.splitlines() if line.startswith("val/"))
     assert found["val/loss"] == f"{fitted:.4f}"
+
+
+def test_a_table_that_has_changed_is_evaluated_with_the_runs_tokens_and_is_said_to_be_why_a_run_cannot_go_on(
+    lit_llm, reviews, tmp_path
+) -> None:
+    table = tmp_path / "x.csv"
+    shutil.copy(reviews, table)
+    size = {"model_type": "bert", "hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    words = ["--config", REPOSITORY / "configs/finetuning/encoder_glue.yaml", "--data.path", table]
+    words += ["--model.network.config", json.dumps({**size, "num_hidden_layers": 1})]
+    words += ["--data.tokenizer", "bert-bpe-4000", "--data.test_fraction", "0.2", "--data.max_seq_len", "32"]
+    words += ["--trainer.max_steps", "2", "--data.batch_size", "8", "--test_after_fit", "false"]
+    outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    with table.open("a") as file:
+        file.writelines(f'"quite another {chr(97 + n) * 5} text",{("bad", "good")[n % 2]}\n' for n in range(20))
+    change = f"the train split of {table} had 60 rows then and has 80 now"
+    for command in ("test", "predict"):
+        outcome = lit_llm(command, "--run_dir", tmp_path / "run")
+        assert outcome.code == 0, outcome.err
+        assert f"Rows that the checkpoint was trained on may be in the test split, since {change}" in outcome.err
+    outcome = lit_llm("fit", "--run_dir", tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "3")
+    assert outcome.last_line == (
+        f"lit-llm: error: data.path must hold the rows that the checkpoint was trained on to go on from it, but {change}; "
+        f"put those back, or start a new run with --model.weights"
+    )
