@@ -45,16 +45,28 @@ class RunReport(Callback):
             raise ValueError(f"checkpoint.mode must be min or max, but is {mode!r}")
         self.monitor, self.mode = monitor, mode
         self.results: dict[str, Any] = {}
+        self._began, self._stepped = 0, False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets what was best in another folder, whose `best.ckpt` is not here."""
         if not keeps_best(trainer, Path(trainer.default_root_dir) / "checkpoints"):
             self.results = {name: v for name, v in self.results.items() if not name.startswith("best/")}
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Remembers where this process begins: until it takes a step, what the folder holds is as it was."""
+        self._began, self._stepped = trainer.global_step, False
+
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Has the last step followed by a validation, wherever `val_check_interval` falls."""
+        """Has the last step followed by a validation, wherever `val_check_interval` falls.
+
+        With the first step a run that had come to its end is not finished any more, should it be killed.
+        """
+        if not self._stepped and trainer.global_step > self._began:
+            self._stepped = True
+            if trainer.is_global_zero and self._read(trainer).get("finished"):
+                self._merge(trainer, {"finished": False})
         if trainer.global_step == trainer.max_steps:
             trainer.should_stop = True
 
@@ -86,7 +98,7 @@ class RunReport(Callback):
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Writes what there is when a run is cut short."""
-        if trainer.state.fn == "fit" and trainer.global_step and not trainer.fast_dev_run:
+        if trainer.state.fn == "fit" and self._stepped and not trainer.fast_dev_run:
             self._write(trainer, finished=False)
 
     @rank_zero_only
@@ -107,18 +119,21 @@ class RunReport(Callback):
             logger.save()
         throughput = next((c for c in trainer.callbacks if isinstance(c, Throughput)), None)
         judged = {"monitor": self.monitor, "mode": self.mode, "finished": finished}
-        cost = {"tokens": throughput.tokens, "seconds": round(throughput.seconds, 2)} if throughput else {}
-        self._merge(
-            trainer,
-            {**self.results, **judged, "step": trainer.global_step, **cost, "commit": commit(), "command": command()},
-        )
+        took = throughput.state_dict() if throughput else {}
+        cost = {"tokens": took["tokens"], "seconds": round(took["seconds"], 2)} if took else {}
+        made = {"step": trainer.global_step, **cost, "commit": commit(), "command": command()}
+        kept = {name: value for name, value in self._read(trainer).items() if not name.startswith("test/")}
+        write_json(self._path(trainer), kept | self.results | judged | made)  # what was tested were other weights
         draw_learning_curve(Path(trainer.default_root_dir), self.monitor, self.mode)
 
     def _merge(self, trainer: Trainer, news: dict[str, Any]) -> None:
-        write_json(Path(trainer.default_root_dir) / "results.json", self._read(trainer) | news)
+        write_json(self._path(trainer), self._read(trainer) | news)
+
+    def _path(self, trainer: Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "results.json"
 
     def _read(self, trainer: Trainer) -> dict[str, Any]:
-        path = Path(trainer.default_root_dir) / "results.json"
+        path = self._path(trainer)
         return json.loads(path.read_text()) if path.exists() else {}
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -36,6 +36,13 @@ class Crash(Callback):
             raise RuntimeError("crash")
 
 
+class Early(Callback):
+    """Fails before a step is taken."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        raise RuntimeError("crash")
+
+
 def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in read_metrics(run / "metrics.csv") if "train/loss" in row}
 
@@ -168,6 +175,37 @@ def test_a_run_goes_on_with_its_own_network_config_alone(lit_llm, reviews, tmp_p
     assert outcome.code == 0, outcome.err
 
 
+class Results(Callback):
+    """Keeps what the results say after each batch."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.path.write_text((Path(trainer.default_root_dir) / "results.json").read_text())
+
+
+def test_a_run_that_is_extended_is_not_finished_meanwhile_nor_has_it_the_test_of_before(lit_llm, tiny, tmp_path):
+    run = tmp_path / "run"
+    assert lit_llm("fit", *tiny, "--run_dir", run).code == 0
+    before = json.loads((run / "results.json").read_text())
+    assert before["finished"]
+    assert "test/loss" in before
+    words = ["--trainer.max_steps", "9", "--test_after_fit", "false"]
+    words += ["--trainer.callbacks+", "tests.cli.test_resume.Results", "--trainer.callbacks.path", tmp_path / "x.json"]
+    assert lit_llm("fit", "--run_dir", run, "--ckpt_path", "last", *words).code == 0
+    assert not json.loads((tmp_path / "x.json").read_text())["finished"]
+    after = json.loads((run / "results.json").read_text())
+    assert after["finished"]
+    assert after["step"] == 9
+    assert "test/loss" not in after
+    assert "test/loss" not in (run / "model/README.md").read_text()
+    early = ["--trainer.max_steps", "12", "--trainer.callbacks+=tests.cli.test_resume.Early"]
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm("fit", "--run_dir", run, "--ckpt_path", "last", *early)
+    assert json.loads((run / "results.json").read_text()) == after  # no step was taken
+
+
 def test_what_was_best_is_so_still_where_the_run_folder_was_moved(lit_llm, tiny, tmp_path):
     words = [*tiny, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
     assert lit_llm("fit", *words, "--run_dir", tmp_path / "first").code == 0
@@ -223,6 +261,7 @@ def test_a_run_interrupted_before_a_validation_or_within_a_step_goes_on_exactly(
     assert lit_llm("fit", *words, *stopped, "--run_dir", tmp_path / "cut").code == 130
     step = read_checkpoint(tmp_path / "cut/checkpoints/last.ckpt")["global_step"]
     assert step == batch // 2 + 1
+    assert json.loads((tmp_path / "cut/results.json").read_text())["tokens"] == step * 2 * 4 * 32
     assert lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
     whole, cut = (read_metrics(tmp_path / run / "metrics.csv") for run in ("whole", "cut"))
     for name in ("train/loss", "val/loss"):
