@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lit_llm.models.attention import KVCache, attend, document_mask
 from lit_llm.models.block import Block
+from lit_llm.models.flops import training_flops
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """What Hugging Face's GPT-2 keeps as (in, out), its `Conv1D`, where a linear layer has (out, in)."""
@@ -282,15 +283,8 @@ class GPT2(nn.Module):
         return KVCache(batch_size, max_seq_len)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of one training step, forward and backward, per token of a row.
-
-        Source:
-            Chowdhery et al., 2022, "PaLM", arXiv:2204.02311, app. B: `6 N + 12 L H Q T`, with `N` the parameters that
-            take part in matrix products.
-        """
-        used = sum(p.numel() for p in self.parameters()) - self.wpe.weight.numel()
-        used -= 0 if self.tie_embeddings else self.wte.weight.numel()
-        return 6 * used + 12 * self.num_layers * self.d_model * seq_len
+        """Floating-point operations of one training step per token of a row, as `training_flops` counts them."""
+        return training_flops(self, 4 * self.d_model * seq_len)
 
     def to_hf_config(self) -> dict[str, Any]:
         """The `config.json` with which transformers builds the same network."""

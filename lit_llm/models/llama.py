@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from lit_llm.models.attention import Attention, KVCache, document_mask
 from lit_llm.models.block import Block
 from lit_llm.models.feed_forward import SwiGLU
+from lit_llm.models.flops import training_flops
 from lit_llm.models.normalization import RMSNorm
 from lit_llm.models.rotary import RopeScaling, Rotation, rope_from_hf, rotation
 
@@ -212,15 +213,8 @@ class Llama(nn.Module):
         return KVCache(batch_size, max_seq_len)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of one training step, forward and backward, per token of a row.
-
-        Source:
-            Chowdhery et al., 2022, "PaLM", arXiv:2204.02311, app. B: `6 N + 12 L H Q T`, with `N` the parameters that
-            take part in matrix products.
-        """
-        used = sum(p.numel() for p in self.parameters())
-        used -= 0 if self.tie_embeddings else self.embed_tokens.weight.numel()
-        return 6 * used + 12 * self.num_layers * self.num_heads * self.d_head * seq_len
+        """Floating-point operations of one training step per token of a row, as `training_flops` counts them."""
+        return training_flops(self, 4 * self.num_heads * self.d_head * seq_len)
 
     def to_hf_config(self) -> dict[str, Any]:
         """The `config.json` with which transformers builds the same network."""

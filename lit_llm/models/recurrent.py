@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from lit_llm.models.block import Block
+from lit_llm.models.flops import training_flops
 
 State = tuple[Float[Tensor, "1 _ d_model"], ...]
 """What one layer remembers of each sequence: its output and, with an LSTM, its cell."""
@@ -183,9 +184,8 @@ class Recurrent(nn.Module, ABC):
         return StateCache()
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of one training step, forward and backward, per token: six for each weight."""
-        used = sum(p.numel() for p in self.parameters())
-        return 6 * (used - (0 if self.tie_embeddings else self.embed_tokens.weight.numel()))
+        """Floating-point operations of one training step per token of a row, as `training_flops` counts them."""
+        return training_flops(self)
 
 
 class RNN(Recurrent):

@@ -90,6 +90,13 @@ def test_adapters_are_planned_as_they_are_trained(lit_llm, tmp_path, adapter):
     assert adapted["gradients"] == 4 * trained
 
 
+def test_operations_of_frozen_weights_are_planned_as_far_as_gradients_go(lit_llm, tmp_path):
+    overlay = ["--config", REPOSITORY / "configs/adaptation/head_only.yaml"]
+    found = plan_of(lit_llm, tmp_path, *MAIN, *SMALL, *overlay)
+    step = found["steps"]["as configured"]
+    assert found["flops_per_token"] == pytest.approx(step["flops"] / step["tokens"], rel=0.01)
+
+
 def test_what_starts_from_weights_is_planned_without_reading_them(lit_llm, tmp_path, tiny_llama, reviews):
     save_model(tmp_path / "llama", tiny_llama(vocab_size=257), byte_tokenizer())
     words = ["--config", REPOSITORY / "configs/pretraining/llama_continued.yaml", "--data.tokenizer", "bytes"]

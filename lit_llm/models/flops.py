@@ -1,0 +1,41 @@
+"""What a step of training computes, from the weights of a network and which of them learn."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lit_llm.models.block import Block
+
+
+def training_flops(network: nn.Module, attention: int = 0) -> int:
+    """Floating-point operations of one training step, forward and backward, per token of a row.
+
+    A weight takes two in the forward pass. In the backward pass it takes two for the gradient of its input, where
+    anything learns that was made before it, and two for its own, where it learns itself. Embeddings are looked up. What
+    activation checkpointing computes again is not counted.
+
+    Args:
+        network: One whose layers were made in the order in which they compute.
+        attention: Those of a block's scores and weighted values in the forward pass; the backward pass has twice as
+            many, where anything learns in the block or before it.
+
+    Example:
+        >>> network = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False))
+        >>> frozen = network[0].requires_grad_(False)
+        >>> training_flops(network)
+        24
+
+    Source:
+        Chowdhery et al., 2022, "PaLM", arXiv:2204.02311, app. B: where all learn, that is `6 N + 12 L H Q T`, with `N`
+        the parameters that take part in matrix products.
+    """
+    flops, learning = 0, False
+    for module in network.modules():
+        if isinstance(module, Block):
+            returns = learning or any(p.requires_grad for p in module.parameters())
+            flops += attention * (3 if returns else 1)
+        for p in module.parameters(recurse=False):
+            if not isinstance(module, nn.Embedding):
+                flops += 2 * p.numel() * (1 + learning + p.requires_grad)
+            learning = learning or p.requires_grad
+    return flops
