@@ -53,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lit-llm plan",
         description="Estimate what a run will need: parameters, operations, memory under each strategy, time, energy, "
         "cost. The training step of the config is run on tensors without storage: no weights are allocated, and no "
-        "data are read for a language model (a single batch for anything else). All other options, such as "
+        "data are read for a language model (a single batch for anything else). Only --data.tokenizer characters has "
+        "to read them to count its tokens, unless --model.vocab_size gives their number. All other options, such as "
         "--model.network or --data.seq_len, are those of lit-llm fit.",
         epilog="example: lit-llm plan --config configs/pretraining/llama_stdlib.yaml --model.network "
         "configs/models/llama3_8b.yaml --model.vocab_size 128256 --data.seq_len 8192 --data.batch_size 1 --devices 8 "
@@ -213,7 +214,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 def example_batch(objective: Any, data: Any) -> dict[str, Any]:
     """A batch of a config's shapes: for language models made up, so that no text is read; else the data's first.
 
-    Tells the objective what sizes its network, too.
+    Tells the objective what sizes its network, too, for which characters have to be counted in the texts.
     """
     import torch
 

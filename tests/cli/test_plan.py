@@ -43,6 +43,19 @@ def test_a_plan_needs_neither_data_nor_tokeniser_and_writes_nothing(lit_llm, tmp
     assert found["memory"]["as configured"].keys() == set(STRATEGIES)
 
 
+def test_characters_are_counted_in_the_texts_unless_their_number_is_given(lit_llm, tmp_path):
+    told = " ".join(lit_llm("plan", "--help").out.split())
+    assert "Only --data.tokenizer characters has to read them to count its tokens, unless --model.vocab_size" in told
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    for number in "0123":
+        (corpus / f"{number}.txt").write_text(f"abc {number}")
+    words = [*MAIN, *SMALL, "--data.tokenizer", "characters", "--data.validation_fraction", 0]
+    words += ["--data.test_fraction", 0, "--data.seq_len", 8, "--data.batch_size", 1, "--data.path"]
+    assert step_of(lit_llm, tmp_path, *words, corpus)["embeddings"] == (len("abc 0123") + 2) * 16
+    assert step_of(lit_llm, tmp_path, *words, "nowhere", "--model.vocab_size", 99)["embeddings"] == 99 * 16
+
+
 def test_what_does_not_fit_is_said(lit_llm):
     outcome = lit_llm("plan", *MAIN, *SMALL, "--memory", "1MB")
     assert outcome.code == 0, outcome.err
