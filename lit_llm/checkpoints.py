@@ -80,7 +80,7 @@ def save_model(
         (new / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         if tokenizer is not None:
             tokenizer.save_pretrained(new)
-            if hasattr(network, "new_cache") and tokenizer.chat_template:
+            if hasattr(network, "new_cache"):
                 _write_ends(tokenizer, tokens, new / GENERATION_CONFIG)
         if image_processor is not None:
             (new / IMAGE_PROCESSOR).write_text(json.dumps(image_processor, indent=2) + "\n")
@@ -91,16 +91,27 @@ def save_model(
 
 
 def _write_ends(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int | None], file: Path) -> None:
-    """Tells transformers' `generate` of all tokens that end a turn; `config.json` has only the end of text."""
-    from lit_llm.data.chat import turn_ends  # of few models, so not at every start
+    """Tells transformers' `generate` of all tokens that end a text or a turn.
 
-    try:
-        ends = turn_ends(tokenizer)
-    except (ValueError, TypeError):  # the template renders no conversation of which its end could be told
+    `config.json` has only the end of text, and a file that came with the weights, which is read before it, may have
+    the end that is the architecture's default.
+    """
+    ends = _turn_ends(tokenizer) if tokenizer.chat_template else set()
+    if not ends and not file.is_file():
         return
     written = json.loads(file.read_text()) if file.is_file() else {}
     written.pop("_from_model_config", None)
-    file.write_text(json.dumps(written | tokens | {"eos_token_id": sorted(ends) or None}, indent=2) + "\n")
+    tokens = tokens | ({"eos_token_id": sorted(ends)} if ends else {})
+    file.write_text(json.dumps(written | tokens, indent=2) + "\n")
+
+
+def _turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    from lit_llm.data.chat import turn_ends  # of few models, so not at every start
+
+    try:
+        return turn_ends(tokenizer)
+    except (ValueError, TypeError):  # the template renders no conversation of which its end could be told
+        return set()
 
 
 class Model(NamedTuple):

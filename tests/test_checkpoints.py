@@ -75,6 +75,24 @@ def test_transformers_ends_a_reply_with_the_turn_and_with_the_text(own: bool, ti
         assert reply[0, 2:].tolist() == [end]
 
 
+@pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}"])
+def test_transformers_ends_a_text_where_the_tokenizer_does_not_where_the_architecture_would(
+    template: str | None, tiny_llama, tmp_path: Path
+) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = template
+    config = {**tiny_llama(vocab_size=257).to_hf_config(), "model_type": "mistral"}
+    save_model(tmp_path, PretrainedCausalLM(257, {**config, "bos_token_id": 1, "eos_token_id": 2}), tokenizer)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ends = theirs.generation_config
+    assert (ends.bos_token_id, ends.eos_token_id, ends.pad_token_id) == (0, 0, 0)
+    for token, text in ((0, [0]), (2, [2] * 4)):
+        with torch.no_grad():
+            theirs.lm_head.weight.zero_()
+            theirs.lm_head.bias = nn.Parameter(torch.eye(257)[token])
+        assert theirs.generate(torch.tensor([[0, 5]]), max_new_tokens=4, do_sample=False)[0, 2:].tolist() == text
+
+
 def test_a_model_whose_chat_template_renders_no_prompt_is_written_all_the_same(tiny_llama, tmp_path: Path) -> None:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('no') }}"
