@@ -25,7 +25,7 @@ from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifes
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tokenizer import open_tokenizer, padding_id, write_tokenizer_files
 from lit_llm.files import replacing
-from lit_llm.models.pretrained_network import Pretrained
+from lit_llm.models.pretrained_network import Pretrained, may_lack
 from lit_llm.recipes import built, class_path, first_argument, plain
 from lit_llm.shapes import shapes_only
 from lit_llm.shards import whole
@@ -72,6 +72,9 @@ def save_model(
         tokens = {f"{name}_token_id": token for name, token in tokens.items()}
         if hasattr(network, "read_tokens_of"):  # where it finds padding is its own affair
             tokens |= {name: config[name] for name in tokens if config.get(name) is not None}
+        if isinstance(network, Pretrained):
+            lacking = [name for name, token in tokens.items() if token is None]
+            tokens |= {name: config[name] for name in lacking if not may_lack(network.config, name)}
         config |= tokens
     with replacing(folder) as new:
         new.mkdir()

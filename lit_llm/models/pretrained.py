@@ -53,7 +53,7 @@ class PretrainedCausalLM(PretrainedLanguageModel):
     def _plain_config(self) -> PretrainedConfig:
         # Rows here have no padding, and transformers would freeze the embedding of what is a boundary to us.
         plain = copy.deepcopy(self.config)
-        plain.get_text_config().pad_token_id = None
+        vars(plain.get_text_config())["pad_token_id"] = None  # set as others are, a few architectures would refuse it
         return plain
 
     def _adopt(self, model: PreTrainedModel) -> None:

@@ -54,7 +54,8 @@ class Pretrained(nn.Module):
         super().__init__()
         text = config.get_text_config()
         if (getattr(text, "pad_token_id", None) or 0) >= getattr(text, "vocab_size", math.inf):
-            text.pad_token_id = None  # an architecture's default, of its own tokens
+            # An architecture's default, of its own tokens.
+            text.pad_token_id = None if may_lack(text, "pad_token_id") else 0
         self.config, self.activation_checkpointing = config, activation_checkpointing
         self._is_trained = False
         self._build()
@@ -320,6 +321,17 @@ def read_config(config: str | dict[str, Any], name: str = "config") -> Pretraine
         raise ValueError(
             f"{name} must describe a network of transformers, but does not: {first_line(error)}"
         ) from error
+
+
+def may_lack(config: PretrainedConfig, name: str) -> bool:
+    """Whether a config may say that there is no such token; those of a few architectures refuse it."""
+    from huggingface_hub.errors import StrictDataclassFieldValidationError
+
+    try:
+        setattr(copy.copy(config), name, None)
+    except StrictDataclassFieldValidationError:
+        return False
+    return True
 
 
 @contextmanager

@@ -31,9 +31,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "granite": SIZE | {"logits_scaling": 3.0},
     "mixtral": SIZE | {"num_local_experts": 4},
     "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "n_positions": 64},  # a head with biases
+    "modernbert-decoder": SIZE | {"local_attention": 8},  # must have a padding token
 }
 SCALED = {"gemma2", "granite"}
-BIASED = {"gptj"}
+BIASED = {"gptj", "modernbert-decoder"}
 kinds = pytest.mark.parametrize("kind", CONFIGS)
 
 
@@ -56,7 +57,8 @@ def tokens(batch: int = 2, seq: int = 12) -> torch.Tensor:
 @kinds
 @torch.no_grad()
 def test_a_directory_of_transformers_is_read_and_written_without_a_change(kind: str, tmp_path: Path) -> None:
-    theirs = awake(kind).model
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(kind, vocab_size=37, pad_token_id=0)))
+    theirs.eval().load_state_dict(awake(kind).model.state_dict())
     theirs.save_pretrained(tmp_path / "theirs")
     network, _ = load_model(tmp_path / "theirs")
     assert type(network) is PretrainedCausalLM
@@ -103,11 +105,23 @@ def test_the_vocabulary_is_that_of_the_data() -> None:
     assert network.to_hf_config()["vocab_size"] == 11
 
 
-def test_the_embedding_of_the_boundary_learns_though_it_pads() -> None:
-    network = PretrainedCausalLM(11, config("mistral", pad_token_id=0))
+@pytest.mark.parametrize("kind", ["mistral", "modernbert-decoder"])
+def test_the_embedding_of_the_boundary_learns_though_it_pads(kind: str) -> None:
+    network = PretrainedCausalLM(11, config(kind, pad_token_id=0))
+    assert network.model.get_input_embeddings().weight[0].abs().sum() > 0
     network(torch.zeros(1, 3, dtype=torch.long)).square().sum().backward()
     assert network.model.get_input_embeddings().weight.grad[0].abs().sum() > 0
     assert network.to_hf_config()["pad_token_id"] == 0
+
+
+def test_an_architecture_that_must_have_a_token_keeps_its_own_where_the_tokenizer_has_none(tmp_path: Path) -> None:
+    network, tokenizer = awake("modernbert-decoder", bos_token_id=7, pad_token_id=9), byte_tokenizer()
+    tokenizer.bos_token = tokenizer.pad_token = None
+    save_model(tmp_path, network, tokenizer)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert [written[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [7, 0, 9]
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(tmp_path)[0](tokens()), network(tokens()))
 
 
 def test_a_network_whose_attention_counts_distances_by_padding_is_refused_where_that_matters() -> None:
