@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 
 from lit_llm.data.tokenizer import boundary_id, first_id
 from lit_llm.files import replacing
@@ -56,8 +57,8 @@ class Samples(Callback):
         """Writes the samples."""
         if not self.prompts or trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":
             return
-        if not hasattr(pl_module.evaluated, "new_cache"):
-            log.info(f"No samples: a {type(pl_module.evaluated).__name__} has no new_cache to write texts with")
+        if reason := _cannot_write(pl_module.evaluated):
+            log.info(f"No samples: {reason}")
             self.prompts = []
             return
         tokenizer = trainer.datamodule.tokenizer
@@ -85,3 +86,14 @@ class Samples(Callback):
         with (Path(trainer.default_root_dir) / "samples.txt").open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
         log.info("\n".join("  | " + line for line in lines[1].rstrip().splitlines()))
+
+
+def _cannot_write(network: nn.Module) -> str | None:
+    """Why a network writes no texts, where it does not."""
+    if not hasattr(network, "new_cache"):
+        return f"a {type(network).__name__} has no new_cache to write texts with"
+    try:
+        network.new_cache(1, 1)
+    except ValueError as error:  # one of transformers that decodes in another way, if at all
+        return str(error)
+    return None

@@ -169,8 +169,11 @@ class PretrainedCausalLM(PretrainedLanguageModel):
     def _require_attention(self) -> None:
         config = self.config.get_text_config()
         others = sorted(set(getattr(config, "layer_types", None) or ()) - ATTENTION)
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+        taken = inspect.signature(self.model.forward).parameters
+        if "position_ids" not in taken:
             others.append("no positions that can be given")
+        if "past_key_values" not in taken:  # those older than it read no such mask either
+            others.append("no cache of keys and values")
         if getattr(config, "alibi", False):  # made of the mask's padding, wherever positions are said to be
             others.append("alibi")
         if others:

@@ -146,12 +146,26 @@ def test_activation_checkpointing_gives_the_same_gradients() -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_a_network_that_is_not_all_attention_is_refused_where_that_matters() -> None:
-    network = PretrainedCausalLM(
-        37, {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
-    )
+@pytest.mark.parametrize(
+    ("config", "has"),
+    [
+        (
+            {"model_type": "mamba", "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
+            r"MambaForCausalLM has linear_attention, [^\n]+",
+        ),
+        (
+            {"model_type": "openai-gpt", "n_embd": 16, "n_layer": 1, "n_head": 2},
+            "OpenAIGPTLMHeadModel has no cache of keys and values",
+        ),
+    ],
+    ids=["mamba", "openai-gpt"],
+)
+def test_a_network_that_is_not_all_attention_or_has_no_cache_is_refused_where_that_matters(
+    config: dict, has: str
+) -> None:
+    network = PretrainedCausalLM(37, config)
     assert network(tokens()).shape == (2, 12, 37)
-    line = r"\Anetwork must be made of attention [^\n]+, but a MambaForCausalLM has linear_attention, [^\n]+\Z"
+    line = rf"\Anetwork must be made of attention [^\n]+, but a {has}\Z"
     for use in (
         lambda: network(tokens(), document_ids=torch.zeros(2, 12, dtype=torch.long)),
         lambda: network.new_cache(2, 12),
