@@ -70,8 +70,11 @@ def save_model(
     if tokenizer is not None:
         tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
         tokens = {f"{name}_token_id": token for name, token in tokens.items()}
-        if hasattr(network, "read_tokens_of"):  # where it finds padding is its own affair
+        if not hasattr(network, "new_cache") and hasattr(network, "read_tokens_of"):
+            # Where it finds padding is its own affair.
             tokens |= {name: config[name] for name in tokens if config.get(name) is not None}
+        elif getattr(network, "first_position", 0):  # of its weights
+            tokens["pad_token_id"] = config["pad_token_id"]
         if isinstance(network, Pretrained):
             lacking = [name for name, token in tokens.items() if token is None]
             tokens |= {name: config[name] for name in lacking if not may_lack(network.config, name)}

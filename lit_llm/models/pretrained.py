@@ -12,10 +12,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lit_llm.models.attention import document_mask
-from lit_llm.models.pretrained_network import PretrainedLanguageModel
+from lit_llm.models.pretrained_network import PretrainedLanguageModel, counting_from_padding
 
 if TYPE_CHECKING:
-    from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
+    from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ATTENTION = {"full_attention", "sliding_attention"}
 """The kinds of layers that a mask tells all there is to know about what they may look at."""
@@ -57,8 +57,33 @@ class PretrainedCausalLM(PretrainedLanguageModel):
         return plain
 
     def _adopt(self, model: PreTrainedModel) -> None:
+        if kin := counting_from_padding(model):
+            kin.padding_idx = self.config.pad_token_id
+            if kin.padding_idx is None:
+                raise ValueError(
+                    f"pad_token_id must be in the config of a causal {self.config.model_type}, which counts positions "
+                    f"from it, and less than vocab_size, but is not"
+                )
         super()._adopt(model)
         self._head_is_all = self._finds_nothing_but_the_head()
+
+    def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Has fresh weights of RoBERTa's kin, which count positions from the padding token, take the tokeniser's.
+
+        Raises:
+            ValueError: When that stands in texts too: transformers would count it as no position.
+        """
+        if not self.first_position:
+            return
+        others = tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.sep_token_id
+        if tokenizer.pad_token_id in (None, *others):
+            raise ValueError(
+                f"data.tokenizer must have a padding token of its own for a causal {self.config.model_type}, which "
+                f"counts positions by it, but pads with {tokenizer.pad_token}"
+            )
+        if tokenizer.pad_token_id != self.config.pad_token_id:
+            self.config.pad_token_id = tokenizer.pad_token_id
+            self._build()
 
     def reset_parameters(self) -> None:
         """Draws the initial weights of the architecture."""
@@ -156,8 +181,11 @@ class PretrainedCausalLM(PretrainedLanguageModel):
         if document_ids is not None:
             mask = document_mask(document_ids)
         words: dict[str, Any] = {"input_ids": input_ids, "use_cache": cache is not None}
+        if positions is None and self.first_position:  # by itself it would count no position for a padding token
+            kept = 0 if cache is None else cache.get_seq_length()
+            positions = torch.arange(kept, kept + input_ids.shape[1], device=input_ids.device)[None]
         if positions is not None:
-            words["position_ids"] = positions.expand_as(input_ids)
+            words["position_ids"] = positions.expand_as(input_ids) + self.first_position
         if cache is not None:
             words["past_key_values"] = cache
         if mask is not None or cache is not None:

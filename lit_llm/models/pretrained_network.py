@@ -91,9 +91,8 @@ class Pretrained(nn.Module):
         if self.activation_checkpointing:
             new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # as later versions call it
             getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
-        # RoBERTa's kin count positions from the one after the padding token's id.
-        kin = hasattr(getattr(model.base_model, "embeddings", None), "create_position_ids_from_inputs_embeds")
-        self.first_position = model.base_model.embeddings.padding_idx + 1 if kin else 0
+        kin = counting_from_padding(model)
+        self.first_position = kin.padding_idx + 1 if kin else 0
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.max_seq_len = longest - self.first_position if longest and longest > 0 else None  # -1 is any, too
 
@@ -289,6 +288,12 @@ def _repeated(model: nn.Module) -> set[type]:
             found |= kinds
             inside.update(module.modules())
     return found
+
+
+def counting_from_padding(model: PreTrainedModel) -> nn.Module | None:
+    """The embeddings of one of RoBERTa's kin: they count positions from the one after the padding token's id."""
+    embeddings = getattr(model.base_model, "embeddings", None)
+    return embeddings if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else None
 
 
 @contextmanager

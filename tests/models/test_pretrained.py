@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lit_llm.checkpoints import load_model, save_model
-from lit_llm.data.tokenizer import byte_tokenizer
+from lit_llm.data.tokenizer import byte_tokenizer, train_bert_bpe
 from lit_llm.generation import generate
 from lit_llm.models.pretrained import PretrainedCausalLM
 from tests.examples import BERT
@@ -32,9 +32,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mixtral": SIZE | {"num_local_experts": 4},
     "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "n_positions": 64},  # a head with biases
     "modernbert-decoder": SIZE | {"local_attention": 8},  # must have a padding token
+    "roberta": SIZE | {"is_decoder": True},  # counts positions from it
 }
 SCALED = {"gemma2", "granite"}
-BIASED = {"gptj", "modernbert-decoder"}
+BIASED = {"gptj", "modernbert-decoder", "roberta"}
 kinds = pytest.mark.parametrize("kind", CONFIGS)
 
 
@@ -57,8 +58,8 @@ def tokens(batch: int = 2, seq: int = 12) -> torch.Tensor:
 @kinds
 @torch.no_grad()
 def test_a_directory_of_transformers_is_read_and_written_without_a_change(kind: str, tmp_path: Path) -> None:
-    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(kind, vocab_size=37, pad_token_id=0)))
-    theirs.eval().load_state_dict(awake(kind).model.state_dict())
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config(kind, vocab_size=38, pad_token_id=37)))
+    theirs.eval().load_state_dict(awake(kind, 38).model.state_dict())
     theirs.save_pretrained(tmp_path / "theirs")
     network, _ = load_model(tmp_path / "theirs")
     assert type(network) is PretrainedCausalLM
@@ -105,7 +106,7 @@ def test_the_vocabulary_is_that_of_the_data() -> None:
     assert network.to_hf_config()["vocab_size"] == 11
 
 
-@pytest.mark.parametrize("kind", ["mistral", "modernbert-decoder"])
+@pytest.mark.parametrize("kind", ["mistral", "modernbert-decoder", "roberta"])
 def test_the_embedding_of_the_boundary_learns_though_it_pads(kind: str) -> None:
     network = PretrainedCausalLM(11, config(kind, pad_token_id=0))
     assert network.model.get_input_embeddings().weight[0].abs().sum() > 0
@@ -122,6 +123,46 @@ def test_an_architecture_that_must_have_a_token_keeps_its_own_where_the_tokenize
     assert [written[f"{name}_token_id"] for name in ("bos", "eos", "pad")] == [7, 0, 9]
     with torch.no_grad():
         torch.testing.assert_close(load_model(tmp_path)[0](tokens()), network(tokens()))
+
+
+@pytest.mark.parametrize("kind", ["roberta", "camembert", "data2vec-text"])
+@torch.no_grad()
+def test_positions_that_are_counted_from_the_padding_are_those_of_transformers(kind: str, tmp_path: Path) -> None:
+    network = PretrainedCausalLM(38, CONFIGS["roberta"] | {"model_type": kind, "pad_token_id": 37}).eval()
+    assert (network.first_position, network.max_seq_len) == (38, 26)
+    save_model(tmp_path, network, byte_tokenizer())
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    ids, mask = tokens(), torch.ones(2, 12, dtype=torch.long)
+    ids[0, :5], mask[0, :5] = 37, 0
+    logits = theirs(ids, attention_mask=mask).logits
+    torch.testing.assert_close(logits[:1, 5:], network(ids[:1, 5:]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1:], network(ids[1:]), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(logits[1:], network(ids[1:], positions=torch.arange(12)[None]), atol=1e-5, rtol=1e-5)
+
+
+def test_fresh_weights_take_the_padding_from_which_they_count_positions_of_the_tokeniser() -> None:
+    tokenizer = train_bert_bpe(["ab"], 260)
+    network = PretrainedCausalLM(len(tokenizer), config("roberta"))
+    assert (network.first_position, network.max_seq_len) == (2, 62)
+    network.read_tokens_of(tokenizer)
+    assert tokenizer.pad_token_id == network.to_hf_config()["pad_token_id"] == 0
+    assert (network.first_position, network.max_seq_len) == (1, 63)
+    message = (
+        "data.tokenizer must have a padding token of its own for a causal roberta, which counts positions by it, but "
+        "pads with <|endoftext|>"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        network.read_tokens_of(byte_tokenizer())
+    PretrainedCausalLM(257, config("mistral")).read_tokens_of(byte_tokenizer())
+
+
+def test_a_network_that_counts_positions_from_no_padding_is_refused() -> None:
+    message = (
+        "pad_token_id must be in the config of a causal roberta, which counts positions from it, and less than "
+        "vocab_size, but is not"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        PretrainedCausalLM(37, config("roberta", pad_token_id=37))
 
 
 def test_a_network_whose_attention_counts_distances_by_padding_is_refused_where_that_matters() -> None:
