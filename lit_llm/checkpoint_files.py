@@ -184,7 +184,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", in_pieces: bool = Fal
 
     Raises:
         FileNotFoundError: When there is none.
-        ValueError: When it is truncated, damaged, lacks a share, or holds more than plain values and tensors.
+        ValueError: When it is truncated, damaged, lacks a share, holds more than plain values and tensors, or is no
+            checkpoint.
     """
     if not path.is_file():
         raise FileNotFoundError(f"ckpt_path must be a checkpoint file, but is {path}, which does not exist")
@@ -192,6 +193,9 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", in_pieces: bool = Fal
     remedy = f"; {path.parent} also holds {', '.join(others)}" if others else ""
     require_whole(path, remedy)
     checkpoint = _load(path, remedy, map_location=map_location)
+    if not (isinstance(checkpoint, dict) and isinstance(checkpoint.get("state_dict"), dict)):
+        found = "a dict without one" if isinstance(checkpoint, dict) else f"a {type(checkpoint).__name__}"
+        raise ValueError(f"ckpt_path must hold a checkpoint, with its state_dict, but {path} holds {found}{remedy}")
     if "shares" not in checkpoint:
         return checkpoint
     checkpoint = _with_pieces(path, checkpoint, remedy)
@@ -200,7 +204,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", in_pieces: bool = Fal
 
 def _with_pieces(path: Path, checkpoint: dict[str, Any], remedy: str) -> dict[str, Any]:
     """Puts in a checkpoint, for its empty tensors, the pieces that are in the files of shares, mapped into memory."""
-    name, count = checkpoint.pop("shares")
+    name, count = _named_shares(path, checkpoint.pop("shares"))
     folder, stage = path.with_suffix(FOLDER) / Path(name).name, checkpoint.get("zero")
     files = (
         [folder / _file_name(rank, count) for rank in range(count)]
@@ -228,6 +232,16 @@ def _with_pieces(path: Path, checkpoint: dict[str, Any], remedy: str) -> dict[st
         return Pieces(keystr(where), value.shape, value.dtype, found.get(keystr(where), []))
 
     return tree_map_with_path(pieces, checkpoint)
+
+
+def _named_shares(path: Path, shares: Any) -> tuple[str, int]:
+    """The folder that a checkpoint says its shares are in, and of how many processes."""
+    match shares:
+        case [str(name), int(count)] if 0 < count < 10**5:  # as many as a file's name counts to
+            return name, count
+    raise ValueError(
+        f"shares must be a folder's name and a number of processes, but in {path} they are {str(shares)[:100]}"
+    )
 
 
 def zero_files(folder: Path, stage: int, count: int) -> list[Path]:
@@ -283,7 +297,7 @@ def require_whole(path: Path, remedy: str = "") -> None:
         raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} {damage}{remedy}")
 
 
-def _load(path: Path, remedy: str, **options: Any) -> dict[str, Any]:
+def _load(path: Path, remedy: str, **options: Any) -> Any:
     """What is in a file, of plain values and tensors."""
     try:
         with unset_fake_temporarily():  # where a network is only planned, what a file holds has content still

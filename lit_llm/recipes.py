@@ -75,12 +75,19 @@ def built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:
         first: What sizes a network; nothing for a plain value.
 
     Raises:
-        ValueError: When there is no such class, it is neither a torch module nor, without `first`, a dataclass, or its
-            annotations do not say how an argument is made.
+        ValueError: When there is no such class, it is neither a torch module nor, without `first`, a dataclass, it has
+            other arguments, or its annotations do not say how one is made.
     """
     whose = f"network in {path}"
     kind = _class_of(recipe, whose, network=bool(first))
-    return kind(*first, **_arguments(kind, recipe, whose))
+    arguments = _arguments(kind, recipe, whose)
+    try:
+        inspect.signature(kind).bind(*first, **arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"{whose} must be told what a {kind.__name__} takes, but is of another version of it: {error}"
+        ) from error
+    return kind(*first, **arguments)
 
 
 def require_rebuildable(recipe: dict[str, Any], make: Any) -> None:

@@ -189,6 +189,34 @@ def test_an_object_of_any_class_is_refused_in_one_line(tmp_path: Path) -> None:
     assert "must hold plain values and tensors only" in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (None, "a NoneType"),
+        (torch.zeros(3), "a Tensor"),
+        ([1, 2], "a list"),
+        ({"0.weight": torch.zeros(3)}, "a dict without one"),
+        ({"state_dict": 3}, "a dict without one"),
+    ],
+)
+def test_a_file_of_anything_but_a_checkpoint_is_refused(tmp_path: Path, content: Any, found: str) -> None:
+    path = tmp_path / "other.ckpt"
+    torch.save(content, path)
+    message = f"ckpt_path must hold a checkpoint, with its state_dict, but {path} holds {found}"
+    for read in (read_checkpoint, load_model):
+        with pytest.raises(ValueError, match=exactly(message)):
+            read(path)
+
+
+@pytest.mark.parametrize("shares", ["abc", ["abc", 10**9], ["abc", "2"], [3, 2], None])
+def test_a_checkpoint_that_names_no_shares_there_could_be_is_refused_at_once(tmp_path: Path, shares: Any) -> None:
+    path = tmp_path / "other.ckpt"
+    torch.save({"state_dict": {}, "shares": shares}, path)
+    message = f"shares must be a folder's name and a number of processes, but in {path} they are {shares}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        read_checkpoint(path)
+
+
 def test_a_damaged_checkpoint_is_said_with_those_beside_it(saved: Path) -> None:
     (saved.parent / "best.ckpt").write_bytes(saved.read_bytes())
     saved.write_bytes(b"")
@@ -234,12 +262,12 @@ def test_what_changes_while_a_checkpoint_is_written_is_not_in_it(tmp_path: Path,
 
 def test_the_next_save_waits_for_the_last_one(tmp_path: Path, go: threading.Event) -> None:
     io = AsyncCheckpointIO()
-    io.save_checkpoint({"step": 1}, tmp_path / "one.ckpt")
+    io.save_checkpoint({"step": 1, "state_dict": {}}, tmp_path / "one.ckpt")
     threading.Timer(0.2, go.set).start()
-    io.save_checkpoint({"step": 2}, tmp_path / "two.ckpt")
-    assert read_checkpoint(tmp_path / "one.ckpt") == {"step": 1}
+    io.save_checkpoint({"step": 2, "state_dict": {}}, tmp_path / "two.ckpt")
+    assert read_checkpoint(tmp_path / "one.ckpt")["step"] == 1
     io.teardown()
-    assert read_checkpoint(tmp_path / "two.ckpt") == {"step": 2}
+    assert read_checkpoint(tmp_path / "two.ckpt")["step"] == 2
 
 
 @pytest.mark.parametrize("then", ["save_checkpoint", "load_checkpoint", "remove_checkpoint", "teardown"])

@@ -74,6 +74,20 @@ def test_nothing_is_called_but_a_network_and_the_plain_values_among_its_argument
     assert not (tmp_path / "trap").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        ({"out_features": 3, "layers": 2}, "got an unexpected keyword argument 'layers'"),
+        ({}, "missing a required argument: 'out_features'"),
+    ],
+)
+def test_a_network_that_this_version_knows_by_other_arguments_is_refused(arguments: dict, found: str) -> None:
+    recipe = {"class_path": "torch.nn.Linear", "init_args": arguments}
+    message = f"network in x.ckpt must be told what a Linear takes, but is of another version of it: {found}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        built(recipe, PLACE, 9)
+
+
 def test_a_schedule_and_a_class_are_described_by_their_paths() -> None:
     schedule = described("schedule", Cosine(warmup_steps=3))
     assert schedule["class_path"] == "lit_llm.schedulers.Cosine"

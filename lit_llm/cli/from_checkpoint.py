@@ -16,6 +16,23 @@ NOT_OF_TEXTS = {"batch_size", "seq_len", "mask_documents"}
 """What of data has no part in the texts that a tokeniser is learnt from."""
 
 
+def require_written_by_trainer(checkpoint: dict[str, Any], path: Path, fits: bool) -> None:
+    """Refuses a file of weights that no trainer has written; to train on, also one without the optimiser's state.
+
+    Raises:
+        ValueError: When it is one.
+    """
+    if "pytorch-lightning_version" not in checkpoint:
+        raise ValueError(
+            f"ckpt_path must be a checkpoint that Lightning wrote, but {path} does not say of which version"
+        )
+    if fits and "optimizer_states" not in checkpoint:
+        raise ValueError(
+            f"ckpt_path must hold the optimiser's state to train on, but {path} holds none; a new run takes its "
+            f"weights with --model.weights {path}"
+        )
+
+
 def require_later(max_steps: int | None, checkpoint: dict[str, Any]) -> None:
     """Refuses to go on to a step that is past: the run's config would say it ended there.
 

@@ -209,10 +209,13 @@ class TrainingCLI(LightningCLI):
         network = getattr(options.get("network"), "init_args", None) or {}
         weights, path = options.get("weights"), network.get("path")
         checkpoint = read_checkpoint(Path(config["ckpt_path"]), in_pieces=True) if config.get("ckpt_path") else {}
-        if checkpoint and self.subcommand == "fit":
+        fits = self.subcommand == "fit"
+        if checkpoint:
+            from_checkpoint.require_written_by_trainer(checkpoint, Path(config["ckpt_path"]), fits)
+        if checkpoint and fits:
             from_checkpoint.require_later(config["trainer"].get("max_steps"), checkpoint)
-        from_checkpoint.complete_network(network, checkpoint, fits=self.subcommand == "fit")
-        if self.subcommand != "fit":
+        from_checkpoint.complete_network(network, checkpoint, fits)
+        if not fits:
             from_checkpoint.complete_tokenizer(config["data"].get("init_args") or {}, self.of_run, checkpoint)
         if self.subcommand == "predict":
             from_checkpoint.complete_images(config["data"].get("init_args") or {}, checkpoint)
@@ -222,7 +225,7 @@ class TrainingCLI(LightningCLI):
         with self._leaving_nothing():
             super().instantiate_classes()
         self.model.goes_on = gives_way
-        if self.subcommand != "fit":
+        if not fits:
             self.model.stored_size = (checkpoint.get("network") or {}).get("size")
         if self.subcommand in ("validate", "test") and hasattr(self.datamodule, "expect"):
             self.datamodule.expect(checkpoint.get(type(self.datamodule).__qualname__, {}))

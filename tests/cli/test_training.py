@@ -187,6 +187,23 @@ def test_a_runs_best_checkpoint_is_not_evaluated_by_the_name_of_its_last(lit_llm
     assert "where that run's checkpoint is evaluated" in outcome.last_line
 
 
+def test_weights_in_a_file_that_no_training_left_are_refused_in_one_line(lit_llm, run, tmp_path):
+    whole = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    foreign, bare = tmp_path / "foreign.ckpt", tmp_path / "bare.ckpt"
+    torch.save({"epoch": 1, "state_dict": whole["state_dict"]}, foreign)
+    torch.save({name: part for name, part in whole.items() if name != "optimizer_states"}, bare)
+    fit = ("fit", "--config", run / "config.yaml", "--trainer.max_steps", "50", "--run_dir", tmp_path / "on")
+    for words in (("test", "--run_dir", run), fit):
+        assert lit_llm(*words, "--ckpt_path", foreign).last_line == (
+            f"lit-llm: error: ckpt_path must be a checkpoint that Lightning wrote, but {foreign} does not say of which "
+            f"version"
+        )
+    assert lit_llm(*fit, "--ckpt_path", bare).last_line == (
+        f"lit-llm: error: ckpt_path must hold the optimiser's state to train on, but {bare} holds none; a new run takes "
+        f"its weights with --model.weights {bare}"
+    )
+
+
 def test_a_run_does_not_go_on_with_other_weights_than_it_began_with(lit_llm, tiny, tmp_path):
     run, other = tmp_path / "run", tmp_path / "other"
     for folder in (run, other):
