@@ -96,6 +96,21 @@ def _argument(of: Any, names: tuple[str, ...]) -> Any:
     return of
 
 
+def require_same_network(class_path: str | None, checkpoint: dict[str, Any]) -> None:
+    """Refuses a checkpoint of another class of network, wherever it may be imported from.
+
+    Args:
+        class_path: Of the network that is told; `None` where none is.
+        checkpoint: What is read; empty where nothing is.
+
+    Raises:
+        ValueError: When it is of another.
+    """
+    there = (checkpoint.get("network") or {}).get("class_path")
+    if None not in (class_path, there) and class_path.rpartition(".")[2] != there.rpartition(".")[2]:
+        raise ValueError(f"model.network must be that of the checkpoint, {there}, but is {class_path}")
+
+
 def complete_network(options: Any, checkpoint: dict[str, Any], fits: bool) -> None:
     """Gives a network the form that data had given it when a checkpoint was made, in place.
 

@@ -214,6 +214,7 @@ class TrainingCLI(LightningCLI):
             from_checkpoint.require_written_by_trainer(checkpoint, Path(config["ckpt_path"]), fits)
         if checkpoint and fits:
             from_checkpoint.require_later(config["trainer"].get("max_steps"), checkpoint)
+        from_checkpoint.require_same_network(getattr(options.get("network"), "class_path", None), checkpoint)
         from_checkpoint.complete_network(network, checkpoint, fits)
         if not fits:
             from_checkpoint.complete_tokenizer(config["data"].get("init_args") or {}, self.of_run, checkpoint)

@@ -152,7 +152,8 @@ class PretrainedClassifier(Pretrained):
         Raises:
             ValueError: On setting another number of names; with `strict`, on setting others than came with `path`.
         """
-        return [self.config.id2label[index] for index in range(self.num_classes)]
+        # A config that is written and read again says the class "0" as a number.
+        return [str(self.config.id2label[index]) for index in range(self.num_classes)]
 
     @class_names.setter
     def class_names(self, names: list[str]) -> None:

@@ -76,6 +76,19 @@ def test_a_run_leaves_what_there_is_to_know_and_is_gone_on_with_and_asked(lit_ll
     torch.testing.assert_close(torch.tensor(found), probabilities, atol=1e-5, rtol=0)
 
 
+def test_a_checkpoint_of_another_network_is_refused_in_one_line(lit_llm, config, tmp_path) -> None:
+    run, other = tmp_path / "run", tmp_path / "other.ckpt"
+    assert lit_llm("fit", "--config", config, "--run_dir", run).code == 0
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint["network"] = {"class_path": "lit_llm.models.lenet.LeNet", "init_args": {"channels": 1}, "size": 10}
+    torch.save(checkpoint, other)
+    for words in (["test"], ["predict"], ["fit", "--trainer.max_steps", "6"]):
+        assert lit_llm(*words, "--run_dir", run, "--ckpt_path", other).last_line == (
+            "lit-llm: error: model.network must be that of the checkpoint, lit_llm.models.lenet.LeNet, but is "
+            "lit_llm.models.pretrained_classifier.PretrainedClassifier"
+        )
+
+
 def test_a_config_of_the_run_file_gives_way_to_a_path_when_a_flag_says_null(lit_llm, config, tmp_path) -> None:
     save_model(tmp_path / "start", PretrainedClassifier(3, config=BERT))
     words = [

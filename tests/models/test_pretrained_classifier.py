@@ -137,6 +137,13 @@ def test_what_the_backbone_gives_is_all_the_head_needs(kind: str) -> None:
     torch.testing.assert_close(network.classify(one), network(**batch)[1:2], atol=1e-6, rtol=1e-5)
 
 
+def test_classes_that_a_config_calls_by_numbers_are_called_so_in_words() -> None:
+    network = PretrainedClassifier(2, config={"model_type": "bert", **SIZE, "id2label": {0: 0, 1: 1}})
+    assert network.class_names == ["0", "1"]
+    network.class_names = ["0", "1"]
+    assert network.model.config.id2label == {0: "0", 1: "1"}
+
+
 def test_a_head_of_zeros_is_still_found_to_read_what_it_reads() -> None:
     network = awake("modernbert")
     nn.init.zeros_(network.model.classifier.weight)
