@@ -225,7 +225,8 @@ class StreamLoader:
     """Yields batches cut from a stream of token lists that is too long to keep, or has no end.
 
     The position is the number of documents read and the tokens left over from them. To go on after a checkpoint the
-    documents before it are read and cleaned again, but not tokenised.
+    documents before it are read and cleaned again, but not tokenised. A checkpoint holds the first rank's position
+    alone, so where several share the documents out none can go on.
 
     Args:
         tokens: Starts the stream for this rank, passing over the given number of documents; yields each one's tokens.
@@ -249,6 +250,8 @@ class StreamLoader:
         self.documents = 0
         self._buffer: list[int] = []
         self._start = 0  # what stands before it in the buffer has been used
+        if world_size > 1:
+            log.info(f"A run that streams its data in several processes, here {world_size}, cannot be resumed")
 
     def __len__(self) -> int:
         """No end: a length at all keeps Lightning from reading a batch ahead, so that the position is exact."""
@@ -273,18 +276,20 @@ class StreamLoader:
             self.documents = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position."""
-        return {"documents": self.documents, "left_over": self._buffer[self._start :]}
+        """The position, and of how many ranks it is the first one's."""
+        left_over = self._buffer[self._start :]
+        return {"documents": self.documents, "left_over": left_over, "world_size": self.world_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a position.
 
         Raises:
-            ValueError: With several ranks, of which a checkpoint holds only the first one's position.
+            ValueError: With several ranks, now or when it was written.
         """
-        if self.world_size > 1:
+        before = state.get("world_size", 1)
+        if max(self.world_size, before) > 1:
             raise ValueError(
-                f"trainer.devices must be 1 to resume a stream, but there are {self.world_size} processes; "
-                f"tokenise the corpus first, without data.streaming"
+                f"data.streaming must be of one process, then and now, for a run to go on, but was of {before} and is "
+                f"of {self.world_size}; take the checkpoint's weights for a new run, with --model.weights"
             )
         self.documents, self._buffer, self._start = state["documents"], list(state["left_over"]), 0

@@ -1,4 +1,5 @@
 import itertools
+import logging
 import time
 from collections.abc import Iterable, Iterator
 
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lit_llm.data.sampling import BatchLoader, StreamLoader, balanced
+from tests.writing import exactly
 
 SIZES = st.tuples(st.integers(0, 40), st.integers(1, 6))  # rows, batch size
 
@@ -143,7 +145,7 @@ def stream_loader(corpus: list[list[int]], rank: int = 0, world_size: int = 1) -
     def cut(tokens: np.ndarray, rows: np.ndarray) -> list[list[int]]:
         return [tokens[row * SEQ_LEN : (row + 1) * SEQ_LEN + 1].tolist() for row in rows]
 
-    return StreamLoader(start, cut, SEQ_LEN, BATCH_SIZE)
+    return StreamLoader(start, cut, SEQ_LEN, BATCH_SIZE, world_size)
 
 
 def first(batches: StreamLoader, count: int) -> list[list[list[int]]]:
@@ -180,12 +182,39 @@ def test_a_stream_goes_on_exactly_where_it_was(count: int, length: int, done: in
     assert seen + first(resumed, 9) == uninterrupted
 
 
+@pytest.mark.parametrize(("before", "now"), [(2, 2), (2, 1), (1, 2)])
+def test_a_stream_that_several_ranks_read_does_not_go_on_from_the_place_of_one(before: int, now: int) -> None:
+    stopped, resumed = (stream_loader(documents(9), world_size=size) for size in (before, now))
+    first(stopped, 2)
+    message = (
+        f"data.streaming must be of one process, then and now, for a run to go on, but was of {before} and is of {now}; "
+        f"take the checkpoint's weights for a new run, with --model.weights"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        resumed.load_state_dict(stopped.state_dict())
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_that_a_stream_of_several_ranks_cannot_go_on_is_said_at_its_start(world_size: int, caplog) -> None:
+    with caplog.at_level(logging.INFO):
+        stream_loader(documents(9), world_size=world_size)
+    said = "A run that streams its data in several processes, here 2, cannot be resumed"
+    assert caplog.messages == [said] * (world_size > 1)
+
+
+def test_a_stream_goes_on_from_a_place_that_does_not_say_of_how_many_ranks_it_is() -> None:
+    stopped, resumed = stream_loader(documents(9)), stream_loader(documents(9))
+    first(stopped, 2)
+    resumed.load_state_dict({name: value for name, value in stopped.state_dict().items() if name != "world_size"})
+    assert first(resumed, 3) == first(stopped, 3)
+
+
 def test_the_position_of_a_stream_is_a_copy() -> None:
     batches = stream_loader(documents(5))
     running = iter(batches)
     next(running)
     state = batches.state_dict()
-    kept = {"documents": state["documents"], "left_over": list(state["left_over"])}
+    kept = {**state, "left_over": list(state["left_over"])}
     next(running)
     assert state == kept
     assert batches.state_dict() != kept
