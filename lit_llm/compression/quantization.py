@@ -249,7 +249,7 @@ class FakeQuantized(Compression):
         return kinds[self.class_path](**(self.init_args or {}))
 
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
-        """Puts rounding layers in place of the chosen ones, with the same parameters."""
+        """Puts rounding layers in place of the chosen ones, with the same parameters and buffers, such as masks."""
         form = self.method.form(self.method.chosen(network)) | {"class_path": self.class_path, "frozen": False}
         self.reform(network, form)
         return {"form": form}
@@ -262,9 +262,12 @@ class FakeQuantized(Compression):
         for name in form["names"]:
             layer = network.get_submodule(name)
             if not hasattr(layer, "weight_fake_quantizer"):
+                buffers = dict(layer.named_buffers(recurse=False))
                 with torch.random.fork_rng(devices=[]):  # the layers are first made with weights of their own
                     _torchao().quantize_(network, step, filter_fn=lambda _, fqn, name=name: fqn == name)
                 layer, device = network.get_submodule(name).train(layer.training), layer.weight.device
+                for buffer, value in buffers.items():
+                    layer.register_buffer(buffer, value)
                 quantizer = layer.weight_fake_quantizer
                 quantizer(layer.weight.detach())  # which makes the scales
                 for part in ("scale", "zero_point"):

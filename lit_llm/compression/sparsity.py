@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from lit_llm.compression.calibration import input_norms
-from lit_llm.compression.compression import Batch, Compression, Record, records_of, require_fraction
+from lit_llm.compression.compression import Batch, Compression, Record, method_of, records_of, require_fraction
 from lit_llm.compression.patterns import chosen_layers
 from lit_llm.models.block import Block
 from lit_llm.shards import local, whole
@@ -121,8 +121,8 @@ def remove_masks(network: nn.Module) -> None:
                 delattr(layer, name)
     records = records_of(network)
     for index, record in enumerate(records):
-        names = record["form"].get("names") if isinstance(record.get("form"), dict) else None
-        if names is not None and names[0] in masked:
+        masks = "form" in record and issubclass(method_of(record), Sparsity | Zeros)
+        if masks and (names := record["form"]["names"])[0] in masked:
             plain = {name: value for name, value in record.items() if name != "form"}
             records[index] = plain | {"sparsity": sparsity_of(network, names)}
     network.compression = records

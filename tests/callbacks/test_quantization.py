@@ -60,6 +60,27 @@ def test_a_run_from_trained_weights_that_is_cut_goes_on_and_is_tested_too(lit_ll
     assert lit_llm("test", "--run_dir", tmp_path / "cut").code == 0
 
 
+@pytest.mark.slow
+def test_a_run_that_prunes_and_quantises_goes_on_and_leaves_integers_with_zeros(lit_llm, tiny, tmp_path):
+    pruning = {"class_path": "lit_llm.callbacks.pruning.Pruning", "init_args": {"every_n_steps": 1}}
+    words = ["fit", *tiny, "--trainer.callbacks+=" + json.dumps(pruning), callback(delay=0.3)]
+    words += ["--checkpoint.every_n_steps", 3, "--test_after_fit", "false"]
+    outcome = lit_llm(*words, "--run_dir", tmp_path / "whole")
+    assert outcome.code == 0, outcome.err
+    crash = '--trainer.callbacks+={"class_path": "tests.cli.test_resume.Crash", "init_args": {"step": 5}}'
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm(*words, crash, "--run_dir", tmp_path / "cut")
+    assert lit_llm(*words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
+    states = [torch.load(tmp_path / name / "checkpoints/last.ckpt", weights_only=True) for name in ("whole", "cut")]
+    for name, tensor in states[0]["state_dict"].items():
+        assert torch.equal(tensor, states[1]["state_dict"][name]), name
+    network, _ = load_model(tmp_path / "whole/checkpoints/last.ckpt")
+    layers = {name: layer for name, layer in network.named_modules() if isinstance(layer, Quantized)}
+    masks = {name: states[0]["state_dict"][f"network.{name}.weight_mask"] for name in layers}
+    assert 0.4 < torch.cat([~mask.flatten() for mask in masks.values()]).float().mean() < 0.6
+    assert not any(layers[name].weight[~mask].any() for name, mask in masks.items())
+
+
 @pytest.mark.parametrize(("delay", "freeze"), [(1.0, 1.0), (-0.1, 0.5), (0.5, 0.4), (0.5, 1.1)])
 def test_times_out_of_order_are_refused(delay, freeze):
     message = rf"^delay must be in \[0, 1\) and freeze from it to 1, but are {delay} and {freeze}$"

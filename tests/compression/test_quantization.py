@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torchao.quantization import quantize_
 
-from lit_llm.checkpoints import load_model, save_model
+from lit_llm.checkpoints import finish, load_model, save_model
 from lit_llm.compression.compression import records_of, replay
 from lit_llm.compression.integers import Quantized, pack, unpack
 from lit_llm.compression.quantization import (
@@ -20,6 +20,7 @@ from lit_llm.compression.quantization import (
     convert,
     freeze_scales,
 )
+from lit_llm.compression.sparsity import Magnitude, Zeros, apply_masks, masked_layers
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT
 
@@ -160,6 +161,32 @@ def test_what_training_feels_is_what_conversion_gives(method, frozen, tiny_llama
     again.load_state_dict(state)
     torch.testing.assert_close(again(ids), felt, rtol=0, atol=0)
     assert records_of(network)[0]["class_path"].endswith(named(method))
+
+
+@pytest.mark.parametrize("first", ["masks", "rounding"])
+def test_zeros_are_kept_by_masks_where_weights_are_rounded_and_are_so_as_integers(first, tiny_llama):
+    network, ids = tiny_llama(), torch.randint(37, (2, 9))
+    Magnitude(0.5).apply(network)
+    masks, rounding = Zeros(), FakeQuantized.by(Int4WeightOnly(group_size=16))
+    for method in (masks, rounding) if first == "masks" else (rounding, masks):
+        method.apply(network)
+    kept = {name: layer.weight_mask.clone() for name, layer in masked_layers(network).items()}
+    assert 0 < (~kept["layers.0.mlp.up_proj"]).float().mean() < 1
+    again = replay(tiny_llama(seed=3), copy.deepcopy(records_of(network)))
+    again.load_state_dict(network.state_dict())
+    assert masked_layers(again).keys() == kept.keys()
+    optimizer = torch.optim.SGD(again.parameters(), lr=0.3)
+    again(ids).square().mean().backward()
+    optimizer.step()
+    apply_masks(again)
+    felt = again(ids)
+    finish(again, None)
+    for name, mask in kept.items():
+        layer = again.get_submodule(name)
+        assert isinstance(layer, Quantized)
+        assert not layer.weight[~mask].any(), name
+    torch.testing.assert_close(again(ids), felt, rtol=1e-4, atol=1e-4)
+    assert all(("sparsity" in record) == record["class_path"].endswith("Zeros") for record in records_of(again)[1:])
 
 
 def test_a_method_that_cannot_be_trained_with_is_refused():
