@@ -20,6 +20,7 @@ from lit_llm.cli.errors import one_line
 from lit_llm.deferred_init import deferred, materialize
 from lit_llm.models.gpt2 import GPT2
 from lit_llm.models.llama import Llama
+from lit_llm.models.mlp import MLP
 from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.distillation import CausalLMDistillation
@@ -106,6 +107,17 @@ def test_what_is_drawn_share_by_share_is_what_one_process_would_have_drawn(kind,
                 assert found[name].shape == p.shape
         assert torch.equal(torch.get_rng_state(), after)
         assert network.state_dict().keys() == real.state_dict().keys()
+
+
+@pytest.mark.parametrize("kind", [MLP])
+def test_a_network_that_is_shared_out_still_says_how_it_was_made(kind):
+    network = kind(3, 2, 9, ["a", "b", "c"])
+    arguments = network.arguments
+    assert arguments["class_names"] == ["a", "b", "c"]
+    with devices(0, 2, 1) as mesh:
+        share_out(network, mesh)
+        assert is_shared_out(network.parameters())
+        assert network.arguments == arguments
 
 
 class Looks(CausalLM):

@@ -144,7 +144,8 @@ class ImageClassifier(nn.Module, ABC):
 
     @classmethod
     def _options(cls) -> list[str]:
-        return [name for name in inspect.signature(cls).parameters if name != "num_classes"]
+        # The constructor's own: a class that FSDP makes of this one takes anything.
+        return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "num_classes")]
 
     @property
     def arguments(self) -> dict[str, Any]:
