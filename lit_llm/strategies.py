@@ -179,6 +179,13 @@ class Sharded(ModelParallelStrategy):
                     if p is not None and not isinstance(p, DTensor):
                         p.data = p.data.to(self.root_device)
 
+    def on_validation_start(self) -> None:
+        """Has all evaluate with the first process's statistics of batch normalisation, which a checkpoint holds."""
+        for module in self.lightning_module.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+                for statistic in (module.running_mean, module.running_var):
+                    dist.broadcast(statistic, 0)
+
     def teardown(self) -> None:
         """As Lightning's, which forgets to wait for checkpoints that are being written."""
         if self.loss_parallel and self.lightning_module is not None:
@@ -271,6 +278,8 @@ def share_out(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = Fa
         cut_products(network, tensor, sequence_parallel)
     if data.size() == 1:
         return
+    for p in network.parameters():  # FSDP cuts no kernels with channels last
+        p.data = p.data.contiguous()
     for module in reversed(list(network.modules())):  # a block within a block comes first
         if isinstance(module, Block):
             fully_shard(module, mesh=data, **options)

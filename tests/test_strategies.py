@@ -18,7 +18,9 @@ from torch.distributed.tensor import DTensor
 from lit_llm.checkpoint_files import AtomicCheckpointIO, Shares, cut, read_checkpoint
 from lit_llm.cli.errors import one_line
 from lit_llm.deferred_init import deferred, materialize
+from lit_llm.models.cnn import CNN
 from lit_llm.models.gpt2 import GPT2
+from lit_llm.models.lenet import LeNet
 from lit_llm.models.llama import Llama
 from lit_llm.models.mlp import MLP
 from lit_llm.objectives.causal_lm import CausalLM
@@ -109,7 +111,7 @@ def test_what_is_drawn_share_by_share_is_what_one_process_would_have_drawn(kind,
         assert network.state_dict().keys() == real.state_dict().keys()
 
 
-@pytest.mark.parametrize("kind", [MLP])
+@pytest.mark.parametrize("kind", [CNN, LeNet, MLP])
 def test_a_network_that_is_shared_out_still_says_how_it_was_made(kind):
     network = kind(3, 2, 9, ["a", "b", "c"])
     arguments = network.arguments

@@ -317,6 +317,22 @@ def test_other_objectives_have_the_losses_of_one_process(texts, reviews, chats, 
     assert (tmp_path / "adapted-fsdp/adapter/adapter_config.json").exists()
 
 
+def test_convolutions_have_the_losses_of_one_process_and_their_norms_those_of_ddp(pictures, tmp_path):
+    """Each process normalises its own rows, and all are evaluated as the checkpoint is."""
+    words = ["--config", CONFIGS / "pretraining/cnn_digits.yaml", "--data.path", pictures, *SHORT]
+    words += ["--data.validation_fraction", "0.2", "--data.test_fraction", "0.2", "--data.image_size", "8"]
+    words += ["--model.network"]
+    plain = [*words, "lit_llm.models.cnn.CNN", "--model.network.dropout", 0, "--model.network.channel_dropout", 0]
+    normed = [*words, "lit_llm.models.lenet.LeNet", "--model.network.width", 4]
+    fit(tmp_path, *((f"plain-{on}", on, plain) for on in ("one", "fsdp")))
+    fit(tmp_path, *((f"normed-{on}", on, normed) for on in ("ddp", "fsdp")))
+    for one, other in (("plain-one", "plain-fsdp"), ("normed-ddp", "normed-fsdp")):
+        assert_same_losses(tmp_path / one, tmp_path / other)
+        assert_same_model(tmp_path / one, tmp_path / other)
+        tests = [json.loads((tmp_path / run / "results.json").read_text()) for run in (one, other)]
+        assert tests[1]["test/loss"] == pytest.approx(tests[0]["test/loss"], rel=1e-5)
+
+
 def test_an_encoder_decoder_writes_what_it_writes_in_one_process(tmp_path):
     """Also where only one of the processes has rows to write for."""
     rows = [f"{'long ' * (row % 9)}source {row},{'a' * (row % 3 + 1)} target {row}" for row in range(60)]
