@@ -49,9 +49,10 @@ class Sharded(ModelParallelStrategy):
     of the vocabulary, and the loss is put together from those. Both act where gradients are made; evaluation keeps
     nothing, and has prompts of any length.
 
-    Losses are those of one process with the same global batch, up to rounding. Checkpoints are gathered on the first
-    process, or each process writes its share; either form all strategies and any number of devices read. A fresh
-    network of a class with `defers_init` is made without memory, and each device draws the shares that it keeps.
+    Losses are those of one process with the same global batch, up to rounding, but for batch normalisation, as in
+    `ExactSteps`. Checkpoints are gathered on the first process, or each process writes its share; either form all
+    strategies and any number of devices read. A fresh network of a class with `defers_init` is made without memory, and
+    each device draws the shares that it keeps.
 
     Args:
         tensor_parallel_size: Number of devices that split each matrix product; must divide the number of devices.
@@ -137,8 +138,13 @@ class Sharded(ModelParallelStrategy):
 
         Raises:
             ValueError: When `loss_parallel` is for an objective that wants all logits at once, or products are shared
-                where hidden states are compared.
+                where hidden states are compared, or batch normalisation is to be of the rows of all devices.
         """
+        if self._layer_sync is not None:
+            raise ValueError(
+                "trainer.sync_batchnorm must be false where weights are shared out over devices, but is true; take "
+                "configs/strategy/ddp.yaml"
+            )
         if self.tensor_parallel_size > 1 and (weight := getattr(self.lightning_module, "hidden_weight", 0)):
             raise ValueError(
                 f"model.hidden_weight must be 0 where products are shared out over devices, but is {weight}; take "

@@ -87,7 +87,8 @@ class DeepSpeed(DDPStrategy):
 
     A step's gradient is one of a sum until its targets are counted over processes and micro-batches; the engine then
     divides by them as it would by the scale of a loss in half precision: before it takes the norm that it clips by.
-    Losses are those of one process with the same global batch, up to rounding.
+    Losses are those of one process with the same global batch, up to rounding, but for batch normalisation, as in
+    `ExactSteps`.
 
     A checkpoint is in DeepSpeed's own form: `NAME.ckpt` belongs together with the folder `NAME.shares/`, which all
     processes have to see. Training goes on from it in the same stage on as many devices; to evaluate or export, its

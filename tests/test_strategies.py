@@ -170,6 +170,17 @@ def test_hidden_states_are_not_compared_where_products_are_shared_out():
         strategy.setup(Trainer(accelerator="cpu", logger=False))
 
 
+def test_batch_normalisation_is_not_of_all_rows_where_weights_are_shared_out():
+    strategy = Sharded()
+    Trainer(accelerator="cpu", logger=False, strategy=strategy, sync_batchnorm=True)
+    line = (
+        "trainer.sync_batchnorm must be false where weights are shared out over devices, but is true; take "
+        "configs/strategy/ddp.yaml"
+    )
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        strategy.setup(Trainer(accelerator="cpu", logger=False))
+
+
 def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"^tensor_parallel_size must be at least 1, but is 0$"):
         Sharded(tensor_parallel_size=0)
@@ -199,6 +210,10 @@ def test_of_plain_tensors_the_share_and_the_whole_are_the_tensor():
         (
             ValueError("You selected an invalid strategy name: `strategy='dpp'`. It must be either a string or"),
             "trainer.strategy must be a class path or a name of Lightning, but is 'dpp'; see configs/strategy",
+        ),
+        (
+            ValueError("SyncBatchNorm layers only work with GPU modules"),
+            "trainer.sync_batchnorm must be false without a GPU, but is true",
         ),
         (
             RuntimeError("`BatchLoader` within local rank has zero length. Please make sure that it returns"),

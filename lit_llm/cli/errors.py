@@ -24,6 +24,7 @@ OF_STRATEGIES = {
     "{}, which needs a GPU; configs/strategy/fsdp.yaml runs everywhere",
     r"Requirement '(torch_xla)": "trainer.accelerator must be one that this machine has, but needs {}, which is not "
     "installed",
+    r"(SyncBatchNorm) layers only work with": "trainer.sync_batchnorm must be false without a GPU, but is true",
     r"invalid strategy name: `strategy=(\S+)`": "trainer.strategy must be a class path or a name of Lightning, but "
     "is {}; see configs/strategy",
     r"(\w+Loader)` within local rank has zero length": "trainer.devices must leave each process something to evaluate, "

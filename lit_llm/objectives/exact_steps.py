@@ -32,6 +32,7 @@ class ExactSteps(LightningModule, ABC):
     A step may be of several micro-batches, on several processes: eight batches of one give the gradient of one batch of
     eight, whatever the rows' lengths, where Lightning would average averages. Gradients are clipped by the norm of that
     one, and let go of as soon as the step is done. What the steps lost adds up on the device, until it is asked for.
+    Only batch normalisation tells them apart: it is of each micro-batch, on each process, by itself.
 
     What a step draws by chance (dropout, noise) depends on the run's seed, the step, the micro-batch and the share of
     the rows that a process reads, and on nothing before: a run that goes on draws what one never stopped draws.

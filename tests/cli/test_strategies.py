@@ -406,6 +406,10 @@ def test_a_strategy_that_cannot_be_is_refused_in_one_line(texts, tmp_path):
             *decoder("llama", texts),
             *("--config", CONFIGS / "strategy/sequence_parallel.yaml", "--data.seq_len", "31"),
         ],
+        "trainer.sync_batchnorm must be false without a GPU, but is true": [
+            *("--config", CONFIGS / "pretraining/cnn_digits.yaml", *SHORT),
+            *("--config", CONFIGS / "strategy/ddp.yaml", "--trainer.sync_batchnorm", "true"),
+        ],
         "trainer.strategy must keep the weights whole on each device to quantise them, but shares them out": [
             *decoder("llama", texts),
             *("--config", CONFIGS / "strategy/fsdp.yaml", "--config", CONFIGS / "compression/qat_int4.yaml"),
