@@ -215,11 +215,6 @@ def test_of_plain_tensors_the_share_and_the_whole_are_the_tensor():
             ValueError("SyncBatchNorm layers only work with GPU modules"),
             "trainer.sync_batchnorm must be false without a GPU, but is true",
         ),
-        (
-            RuntimeError("`BatchLoader` within local rank has zero length. Please make sure that it returns"),
-            "trainer.devices must leave each process something to evaluate, but the split has fewer rows; take fewer, or "
-            "set validation_fraction",
-        ),
     ],
 )
 def test_what_lightning_says_of_a_strategy_is_said_in_one_line(error, line):

@@ -27,8 +27,6 @@ OF_STRATEGIES = {
     r"(SyncBatchNorm) layers only work with": "trainer.sync_batchnorm must be false without a GPU, but is true",
     r"invalid strategy name: `strategy=(\S+)`": "trainer.strategy must be a class path or a name of Lightning, but "
     "is {}; see configs/strategy",
-    r"(\w+Loader)` within local rank has zero length": "trainer.devices must leave each process something to evaluate, "
-    "but the split has fewer rows; take fewer, or set validation_fraction",
 }
 """What Lightning says of a strategy, by our own words for it."""
 

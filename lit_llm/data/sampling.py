@@ -73,6 +73,9 @@ class BatchLoader:
 
     Attributes:
         endless: Whether shuffled rows go on into the next epoch, for a loop that stops by itself.
+
+    Raises:
+        ValueError: When the seed is negative, or there are rows in order for some of the ranks alone.
     """
 
     def __init__(
@@ -89,6 +92,11 @@ class BatchLoader:
     ) -> None:
         if shuffle_seed is not None and shuffle_seed < 0:
             raise ValueError(f"data.seed must be at least 0, but is {shuffle_seed}")
+        if shuffle_seed is None and 0 < num_rows < world_size:
+            raise ValueError(
+                f"trainer.devices must leave each process a row to evaluate, but {world_size} processes would share "
+                f"{num_rows}; take fewer, or a larger split, as by data.validation_fraction"
+            )
         self.cut = cut
         self.num_rows = num_rows
         self.batch_size = batch_size
@@ -103,9 +111,8 @@ class BatchLoader:
         """Batches of one epoch, for this rank."""
         if self.shuffle_seed is not None:
             return self.num_rows // (self.batch_size * self.world_size)
-        # As many on each rank, as long as each has rows.
-        least = self.num_rows // self.world_size or int(self.rank < self.num_rows)
-        return min(-(-self.num_rows // (self.batch_size * self.world_size)), least)
+        # As many on each rank, and none without a row.
+        return min(-(-self.num_rows // (self.batch_size * self.world_size)), self.num_rows // self.world_size)
 
     def __iter__(self) -> Iterator[Any]:
         """Goes on from the current position to the end of its epoch; in order, always from the first row."""

@@ -383,7 +383,11 @@ def test_an_average_is_cut_as_the_weights_are_and_goes_on_anywhere(texts, tmp_pa
     assert not any(ended.codes), ended.err
 
 
-def test_a_strategy_that_cannot_be_is_refused_in_one_line(texts, tmp_path):
+def test_a_strategy_that_cannot_be_is_refused_in_one_line(texts, reviews, tmp_path):
+    few, rows = tmp_path / "few", reviews.read_text().splitlines(keepends=True)
+    few.mkdir()
+    for name, lines in (("train", rows), ("validation", rows[:2])):
+        (few / f"{name}.csv").write_text("".join(lines))
     words = [*decoder("llama", texts), "--trainer.strategy", "lit_llm.strategies.Sharded"]
     lstm = [*words, "--model.network", CONFIGS / "models/lstm_5m.yaml"]
     refused = {
@@ -409,6 +413,10 @@ def test_a_strategy_that_cannot_be_is_refused_in_one_line(texts, tmp_path):
         "trainer.sync_batchnorm must be false without a GPU, but is true": [
             *("--config", CONFIGS / "pretraining/cnn_digits.yaml", *SHORT),
             *("--config", CONFIGS / "strategy/ddp.yaml", "--trainer.sync_batchnorm", "true"),
+        ],
+        "trainer.devices must leave each process a row to evaluate, but 2 processes would share 1": [
+            *examples(few),
+            *("--config", CONFIGS / "strategy/ddp.yaml", "--data.batch_size", "2"),
         ],
         "trainer.strategy must keep the weights whole on each device to quantise them, but shares them out": [
             *decoder("llama", texts),
