@@ -47,14 +47,18 @@ class RunReport(Callback):
         self.results: dict[str, Any] = {}
         self._began, self._stepped = 0, False
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Knows of no step yet: until one is taken, what there is in the folder is of the command before."""
+        self._stepped = False
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forgets what was best in another folder, whose `best.ckpt` is not here."""
         if not keeps_best(trainer, Path(trainer.default_root_dir) / "checkpoints"):
             self.results = {name: v for name, v in self.results.items() if not name.startswith("best/")}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remembers where this process begins: until it takes a step, what the folder holds is as it was."""
-        self._began, self._stepped = trainer.global_step, False
+        """Notes from which step the run goes on."""
+        self._began = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -97,7 +101,7 @@ class RunReport(Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes what there is when a run is cut short."""
+        """Writes what there is when a run is cut short after a step; one that is refused changes nothing."""
         if trainer.state.fn == "fit" and self._stepped and not trainer.fast_dev_run:
             self._write(trainer, finished=False)
 

@@ -222,6 +222,27 @@ def test_what_was_best_is_so_still_where_the_run_folder_was_moved(lit_llm, tiny,
     assert json.loads((tmp_path / "third/results.json").read_text())["best/step"] == 12  # the best in its folder
 
 
+class Fail(Callback):
+    """Fails before the first step."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        raise RuntimeError("before the first step")
+
+
+def test_a_finished_run_stays_so_where_going_on_fails_before_its_first_step(lit_llm, tiny, tmp_path):
+    run = tmp_path / "run"
+    words = [*tiny, "--test_after_fit", "false", "--run_dir", run]
+    assert lit_llm("fit", *words).code == 0
+    before = (run / "results.json").read_text()
+    onward = [*words, "--ckpt_path", "last", "--trainer.max_steps", "12"]
+    with pytest.raises(RuntimeError, match="before the first step"):
+        lit_llm("fit", *onward, "--trainer.callbacks+=tests.cli.test_resume.Fail")
+    assert (run / "results.json").read_text() == before
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm("fit", *onward, "--trainer.callbacks+=tests.cli.test_resume.Crash")
+    assert json.loads((run / "results.json").read_text())["finished"] is False
+
+
 def test_a_run_that_stopped_early_stays_so_until_it_is_told_to_be_more_patient(lit_llm, tiny, tmp_path):
     words = [*tiny, "--config", REPOSITORY / "configs/adaptation/early_stopping.yaml", "--trainer.max_steps", "12"]
     run, patience = tmp_path / "run", ["--trainer.callbacks.min_delta", "10", "--trainer.callbacks.patience"]
