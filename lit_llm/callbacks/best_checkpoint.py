@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
@@ -40,6 +42,21 @@ class BestCheckpoint(ModelCheckpoint):
         """Remembers who will know from which checkpoint the run goes on."""
         super().setup(trainer, pl_module, stage)
         self._trainer = trainer
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Judges what was best by the metric that decides now, where another one did: as `RunReport`, which knows all.
+
+        Where the new one was not measured, the next validation is best.
+        """
+        states = checkpoint["callbacks"]
+        before = next((key for key in states if key.startswith(f"{type(self).__qualname__}{{")), self.state_key)
+        if before == self.state_key:
+            return
+        state, results = states.pop(before), states.get("RunReport", {}).get("results", {})
+        score = torch.tensor(results.get(f"best/{self.monitor}", math.nan), dtype=torch.float64)
+        if not score.isnan():
+            scores = {"best_model_score": score, "kth_value": score}
+            states[self.state_key] = state | scores | {"best_k_models": dict.fromkeys(state["best_k_models"], score)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there, if what was best is in this folder: a run that goes on in another one begins anew."""

@@ -31,7 +31,8 @@ class CheckpointOptions:
 
     Args:
         monitor: Metric that decides which validation is best; `best.ckpt` and the exported model are from that step.
-            `None` uses the headline metric of the data's task, or otherwise the objective's.
+            `None` uses the headline metric of the data's task, or otherwise the objective's. A run that goes on with
+            another metric judges by it also what was best before.
         mode: Whether `min` or `max` of the metric is best; `None` is `min` for losses and errors, otherwise `max`.
         every_n_steps: Steps between writes of `last.ckpt`, which is also written at the end and on Ctrl-C.
     """

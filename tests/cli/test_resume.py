@@ -222,6 +222,19 @@ def test_what_was_best_is_so_still_where_the_run_folder_was_moved(lit_llm, tiny,
     assert json.loads((tmp_path / "third/results.json").read_text())["best/step"] == 12  # the best in its folder
 
 
+def test_what_was_best_is_judged_by_the_metric_that_a_run_goes_on_with(lit_llm, tiny, tmp_path):
+    run = tmp_path / "run"
+    words = [*tiny, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1", "--test_after_fit", "false"]
+    assert lit_llm("fit", *words, "--checkpoint.monitor", "val/loss", "--run_dir", run).code == 0
+    worse = ["--model.optimizer.lr", "1000", "--trainer.max_steps", "9", "--checkpoint.monitor", "val/perplexity"]
+    outcome = lit_llm("fit", "--run_dir", run, "--ckpt_path", "last", *worse)
+    assert outcome.code == 0, outcome.err
+    results = json.loads((run / "results.json").read_text())
+    assert results["monitor"] == "val/perplexity"
+    assert results["val/perplexity"] > results["best/val/perplexity"]
+    assert read_checkpoint(run / "checkpoints/best.ckpt")["global_step"] == results["best/step"] == 6
+
+
 class Fail(Callback):
     """Fails before the first step."""
 
