@@ -255,10 +255,11 @@ class Sharded(ModelParallelStrategy):
         for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             members = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [number for group in stored["param_groups"] for number in group["params"]]
-            owner = dict(zip(numbers, members, strict=True))
+            owner = dict(zip(numbers, members, strict=False))  # the optimiser refuses a state of others
             shares = {
                 number: {name: _share_of(value, owner[number]) for name, value in values.items()}
                 for number, values in stored["state"].items()
+                if number in owner
             }
             optimizer.load_state_dict({**stored, "state": shares})
 

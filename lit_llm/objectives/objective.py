@@ -402,6 +402,8 @@ class Objective(Scheduled):
             ValueError: Naming the first parameter that differs, or the number of classes or tokens; before these, to
                 train on, when the data have changed, which may be why.
         """
+        both = checkpoint.get("hyper_parameters", {}), self.hparams
+        self.expect_optimizer(*((options.get("optimizer") or {}).get("class_path") for options in both))
         if self.hparams["network"] is None:
             self.hparams.update(checkpoint["hyper_parameters"])
         first = self._trainer is None or self.trainer.is_global_zero  # the sum of all processes counts once

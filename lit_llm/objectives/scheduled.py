@@ -46,6 +46,7 @@ class Scheduled(Averaged):
         self.decay_embeddings = decay_embeddings
         self.adaptation = adaptation
         self._waiting: list[dict[str, Any]] = []
+        self._other_optimizer: str | None = None
 
     def new_optimizer(self) -> Optimizer:
         """The optimiser over the groups that `optimizers.parameter_groups` makes.
@@ -81,6 +82,7 @@ class Scheduled(Averaged):
     def configure_optimizers(self) -> dict[str, Any]:
         """The optimiser, and its schedule by the step."""
         optimizer = self.new_optimizer()
+        optimizer.register_load_state_dict_pre_hook(self._require_same_form)
         scheduler = LambdaLR(optimizer, [self._factor_of(group) for group in optimizer.param_groups])
         # What the config says, before a checkpoint's own values are loaded over it.
         self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
@@ -90,6 +92,32 @@ class Scheduled(Averaged):
             cut = f"The warm-up of {warmup} steps is cut to half of the run's {total}"
             log.info(f"{cut}; few examples need more epochs")
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def expect_optimizer(self, there: str | None, here: str | None) -> None:
+        """Takes note of the optimiser whose state is to be loaded, where it is not the one that the config names.
+
+        Args:
+            there: Class path of the checkpoint's; `None` is the default.
+            here: Class path of the config's.
+        """
+        self._other_optimizer = (there or "torch.optim.AdamW") if there != here else None
+
+    def _require_same_form(self, optimizer: Optimizer, stored: dict[str, Any]) -> None:
+        """Refuses the state of an optimiser of other parameters or of another kind, of which it could make nothing."""
+        remedy = "a new run takes its weights with --model.weights"
+        here, there = (
+            [len(g["params"]) for g in groups] for groups in (optimizer.param_groups, stored["param_groups"])
+        )
+        if here != there:
+            raise ValueError(
+                f"model.adaptation must train what the checkpoint's optimiser has, groups of {there} tensors, but "
+                f"trains groups of {here}; {remedy}"
+            )
+        other, kinds = self._other_optimizer, {kind.__name__ for kind in type(optimizer).__mro__}
+        if other and stored["state"] and other.rpartition(".")[2] not in kinds:
+            raise ValueError(
+                f"model.optimizer must be that of the checkpoint, {other}, but is {type(optimizer).__name__}; {remedy}"
+            )
 
     def _factor_of(self, group: dict[str, Any]) -> Callable[[int], float]:
         """Factor on a group's learning rate at each step: the schedule's, slower in some layers, 0 until they learn."""

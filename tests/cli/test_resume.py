@@ -235,6 +235,25 @@ def test_what_was_best_is_judged_by_the_metric_that_a_run_goes_on_with(lit_llm, 
     assert read_checkpoint(run / "checkpoints/best.ckpt")["global_step"] == results["best/step"] == 6
 
 
+def test_a_run_goes_on_with_its_own_optimiser_and_adaptation_alone(lit_llm, tiny, tmp_path):
+    run = tmp_path / "run"
+    words = [*tiny, "--test_after_fit", "false", "--trainer.max_steps", "3", "--run_dir", run]
+    words += ["--model.network.num_layers", "2"]
+    assert lit_llm("fit", *words, "--model.optimizer", "torch.optim.Adam").code == 0
+    onward = [*words, "--ckpt_path", "last", "--trainer.max_steps", "6"]
+    for option, value, message in (
+        ("optimizer", "lit_llm.optimizers.Muon", "that of the checkpoint, torch.optim.Adam, but is Muon"),
+        ("adaptation", "lit_llm.adaptation.LayerDecay", "train what the checkpoint's optimiser has, groups of ["),
+    ):
+        same = ["--model.optimizer", "torch.optim.Adam"]
+        outcome = lit_llm("fit", *onward, *same, f"--model.{option}", value)
+        assert outcome.code == 2, outcome.err
+        assert f"model.{option} must {'be ' * (option == 'optimizer')}{message}" in outcome.last_line
+        assert outcome.last_line.endswith("; a new run takes its weights with --model.weights")
+    outcome = lit_llm("fit", *onward, "--model.optimizer", "torch.optim.AdamW")  # whose state is that of Adam
+    assert outcome.code == 0, outcome.err
+
+
 class Fail(Callback):
     """Fails before the first step."""
 
