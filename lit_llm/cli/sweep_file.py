@@ -7,6 +7,7 @@ import itertools
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,6 +42,12 @@ DISTRIBUTIONS |= {f"q_{kind}": (*DISTRIBUTIONS[kind], "q") for kind in MULTIPLES
 """W&B's distributions, and what each is told by."""
 
 PARAMETER_KEYS = ("distribution", "parameters", *dict.fromkeys(itertools.chain.from_iterable(DISTRIBUTIONS.values())))
+
+ARGS = "${args}"
+"""Where the parameters come in a command."""
+
+OF_ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]+)\}")
+"""A variable of the environment in a command, as W&B's agent knows it."""
 
 LARGEST_EXPONENT = 700.0
 """Of a number that is still finite."""
@@ -284,17 +291,35 @@ def _range(key: str, kind: str, options: dict[str, Any], q: int | float | None) 
 
 def _command(command: Any, path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
     words = [str(word) for word in command] if isinstance(command, list) else []
-    if "fit" not in words or words.count("${args}") != 1:
+    if "fit" not in words or words.count(ARGS) != 1:
         raise ValueError(
             f"command of {path} must be a list of lit-llm, fit, what it needs, and ${{args}} for the parameters, but "
             f"is {command}"
         )
-    words = words[words.index("fit") + 1 :]
-    at = words.index("${args}")
-    for word in words[:at] + words[at + 1 :]:
-        if re.search(r"\$\{\w+\}", word):
-            raise ValueError(f"command of {path} must have no variable but ${{args}} after fit, but has {word}")
+    start = words.index("fit")
+    for word in words[:start]:
+        name, assigned, value = word.partition("=")
+        if assigned and name.isidentifier() and os.environ.get(name) != value:
+            log.info(f"{word} in the command of {path} is for W&B's agent; here set it before the sweep is started")
+    words = [_filled_in(word, path) for word in words[start + 1 :]]
+    at = words.index(ARGS)
     return tuple(words[:at]), tuple(words[at + 1 :])
+
+
+def _filled_in(word: str, path: Path) -> str:
+    """A word with variables of the environment filled in, as by W&B's agent.
+
+    Raises:
+        ValueError: When one is not set, or a variable is of another kind.
+    """
+    if word != ARGS and re.search(r"\$\{[^}]*\}", OF_ENVIRONMENT.sub("", word)):
+        raise ValueError(
+            f"command of {path} must have no variable but ${{args}} and ${{envvar:NAME}} after fit, but has {word}"
+        )
+    for name in OF_ENVIRONMENT.findall(word):
+        if name not in os.environ:
+            raise ValueError(f"{name} must be set in the environment for the command of {path}, but is not")
+    return OF_ENVIRONMENT.sub(lambda found: os.environ[found[1]], word)
 
 
 def _stopping(options: Any, path: Path) -> tuple[int, int] | None:

@@ -33,6 +33,31 @@ def test_nested_parameters_are_dotted_and_a_class_comes_before_its_arguments(rea
     assert words == ["--config", "a.yaml", *options, "--config", "b.yaml"]
 
 
+def test_variables_of_the_environment_are_filled_in_and_others_refused(read, tmp_path, monkeypatch):
+    monkeypatch.setenv("TEXTS", "some/texts")
+    start = ["lit-llm", "fit"]
+    filled_in = read(command=[*start, "--data.path", "${envvar:TEXTS}/a", "${args}"])
+    assert filled_in.words({}) == ["--data.path", "some/texts/a"]
+    monkeypatch.delenv("TEXTS")
+    path = tmp_path / "s.yaml"
+    line = f"TEXTS must be set in the environment for the command of {path}, but is not"
+    with pytest.raises(ValueError, match=exactly(line)):
+        read(command=[*start, "${envvar:TEXTS}", "${args}"])
+    for word in ("${TEXTS}", "${envvar:texts}", "a${args}"):
+        line = f"command of {path} must have no variable but ${{args}} and ${{envvar:NAME}} after fit, but has {word}"
+        with pytest.raises(ValueError, match=exactly(line)):
+            read(command=[*start, word, "${args}"])
+
+
+def test_what_a_command_sets_in_the_environment_is_said_to_have_no_effect(read, caplog, monkeypatch):
+    caplog.set_level("INFO", "lit_llm")
+    command = ["${env}", "ONE=1", "TWO=2", "lit-llm", "fit", "${args}", "--x=3"]
+    monkeypatch.setenv("TWO", "2")
+    read(command=command)
+    [said] = caplog.messages
+    assert said.startswith("ONE=1 in the command of ")
+
+
 def test_a_grid_has_all_combinations(read):
     plan = read(method="grid", parameters={"a": {"values": [1, 2]}, "b": {"min": 3, "max": 4}, "c": {"value": 0}})
     assert [tuple(point.values()) for point in plan.grid()] == [(1, 3, 0), (1, 4, 0), (2, 3, 0), (2, 4, 0)]
