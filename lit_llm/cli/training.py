@@ -204,6 +204,10 @@ class TrainingCLI(LightningCLI):
         So its weights need not be there any more, nor, in an evaluation, its network's path; a tokeniser that the data
         name must.
         """
+        with self._leaving_nothing():
+            self._instantiate()
+
+    def _instantiate(self) -> None:
         config = self.config[self.subcommand]
         options = config["model"].get("init_args") or {}
         network = getattr(options.get("network"), "init_args", None) or {}
@@ -223,8 +227,7 @@ class TrainingCLI(LightningCLI):
         gives_way = bool(checkpoint and (weights or network.get("path") != path))
         if gives_way:
             options["weights"] = config["ckpt_path"]
-        with self._leaving_nothing():
-            super().instantiate_classes()
+        super().instantiate_classes()
         self.model.goes_on = gives_way
         if not fits:
             self.model.stored_size = (checkpoint.get("network") or {}).get("size")

@@ -202,6 +202,8 @@ def test_weights_in_a_file_that_no_training_left_are_refused_in_one_line(lit_llm
         f"lit-llm: error: ckpt_path must hold the optimiser's state to train on, but {bare} holds none; a new run takes "
         f"its weights with --model.weights {bare}"
     )
+    assert not (run / "evaluations").exists()
+    assert not (tmp_path / "on").exists()
 
 
 def test_a_run_does_not_go_on_with_other_weights_than_it_began_with(lit_llm, tiny, tmp_path):
