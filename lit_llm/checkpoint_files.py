@@ -28,6 +28,12 @@ SEAL = b"lit-llm sha256:"
 """Stands, before a hash of all that precedes it, at the end of our checkpoints; torch reads over it."""
 
 
+def own_checkpoint(run: Path) -> Path:
+    """The checkpoint that stands for a run: its best, or its last where nothing was validated."""
+    best, last = (run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    return last if last.exists() and not best.exists() else best
+
+
 @contextmanager
 def plain_errors(path: Path) -> Iterator[None]:
     """A disk that is full says so here: it reaches us through the writers' own C++ and Rust as anything but that."""

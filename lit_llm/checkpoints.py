@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 import lit_llm.models
 from lit_llm.adaptation import Adaptation
-from lit_llm.checkpoint_files import plain_errors, read_checkpoint
+from lit_llm.checkpoint_files import own_checkpoint, plain_errors, read_checkpoint
 from lit_llm.compression.compression import records_of, replay
 from lit_llm.compression.quantization import convert
 from lit_llm.compression.sparsity import remove_masks
@@ -165,16 +165,16 @@ def load_language_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenize
     return network, tokenizer
 
 
-def read_model(path: str | Path, goes_on: bool = False) -> Model:
+def read_model(path: str | Path, unrounded: bool = False) -> Model:
     """As `load_model`, with how the network is made.
 
     Args:
         path: As of `load_model`.
-        goes_on: Of a checkpoint that a run goes on from, leave weights real that are trained as if they were rounded.
+        unrounded: Leave weights real that are trained as if they were rounded, for a run's checkpoint to be read into.
     """
     path = _place(path)
     if path.is_file():
-        model = _from_checkpoint(path, goes_on)
+        model = _from_checkpoint(path, unrounded)
     else:
         if not (path / "config.json").is_file():
             raise FileNotFoundError(
@@ -207,8 +207,8 @@ def _place(path: str | Path) -> Path:
     name, path = str(path), Path(path).expanduser()
     if not path.exists() and ON_THE_HUB.fullmatch(name):
         path = _download(name)
-    if not (path / "model").is_dir() and (path / "checkpoints" / "best.ckpt").is_file():
-        return path / "checkpoints" / "best.ckpt"  # a run of a network that transformers has no class for
+    if not (path / "model").is_dir() and (checkpoint := own_checkpoint(path)).is_file():
+        return checkpoint  # of a run of a network that transformers has no class for
     inside = not (path / "config.json").is_file() and (path / "model" / "config.json").is_file()
     return path / "model" if inside else path
 
@@ -299,18 +299,18 @@ def _architecture(config: dict[str, Any]) -> Any:
     )
 
 
-def finish(network: nn.Module, adaptation: Adaptation | None, goes_on: bool = False) -> None:
+def finish(network: nn.Module, adaptation: Adaptation | None, unrounded: bool = False) -> None:
     """Makes of a network as it was trained, in place, the one to use: plain weights, or integers.
 
     Args:
         network: As it was trained.
         adaptation: How.
-        goes_on: As of `read_model`.
+        unrounded: As of `read_model`.
     """
     if adaptation is not None:
         adaptation.finish(network)
     remove_masks(network)
-    if not goes_on:
+    if not unrounded:
         convert(network)
 
 
@@ -319,10 +319,10 @@ def read_adapted(path: Path) -> tuple[nn.Module, Adaptation | None]:
     return _as_trained(path, read_checkpoint(path, in_pieces=True))
 
 
-def _from_checkpoint(path: Path, goes_on: bool) -> Model:
+def _from_checkpoint(path: Path, unrounded: bool) -> Model:
     checkpoint = read_checkpoint(path, in_pieces=True)
     network, adaptation = _as_trained(path, checkpoint)
-    finish(network, adaptation, goes_on)
+    finish(network, adaptation, unrounded)
     return Model(network, _tokenizer_of(checkpoint), checkpoint["network"], None)
 
 

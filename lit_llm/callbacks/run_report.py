@@ -111,7 +111,12 @@ class RunReport(Callback):
         self._add(trainer, "test/")
 
     def _add(self, trainer: Trainer, split: str) -> None:
-        """Adds what an evaluation found; where that is not a run's report, also what made it."""
+        """Adds what an evaluation found; where that is not a run's report, also what made it.
+
+        Figures of rows that may have been trained on do not take the place of those before.
+        """
+        if getattr(trainer.datamodule, "doubt", None):
+            return
         found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(split)}
         if "monitor" not in self._read(trainer):
             self._merge(trainer, {**found, "commit": commit(), "command": command()})

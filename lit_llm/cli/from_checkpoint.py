@@ -78,9 +78,10 @@ def require_own_start(model: Any, run: Path, checkpoint: Path, words: list[str],
                 if fits
                 else ("evaluated", f"evaluate that, take {anew} and another --run_dir")
             )
+            own_value, other = (f", {there},", here) if is_path else ("", "another")
             raise ValueError(
-                f"model.{'.'.join(names)} must be as in {config}, {there}, where that run's checkpoint is {taken}, "
-                f"but is {here}; to {remedy}"
+                f"model.{'.'.join(names)} must be as in {config}{own_value} where that run's checkpoint is {taken}, "
+                f"but is {other}; to {remedy}"
             )
 
 

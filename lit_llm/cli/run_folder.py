@@ -14,6 +14,8 @@ from typing import Any
 
 import yaml
 
+from lit_llm.checkpoint_files import own_checkpoint
+
 VARIABLE = "LIT_LLM_RUN_DIR"
 """Tells the processes that a strategy starts where the first one writes."""
 
@@ -84,12 +86,6 @@ def find_checkpoint(folder: Path, ckpt_path: str) -> Path:
         found = ", ".join(p.stem for p in sorted(path.parent.glob("*.ckpt"))) or "none"
         raise FileNotFoundError(f"ckpt_path must be a checkpoint in {path.parent} (there: {found}), but is {ckpt_path}")
     return path
-
-
-def own_checkpoint(folder: Path) -> Path:
-    """The checkpoint that stands for a run: its best, or its last where nothing was validated."""
-    best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
-    return last if last.exists() and not best.exists() else best
 
 
 def of_evaluation(folder: Path, command: str, options: dict[str, Any], checkpoint: Path) -> Path:

@@ -21,7 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_llm.callbacks.learning_rate_finder import LearningRateFinder
-from lit_llm.checkpoint_files import read_checkpoint
+from lit_llm.checkpoint_files import own_checkpoint, read_checkpoint
 from lit_llm.cli import COMMANDS, find_lr, from_checkpoint, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.command_line import OneLineParser, ParagraphHelp, restore_nulls, with_the_runs_config
@@ -160,7 +160,7 @@ class TrainingCLI(LightningCLI):
         given = config.get("run_dir") or config["trainer"].get("default_root_dir")
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
-            ckpt_path = asked or run_folder.own_checkpoint(self.run_dir).stem
+            ckpt_path = asked or own_checkpoint(self.run_dir).stem
             config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
             checkpoint = Path(config["ckpt_path"])
             fits = self.subcommand == "fit"
@@ -192,11 +192,14 @@ class TrainingCLI(LightningCLI):
         """
         weights = (config["model"].get("init_args") or {}).get("weights")
         folder = config.get("run_dir") or config["trainer"].get("default_root_dir")
-        of_run = folder and [
-            name for name in ("checkpoints/best.ckpt", "config.yaml") if (Path(folder) / name).is_file()
-        ]
-        own = of_run == ["config.yaml"] and Path(weights or "").resolve().is_relative_to(Path(folder).resolve())
-        return self.subcommand == "fit" or bool(weights and (own or not of_run))
+        if self.subcommand == "fit":
+            return True
+        if not (weights and folder):
+            return bool(weights)
+        if own_checkpoint(Path(folder)).is_file():
+            return False
+        own = Path(weights).resolve().is_relative_to(Path(folder).resolve())
+        return own or not (Path(folder) / "config.yaml").is_file()
 
     def instantiate_classes(self) -> None:
         """Instantiates; what a run started from gives way to the checkpoint that is read.
@@ -211,7 +214,7 @@ class TrainingCLI(LightningCLI):
         config = self.config[self.subcommand]
         options = config["model"].get("init_args") or {}
         network = getattr(options.get("network"), "init_args", None) or {}
-        weights, path = options.get("weights"), network.get("path")
+        weights, path, told = options.get("weights"), network.get("path"), network.get("config")
         checkpoint = read_checkpoint(Path(config["ckpt_path"]), in_pieces=True) if config.get("ckpt_path") else {}
         fits = self.subcommand == "fit"
         if checkpoint:
@@ -228,13 +231,15 @@ class TrainingCLI(LightningCLI):
         if gives_way:
             options["weights"] = config["ckpt_path"]
         super().instantiate_classes()
-        self.model.goes_on = gives_way
+        self.model.starts_from_checkpoint = gives_way
         if not fits:
             self.model.stored_size = (checkpoint.get("network") or {}).get("size")
         if self.subcommand in ("validate", "test") and hasattr(self.datamodule, "expect"):
             self.datamodule.expect(checkpoint.get(type(self.datamodule).__qualname__, {}))
         if weights:
             options["weights"] = weights  # as the run's config says it
+        if fits and "config" in network:
+            network["config"] = told
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""
@@ -292,7 +297,7 @@ class TrainingCLI(LightningCLI):
             return
         if self.trainer.fast_dev_run:
             return
-        own = run_folder.own_checkpoint(self.run_dir)
+        own = own_checkpoint(self.run_dir)
         if self._get(self.config, "test_after_fit") and own.exists() and self._has_test():
             self.trainer.test(datamodule=self.datamodule, ckpt_path=str(own), verbose=False, weights_only=True)
         if self.trainer.is_global_zero:

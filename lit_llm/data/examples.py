@@ -229,10 +229,10 @@ class ExampleData(SplitData):
 
     def _put_classes_in_order(self, names: list[str]) -> None:
         value_of = dict(zip(self.class_names, self.reader.values, strict=True))
-        place = np.array([names.index(name) for name in self.class_names], dtype=np.int64)
+        new_of = np.array([names.index(name) for name in self.class_names], dtype=np.int64)
         for name, split in self.splits.items():
             if split.labels is not None:
-                self.splits[name] = Split(split.rows, place[split.labels])
+                self.splits[name] = Split(split.rows, new_of[split.labels])
         self.reader = replace(self.reader, values=tuple(value_of[name] for name in names), class_names=names)
         self._readable = {}
 

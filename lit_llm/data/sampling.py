@@ -95,7 +95,7 @@ class BatchLoader:
         if shuffle_seed is None and 0 < num_rows < world_size:
             raise ValueError(
                 f"trainer.devices must leave each process a row to evaluate, but {world_size} processes would share "
-                f"{num_rows}; take fewer, or a larger split, as by data.validation_fraction"
+                f"{num_rows}; take fewer, or raise data.validation_fraction or data.test_fraction"
             )
         self.cut = cut
         self.num_rows = num_rows

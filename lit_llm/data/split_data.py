@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from dataclasses import asdict
@@ -13,9 +14,8 @@ from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 
 from lit_llm.data.arguments import require_counts, require_fractions
-from lit_llm.data.cleaning import content_hash
 from lit_llm.data.sampling import BatchLoader, place
-from lit_llm.data.tables import Split, column_values, split_kind
+from lit_llm.data.tables import Split, split_kind
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,8 @@ class SplitData(LightningDataModule, ABC):
     """Examples of a source that has splits, or is cut into them; one that is not the run's own is predicted whole.
 
     Where an evaluation names other tables than the run's own, that by their names are not to train on, what there is to
-    evaluate is read as training would have it, by the checkpoint's classes.
+    evaluate is read as training would have it, by the checkpoint's classes. (Which the run's own are has to be known
+    before any is opened, by `expect`: the command line says it.)
 
     A subclass says what a source's splits are, and how a split's rows become batches. Arguments are explained where
     it names them.
@@ -32,6 +33,9 @@ class SplitData(LightningDataModule, ABC):
     Raises:
         ValueError: When a value is out of range.
     """
+
+    doubt: str | None = None
+    """Why rows that were trained on may be among those that are evaluated."""
 
     columns: Any
     """Where the source keeps what an example is, a dataclass; from `splits` on."""
@@ -106,9 +110,11 @@ class SplitData(LightningDataModule, ABC):
             found = {}
             for name in [name for name in ("train", "unlabelled") if name in self.tables]:
                 rows = self.tables[name]
-                known = [column for column in columns.values() if column in rows.column_names]
-                texts = ("\0".join(map(str, column_values(rows, column))) for column in known)
-                found[name] = [len(rows), content_hash("\1".join(texts))]
+                digest = hashlib.blake2b(digest_size=8)
+                for column in filter(rows.column_names.__contains__, columns.values()):
+                    for some in rows.select_columns([column]).iter(10_000):
+                        digest.update("\0".join(map(str, some[column])).encode("utf-8", "surrogatepass") + b"\0")
+                found[name] = [len(rows), int.from_bytes(digest.digest(), "big")]
             self._contents = self.tables, columns, found
         return self._contents[2]
 
@@ -255,7 +261,8 @@ class SplitData(LightningDataModule, ABC):
         if self._stage in ("validate", "test", "predict") and (change := self._change()):
             split = {"validate": "validation", "test": "test"}.get(self._stage) or self.predict_split
             if split not in self.tables:
-                log.warning(f"Rows that the checkpoint was trained on may be in the {split} split, since {change}")
+                self.doubt = f"Rows that the checkpoint was trained on may be in the {split} split, since {change}"
+                log.warning(self.doubt)
 
     def _read(self, name: str) -> Any:
         if name not in self._readable:

@@ -72,7 +72,7 @@ class Objective(Scheduled):
     stored_size: int | None = None
     """The size in the checkpoint that is to be read, for data to evaluate that cannot say it."""
 
-    goes_on: bool = False
+    starts_from_checkpoint: bool = False
     """Whether `weights` are the checkpoint that is to be read, to which what the run started from gave way."""
 
     planned_for: LightningDataModule | None = None
@@ -154,7 +154,9 @@ class Objective(Scheduled):
             ValueError: When nothing says how large it is, or the weights are not for this data or this network.
         """
         name = self.size_name
-        source = read_model(self.hparams["weights"], self.goes_on) if self.hparams.get("weights") else None
+        source = None
+        if self.hparams.get("weights"):
+            source = read_model(self.hparams["weights"], unrounded=self.starts_from_checkpoint)
         if source is not None and getattr(self._trainer, "ckpt_path", "no trainer") is None:
             getattr(self.trainer.datamodule, "splits", None)  # found now: no checkpoint will say what the classes are
         other_classes = source is not None and self._has_other_classes(source)

@@ -284,10 +284,12 @@ def test_a_table_that_has_changed_is_evaluated_with_the_runs_tokens_and_is_said_
     with table.open("a") as file:
         file.writelines(f'"quite another {chr(97 + n) * 5} text",{("bad", "good")[n % 2]}\n' for n in range(20))
     change = f"the train split of {table} had 60 rows then and has 80 now"
+    before = (tmp_path / "run/results.json").read_text()
     for command in ("test", "predict"):
         outcome = lit_llm(command, "--run_dir", tmp_path / "run")
         assert outcome.code == 0, outcome.err
         assert f"Rows that the checkpoint was trained on may be in the test split, since {change}" in outcome.err
+    assert (tmp_path / "run/results.json").read_text() == before
     outcome = lit_llm("fit", "--run_dir", tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "3")
     assert outcome.last_line == (
         f"lit-llm: error: data.path must hold the rows that the checkpoint was trained on to go on from it, but {change}; "

@@ -170,9 +170,10 @@ def test_a_run_goes_on_with_its_own_network_config_alone(lit_llm, reviews, tmp_p
     for config in (other, ["--model.network.config.num_hidden_layers", "3"]):
         outcome = lit_llm("fit", *words, *config, *on)
         assert outcome.code == 2
-        assert f"model.network.config must be as in {tmp_path / 'run/config.yaml'}" in outcome.last_line
-    outcome = lit_llm("fit", *words, *own, *on)
-    assert outcome.code == 0, outcome.err
+        assert f"model.network.config must be as in {tmp_path / 'run/config.yaml'} where" in outcome.last_line
+    for steps in ("3", "4"):
+        outcome = lit_llm("fit", *words, *own, "--trainer.max_steps", steps, "--ckpt_path", "last")
+        assert outcome.code == 0, outcome.err
 
 
 class Results(Callback):

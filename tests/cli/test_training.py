@@ -12,8 +12,10 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 from lit_llm.callbacks.metrics_csv import read_metrics
+from lit_llm.checkpoints import load_model
 from lit_llm.cli import COMMANDS, training
 from lit_llm.cli.training import TrainingCLI
+from lit_llm.models.llama import Llama
 from tests.writing import REPOSITORY
 
 
@@ -382,6 +384,8 @@ def test_a_run_without_validation_still_ends_with_a_model(lit_llm, tiny, tmp_pat
     assert not (tmp_path / "run/evaluations").exists()
     assert json.loads((tmp_path / "run/results.json").read_text())["test/loss"] == pytest.approx(tested)
     assert lit_llm("predict", "--run_dir", tmp_path / "run").code == 0
+    shutil.rmtree(tmp_path / "run/model")
+    assert isinstance(load_model(tmp_path / "run")[0], Llama)
 
 
 @pytest.mark.slow

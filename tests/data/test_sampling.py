@@ -82,8 +82,8 @@ def test_ranks_share_out_evaluation_rows_without_overlap_or_loss(rows, batch_siz
 @pytest.mark.parametrize("rank", [0, 2])
 def test_fewer_evaluation_rows_than_ranks_are_refused_alike_by_all_ranks(rank: int) -> None:
     message = (
-        "trainer.devices must leave each process a row to evaluate, but 3 processes would share 2; take fewer, or a "
-        "larger split, as by data.validation_fraction"
+        "trainer.devices must leave each process a row to evaluate, but 3 processes would share 2; take fewer, or "
+        "raise data.validation_fraction or data.test_fraction"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         loader(2, 4, None, rank, 3)
