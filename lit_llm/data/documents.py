@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lit_llm.data.corpora import EMBEDDED, Document, stdlib_files
+from lit_llm.data.delimited import layout
 from lit_llm.data.json_lines import is_in_lines, json_lines, with_all_columns
 
 log = logging.getLogger(__name__)
@@ -329,8 +330,6 @@ def _reading(files: Sequence[Path], rows: Rows) -> dict[str, Any]:
     separated = [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
     if not separated or len(separated) < len(files):
         return {}
-    from lit_llm.data.tables import layout  # which imports this module
-
     _, options = layout(list(files))
     return options | {"converters": dict.fromkeys(rows.columns, str), "keep_default_na": False}
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import itertools
 import logging
 import re
 from collections.abc import Iterable
@@ -17,6 +14,7 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets,
 from datasets.utils.logging import set_verbosity
 
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
+from lit_llm.data.delimited import layout
 from lit_llm.data.documents import HUB_NAME, SPLIT_NAME, TABLE_FORMATS, split_kind, stamps, why_unreadable
 from lit_llm.data.json_lines import is_in_lines, json_lines
 
@@ -35,12 +33,6 @@ NUMBERS = re.compile(r"idx|id|index|Unnamed: 0(\.\d+)?")
 """What columns of rows' numbers are called; the last by pandas, the more often it wrote them."""
 
 ROWS_AT_ONCE = 10_000
-LOOKED_AT = 10_000_000
-"""Characters of a TSV file by which it is decided whether quotes enclose cells."""
-
-LINES_OF_A_CELL = 100
-QUOTED_CELL = re.compile(r'(?<![^\t\n])"[^"]*(?:""[^"]*)*"(?![^\t\n])')
-csv.field_size_limit(2**31 - 1)  # a cell may hold a book
 SHARD = re.compile(r"-\d+-of-\d+$")
 NUMBER = re.compile(rf"{SHARD.pattern}|([-_.]?\d)+$")
 UNLABELLED = ("unlabel", "unsupervised")
@@ -188,32 +180,6 @@ def _load_files(files: list[Path], path: str) -> Dataset:
         raise ValueError(f"data.path must be a table that can be read, but {which} is not: {reason}") from error
 
 
-def layout(files: list[Path]) -> tuple[list[str], dict[str, Any]]:
-    """What the columns of CSV or TSV files are called in the first one, and how pandas tells the cells of all apart.
-
-    Raises:
-        ValueError: When the first row has more cells than the header, as where texts have commas, but no quotes.
-    """
-    separator = "\t" if files[0].suffix.lower() == ".tsv" else ","
-    quoting = csv.QUOTE_NONE if separator == "\t" and not all(map(_is_quoted, files)) else csv.QUOTE_MINIMAL
-    with files[0].open(newline="", encoding="utf-8-sig") as file:
-        filled = filter(None, csv.reader(file, delimiter=separator, quoting=quoting))
-        names, first = next(filled, []), next(filled, [])
-    names = [name or _nameless(place, names) for place, name in enumerate(names)]
-    if len(first) > len(names):  # pandas would take what is too many for names of rows
-        raise ValueError(
-            f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
-        )
-    return names, {"sep": separator, "quoting": quoting}
-
-
-def _nameless(place: int, names: list[str]) -> str:
-    """What pandas calls a column without a name, beside those that have one."""
-    first = f"Unnamed: {place}"
-    others = (f"{first}.{number}" for number in itertools.count(1))
-    return next(name for name in itertools.chain([first], others) if name not in names)
-
-
 def _load_json_lines(files: list[Path]) -> Dataset:
     """One table, read once and kept in the cache folder.
 
@@ -241,39 +207,6 @@ def _columns(rows: list[dict[str, Any]], names: Iterable[str]) -> Dataset:
 def _in_64_bits(value: Any) -> Any:
     """A whole number that has too many as a real one, as the library reads it."""
     return float(value) if type(value) is int and not -(2**63) <= value < 2**63 else value
-
-
-def _is_quoted(file: Path) -> bool:
-    """Whether quotes in a TSV file enclose cells, as its readers take them; in GLUE's own files they are text.
-
-    A quote at the head of a cell and one at the end of another, some lines below, enclose what is between only if that
-    gives all rows as many cells as the header; and in two columns and more, only if the lines do not have them already.
-    """
-    text = _from_the_first_quote(file)
-    if '"' in QUOTED_CELL.sub("", text):
-        return False
-    apart = [cell[0] for cell in QUOTED_CELL.finditer(text) if "\n" in cell[0]]
-    if not apart:
-        return True
-    rows = {len(row) for row in csv.reader(io.StringIO(text), delimiter="\t") if row}
-    lines = {line.count("\t") + 1 for line in text.split("\n") if line}
-    return len(rows) == 1 and (rows == {1} or rows != lines or any('""' in cell for cell in apart))
-
-
-def _from_the_first_quote(file: Path) -> str:
-    """The header and the lines from the first with a quote on; of many megabytes some, to where no cell is open."""
-    with file.open(encoding="utf-8-sig") as lines:
-        text = next(lines, "")
-        if '"' not in text:
-            text += next((line for line in lines if '"' in line), "")
-        text += lines.read(LOOKED_AT)
-        if not lines.read(1):
-            return text
-    for _ in range(LINES_OF_A_CELL):
-        text = text.rpartition("\n")[0]
-        if text.count('"') % 2 == 0:
-            break
-    return text
 
 
 def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dict[str, Dataset]:

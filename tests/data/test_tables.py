@@ -435,7 +435,7 @@ def test_json_lines_that_are_read_in_parts_are_one_table(tmp_path, monkeypatch, 
 
 @pytest.mark.parametrize("stray", ["", 'an inch is 1"'])
 def test_quotes_of_a_long_tsv_file_are_judged_by_a_part_of_it(tmp_path, monkeypatch, stray) -> None:
-    monkeypatch.setattr("lit_llm.data.tables.LOOKED_AT", 300)
+    monkeypatch.setattr("lit_llm.data.delimited.LOOKED_AT", 300)
     cells = [f'"over\ntwo lines, {n}"' if n % 7 == 3 else f"plain {n}" for n in range(200)]
     cells[10] = stray or cells[10]
     lines = ["text\tlabel", *(f"{cell}\t{n % 2}" for n, cell in enumerate(cells) if not (stray and '"o' in cell))]
