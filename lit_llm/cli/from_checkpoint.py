@@ -131,7 +131,7 @@ def complete_network(options: Any, checkpoint: dict[str, Any], fits: bool) -> No
 
 
 def complete_images(options: Any, checkpoint: dict[str, Any]) -> None:
-    """Has images to predict read as the network wants them, where the data's options do not say how, in place."""
+    """Has images to evaluate read as the network wants them, where the data's options do not say how, in place."""
     channels, height, width = checkpoint.get("image_shape") or (None, None, None)
     for name, value in {"channels": channels, "image_size": height if height == width else None}.items():
         if name in options and options[name] is None:

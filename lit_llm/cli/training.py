@@ -225,7 +225,6 @@ class TrainingCLI(LightningCLI):
         from_checkpoint.complete_network(network, checkpoint, fits)
         if not fits:
             from_checkpoint.complete_tokenizer(config["data"].get("init_args") or {}, self.of_run, checkpoint)
-        if self.subcommand == "predict":
             from_checkpoint.complete_images(config["data"].get("init_args") or {}, checkpoint)
         gives_way = bool(checkpoint and (weights or network.get("path") != path))
         if gives_way:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from sklearn.datasets import load_digits
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
-from tests.images import tree
+from tests.images import noise, tree
 
 RESNET = {"model_type": "resnet", "num_channels": 1, "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
 RESNET |= {"layer_type": "basic", "hidden_act": "relu"}
@@ -102,6 +102,20 @@ def test_a_run_is_asked_about_files_gone_on_from_and_trained_further_on_others(l
     outcome = lit_llm("fit", "--run_dir", second, "--ckpt_path", "last", "--trainer.max_steps", "6")
     assert outcome.code == 0, outcome.err
     assert json.loads((second / "results.json").read_text())["step"] == 6
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict"])
+def test_images_of_another_size_are_evaluated_in_that_of_the_network(lit_llm, config, tmp_path, command) -> None:
+    small, held = tree(tmp_path / "small", {"cat": 20, "dog": 20}, side=8), tmp_path / "held"
+    large = tree(held / ("validation" if command == "validate" else "test"), {"cat": 3, "dog": 4}, side=30)
+    noise(99, 30, 40, mode="RGB").save(large / "cat" / "wide.png")
+    network = ["--model.network", "lit_llm.models.lenet.LeNet", "--model.network.width", "2"]
+    ours = ["--data.path", small, "--data.image_size", "null", "--trainer.max_steps", "2"]
+    outcome = lit_llm("fit", "--config", config, *network, *ours, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    outcome = lit_llm(command, "--run_dir", tmp_path / "run", "--data.path", held)
+    assert outcome.code == 0, outcome.err
+    assert "Decoded 8 images into 8 × 8 pixels with 1 channel" in outcome.err
 
 
 def test_mistakes_about_images_are_said_in_one_line(lit_llm, config, tmp_path) -> None:
