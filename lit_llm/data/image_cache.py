@@ -23,6 +23,9 @@ from lit_llm.data.cleaning import content_hash
 
 log = logging.getLogger(__name__)
 
+READING = 2
+"""Which way of reading images this is: one more wherever one of them comes to be read or measured otherwise."""
+
 GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 """Modes of images without colour."""
 

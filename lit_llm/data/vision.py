@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.examples import ExampleData
 from lit_llm.data.image_augmentation import ImageAugmentation
-from lit_llm.data.image_cache import ImageCache, build_image_cache
+from lit_llm.data.image_cache import READING, ImageCache, build_image_cache
 from lit_llm.data.image_collation import ImageCollation
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.image_sources import DIGITS, find_image_column, find_label_column, image_names, open_images
@@ -227,7 +227,7 @@ class VisionData(ExampleData):
             known, channels = self._processor_of_network(), self.channels
             size = self.image_size and (self.image_size, self.image_size)
         size, channels = size or (known and known.shape[1:]), channels or (known and known.shape[0])
-        what = {"images": identity, "column": self._image, "splits": list(tables)}
+        what = {"images": identity, "reading": READING, "column": self._image, "splits": list(tables)}
         folder = cache_folder() / "images" / cache_name(**what, size=size, channels=channels)
         encoded = {
             split: rows.cast_column(self._image, Image(decode=False)).select_columns([self._image])

@@ -14,8 +14,9 @@ from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as Pillow
 
 import lit_llm
-from lit_llm.data import image_cache
+from lit_llm.data import image_cache, vision
 from lit_llm.data.image_augmentation import ImageAugmentation
+from lit_llm.data.image_cache import read_image
 from lit_llm.data.vision import VisionData
 from tests.images import noise, tree, truncated
 
@@ -99,6 +100,15 @@ def test_images_are_decoded_once(folder, monkeypatch) -> None:
     made(path=folder, validation_fraction=0.3)
     with pytest.raises(ValueError, match="cannot: 'NoneType' object is not callable"):
         made(path=folder, image_size=5)
+
+
+def test_images_are_decoded_anew_once_they_are_read_otherwise(folder, monkeypatch) -> None:
+    before = made(path=folder).cache
+    monkeypatch.setattr(vision, "READING", image_cache.READING + 1)
+    monkeypatch.setattr(image_cache, "read_image", lambda *asked: 255 - read_image(*asked))
+    assert np.array_equal(made(path=folder).cache.pixels, 255 - before.pixels)
+    monkeypatch.undo()
+    assert made(path=folder).cache.folder == before.folder
 
 
 def test_equal_images_stay_together_in_a_split(tmp_path) -> None:
