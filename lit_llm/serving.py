@@ -94,7 +94,7 @@ class ImageRequest(Request):
                 short, long = sorted(image.size)
                 if short * long > MAX_PIXELS or long > MAX_SKEW * short:
                     raise OSError(f"it has {image.width} × {image.height} pixels")
-                decoded(image, 3, short, short)  # what fails later fails for a whole batch
+                decoded(image, 3, 1, 1)  # what fails later fails for a whole batch
         except Exception as error:  # each format's reader raises its own kinds
             raise ValueError(f"image must be an image file in base64, but is not: {error}") from error
         return value

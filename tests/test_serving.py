@@ -297,6 +297,15 @@ def test_images_that_would_grow_are_refused() -> None:
         ImageRequest(image=png(np.zeros((200, 2), np.uint8)))
 
 
+def test_a_look_at_an_image_makes_no_other_of_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda image, size, *how: asked.append(size) or resize(image, size, *how)
+    )
+    ImageRequest(image=png(np.zeros((40, 60), np.uint8)))
+    assert asked == [(1, 1)]
+
+
 def tiff(image: np.ndarray) -> str:
     file = io.BytesIO()
     Image.fromarray(image).save(file, "TIFF")
