@@ -75,9 +75,9 @@ class TextRequest(Request):
 
     @field_validator("text", "text_pair")
     @classmethod
-    def _is_utf_8(cls, value: str | None) -> str | None:
+    def _is_utf_8(cls, value: str | None, info: Any) -> str | None:
         with _refusing():  # the answer to an error of the schema quotes the text, which no answer holds
-            require_utf_8(value or "", "text")
+            require_utf_8(value or "", info.field_name)
         return value
 
 

@@ -262,7 +262,7 @@ def test_half_a_character_never_reaches_a_classifier(name: str) -> None:
     with pytest.raises(HTTPException) as refused:
         TextRequest(**({"text": "a"} | {name: "\ud800"}))
     assert refused.value.status_code == 400
-    assert refused.value.detail == r"text must be UTF-8 text, but is '\ud800'"
+    assert refused.value.detail == rf"{name} must be UTF-8 text, but is '\ud800'"
 
 
 def test_a_regression_gives_a_value(tmp_path: Path) -> None:
