@@ -234,7 +234,7 @@ def _upright_size(image: Image.Image) -> tuple[int, int]:
 
     Of a PNG this may come last, for which Pillow decodes all of it: only one whose bytes may hold it is asked.
     """
-    if image.format == "TIFF":  # has the size of the upright image already
+    if image.format == "TIFF":  # has the size of the upright image already, from Pillow 11 on
         return image.size
     if image.format == "PNG":
         place = image.fp.tell()
