@@ -80,11 +80,15 @@ class Classification(Objective):
         super().setup(stage)
 
     def build(self) -> None:
-        """Makes the network, and tells it, to be trained, the classes' names, and that they exclude each other."""
+        """Makes the network, and tells it, to be trained or of `weights`, the classes' names.
+
+        They exclude each other, which it is told, too.
+        """
+        reads_weights = self.hparams.get("weights") is not None
         super().build()
         if getattr(self.network, "multi_label", False):
             self.network.multi_label = False
-        if self._fits:
+        if self._fits or reads_weights:
             self._name_classes()
         self.val_metric, self.test_metric = (classification_metrics(self.hparams["num_classes"]) for _ in range(2))
         # Whole numbers: others would be rounded to the precision of the network.
@@ -92,13 +96,17 @@ class Classification(Objective):
         self.register_buffer("count_of_class", self._count_of_class(data), persistent=False)
 
     def on_validation_start(self) -> None:
-        """Tells the network the classes' names, now that a checkpoint has said in which order the data have them."""
-        self._name_classes()
+        """Tells the network the classes' names, now that a checkpoint has said in which order the data have them.
+
+        A trained network that is evaluated as it stands keeps its own: those of other data may be in another order.
+        """
+        if self._fits or self.trainer.ckpt_path:
+            self._name_classes()
 
     on_test_start = on_predict_start = on_validation_start
 
     def _name_classes(self) -> None:
-        names = getattr(self.trainer.datamodule, "class_names", None)
+        names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
         if names and hasattr(self.network, "class_names"):
             self.network.class_names = [*names, *(f"LABEL_{i}" for i in range(len(names), self.hparams["num_classes"]))]
 

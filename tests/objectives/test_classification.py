@@ -70,6 +70,23 @@ def test_the_network_knows_the_classes_by_name_and_so_does_what_is_saved(tmp_pat
     assert load_model(tmp_path / "model")[0].class_names == ["class 0", "class 1", "class 2"]
 
 
+@pytest.mark.parametrize("what", ["validate", "test", "predict"])
+def test_a_trained_network_keeps_the_names_of_its_classes_whatever_it_is_evaluated_on(tmp_path: Path, what) -> None:
+    made, other = fitted(tmp_path, Examples(3)), Examples(3)
+    other.class_names = ["class 2", "class 0", "class 1"]
+    getattr(trainer(tmp_path), what)(made, datamodule=other)
+    assert made.network.class_names == ["class 0", "class 1", "class 2"]
+
+
+def test_a_network_is_told_the_names_of_its_classes_by_a_checkpoint_that_is_evaluated(tmp_path: Path) -> None:
+    made, run = Classification(NETWORK), trainer(tmp_path, max_steps=1)
+    run.fit(made, datamodule=Examples(3))
+    run.save_checkpoint(tmp_path / "x.ckpt")
+    again = Classification(NETWORK, num_classes=3)
+    trainer(tmp_path).predict(again, datamodule=Examples(3, known=False), ckpt_path=tmp_path / "x.ckpt")
+    assert again.network.class_names == ["class 0", "class 1", "class 2"]
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_the_loss_weighs_each_examples_smoothed_loss_by_its_class(tmp_path: Path, smoothing: float) -> None:
     made = fitted(tmp_path, Examples(3, counts=[12, 6, 3]), label_smoothing=smoothing, class_weights="balanced")
