@@ -211,10 +211,8 @@ class PretrainedClassifier(Pretrained):
             self.model.config.get_text_config().pad_token_id = padding
 
     def recall_tokens(self, config: Mapping[str, Any]) -> None:
-        """What was learnt of the tokeniser by the time a checkpoint was made, from the config that this holds.
-
-        A network that is made from a path again, to be evaluated, knows only what the path says.
-        """
+        """As `Pretrained.recall_tokens`; and for what padding a decoder's head looks."""
+        super().recall_tokens(config)
         if (padding := config.get("pad_token_id")) is not None:
             self.read_padding(padding)
 

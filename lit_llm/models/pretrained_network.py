@@ -91,10 +91,24 @@ class Pretrained(nn.Module):
         if self.activation_checkpointing:
             new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # as later versions call it
             getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
-        kin = counting_from_padding(model)
+        self._find_first_position()
+
+    def _find_first_position(self) -> None:
+        kin = counting_from_padding(self.model)
         self.first_position = kin.padding_idx + 1 if kin else 0
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         self.max_seq_len = longest - self.first_position if longest and longest > 0 else None  # -1 is any, too
+
+    def recall_tokens(self, config: Mapping[str, Any]) -> None:
+        """What was learnt of the tokeniser by the time a checkpoint was made, from the config that this holds.
+
+        A network that is made again to be evaluated knows only what it is made from. RoBERTa's kin count positions from
+        the padding token, with the weights as they are.
+        """
+        kin, padding = counting_from_padding(self.model), config.get("pad_token_id")
+        if kin and padding is not None:
+            self.config.pad_token_id = kin.padding_idx = padding
+            self._find_first_position()
 
     @property
     def backbone(self) -> nn.Module | None:

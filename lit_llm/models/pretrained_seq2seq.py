@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,6 +13,9 @@ from lit_llm.models.pretrained_network import PretrainedLanguageModel
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
+"""What a config says of tokens that a decoder's writing depends on."""
 
 
 class PretrainedSeq2Seq(PretrainedLanguageModel):
@@ -67,6 +71,10 @@ class PretrainedSeq2Seq(PretrainedLanguageModel):
         if any(getattr(config, name) != token for name, token in tokens.items()):
             config.update(tokens)
             self._build()
+
+    def recall_tokens(self, config: Mapping[str, Any]) -> None:
+        """As `Pretrained.recall_tokens`: what a decoder starts with, its end and its padding."""
+        self.config.update({name: config[name] for name in TOKENS if config.get(name) is not None})
 
     def forward(
         self,

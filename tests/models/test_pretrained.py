@@ -156,6 +156,18 @@ def test_fresh_weights_take_the_padding_from_which_they_count_positions_of_the_t
     PretrainedCausalLM(257, config("mistral")).read_tokens_of(byte_tokenizer())
 
 
+@torch.no_grad()
+def test_a_network_that_is_made_again_counts_positions_from_where_it_learnt_them() -> None:
+    tokenizer = train_bert_bpe(["ab"], 260)
+    network, again = (PretrainedCausalLM(len(tokenizer), config("roberta")).eval() for _ in range(2))
+    network.read_tokens_of(tokenizer)
+    again.load_state_dict(network.eval().state_dict())
+    again.recall_tokens(network.arguments["config"])
+    assert (again.first_position, again.max_seq_len) == (1, 63)
+    assert again.arguments == network.arguments
+    torch.testing.assert_close(again(tokens()), network(tokens()))
+
+
 def test_a_network_that_counts_positions_from_no_padding_is_refused() -> None:
     message = (
         "pad_token_id must be in the config of a causal roberta, which counts positions from it, and less than "

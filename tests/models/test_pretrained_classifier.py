@@ -266,6 +266,17 @@ def test_a_decoder_of_ours_is_a_backbone_too(tiny_llama, tmp_path: Path) -> None
     assert torch.equal(network.model.model.embed_tokens.weight, made.embed_tokens.weight)
 
 
+@torch.no_grad()
+def test_a_network_that_is_made_again_counts_positions_from_where_it_learnt_them() -> None:
+    network, again = (PretrainedClassifier(2, config=config("roberta", vocab_size=257)).eval() for _ in range(2))
+    network.read_tokens_of(byte_tokenizer())
+    again.load_state_dict(network.eval().state_dict())
+    again.recall_tokens(network.arguments["config"])
+    assert again.arguments == network.arguments
+    ids = torch.arange(1, 13).view(2, 6)
+    torch.testing.assert_close(again(input_ids=ids), network(input_ids=ids))
+
+
 def test_fresh_weights_take_the_tokenisers_size_and_padding_and_others_must_have_room(tmp_path: Path) -> None:
     network, tokenizer = PretrainedClassifier(2, config=config("roberta")), byte_tokenizer()
     network.read_tokens_of(tokenizer)

@@ -156,6 +156,19 @@ def test_fresh_weights_take_the_tokenisers_padding() -> None:
     assert network.model is before
 
 
+@torch.no_grad()
+def test_a_network_that_is_made_again_counts_positions_from_where_it_learnt_them() -> None:
+    tokenizer = train_bert_bpe(["ab"], 260)
+    network, again = (PretrainedMaskedLM(len(tokenizer), config("roberta")).eval() for _ in range(2))
+    network.read_tokens_of(tokenizer)
+    again.load_state_dict(network.eval().state_dict())
+    again.recall_tokens(network.arguments["config"])
+    assert (again.first_position, again.max_seq_len) == (1, 63)
+    ids = torch.arange(1, 25).view(2, 12)
+    torch.testing.assert_close(again(ids), network(ids))
+    torch.testing.assert_close(again(ids, positions=torch.arange(12)[None]), network(ids))
+
+
 @kinds
 @torch.no_grad()
 def test_a_classifier_takes_the_backbone_over(kind: str, tmp_path: Path) -> None:

@@ -64,6 +64,17 @@ def test_logits_are_those_of_transformers_for_the_same_labels(kind: str) -> None
 
 @kinds
 @torch.no_grad()
+def test_a_network_that_is_made_again_starts_to_write_with_the_token_that_it_learnt(kind: str) -> None:
+    tokens = {"pad_token_id": 9, "eos_token_id": 8, "decoder_start_token_id": 7}
+    network, again = awake(kind), PretrainedSeq2Seq(len(TOKENS), {"model_type": kind, **CONFIGS[kind], **tokens}).eval()
+    again.load_state_dict(network.state_dict())
+    again.recall_tokens(network.arguments["config"])
+    torch.testing.assert_close(again(**texts()), network(**texts()))
+    assert torch.equal(again.generate(texts()["input_ids"]), network.generate(texts()["input_ids"]))
+
+
+@kinds
+@torch.no_grad()
 def test_a_token_is_told_from_those_before_it_and_from_the_text_read(kind: str) -> None:
     network, batch = awake(kind), texts()
     before = network(**batch)
