@@ -187,10 +187,7 @@ class Sharded(ModelParallelStrategy):
 
     def on_validation_start(self) -> None:
         """Has all evaluate with the first process's statistics of batch normalisation, which a checkpoint holds."""
-        for module in self.lightning_module.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-                for statistic in (module.running_mean, module.running_var):
-                    dist.broadcast(statistic, 0)
+        take_statistics_of_first(self.lightning_module)
 
     def teardown(self) -> None:
         """As Lightning's, which forgets to wait for checkpoints that are being written."""
@@ -269,6 +266,14 @@ def _share_of(value: Any, p: Tensor) -> Any:
     if isinstance(value, Tensor | Pieces) and value.shape == p.shape:
         return shared_as(part(value, p).to(p.device), p)
     return whole(value) if isinstance(value, Pieces) else value
+
+
+def take_statistics_of_first(network: nn.Module) -> None:
+    """Gives all processes the first one's running statistics of batch normalisation, in place."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
+            for statistic in (module.running_mean, module.running_var):
+                dist.broadcast(statistic, 0)
 
 
 def share_out(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = False, **options: Any) -> None:

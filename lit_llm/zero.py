@@ -33,6 +33,7 @@ from lit_llm.checkpoint_files import (
     write_together,
 )
 from lit_llm.shards import whole, whole_shape
+from lit_llm.strategies import take_statistics_of_first
 
 ELEMENTWISE = (Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, SGD)
 """Optimisers that treat each value by itself, so that it does not matter in which shape they get them."""
@@ -263,6 +264,10 @@ class DeepSpeed(DDPStrategy):
             # No kind of layer has its weights and gradients sent in bfloat16.
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         return config
+
+    def on_validation_start(self) -> None:
+        """As `Sharded`: all evaluate with the first process's statistics of batch normalisation."""
+        take_statistics_of_first(self.lightning_module)
 
     def teardown(self) -> None:
         """Lets go of the engine."""

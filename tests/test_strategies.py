@@ -181,6 +181,15 @@ def test_batch_normalisation_is_not_of_all_rows_where_weights_are_shared_out():
         strategy.setup(Trainer(accelerator="cpu", logger=False))
 
 
+def test_all_evaluate_with_the_running_statistics_of_the_first_process(monkeypatch):
+    strategy, norm = Sharded(), nn.BatchNorm1d(2)
+    strategy._lightning_module = nn.Sequential(nn.Linear(2, 2), norm, nn.BatchNorm1d(2, track_running_stats=False))
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: tensor.fill_(7.0 + source))
+    strategy.on_validation_start()
+    assert [norm.running_mean.tolist(), norm.running_var.tolist()] == [[7.0, 7.0]] * 2
+    assert norm.weight.tolist() == [1.0, 1.0]
+
+
 def test_arguments_out_of_range_are_refused():
     with pytest.raises(ValueError, match=r"^tensor_parallel_size must be at least 1, but is 0$"):
         Sharded(tensor_parallel_size=0)

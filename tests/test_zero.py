@@ -1,4 +1,4 @@
-"""What DeepSpeed is refused for, in one line; tests/cli/test_deepspeed.py has its runs."""
+"""What DeepSpeed is refused for, in one line, and what it needs no engine for; tests/cli/test_deepspeed.py has its runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch import Trainer
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DDPStrategy
@@ -125,6 +126,15 @@ def test_a_stage_with_a_second_network_is_refused_where_no_device_has_all_weight
     strategy._lightning_module = module
     with pytest.raises(ValueError, match=r"^stage must be 1 or 2 for a Module, which keeps a second network, but is 3"):
         strategy._share_out()
+
+
+def test_all_evaluate_with_the_running_statistics_of_the_first_process(installed, monkeypatch):
+    strategy, norm = DeepSpeed(), nn.BatchNorm1d(2)
+    strategy._lightning_module = nn.Sequential(nn.Linear(2, 2), norm, nn.BatchNorm1d(2, track_running_stats=False))
+    monkeypatch.setattr(dist, "broadcast", lambda tensor, source: tensor.fill_(7.0 + source))
+    strategy.on_validation_start()
+    assert [norm.running_mean.tolist(), norm.running_var.tolist()] == [[7.0, 7.0]] * 2
+    assert norm.weight.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize(("here", "there"), [(None, 2), (2, None), (2, 3), (2, 2)])
