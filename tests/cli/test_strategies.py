@@ -57,6 +57,8 @@ ADAM = [
     "0.01",
     "--model.optimizer.weight_decay",
     "0.1",
+    "--model.optimizer.eps",  # of a gradient that is nothing but rounding it would make a step as of any other
+    "1e-4",
 ]
 SHORT = [
     *("--trainer.max_steps", "4", "--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1"),
@@ -120,12 +122,8 @@ def assert_same_losses(one: Path, other: Path, rel: float = 2e-5, padded: bool =
 def assert_same_model(one: Path, other: Path) -> None:
     mine, theirs = (dict(load_model(path)[0].named_parameters()) for path in (one / "model", other / "model"))
     assert mine.keys() == theirs.keys()
-    far = 0
     for name in mine:
-        torch.testing.assert_close(theirs[name], mine[name], rtol=0, atol=0.01, msg=name)
-        far += int((~torch.isclose(theirs[name], mine[name], rtol=1e-3, atol=1e-4)).sum())
-    # Of a gradient that is nothing but rounding Adam makes a step as of any other.
-    assert far <= sum(p.numel() for p in mine.values()) / 1000
+        torch.testing.assert_close(theirs[name], mine[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize("network", NETWORKS)
