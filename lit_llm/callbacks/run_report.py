@@ -19,6 +19,7 @@ import lit_llm
 from lit_llm.callbacks.best_checkpoint import keeps_best
 from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.throughput import Throughput
+from lit_llm.checkpoint_files import own_checkpoint
 from lit_llm.checkpoints import finish, read_adapted, save_model
 from lit_llm.compression.compression import is_reformed, records_of
 from lit_llm.files import replacing, write_json
@@ -113,14 +114,12 @@ class RunReport(Callback):
     def _add(self, trainer: Trainer, split: str) -> None:
         """Adds what an evaluation found; where that is not a run's report, also what made it.
 
-        Figures of rows that may have been trained on do not take the place of those before.
+        Figures of rows that may have been trained on do not take the place of the run's own.
         """
-        if getattr(trainer.datamodule, "doubt", None):
-            return
         found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(split)}
         if "monitor" not in self._read(trainer):
             self._merge(trainer, {**found, "commit": commit(), "command": command()})
-        elif split == "test/":  # those of the best validation are there
+        elif split == "test/" and not getattr(trainer.datamodule, "doubt", None):  # of validations the best's are there
             self._merge(trainer, found)
 
     def _write(self, trainer: Trainer, finished: bool) -> None:
@@ -147,11 +146,11 @@ class RunReport(Callback):
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
-        best, last = (folder / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+        own = own_checkpoint(folder)
         adaptation = getattr(pl_module, "adaptation", None)
         shared_out = is_shared_out(pl_module.parameters())
-        if best.exists() or (shared_out and last.exists()):
-            network, _ = read_adapted(best if best.exists() else last)
+        if own.exists() and (shared_out or own.stem == "best"):
+            network, _ = read_adapted(own)
         elif shared_out:
             log.info("No model directory: the weights are sharded over devices, and there is no checkpoint")
             return
