@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,8 @@ def attend_by_products(
     """Softmax attention as two matrix products.
 
     The probabilities of few queries are kept for the backward pass. Those of many are made again there, `ROWS` queries
-    at a time: memory then grows with their number, not with its square.
+    at a time: memory then grows with their number, not with its square. Where none may look ahead, those of few are
+    made `ROWS` at a time too, without the half that is 0.
 
     Args:
         q: Queries.
@@ -64,8 +65,10 @@ def attend_by_products(
     """
     dtype, is_causal = product_dtype(q), is_causal and mask is None
     q, k, v = (t.to(dtype) for t in (q, k, v))
-    if q.shape[2] > _most_kept(q, is_causal) and not dropout and not torch.compiler.is_compiling():
-        return _ByRows.apply(q, k, v, mask, is_causal, scale)
+    keep = q.shape[2] <= _most_kept(q, is_causal)
+    in_rows = q.shape[2] > ROWS if is_causal else not keep
+    if in_rows and not dropout and not torch.compiler.is_compiling():
+        return _ByRows.apply(q, k, v, mask, is_causal, scale, keep)
     num_heads = q.shape[1]
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
     shares = F.dropout(_shares(q, k, mask, is_causal, scale, num_heads), dropout, training=dropout > 0)
@@ -95,34 +98,51 @@ def _shares(
         bias = q.new_full((q.shape[1], k.shape[1]), -math.inf).triu(first + 1)
     else:
         bias = q.new_zeros(1)
-    return torch.baddbmm(bias, q, k.mT, alpha=scale).softmax(dim=-1)
+    scores = torch.baddbmm(bias, q, k.mT, alpha=scale)
+    if scores.requires_grad:
+        return scores.softmax(dim=-1)
+    return torch.softmax(scores, dim=-1, out=scores)
 
 
 def _by_rows(
-    q: Tensor, k: Tensor, mask: Tensor | None, is_causal: bool, scale: float, num_heads: int
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    is_causal: bool,
+    scale: float,
+    num_heads: int,
+    kept: Sequence[Tensor] = (),
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Which queries, which keys they may look at, and their shares of these; arguments as in `_shares`."""
-    for first in range(0, q.shape[1], ROWS):
+    """Which queries, which keys they may look at, and their shares of these, if they were not kept; from the last back.
+
+    Arguments as in `_shares`.
+    """
+    for index, first in enumerate(reversed(range(0, q.shape[1], ROWS))):
         rows = slice(first, min(first + ROWS, q.shape[1]))
         keys = slice(0, rows.stop if is_causal else k.shape[1])
+        if kept:
+            yield rows, keys, kept[index]
+            continue
         part = mask[:, :, rows] if mask is not None and mask.shape[2] > 1 else mask
         yield rows, keys, _shares(q[:, rows], k[:, keys], part, is_causal, scale, num_heads, first)
 
 
 class _ByRows(torch.autograd.Function):
-    """`attend_by_products` of some queries at a time; the backward pass makes their shares anew."""
+    """`attend_by_products` of some queries at a time; the backward pass has kept their shares or makes them anew."""
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, keep: bool
     ) -> Tensor:
         """What the queries find."""
         batch, num_heads, new, _ = q.shape
         out = q.new_empty(batch, new, num_heads, v.shape[-1]).transpose(1, 2)  # as an output projection reads it
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+        kept = []
         for rows, keys, shares in _by_rows(q, k, mask, is_causal, scale, num_heads):
             out[:, :, rows] = torch.bmm(shares, v[:, keys]).unflatten(0, (batch, num_heads))
-        ctx.save_for_backward(q, k, v, mask)
+            kept += [shares] * keep
+        ctx.save_for_backward(q, k, v, mask, *kept)
         ctx.how = (is_causal, scale, num_heads)
         return out
 
@@ -130,15 +150,24 @@ class _ByRows(torch.autograd.Function):
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of queries, keys and values; those of keys and values are summed in float32."""
-        q, k, v, mask = ctx.saved_tensors
+        q, k, v, mask, *kept = ctx.saved_tensors
         is_causal, scale, num_heads = ctx.how
         grad, grad_q = grad.flatten(0, 1), torch.empty_like(q)
-        grad_k, grad_v = (torch.zeros_like(t, dtype=torch.float32) for t in (k, v))
-        for rows, keys, shares in _by_rows(q, k, mask, is_causal, scale, num_heads):
-            grad_v[:, keys] += torch.bmm(shares.mT, grad[:, rows])
+        grad_k = grad_v = None
+        for rows, keys, shares in _by_rows(q, k, mask, is_causal, scale, num_heads, kept):
+            grad_v = _plus(grad_v, keys, torch.bmm(shares.mT, grad[:, rows]))
             grad_shares = torch.bmm(grad[:, rows], v[:, keys].mT)
             grad_scores = torch.ops.aten._softmax_backward_data(grad_shares, shares, -1, shares.dtype).mul_(scale)
             grad_q[:, rows] = torch.bmm(grad_scores, k[:, keys])
-            grad_k[:, keys] += torch.bmm(grad_scores.mT, q[:, rows])
+            grad_k = _plus(grad_k, keys, torch.bmm(grad_scores.mT, q[:, rows]))
         grads = (grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype))
-        return *(t.unflatten(0, (-1, num_heads)) for t in grads), None, None, None
+        return *(t.unflatten(0, (-1, num_heads)) for t in grads), None, None, None, None
+
+
+def _plus(total: Tensor | None, keys: slice, part: Tensor) -> Tensor:
+    """The sum over queries so far, whose first part is of all keys."""
+    if total is None:
+        return part
+    total = total.float()
+    total[:, keys] += part
+    return total

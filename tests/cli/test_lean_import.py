@@ -14,7 +14,13 @@ import_torchmetrics()
 assert "transformers" not in sys.modules
 import lit_llm.cli.training
 import lit_llm.objectives.causal_lm, lit_llm.models.llama, lit_llm.data.text
-assert not {"scipy", "datasets", "pandas"} & sys.modules.keys()
+assert not {"scipy", "datasets", "pandas", "matplotlib"} & sys.modules.keys()
+import torch, torchmetrics.text.wer
+assert torchmetrics.text.WordErrorRate is torchmetrics.text.wer.WordErrorRate
+for metric in (torchmetrics.Accuracy("binary"), torchmetrics.ConfusionMatrix("binary")):
+    metric.update(torch.tensor([1, 0]), torch.tensor([1, 1]))
+    figure, axes = metric.plot()
+    assert figure.axes == [axes]
 from torchmetrics.text.bert import BERTScore
 from torchmetrics.functional.text.bert import AutoModel
 from torchmetrics.text import infolm
