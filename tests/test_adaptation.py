@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from lit_llm.models.block import Block, depths
 from lit_llm.models.gpt2 import GPT2
 from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.models.pretrained_masked_lm import PretrainedMaskedLM
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.regression import Regression
 from lit_llm.optimizers import parameter_groups
@@ -29,6 +31,7 @@ from tests.examples import BERT, Examples, example, together
 from tests.writing import exactly
 
 NETWORK = functools.partial(PretrainedClassifier, config=BERT)
+XLM_R = BERT | {"model_type": "xlm-roberta", "pad_token_id": 0}  # its head is made first
 ADAPTERS = [LoRA, DoRA, RSLoRA]
 TOP = 3  # two blocks
 STEPS = 12
@@ -113,6 +116,27 @@ def test_a_pooler_belongs_to_the_head_wherever_it_was_made(kind: str) -> None:
     found, top = depths(network)
     head = {name.rpartition(".")[0] for name, p in network.named_parameters() if found[p] == top}
     assert head == {"model.classifier", f"model.{kind}.pooler.dense"}
+
+
+@pytest.mark.parametrize("kind", ["roberta", "xlm-roberta", "camembert"])
+def test_what_is_outside_the_backbone_is_the_head_wherever_it_was_made(kind: str) -> None:
+    network = PretrainedClassifier(3, config=SMALL | {"model_type": kind})
+    found, top = depths(network)
+    by_depth = {
+        depth: {n.split(".")[2] for n, p in network.named_parameters() if found[p] == depth} for depth in (0, top)
+    }
+    assert by_depth == {0: {"embeddings"}, top: {"dense", "out_proj"}}
+
+
+def test_a_matrix_of_the_head_that_is_the_embeddings_too_is_at_the_bottom_wherever_it_was_made() -> None:
+    network = PretrainedMaskedLM(20, config=SMALL | {"model_type": "xlm-roberta"})
+    found, top = depths(network)
+    model = network.model
+    assert model.lm_head.decoder.weight is model.roberta.embeddings.word_embeddings.weight
+    assert {name: found[p] for name, p in model.lm_head.named_parameters()} == {
+        "decoder.weight": 0,
+        **dict.fromkeys(("bias", "dense.weight", "dense.bias", "layer_norm.weight", "layer_norm.bias"), top),
+    }
 
 
 RELATIVE = {"relative_attention": True, "pos_att_type": ["p2c", "c2p"], "max_relative_positions": 16}
@@ -247,8 +271,9 @@ def test_features_of_augmented_examples_are_not_cached(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 class TestAdapter:
-    def test_only_adapters_and_head_learn_and_training_starts_from_the_network_as_it_was(self, kind, tmp_path):
-        network = NETWORK(3).eval()
+    @pytest.mark.parametrize("described", [BERT, XLM_R], ids=lambda described: described["model_type"])
+    def test_only_adapters_and_head_learn_and_training_starts_from_the_network_as_it_was(self, kind, described):
+        network = PretrainedClassifier(3, config=described).eval()
         batch = example(3, 3)
         before = network(input_ids=batch["input_ids"])
         kind(rank=2).prepare(network)
@@ -257,8 +282,9 @@ class TestAdapter:
         assert all(any(part in name for part in ("lora_", ".classifier.", ".pooler.")) for name in learning)
         assert {"lora_A", "lora_B", "classifier"} <= {part for name in learning for part in name.split(".")}
 
-    def test_a_run_gives_merged_weights_and_adapters_that_peft_reads(self, kind, tmp_path):
-        base = NETWORK(3)
+    @pytest.mark.parametrize("described", [BERT, XLM_R], ids=lambda described: described["model_type"])
+    def test_a_run_gives_merged_weights_and_adapters_that_peft_reads(self, kind, described, tmp_path):
+        base = PretrainedClassifier(3, config=described)
         save_model(tmp_path / "base", base)
         network = functools.partial(PretrainedClassifier, path=str(tmp_path / "base"))
         made, watch = objective(kind(rank=2), network), Watch()
@@ -275,6 +301,8 @@ class TestAdapter:
         as_trained, adaptation = read_adapted(tmp_path / "x.ckpt")
         assert adaptation == kind(rank=2)
         adaptation.save(as_trained, tmp_path / "adapter")
+        saved = json.loads((tmp_path / "adapter/adapter_config.json").read_text())["modules_to_save"]
+        assert any(name.startswith("classifier") for name in saved)
         plain = AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
         theirs = PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
         torch.testing.assert_close(theirs(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-4)

@@ -21,8 +21,9 @@ def depths(network: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
     between it and the head (a norm), and `n + 1` is the head: all that is not `network.backbone` where there is such,
     with the backbone's pooler, which is as good as new after pre-training without it; else the last layer with
     parameters. An embedding that is the head's matrix too is at 0. The order is that in which layers were made, but
-    embeddings outside the blocks, such as relative positions, are at 0 with their norms wherever they were made, since
-    all blocks read them. Without any blocks what is below the head is at 0, and the head at 1.
+    embeddings outside the blocks, such as relative positions, are at 0 with their norms, since all blocks read them,
+    and what is outside the backbone is at the top, wherever they were made. Without any blocks what is below the head
+    is at 0, and the head at 1.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1, bias=False))
@@ -44,7 +45,7 @@ def depths(network: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
     embeddings, here, top = _of_embeddings(network), 0, len(blocks) + 1
     for p in network.parameters():  # a tied matrix comes once, where it is first
         here = max(here, within.get(p, 0))
-        is_head = p in pooler or (p in head and (here or not blocks))
+        is_head = p in head and (backbone is not None or here or not blocks)
         found[p] = within.get(p, top if is_head else 0 if p in embeddings else here)
     return found, top
 
