@@ -61,7 +61,7 @@ class Seq2SeqData(TableTokens):
         tokenizer: `t5-bpe-<size>`, trained on these training texts; a folder with a `tokenizer.json`; or a name on the
             hub. Default: the one next to the network's weights, or `t5-bpe-4096` for a network without weights.
         max_source_len: Maximum tokens of a text to read, including the end token; longer ones are truncated.
-        max_target_len: The same for a text to write.
+        max_target_len: The same for a text to write; what a network writes by itself is compared with all of it.
         batch_size: Examples per batch and device.
         validation_fraction: Fraction of the training split to validate on if the source has no validation split, by a
             hash of the texts; 0 for none.
@@ -126,6 +126,10 @@ class Seq2SeqData(TableTokens):
             "max_target_len": self.max_target_len,
             "splits": {name: {"examples": len(split)} for name, split in self.splits.items()},
         }
+
+    def targets(self, split: str, rows: list[int]) -> list[str]:
+        """The texts to write of some examples, as the source has them: not cut."""
+        return self.splits[split].rows[rows][self.columns.target]
 
     # Lightning's hooks.
 

@@ -93,8 +93,8 @@ class Seq2Seq(TeacherForcing):
 
     Logs `val/loss` (nats per token of the targets, not smoothed), `val/perplexity`, `val/accuracy` (fraction of these
     tokens that is most probable, the ones before being given), and of the texts that the network writes by itself for
-    the first examples of the split `val/exact_match`, `val/rouge_l`, `val/bleu` and `val/chrf`; the same under `test/`.
-    `predict` writes a text for each example.
+    the first examples of the split, held against their whole targets, `val/exact_match`, `val/rouge_l`, `val/bleu` and
+    `val/chrf`; the same under `test/`. `predict` writes a text for each example.
 
     Args:
         network: Makes an encoder-decoder from the number of tokens. Called with `input_ids`, `labels` and
@@ -160,7 +160,14 @@ class Seq2Seq(TeacherForcing):
             first[0] = True
         written = self.write({name: tensor[first] for name, tensor in batch.items()})
         if own:
-            metric.update(written, self._decoded(batch["labels"][first]))
+            metric.update(written, self._wanted(batch, first, "test" if metric is self.test_metric else "validation"))
+
+    def _wanted(self, batch: Seq2SeqBatch, first: Tensor, split: str) -> list[str]:
+        """The targets of some examples, whole where the data gives them; else as far as they are labels."""
+        whole = getattr(self.trainer.datamodule, "targets", None)
+        if whole is None:
+            return self._decoded(batch["labels"][first])
+        return [text.strip() for text in whole(split, batch["rows"][first].tolist())]
 
     def write(self, batch: Seq2SeqBatch) -> list[str]:
         """What the network writes for each source."""

@@ -34,8 +34,10 @@ def network() -> functools.partial:
     return functools.partial(PretrainedSeq2Seq, config=T5 | {"d_model": 32})
 
 
-def fitted(path: str, folder: Path, steps: int, **options) -> tuple[Trainer, Seq2Seq, Seq2SeqData]:
-    data = Seq2SeqData(path=path, tokenizer="t5-bpe-400", batch_size=16)
+def fitted(
+    path: str, folder: Path, steps: int, max_target_len: int = 48, **options
+) -> tuple[Trainer, Seq2Seq, Seq2SeqData]:
+    data = Seq2SeqData(path=path, tokenizer="t5-bpe-400", batch_size=16, max_target_len=max_target_len)
     adamw = functools.partial(torch.optim.AdamW, lr=0.01)
     made = Seq2Seq(network(), optimizer=adamw, max_new_tokens=6, **options)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -77,6 +79,18 @@ def test_only_the_first_examples_are_written(numbers: str, tmp_path: Path, monke
         rows.clear()
         run.validate(made, data, verbose=False)
         assert sorted(rows) == list(range(5))
+
+
+@pytest.mark.parametrize(("split", "stage"), [("val", "validate"), ("test", "test")])
+def test_what_is_written_is_held_against_whole_targets(split: str, stage: str, tmp_path: Path, monkeypatch) -> None:
+    targets = {name: [f"{n} is a number of {name} of 20" for n in range(20)] for name in ("train", "val", "test")}
+    for name, texts in targets.items():
+        rows = [f"{number},{text}" for number, text in enumerate(texts)]
+        (tmp_path / f"{name}.csv").write_text("\n".join(["source,target", *rows]) + "\n")
+    run, made, data = fitted(str(tmp_path), tmp_path, 1, max_target_len=4)
+    monkeypatch.setattr(made, "write", lambda batch: [targets[split][row] for row in batch["rows"].tolist()])
+    getattr(run, stage)(made, data, verbose=False)
+    assert run.callback_metrics[f"{split}/exact_match"] == 1
 
 
 def test_label_smoothing_is_in_the_loss_and_not_in_the_metric(numbers: str, tmp_path: Path) -> None:
