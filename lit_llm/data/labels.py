@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,9 @@ class LabelReader:
     class_names: list[str] = field(default_factory=list)
 
     def read(self, found: list[Any], split: str) -> np.ndarray:
-        """The labels of a split, as training had them or by the names of the classes.
+        """The labels of a split: all by the names of the classes or all as training had them, whichever knows more.
+
+        Where both know as many, as a name may be another class's number, they are names.
 
         Raises:
             ValueError: When one is missing or not finite, or was never seen in training.
@@ -66,25 +68,30 @@ class LabelReader:
                     f"{split} split of {self.path}; leave such rows out"
                 )
             return labels
-        kinds = [{value: number for number, value in enumerate(known)} for known in (self.values, self.class_names)]
-        # All are values or all are names: a class may have another's number as its name.
+        ways = [self.class_names, self.values] if self.class_names != list(map(str, self.values)) else [self.values]
+        kinds = [{value: number for number, value in enumerate(known)} for known in ways]
         met = set(found)
-        place = next((kind for kind in kinds if all(_as_known(value, kind) in kind for value in met)), kinds[0])
-        try:
-            return np.array([place[_as_known(value, place)] for value in found], dtype=np.int64)
-        except KeyError as error:
-            value = error.args[0]
+        place = max(kinds, key=lambda kind: sum(_as_known(value, kind) in kind for value in met))
+        if odd := {value for value in met if _as_known(value, place) not in place}:
+            row = next(row for row, value in enumerate(found) if value in odd)
             raise ValueError(
-                f"data.label must be one of {listed(self.values)} as in training, but {self.column!r} is {value!r} in "
-                f"row {found.index(value)} of the {split} split of {self.path}"
-            ) from None
+                f"data.label must be one of {listed(place)} as in training, but {self.column!r} is {found[row]!r} in "
+                f"row {row} of the {split} split of {self.path}"
+            )
+        number = {value: place[_as_known(value, place)] for value in met}
+        return np.array([number[value] for value in found], dtype=np.int64)
+
+    @property
+    def ways(self) -> tuple[LabelReader, LabelReader]:
+        """One that reads names of classes alone, and one that reads only what training had."""
+        return replace(self, values=tuple(self.class_names)), replace(self, class_names=list(map(str, self.values)))
 
 
 def _as_known(value: Any, known: Collection[Any]) -> Any:
-    """A label as it is known: as it is, or as text (10, beside 01); a truth value as any table writes it."""
+    """A label as it is known: as it is, or as text (10, beside 01; 1 of 1.0); a truth value as any table writes it."""
     if value in known:
         return value
-    text = str(value)
+    text = str(int(value) if isinstance(value, float) and value.is_integer() and str(value) not in known else value)
     truths = (text.lower(), text.title(), text.upper(), TRUTHS[text.lower()]) if text.lower() in TRUTHS else ()
     return next((same for same in (text, *truths) if same in known), value)
 
@@ -195,11 +202,13 @@ def read_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray | 
     """
     if not reader.column or is_hidden(rows, reader.column):
         return None
-    found = _by_name(rows, reader)
+    found, reader = _by_name(rows, reader)
     try:
         return reader.read(found, split)
-    except (ValueError, TypeError):  # some are missing or unknown: each for itself, then
-        read = {kind: _read_one(value, reader, split) for kind, value in {repr(each): each for each in found}.items()}
+    except (ValueError, TypeError):  # some are missing or unknown: each for itself, then, but all in one way
+        kinds = {repr(each): each for each in found}
+        readings = [{kind: _read_one(value, way, split) for kind, value in kinds.items()} for way in reader.ways]
+        read = max(readings, key=lambda reading: sum(label is not None for label in reading.values()))
     labels = [read[repr(value)] for value in found]
     if unknown := [row for row, label in enumerate(labels) if label is None]:
         log.info(
@@ -218,17 +227,23 @@ def require_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray
     Raises:
         ValueError: When one has none.
     """
-    return reader.read(_by_name(rows, reader), split)
+    found, reader = _by_name(rows, reader)
+    return reader.read(found, split)
 
 
-def _by_name(rows: Dataset, reader: LabelReader) -> list[Any]:
-    """What stands in the label column, as training had it where the hub's `ClassLabel` numbers the names otherwise."""
+def _by_name(rows: Dataset, reader: LabelReader) -> tuple[list[Any], LabelReader]:
+    """What stands in the label column, and what reads it.
+
+    Where the hub's `ClassLabel` numbers the names, it is as training had it, and no number is a name.
+    """
     found, feature = column_values(rows, reader.column), rows.features[reader.column]
+    if not isinstance(feature, ClassLabel):
+        return found, reader
     known = dict(zip(reader.class_names, reader.values))
-    if not isinstance(feature, ClassLabel) or not known.keys() & set(feature.names):
-        return found
-    value_of = {number: known.get(name, name) for number, name in enumerate(feature.names)}
-    return [value_of.get(value, value) for value in found]
+    if known.keys() & set(feature.names):
+        value_of = {number: known.get(name, name) for number, name in enumerate(feature.names)}
+        found = [value_of.get(value, value) for value in found]
+    return found, reader.ways[1]
 
 
 def _read_one(value: Any, reader: LabelReader, split: str) -> int | float | None:
@@ -352,7 +367,7 @@ def labelled_splits(
     splits = {}
     for name, rows in found.items():
         if name == "train" or not is_hidden(rows, column):
-            splits[name] = Split(rows, reader.read(column_values(rows, column), name))
+            splits[name] = Split(rows, require_labels(rows, reader, name))
         elif name == "test":
             log.info(f"The test split of {path} has no labels, so it can only be used for predictions")
             splits[name] = Split(rows, None)

@@ -307,3 +307,31 @@ def test_labels_of_a_split_are_all_values_or_all_names_of_classes():
     stars = LabelReader("table", "label", (0, 1, 2), ["1", "2", "3"])
     assert stars.read(["1", "2", "3"], "test").tolist() == [0, 1, 2]
     assert stars.read([2, 0], "test").tolist() == [2, 0]
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["1", "2", "4"], [0, 1, 3]),
+        ([4.0, 1.0], [3, 0]),
+        ([0, 4], [0, 4]),  # no class is called 0
+        ([0, 1, 5], [IGNORE_INDEX, 0, 4]),
+        ([4, 5, None], [3, 4, IGNORE_INDEX]),
+    ],
+)
+def test_numbers_of_a_table_of_ones_own_are_names_of_classes_before_they_are_indices(labels, expected) -> None:
+    trained = named([0, 1, 2, 3, 4], ["1", "2", "3", "4", "5"])
+    splits, reader = labelled_splits({"train": trained, "test": trained}, COLUMNS, "x", (), 0.0, 0.0)
+    assert splits["train"].labels.tolist() == splits["test"].labels.tolist() == [0, 1, 2, 3, 4]
+    assert read_labels(table(labels), reader, "test").tolist() == expected
+    assert read_labels(named([1, 3], ["1", "2", "3", "4"]), reader, "test").tolist() == [1, 3]
+
+
+def test_real_numbers_are_found_in_names_as_they_are_written_there() -> None:
+    reader = learn_labels(named([0, 1], ["1.0", "1.5"]), "x", "label")
+    assert read_labels(table([1.0, 1.5]), reader, "test").tolist() == [0, 1]
+
+
+def test_truth_values_are_names_of_classes_before_they_are_indices() -> None:
+    reader = learn_labels(named([0, 1], ["True", "False"]), "x", "label")
+    assert read_labels(table(["true", "false"]), reader, "test").tolist() == [0, 1]
