@@ -164,7 +164,8 @@ def open_corpus(
     if where.is_dir():
         files = _visible_files(where)
         texts = [p for p in files if p.suffix.lower() in TEXT_SUFFIXES]
-        tables = [p for p in files if p.suffix.lower() in TABLE_FORMATS and p.name not in NO_TABLES]
+        tables = list(filter(is_table, files))
+        refuse_saved(where, path)
         if tables and (not rows.text_files or all(p.name == "README.md" for p in texts)):
             from lit_llm.data.tables import in_hub_layout  # which imports this module
 
@@ -269,6 +270,25 @@ def _visible_files(folder: Path) -> list[Path]:
                 ways += [link for name in folders if (link := Path(place) / name).is_symlink()]
                 files += [Path(place) / name for name in names if not name.startswith(".")]
     return sorted(file for file in files if file.is_file())
+
+
+def is_table(file: Path) -> bool:
+    """Whether a file of a folder is a table, by its name."""
+    return file.suffix.lower() in TABLE_FORMATS and file.name not in NO_TABLES
+
+
+def refuse_saved(folder: Path, path: str) -> None:
+    """Refuses a folder that `save_to_disk` of the library of data sets wrote, or of several splits.
+
+    Raises:
+        ValueError: When it is one.
+    """
+    saved = {"state.json": "*.arrow", "dataset_dict.json": "*/*.arrow"}
+    if any((folder / name).is_file() and any(folder.glob(pattern)) for name, pattern in saved.items()):
+        raise ValueError(
+            f"data.path must hold files that any program reads, but {path} was written by `save_to_disk`; open it with "
+            f"`datasets.load_from_disk`, and write each split with `to_parquet`"
+        )
 
 
 def _is_packed_table(file: Path) -> bool:

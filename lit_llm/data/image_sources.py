@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from lit_llm.data.documents import HUB_NAME, SPLIT_WORD, TABLE_FORMATS, split_kind, stamps
+from lit_llm.data.documents import HUB_NAME, SPLIT_WORD, TABLE_FORMATS, refuse_saved, split_kind, stamps
 from lit_llm.data.tables import LABELS, in_hub_layout, open_table
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ def open_images(path: str, subset: str | None = None) -> ImageTables:
         raise FileNotFoundError(f"data.path must be {LAYOUTS}, but is {path}, which does not exist")
     folder = where / subset if subset and (where / subset).is_dir() else where
     if where.is_dir() and not in_hub_layout(where) and not any(folder.glob("*.parquet")):
+        refuse_saved(folder, path)
         return _image_folders(folder)
     splits = open_table(path, subset, LAYOUTS)
     # The library keeps tables in files of its own, whose names depend on the content.

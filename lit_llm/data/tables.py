@@ -15,7 +15,16 @@ from datasets.utils.logging import set_verbosity
 
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
 from lit_llm.data.delimited import layout
-from lit_llm.data.documents import HUB_NAME, SPLIT_NAME, TABLE_FORMATS, split_kind, stamps, why_unreadable
+from lit_llm.data.documents import (
+    HUB_NAME,
+    SPLIT_NAME,
+    TABLE_FORMATS,
+    is_table,
+    refuse_saved,
+    split_kind,
+    stamps,
+    why_unreadable,
+)
 from lit_llm.data.json_lines import is_in_lines, json_lines
 
 log = logging.getLogger(__name__)
@@ -119,12 +128,14 @@ def open_table(
         return {"train": _load_files([where], path)}
     if where.is_dir() and not in_hub_layout(where):
         folder = where / subset if subset and (where / subset).is_dir() else where
-        files = sorted(p for p in folder.iterdir() if p.suffix.lower() in TABLE_FORMATS and not p.name.startswith("."))
+        refuse_saved(folder, path)
+        files = sorted(file for file in folder.iterdir() if is_table(file) and not file.name.startswith("."))
         names = {file: _table_name(file.stem) for file in files}
         if files:
             kinds = dict.fromkeys(names.values())
             return {name: _load_files([f for f in files if names[f] == name], path) for name in kinds}
-        if not (where / "README.md").is_file():  # older cards leave it to the folders' names
+        cards = where / "README.md", where / "dataset_infos.json"
+        if not any(card.is_file() for card in cards):  # older ones leave it to the folders' names
             raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
     if not where.is_dir() and (
         where.is_absolute() or where.suffix.lower() in TABLE_FORMATS or not HUB_NAME.fullmatch(path)

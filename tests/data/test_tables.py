@@ -8,6 +8,8 @@ import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
+from lit_llm.data.documents import open_corpus
+from lit_llm.data.image_sources import open_images
 from lit_llm.data.tables import Columns, check_texts, choose_splits, column_values, find_columns, open_table
 from tests.writing import exactly
 
@@ -188,6 +190,38 @@ def test_a_card_without_splits_leaves_them_to_the_names_beneath_it(tmp_path) -> 
     write(tmp_path / "data" / "train-00000-of-00001.parquet", ROWS)
     (tmp_path / "README.md").write_text("# Theirs\n")
     assert list(open_table(str(tmp_path))["train"]) == ROWS
+
+
+@pytest.mark.parametrize("card", ["README.md", None])
+def test_what_older_data_sets_say_in_json_is_no_table(tmp_path, card) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
+    (tmp_path / "data").mkdir()
+    Dataset.from_dict({"text": ["a"], "label": [1]}, features).to_parquet(
+        tmp_path / "data" / "train-00000-of-00001.parquet"
+    )
+    (tmp_path / "dataset_infos.json").write_text('{"default": {"description": "Theirs"}}')
+    if card:
+        (tmp_path / card).write_text("---\nlanguage: en\n---\n")
+    assert open_table(str(tmp_path))["train"].features["label"].names == ["no", "yes"]
+
+
+def test_a_config_beside_a_table_is_none(tmp_path) -> None:
+    write(tmp_path / "mine.csv", ROWS)
+    (tmp_path / "config.json").write_text('{\n "a": 1\n}')
+    assert [len(rows) for rows in open_table(str(tmp_path)).values()] == [2]
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_what_the_library_keeps_in_its_own_format_is_refused_with_the_way_out(tmp_path, several) -> None:
+    rows = Dataset.from_list(ROWS)
+    (DatasetDict(train=rows, test=rows) if several else rows).save_to_disk(tmp_path / "x")
+    message = (
+        f"data.path must hold files that any program reads, but {tmp_path}/x was written by `save_to_disk`; open it "
+        f"with `datasets.load_from_disk`, and write each split with `to_parquet`"
+    )
+    for open_any in (open_table, open_corpus, open_images):
+        with pytest.raises(ValueError, match=exactly(message)):
+            open_any(str(tmp_path / "x"))
 
 
 def test_a_folder_in_the_hubs_layout_may_be_beneath_the_home(tmp_path, monkeypatch) -> None:
