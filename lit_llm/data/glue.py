@@ -15,7 +15,7 @@ from lit_llm.data.docmatch import NAME, open_docmatch
 from lit_llm.data.examples import ExampleData
 from lit_llm.data.glue_tasks import DOCMATCH, TASKS, Submission
 from lit_llm.data.table_tokenizer import TableTokens
-from lit_llm.data.tables import LABELS, PAIRS, Split, check_texts, choose_splits, find_columns, open_table
+from lit_llm.data.tables import LABELS, PAIRS, Split, check_texts, find_columns, open_table
 
 log = logging.getLogger(__name__)
 
@@ -199,7 +199,7 @@ class GLUEData(TableTokens, ExampleData):
     def _open(self) -> dict[str, Dataset]:
         if self.path == NAME:
             return open_docmatch()
-        return choose_splits(open_table(self.path, self.subset), self.path, self.task.splits if self.task else "")
+        return open_table(self.path, self.subset, self.task.splits if self.task else "")
 
     # How texts become tokens.
 

@@ -62,7 +62,7 @@ def open_images(path: str, subset: str | None = None) -> ImageTables:
     if where.is_dir() and not in_hub_layout(where) and not any(folder.glob("*.parquet")):
         refuse_saved(folder, path)
         return _image_folders(folder)
-    splits = open_table(path, subset, LAYOUTS)
+    splits = open_table(path, subset, kinds=LAYOUTS)
     # The library keeps tables in files of its own, whose names depend on the content.
     kept = [Path(file["filename"]) for name in sorted(splits) for file in splits[name].cache_files]
     return ImageTables(splits, stamps(kept))

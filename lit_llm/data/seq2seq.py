@@ -15,7 +15,7 @@ from lit_llm.data.docmatch import open_docmatch
 from lit_llm.data.labels import cut_splits
 from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.table_tokenizer import TableTokens
-from lit_llm.data.tables import Columns, Split, check_texts, choose_splits, open_table
+from lit_llm.data.tables import Columns, Split, check_texts, open_table
 
 NAME = "stdlib-docstrings"
 PAIRS = (
@@ -146,7 +146,7 @@ class Seq2SeqData(TableTokens):
     # How examples are read.
 
     def _find_splits(self) -> dict[str, Split]:
-        found = _docstrings() if self.path == NAME else choose_splits(open_table(self.path, self.subset), self.path)
+        found = _docstrings() if self.path == NAME else open_table(self.path, self.subset)
         self.tables = found
         first = found["train"] if "train" in found else next(iter(found.values()))
         known = self._known_columns(first)

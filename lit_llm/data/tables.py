@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
@@ -28,6 +28,7 @@ from lit_llm.data.documents import (
 from lit_llm.data.json_lines import is_in_lines, json_lines
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 LABELS = ("label", "labels", "target", "class", "category", "score")
 PAIRS = (
@@ -104,20 +105,26 @@ def both(first: Split, second: Split) -> Split:
 
 
 def open_table(
-    path: str, subset: str | None = None, kinds: str = "a table, a folder of them or a hub data set"
+    path: str,
+    subset: str | None = None,
+    suffix: str = "",
+    kinds: str = "a table, a folder of them or a hub data set",
 ) -> dict[str, Dataset]:
-    """The splits of a table, by the names that they have there; the one of a single file is `train`.
+    """The splits of a table that `choose_splits` takes, by what they are for; a single file is `train`.
+
+    Of a folder the others are not even read: they may be of any kind.
 
     Args:
         path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of them with `train`,
             `validation` (`val`, `dev`, `eval`) or `test` in the names, a folder in the hub's layout, or a data set on
             the hub. Files whose names differ in their numbers alone (`train_0.csv`, `train_1.csv`) are one split.
         subset: Configuration of a hub data set, or folder beneath `path`.
+        suffix: How the name of the split to take ends, where there are several for one thing.
         kinds: What else `path` might have been, as said in errors.
 
     Raises:
         FileNotFoundError: When there is nothing at `path`.
-        ValueError: When there is something, but no table.
+        ValueError: When there is something, but no table, or the names do not say which one trains.
     """
     disable_progress_bars()
     set_verbosity(logging.CRITICAL)  # errors are said once, by us
@@ -130,10 +137,11 @@ def open_table(
         folder = where / subset if subset and (where / subset).is_dir() else where
         refuse_saved(folder, path)
         files = sorted(file for file in folder.iterdir() if is_table(file) and not file.name.startswith("."))
-        names = {file: _table_name(file.stem) for file in files}
-        if files:
-            kinds = dict.fromkeys(names.values())
-            return {name: _load_files([f for f in files if names[f] == name], path) for name in kinds}
+        tables: dict[str, list[Path]] = {}
+        for file in files:
+            tables.setdefault(_table_name(file.stem), []).append(file)
+        if tables:
+            return {kind: _load_files(parts, path) for kind, parts in choose_splits(tables, path, suffix).items()}
         cards = where / "README.md", where / "dataset_infos.json"
         if not any(card.is_file() for card in cards):  # older ones leave it to the folders' names
             raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
@@ -142,11 +150,12 @@ def open_table(
     ):
         raise FileNotFoundError(f"data.path must be {kinds}, but is {path}, which does not exist")
     try:
-        return dict(load_dataset(str(where), subset))
+        found = load_dataset(str(where), subset)
     except Exception as error:  # the library raises dozens of kinds
         raise FileNotFoundError(
             f"data.path must be {kinds}, but is {path!r} (subset {subset!r}): {why_unreadable(error)}"
         ) from error
+    return choose_splits(dict(found), path, suffix)
 
 
 def _table_name(stem: str) -> str:
@@ -220,7 +229,7 @@ def _in_64_bits(value: Any) -> Any:
     return float(value) if type(value) is int and not -(2**63) <= value < 2**63 else value
 
 
-def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dict[str, Dataset]:
+def choose_splits(found: dict[str, T], path: str, suffix: str = "") -> dict[str, T]:
     """Which of the splits trains, validates and tests: the first of each kind, or the one that ends in `suffix`.
 
     The kind is in the name; a name that says none is `train` where it is the only one, and left out beside a `train`.
@@ -229,9 +238,8 @@ def choose_splits(found: dict[str, Dataset], path: str, suffix: str = "") -> dic
         ValueError: When the names do not say which one trains.
 
     Example:
-        >>> found = dict.fromkeys(["train", "dev", "test_matched", "test_mismatched"], Dataset.from_dict({}))
-        >>> {name: list(found) for name in choose_splits(found, "x", "_mismatched")}.keys()
-        dict_keys(['train', 'validation', 'test'])
+        >>> choose_splits({"train": 1, "dev": 2, "test_matched": 3, "test_mismatched": 4}, "x", "_mismatched")
+        {'train': 1, 'validation': 2, 'test': 4}
 
     A split called `unlabelled` or `unsupervised` is for semi-supervised training.
     """

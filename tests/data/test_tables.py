@@ -99,7 +99,7 @@ def test_a_folder_has_the_splits_that_its_files_are_called_after_also_of_differe
     write(tmp_path / "train-00001-of-00002.csv", ROWS)
     write(tmp_path / "dev.tsv", ROWS[:1])
     write(tmp_path / "test.jsonl", [{"text": "unlabelled"}])
-    splits = choose_splits(open_table(str(tmp_path)), "x")
+    splits = open_table(str(tmp_path))
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 4, "validation": 1, "test": 1}
 
 
@@ -110,7 +110,7 @@ def test_files_of_a_split_that_differ_in_a_number_alone_are_all_read(tmp_path, n
     for number in range(3):
         write(tmp_path / name.format(number), [{"text": f"{number}", "label": "a"}])
     write(tmp_path / "test.csv", ROWS)
-    splits = choose_splits(open_table(str(tmp_path)), "x")
+    splits = open_table(str(tmp_path))
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 3, "test": 2}
     assert splits["train"]["text"][:] == ["0", "1", "2"]
 
@@ -129,15 +129,25 @@ def test_files_of_a_split_in_several_formats_are_refused_by_their_names(tmp_path
 def test_files_without_labels_that_differ_in_a_number_alone_are_all_read(tmp_path) -> None:
     for name in ("train.csv", "unlabelled_0.csv", "unlabelled_1.csv"):
         write(tmp_path / name, ROWS)
-    splits = choose_splits(open_table(str(tmp_path)), "x")
+    splits = open_table(str(tmp_path))
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 2, "unlabelled": 4}
 
 
-def test_tables_whose_numbers_are_no_parts_of_a_split_stay_apart(tmp_path) -> None:
+def test_tables_whose_numbers_are_no_parts_of_a_split_stay_apart(tmp_path, caplog) -> None:
     names = ["a1", "a2", "train", "train (1)", "train_v1", "train_v2"]
     for name in names:
         write(tmp_path / f"{name}.csv", ROWS)
-    assert sorted(open_table(str(tmp_path))) == names
+    assert len(open_table(str(tmp_path))["train"]) == len(ROWS)
+    said = caplog.messages[0].removeprefix("Reading ").replace(f" of {tmp_path}; ignoring ", ", ")
+    assert sorted(said.split(", ")) == names
+
+
+def test_a_file_that_is_left_out_may_be_of_any_kind(tmp_path) -> None:
+    for name in ("train.csv", "test.csv"):
+        write(tmp_path / name, ROWS)
+    (tmp_path / "tokens.json").write_text('{\n "a": [1,\n 2]\n}')
+    (tmp_path / "notes.csv").write_text("a;b\n1,2,3,4\n")
+    assert {name: len(rows) for name, rows in open_table(str(tmp_path)).items()} == {"train": 2, "test": 2}
 
 
 @pytest.mark.parametrize(("left", "level"), [("train_b", "WARNING"), ("sample", "INFO"), ("test_b", "INFO")])
@@ -377,7 +387,7 @@ def test_numbers_are_no_texts() -> None:
 def test_the_case_of_a_suffix_says_nothing(tmp_path) -> None:
     (tmp_path / "x.CSV").write_text("text,label\na,1\n")
     assert list(open_table(str(tmp_path / "x.CSV"))["train"]) == [{"text": "a", "label": "1"}]
-    assert list(open_table(str(tmp_path))["x"]) == [{"text": "a", "label": "1"}]
+    assert list(open_table(str(tmp_path))["train"]) == [{"text": "a", "label": "1"}]
 
 
 @pytest.mark.parametrize(("name", "content"), [("x.csv", "text,label\n"), ("x.csv", ""), ("x.jsonl", "")])
