@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
 from collections.abc import Iterable
@@ -10,7 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets, disable_progress_bars, load_dataset
+from datasets.info import DatasetInfosDict
 from datasets.utils.logging import set_verbosity
 
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
@@ -141,7 +144,8 @@ def open_table(
         for file in files:
             tables.setdefault(_table_name(file.stem), []).append(file)
         if tables:
-            return {kind: _load_files(parts, path) for kind, parts in choose_splits(tables, path, suffix).items()}
+            chosen, classes = choose_splits(tables, path, suffix), _known_classes(where, subset)
+            return {kind: _with_classes(_load_files(parts, path), classes) for kind, parts in chosen.items()}
         cards = where / "README.md", where / "dataset_infos.json"
         if not any(card.is_file() for card in cards):  # older ones leave it to the folders' names
             raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
@@ -171,6 +175,26 @@ def in_hub_layout(folder: Path) -> bool:
         card.is_file()
         and re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
     )
+
+
+def _known_classes(folder: Path, subset: str | None) -> dict[str, ClassLabel]:
+    """What the classes are called in the columns of a folder's tables, where its card says it for the hub."""
+    try:
+        cards = DatasetInfosDict.from_directory(str(folder))
+    except Exception:  # one that is none may hold anything
+        return {}
+    card = cards.get(subset or "default", next(iter(cards.values())) if len(cards) == 1 else None)
+    features = (card and card.features) or {}
+    return {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
+
+
+def _with_classes(rows: Dataset, classes: dict[str, ClassLabel]) -> Dataset:
+    """A table whose numbers have the names of their classes; columns that they do not fit stay as they are."""
+    for name, feature in classes.items():
+        if isinstance(rows.features.get(name), Value):
+            with contextlib.suppress(ValueError, TypeError, pa.ArrowInvalid):
+                rows = rows.cast_column(name, feature)
+    return rows
 
 
 def _load_files(files: list[Path], path: str) -> Dataset:

@@ -202,6 +202,35 @@ def test_a_card_without_splits_leaves_them_to_the_names_beneath_it(tmp_path) -> 
     assert list(open_table(str(tmp_path))["train"]) == ROWS
 
 
+CARD = """---
+dataset_info:
+  features:
+  - {name: text, dtype: string}
+  - name: label
+    dtype: {class_label: {names: {"0": pos, "1": neg}}}
+---
+"""
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".csv", ".jsonl"])
+@pytest.mark.parametrize("subset", [None, "ours"])
+def test_classes_are_called_what_a_card_without_splits_calls_them(tmp_path, suffix, subset) -> None:
+    rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
+    write(tmp_path / (subset or "") / f"train{suffix}", rows)
+    write(tmp_path / (subset or "") / f"unlabelled{suffix}", [{"text": "c", "label": -1}])
+    (tmp_path / "README.md").write_text(CARD)
+    found = open_table(str(tmp_path), subset)
+    assert found["train"].features["label"].names == ["pos", "neg"]
+    assert {name: list(rows["label"]) for name, rows in found.items()} == {"train": [1, 0], "unlabelled": [-1]}
+
+
+@pytest.mark.parametrize("labels", [[1, 2], ["maybe", "pos"], [0.5, 1.0]])
+def test_what_a_card_does_not_say_of_a_column_is_read_as_it_is(tmp_path, labels) -> None:
+    write(tmp_path / "train.jsonl", [{"text": "a", "label": label} for label in labels])
+    (tmp_path / "README.md").write_text(CARD)
+    assert list(open_table(str(tmp_path))["train"]["label"]) == labels
+
+
 @pytest.mark.parametrize("card", ["README.md", None])
 def test_what_older_data_sets_say_in_json_is_no_table(tmp_path, card) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
