@@ -118,18 +118,19 @@ def plain_labels(found: list[Any], path: str, split: str, as_values: bool = Fals
             return found if coded else [int(value) for value in found]
         if all(REAL.fullmatch(value) for value in found):
             return [float(value) for value in found]
-        kinds = {("a number" if REAL.fullmatch(value) else "text"): value for value in reversed(found)}
+        kind_of = ["a number" if REAL.fullmatch(value) else "text" for value in found]
     else:
         words = {bool: "true or false", int: "a number", float: "a number", str: "text"}
-        kinds = {words.get(type(value), type(value).__name__): value for value in reversed(found)}
-        if kinds.keys() == {"a number"} and any(isinstance(value, float) for value in found):
+        kind_of = [words.get(type(value), type(value).__name__) for value in found]
+        if set(kind_of) == {"a number"} and any(isinstance(value, float) for value in found):
             return [float(value) for value in found]
-        if other := kinds.keys() - set(words.values()):
+        if other := set(kind_of) - set(words.values()):
             raise TypeError(
                 f"data.label must hold a number or text, but holds {min(other)} in the {split} split of {path}"
             )
-    if len(kinds) > 1:
-        examples = " and ".join(f"{kind} ({value!r} in row {found.index(value)})" for kind, value in kinds.items())
+    first = {kind: row for row, kind in reversed(list(enumerate(kind_of)))}
+    if len(first) > 1:
+        examples = " and ".join(f"{kind} ({found[row]!r} in row {row})" for kind, row in first.items())
         raise TypeError(f"data.label must be of one type, but is {examples} in the {split} split of {path}")
     return found
 

@@ -154,6 +154,11 @@ def test_labels_to_predict_are_the_classes_of_the_same_names(train, other, expec
             "data.label must be of one type, but is text ('c' in row 1) and a number (0.5 in row 0) in the validation split of x",
         ),
         (
+            [0, 1],
+            [1, "x", True],
+            "data.label must be of one type, but is true or false (True in row 2) and text ('x' in row 1) and a number (1 in row 0) in the validation split of x",
+        ),
+        (
             [0.5, 1.5],
             ["c"],
             "data.label must be a number as in training, but 'label' is 'c' in row 0 of the validation split of x",
