@@ -55,7 +55,7 @@ class ExampleBatch(TypedDict):
         attention_mask: 1 on tokens, 0 on padding.
         token_type_ids: 0 on the first text, 1 on the second; where the tokeniser makes them.
         labels: Index of the class, or the value; absent where the split has none.
-        rows: Index of each example in its split.
+        rows: Index of each example in its split; without, `predict` counts them, and no mistakes are listed.
         unlabelled: In semi-supervised training a batch of other examples, as they are or hardly changed. Their labels
             are there where they are known: to be counted, never to be learnt from.
         unlabelled_strong: The same examples in the same order, strongly augmented.
@@ -65,7 +65,7 @@ class ExampleBatch(TypedDict):
     attention_mask: Int[Tensor, "batch seq"]
     token_type_ids: NotRequired[Int[Tensor, "batch seq"]]
     labels: NotRequired[Int[Tensor, " batch"] | Float[Tensor, " batch"]]
-    rows: Int[Tensor, " batch"]
+    rows: NotRequired[Int[Tensor, " batch"]]
     unlabelled: NotRequired[ExampleBatch]
     unlabelled_strong: NotRequired[ExampleBatch]
 
@@ -77,14 +77,14 @@ class ImageBatch(TypedDict):
         pixel_values: Intensities, normalised by mean and standard deviation of each channel.
         labels: Index of the class, or of mixed images (in training alone) the probability of each class; absent where
             the split has none.
-        rows: Index of each image in its split.
+        rows: As in `ExampleBatch`.
         unlabelled: As in `ExampleBatch`.
         unlabelled_strong: As in `ExampleBatch`.
     """
 
     pixel_values: Float[Tensor, "batch channels height width"]
     labels: NotRequired[Int[Tensor, " batch"] | Float[Tensor, "batch classes"]]
-    rows: Int[Tensor, " batch"]
+    rows: NotRequired[Int[Tensor, " batch"]]
     unlabelled: NotRequired[ImageBatch]
     unlabelled_strong: NotRequired[ImageBatch]
 

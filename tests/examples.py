@@ -135,3 +135,26 @@ class Examples(LightningDataModule):
 
     def label_name(self, index: int) -> str:
         return self.class_names[index]
+
+
+class Loaders(LightningDataModule):
+    """The batches of `Examples`, of which it says no more than the number of classes; with `rows` or without."""
+
+    def __init__(self, num_classes: int | None, rows: bool) -> None:
+        super().__init__()
+        self.num_classes, self.num_targets = num_classes, None if num_classes else 1
+        self.has_rows, self._examples = rows, Examples(num_classes)
+
+    def _batches(self, name: str) -> DataLoader:
+        batches = getattr(self._examples, name)()
+        kept = [b if self.has_rows else {k: v for k, v in b.items() if k != "rows"} for b in batches]
+        return DataLoader(kept, batch_size=None)
+
+    def train_dataloader(self) -> DataLoader:
+        return self._batches("train_dataloader")
+
+    def val_dataloader(self) -> DataLoader:
+        return self._batches("val_dataloader")
+
+    def predict_dataloader(self) -> DataLoader:
+        return self._batches("predict_dataloader")

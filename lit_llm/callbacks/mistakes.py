@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_llm.callbacks.best_evaluation import BestEvaluation, gather
-from lit_llm.callbacks.predictions import columns_of, write_table
+from lit_llm.callbacks.predictions import columns_of, namer, write_table
 from lit_llm.files import replacing
 
 
@@ -68,7 +68,7 @@ class WorstMistakes(BestEvaluation):
 
     def show(self, folder: Path, data: Any, found: list[tuple[int, int, int, float]], split: str, title: str) -> None:
         """Writes and draws; where nothing was mistaken, a table without rows."""
-        name = getattr(data, "label_name", str)
+        name = namer(data)
         rows = [row for row, *_ in found]
         table = columns_of(data, split, rows, ["label", "predicted", "p(label)"])
         for line, (_, label, predicted, probability) in zip(table, found, strict=True):

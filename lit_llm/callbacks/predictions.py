@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import logging
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +86,11 @@ class DocumentScores(PredictionTable):
 class ExamplePredictions(PredictionTable):
     """What each example of the split was taken for, beside all the source says of it.
 
-    A row for each example in the order of the split: the source's columns or an image's name, `label` where it is
-    known (the source's own where none is), `predicted`, and of classes the probability of each under `p(<class>)`; a
-    column of the source with one of these names is called `<name> (source)`. For a GLUE task the file that its board
-    takes is written too, under the name it must have. Acts on predictions that carry `rows` and `probabilities` or
-    `values`; leaves others alone.
+    A row for each example in the order of the split: the source's columns or an image's name (see `source_of`), `label`
+    where it is known (the source's own where none is), `predicted`, and of classes the probability of each under
+    `p(<class>)`; a column of the source with one of these names is called `<name> (source)`. For a GLUE task the file
+    that its board takes is written too, under the name it must have. Acts on predictions that carry `probabilities` or
+    `values`, and `rows`, without which they are numbered as they come; leaves others alone.
     """
 
     def __init__(self) -> None:
@@ -112,7 +112,8 @@ class ExamplePredictions(PredictionTable):
             return
         self._of_classes = "probabilities" in outputs
         said = outputs["probabilities"] if self._of_classes else outputs["values"][:, None]
-        rows = outputs["rows"].tolist()
+        rows, come = outputs["rows"], len(self._said)
+        rows = range(come, come + len(said)) if rows is None else rows.tolist()
         self._said |= zip(rows, said.tolist())
         if "labels" in batch:
             labels = batch["labels"]
@@ -126,15 +127,13 @@ class ExamplePredictions(PredictionTable):
         if not self._said:
             return
         data, rows = trainer.datamodule, sorted(self._said)
-        said = [self._said[row] for row in rows]
-        name = data.label_name if self._of_classes else lambda value: float(str(np.float32(value)))  # 0.1 as 0.1
-        if self._of_classes and not data.class_names:  # of data without labels the network knows what they would be
-            name = pl_module.network.class_names.__getitem__
+        said, split = [self._said[row] for row in rows], getattr(data, "predict_split", None)
+        name = namer(data, pl_module.network) if self._of_classes else lambda x: float(str(np.float32(x)))  # 0.1 as 0.1
         # The first of those that are most probable, as `argmax` has it.
         best = [p.index(max(p)) for p in said] if self._of_classes else [value for [value] in said]
         added = ["label"] * bool(self._labels) + ["predicted"]
         added += [f"p({name(index)})" for index in range(len(said[0]))] if self._of_classes else []
-        table = columns_of(data, data.predict_split, rows, added)
+        table = columns_of(data, split, rows, added)
         for line, row, prediction, p in zip(table, rows, best, said, strict=True):
             if self._labels:
                 line["label"] = name(self._labels[row]) if row in self._labels else ""
@@ -144,7 +143,7 @@ class ExamplePredictions(PredictionTable):
         columns = list(table[0])
         self.write(trainer, columns, [[line[column] for column in columns] for line in table], "examples")
         submission = getattr(data, "submission", None)
-        if submission is not None and data.predict_split == "test":
+        if submission is not None and split == "test":
             path = Path(trainer.default_root_dir) / submission.file
             low, high = submission.limits
             values = (f"{min(max(value, low), high):.3f}" for value in best)
@@ -181,14 +180,25 @@ class GeneratedTexts(PredictionTable):
         if not self._written:
             return
         data, rows = trainer.datamodule, sorted(self._written)
-        table = [
-            line | {"predicted": self._written[row]}
-            for line, row in zip(set_apart(data.texts(data.predict_split, rows), ["predicted"]), rows, strict=True)
-        ]
+        lines = set_apart(source_of(data, getattr(data, "predict_split", None), rows), ["predicted"])
+        table = [line | {"predicted": self._written[row]} for line, row in zip(lines, rows, strict=True)]
         self.write(trainer, list(table[0]), [list(line.values()) for line in table], "examples")
 
 
-def columns_of(data: Any, split: str, rows: list[int], added: list[str]) -> list[dict[str, Any]]:
+def namer(data: Any, network: Any = None) -> Callable[[int], str]:
+    """What tells a class's name: the data, or the network, which knows it of data without labels, or else its index."""
+    if hasattr(data, "label_name") and getattr(data, "class_names", True):
+        return data.label_name
+    names = getattr(data, "class_names", None) or getattr(network, "class_names", None) or ()
+    return lambda index: names[index] if index < len(names) else str(index)
+
+
+def source_of(data: Any, split: str | None, rows: list[int]) -> list[dict[str, Any]]:
+    """What the source says of some examples; of data that have no `texts` which row each is."""
+    return data.texts(split, rows) if hasattr(data, "texts") else [{"row": row} for row in rows]
+
+
+def columns_of(data: Any, split: str | None, rows: list[int], added: list[str]) -> list[dict[str, Any]]:
     """What the source says of some examples, but a label that another is written for or that says nothing.
 
     Of images their names.
@@ -199,7 +209,7 @@ def columns_of(data: Any, split: str, rows: list[int], added: list[str]) -> list
         rows: Which examples.
         added: Columns that will stand beside these; see `set_apart`.
     """
-    lines = data.texts(split, rows)
+    lines = source_of(data, split, rows)
     is_label = getattr(getattr(data, "columns", None), "label", "label") == "label"  # else it is something else
     if is_label and ("label" in added or say_nothing(line.get("label") for line in lines)):
         lines = [{name: value for name, value in line.items() if name != "label"} for line in lines]

@@ -164,8 +164,8 @@ class Classification(Objective):
         metric.update(preds=predicted, target=labels, value=nats)
         return {"predicted": predicted, "labels": labels, "nats": nats}
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
         """The probabilities of each row; see `callbacks.predictions`."""
         probabilities = self.logits(batch).softmax(dim=-1)
         self.require_numbers(probabilities)
-        return {"rows": batch["rows"], "probabilities": probabilities}
+        return {"rows": batch.get("rows"), "probabilities": probabilities}

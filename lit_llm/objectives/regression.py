@@ -91,8 +91,8 @@ class Regression(Objective):
         """Adds each example's value and predicted value."""
         metric.update(preds=self.values(batch), target=batch["labels"])
 
-    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+    def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
         """The value of each row; see `callbacks.predictions`."""
         values = self.values(batch)
         self.require_numbers(values)
-        return {"rows": batch["rows"], "values": values}
+        return {"rows": batch.get("rows"), "values": values}

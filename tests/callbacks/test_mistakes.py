@@ -16,7 +16,7 @@ from lit_llm.callbacks.mistakes import WorstMistakes, draw_images
 from lit_llm.models.cnn import CNN
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.classification import Classification
-from tests.examples import BERT, Examples
+from tests.examples import BERT, Examples, Loaders
 from tests.image_batches import Images
 from tests.objectives.test_classification import trainer
 
@@ -72,6 +72,19 @@ def test_texts_have_a_table_and_no_picture(tmp_path: Path) -> None:
     assert list(table[0]) == ["sentence", "label", "predicted", "p(label)"]
     assert table[0]["sentence"].startswith("validation 1")
     assert not (tmp_path / "mistakes.png").exists()
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_a_run_of_data_without_texts_comes_to_its_end_and_tells_mistakes_by_their_rows(tmp_path: Path, rows) -> None:
+    made = Classification(functools.partial(PretrainedClassifier, config=BERT), STILL)
+    trainer(tmp_path, max_steps=3, callbacks=[WorstMistakes(2)]).fit(made, datamodule=Loaders(3, rows))
+    assert (tmp_path / "mistakes.csv").exists() == rows
+    if rows:
+        table = read(tmp_path / "mistakes.csv")
+        assert list(table[0]) == ["row", "label", "predicted", "p(label)"]
+        for line in table:
+            assert 100 <= int(line["row"]) < 111
+            assert line["label"] == str(int(line["row"]) % 3) != line["predicted"]
 
 
 def test_where_nothing_is_mistaken_an_older_picture_goes(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from torch import nn
 from torch.utils.data import DataLoader
 
 from lit_llm.batch import IGNORE_INDEX
@@ -21,7 +22,7 @@ from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.objective import Objective
 from lit_llm.objectives.regression import Regression
-from tests.examples import BERT, Examples, Submission, example, together
+from tests.examples import BERT, Examples, Loaders, Submission, example, together
 from tests.image_batches import Images
 from tests.objectives.test_classification import trainer
 from tests.writing import pairs
@@ -166,6 +167,40 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(Trainer, "world_size", 2)
     with pytest.raises(ValueError, match=r"^trainer\.devices must be 1 to predict, but there are 2 processes$"):
         ExamplePredictions().on_predict_start(trainer(tmp_path), Classification(NETWORK))
+
+
+class Nameless(nn.Module):
+    """A network that does not know what classes are called."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(20, num_classes)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        return self.table(input_ids).mean(dim=1)
+
+
+@pytest.mark.parametrize("rows", [True, False])
+@pytest.mark.parametrize("network", [NETWORK, Nameless])
+@torch.no_grad()
+def test_examples_of_data_without_texts_are_told_by_their_rows_and_classes_as_the_network_calls_them(
+    tmp_path: Path, network, rows: bool
+) -> None:
+    made = Classification(network)
+    table = predicted(tmp_path, made, Loaders(3, rows))
+    probabilities = made.eval().logits(together([example(row, 3) for row in range(7)])).softmax(-1)
+    names = ["0", "1", "2"] if network is Nameless else ["LABEL_0", "LABEL_1", "LABEL_2"]
+    assert list(table[0]) == ["row", "label", "predicted", *(f"p({name})" for name in names)]
+    assert [line["row"] for line in table] == [str(row) for row in range(7)]
+    assert [line["label"] for line in table] == [names[row % 3] for row in range(7)]
+    assert [line["predicted"] for line in table] == [names[p.argmax()] for p in probabilities]
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_values_of_data_without_texts_are_told_by_their_rows(tmp_path: Path, rows: bool) -> None:
+    table = predicted(tmp_path, Regression(NETWORK), Loaders(None, rows))
+    assert list(table[0]) == ["row", "label", "predicted"]
+    assert [(line["row"], line["label"]) for line in table] == [(str(row), str(row % 5 / 2)) for row in range(7)]
 
 
 def test_images_are_told_by_their_names(tmp_path: Path) -> None:
