@@ -21,6 +21,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_llm.callbacks.learning_rate_finder import LearningRateFinder
+from lit_llm.callbacks.run_report import command
 from lit_llm.checkpoint_files import own_checkpoint, read_checkpoint
 from lit_llm.cli import COMMANDS, find_lr, from_checkpoint, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
@@ -256,9 +257,8 @@ class TrainingCLI(LightningCLI):
                 super()._run_subcommand(subcommand)
         except SystemExit:
             if self.trainer.interrupted:
-                saved = (self.run_dir / "checkpoints" / "last.ckpt").exists()
                 if self.trainer.is_global_zero:
-                    log.info(f"Stopped at step {self.trainer.global_step}." + (f" To resume: {self._go_on()}" * saved))
+                    log.info(self._stopped())
                 sys.exit(130)
             raise
         finally:
@@ -275,8 +275,15 @@ class TrainingCLI(LightningCLI):
                 run_folder.leave(self.run_dir)
             raise
 
-    def _go_on(self) -> str:
-        return shlex.join(["lit-llm", "fit", "--run_dir", str(self.run_dir), "--ckpt_path", "last"])
+    def _stopped(self) -> str:
+        """What an interrupted run is told: a training goes on where it stopped, an evaluation begins anew."""
+        of_run = ["--run_dir", str(self.run_dir)]
+        if self.trainer.state.fn == "fit":
+            saved = (self.run_dir / "checkpoints" / "last.ckpt").exists()
+            resume = shlex.join(["lit-llm", "fit", *of_run, "--ckpt_path", "last"])
+            return f"Stopped at step {self.trainer.global_step}." + f" To resume: {resume}" * saved
+        again = shlex.join(["lit-llm", "test", *of_run]) if self.subcommand == "fit" else command()
+        return f"Stopped before the end of {self.trainer.state.fn.value}. To start it again: {again}"
 
     def before_fit(self) -> None:
         """Says where the run writes."""

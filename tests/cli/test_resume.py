@@ -468,6 +468,39 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
     assert (run / "learning_curve.png").exists()
 
 
+class InterruptEvaluation(Callback):
+    """Ctrl-C while something is evaluated outside of a fit."""
+
+    def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+        if trainer.state.fn != "fit":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    on_validation_batch_start = on_predict_batch_start = on_test_batch_start
+
+
+def test_who_interrupts_an_evaluation_is_told_how_to_start_it_again_and_nothing_of_the_training(
+    lit_llm, tiny, tmp_path
+):
+    run, stops = tmp_path / "a run", ["--trainer.callbacks+", "tests.cli.test_resume.InterruptEvaluation"]
+    handler = signal.getsignal(signal.SIGINT)
+
+    def stopped(*words):
+        try:
+            outcome = lit_llm(*words, "--run_dir", run, *stops)
+        finally:
+            signal.signal(signal.SIGINT, handler)  # which Lightning has taken away
+        assert outcome.code == 130, outcome.err
+        assert "Traceback" not in outcome.err
+        return outcome.last_line
+
+    again = f"To start it again: lit-llm test --run_dir '{run}'"
+    assert stopped("fit", *tiny) == f"Stopped before the end of test. {again}"
+    assert json.loads((run / "results.json").read_text())["finished"]
+    for command in ("validate", "test", "predict"):
+        words = f"lit-llm {command} --config '{run}/config.yaml' --run_dir '{run}' {' '.join(stops)}"
+        assert stopped(command) == f"Stopped before the end of {command}. To start it again: {words}"
+
+
 class SlowWrites(Callback):
     """A disk on which a checkpoint takes until training is two steps further; the one of a step kills the process."""
 
