@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
 from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_llm.callbacks.best_checkpoint import BestCheckpoint
@@ -24,6 +26,11 @@ from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoint_files import AtomicCheckpointIO
 from lit_llm.cli.finished_run import falls
 from lit_llm.cli.lean_loop import NoProfiler
+
+log = logging.getLogger(__name__)
+
+PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
+"""By Lightning's words for them."""
 
 
 class CheckpointOptions:
@@ -71,8 +78,16 @@ def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, p
     _require_one_of_each(callbacks)
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(AtomicCheckpointIO())
-    profiler = options["profiler"] or NoProfiler()
+    profiler = _profiler(options["profiler"], run_dir)
     return {"callbacks": callbacks, "logger": loggers, "plugins": plugins, "profiler": profiler}
+
+
+def _profiler(given: Profiler | str | None, run_dir: Path) -> Profiler | str:
+    """One that is named by a word reports to the run folder: by itself it would to Lightning's log, which is quiet."""
+    if not (isinstance(given, str) and given.lower() in PROFILERS):
+        return given or NoProfiler()
+    log.info(f"When it ends, the profiler says where the time went: {run_dir}/*-profile*.txt")
+    return PROFILERS[given.lower()](dirpath=run_dir, filename="profile")
 
 
 def _require_one_of_each(callbacks: list[Callback]) -> None:

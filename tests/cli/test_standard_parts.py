@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 from lightning.pytorch import Callback
+from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from lit_llm.callbacks.compile import Compile
 from lit_llm.callbacks.weight_average import WeightAverage
@@ -16,8 +17,14 @@ class Plain(Callback):
     """Of somebody else, without a state."""
 
 
-def parts(callbacks: list[Callback], folder: Path) -> dict[str, Any]:
-    options = {"callbacks": callbacks, "logger": False, "plugins": None, "fast_dev_run": True, "profiler": None}
+def parts(callbacks: list[Callback], folder: Path, **changes: Any) -> dict[str, Any]:
+    options = {
+        "callbacks": callbacks,
+        "logger": False,
+        "plugins": None,
+        "fast_dev_run": True,
+        "profiler": None,
+    } | changes
     return standard_parts(options, CheckpointOptions("val/loss", "min"), folder, predicts=False)
 
 
@@ -30,6 +37,17 @@ def test_a_callback_of_this_package_is_not_there_twice(kind: type[Callback], tmp
     with pytest.raises(ValueError, match=exactly(message)):
         parts([kind(), Plain(), kind()], tmp_path)
     assert len(parts([kind(), Plain(), Plain()], tmp_path)["callbacks"]) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("simple", SimpleProfiler), ("Advanced", AdvancedProfiler), ("pytorch", PyTorchProfiler)]
+)
+def test_a_profiler_by_name_has_a_file_in_the_run_folder(name: str, kind: type[Profiler], tmp_path: Path) -> None:
+    profiler = parts([], tmp_path, profiler=name)["profiler"]
+    assert type(profiler) is kind
+    assert (profiler.dirpath, profiler.filename) == (tmp_path, "profile")
+    assert parts([], tmp_path, profiler=profiler)["profiler"] is profiler
+    assert parts([], tmp_path, profiler="nope")["profiler"] == "nope"  # for Lightning to refuse
 
 
 @pytest.mark.parametrize(

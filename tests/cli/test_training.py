@@ -401,6 +401,14 @@ def test_fast_dev_run_writes_nothing_but_an_empty_folder(lit_llm, tiny, tmp_path
     assert not [path for path in (tmp_path / "run").rglob("*") if path.is_file() and path.name != "config.yaml"]
 
 
+def test_a_profiler_by_name_reports_to_the_run_folder(lit_llm, tiny, tmp_path):
+    outcome = lit_llm("fit", *tiny, "--trainer.profiler", "simple", "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert f"{tmp_path}/run/*-profile*.txt" in outcome.err
+    for stage, step in (("fit", "training_step"), ("test", "test_step")):
+        assert step in (tmp_path / f"run/{stage}-profile.txt").read_text()
+
+
 @pytest.mark.slow
 def test_wandb_joins_by_one_overlay_and_stays_in_the_run_folder(lit_llm, tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
