@@ -30,6 +30,9 @@ OF_STRATEGIES = {
 }
 """What Lightning says of a strategy, by our own words for it."""
 
+LACKING = re.compile(r"Requirement '(([\w-]+)[^']*)' not met")
+"""What Lightning says of a package that it needs, wherever: its error does not name it as Python's does."""
+
 
 def one_line(error: BaseException) -> str | None:
     """What to tell the user; `None` for an error that is ours, whose traceback should be seen."""
@@ -54,6 +57,8 @@ def one_line(error: BaseException) -> str | None:
             return line.format(found[1])
     if isinstance(error, MisconfigurationException):
         return _flat(str(error))
+    if found := LACKING.search(str(error)):
+        return f"package {found[2]} must be installed for this, but is not; pip install '{found[1]}'"
     if isinstance(error, ModuleNotFoundError) and error.name and not error.name.startswith("lit_llm"):
         return f"package {error.name} must be installed for this, but is not; pip install {error.name}"
     return None

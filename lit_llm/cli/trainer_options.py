@@ -46,6 +46,8 @@ def require_sound(trainer: Mapping[str, Any], seed: bool | int | None) -> None:
             f"trainer.val_check_interval must be a number of steps where trainer.check_val_every_n_epoch is null, but "
             f"is {interval}; set one of them"
         )
+    if trainer.get("barebones"):
+        raise ValueError("trainer.barebones must be false, but is true; a run logs, and keeps checkpoints")
     if trainer.get("devices") in (0, "0"):
         raise ValueError("trainer.devices must be at least 1, auto or a list, but is 0")
     if trainer.get("overfit_batches"):  # a loader that goes on where it was would read others each epoch

@@ -26,6 +26,7 @@ from lit_llm.checkpoint_files import own_checkpoint, read_checkpoint
 from lit_llm.cli import COMMANDS, find_lr, from_checkpoint, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.command_line import OneLineParser, ParagraphHelp, restore_nulls, with_the_runs_config
+from lit_llm.cli.errors import one_line
 from lit_llm.cli.lean_loop import skip_empty_hooks
 from lit_llm.cli.quiet import quieten
 from lit_llm.cli.run_config import RunConfig
@@ -250,6 +251,16 @@ class TrainingCLI(LightningCLI):
         checkpoint = self._get(self.config_init, "checkpoint").decided(headline)
         whole = standard_parts(options, checkpoint, self.run_dir, predicts=self.subcommand == "predict")
         return super().instantiate_trainer(**whole, **kwargs)
+
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        try:
+            return super()._instantiate_trainer(config, callbacks)
+        except (ValueError, TypeError) as error:
+            if one_line(error):
+                raise
+            raise ValueError(
+                f"trainer must be given what Lightning takes, but is not: {' '.join(str(error).split())}"
+            ) from error
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:

@@ -62,3 +62,10 @@ def test_only_what_is_said_to_be_required_must_be_given() -> None:
     assert parser_line('Key "model.network" is required').startswith("network must be given, but are not")
     said = "a key of this word is not what it was"
     assert parser_line(said) == said
+
+
+def test_a_package_that_lightning_asks_for_is_named_wherever_it_does() -> None:
+    hint = "Requirement 'mlflow>=1.0.0' not met. HINT: Try running `pip install -U 'mlflow>=1.0.0'`"
+    line = "package mlflow must be installed for this, but is not; pip install 'mlflow>=1.0.0'"
+    for error in (ModuleNotFoundError(hint), ValueError(f"Problem with given class_path 'x':\n  {hint}")):
+        assert one_line(error) == line

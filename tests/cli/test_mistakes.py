@@ -75,6 +75,22 @@ FLAGS = {
         "0.5; set one of them",
     ),
     "no device": (["--trainer.devices", "0"], "trainer.devices must be at least 1, auto or a list, but is 0"),
+    "device that is no number": (
+        ["--trainer.accelerator", "cpu", "--trainer.devices", "one"],
+        "trainer must be given what Lightning takes, but is not: `devices` selected with `CPUAccelerator` should be an "
+        "int > 0.",
+    ),
+    "accelerator of no name": (
+        ["--trainer.accelerator", "gpuu"],
+        re.compile(
+            "trainer must be given what Lightning takes, but is not: You selected an invalid accelerator name: "
+            "`accelerator='gpuu'`. Available names are: .*"
+        ),
+    ),
+    "trainer of nothing but steps": (
+        ["--trainer.barebones", "true"],
+        "trainer.barebones must be false, but is true; a run logs, and keeps checkpoints",
+    ),
     "the same batches over and over": (
         ["--trainer.overfit_batches", "2"],
         "trainer.overfit_batches must be 0, but is 2; give data of a few rows, as with data.max_examples or "
