@@ -276,11 +276,17 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
 
 
 def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokeniser of a folder, of a run or of a name on the hub, without running any code that comes with it."""
+    """The tokeniser of a folder, of a run or of a name on the hub, without running any code that comes with it.
+
+    It is saved as it is: transformers leaves out `legacy`, by which a Llama's reads what follows a special token.
+    """
     folder = Path(source).expanduser()
     if not (folder / "tokenizer.json").is_file() and (folder / "model" / "tokenizer.json").is_file():
         source = folder / "model"
-    return AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    if hasattr(tokenizer, "legacy"):
+        tokenizer.init_kwargs["legacy"] = tokenizer.legacy
+    return tokenizer
 
 
 def tokenizer_files(folder: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
 from transformers import AutoTokenizer, BertTokenizer
 
 from lit_llm.data.tokenizer import (
@@ -191,6 +192,23 @@ def test_a_bos_that_the_tokenizer_puts_before_texts_opens_documents_and_what_is_
     assert (opening_ids(tokenizer), first_id(tokenizer)) == ([], boundary_id(tokenizer))
     assert [first_id(other) for other in (BYTES, TRAINED)] == [boundary_id(BYTES), boundary_id(TRAINED)]
     assert first_id(BERT) == BERT.cls_token_id
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_llamas_tokenizer_reads_after_special_tokens_as_it_did_however_often_it_is_saved(tmp_path, legacy) -> None:
+    vocab = {token: index for index, token in enumerate(["<unk>", "<s>", "</s>", "▁", "a", "▁a"])}
+    model = models.BPE(vocab=vocab, merges=[("▁", "a")], unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    (tmp_path / "0").mkdir()
+    Tokenizer(model).save(str(tmp_path / "0/tokenizer.json"))
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "legacy": legacy}
+    (tmp_path / "0/tokenizer_config.json").write_text(json.dumps(config))
+    original = AutoTokenizer.from_pretrained(tmp_path / "0")
+    assert original.tokenize("a</s>a")[-1] == ("▁a" if legacy else "a")
+    for times in range(3):
+        tokenizer = load_tokenizer(tmp_path / str(times))
+        assert fingerprint(tokenizer) == fingerprint(original)
+        tokenizer.save_pretrained(tmp_path / str(times + 1))
+    assert fingerprint(AutoTokenizer.from_pretrained(tmp_path / "3")) == fingerprint(original)
 
 
 def test_the_fingerprint_tells_tokenizers_apart() -> None:
