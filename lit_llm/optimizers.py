@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -27,8 +28,9 @@ def parameter_groups(network: nn.Module, decay_embeddings: bool = False) -> list
 
     Returns:
         One group for each role that occurs, with its name under `role`: `matrices` (two or more dimensions, inside a
-        `Block`), `embeddings`, `head` (other matrices) and `vectors` (norms and biases). Groups that weight decay must
-        not touch carry `weight_decay: 0.0`; the others take the optimiser's.
+        `Block`), `embeddings`, `head` (other matrices) and `vectors` (norms and biases, those of all experts in one
+        too). Groups that weight decay must not touch carry `weight_decay: 0.0`; the others take the optimiser's.
+        A matrix of each expert in one parameter is marked as such (`is_stack`), for `Muon`.
 
     Raises:
         ValueError: When nothing is trainable.
@@ -38,11 +40,14 @@ def parameter_groups(network: nn.Module, decay_embeddings: bool = False) -> list
     """
     in_block = {p for module in network.modules() if isinstance(module, Block) for p in module.parameters()}
     embeddings = {p for module in network.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    convolutions = {p for module in network.modules() if isinstance(module, _ConvNd) for p in module.parameters()}
     by_role: dict[str, list[nn.Parameter]] = defaultdict(list)
-    for p in network.parameters():
+    for name, p in network.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim < 2:
+        if p.ndim == 3 and p not in convolutions:
+            p.is_stack = True
+        if p.ndim < 2 or name.endswith("bias"):
             role = "vectors"
         elif p in embeddings:
             role = "embeddings"
@@ -107,8 +112,9 @@ class Muon(Optimizer):
 
     Source:
         Jordan et al., 2024, "Muon", kellerjordan.github.io/posts/muon, with its scale `sqrt(max(1, rows / cols))`.
-        Matrices of one shape are orthogonalised together in one batched product; of those that are shared out over
-        devices (`strategies`) each device does all of it.
+        Matrices of one shape are orthogonalised together in one batched product, those of experts each on its own, a
+        convolution as one of its output channels; of those that are shared out over devices (`strategies`) each device
+        does all of it.
 
     Example:
         >>> network = nn.Linear(4, 4)
@@ -171,11 +177,11 @@ class Muon(Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any]) -> None:
-        by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+        by_shape: dict[tuple[torch.Size, bool], list[nn.Parameter]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
-                by_shape[p.shape].append(p)
-        for shape, members in by_shape.items():
+                by_shape[p.shape, getattr(p, "is_stack", False)].append(p)
+        for (_, is_stack), members in by_shape.items():
             grads = local(p.grad for p in members)
             for p in members:
                 if not self.state[p]:
@@ -189,13 +195,14 @@ class Muon(Optimizer):
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             nesterov = torch._foreach_lerp(grads, buffers, momentum)
             # Of a matrix that is shared out over devices each makes the whole update, and keeps its share.
-            wholes = [whole(shared_as(u, p)) for u, p in zip(nesterov, members)]
-            updates = orthogonalize(torch.stack([u.flatten(1) for u in wholes]))
+            wholes = torch.stack([whole(shared_as(u, p)) for u, p in zip(nesterov, members)])
+            updates = orthogonalize(wholes.flatten(0, 1) if is_stack else wholes.flatten(2))
             scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
             mine = local(members)
             if group["weight_decay"]:
                 torch._foreach_mul_(mine, 1 - group["lr"] * group["weight_decay"])
-            updates = [part(u.view(shape), p) for u, p in zip(updates.to(members[0].dtype).unbind(), members)]
+            updates = updates.to(members[0].dtype).view(wholes.shape)
+            updates = [part(u, p) for u, p in zip(updates.unbind(), members)]
             torch._foreach_add_(mine, updates, alpha=-group["lr"] * scale)
 
     def _adamw(self, group: dict[str, Any]) -> None:

@@ -30,6 +30,14 @@ class Convolutions(Block):
         self.line = nn.Conv1d(3, 5, 3)
 
 
+class Experts(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide, self.tall = nn.Parameter(torch.randn(4, 6, 24)), nn.Parameter(torch.randn(4, 24, 6))
+        self.tall_bias = nn.Parameter(torch.randn(4, 24))
+        self.line = nn.Conv1d(24, 4, 6)  # of the same shape, and one matrix
+
+
 # Groups.
 
 
@@ -166,9 +174,11 @@ def test_all_but_the_matrices_are_stepped_by_adamw(tiny_llama) -> None:
     assert len(compared) == 7
 
 
-@pytest.mark.parametrize("name", ["wide", "tall", "line"])
-def test_a_convolution_is_a_matrix_of_its_output_channels(name: str) -> None:
-    network, flat = Convolutions(), Convolutions()
+@pytest.mark.parametrize(
+    ("kind", "name"), [(Convolutions, "wide"), (Convolutions, "tall"), (Convolutions, "line"), (Experts, "line")]
+)
+def test_a_convolution_is_a_matrix_of_its_output_channels(kind: type[Block], name: str) -> None:
+    network, flat = kind(), kind()
     flat.load_state_dict(network.state_dict())
     layer = getattr(flat, name)
     matrix = nn.Parameter(layer.weight.detach().flatten(1).clone())
@@ -177,6 +187,28 @@ def test_a_convolution_is_a_matrix_of_its_output_channels(name: str) -> None:
     Muon(parameter_groups(network), lr=0.1).step()
     Muon([matrix], lr=0.1).step()
     torch.testing.assert_close(getattr(network, name).weight.detach().flatten(1), matrix.detach(), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["wide", "tall"])
+def test_each_of_several_experts_in_one_parameter_is_a_matrix(name: str) -> None:
+    network = Experts()
+    with_gradients(network, 0)
+    stack = getattr(network, name)
+    lone = [nn.Parameter(matrix.clone()) for matrix in stack.detach()]
+    for p, gradient in zip(lone, stack.grad):
+        p.grad = gradient.clone()
+    before = stack.detach().clone()
+    Muon(parameter_groups(network), lr=0.1).step()
+    Muon(lone, lr=0.1).step()
+    torch.testing.assert_close(stack.detach(), torch.stack([p.detach() for p in lone]), atol=2e-3, rtol=0)
+    scale = 0.1 * max(1, stack.shape[1] / stack.shape[2]) ** 0.5
+    singular_values = torch.linalg.svdvals(stack.detach() - before) / scale
+    assert 0.6 < singular_values.min() < singular_values.max() < 1.3
+
+
+def test_biases_of_several_experts_in_one_parameter_are_vectors() -> None:
+    network = Experts()
+    assert ids_of(parameter_groups(network), "vectors") == {id(network.tall_bias), id(network.line.bias)}
 
 
 def test_matrices_of_one_shape_are_stepped_as_each_alone() -> None:
