@@ -228,7 +228,7 @@ def _download(name: str) -> Path:
 
 def _from_directory(folder: Path) -> Model:
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(), object_hook=_number)
         kind = _architecture(config)
         arguments = kind.hf_arguments(config)
     except (json.JSONDecodeError, KeyError) as error:
@@ -249,6 +249,11 @@ def _from_directory(folder: Path) -> Model:
     replay(network, records)
     recipe = {**class_path(kind), "init_args": {n: plain(v) for n, v in arguments.items()}, "size": size}
     return Model(network, _tokenizer_in(folder), recipe, folder)
+
+
+def _number(value: dict[str, Any]) -> Any:
+    """What JSON has no number for, such as infinity, in the form in which transformers writes it."""
+    return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:

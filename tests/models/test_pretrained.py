@@ -73,6 +73,21 @@ def test_a_directory_of_transformers_is_read_and_written_without_a_change(kind: 
     assert json.loads((tmp_path / "ours/config.json").read_text())["eos_token_id"] == 0
 
 
+@torch.no_grad()
+def test_a_config_with_infinity_in_it_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
+    size = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model("mamba2", vocab_size=37, pad_token_id=0, **size))
+    theirs.eval().save_pretrained(tmp_path / "theirs")
+    assert '"__float__": "Infinity"' in (tmp_path / "theirs/config.json").read_text()
+    network, _ = load_model(tmp_path / "theirs")
+    save_model(tmp_path / "ours", network)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "ours")
+    assert [*network.config.time_step_limit] == [*again.config.time_step_limit] == [0, float("inf")]
+    expected = theirs(tokens()).logits
+    torch.testing.assert_close(network(tokens()), expected)
+    torch.testing.assert_close(again(tokens()).logits, expected)
+
+
 @kinds
 @torch.no_grad()
 def test_documents_are_kept_apart_and_prompts_too_by_every_attention(kind: str) -> None:
