@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import logging
@@ -99,25 +100,22 @@ def save_model(
 def _write_ends(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int | None], file: Path) -> None:
     """Tells transformers' `generate` of all tokens that end a text or a turn.
 
-    `config.json` has only the end of text, and a file that came with the weights, which is read before it, may have
-    the end that is the architecture's default.
+    `config.json` has only the end of text. A file that came with the weights, which is read before it, may know of
+    more, or have the end that is the architecture's default: of its ends those stay that stand for no text.
     """
-    ends = _turn_ends(tokenizer) if tokenizer.chat_template else set()
-    if not ends and not file.is_file():
-        return
+    from lit_llm.data.chat import special_tokens, turn_ends  # of few models, so not at every start
+
     written = json.loads(file.read_text()) if file.is_file() else {}
     written.pop("_from_model_config", None)
-    tokens = tokens | ({"eos_token_id": sorted(ends)} if ends else {})
-    file.write_text(json.dumps(written | tokens, indent=2) + "\n")
-
-
-def _turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    from lit_llm.data.chat import turn_ends  # of few models, so not at every start
-
-    try:
-        return turn_ends(tokenizer)
-    except (ValueError, TypeError):  # the template renders no conversation of which its end could be told
-        return set()
+    told = written.get("eos_token_id")
+    ends = set(told if isinstance(told, list) else [told]) & special_tokens(tokenizer).keys()
+    if tokenizer.chat_template:
+        with contextlib.suppress(ValueError, TypeError):  # it renders no conversation of which its end could be told
+            ends |= turn_ends(tokenizer)
+    end_of_text = {tokenizer.eos_token_id} - {None}
+    if ends or file.is_file():
+        tokens = tokens | ({"eos_token_id": sorted(ends | end_of_text)} if ends - end_of_text else {})
+        file.write_text(json.dumps(written | tokens, indent=2) + "\n")
 
 
 class Model(NamedTuple):

@@ -75,6 +75,20 @@ def test_transformers_ends_a_reply_with_the_turn_and_with_the_text(own: bool, ti
         assert reply[0, 2:].tolist() == [end]
 
 
+@pytest.mark.parametrize("template", [None, "{{ messages[-1]['content'] }}"])
+def test_the_ends_that_came_with_the_weights_stay(template: str | None, tiny_llama, tmp_path: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    tokenizer.chat_template = template
+    config = {**tiny_llama(vocab_size=258).to_hf_config(), "model_type": "mistral"}
+    save_model(tmp_path / "given", PretrainedCausalLM(258, config), tokenizer)
+    file = tmp_path / "given/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": [0, 7, 257]}))
+    edit_config(tmp_path / "given", architectures=["MistralForCausalLM"])
+    save_model(tmp_path / "written", *load_model(tmp_path / "given"))
+    assert json.loads((tmp_path / "written/generation_config.json").read_text())["eos_token_id"] == [0, 257]
+
+
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}"])
 def test_transformers_ends_a_text_where_the_tokenizer_does_not_where_the_architecture_would(
     template: str | None, tiny_llama, tmp_path: Path

@@ -74,7 +74,7 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
     for message in messages:
         require_known_role(message["role"])
         require_utf_8(message["content"])
-        for token in _special(tokenizer).values():
+        for token in special_tokens(tokenizer).values():
             if token in message["content"]:
                 raise ValueError(f"prompt must spell no special token, but holds {token}")
     name = "the conversation"
@@ -84,12 +84,20 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an assistant's turn: the template's, and the end of text."""
-    ids, learnt = encode_conversation(
-        tokenizer, [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    )
+    """The tokens that end an assistant's turn: the template's, and the end of text.
+
+    The template's are the first after what is said, and the last that is learnt: some end a conversation once more.
+    """
+    answer, special = "yes", special_tokens(tokenizer).keys()
+    messages: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
+    text, spans, starts = _turns(tokenizer, messages, "the conversation")
+    [(ids, offsets)] = _tokens(tokenizer, [text], [starts])
+    learnt = _learnt(ids, offsets, text, spans, special_tokens(tokenizer))
     last = [token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt][-1:]
-    return (set(last) & _special(tokenizer).keys()) | ({tokenizer.eos_token_id} - {None})
+    _, is_there, rest = text.rpartition(answer)
+    after = offsets[:, 0] >= len(text) - len(rest) * bool(is_there)
+    first = [token for token, follows in zip(ids, after, strict=True) if follows and token in special][:1]
+    return (set(last + first) & special) | ({tokenizer.eos_token_id} - {None})
 
 
 def encode_conversation(
@@ -130,7 +138,7 @@ def encode_conversation(
     """
     text, spans, starts = _turns(tokenizer, messages, name)
     [(ids, offsets)] = _tokens(tokenizer, [text], [starts])
-    return ids, _learnt(ids, offsets, text, spans, _special(tokenizer))
+    return ids, _learnt(ids, offsets, text, spans, special_tokens(tokenizer))
 
 
 def encode_conversations(
@@ -141,7 +149,7 @@ def encode_conversations(
     A message that spells a special token would end a turn, or begin one; its conversation is left out.
     """
     tokenizer = encoder.tokenizer
-    special = _special(tokenizer)
+    special = special_tokens(tokenizer)
     conversations = [json.loads(document.text) for document in documents]
     spelt = [any(token in m["content"] for m in messages for token in special.values()) for messages in conversations]
     if any(spelt):
@@ -165,7 +173,7 @@ def _tokens(
 ) -> list[tuple[list[int], np.ndarray]]:
     """Texts with special tokens in them as tokens and where each lies, on all cores; none reaches over a start."""
     before = BEFORE if _adds_space(tokenizer) else ""
-    special = tuple(_special(tokenizer).values()) if before else ()  # after those a token starts, with such a space
+    special = tuple(special_tokens(tokenizer).values()) if before else ()  # a token starts after those, with a space
     edges = [
         sorted({0, len(text), *(place for place in places if not text.endswith(special, 0, place))})
         for text, places in zip(texts, starts)
@@ -222,8 +230,8 @@ def _learnt(
     return learnt
 
 
-def _special(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The tokens that stand for no text."""
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+    """The tokens that stand for no text, each by its id."""
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
 

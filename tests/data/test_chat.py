@@ -40,6 +40,10 @@ MARKED = (
     "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+PHI3 = (  # the end of text closes a conversation, after its last turn
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
 PLAIN = (  # without a token of its own for the end of a turn
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -210,7 +214,8 @@ def test_a_conversation_that_the_template_refuses_is_said_in_one_line(mark: str)
 
 
 def test_what_ends_a_turn_is_found_in_the_template() -> None:
-    for template, ends in ((CHAT_TEMPLATE, {END}), (CHATML, {END, "<|im_end|>"}), (PLAIN, {END})):
+    both = {END, "<|im_end|>"}
+    for template, ends in ((CHAT_TEMPLATE, {END}), (CHATML, both), (MARKED, both), (PHI3, both), (PLAIN, {END})):
         tokenizer = dressed(template)
         assert turn_ends(tokenizer) == set(tokenizer.convert_tokens_to_ids(sorted(ends)))
 
