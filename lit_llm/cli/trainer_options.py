@@ -62,3 +62,27 @@ def require_sound(trainer: Mapping[str, Any], seed: bool | int | None) -> None:
         )
     if not isinstance(seed, bool) and seed is not None and not 0 <= seed < 2**32:
         raise ValueError(f"seed_everything must be in [0, {2**32 - 1}], but is {seed}")
+
+
+def require_end(trainer: Mapping[str, Any]) -> None:
+    """Refuses to train on a stream by its epochs, as it has none that end.
+
+    Args:
+        trainer: The trainer's options.
+
+    Raises:
+        ValueError: When that decides the end of the run or the time of its validations.
+    """
+    batches, interval, max_steps = (trainer.get(n) for n in ("limit_train_batches", "val_check_interval", "max_steps"))
+    if trainer.get("fast_dev_run") or (isinstance(batches, int) and batches > 0):
+        return
+    if max_steps in (None, -1) and not trainer.get("max_time"):
+        raise ValueError(
+            f"trainer.max_steps must be given where data.streaming is true, since a stream's epoch has no end, but is "
+            f"{max_steps}; set it, or trainer.limit_train_batches, the batches of an epoch"
+        )
+    if isinstance(interval, float) and interval < 1:
+        raise ValueError(
+            f"trainer.val_check_interval must be a number of batches where data.streaming is true, since a stream's "
+            f"epoch has no end, but is {interval}"
+        )

@@ -31,7 +31,7 @@ from lit_llm.cli.lean_loop import skip_empty_hooks
 from lit_llm.cli.quiet import quieten
 from lit_llm.cli.run_config import RunConfig
 from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
-from lit_llm.cli.trainer_options import require_sound
+from lit_llm.cli.trainer_options import require_end, require_sound
 from lit_llm.products import multiply_by_onednn
 
 log = logging.getLogger(__name__)
@@ -147,6 +147,9 @@ class TrainingCLI(LightningCLI):
         """Seeds all sources of chance, once what the trainer is told has been looked at."""
         config = self.config[self.subcommand]
         require_sound(vars(config["trainer"]), config.get("seed_everything"))
+        streams = (config["data"].get("init_args") or {}).get("streaming")
+        if streams and self.subcommand == "fit" and not config.get("find_lr"):
+            require_end(vars(config["trainer"]))
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:

@@ -51,7 +51,7 @@ class TextData(TokenData):
         max_documents: Read only this many documents (of each source of a mixture).
         streaming: Train on documents as they arrive, without tokenising (or downloading) all of them first. Validation,
             test and tokeniser training use the first 10,000 documents. Not available for mixtures. A run that streams
-            in several processes cannot be resumed.
+            has no epochs that end, and in several processes cannot be resumed.
         cleaning: Cleaning steps to apply.
         validation_fraction: Fraction of the documents to validate on; 0 for none.
         test_fraction: Fraction of the documents to test on; 0 for none.

@@ -104,6 +104,16 @@ FLAGS = {
         ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.lr", "-0.1"],
         "model.optimizer must be given what it takes, but is not: Invalid learning rate: -0.1",
     ),
+    "epochs of a stream": (
+        ["--data.streaming", "true", "--trainer.max_steps", "-1", "--trainer.max_epochs", "1"],
+        "trainer.max_steps must be given where data.streaming is true, since a stream's epoch has no end, but is -1; "
+        "set it, or trainer.limit_train_batches, the batches of an epoch",
+    ),
+    "validation by the part of a stream": (
+        ["--data.streaming", "true", "--trainer.check_val_every_n_epoch", "1", "--trainer.val_check_interval", "0.5"],
+        "trainer.val_check_interval must be a number of batches where data.streaming is true, since a stream's epoch "
+        "has no end, but is 0.5",
+    ),
     "network of no length": (["--model.network.max_seq_len", "0"], "max_seq_len must be at least 1, but is 0"),
     "feed-forward of no width": (["--model.network.d_ff", "-3"], "d_ff must be at least 1, but is -3"),
     "machine without TPU": (
