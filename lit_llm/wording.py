@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,3 +18,14 @@ def listed(values: Iterable[Any]) -> str:
     """
     values = list(values)
     return ", ".join(map(repr, values[:10])) + (f" … ({len(values)} in all)" if len(values) > 10 else "")
+
+
+def conversion(wrong: UnicodeDecodeError) -> str:
+    """What to do with a file that is not UTF-8: UTF-16 begins with a mark, and else Latin-1 is likely.
+
+    Example:
+        >>> conversion(UnicodeDecodeError("utf-8", b"caf\\xe9", 3, 4, "unexpected end of data"))
+        'convert it, for example with `iconv -f latin1 -t utf-8`'
+    """
+    marked = wrong.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return f"convert it, for example with `iconv -f {'utf-16' if marked else 'latin1'} -t utf-8`"

@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 from lit_llm.data.corpora import EMBEDDED, Document, stdlib_files
 from lit_llm.data.delimited import layout
 from lit_llm.data.json_lines import is_in_lines, json_lines, with_all_columns
+from lit_llm.wording import conversion
 
 log = logging.getLogger(__name__)
 
@@ -233,7 +234,7 @@ def _utf8(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"data.path must hold UTF-8 text, but {path} has byte 0x{source[error.start]:02x} at offset {error.start}; "
-            f"convert it, for example with `iconv -f latin1 -t utf-8`"
+            f"{conversion(error)}"
         ) from None
 
 
@@ -408,14 +409,21 @@ def split_kind(split: str) -> str | None:
 
 
 def why_unreadable(error: Exception, files: Sequence[Path] = ()) -> str:
-    """What is wrong with tables, in one line: of JSON lines the first that is none, else what their reader says."""
+    """What is wrong with tables, in one line: of JSON lines the first that is none, else what their reader says.
+
+    Text that is not UTF-8 is said by itself.
+    """
     for file in files:
         if file.suffix.lower() == ".jsonl":
             try:
                 collections.deque(json_lines(file), maxlen=0)
             except ValueError as wrong:
                 return str(wrong)
-    return " ".join(str(error.__cause__ or error).split()) or type(error).__name__
+    cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        byte = cause.object[cause.start]
+        return f"a table must be UTF-8 text, but has byte 0x{byte:02x} where it is not; {conversion(cause)}"
+    return " ".join(str(cause).split()) or type(error).__name__
 
 
 def _documents(

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from lit_llm.wording import conversion
+
 ROWS_AT_ONCE = 512
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
@@ -42,7 +44,7 @@ def _utf8_lines(file: Path) -> Iterator[str]:
     except UnicodeDecodeError as wrong:
         raise ValueError(
             f"JSON must be UTF-8 text, but {file.name} has byte 0x{wrong.object[wrong.start]:02x} where it is not; "
-            f"convert it, for example with `iconv -f latin1 -t utf-8`"
+            f"{conversion(wrong)}"
         ) from None
 
 

@@ -426,6 +426,22 @@ def test_a_table_without_rows_is_said_to_have_none(tmp_path, name, content) -> N
         open_table(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize(("encoding", "byte"), [("latin1", "e9"), ("utf-16", "ff")])
+@pytest.mark.parametrize("before", [0, 3000])
+def test_a_table_that_is_not_utf8_is_refused_with_the_way_out(tmp_path, suffix, encoding, byte, before) -> None:
+    path = tmp_path / f"x{suffix}"
+    rows = ["text,label", *["cafe,a"] * before, "café,b"]
+    path.write_bytes("\n".join(rows).replace(",", "\t" if suffix == ".tsv" else ",").encode(encoding))
+    message = (
+        f"data.path must be a table that can be read, but {path} is not: a table must be UTF-8 text, but has byte "
+        f"0x{byte} where it is not; convert it, for example with `iconv -f {encoding} -t utf-8`"
+    )
+    for read in (open_table, lambda path: list(open_corpus(path).read())):
+        with pytest.raises(ValueError, match=exactly(message)):
+            read(str(path))
+
+
 def test_a_line_that_is_no_json_is_named(tmp_path) -> None:
     (tmp_path / "x.jsonl").write_text('{"text": "a", "label": 1}\n\n{"text": "b", "label": }\n')
     with pytest.raises(ValueError, match=r"but line 3 of x\.jsonl is not \(Expecting value at character 24\)$"):
