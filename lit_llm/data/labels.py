@@ -23,6 +23,9 @@ CODE = re.compile(r"[+-]?0\d+")
 """What is a name though it looks like a number: 01 is not 1."""
 
 REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
+SEPARATOR = re.compile(r"[;,|\t]")
+"""What in the name of a column speaks for cells that are not told apart."""
+
 TRUTHS = {"true": True, "false": False}
 """What text spells of truth values: in small letters, as `True` or as `TRUE`."""
 
@@ -341,7 +344,12 @@ def label_column(rows: Dataset, columns: Columns, path: str) -> str:
         return columns.label
     others = ", ".join(name for name in rows.column_names if name not in (columns.text, columns.text_pair))
     if not others:
-        raise ValueError(f"data.path must hold a column of labels beside the text, but {path} has none")
+        texts = [name for name in (columns.text, columns.text_pair) if name]
+        apart = "; cells must be apart by commas in a .csv file, by tabs in a .tsv file"
+        raise ValueError(
+            f"data.path must hold a column of labels beside the text, but {path} has only {listed(texts)}"
+            f"{apart * any(map(SEPARATOR.search, texts))}"
+        )
     raise ValueError(
         f"data.label must be given where no column is called {', '.join(LABELS)}, but is not; {path} has {others}"
     )

@@ -603,7 +603,7 @@ def test_what_cannot_be_trained_on_is_said_in_one_line(table, arguments, message
 
 def test_a_table_of_nothing_but_text_is_not_asked_to_name_it_as_label(tmp_path) -> None:
     path = write_csv(tmp_path / "x.csv", [("a",), ("b",)], "text")
-    message = f"data.path must hold a column of labels beside the text, but {path} has none"
+    message = f"data.path must hold a column of labels beside the text, but {path} has only 'text'"
     with pytest.raises(ValueError, match=exactly(message)):
         made(path=path)
 

@@ -214,6 +214,13 @@ def test_a_table_without_labels_or_without_training_rows_is_said() -> None:
     )
     with pytest.raises(ValueError, match=exactly(message)):
         labelled_splits({"train": table([1])}, Columns("text", None, None), "x", (), 0.0, 0.0)
+    message = (
+        "data.path must hold a column of labels beside the text, but x has only 'text;label'; cells must be apart by "
+        "commas in a .csv file, by tabs in a .tsv file"
+    )
+    rows = Dataset.from_dict({"text;label": ["a;1"]})
+    with pytest.raises(ValueError, match=exactly(message)):
+        labelled_splits({"train": rows}, Columns("text;label", None, None), "x", (), 0.0, 0.0)
 
 
 # Splits.
