@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
@@ -23,6 +24,11 @@ from lit_llm.data.labels import (
 from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.split_data import SplitData
 from lit_llm.data.tables import Columns, Split, both
+
+log = logging.getLogger(__name__)
+
+CLASSES_SAID = 20
+"""How many classes are few enough to be listed with their examples."""
 
 
 @runtime_checkable
@@ -164,6 +170,9 @@ class ExampleData(SplitData):
         super().setup(stage)
         if stage != "fit":
             return
+        if 0 < len(self.class_names) <= CLASSES_SAID:
+            counts = ", ".join(f"{name}: {count:,}" for name, count in zip(self.class_names, self.class_counts))
+            log.info(f"Training examples of each class: {counts}")
         if self.unlabelled_ratio:
             devices = place(self.trainer)[1]
             unlabelled = len(self.splits["unlabelled"]) if "unlabelled" in self.splits else 0

@@ -196,6 +196,11 @@ def learn_labels(
     if names and kinds <= set(names):
         return LabelReader(path, column, names, list(names))
     values = tuple(sorted(kinds))
+    if type(values[0]) is int and values == tuple(range(-1, len(values) - 1)):
+        log.warning(
+            f"{column!r} of {path} is -1 in {found.count(-1):,} of {len(found):,} training rows, which is a class like "
+            f"the others; leave such rows out if they have no label"
+        )
     return LabelReader(path, column, values, [str(value) for value in values])
 
 

@@ -608,6 +608,14 @@ def test_a_table_of_nothing_but_text_is_not_asked_to_name_it_as_label(tmp_path) 
         made(path=path)
 
 
+def test_few_classes_are_said_with_the_examples_that_are_trained_on(tmp_path, caplog) -> None:
+    caplog.set_level("INFO", logger="lit_llm.data.examples")
+    for classes in (3, 21):
+        path = write_csv(tmp_path / f"{classes}.csv", rows(90, classes))
+        made(path=path, validation_fraction=0.2, test_fraction=0.0, labels_per_class=3)
+    assert caplog.messages == ["Training examples of each class: 0: 3, 1: 3, 2: 3"]
+
+
 def test_whole_numbers_are_values_for_an_objective_of_values(tmp_path) -> None:
     path = write_csv(tmp_path / "x.csv", [(f"a{n}", n % 5 + 1) for n in range(30)])
     for objective, facts in ((Regression, (None, 1)), (Classification, (5, None))):

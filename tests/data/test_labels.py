@@ -189,6 +189,17 @@ def test_a_test_split_with_hidden_labels_has_none(labels) -> None:
     assert is_hidden(Dataset.from_dict({"text": ["a"]}), "label")
 
 
+def test_minus_one_beside_indices_is_a_class_with_a_warning(caplog) -> None:
+    assert read([0, 1, -1, 2, -1])[1] == ["-1", "0", "1", "2"]
+    assert caplog.messages == [
+        "'label' of x is -1 in 2 of 5 training rows, which is a class like the others; leave such rows out if they "
+        "have no label"
+    ]
+    caplog.clear()
+    assert read([-1, 1])[1] == ["-1", "1"]
+    assert not caplog.text
+
+
 def test_a_class_that_is_called_none_is_a_label() -> None:
     found = {"train": table(["None", "Some", "Some"]), "test": table(["None", "None"])}
     splits, _ = labelled_splits(found, COLUMNS, "x", (), 0.0, 0.0)
