@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,7 @@ def _program(
         texts = [[f"this is {mask}", f"so is {mask} too"] if mask else ["a text", "another text"]]
         if getattr(network, "reads_pairs", False):
             texts.append(["the text beside it", "the other's"])
-        batch = f"batch = tokenizer({', '.join(map(_quoted, texts))}, padding=True)"
+        batch = f"batch = tokenizer({', '.join(map(_quoted, texts))}, padding=True{_cut(network, tokenizer)})"
     ask = _asked(form, "**{name: batch[name] for name in " + _quoted(names) + "}")
     words = hasattr(network, "logits_at")
     lines = ["", *opened, batch, f"logits = {ask}"]
@@ -129,6 +130,12 @@ def _program(
     else:
         lines += ["print([tokenizer.decode(row.argmax(-1)) for row in logits])" if tokenizer else "print(logits)"]
     return _imports(form, open_tokenizer, with_json=any("json." in line for line in lines)) + lines
+
+
+def _cut(network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    """How texts are cut, as `predict` and `serve` do: where training did, or to what the network reads."""
+    longest = min(getattr(network, "max_seq_len", None) or sys.maxsize, tokenizer.model_max_length)
+    return f", truncation=True, max_length={longest}" if longest < sys.maxsize else ""
 
 
 def _of_images(form: str, network: nn.Module, processor: dict[str, Any] | None) -> list[str]:

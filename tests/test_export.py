@@ -317,6 +317,20 @@ def test_the_readme_has_a_program_that_runs_and_names_classes(shown):
     assert shown("images", "torch") in ("cat", "dog", "hen")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("cut", "length"), [(None, 64), (9, 9)])
+def test_the_program_cuts_texts_that_are_too_long(cut, length, tmp_path, monkeypatch, capsys):
+    network, tokenizer, _ = EXAMPLES["classifier"]()
+    if cut is not None:
+        tokenizer.model_max_length = cut
+    export_model(model(network, tokenizer), tmp_path, "torch")
+    readme = tmp_path / "README.md"
+    readme.write_text(readme.read_text().replace('"another text"', '"another text" * 99'))
+    assert printed(tmp_path, monkeypatch, capsys, names := {})
+    assert len(names["batch"]["input_ids"][1]) == length
+    assert names["batch"]["input_ids"][1][-1] == tokenizer.sep_token_id
+
+
 def test_the_program_reads_images_as_training_does(tmp_path, monkeypatch, capsys):
     network, _, processor = EXAMPLES["images"]()
     export_model(model(network, None), tmp_path, "torch", processor)
