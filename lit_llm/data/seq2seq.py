@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,7 +16,9 @@ from lit_llm.data.docmatch import open_docmatch
 from lit_llm.data.labels import cut_splits
 from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.table_tokenizer import TableTokens
-from lit_llm.data.tables import Columns, Split, check_texts, open_table
+from lit_llm.data.tables import Columns, Split, check_texts, column_values, open_table
+
+log = logging.getLogger(__name__)
 
 NAME = "stdlib-docstrings"
 PAIRS = (
@@ -57,7 +60,8 @@ class Seq2SeqData(TableTokens):
         source: Column of the text to read; like `target`, it is optional if the columns are called `source` and
             `target`, `document` and `summary`, `input` and `output`, `prompt` and `response` or similar, or as in the
             table that a checkpoint was trained on.
-        target: Column of the text to write; a table to predict does not need it.
+        target: Column of the text to write; a table to predict does not need it, nor a test split, which is then only
+            to be predicted.
         tokenizer: `t5-bpe-<size>`, trained on these training texts; a folder with a `tokenizer.json`; or a name on the
             hub. Default: the one next to the network's weights, or `t5-bpe-4096` for a network without weights.
         max_source_len: Maximum tokens of a text to read, including the end token; longer ones are truncated.
@@ -143,6 +147,11 @@ class Seq2SeqData(TableTokens):
                 f"not; t5-bpe-4096 does"
             )
 
+    def test_dataloader(self) -> BatchLoader | list[Any]:
+        """All examples of the test split, as in validation; none where it has no texts to write."""
+        hidden = "test" in self.splits and not _has_texts(self.splits["test"].rows, self.columns.target)
+        return [] if hidden else super().test_dataloader()
+
     # How examples are read.
 
     def _find_splits(self) -> dict[str, Split]:
@@ -163,7 +172,11 @@ class Seq2SeqData(TableTokens):
         if "train" not in found:
             raise ValueError(f"data.path must hold a training split, but {self.path} has only {', '.join(found)}")
         for name, rows in found.items():
-            check_texts(rows, asdict(self.columns), self.path, name)
+            hidden = name == "test" and not _has_texts(rows, self.columns.target)
+            if hidden:
+                log.info(f"The test split of {self.path} has no texts to write, so it can only be used for predictions")
+            columns = PairColumns(self.columns.source, None) if hidden else self.columns
+            check_texts(rows, asdict(columns), self.path, name)
         splits = {name: Split(rows, np.zeros(len(rows), np.int64)) for name, rows in found.items()}
         fractions = (
             0.0 if name in splits else fraction
@@ -181,7 +194,9 @@ class Seq2SeqData(TableTokens):
     def _make_readable(self, split: Split) -> tuple[Collation, Collation | None]:
         source, target = self.columns.source, self.columns.target
         sources = self._collated(split.column(source), None, None, self.max_source_len)
-        return sources, target and self._collated(split.column(target), None, None, self.max_target_len)
+        if not _has_texts(split.rows, target):
+            return sources, None
+        return sources, self._collated(split.column(target), None, None, self.max_target_len)
 
     def _loader(self, name: str, seed: int | None = None, share: bool = True) -> BatchLoader:
         sources, targets = self._read(name)
@@ -198,6 +213,11 @@ class Seq2SeqData(TableTokens):
         lengths = sources.lengths + (0 if targets is None else targets.lengths)
         mine = place(self.trainer) if share else (0, 1)
         return BatchLoader(cut, len(sources), self.batch_size, seed, *mine, lengths if self.length_grouping else None)
+
+
+def _has_texts(rows: Dataset, column: str | None) -> bool:
+    """Whether a table has such a column, and something in it."""
+    return column in rows.column_names and any(text is not None for text in column_values(rows, column))
 
 
 def _docstrings() -> dict[str, Dataset]:

@@ -114,6 +114,34 @@ def test_a_missing_text_is_refused(tmp_path: Path) -> None:
         opened(path)
 
 
+@pytest.mark.parametrize("header", ["source", "source,target"])
+def test_a_test_split_without_texts_to_write_is_only_predicted(header: str, tmp_path: Path, caplog) -> None:
+    for split in ("train", "validation"):
+        lines = ["source,target", *(f"{split} {n},{n}" for n in range(20))]
+        (tmp_path / f"{split}.csv").write_text("\n".join(lines) + "\n")
+    lines = [header, *(f"test {n}{',' * header.count(',')}" for n in range(5))]
+    (tmp_path / "test.csv").write_text("\n".join(lines) + "\n")
+    with caplog.at_level("INFO", logger="lit_llm"):
+        data = opened(str(tmp_path))
+    said = f"The test split of {tmp_path} has no texts to write, so it can only be used for predictions"
+    assert caplog.messages.count(said) == 1
+    assert data.test_dataloader() == []
+    assert "labels" in next(iter(data.val_dataloader()))
+    rows = []
+    for batch in data.predict_dataloader():
+        assert "labels" not in batch
+        rows += batch["rows"].tolist()
+    assert sorted(rows) == list(range(5))
+
+
+def test_only_a_test_split_may_be_without_texts_to_write(tmp_path: Path) -> None:
+    (tmp_path / "train.csv").write_text("source,target\n" + "a,b\n" * 20)
+    (tmp_path / "validation.csv").write_text("source\n" + "a\n" * 5)
+    message = f"data.target must be one of source in the validation split of {tmp_path}, but is 'target'"
+    with pytest.raises(ValueError, match=exactly(message)):
+        opened(str(tmp_path))
+
+
 def test_another_tokeniser_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
     path = table(tmp_path, source=[f"some text {n}" for n in range(20)], target=["another"] * 20)
     state = opened(path).state_dict()
