@@ -79,10 +79,10 @@ def main(args: list[str] | None = None) -> None:
         fail(f"command must be one of {', '.join(COMMANDS)}, but is {words[0]}; {remedy}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the working directory can be named in configs
-    import_torchmetrics()
-    quieten()
-    module = importlib.import_module(COMMANDS[words[0]][0])
     try:
+        import_torchmetrics()  # takes seconds, in which Ctrl-C may come, too
+        quieten()
+        module = importlib.import_module(COMMANDS[words[0]][0])
         with _speaking():
             module.run(words)
     except KeyboardInterrupt:

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 
+from lit_llm import cli
 from tests.writing import REPOSITORY
 
 
@@ -382,6 +383,21 @@ def test_an_error_of_ours_keeps_its_traceback(lit_llm, monkeypatch):
     monkeypatch.setattr(tokenizer, "run", broken)
     with pytest.raises(ValueError, match="unpacked"):
         lit_llm("tokenizer", "--out", "x")
+
+
+@pytest.mark.parametrize("where", ["libraries", "command"])
+def test_ctrl_c_while_something_is_imported_ends_without_a_word(lit_llm, tmp_path, monkeypatch, where):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    if where == "libraries":
+        monkeypatch.setattr(cli, "import_torchmetrics", interrupted)
+    else:
+        (tmp_path / "interrupted_import.py").write_text("raise KeyboardInterrupt")
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setitem(cli.COMMANDS, "fit", ("interrupted_import", ""))
+    outcome = lit_llm("fit")
+    assert (outcome.code, outcome.out, outcome.err) == (130, "", "")
 
 
 @pytest.mark.parametrize("word", ["--help", "--version"])
