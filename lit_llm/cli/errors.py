@@ -10,6 +10,7 @@ import re
 import sysconfig
 from collections.abc import Iterable
 from pathlib import Path
+from traceback import walk_tb
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -64,13 +65,16 @@ def one_line(error: BaseException) -> str | None:
     return None
 
 
-def parser_line(message: str, known: Iterable[str] = (), words: Iterable[str] = ()) -> str:
+def parser_line(
+    message: str, known: Iterable[str] = (), words: Iterable[str] = (), error: BaseException | None = None
+) -> str:
     """Says in our grammar, in one line, what jsonargparse found wrong.
 
     Args:
         message: Its message, of any length.
         known: All keys that the command has, to guess what a misspelt one was meant to be.
         words: The command line, to name a nested key as the user did.
+        error: What it raised, to tell what stopped the import of a class's module.
 
     Example:
         >>> parser_line("unrecognized arguments: --trainr.max_steps 3", known=["trainer.max_steps"])
@@ -79,7 +83,11 @@ def parser_line(message: str, known: Iterable[str] = (), words: Iterable[str] = 
     if line := _in_grammar(message):
         return line
     text = _flat(message)
-    if match := re.search(r"[Kk]ey \"(?P<key>[\w.+]+)\"", text):
+    match = re.search(r"[Kk]ey \"(?P<key>[\w.+]+)\"", text)
+    if broken := _broken_import(error):
+        rule = f"{_as_written(match['key'], words)} must be a class path" if match else "class_path must name a class"
+        return f"{rule}, but {broken}"
+    if match:
         key = _as_written(match["key"], words)
         if found := re.search(r"File does not exist: '(.+?)'", text):
             return f"{key} must be a file, but is {found[1]}, which does not exist"
@@ -115,9 +123,38 @@ def _fault(path: str) -> str:
     module, _, name = path.rpartition(".")
     try:
         unwritten = getattr(getattr(importlib.import_module(module), name), "__abstractmethods__", ())
-    except (ImportError, ValueError, AttributeError):
+    except Exception:  # of whatever kind the module raises
         return "is neither"
     return f"does not write {', '.join(sorted(unwritten))}" if unwritten else "is of another kind"
+
+
+def _broken_import(error: BaseException | None) -> str | None:
+    """Which module of a class path is there but cannot be imported, and what stopped it; `None` where none is.
+
+    However deep jsonargparse has wrapped it: its `import_object` imported the module, whose own code raised.
+    """
+    while error is not None:
+        steps = list(walk_tb(error.__traceback__))
+        names = [frame.f_code.co_name for frame, _ in steps]
+        if "import_object" in names:
+            start = names.index("import_object")
+            if isinstance(error, SyntaxError) or "<module>" in names[start:]:
+                module = steps[start][0].f_locals["name"].rpartition(".")[0]
+                places = [(frame.f_code.co_filename, line) for frame, line in steps[start + 1 :]]
+                return f"{module} cannot be imported: {_with_place(error, places)}"
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _with_place(error: BaseException, places: list[tuple[str, int]]) -> str:
+    """An error with the last of the places it came through that is in no library, or that it names itself."""
+    said = str(error)
+    if isinstance(error, SyntaxError):
+        said, places = error.msg, [(error.filename, error.lineno)]
+    places = [(Path(file), line) for file, line in places if file and not file.startswith("<")]
+    places = [place for place in places if not _in_libraries(place[0])] or places
+    where = " ({}, line {})".format(*places[-1]) if places else ""
+    return _flat(f"{type(error).__name__}: {said}{where}")
 
 
 def _flat(text: str) -> str:
@@ -133,9 +170,13 @@ def _is_of_a_library(error: BaseException) -> bool:
         traceback = traceback.tb_next
     code = traceback.tb_frame.f_code
     said_on_purpose = dis.opname[code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"  # C code raises without
-    own, path = Path(__file__).parents[1], Path(code.co_filename)
+    return not said_on_purpose or _in_libraries(Path(code.co_filename))
+
+
+def _in_libraries(path: Path) -> bool:
+    """Whether code is neither the user's nor of this package."""
     libraries = [sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")]
-    return not said_on_purpose or (not path.is_relative_to(own) and any(map(path.is_relative_to, libraries)))
+    return not path.is_relative_to(Path(__file__).parents[1]) and any(map(path.is_relative_to, libraries))
 
 
 def _in_grammar(message: str) -> str | None:

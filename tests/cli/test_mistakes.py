@@ -169,6 +169,49 @@ def test_a_wrong_flag(lit_llm, tiny, tmp_path, case):
     assert re.fullmatch(wanted, line) if isinstance(wanted, re.Pattern) else line == wanted
 
 
+MODULES = {
+    "broken_import": (
+        "from torch import nn\nimport no_such_package\n",
+        "ModuleNotFoundError: No module named 'no_such_package'",
+    ),
+    "broken_syntax": ("from torch import nn\nclass Net(nn.Module)\n", "SyntaxError: expected ':'"),
+    "broken_name": ("from torch import nn\nsize = undefined\n", "NameError: name 'undefined' is not defined"),
+    "broken_attribute": (
+        "from torch import nn\nlayer = nn.Lineer\n",
+        "AttributeError: module 'torch.nn' has no attribute 'Lineer'",
+    ),
+    "broken_package.inside": (
+        "from torch import nn\nimport no_such_package\n",
+        "ModuleNotFoundError: No module named 'no_such_package'",
+    ),
+    "broken_in_a_library": (
+        "import json\njson.loads('')\n",
+        "JSONDecodeError: Expecting value: line 1 column 1 (char 0)",
+    ),
+}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_class_whose_module_cannot_be_imported(lit_llm, tiny, tmp_path, monkeypatch, module):
+    code, why = MODULES[module]
+    file = (tmp_path / module.replace(".", "/")).with_suffix(".py")
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    overlay, kind = tmp_path / "overlay.yaml", {"class_path": f"{module}.Net"}
+    for key, content in (
+        ("model.network", None),
+        ("data", None),
+        ("network", {"model": {"init_args": {"network": kind}}}),
+        ("trainer.callbacks", {"trainer": {"callbacks": [kind]}}),
+    ):
+        overlay.write_text(json.dumps(content), encoding="utf-8")
+        flags = ["--config", overlay] if content else [f"--{key}", f"{module}.Net"]
+        assert said(lit_llm("fit", *tiny, "--run_dir", tmp_path / "run", *flags)) == (
+            f"{key} must be a class path, but {module} cannot be imported: {why} ({file}, line 2)"
+        )
+
+
 FILES = {
     "empty file": ("empty.txt", b"", "data.path must hold text, but {path} has none (no documents)"),
     "only white space": ("blank.txt", b"  \n ", "data.path must hold text, but {path} has none (1 empty)"),
