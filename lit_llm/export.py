@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import logging
 import shutil
@@ -179,7 +180,8 @@ def _write(program: ExportedProgram, file: Path, form: str, dynamic: dict[str, d
         for graph in program.graph_module.modules():
             for node in graph.graph.nodes if isinstance(graph, GraphModule) else ():
                 node.meta.pop("stack_trace", None)  # each line of code that it comes from, with its place here
-        torch.export.save(program, file)
+        torch.export.save(program, whole := io.BytesIO())  # to a full disk it would end the process
+        file.write_bytes(whole.getbuffer())
         return
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
     try:
@@ -195,6 +197,8 @@ def _write(program: ExportedProgram, file: Path, form: str, dynamic: dict[str, d
         for node in found.model.graph.all_nodes():
             node.metadata_props.clear()  # each line of code that it comes from, with its place on this machine
         found.save(file, external_data=size > MAX_PROTOBUF)
+    except OSError:  # of the disk
+        raise
     except Exception as error:  # of as many kinds as there are operations
         raise ValueError(
             f"network must be made of operations that ONNX has, but is not: {_first_line(error)}; give --format torch"

@@ -1,5 +1,6 @@
 import pytest
 
+from lit_llm import export as exporting
 from lit_llm.checkpoints import save_model
 from lit_llm.models.mlp import MLP
 
@@ -26,6 +27,19 @@ def test_the_default_is_onnx(lit_llm, saved, tmp_path):
     outcome = lit_llm("export", "--model", saved, "--out", tmp_path / "out")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "out" / "model.onnx").is_file()
+
+
+@pytest.mark.parametrize("form", ["torch", pytest.param("onnx", marks=pytest.mark.slow)])
+def test_a_full_disk_is_said_to_be_full_and_nothing_is_left(lit_llm, saved, tmp_path, monkeypatch, form):
+    if form == "onnx":
+        pytest.importorskip("onnxscript")
+    monkeypatch.setitem(exporting.FILES, form, "/dev/full")
+    outcome = lit_llm("export", "--model", saved, "--out", tmp_path / "out", "--format", form)
+    assert outcome.code == 2, outcome.err
+    assert outcome.last_line == (
+        "lit-llm: error: disk must have room to write, but is full; free some, the last checkpoint is whole"
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
 def test_a_mistake_is_one_line(lit_llm, saved, tmp_path, monkeypatch):
