@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import sys
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import yaml
 from jsonargparse import DefaultHelpFormatter, Namespace
@@ -37,12 +37,48 @@ def _is_overlay(file: str) -> bool:
     return not any(isinstance(kind, str) or (isinstance(kind, dict) and "class_path" in kind) for kind in kinds)
 
 
+def _require_options(file: str) -> None:
+    """Refuses a run file that cannot be read as options, or names a YAML file that is not there.
+
+    Raises:
+        ValueError: Naming the file, which the parser would not.
+    """
+    try:
+        content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"config must be UTF-8 text, but {file} has byte {error.object[error.start]:#04x} at offset "
+            f"{error.start}; convert it, for example with `iconv -f latin1 -t utf-8`"
+        ) from error
+    except (OSError, ValueError, yaml.YAMLError):
+        return  # to be said where it is read
+    if not isinstance(content, dict):
+        found = "none" if content is None else f"a {type(content).__name__}"
+        raise ValueError(f"config must hold options by their names, but {file} holds {found}")
+    folder, data = Path(file).expanduser().parent, content.get("data")
+    _require_yaml("model", content.get("model"), folder)
+    _require_yaml("data", data if isinstance(data, str) else None, folder)
+
+
+def _require_yaml(name: str, value: Any, folder: Path) -> None:
+    """Sees that the YAML files are there that a run file in a folder names for its data, or its model and its parts."""
+    if isinstance(value, dict):
+        for key, nested in value.items():
+            _require_yaml(name if key == "init_args" else f"{name}.{key}", nested, folder)
+    elif str(value).endswith((".yaml", ".yml")) and not (folder / Path(value).expanduser()).exists():
+        raise FileNotFoundError(
+            f"{name} must be a class path or a YAML file, but is {value}, which does not exist in {folder}"
+        )
+
+
 def with_the_runs_config(words: list[str]) -> list[str]:
     """Where a run folder is named, and no config or only overlays are, the run's own config comes first."""
     run_dir, ckpt_path = _option(words, "--run_dir"), Path(_option(words, "--ckpt_path") or "")
     if run_dir is None and ckpt_path.parent.name == "checkpoints":
         run_dir = str(ckpt_path.parent.parent)
     named = [value for name in ("--config", "-c") for value in _options(words, name)]
+    for file in named:
+        _require_options(file)
     goes_on = words[0] != "fit" or _option(words, "--ckpt_path")
     if run_dir is None or (named and not (goes_on and all(map(_is_overlay, named)))):
         return words

@@ -146,6 +146,11 @@ class TrainingCLI(LightningCLI):
     def _set_seed(self) -> None:
         """Seeds all sources of chance, once what the trainer is told has been looked at."""
         config = self.config[self.subcommand]
+        for name in ("trainer", "checkpoint"):
+            if config[name] is None:
+                raise ValueError(
+                    f"{name} must have options, but is null; leave the word out where none is set below it"
+                )
         require_sound(vars(config["trainer"]), config.get("seed_everything"))
         streams = (config["data"].get("init_args") or {}).get("streaming")
         if streams and self.subcommand == "fit" and not config.get("find_lr"):

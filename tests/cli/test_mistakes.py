@@ -254,6 +254,42 @@ def test_a_wrong_file(lit_llm, tiny, tmp_path, case):
     assert said(lit_llm("fit", *tiny, *flags, "--run_dir", tmp_path / "run")) == wanted.format(path=path)
 
 
+RUN_FILES = {
+    "no options": (b"# trainer:\n#   max_steps: 3\n", "config must hold options by their names, but {file} holds none"),
+    "a list": (b"- trainer\n", "config must hold options by their names, but {file} holds a list"),
+    "invalid UTF-8": (
+        b"# caf\xe9\ntrainer:\n  max_steps: 3\n",
+        "config must be UTF-8 text, but {file} has byte 0xe9 at offset 5; convert it, for example with `iconv -f latin1 "
+        "-t utf-8`",
+    ),
+    "all of a group commented out": (
+        b"trainer:\n#  max_steps: 3\n",
+        "trainer must have options, but is null; leave the word out where none is set below it",
+    ),
+    "the same of checkpoints": (
+        b"checkpoint:\n#  every_n_steps: 3\n",
+        "checkpoint must have options, but is null; leave the word out where none is set below it",
+    ),
+    "no such network": (
+        b"model:\n  init_args:\n    network: ../models/typo.yaml\n",
+        "model.network must be a class path or a YAML file, but is ../models/typo.yaml, which does not exist in {folder}",
+    ),
+    "no such data": (
+        b"data: ../x/typo.yaml\n",
+        "data must be a class path or a YAML file, but is ../x/typo.yaml, which does not exist in {folder}",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", RUN_FILES)
+def test_a_wrong_run_file(lit_llm, tiny, tmp_path, case):
+    content, wanted = RUN_FILES[case]
+    file = tmp_path / "overlay.yaml"
+    file.write_bytes(content)
+    line = said(lit_llm("fit", *tiny, "--config", file, "--run_dir", tmp_path / "run"))
+    assert line == wanted.format(file=file, folder=tmp_path)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(lit_llm, tiny, tmp_path):
     run = tmp_path / "run"
     words = [*tiny, "--run_dir", run, "--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr"]
