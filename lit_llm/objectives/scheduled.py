@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_llm.adaptation import Adaptation
@@ -52,7 +52,8 @@ class Scheduled(Averaged):
         """The optimiser over the groups that `optimizers.parameter_groups` makes.
 
         Raises:
-            ValueError: When it does not take an option's value, or a parameter of the objective's own is in no group.
+            ValueError: When it does not take an option's value or these groups, or a parameter of the objective's own
+                is in none.
         """
         groups = parameter_groups(self.network, self.decay_embeddings)
         if self.adaptation is not None:
@@ -62,11 +63,14 @@ class Scheduled(Averaged):
         self._require_grouped(groups)
         make = self.make_optimizer or functools.partial(AdamW, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         try:
-            return make(groups)
+            optimizer = make(groups)
         except ValueError as error:
-            if str(error).startswith("Invalid"):  # as torch's own say it
-                raise ValueError(f"model.optimizer must be given what it takes, but is not: {error}") from error
-            raise
+            of_torch = str(error).startswith("Muon only supports")
+            remedy = "; lit_llm.optimizers.Muon leaves the others to AdamW" if of_torch else ""
+            raise ValueError(f"model.optimizer must be given what it takes, but is not: {error}{remedy}") from error
+        if isinstance(optimizer, SparseAdam):
+            raise ValueError("model.optimizer must take dense gradients, but is SparseAdam; take torch.optim.Adam")
+        return optimizer
 
     def _require_grouped(self, groups: list[dict[str, Any]]) -> None:
         """Sees that all learn that would be given gradients, but for what of the network is left out on purpose."""

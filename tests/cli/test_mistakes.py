@@ -115,6 +115,20 @@ FLAGS = {
         "trainer.val_check_interval must be a number of batches where data.streaming is true, since a stream's epoch "
         "has no end, but is 0.5",
     ),
+    "Muon of torch": (
+        ["--model.optimizer", "torch.optim.Muon"],
+        "model.optimizer must be given what it takes, but is not: Muon only supports 2D parameters whereas we found a "
+        "parameter with size: torch.Size([16]); lit_llm.optimizers.Muon leaves the others to AdamW",
+    ),
+    "optimiser without groups": (
+        ["--model.optimizer", "torch.optim.LBFGS"],
+        "model.optimizer must be given what it takes, but is not: LBFGS doesn't support per-parameter options "
+        "(parameter groups)",
+    ),
+    "optimiser of sparse gradients": (
+        ["--model.optimizer", "torch.optim.SparseAdam"],
+        "model.optimizer must take dense gradients, but is SparseAdam; take torch.optim.Adam",
+    ),
     "network of no length": (["--model.network.max_seq_len", "0"], "max_seq_len must be at least 1, but is 0"),
     "feed-forward of no width": (["--model.network.d_ff", "-3"], "d_ff must be at least 1, but is -3"),
     "machine without TPU": (
