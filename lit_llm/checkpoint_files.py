@@ -194,7 +194,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", in_pieces: bool = Fal
             checkpoint.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"ckpt_path must be a checkpoint file, but is {path}, which does not exist")
+        lacks = "is a folder; name a file in it, last or best" if path.is_dir() else "does not exist"
+        raise FileNotFoundError(f"ckpt_path must be a checkpoint file, but is {path}, which {lacks}")
     others = [p.name for p in sorted(path.parent.glob("*.ckpt")) if p.name != path.name]
     remedy = f"; {path.parent} also holds {', '.join(others)}" if others else ""
     require_whole(path, remedy)

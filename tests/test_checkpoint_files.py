@@ -232,6 +232,14 @@ def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
         read_checkpoint(path)
 
 
+def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    message = (
+        f"ckpt_path must be a checkpoint file, but is {tmp_path}, which is a folder; name a file in it, last or best"
+    )
+    with pytest.raises(FileNotFoundError, match=exactly(message)):
+        read_checkpoint(tmp_path)
+
+
 # Written while training goes on.
 
 
