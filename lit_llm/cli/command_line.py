@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,10 +28,21 @@ def _option(words: list[str], name: str) -> str | None:
     return next(iter(_options(words, name)), None)
 
 
+def _from_home(words: list[str]) -> list[str]:
+    """Reads the `~` before a run folder or a checkpoint, which the shell leaves as it is after a `=`."""
+    paths, read = ("--run_dir", "--ckpt_path"), []
+    for before, word in itertools.pairwise(["", *words]):
+        name, equals, value = word.partition("=")
+        if equals and name in paths:
+            word = name + equals + os.path.expanduser(value)
+        read.append(os.path.expanduser(word) if before in paths else word)
+    return read
+
+
 def _is_overlay(file: str) -> bool:
     """Whether a run file leaves open which model and data are meant, and so is laid over another."""
     try:
-        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+        content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
         return False  # to be said where it is read
     kinds = [content.get(name) for name in ("model", "data")] if isinstance(content, dict) else [""]
@@ -73,6 +85,7 @@ def _require_yaml(name: str, value: Any, folder: Path) -> None:
 
 def with_the_runs_config(words: list[str]) -> list[str]:
     """Where a run folder is named, and no config or only overlays are, the run's own config comes first."""
+    words = _from_home(words)
     run_dir, ckpt_path = _option(words, "--run_dir"), Path(_option(words, "--ckpt_path") or "")
     if run_dir is None and ckpt_path.parent.name == "checkpoints":
         run_dir = str(ckpt_path.parent.parent)

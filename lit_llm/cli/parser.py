@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from lit_llm.cli import fail
 
@@ -14,7 +14,14 @@ if TYPE_CHECKING:
 
 
 class OneLineArguments(argparse.ArgumentParser):
-    """The standard library's parser, for commands that should answer before torch is imported."""
+    """The standard library's parser, for commands that should answer before torch is imported.
+
+    Paths may begin with `~`, which the shell leaves as it is after a `=`.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
     def error(self, message: str) -> NoReturn:
         """Prints the line, with where help is, and exits with code 2."""

@@ -379,6 +379,14 @@ def test_a_run_folder_that_is_none_is_refused(lit_llm, tmp_path, command):
     )
 
 
+def test_a_run_folder_or_a_checkpoint_below_the_home_folder_is_looked_for_there(lit_llm, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for words in (["--run_dir=~/no"], ["--run_dir", "~/no"], ["--ckpt_path=~/no/checkpoints/best.ckpt"]):
+        assert said(lit_llm("test", *words)).endswith(
+            f"must be a run folder, but is {tmp_path}/no, which does not exist"
+        )
+
+
 @pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
 def test_a_checkpoint_of_another_tokeniser_is_refused(lit_llm, run, texts, command):
     words = [command, "--run_dir", run, "--ckpt_path", "last", "--data.tokenizer"]

@@ -33,3 +33,10 @@ def test_no_room_for_the_bytes_is_said(lit_llm, texts, tmp_path):
         "lit-llm: error: vocab_size must be at least 257 (the bytes and <|endoftext|>), but is 100"
     )
     assert not (tmp_path / "made").exists()
+
+
+def test_a_folder_may_be_below_the_home_folder(lit_llm, texts, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    outcome = lit_llm("tokenizer", "--path", texts, "--vocab_size", "300", "--out=~/made")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "made" / "tokenizer.json").is_file()
