@@ -56,23 +56,23 @@ class CheckpointOptions:
         return CheckpointOptions(monitor, mode, self.every_n_steps)
 
 
-def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, predicts: bool) -> dict[str, Any]:
+def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, command: str) -> dict[str, Any]:
     """What the trainer is made of: what its options name, and what every run has.
 
     Args:
         options: The trainer's, their classes instantiated.
         checkpoint: When checkpoints are written, all of it decided.
         run_dir: Where the run writes.
-        predicts: Whether it is for `predict`.
+        command: The sub-command.
 
     Raises:
         ValueError: When a callback of this package is there twice, or one whose state could then not be told apart.
     """
     callbacks, loggers, plugins = _listed(options["callbacks"]), options["logger"], _listed(options["plugins"])
     if not options["fast_dev_run"]:
-        callbacks += _standard_callbacks(options, checkpoint, run_dir, predicts)
+        callbacks += _standard_callbacks(options, checkpoint, run_dir, predicts=command == "predict")
         standard = [MetricsCSV(run_dir)]
-        if loggers is not False:
+        if loggers is not False and command == "fit":  # an evaluation finds no curve, maybe of a folder only to read
             standard.append(TensorBoard(run_dir, name="", version="tensorboard"))
         loggers = [*([] if isinstance(loggers, bool) else _listed(loggers)), *standard]
     _require_one_of_each(callbacks)

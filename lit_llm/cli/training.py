@@ -257,7 +257,7 @@ class TrainingCLI(LightningCLI):
         options = self._get(self.config_init, "trainer")
         headline = getattr(self.datamodule, "monitor", None) or getattr(self.model, "monitor", ("val/loss", "min"))
         checkpoint = self._get(self.config_init, "checkpoint").decided(headline)
-        whole = standard_parts(options, checkpoint, self.run_dir, predicts=self.subcommand == "predict")
+        whole = standard_parts(options, checkpoint, self.run_dir, command=self.subcommand)
         return super().instantiate_trainer(**whole, **kwargs)
 
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

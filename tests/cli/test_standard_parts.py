@@ -8,6 +8,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.profilers import AdvancedProfiler, Profiler, PyTorchProfiler, SimpleProfiler
 
 from lit_llm.callbacks.compile import Compile
+from lit_llm.callbacks.metrics_csv import MetricsCSV
+from lit_llm.callbacks.tensorboard import TensorBoard
 from lit_llm.callbacks.weight_average import WeightAverage
 from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
 from tests.writing import exactly
@@ -17,7 +19,7 @@ class Plain(Callback):
     """Of somebody else, without a state."""
 
 
-def parts(callbacks: list[Callback], folder: Path, **changes: Any) -> dict[str, Any]:
+def parts(callbacks: list[Callback], folder: Path, command: str = "fit", **changes: Any) -> dict[str, Any]:
     options = {
         "callbacks": callbacks,
         "logger": False,
@@ -25,7 +27,7 @@ def parts(callbacks: list[Callback], folder: Path, **changes: Any) -> dict[str, 
         "fast_dev_run": True,
         "profiler": None,
     } | changes
-    return standard_parts(options, CheckpointOptions("val/loss", "min"), folder, predicts=False)
+    return standard_parts(options, CheckpointOptions("val/loss", "min"), folder, command)
 
 
 @pytest.mark.parametrize("kind", [WeightAverage, Compile])
@@ -37,6 +39,13 @@ def test_a_callback_of_this_package_is_not_there_twice(kind: type[Callback], tmp
     with pytest.raises(ValueError, match=exactly(message)):
         parts([kind(), Plain(), kind()], tmp_path)
     assert len(parts([kind(), Plain(), Plain()], tmp_path)["callbacks"]) == 3
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+def test_only_a_training_is_drawn_by_tensorboard(command: str, tmp_path: Path) -> None:
+    options = {"fast_dev_run": False, "logger": None, "enable_progress_bar": False, "enable_checkpointing": False}
+    kinds = [type(logger) for logger in parts([], tmp_path, command, **options)["logger"]]
+    assert kinds == ([MetricsCSV, TensorBoard] if command == "fit" else [MetricsCSV])
 
 
 @pytest.mark.parametrize(
