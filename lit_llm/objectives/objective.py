@@ -169,6 +169,7 @@ class Objective(Scheduled):
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
         if self.make_network is not None:
             self.network = self._make_network(fresh=source is None and self.adaptation is None)
+            self._require_sized_first()
             if self._fits and self.hparams.get("network") and not hasattr(self.network, "arguments"):
                 require_rebuildable(self.hparams["network"], self.make_network)
             if hasattr(self.network, "read_tokens_of") and (self._fits or self.planned_for is not None):
@@ -195,6 +196,16 @@ class Objective(Scheduled):
             if getattr(kind, "defers_init", False):
                 return deferred(self.make_network, size)
         return self.make_network(size)
+
+    def _require_sized_first(self) -> None:
+        """Refuses a network whose first argument, which the size has become, is another than the one of that name."""
+        make, kind = self.make_network, type(self.network)
+        called = make if getattr(make, "func", None) is kind else kind  # a notebook's partial may give the first ones
+        if self.size_name in [*inspect.signature(called).parameters][1:]:
+            raise ValueError(
+                f"model.network must take {self.size_name} as its first argument, but is {kind.__name__}, whose first "
+                f"is {first_argument(kind)}"
+            )
 
     @property
     def _image_shape(self) -> tuple[int, int, int] | None:

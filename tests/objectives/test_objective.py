@@ -113,6 +113,20 @@ def test_a_parameter_that_nothing_optimises_is_refused_before_training(tmp_path:
         fitted(tmp_path, Warm(Net))
 
 
+class Wide(Net):
+    """A network that is told how many classes there are only after something else."""
+
+    def __init__(self, d_hidden: int = 8, num_classes: int = 3) -> None:
+        super().__init__(num_classes)
+
+
+def test_a_network_that_is_not_sized_by_its_first_argument_is_refused(tmp_path: Path) -> None:
+    message = "model.network must take num_classes as its first argument, but is Wide, whose first is d_hidden"
+    with pytest.raises(ValueError, match=exactly(message)):
+        fitted(tmp_path, Least(Wide))
+    fitted(tmp_path, Least(functools.partial(Wide, 16)))
+
+
 class Least(Objective):
     """No more than an objective must have."""
 
