@@ -6,6 +6,7 @@ added up as it comes and goes. So there is no formula of an architecture here th
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.overrides import TorchFunctionMode
@@ -33,6 +35,7 @@ UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
     ),
+    torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * math.prod(a) * b[-1],
 }
 """Operations that torch's counter leaves out, and theirs."""
 
@@ -147,7 +150,10 @@ class Ledger(TorchDispatchMode):
         self.casts -= cast
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._grouped_mm.default and isinstance(args[0], FakeTensor):
+            out = _grouped_mm(*args, **(kwargs or {}))
+        else:
+            out = func(*args, **(kwargs or {}))
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         if not func.is_view:
             read = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -159,6 +165,11 @@ class Ledger(TorchDispatchMode):
         for tensor in made:
             self.add(tensor, is_cast)
         return out
+
+
+def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
+    """Room for the products of experts, each with its rows, or their gradients: torch has it in bfloat16 alone."""
+    return a.new_empty(*([len(offs)] if b.ndim == 2 else []), a.shape[-2], b.shape[-1])
 
 
 class _Believe(TorchFunctionMode):

@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_llm.dry_run import Ledger, measure_step
 from lit_llm.models.llama import Llama
+from lit_llm.models.pretrained import PretrainedCausalLM
 from lit_llm.objectives.losses import linear_cross_entropy_sum
 from lit_llm.optimizers import Muon, parameter_groups
 
@@ -134,6 +135,26 @@ def test_checkpointing_adds_one_more_input_for_each_further_block():
     shallow, deep = (step(checkpointed=True, num_layers=num) for num in (3, 6))
     one = 4 * IDS.numel() * SMALL["d_model"]
     assert deep.passes_without_gradients - shallow.passes_without_gradients == 3 * one
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_the_experts_of_a_mixture_are_planned_as_a_real_step_takes_them(precision):
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = {"model_type": "mixtral", "num_key_value_heads": 1, "num_local_experts": 4, **size}
+    build = functools.partial(PretrainedCausalLM, 300, config)
+    found = measure_step(build, lambda n: ADAMW(n.parameters()), loss, IDS, precision)
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if "bf16" in precision else usual)
+    try:
+        with Ledger() as ledger:
+            network, batch = build(), IDS.clone()
+            base = ledger.live
+            ledger.begin()
+            loss(network, batch).backward()
+    finally:
+        torch.set_default_dtype(usual)
+    assert found.flops == ledger.flops > 0
+    assert found.passes == pytest.approx(ledger.peak - base, rel=0.1)
 
 
 def test_a_network_that_cannot_compute_its_blocks_again_is_refused():
