@@ -42,6 +42,10 @@ UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
 FLOPS = {**flop_registry, **{operation: shape_wrapper(count) for operation, count in UNKNOWN_TO_TORCH.items()}}
 
 
+class NeedsContent(ValueError):
+    """Shapes alone do not tell what a step takes."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One training step on one device, all of it there.
@@ -242,7 +246,8 @@ def measure_step(
         parts: Batches of a step; where there are several, the pass is one beside the gradients of those before.
 
     Raises:
-        ValueError: When the loss needs the content of a batch, or the network cannot compute its blocks again.
+        NeedsContent: When the loss needs the content of a batch.
+        ValueError: When the network cannot compute its blocks again.
     """
     low = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else None
     tokens = count_items(batch)
@@ -291,7 +296,7 @@ def measure_step(
             optimizer.step()  # the first one made its state
             stepping = ledger.peak - base - state
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ValueError(
+        raise NeedsContent(
             f"model must be one whose loss can be planned from shapes alone, but needs what a batch holds ({error}); "
             f"measure it with --probe"
         ) from error

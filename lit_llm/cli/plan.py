@@ -85,21 +85,27 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
-    """Works the plan out.
+    """Works the plan out; where shapes alone do not tell what a step takes, only what a probe measures.
 
     Args:
         options: As in `lit-llm plan --help`.
         words: Options of `lit-llm fit`.
 
     Raises:
-        ValueError: When a value is out of range, or the config cannot be planned from shapes alone.
+        ValueError: When a value is out of range, or the config cannot be planned from shapes alone and none is probed.
     """
     from dataclasses import asdict, replace
 
+    from lit_llm.dry_run import NeedsContent
     from lit_llm.planning import OPTIMAL_TOKENS_PER_PARAMETER, PAIR, STRATEGIES, Machine, bill, memory, traffic
 
     machine = Machine(options.memory, options.peak_flops, options.mfu, options.watts, options.bandwidth, options.price)
-    steps, details = measured_steps(words)
+    try:
+        steps, details = measured_steps(words)
+    except NeedsContent:
+        if not options.probe:
+            raise
+        return {"probe": probe(words, None, options.probe)}
     plain = next(iter(steps.values()))
     devices, flops = options.devices * options.nodes, details["flops_per_token"]
     found: dict[str, Any] = details | {
@@ -156,7 +162,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     from lit_llm.callbacks.weight_average import WeightAverage
     from lit_llm.cli import training
-    from lit_llm.dry_run import measure_step
+    from lit_llm.dry_run import NeedsContent, measure_step
     from lit_llm.recipes import built
 
     cli = training.read_run(words)
@@ -181,8 +187,9 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         except RuntimeError as error:
             if "is not attached to a `Trainer`" not in str(error):
                 raise
-            raise ValueError(
-                f"model must have a loss that needs shapes alone to be planned, but is a {type(objective).__name__}"
+            raise NeedsContent(
+                f"model must have a loss that needs shapes alone to be planned, but is a {type(objective).__name__}; "
+                f"measure it with --probe"
             ) from error
         return total / targets.clamp(min=1)
 
@@ -243,17 +250,17 @@ def example_batch(objective: Any, data: Any) -> dict[str, Any]:
     return batch
 
 
-def probe(words: list[str], details: dict[str, Any], steps: int) -> dict[str, Any]:
+def probe(words: list[str], details: dict[str, Any] | None, steps: int) -> dict[str, Any]:
     """Takes real steps on this machine, in a run folder that is thrown away.
 
     Args:
         words: Options of `lit-llm fit`.
-        details: As `measured_steps` gives them.
+        details: As `measured_steps` gives them; `None` where it cannot.
         steps: How many.
 
     Returns:
-        Seconds of a step, tokens a second, what that is in operations a second, and the peak's bytes, as
-        `callbacks.memory_rise` counts them.
+        Seconds of a step, tokens a second, what that is in operations a second, where a token's are known, the peak's
+        bytes, as `callbacks.memory_rise` counts them, and what is called a token here.
     """
     from lit_llm.callbacks.memory_rise import MemoryRise
     from lit_llm.callbacks.throughput import Throughput
@@ -284,13 +291,20 @@ def probe(words: list[str], details: dict[str, Any], steps: int) -> dict[str, An
     return {
         "seconds_per_step": throughput.tokens / trainer.global_step / rate,
         "tokens_per_second": rate / world,
-        "flops_per_second": rate / world * details["flops_per_token"],
+        "flops_per_second": rate / world * details["flops_per_token"] if details else None,
         "peak": rise,
+        "unit": "token" if throughput.unit == "tok" else "example",
     }
 
 
 def report(found: dict[str, Any]) -> list[str]:
     """A plan as lines of text."""
+    if "steps" not in found:
+        p = found["probe"]
+        return [
+            f"measured here: {p['seconds_per_step']:.4g} s per step, {p['tokens_per_second']:,.0f} {p['unit']}s/s; "
+            f"peak {gib(p['peak'])}; no more can be planned, since shapes alone do not tell what a step takes"
+        ]
     step, machine = next(iter(found["steps"].values())), found["machine"]
     batch = f"{found['batch_size']} × {found['seq_len']}" if found["seq_len"] else f"{found['batch_size']}"
     unit = "token" if found["seq_len"] else "example"

@@ -163,8 +163,20 @@ def test_what_hides_words_is_planned_as_if_it_hid_as_many_as_on_average(lit_llm,
 def test_a_loss_that_needs_more_than_shapes_is_said_to(lit_llm, monkeypatch):
     monkeypatch.setattr("lit_llm.objectives.causal_lm.CausalLM.planned_loss", lambda self, batch: self.trainer)
     assert lit_llm("plan", *MAIN, *SMALL).last_line == (
-        "lit-llm: error: model must have a loss that needs shapes alone to be planned, but is a CausalLM"
+        "lit-llm: error: model must have a loss that needs shapes alone to be planned, but is a CausalLM; measure it with "
+        "--probe"
     )
+
+
+def test_where_shapes_do_not_tell_a_probe_is_all_there_is(lit_llm, tiny, tmp_path):
+    lstm = ["--model.network", "lit_llm.models.recurrent.LSTM", "--model.network.d_model", 16, "--data.mask_documents"]
+    refused = lit_llm("plan", *tiny, *lstm, "true")
+    assert refused.last_line.endswith("; measure it with --probe")
+    outcome = lit_llm("plan", *tiny, *lstm, "true", "--probe", 2, "--json", tmp_path / "plan.json")
+    assert outcome.code == 0, outcome.err
+    assert outcome.out.strip().endswith("; no more can be planned, since shapes alone do not tell what a step takes")
+    probe = json.loads((tmp_path / "plan.json").read_text())["probe"]
+    assert probe["seconds_per_step"] == pytest.approx(4 * 32 / probe["tokens_per_second"])
 
 
 def test_a_student_is_planned_without_its_teacher(lit_llm, tmp_path, tiny_llama):
