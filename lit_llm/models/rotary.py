@@ -174,11 +174,15 @@ def rope_from_hf(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if "original_max_seq_len" in fields:
         length = given.pop("original_max_position_embeddings", config["max_position_embeddings"])
         given["original_max_seq_len"] = config.get("original_max_position_embeddings") or length
+    if scaling is YaRN:
+        given.setdefault("factor", config["max_position_embeddings"] / given["original_max_seq_len"])
     if unknown := [name for name in given if name not in fields]:
         raise ValueError(
             f"rope_parameters in config.json must have no {unknown[0]} with rope_type {rope_type}, but it is "
             f"{given[unknown[0]]!r}"
         )
+    if scaling and "factor" not in given:
+        raise ValueError(f"rope_parameters in config.json must have a factor with rope_type {rope_type}, but have none")
     return base, scaling(**{n: v if fields[n] == "int" else float(v) for n, v in given.items()}) if scaling else None
 
 

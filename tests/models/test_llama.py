@@ -322,6 +322,10 @@ def test_scaled_positions_go_out_to_transformers_and_come_back(tiny_llama, tmp_p
             },
             (10_000.0, YaRN(4.0, original_max_seq_len=32)),
         ),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16}},
+            (10_000.0, YaRN(4.0, original_max_seq_len=16)),
+        ),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 1.0}}, (10_000.0, None)),
     ],
     ids=str,
@@ -357,6 +361,10 @@ def test_a_config_that_leaves_out_the_width_of_a_head_means_what_it_means_to_tra
         (
             {"rope_type": "default", "partial_rotary_factor": 0.5},
             "rope_parameters in config.json must have no partial_rotary_factor with rope_type default, but it is 0.5",
+        ),
+        (
+            {"rope_type": "linear", "factor": None},
+            "rope_parameters in config.json must have a factor with rope_type linear, but have none",
         ),
     ],
 )
