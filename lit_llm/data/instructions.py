@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -128,6 +128,10 @@ class InstructionData(TokenData):
     def train_dataloader(self) -> BatchLoader:
         """Rows in an order drawn anew each epoch."""
         return self._loader("train", self.seed)
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        return super()._source | {name: value for name, value in asdict(self.rows).items() if name != "cleaning"}
 
     # How rows are made.
 

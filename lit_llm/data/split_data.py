@@ -13,6 +13,7 @@ from typing import Any
 from datasets import Dataset
 from lightning.pytorch import LightningDataModule
 
+from lit_llm.data import changes
 from lit_llm.data.arguments import require_counts, require_fractions
 from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.tables import Split, split_kind
@@ -126,10 +127,8 @@ class SplitData(LightningDataModule, ABC):
         now = self._contents_of(self._trained_on["columns"])
         for name in sorted(then.keys() | now.keys()):
             before, after = (of.get(name, [0, 0]) for of in (then, now))
-            if before[0] != after[0]:
-                return f"the {name} split of {self.path} had {before[0]:,} rows then and has {after[0]:,} now"
-            if before != after:
-                return f"the {name} split of {self.path} has other rows now"
+            if found := changes.difference(name, self.path, "rows", list(before), list(after)):
+                return found
         return None
 
     def require_unchanged(self, state_dict: dict[str, Any]) -> None:
@@ -140,10 +139,7 @@ class SplitData(LightningDataModule, ABC):
         """
         self._trained_on = state_dict.get("trained_on", {})
         if change := self._change():
-            raise ValueError(
-                f"data.path must hold the rows that the checkpoint was trained on to go on from it, but {change}; put "
-                f"those back, or start a new run with --model.weights"
-            )
+            raise changes.refusal("rows", change)
 
     def _known_columns(self, rows: Dataset) -> dict[str, str]:
         """Columns of what was trained on, by what they are for, where a table to evaluate has them too."""
@@ -261,7 +257,7 @@ class SplitData(LightningDataModule, ABC):
         if self._stage in ("validate", "test", "predict") and (change := self._change()):
             split = {"validate": "validation", "test": "test"}.get(self._stage) or self.predict_split
             if split not in self.tables:
-                self.doubt = f"Rows that the checkpoint was trained on may be in the {split} split, since {change}"
+                self.doubt = changes.doubt("rows", split, change)
                 log.warning(self.doubt)
 
     def _read(self, name: str) -> Any:

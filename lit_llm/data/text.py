@@ -33,7 +33,7 @@ class TextData(TokenData):
     where it is when the corpus grows), tokenised once into a cache that later runs map into memory, and laid end to
     end in rows of `seq_len` tokens, each after a boundary and what the tokeniser itself opens a text with, such as the
     BOS of Llama's. A split that the source itself has is used as it is. A single file is cut into documents of about
-    8,192 characters, so that there is something to split.
+    8,192 characters, so that there is something to split; after a change they are others.
 
     Of a mixture of corpora each has its share of the rows that are trained on, its weight by the sum of all, whatever
     its size: an epoch is as long as without weights, and of a source with too few rows for its share they come again,
@@ -125,6 +125,14 @@ class TextData(TokenData):
     def manifest(self) -> dict[str, Any]:
         """What the data is and how it was made, with a mixture's weights; there from `setup` on."""
         return super().manifest | ({"weights": self.weights} if self.weights else {})
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        return super()._source | {"column": self.column, "split_by": self.split_by, "streaming": self.streaming}
+
+    @property
+    def _contents(self) -> list[int] | None:
+        return None if self.streaming else super()._contents
 
     # How rows are made.
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from transformers import PreTrainedTokenizerBase
 
+from lit_llm.data import changes
 from lit_llm.data.arguments import require_counts, require_fractions
 from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.cleaning import Cleaning
@@ -43,6 +47,9 @@ class TokenData(LightningDataModule, ABC):
     wanted = "text"
     """What `path` must hold, in words."""
 
+    doubt: str | None = None
+    """Why documents that were trained on may be among those that are evaluated."""
+
     def __init__(
         self,
         path: str | dict[str, Any],
@@ -67,6 +74,7 @@ class TokenData(LightningDataModule, ABC):
         self.seq_len, self.batch_size = seq_len, batch_size
         self.seed = seed
         self.cache: TokenCache | None = None
+        self._separate: dict[str, bool] = {}  # whether the source itself has these splits
 
     # Facts that objectives and model directories ask for.
 
@@ -121,20 +129,65 @@ class TokenData(LightningDataModule, ABC):
         return self._evaluation_loader(self.predict_split.name, with_documents=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The tokeniser's files, so that a checkpoint can read and write text on its own."""
-        return {"tokenizer": tokenizer_files(self._cache.folder / "tokenizer")}
+        """The tokeniser's files, so that a checkpoint can read and write text on its own, and what is trained on."""
+        tokenizer = tokenizer_files(self._cache.folder / "tokenizer")
+        return {"tokenizer": tokenizer, "documents": {"source": self._source, "contents": self._contents}}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose tokens mean something else.
+    def require_unchanged(self, state_dict: dict[str, Any]) -> None:
+        """Refuses to go on from a checkpoint whose documents have changed since.
 
         Raises:
-            ValueError: When the checkpoint's tokeniser is not this data's.
+            ValueError: When they have.
         """
+        if change := self._change(state_dict):
+            raise changes.refusal("documents", change)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuses a checkpoint whose tokens mean something else; says where it may know what is evaluated.
+
+        Raises:
+            ValueError: When the checkpoint's tokeniser is not this data's, or training would go on with documents that
+                have changed.
+        """
+        stage = None if self.trainer is None else self.trainer.state.fn
+        if stage == "fit":
+            self.require_unchanged(state_dict)
+        change = self._change(state_dict)
         if state_dict["tokenizer"]["tokenizer.json"] != self.state_dict()["tokenizer"]["tokenizer.json"]:
             raise ValueError(
                 f"data.tokenizer must be the checkpoint's, but is {self.tokenizer_spec} of {self.corpus_name}, "
-                f"which differs"
+                f"which differs" + (f", as {change}" if change else "")
             )
+        if change and stage is not None:
+            split = {"validate": "validation", "test": "test"}.get(stage) or self.predict_split.name
+            if not self._separate[split]:
+                self.doubt = changes.doubt("documents", split, change)
+                log.warning(self.doubt)
+
+    @property
+    def _source(self) -> dict[str, Any]:
+        """What decides the documents of the training split, beside what lies at the path."""
+        return {
+            "path": self.path,
+            "subset": self.subset,
+            "max_documents": self.max_documents,
+            "cleaning": asdict(self.cleaning),
+            "validation_fraction": self.validation_fraction,
+            "test_fraction": self.test_fraction,
+        }
+
+    @cached_property
+    def _contents(self) -> list[int] | None:
+        """How many documents are trained on, and a hash of theirs; `None` where not all of them are known."""
+        documents = np.ascontiguousarray(self._cache.split("train").documents["content"])
+        return [len(documents), int.from_bytes(hashlib.blake2b(documents, digest_size=8).digest(), "big")]
+
+    def _change(self, state_dict: dict[str, Any]) -> str | None:
+        """How the documents have changed since a checkpoint was trained on them; `None` where nothing says so."""
+        then = state_dict.get("documents") or {}  # older checkpoints do not say it
+        if not (then.get("contents") and self._contents and _placed(then["source"]) == _placed(self._source)):
+            return None
+        return changes.difference("train", self.corpus_name, "documents", then["contents"], self._contents)
 
     # How rows are made.
 
@@ -204,6 +257,7 @@ class TokenData(LightningDataModule, ABC):
                 "data.tokenizer must be given, but is None; to start from model.weights name their folder or run"
             )
         corpus = self._corpus_to_tokenize()
+        self._separate = {"validation": corpus.has_validation, "test": corpus.has_test}
         train = training_of(self.tokenizer_spec)
         ready = None if train else self._dress(load_tokenizer(self.tokenizer_spec))
         description = {
@@ -238,3 +292,9 @@ class TokenData(LightningDataModule, ABC):
             log.info,
             self.encode,
         )
+
+
+def _placed(source: dict[str, Any]) -> dict[str, Any]:
+    """A source whose path is the same however it is spelt."""
+    path = source["path"]
+    return {**source, "path": Path(path).expanduser().resolve() if isinstance(path, str) else path}

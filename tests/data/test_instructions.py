@@ -279,6 +279,15 @@ def test_a_checkpoint_of_other_tokens_is_refused(chat: Path) -> None:
         opened(chat).load_state_dict(opened(chat, tokenizer="bpe-300").state_dict())
 
 
+def test_conversations_that_have_changed_since_training_are_not_gone_on_with(chat: Path) -> None:
+    state = opened(chat).state_dict()
+    opened(chat).require_unchanged(state)
+    lines = chat.read_text(encoding="utf-8").splitlines()
+    chat.write_text("\n".join(lines[: len(lines) // 2]), encoding="utf-8")
+    with pytest.raises(ValueError, match="must hold the documents that the checkpoint was trained on to go on"):
+        opened(chat).require_unchanged(state)
+
+
 # What is too long.
 
 

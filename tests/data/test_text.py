@@ -1,7 +1,9 @@
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -404,6 +406,96 @@ def test_a_checkpoint_of_other_tokens_is_refused(corpus: Path) -> None:
     message = f"data.tokenizer must be the checkpoint's, but is bytes of {corpus}, which differs"
     with pytest.raises(ValueError, match=exactly(message)):
         data.load_state_dict(other.state_dict())
+
+
+def awaiting(path: Path, stage: str, **changes: Any) -> TextData:
+    """Data of a stage for which a checkpoint is still to be read."""
+    data = TextData(path=str(path), **(SMALL | changes))
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn=stage), global_rank=0, world_size=1)
+    data.prepare_data()
+    data.setup(stage)
+    return data
+
+
+STAGES = (("validate", "validation"), ("test", "test"), ("predict", "test"))
+
+
+@pytest.mark.parametrize("kind", ["file", "grown file", "folder"])
+def test_documents_that_have_changed_since_training_are_not_gone_on_with_and_said_where_evaluated(
+    kind: str, tmp_path: Path, caplog
+) -> None:
+    path, text = tmp_path / "text.txt", "\n\n".join(TEXTS * 30)
+    if kind == "folder":
+        as_folder(path := tmp_path)
+    else:
+        path.write_text(text, encoding="utf-8")
+    state = opened(path).state_dict()
+    count = state["documents"]["contents"][0]
+    for stage in ("fit", "validate", "test", "predict"):
+        data = awaiting(path, stage, seq_len=8)
+        data.load_state_dict(state)
+        assert data.doubt is None
+    if kind == "folder":
+        for number in range(9):
+            (path / f"more{number}.md").write_text(f"{number} more", encoding="utf-8")
+    else:
+        path.write_text(text + text[::-1] if kind == "grown file" else f"x\n{text}", encoding="utf-8")
+    now = opened(path).state_dict()["documents"]["contents"][0]
+    how = f"had {count} documents then and has {now} now" if now != count else "has other documents now"
+    message = (
+        f"data.path must hold the documents that the checkpoint was trained on to go on from it, but the train split "
+        f"of {path} {how}; put those back, or start a new run with --model.weights"
+    )
+    for refuses in (lambda data: data.load_state_dict(state), lambda data: data.require_unchanged(state)):
+        with pytest.raises(ValueError, match=exactly(message)):
+            refuses(awaiting(path, "fit"))
+    for stage, split in STAGES:
+        caplog.clear()
+        data = awaiting(path, stage)
+        data.load_state_dict(state)
+        [said] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+        assert said == data.doubt
+        assert said == (
+            f"Documents that the checkpoint was trained on may be in the {split} split, since the train split of "
+            f"{path} {how}"
+        )
+    message = f"data.tokenizer must be the checkpoint's, but is bpe-300 of {path}, which differs, as the train"
+    with pytest.raises(ValueError, match=message):
+        awaiting(path, "test", tokenizer="bpe-300").load_state_dict(state)
+    del state["documents"]  # as of an older checkpoint
+    awaiting(path, "fit").load_state_dict(state)
+
+
+def test_documents_that_are_elsewhere_or_read_by_other_options_are_gone_on_with(corpus: Path, tmp_path: Path) -> None:
+    state = opened(corpus).state_dict()
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(corpus, elsewhere)
+    (elsewhere / "more.md").write_text("another path is another source", encoding="utf-8")
+    for path, options in ((elsewhere, {}), (corpus, {"max_documents": 40}), (corpus / "../corpus", {})):
+        data = awaiting(path, "fit", **options)
+        data.load_state_dict(state)
+        assert data.doubt is None
+    shutil.copytree(corpus, tmp_path / "new")
+    shutil.rmtree(corpus)
+    shutil.move(tmp_path / "new", corpus)  # the same files of another time
+    awaiting(corpus, "fit").load_state_dict(state)
+
+
+def test_a_split_of_the_sources_own_is_not_doubted_when_training_grows(tmp_path: Path) -> None:
+    for name, count in (("train", 40), ("test", 5)):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name} {n}"}) for n in range(count)))
+    state = opened(tmp_path).state_dict()
+    (tmp_path / "train.jsonl").write_text("\n".join(json.dumps({"text": f"train {n}"}) for n in range(50)))
+    for stage, doubts in (("test", False), ("validate", True)):
+        data = awaiting(tmp_path, stage)
+        data.load_state_dict(state)
+        assert (data.doubt is not None) is doubts
+
+
+def test_a_stream_does_not_say_what_it_holds(corpus: Path) -> None:
+    state = opened(corpus, streaming=True).state_dict()
+    (corpus / "more.md").write_text("more", encoding="utf-8")
+    awaiting(corpus, "fit", streaming=True).load_state_dict(state)
 
 
 def test_facts_are_there_without_calling_the_hooks(corpus: Path) -> None:

@@ -1,0 +1,28 @@
+"""What is said where data have changed under their path since a checkpoint was trained on them."""
+
+from __future__ import annotations
+
+
+def difference(split: str, path: str, what: str, then: list[int], now: list[int]) -> str | None:
+    """How a split has changed, of which there are the size and a hash of its content; `None` where it has not.
+
+    Example:
+        >>> difference("train", "x.csv", "rows", [60, 1], [80, 2])
+        'the train split of x.csv had 60 rows then and has 80 now'
+    """
+    if then[0] != now[0]:
+        return f"the {split} split of {path} had {then[0]:,} {what} then and has {now[0]:,} now"
+    return f"the {split} split of {path} has other {what} now" if then != now else None
+
+
+def refusal(what: str, change: str) -> ValueError:
+    """Why training does not go on: splits are cut out of the data otherwise."""
+    return ValueError(
+        f"data.path must hold the {what} that the checkpoint was trained on to go on from it, but {change}; put those "
+        f"back, or start a new run with --model.weights"
+    )
+
+
+def doubt(what: str, split: str, change: str) -> str:
+    """Why figures of a split may be too good."""
+    return f"{what.capitalize()} that the checkpoint was trained on may be in the {split} split, since {change}"
