@@ -21,8 +21,9 @@ from lit_llm.data.tokenizer import require_utf_8
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-CONVERSATIONS_FORMAT = 3
-"""Raised whenever conversations become other tokens, or others of them are learnt, so that no older cache is taken."""
+CONVERSATIONS_FORMAT = 4
+"""Raised whenever conversations become other tokens, or others are learnt or counted, so that no older cache is taken.
+"""
 
 BEFORE = "\ue000"
 """Stands before a piece of a text where a tokeniser puts a space in front of each; no token joins it with the piece."""
@@ -158,12 +159,11 @@ def encode_conversations(
     turns = [_turns(tokenizer, messages, name) for name, messages in kept]
     tokens = _tokens(tokenizer, [text for text, _, _ in turns], [starts for _, _, starts in turns])
     encoded = []
-    for (name, messages), (text, spans, _), (ids, offsets) in zip(kept, turns, tokens):
+    for (name, _), (text, spans, _), (ids, offsets) in zip(kept, turns, tokens):
         learnt = _learnt(ids, offsets, text, spans, special)
         if not learnt.any():
             raise ValueError(f"data.chat_template must render what the assistant says, but nothing of it is in {name}")
-        said = sum(len(m["content"].encode()) for m in messages if is_learnt(m))
-        encoded.append(Encoded(ids, said, learnt))
+        encoded.append(Encoded(ids, _said(text, spans, special), learnt))
     rest = iter(encoded)
     return [None if no else next(rest) for no in spelt]
 
@@ -228,6 +228,13 @@ def _learnt(
             last += 1
         learnt[inside[0] : last + 1] = True
     return learnt
+
+
+def _said(text: str, spans: list[tuple[int, int]], special: dict[int, str]) -> int:
+    """Bytes of what is learnt that stand for text: a template may leave out some of what the assistant says."""
+    tokens = "|".join(map(re.escape, special.values())) or "(?!)"
+    turns = (re.sub(rf"({tokens})\s*\Z", "", text[start:end]) for start, end in spans)
+    return sum(len(re.sub(tokens, "", turn).encode()) for turn in turns)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:

@@ -286,6 +286,19 @@ def test_bytes_are_counted_of_the_answers() -> None:
     assert found.num_bytes == len("好".encode()) + len("  2\n\n")
 
 
+@pytest.mark.parametrize("mark", [True, False], ids=["marked", "found"])
+def test_no_bytes_are_counted_of_what_a_template_leaves_out(mark: bool) -> None:
+    template = (MARKED if mark else CHATML).replace(
+        "message['content']", "message['content'].split('</think>')[-1]|trim"
+    )
+    said = [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "<think>" + "x" * 99 + "</think>\n答 \n"},
+    ]
+    [found] = encode_conversations(DocumentEncoder(dressed(template)), [Document("0", json.dumps(said))], Counter())
+    assert found.num_bytes == len("答".encode()) == found.learnt.sum() - 1
+
+
 def test_a_template_that_leaves_the_answer_out_is_refused() -> None:
     message = "data.chat_template must render what the assistant says, but nothing of it is in chat.jsonl/3"
     tokenizer = dressed("{{ messages[0]['content'] }}")
