@@ -43,6 +43,12 @@ class BestCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         self._trainer = trainer
 
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
+        """Has what was logged up to it written, too: who goes on from it goes on from there."""
+        for logger in trainer.loggers:
+            logger.save()
+        super()._save_checkpoint(trainer, filepath)
+
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Judges what was best by the metric that decides now, where another one did: as `RunReport`, which knows all.
 

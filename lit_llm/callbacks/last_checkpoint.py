@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import shutil
 import signal
@@ -13,6 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
+HALF_WRITTEN = ("checkpoints/.*.ckpt-*", ".model-*", ".adapter-*")
 log = logging.getLogger(__name__)
 
 
@@ -48,9 +50,11 @@ class LastCheckpoint(Checkpoint):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listens for Ctrl-C, and removes what a killed process had begun to write."""
         self._saved_step, self._stopped = trainer.global_step, False
+        folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
-            for half in (Path(trainer.default_root_dir) / "checkpoints").glob(".*.ckpt-*"):
-                shutil.rmtree(half, ignore_errors=True)
+            for half in itertools.chain.from_iterable(map(folder.glob, HALF_WRITTEN)):
+                if not (half / "old").exists():  # all there may be of the model that was to be replaced
+                    shutil.rmtree(half, ignore_errors=True)
         with contextlib.suppress(ValueError):  # not the main thread: a notebook's server, say, has its own way
             for number in INTERRUPTIONS:
                 self._previous_handlers[number] = signal.signal(number, self._on_interrupt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from lit_llm.files import replacing
 class MetricsCSV(Logger):
     """Writes `metrics.csv`: a row for each step at which something was logged, a column for each metric.
 
-    A resumed run goes on in the same file: what an earlier run logged after the first new step goes. (Lightning's
-    own CSV logger deletes the file.)
+    A resumed run goes on in the same file: what an earlier run logged after the step that it goes on from goes, and all
+    of it where a run begins anew. (Lightning's own CSV logger deletes the file.)
 
     Args:
         folder: The run folder.
@@ -27,6 +28,7 @@ class MetricsCSV(Logger):
         self.path = Path(folder) / "metrics.csv"
         self._columns = ["step"]
         self._last_step: int | None = None
+        self._began: float = math.inf
         self._pending: dict[str, Any] = {}
 
     @property
@@ -38,6 +40,10 @@ class MetricsCSV(Logger):
     def version(self) -> str:
         """Nothing to add to the run folder's name."""
         return ""
+
+    def begin(self, step: int) -> None:
+        """Knows from which step a training goes on; what is logged without one is added to what there is."""
+        self._began = step
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
         """Does nothing: `config.yaml` has them."""
@@ -70,7 +76,7 @@ class MetricsCSV(Logger):
         """For a new column, a step that already has a row, and the first row of a resumed run."""
         rows = read_metrics(self.path)
         if self._last_step is None:
-            rows = [r for r in rows if r["step"] <= row["step"]]
+            rows = [r for r in rows if r["step"] <= min(self._began, row["step"])]
         if rows and rows[-1]["step"] == row["step"]:
             row = rows.pop() | row
         self._columns = list(dict.fromkeys([*self._columns, *(name for r in rows for name in r), *row]))

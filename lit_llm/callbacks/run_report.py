@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lit_llm
 from lit_llm.callbacks.best_checkpoint import keeps_best
-from lit_llm.callbacks.metrics_csv import read_metrics
+from lit_llm.callbacks.metrics_csv import MetricsCSV, read_metrics
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoint_files import own_checkpoint
 from lit_llm.checkpoints import finish, read_adapted, save_model
@@ -60,6 +60,9 @@ class RunReport(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Notes from which step the run goes on."""
         self._began = trainer.global_step
+        for logger in trainer.loggers:
+            if isinstance(logger, MetricsCSV):
+                logger.begin(self._began)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -44,14 +44,16 @@ class Samples(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes away what a run that was cut wrote after the step from which it goes on."""
+        if trainer.is_global_zero:
+            self._cut(trainer, trainer.global_step + 1)
+
+    def _cut(self, trainer: Trainer, first: int) -> None:
+        """Takes away what was written from a step on."""
         path = Path(trainer.default_root_dir) / "samples.txt"
-        if not trainer.is_global_zero or not path.is_file():
-            return
-        text = path.read_text(encoding="utf-8")
-        later = (m for m in STEP.finditer(text) if int(m[1]) > trainer.global_step)
-        if first := next(later, None):
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if later := next((m for m in STEP.finditer(text) if int(m[1]) >= first), None):
             with replacing(path) as new:
-                new.write_text(text[: first.start()], encoding="utf-8")
+                new.write_text(text[: later.start()], encoding="utf-8")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Writes the samples."""
@@ -83,6 +85,7 @@ class Samples(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):  # Weights & Biases shows it as a table
                 logger.log_text("samples", ["step", "prompt", "text"], rows, step=trainer.global_step)
+        self._cut(trainer, trainer.global_step)  # where a step that was begun is done again, so is its validation
         with (Path(trainer.default_root_dir) / "samples.txt").open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
         log.info("\n".join("  | " + line for line in lines[1].rstrip().splitlines()))

@@ -35,7 +35,7 @@ class Throughput(Callback):
         self.tokens = 0
         self.seconds = 0.0
         self.unit = "tok"
-        self._new_tokens = 0
+        self._new_tokens = self._begun_tokens = 0
         self._since = self._paused_at = 0.0
         self._reported_step = 0
         self._peak: float | None = None
@@ -59,7 +59,9 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts, and reports where it is time."""
-        self._new_tokens += count_items(batch) * place(trainer)[1]
+        count = count_items(batch) * place(trainer)[1]
+        self._new_tokens += count
+        self._begun_tokens = self._begun_tokens + count if trainer.fit_loop.epoch_loop._should_accumulate() else 0
         step = trainer.global_step
         if step == self._reported_step:
             return
@@ -103,9 +105,9 @@ class Throughput(Callback):
             logger.log_metrics(report, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been counted, the part not yet reported included."""
+        """What has been counted, the part not yet reported included, but no step that was begun: it is done again."""
         since = time.perf_counter() - self._since if self._new_tokens else 0.0
-        return {"tokens": self.tokens + self._new_tokens, "seconds": self.seconds + since}
+        return {"tokens": self.tokens + self._new_tokens - self._begun_tokens, "seconds": self.seconds + since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on counting."""

@@ -3,6 +3,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+import pytest
+
 from lit_llm.callbacks.metrics_csv import MetricsCSV, read_metrics
 
 
@@ -50,6 +52,16 @@ def test_what_a_resumed_run_logs_at_the_step_that_it_goes_on_from_joins_what_is_
         {"step": 2, "a": 2.0, "val/a": 3.0, "lr": 0.1},
         {"step": 3, "a": 6.0},
     ]
+
+
+@pytest.mark.parametrize(("begins", "kept"), [(0, []), (2, [1, 2])])
+def test_what_was_logged_after_the_step_that_a_run_begins_at_goes(tmp_path, begins, kept):
+    log(tmp_path, *((step, {"a": 1.0}) for step in (1, 2, 3, 4)))
+    logger = MetricsCSV(tmp_path)
+    logger.begin(begins)
+    logger.log_metrics({"a": 2.0}, 4)
+    logger.finalize("success")
+    assert [row["step"] for row in read_metrics(tmp_path / "metrics.csv")] == [*kept, 4]
 
 
 def test_no_file_is_no_rows(tmp_path):

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lit_llm.callbacks.metrics_csv import read_metrics
+from lit_llm.callbacks.samples import STEP
 from lit_llm.checkpoint_files import read_checkpoint
 from tests.writing import REPOSITORY
 
@@ -392,8 +393,21 @@ def test_a_run_goes_on_from_a_validation_within_a_step_at_its_beginning(lit_llm,
     for start_from in ("last", tmp_path / "within.ckpt"):
         assert lit_llm("fit", *words, "--ckpt_path", start_from).code == 0
         ends.append(read_checkpoint(run / "checkpoints/last.ckpt")["state_dict"])
+        assert json.loads((run / "results.json").read_text())["tokens"] == 4 * 4 * 4 * 32
+        sampled = STEP.findall((run / "samples.txt").read_text())
+        assert len(sampled) == len(set(sampled)) == 2
+        assert sorted(losses(run)) == [1, 2, 3, 4]
     for name, weight in ends[0].items():
         assert torch.equal(weight, ends[1][name]), name
+
+
+def test_what_a_killed_export_left_half_written_goes(lit_llm, tiny, tmp_path):
+    words = ["--run_dir", tmp_path, "--test_after_fit", "false"]
+    assert lit_llm("fit", *tiny, *words, "--trainer.max_steps", "1").code == 0
+    (tmp_path / ".model-a1b2c3d4/model").mkdir(parents=True)
+    (tmp_path / ".model-e5f6a7b8/old").mkdir(parents=True)  # of a model that had been whole
+    assert lit_llm("fit", *words, "--ckpt_path", "last", "--trainer.max_steps", "2").code == 0
+    assert [path.name for path in tmp_path.glob(".model-*")] == [".model-e5f6a7b8"]
 
 
 def start(words: list[str]) -> subprocess.Popen:
