@@ -179,8 +179,7 @@ class Heads(_OfBlocks):
     """Removes attention heads; key-value heads are removed together with all the queries that share them.
 
     For networks whose config has a head's width of its own: Llama, Qwen3 and their kin. Where it is the width of the
-    network over the number of heads (GPT-2, BERT, ModernBERT) no config describes what would be left, and a Llama's
-    must still divide the network's (Qwen3's need not).
+    network over the number of heads (GPT-2, BERT, ModernBERT) no config describes what would be left.
 
     Suggested: up to half of the heads, by `activation`, together with `Neurons`.
 

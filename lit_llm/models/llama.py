@@ -60,7 +60,8 @@ class Llama(nn.Module):
         vocab_size: Number of tokens; decided by the data.
         d_model: Width of the residual stream.
         num_layers: Number of blocks.
-        num_heads: Query heads; divides `d_model`, as in transformers' Llama, unless `d_head` and `qk_norm` are given.
+        num_heads: Query heads; divides `d_model` unless `d_head` is given. Where it does not, transformers opens the
+            exported directory only if it has `qk_norm`; this package opens either.
         num_kv_heads: Key-value heads; divides `num_heads`. `None` is as many as query heads.
         d_head: Width of a head; `None` is `d_model / num_heads`.
         d_ff: Width inside the feed-forward layers; `None` is 8/3 of `d_model`, rounded up to a multiple of 64.
@@ -120,9 +121,8 @@ class Llama(nn.Module):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, but is {value}")
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-        if d_model % num_heads and (d_head is None or not qk_norm):
-            remedy = "" if d_head is None else "; with qk_norm, as Qwen3's, it need not"
-            raise ValueError(f"num_heads must divide d_model, but is {num_heads} with d_model {d_model}{remedy}")
+        if d_head is None and d_model % num_heads:
+            raise ValueError(f"num_heads must divide d_model, but is {num_heads} with d_model {d_model}")
         if num_kv_heads < 1 or num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, but is {num_kv_heads} with num_heads {num_heads}")
         d_head = d_head or d_model // num_heads
