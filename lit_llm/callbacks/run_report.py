@@ -67,8 +67,9 @@ class RunReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Has the last step followed by a validation, wherever `val_check_interval` falls.
+        """Has the last of `max_steps` followed by a validation, wherever `val_check_interval` falls.
 
+        (The last step of `max_epochs` is followed by one where the interval divides the epoch.)
         With the first step a run that had come to its end is not finished any more, should it be killed.
         """
         if not self._stepped and trainer.global_step > self._began:
