@@ -145,7 +145,7 @@ def open_table(
             tables.setdefault(_table_name(file.stem), []).append(file)
         if tables:
             chosen, classes = choose_splits(tables, path, suffix), _known_classes(where, subset)
-            return {kind: _with_classes(_load_files(parts, path), classes) for kind, parts in chosen.items()}
+            return _with_classes({kind: _load_files(parts, path) for kind, parts in chosen.items()}, classes)
         cards = where / "README.md", where / "dataset_infos.json"
         if not any(card.is_file() for card in cards):  # older ones leave it to the folders' names
             raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
@@ -188,13 +188,25 @@ def _known_classes(folder: Path, subset: str | None) -> dict[str, ClassLabel]:
     return {name: feature for name, feature in features.items() if isinstance(feature, ClassLabel)}
 
 
-def _with_classes(rows: Dataset, classes: dict[str, ClassLabel]) -> Dataset:
-    """A table whose numbers have the names of their classes; columns that they do not fit stay as they are."""
+def _with_classes(tables: dict[str, Dataset], classes: dict[str, ClassLabel]) -> dict[str, Dataset]:
+    """Tables whose numbers have the names of their classes; columns that they do not fit stay as they are.
+
+    Whether text is the names or the numbers is told from all of it: of classes that are called 1, 2 and 3 the numbers
+    are 0, 1 and 2. The library would tell it from each value.
+    """
+    found = dict(tables)
     for name, feature in classes.items():
-        if isinstance(rows.features.get(name), Value):
-            with contextlib.suppress(ValueError, TypeError, pa.ArrowInvalid):
-                rows = rows.cast_column(name, feature)
-    return rows
+        texts = [rows for rows in tables.values() if _is_text(rows.features.get(name))]
+        said = {value.strip() for rows in texts for value in rows.unique(name) if value} - {"", "-1"}
+        numbers = ClassLabel(names=list(map(str, range(feature.num_classes))))
+        ways = [feature], [numbers, feature]
+        way_of_text = next((way for way in ways if said <= {each.strip() for each in way[0].names}), [])
+        for kind, rows in tables.items():
+            if isinstance(rows.features.get(name), Value):
+                with contextlib.suppress(ValueError, TypeError, pa.ArrowInvalid):
+                    for step in way_of_text if _is_text(rows.features[name]) else [feature]:
+                        found[kind] = found[kind].cast_column(name, step)
+    return found
 
 
 def _load_files(files: list[Path], path: str) -> Dataset:

@@ -231,6 +231,25 @@ def test_what_a_card_does_not_say_of_a_column_is_read_as_it_is(tmp_path, labels)
     assert list(open_table(str(tmp_path))["train"]["label"]) == labels
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize(
+    ("train", "test", "expected"),
+    [
+        (["0", "1", "2"], ["2", "1"], ([0, 1, 2], [2, 1])),
+        (["1", "2", "3"], ["2", "-1"], ([0, 1, 2], [1, -1])),
+        (["1", "2"], ["0", " 1"], ([1, 2], [0, 1])),  # what they are is told from all splits
+        (["1", "2", "0"], ["-1", "-1"], ([1, 2, 0], [-1, -1])),
+        (["0", "1", "3"], ["1", "2"], (["0", "1", "3"], ["1", "2"])),
+    ],
+)
+def test_digits_in_text_are_all_names_of_classes_or_all_their_numbers(tmp_path, suffix, train, test, expected) -> None:
+    for name, labels in (("train", train), ("test", test)):
+        write(tmp_path / f"{name}{suffix}", [{"text": "a", "label": label} for label in labels])
+    (tmp_path / "README.md").write_text(CARD.replace('"0": pos, "1": neg', '"0": "1", "1": "2", "2": "3"'))
+    found = open_table(str(tmp_path))
+    assert (list(found["train"]["label"]), list(found["test"]["label"])) == expected
+
+
 @pytest.mark.parametrize("card", ["README.md", None])
 def test_what_older_data_sets_say_in_json_is_no_table(tmp_path, card) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
