@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_llm.adaptation import Adaptation
 from lit_llm.batch import IGNORE_INDEX, Seq2SeqBatch
+from lit_llm.data.tokenizer import encode_documents
 from lit_llm.metrics import GeneratedText, TokenPrediction
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.objective import Objective
@@ -163,11 +165,15 @@ class Seq2Seq(TeacherForcing):
             metric.update(written, self._wanted(batch, first, "test" if metric is self.test_metric else "validation"))
 
     def _wanted(self, batch: Seq2SeqBatch, first: Tensor, split: str) -> list[str]:
-        """The targets of some examples, whole where the data gives them; else as far as they are labels."""
+        """The targets of some examples, whole where the data gives them; else as far as they are labels.
+
+        They are as the tokeniser reads them: no network writes two spaces where it makes one of them.
+        """
         whole = getattr(self.trainer.datamodule, "targets", None)
         if whole is None:
             return self._decoded(batch["labels"][first])
-        return [text.strip() for text in whole(split, batch["rows"][first].tolist())]
+        tokenizer = copy.deepcopy(self.trainer.datamodule.tokenizer)  # that it does not cut becomes a state of it
+        return self._texts(encode_documents(tokenizer, whole(split, batch["rows"][first].tolist())))
 
     def write(self, batch: Seq2SeqBatch) -> list[str]:
         """What the network writes for each source."""
@@ -175,9 +181,11 @@ class Seq2Seq(TeacherForcing):
         return self._decoded(made)
 
     def _decoded(self, tokens: Tensor) -> list[str]:
-        tokenizer = self.trainer.datamodule.tokenizer
-        padded = tokens.masked_fill(tokens < 0, tokenizer.pad_token_id)
-        return [text.strip() for text in tokenizer.batch_decode(padded, skip_special_tokens=True)]
+        return self._texts(tokens.masked_fill(tokens < 0, self.trainer.datamodule.tokenizer.pad_token_id))
+
+    def _texts(self, tokens: Tensor | list[list[int]]) -> list[str]:
+        decoded = self.trainer.datamodule.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+        return [text.strip() for text in decoded]
 
     def predict_step(self, batch: Seq2SeqBatch, batch_idx: int) -> dict[str, Any]:
         """The text written for each row; see `callbacks.predictions`."""

@@ -7,9 +7,11 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
+from tokenizers import Regex, normalizers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from lit_llm.data.seq2seq import Seq2SeqData
+from lit_llm.data.tokenizer import train_t5_bpe
 from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained_seq2seq import PretrainedSeq2Seq
 from lit_llm.objectives.seq2seq import Seq2Seq
@@ -35,9 +37,9 @@ def network() -> functools.partial:
 
 
 def fitted(
-    path: str, folder: Path, steps: int, max_target_len: int = 48, **options
+    path: str, folder: Path, steps: int, max_target_len: int = 48, tokenizer: str = "t5-bpe-400", **options
 ) -> tuple[Trainer, Seq2Seq, Seq2SeqData]:
-    data = Seq2SeqData(path=path, tokenizer="t5-bpe-400", batch_size=16, max_target_len=max_target_len)
+    data = Seq2SeqData(path=path, tokenizer=tokenizer, batch_size=16, max_target_len=max_target_len)
     adamw = functools.partial(torch.optim.AdamW, lr=0.01)
     made = Seq2Seq(network(), optimizer=adamw, max_new_tokens=6, **options)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
@@ -91,6 +93,26 @@ def test_what_is_written_is_held_against_whole_targets(split: str, stage: str, t
     monkeypatch.setattr(made, "write", lambda batch: [targets[split][row] for row in batch["rows"].tolist()])
     getattr(run, stage)(made, data, verbose=False)
     assert run.callback_metrics[f"{split}/exact_match"] == 1
+
+
+def test_targets_are_held_against_as_the_tokeniser_reads_them(tmp_path: Path, monkeypatch) -> None:
+    targets = [f"{n}  is a ﬁne number,\nof 20 <pad>" for n in range(20)]
+    tokenizer = train_t5_bpe(targets * 2, 400)
+    joined = [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")]  # as T5's own does
+    tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(joined)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "data").mkdir()
+    for name in ("train", "val"):
+        rows = [json.dumps({"source": str(n), "target": target}) for n, target in enumerate(targets)]
+        (tmp_path / f"data/{name}.jsonl").write_text("\n".join(rows))
+    options = {"max_target_len": 4, "tokenizer": str(tmp_path / "tokenizer")}
+    run, made, data = fitted(str(tmp_path / "data"), tmp_path, 1, **options)
+    before = data.tokenizer.backend_tokenizer.to_str()
+    written = [f"{n} is a fine number, of 20 <pad>" for n in range(20)]
+    monkeypatch.setattr(made, "write", lambda batch: [written[row] for row in batch["rows"].tolist()])
+    run.validate(made, data, verbose=False)
+    assert run.callback_metrics["val/exact_match"] == 1
+    assert data.tokenizer.backend_tokenizer.to_str() == before
 
 
 def test_label_smoothing_is_in_the_loss_and_not_in_the_metric(numbers: str, tmp_path: Path) -> None:
