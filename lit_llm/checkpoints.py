@@ -101,14 +101,16 @@ def _write_ends(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int | None
     """Tells transformers' `generate` of all tokens that end a text or a turn.
 
     `config.json` has only the end of text. A file that came with the weights, which is read before it, may know of
-    more, or have the end that is the architecture's default: of its ends those stay that stand for no text.
+    more: of its ends those stay that stand for no text, but not what begins one or stands for a word. One that
+    transformers made of the config has the architecture's default, a number that the tokeniser has for anything.
+    Padding may be an end, as Qwen's is.
     """
     from lit_llm.data.chat import special_tokens, turn_ends  # of few models, so not at every start
 
     written = json.loads(file.read_text()) if file.is_file() else {}
-    written.pop("_from_model_config", None)
-    told = written.get("eos_token_id")
+    told = None if written.pop("_from_model_config", None) else written.get("eos_token_id")
     ends = set(told if isinstance(told, list) else [told]) & special_tokens(tokenizer).keys()
+    ends -= {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.mask_token_id}
     if tokenizer.chat_template:
         with contextlib.suppress(ValueError, TypeError):  # it renders no conversation of which its end could be told
             ends |= turn_ends(tokenizer)

@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_llm.checkpoint_files import AtomicCheckpointIO
 from lit_llm.checkpoints import load_model, read_image_processor, save_model
@@ -87,6 +89,38 @@ def test_the_ends_that_came_with_the_weights_stay(template: str | None, tiny_lla
     edit_config(tmp_path / "given", architectures=["MistralForCausalLM"])
     save_model(tmp_path / "written", *load_model(tmp_path / "given"))
     assert json.loads((tmp_path / "written/generation_config.json").read_text())["eos_token_id"] == [0, 257]
+
+
+def mistral(tiny_llama, vocab_size: int) -> PretrainedCausalLM:
+    config = {**tiny_llama(vocab_size=vocab_size).to_hf_config(), "model_type": "mistral"}
+    return PretrainedCausalLM(vocab_size, {name: value for name, value in config.items() if "token_id" not in name})
+
+
+@pytest.mark.parametrize("second", ["<bos>", "<fim_middle>"])
+def test_the_architectures_end_is_none_of_a_network_that_came_without_weights(
+    second: str, tiny_llama, tmp_path: Path
+) -> None:
+    vocabulary = {"<pad>": 0, "<eos>": 1, second: 2, "a": 3}  # Mistral's end is 2
+    roles = {"pad_token": "<pad>", "eos_token": "<eos>"} | ({"bos_token": second} if second == "<bos>" else {})
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [])), **roles)
+    tokenizer.add_special_tokens({"additional_special_tokens": [second]})
+    save_model(tmp_path / "fresh", mistral(tiny_llama, 4), tokenizer)
+    save_model(tmp_path / "again", *load_model(tmp_path / "fresh"))
+    for folder in ("fresh", "again"):
+        assert json.loads((tmp_path / folder / "generation_config.json").read_text())["eos_token_id"] == 1
+
+
+def test_of_the_ends_that_came_with_the_weights_those_stay_that_may_be_one(tiny_llama, tmp_path: Path) -> None:
+    words = ["<unk>", "<bos>", "<mask>", "<|im_end|>", "<|endoftext|>", "<|end|>"]
+    roles = {"unk_token": "<unk>", "bos_token": "<bos>", "mask_token": "<mask>", "eos_token": "<|im_end|>"}
+    backend = Tokenizer(BPE({word: index for index, word in enumerate(words)}, []))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<|endoftext|>", **roles)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|end|>"]})
+    save_model(tmp_path / "given", mistral(tiny_llama, 6), tokenizer)
+    file = tmp_path / "given/generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(range(6))}))
+    save_model(tmp_path / "written", *load_model(tmp_path / "given"))
+    assert json.loads((tmp_path / "written/generation_config.json").read_text())["eos_token_id"] == [3, 4, 5]
 
 
 @pytest.mark.parametrize("template", [None, "{{ raise_exception('no') }}"])
