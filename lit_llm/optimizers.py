@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
@@ -17,6 +16,16 @@ from lit_llm.models.block import Block
 from lit_llm.shards import local, part, shared_as, whole
 
 ROLES = ("matrices", "embeddings", "head", "vectors")
+EXPERTS = (
+    "num_experts",
+    "num_local_experts",
+    "moe_num_experts",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_routed_experts",
+    "total_experts",
+)
+"""What modules call the number of experts of which they hold the matrices, or biases, in one parameter."""
 
 
 def parameter_groups(network: nn.Module, decay_embeddings: bool = False) -> list[dict[str, Any]]:
@@ -30,7 +39,8 @@ def parameter_groups(network: nn.Module, decay_embeddings: bool = False) -> list
         One group for each role that occurs, with its name under `role`: `matrices` (two or more dimensions, inside a
         `Block`), `embeddings`, `head` (other matrices) and `vectors` (norms and biases, those of all experts in one
         too). Groups that weight decay must not touch carry `weight_decay: 0.0`; the others take the optimiser's.
-        A matrix of each expert in one parameter is marked as such (`is_stack`), for `Muon`.
+        A matrix of each expert in one parameter is marked as such (`is_stack`), for `Muon`; it is known by its module,
+        which says of how many experts it is (`EXPERTS`): XLNet's three dimensions are one matrix.
 
     Raises:
         ValueError: When nothing is trainable.
@@ -40,14 +50,14 @@ def parameter_groups(network: nn.Module, decay_embeddings: bool = False) -> list
     """
     in_block = {p for module in network.modules() if isinstance(module, Block) for p in module.parameters()}
     embeddings = {p for module in network.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
-    convolutions = {p for module in network.modules() if isinstance(module, _ConvNd) for p in module.parameters()}
+    of_experts = {p for module in network.modules() for p in module.parameters(recurse=False) if _by_expert(module, p)}
     by_role: dict[str, list[nn.Parameter]] = defaultdict(list)
     for name, p in network.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim == 3 and p not in convolutions:
+        if p.ndim == 3 and p in of_experts:
             p.is_stack = True
-        if p.ndim < 2 or name.endswith("bias"):
+        if p.ndim < 2 or (p in of_experts and name.endswith("bias")):
             role = "vectors"
         elif p in embeddings:
             role = "embeddings"
@@ -62,6 +72,11 @@ def parameter_groups(network: nn.Module, decay_embeddings: bool = False) -> list
         for role in ROLES
         if role in by_role
     ]
+
+
+def _by_expert(module: nn.Module, p: nn.Parameter) -> bool:
+    """Whether a parameter has an entry for each of the experts that its module says it has."""
+    return p.ndim > 1 and any(getattr(module, name, None) == p.shape[0] for name in EXPERTS)
 
 
 def orthogonalize(matrices: Float[Tensor, "n rows cols"], steps: int = 5) -> Float[Tensor, "n rows cols"]:

@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import AutoConfig, AutoModel
 
 from lit_llm.models.block import Block
 from lit_llm.optimizers import Muon, orthogonalize, parameter_groups
@@ -33,9 +34,18 @@ class Convolutions(Block):
 class Experts(Block):
     def __init__(self) -> None:
         super().__init__()
+        self.num_experts = 4
         self.wide, self.tall = nn.Parameter(torch.randn(4, 6, 24)), nn.Parameter(torch.randn(4, 24, 6))
         self.tall_bias = nn.Parameter(torch.randn(4, 24))
         self.line = nn.Conv1d(24, 4, 6)  # of the same shape, and one matrix
+
+
+class Heads(Block):
+    """Keeps a matrix with its columns parted by head, as XLNet and Funnel do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.q_bias = nn.Parameter(torch.randn(8, 2, 4)), nn.Parameter(torch.randn(2, 4))
 
 
 # Groups.
@@ -209,6 +219,43 @@ def test_each_of_several_experts_in_one_parameter_is_a_matrix(name: str) -> None
 def test_biases_of_several_experts_in_one_parameter_are_vectors() -> None:
     network = Experts()
     assert ids_of(parameter_groups(network), "vectors") == {id(network.tall_bias), id(network.line.bias)}
+
+
+def test_a_matrix_parted_by_head_is_one_and_its_bias_no_vector() -> None:
+    network = Heads()
+    groups = parameter_groups(network)
+    assert ids_of(groups, "matrices") == {id(network.q), id(network.q_bias)}
+    flat = nn.Parameter(network.q.detach().flatten(1).clone())
+    with_gradients(network, 0)
+    flat.grad = network.q.grad.flatten(1).clone()
+    Muon(groups, lr=0.1).step()
+    Muon([flat], lr=0.1).step()
+    torch.testing.assert_close(network.q.detach().flatten(1), flat.detach(), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "count"),
+    [
+        ("mixtral", "num_local_experts"),
+        ("qwen3_moe", "num_experts"),
+        ("olmoe", "num_experts"),
+        ("gpt_oss", "num_local_experts"),
+        ("granitemoe", "num_local_experts"),
+        ("deepseek_v3", "n_routed_experts"),
+    ],
+)
+def test_experts_of_transformers_are_known(kind: str, count: str) -> None:
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "moe_intermediate_size": 12, "vocab_size": 20, "head_dim": 4}
+    sizes |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "first_k_dense_replace": 0}
+    sizes |= {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "pad_token_id": None, count: 3}
+    network = AutoModel.from_config(AutoConfig.for_model(kind, **sizes))
+    vectors = ids_of(parameter_groups(network), "vectors")
+    stacks = [p for p in network.parameters() if p.ndim == 3]
+    assert len(stacks) == 2
+    assert all(p.shape[0] == 3 and p.is_stack for p in stacks)
+    biases = [p for name, p in network.named_parameters() if "experts" in name and name.endswith("bias")]
+    assert len(biases) == (2 if kind == "gpt_oss" else 0)
+    assert {id(p) for p in biases} <= vectors
 
 
 def test_matrices_of_one_shape_are_stepped_as_each_alone() -> None:
