@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pydoc import locate
 from typing import Any
+
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 LEAST = {
     "num_nodes": 1,
@@ -67,21 +70,27 @@ def require_sound(trainer: Mapping[str, Any], seed: bool | int | None) -> None:
 def require_end(trainer: Mapping[str, Any]) -> None:
     """Refuses to train on a stream by its epochs, as it has none that end.
 
+    What ends a run beside steps and time is a number of epochs of so many batches, `Timer` and `EarlyStopping`, or a
+    subclass of them; another callback that would end it is not known.
+
     Args:
         trainer: The trainer's options.
 
     Raises:
-        ValueError: When that decides the end of the run or the time of its validations.
+        ValueError: When none of these is given, or validations come after a part of an epoch that has no end.
     """
     batches, interval, max_steps = (trainer.get(n) for n in ("limit_train_batches", "val_check_interval", "max_steps"))
-    if trainer.get("fast_dev_run") or (isinstance(batches, int) and batches > 0):
+    epochs_end = isinstance(batches, int) and batches > 0
+    if trainer.get("fast_dev_run"):
         return
-    if max_steps in (None, -1) and not trainer.get("max_time"):
+    ends = max_steps not in (None, -1) or trainer.get("max_time") or (epochs_end and trainer.get("max_epochs") != -1)
+    enders = (Timer, EarlyStopping) if epochs_end or isinstance(interval, int) else (Timer,)  # without validation none
+    if not ends and not any(issubclass(locate(c.class_path), enders) for c in trainer.get("callbacks") or ()):
         raise ValueError(
             f"trainer.max_steps must be given where data.streaming is true, since a stream's epoch has no end, but is "
-            f"{max_steps}; set it, or trainer.limit_train_batches, the batches of an epoch"
+            f"{max_steps}; set it, or trainer.max_epochs with trainer.limit_train_batches, the batches of an epoch"
         )
-    if isinstance(interval, float) and interval < 1:
+    if not epochs_end and isinstance(interval, float) and interval < 1:
         raise ValueError(
             f"trainer.val_check_interval must be a number of batches where data.streaming is true, since a stream's "
             f"epoch has no end, but is {interval}"

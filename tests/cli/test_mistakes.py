@@ -108,7 +108,21 @@ FLAGS = {
     "epochs of a stream": (
         ["--data.streaming", "true", "--trainer.max_steps", "-1", "--trainer.max_epochs", "1"],
         "trainer.max_steps must be given where data.streaming is true, since a stream's epoch has no end, but is -1; "
-        "set it, or trainer.limit_train_batches, the batches of an epoch",
+        "set it, or trainer.max_epochs with trainer.limit_train_batches, the batches of an epoch",
+    ),
+    "epochs of a stream without a number": (
+        ["--data.streaming", "true", "--trainer.max_steps", "-1", "--trainer.limit_train_batches", "4"],
+        "trainer.max_steps must be given where data.streaming is true, since a stream's epoch has no end, but is -1; "
+        "set it, or trainer.max_epochs with trainer.limit_train_batches, the batches of an epoch",
+    ),
+    "stopping early on a stream that is never validated": (
+        [
+            *("--data.streaming", "true", "--trainer.max_steps", "-1", "--trainer.check_val_every_n_epoch", "1"),
+            *("--trainer.val_check_interval", "1.0"),
+            *("--trainer.callbacks+", "lit_llm.callbacks.early_stopping.EarlyStopping"),
+        ],
+        "trainer.max_steps must be given where data.streaming is true, since a stream's epoch has no end, but is -1; "
+        "set it, or trainer.max_epochs with trainer.limit_train_batches, the batches of an epoch",
     ),
     "validation by the part of a stream": (
         ["--data.streaming", "true", "--trainer.check_val_every_n_epoch", "1", "--trainer.val_check_interval", "0.5"],
