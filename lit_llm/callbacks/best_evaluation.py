@@ -45,8 +45,11 @@ class BestEvaluation(Callback, ABC):
         """What was added, over all processes, and begins anew; `None` where that is nothing."""
 
     @abstractmethod
-    def show(self, folder: Path, data: Any, found: Any, split: str, title: str) -> None:
-        """Writes into `folder` what was found in a split of the data; `title` says which and when."""
+    def show(self, folder: Path, data: Any, found: Any, split: str, title: str, network: Any = None) -> None:
+        """Writes into `folder` what was found in a split of the data; `title` says which and when.
+
+        The network knows what classes are called of data that do not say.
+        """
 
     def on_validation_batch_end(
         self,
@@ -101,7 +104,7 @@ class BestEvaluation(Callback, ABC):
             return
         best, self.best = self.best, None
         folder = Path(trainer.default_root_dir)
-        self.show(folder, trainer.datamodule, *best)
+        self.show(folder, trainer.datamodule, *best, network=trainer.lightning_module.network)
         for logger in trainer.loggers:
             if hasattr(logger, "log_table"):
                 _pass_on(logger, [path for name in self.files if (path := folder / name).is_file()])

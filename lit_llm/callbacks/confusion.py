@@ -48,9 +48,17 @@ class ConfusionMatrix(BestEvaluation):
         trainer = pl_module.trainer  # devices that share products count the same rows
         return counts.compute().cpu() // (trainer.world_size // place(trainer)[1])
 
-    def show(self, folder: Path, data: Any, found: Int[Tensor, "classes classes"], split: str, title: str) -> None:
+    def show(
+        self,
+        folder: Path,
+        data: Any,
+        found: Int[Tensor, "classes classes"],
+        split: str,
+        title: str,
+        network: Any = None,
+    ) -> None:
         """Draws and writes."""
-        names = list(getattr(data, "class_names", None) or [])
+        names = list(getattr(data, "class_names", None) or getattr(network, "class_names", None) or [])
         names += [str(index) for index in range(len(names), len(found))]
         draw_confusion_matrix(folder / "confusion_matrix.png", found, names, title)
         write_table(

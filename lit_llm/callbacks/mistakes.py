@@ -66,9 +66,17 @@ class WorstMistakes(BestEvaluation):
         self._nats = self._facts = None
         return [(*facts, math.exp(-nats)) for facts, nats in found if nats > -math.inf]
 
-    def show(self, folder: Path, data: Any, found: list[tuple[int, int, int, float]], split: str, title: str) -> None:
+    def show(
+        self,
+        folder: Path,
+        data: Any,
+        found: list[tuple[int, int, int, float]],
+        split: str,
+        title: str,
+        network: Any = None,
+    ) -> None:
         """Writes and draws; where nothing was mistaken, a table without rows."""
-        name = namer(data)
+        name = namer(data, network)
         rows = [row for row, *_ in found]
         table = columns_of(data, split, rows, ["label", "predicted", "p(label)"])
         for line, (_, label, predicted, probability) in zip(table, found, strict=True):

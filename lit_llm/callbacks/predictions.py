@@ -112,7 +112,7 @@ class ExamplePredictions(PredictionTable):
             return
         self._of_classes = "probabilities" in outputs
         said = outputs["probabilities"] if self._of_classes else outputs["values"][:, None]
-        rows, come = outputs["rows"], len(self._said)
+        rows, come = outputs.get("rows"), len(self._said)
         rows = range(come, come + len(said)) if rows is None else rows.tolist()
         self._said |= zip(rows, said.tolist())
         if "labels" in batch:

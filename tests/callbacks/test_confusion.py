@@ -16,7 +16,7 @@ from lit_llm.callbacks.run_report import RunReport
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.regression import Regression
-from tests.examples import BERT, Examples, example, together
+from tests.examples import BERT, Examples, Loaders, example, together
 from tests.objectives.test_classification import trainer
 
 NETWORK = functools.partial(PretrainedClassifier, config=BERT)
@@ -57,6 +57,12 @@ def test_of_a_fit_the_best_validation_is_drawn(tmp_path: Path, drawn: list) -> N
     run = trainer(tmp_path, max_steps=3, val_check_interval=1, callbacks=[report, ConfusionMatrix()])
     run.fit(made, datamodule=Examples(3))
     assert [title for *_, title in drawn] == ["validation split, step 1"]
+
+
+def test_classes_of_data_without_names_are_called_as_the_network_calls_them(tmp_path: Path, drawn: list) -> None:
+    run = trainer(tmp_path, max_steps=3, callbacks=[ConfusionMatrix()])
+    run.fit(Classification(NETWORK), datamodule=Loaders(3, True))
+    assert [names for _, names, _ in drawn] == [["LABEL_0", "LABEL_1", "LABEL_2"]]
 
 
 def test_values_have_no_confusion(tmp_path: Path, drawn: list) -> None:

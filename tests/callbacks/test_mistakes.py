@@ -84,7 +84,7 @@ def test_a_run_of_data_without_texts_comes_to_its_end_and_tells_mistakes_by_thei
         assert list(table[0]) == ["row", "label", "predicted", "p(label)"]
         for line in table:
             assert 100 <= int(line["row"]) < 111
-            assert line["label"] == str(int(line["row"]) % 3) != line["predicted"]
+            assert line["label"] == f"LABEL_{int(line['row']) % 3}" != line["predicted"]
 
 
 def test_where_nothing_is_mistaken_an_older_picture_goes(tmp_path: Path) -> None:

@@ -196,6 +196,17 @@ def test_examples_of_data_without_texts_are_told_by_their_rows_and_classes_as_th
     assert [line["predicted"] for line in table] == [names[p.argmax()] for p in probabilities]
 
 
+class Bare(Classification):
+    """Says of a batch no more than it must."""
+
+    def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, torch.Tensor]:
+        return {"probabilities": super().predict_step(batch, batch_idx)["probabilities"]}
+
+
+def test_predictions_that_do_not_say_their_rows_are_numbered_as_they_come(tmp_path: Path) -> None:
+    assert [line["row"] for line in predicted(tmp_path, Bare(NETWORK), Loaders(3, True))] == [str(n) for n in range(7)]
+
+
 @pytest.mark.parametrize("rows", [True, False])
 def test_values_of_data_without_texts_are_told_by_their_rows(tmp_path: Path, rows: bool) -> None:
     table = predicted(tmp_path, Regression(NETWORK), Loaders(None, rows))
