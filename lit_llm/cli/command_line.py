@@ -14,6 +14,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_llm.cli import fail
 from lit_llm.cli.errors import parser_line
+from lit_llm.wording import conversion
 
 
 def _options(words: list[str], name: str) -> list[str]:
@@ -60,7 +61,7 @@ def _require_options(file: str) -> None:
     except UnicodeDecodeError as error:
         raise ValueError(
             f"config must be UTF-8 text, but {file} has byte {error.object[error.start]:#04x} at offset "
-            f"{error.start}; convert it, for example with `iconv -f latin1 -t utf-8`"
+            f"{error.start}; {conversion(error)}"
         ) from error
     except (OSError, ValueError, yaml.YAMLError):
         return  # to be said where it is read
