@@ -29,6 +29,15 @@ def cache_name(**parts: Any) -> str:
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
+def stamps(files: list[Path]) -> str:
+    """A hash of names, sizes and times of change: as good as the content for files nobody forges, and instant."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        stat = path.stat()
+        digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a cache holds; `None` when there is none in the folder, or not all of it."""
     try:

@@ -10,10 +10,9 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, Features, Value, disable_progress_bars, load_dataset
 
-from lit_llm.data.cache import cache_folder, cache_name
+from lit_llm.data.cache import cache_folder, cache_name, stamps
 from lit_llm.data.cleaning import content_hash, split_of
 from lit_llm.data.corpora import Document, stdlib_code, stdlib_files
-from lit_llm.data.documents import stamps
 from lit_llm.files import replacing
 
 NAME = "stdlib-docmatch"

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import collections
 import functools
-import hashlib
 import itertools
 import logging
 import os
-import re
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,31 +13,28 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+from lit_llm.data.cache import stamps
 from lit_llm.data.corpora import EMBEDDED, Document, stdlib_files
 from lit_llm.data.delimited import layout
 from lit_llm.data.json_lines import is_in_lines, json_lines, with_all_columns
+from lit_llm.data.table_files import (
+    HUB_NAME,
+    PACKED,
+    TABLE_FORMATS,
+    in_hub_layout,
+    is_packed_table,
+    is_table,
+    refuse_saved,
+    split_kind,
+    split_tables,
+    why_unreadable,
+)
 from lit_llm.wording import conversion
 
 log = logging.getLogger(__name__)
 
 TEXT_SUFFIXES = (".txt", ".md", ".py")
-TABLE_FORMATS = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".parquet": "parquet",
-    ".csv": "csv",
-    ".tsv": "csv",
-}
-PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 PIECE_CHARACTERS = 8192
-NO_TABLES = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
-"""What lies beside a data set's tables and says something of them."""
-
-SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id(ation)?|uation|el(opment)?)?(set)?(?![a-z])")
-SPLIT_NAME = re.compile(rf"(.*{SPLIT_WORD.pattern})(-\d+-of-\d+|[\W\d_]*)")
-"""A name that ends in a split's word, but for numbers."""
-
-HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 class Rows(ABC):
@@ -168,13 +162,11 @@ def open_corpus(
         tables = list(filter(is_table, files))
         refuse_saved(where, path)
         if tables and (not rows.text_files or all(p.name == "README.md" for p in texts)):
-            from lit_llm.data.tables import in_hub_layout  # which imports this module
-
             if subset is not None or in_hub_layout(where):
                 return _hub(path, subset, rows, streaming, {"files": stamps(files)}, tables)  # the card, too
-            if packed := next((p for p in files if _is_packed_table(p)), None):
+            if packed := next(filter(is_packed_table, files), None):
                 raise ValueError(f"data.path must hold text or tables, but {packed} is packed; unpack it")
-            return _tables(path, _split_tables(tables, where), rows)
+            return _tables(path, split_tables(tables, where), rows)
         if texts and rows.text_files:
             if others := sorted(set(files) - set(texts)):
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
@@ -216,15 +208,6 @@ def mixture(sources: dict[str, Corpus]) -> Corpus:
 
     identity = {"sources": [[name, corpus.identity] for name, corpus in sources.items()]}  # in their order
     return Corpus(corpus_name(sources), identity, read, sources=sources)
-
-
-def stamps(files: list[Path]) -> str:
-    """A hash of names, sizes and times of change: as good as the content for files nobody forges, and instant."""
-    digest = hashlib.blake2b(digest_size=16)
-    for path in files:
-        stat = path.stat()
-        digest.update(f"{path.resolve()}\0{stat.st_size}\0{stat.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def _utf8(path: Path) -> str:
@@ -271,47 +254,6 @@ def _visible_files(folder: Path) -> list[Path]:
                 ways += [link for name in folders if (link := Path(place) / name).is_symlink()]
                 files += [Path(place) / name for name in names if not name.startswith(".")]
     return sorted(file for file in files if file.is_file())
-
-
-def is_table(file: Path) -> bool:
-    """Whether a file of a folder is a table, by its name."""
-    return file.suffix.lower() in TABLE_FORMATS and file.name not in NO_TABLES
-
-
-def refuse_saved(folder: Path, path: str) -> None:
-    """Refuses a folder that `save_to_disk` of the library of data sets wrote, or of several splits.
-
-    Raises:
-        ValueError: When it is one.
-    """
-    saved = {"state.json": "*.arrow", "dataset_dict.json": "*/*.arrow"}
-    if any((folder / name).is_file() and any(folder.glob(pattern)) for name, pattern in saved.items()):
-        raise ValueError(
-            f"data.path must hold files that any program reads, but {path} was written by `save_to_disk`; open it with "
-            f"`datasets.load_from_disk`, and write each split with `to_parquet`"
-        )
-
-
-def _is_packed_table(file: Path) -> bool:
-    return file.suffix.lower() in PACKED and Path(file.stem).suffix.lower() in TABLE_FORMATS
-
-
-def _split_tables(files: list[Path], folder: Path) -> dict[str, list[Path]]:
-    """Which files of a folder are for what, evaluation first: where a text stands in two, training loses it.
-
-    A file is for what its name ends in, or that of the folder it is in. A name in which more follows, such as
-    `test_prep`, says something only where all files are named after splits. All others are for training.
-    """
-    names = {file: (file.stem, *reversed(file.relative_to(folder).parts[:-1])) for file in files}
-    kinds = {file: next(filter(None, map(split_kind, names[file])), None) for file in files}
-    splits: dict[str, list[Path]] = {"validation": [], "test": [], "train": []}
-    for file in files:
-        clear = (split_kind(name) for name in names[file] if SPLIT_NAME.fullmatch(name.lower()))
-        kind = next(clear, kinds[file] if all(kinds.values()) else None)
-        if kind is None and kinds[file]:
-            log.info(f"Reading {file} for training; for {kinds[file]} its name must end in the word")
-        splits[kind or "train"].append(file)
-    return {kind: found for kind, found in splits.items() if found}
 
 
 def _tables(path: str, splits: dict[str, list[Path]], rows: Rows) -> Corpus:
@@ -395,35 +337,6 @@ def _hub(
         has_validation="validation" in map(split_kind, splits),
         has_test="test" in map(split_kind, splits),
     )
-
-
-def split_kind(split: str) -> str | None:
-    """What a split is for, from a word in its name; `None` where there is none.
-
-    Example:
-        >>> [split_kind(name) for name in ("Train", "sst2_dev", "valid.matched", "latest")]
-        ['train', 'validation', 'validation', None]
-    """
-    found = SPLIT_WORD.search(split.lower())
-    return found and {"train": "train", "test": "test"}.get(found[1], "validation")
-
-
-def why_unreadable(error: Exception, files: Sequence[Path] = ()) -> str:
-    """What is wrong with tables, in one line: of JSON lines the first that is none, else what their reader says.
-
-    Text that is not UTF-8 is said by itself.
-    """
-    for file in files:
-        if file.suffix.lower() == ".jsonl":
-            try:
-                collections.deque(json_lines(file), maxlen=0)
-            except ValueError as wrong:
-                return str(wrong)
-    cause = error.__cause__ or error
-    if isinstance(cause, UnicodeDecodeError):
-        byte = cause.object[cause.start]
-        return f"a table must be UTF-8 text, but has byte 0x{byte:02x} where it is not; {conversion(cause)}"
-    return " ".join(str(cause).split()) or type(error).__name__
 
 
 def _documents(

@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 from datasets import ClassLabel, Dataset, Features, Image, Value
 
-from lit_llm.data.documents import HUB_NAME, SPLIT_WORD, TABLE_FORMATS, refuse_saved, split_kind, stamps
-from lit_llm.data.tables import LABELS, in_hub_layout, open_table
+from lit_llm.data.cache import stamps
+from lit_llm.data.table_files import HUB_NAME, SPLIT_WORD, TABLE_FORMATS, in_hub_layout, refuse_saved, split_kind
+from lit_llm.data.tables import LABELS, open_table
 
 log = logging.getLogger(__name__)
 

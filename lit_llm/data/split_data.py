@@ -16,7 +16,8 @@ from lightning.pytorch import LightningDataModule
 from lit_llm.data import changes
 from lit_llm.data.arguments import require_counts, require_fractions
 from lit_llm.data.sampling import BatchLoader, place
-from lit_llm.data.tables import Split, split_kind
+from lit_llm.data.table_files import split_kind
+from lit_llm.data.tables import Split
 
 log = logging.getLogger(__name__)
 

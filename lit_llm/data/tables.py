@@ -16,19 +16,19 @@ from datasets import ClassLabel, Dataset, Features, Value, concatenate_datasets,
 from datasets.info import DatasetInfosDict
 from datasets.utils.logging import set_verbosity
 
-from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
+from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest, stamps
 from lit_llm.data.delimited import layout
-from lit_llm.data.documents import (
+from lit_llm.data.json_lines import is_in_lines, json_lines
+from lit_llm.data.table_files import (
     HUB_NAME,
     SPLIT_NAME,
     TABLE_FORMATS,
+    in_hub_layout,
     is_table,
     refuse_saved,
     split_kind,
-    stamps,
     why_unreadable,
 )
-from lit_llm.data.json_lines import is_in_lines, json_lines
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -166,15 +166,6 @@ def _table_name(stem: str) -> str:
     """What the files of one table are called alike: a split's without any number, others without those of shards."""
     name = NUMBER.sub("", stem)
     return name if SPLIT_NAME.fullmatch(name.lower()) or name.startswith(UNLABELLED) else SHARD.sub("", stem)
-
-
-def in_hub_layout(folder: Path) -> bool:
-    """Whether a card says which files are which splits; a README beside tables says nothing of the kind."""
-    card = folder / "README.md"
-    return (
-        card.is_file()
-        and re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
-    )
 
 
 def _known_classes(folder: Path, subset: str | None) -> dict[str, ClassLabel]:

@@ -1,0 +1,111 @@
+"""Files of tables: which of a folder are such, what split each is for, and what is wrong with one."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_llm.data.json_lines import json_lines
+from lit_llm.wording import conversion
+
+log = logging.getLogger(__name__)
+
+TABLE_FORMATS = {
+    ".jsonl": "json",
+    ".json": "json",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
+NO_TABLES = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
+"""What lies beside a data set's tables and says something of them."""
+
+SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id(ation)?|uation|el(opment)?)?(set)?(?![a-z])")
+SPLIT_NAME = re.compile(rf"(.*{SPLIT_WORD.pattern})(-\d+-of-\d+|[\W\d_]*)")
+"""A name that ends in a split's word, but for numbers."""
+
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def is_table(file: Path) -> bool:
+    """Whether a file of a folder is a table, by its name."""
+    return file.suffix.lower() in TABLE_FORMATS and file.name not in NO_TABLES
+
+
+def is_packed_table(file: Path) -> bool:
+    """Whether a file of a folder would be one, were it unpacked."""
+    return file.suffix.lower() in PACKED and Path(file.stem).suffix.lower() in TABLE_FORMATS
+
+
+def in_hub_layout(folder: Path) -> bool:
+    """Whether a card says which files are which splits; a README beside tables says nothing of the kind."""
+    card = folder / "README.md"
+    return (
+        card.is_file()
+        and re.search(r"^configs:", card.read_text(encoding="utf-8", errors="replace"), re.MULTILINE) is not None
+    )
+
+
+def refuse_saved(folder: Path, path: str) -> None:
+    """Refuses a folder that `save_to_disk` of the library of data sets wrote, or of several splits.
+
+    Raises:
+        ValueError: When it is one.
+    """
+    saved = {"state.json": "*.arrow", "dataset_dict.json": "*/*.arrow"}
+    if any((folder / name).is_file() and any(folder.glob(pattern)) for name, pattern in saved.items()):
+        raise ValueError(
+            f"data.path must hold files that any program reads, but {path} was written by `save_to_disk`; open it with "
+            f"`datasets.load_from_disk`, and write each split with `to_parquet`"
+        )
+
+
+def split_kind(split: str) -> str | None:
+    """What a split is for, from a word in its name; `None` where there is none.
+
+    Example:
+        >>> [split_kind(name) for name in ("Train", "sst2_dev", "valid.matched", "latest")]
+        ['train', 'validation', 'validation', None]
+    """
+    found = SPLIT_WORD.search(split.lower())
+    return found and {"train": "train", "test": "test"}.get(found[1], "validation")
+
+
+def split_tables(files: list[Path], folder: Path) -> dict[str, list[Path]]:
+    """Which files of a folder are for what, evaluation first: where a text stands in two, training loses it.
+
+    A file is for what its name ends in, or that of the folder it is in. A name in which more follows, such as
+    `test_prep`, says something only where all files are named after splits. All others are for training.
+    """
+    names = {file: (file.stem, *reversed(file.relative_to(folder).parts[:-1])) for file in files}
+    kinds = {file: next(filter(None, map(split_kind, names[file])), None) for file in files}
+    splits: dict[str, list[Path]] = {"validation": [], "test": [], "train": []}
+    for file in files:
+        clear = (split_kind(name) for name in names[file] if SPLIT_NAME.fullmatch(name.lower()))
+        kind = next(clear, kinds[file] if all(kinds.values()) else None)
+        if kind is None and kinds[file]:
+            log.info(f"Reading {file} for training; for {kinds[file]} its name must end in the word")
+        splits[kind or "train"].append(file)
+    return {kind: found for kind, found in splits.items() if found}
+
+
+def why_unreadable(error: Exception, files: Sequence[Path] = ()) -> str:
+    """What is wrong with tables, in one line: of JSON lines the first that is none, else what their reader says.
+
+    Text that is not UTF-8 is said by itself.
+    """
+    for file in files:
+        if file.suffix.lower() == ".jsonl":
+            try:
+                collections.deque(json_lines(file), maxlen=0)
+            except ValueError as wrong:
+                return str(wrong)
+    cause = error.__cause__ or error
+    if isinstance(cause, UnicodeDecodeError):
+        byte = cause.object[cause.start]
+        return f"a table must be UTF-8 text, but has byte 0x{byte:02x} where it is not; {conversion(cause)}"
+    return " ".join(str(cause).split()) or type(error).__name__
