@@ -11,18 +11,10 @@ import numpy as np
 from datasets import Dataset
 
 from lit_llm.data.arguments import require_counts
-from lit_llm.data.labels import (
-    LabelReader,
-    few_of,
-    label_column,
-    labelled_splits,
-    read_labels,
-    require_labels,
-    require_seen,
-    some_of,
-)
+from lit_llm.data.labels import LabelReader, label_column, labelled_splits, read_labels, require_labels, require_seen
 from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.split_data import SplitData
+from lit_llm.data.stratification import few_of, some_of
 from lit_llm.data.tables import Columns, Split, both
 
 log = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""Labels: classes or values learnt from a training split, and splits that keep their proportions."""
+"""Labels: classes or values learnt from a training split, by which those of all splits are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from lit_llm.batch import IGNORE_INDEX, say_nothing
-from lit_llm.data.cleaning import content_hash
+from lit_llm.data.stratification import cut_splits
 from lit_llm.data.tables import LABELS, Columns, Split, column_values
 from lit_llm.wording import listed
 
@@ -261,82 +261,6 @@ def _read_one(value: Any, reader: LabelReader, split: str) -> int | float | None
         return reader.read([value], split).item()
     except (ValueError, TypeError):
         return None
-
-
-def strata(labels: np.ndarray) -> np.ndarray:
-    """What a split is to have in the proportions of the whole: the classes, or tenths of the values."""
-    if labels.dtype == np.int64:
-        return labels
-    return np.searchsorted(np.quantile(labels, np.arange(0.1, 1, 0.1)), labels)
-
-
-def standing(kinds: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many rows of its kind come before each row in the order of the keys, and how many there are of its kind.
-
-    Of rows with one key all stand where the last of them does.
-
-    Example:
-        >>> [x.tolist() for x in standing(np.array([0, 0, 0, 0, 1, 1]), np.array([7, 5, 8, 5, 2, 1]))]
-        [[2, 1, 3, 1, 1, 0], [4, 4, 4, 4, 2, 2]]
-    """
-    before, sizes = np.zeros(len(kinds), np.int64), np.zeros(len(kinds), np.int64)
-    for kind in np.unique(kinds):
-        mine = keys[kinds == kind]
-        before[kinds == kind] = np.searchsorted(np.sort(mine), mine, side="right") - 1
-        sizes[kinds == kind] = len(mine)
-    return before, sizes
-
-
-def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_fraction: float) -> dict[str, Split]:
-    """Cuts splits out of a training split: of each class the same fraction, by a hash of the texts.
-
-    So the same table is always cut the same way, and equal examples stay together: in training, where they are more
-    than such a fraction.
-    """
-    texts = zip(*(split.column(name) for name in (columns.text, columns.text_pair) if name), strict=True)
-    keys = np.array([content_hash("\0".join(text)) for text in texts], dtype=np.uint64)
-    before, sizes = standing(strata(split.labels), keys)
-    place = (before + 0.5) / sizes
-    edges = {"test": test_fraction, "validation": test_fraction + validation_fraction, "train": 1.0}
-    parts, low = {}, 0.0
-    for name, high in edges.items():
-        rows = np.flatnonzero((low <= place) & (place < high))
-        if len(rows):
-            parts[name] = split.select(rows)
-        low = high
-    return parts
-
-
-def some_of(split: Split, count: int, seed: int) -> Split:
-    """At most so many rows of a training split, in the proportions of the classes, but at least one of each.
-
-    A larger count with the same seed holds the rows of a smaller one.
-    """
-    if len(split) <= count:
-        return split
-    keys = np.random.default_rng(seed).permutation(len(split))
-    before, sizes = standing(strata(split.labels), keys)
-    return split.select(np.sort(np.lexsort((keys, before / sizes))[:count]))
-
-
-def few_of(split: Split, labels_per_class: int, seed: int, path: str) -> tuple[Split, Split]:
-    """So many rows of each class, drawn by the seed, and all others; more with the same seed hold those of fewer.
-
-    Raises:
-        ValueError: When labels are real numbers, or a class has fewer rows.
-    """
-    if split.labels.dtype != np.int64:
-        raise ValueError(
-            f"data.labels_per_class must be None where labels are real numbers, but is {labels_per_class} for {path}"
-        )
-    before, sizes = standing(split.labels, np.random.default_rng(seed).permutation(len(split)))
-    if sizes.min() < labels_per_class:
-        raise ValueError(
-            f"data.labels_per_class must be at most the rows of the smallest class, {sizes.min()}, but is "
-            f"{labels_per_class} for {path}"
-        )
-    few = before < labels_per_class
-    return split.select(np.flatnonzero(few)), split.select(np.flatnonzero(~few))
 
 
 def label_column(rows: Dataset, columns: Columns, path: str) -> str:

@@ -13,8 +13,8 @@ from lit_llm.batch import IGNORE_INDEX, Seq2SeqBatch
 from lit_llm.data.arguments import require_counts
 from lit_llm.data.collation import Collation
 from lit_llm.data.docmatch import open_docmatch
-from lit_llm.data.labels import cut_splits
 from lit_llm.data.sampling import BatchLoader, place
+from lit_llm.data.stratification import cut_splits
 from lit_llm.data.table_tokenizer import TableTokens
 from lit_llm.data.tables import Columns, Split, check_texts, column_values, open_table
 

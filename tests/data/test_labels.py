@@ -1,12 +1,10 @@
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset, Features, Value
-from hypothesis import given
-from hypothesis import strategies as st
 
 from lit_llm.batch import IGNORE_INDEX
-from lit_llm.data.labels import LabelReader, cut_splits, is_hidden, labelled_splits, learn_labels, read_labels, some_of
-from lit_llm.data.tables import Columns, Split
+from lit_llm.data.labels import LabelReader, is_hidden, labelled_splits, learn_labels, read_labels
+from lit_llm.data.tables import Columns
 from tests.writing import exactly
 
 COLUMNS = Columns("text", None, "label")
@@ -234,57 +232,6 @@ def test_a_table_without_labels_or_without_training_rows_is_said() -> None:
         labelled_splits({"train": rows}, Columns("text;label", None, None), "x", (), 0.0, 0.0)
 
 
-# Splits.
-
-
-def split(labels: list, texts: list[str] | None = None) -> Split:
-    rows = table(labels) if texts is None else Dataset.from_dict({"text": texts, "label": labels})
-    kind = np.float32 if isinstance(labels[0], float) else np.int64
-    return Split(rows, np.array(labels, dtype=kind))
-
-
-@given(st.lists(st.integers(20, 60), min_size=2, max_size=4))
-def test_each_split_has_the_classes_in_the_same_proportions(sizes) -> None:
-    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(sizes)), sizes))
-    parts = cut_splits(split(labels.tolist()), COLUMNS, validation_fraction=0.2, test_fraction=0.1)
-    for name, fraction in {"train": 0.7, "validation": 0.2, "test": 0.1}.items():
-        counts = np.bincount(parts[name].labels, minlength=len(sizes))
-        assert all(abs(count - fraction * size) <= 1 for count, size in zip(counts, sizes))
-    rows = [text for part in parts.values() for text in part.column("text")]
-    assert len(rows) == len(set(rows)) == sum(sizes)
-
-
-def test_values_are_cut_in_their_proportions_too() -> None:
-    parts = cut_splits(split([n / 7 for n in range(200)]), COLUMNS, 0.2, 0.0)
-    assert set(parts) == {"train", "validation"}
-    assert abs(parts["validation"].labels.mean() - parts["train"].labels.mean()) < 2
-
-
-def test_rows_carry_their_labels_and_the_order_of_the_table_does_not_matter() -> None:
-    labels = [n % 2 for n in range(100)]
-    one = cut_splits(split(labels), COLUMNS, 0.2, 0.1)
-    texts = [f"text {n}" for n in range(100)]
-    other = cut_splits(split(labels[::-1], texts[::-1]), COLUMNS, 0.2, 0.1)
-    for name in one:
-        assert set(one[name].column("text")) == set(other[name].column("text"))
-        assert [int(text.split()[1]) % 2 for text in one[name].column("text")] == one[name].labels.tolist()
-    assert one["train"].column("text") != [text for text in texts if text in one["train"].column("text")][::-1]
-
-
-def test_equal_examples_are_in_one_split() -> None:
-    texts = [f"text {n % 10}" for n in range(200)]
-    parts = cut_splits(split([n % 2 for n in range(200)], texts), COLUMNS, 0.3, 0.2)
-    found = [set(part.column("text")) for part in parts.values()]
-    assert len(found) == 3
-    assert sum(map(len, found)) == len(set.union(*found))
-
-
-def test_a_class_of_equal_examples_is_trained_on() -> None:
-    texts = [f"text {n}" for n in range(100)] + ["n/a"] * 30
-    parts = cut_splits(split([0] * 100 + [1] * 30, texts), COLUMNS, 0.1, 0.1)
-    assert {name: int(part.labels.sum()) for name, part in parts.items()} == {"train": 30, "validation": 0, "test": 0}
-
-
 def test_codes_of_another_split_are_the_same_classes_where_none_there_has_a_zero_in_front() -> None:
     reader = learn_labels(table(["01", "10", "12"]), "x", "label")
     assert reader.read(["12", "10"], "test").tolist() == [2, 1]
@@ -314,16 +261,6 @@ def test_a_value_that_is_infinite_or_would_be_in_32_bits_is_refused_and_to_predi
     with pytest.raises(ValueError, match=exactly(message)):
         labelled_splits({"train": table(labels)}, COLUMNS, "x", (), 0.0, 0.0)
     assert np.isnan(read_labels(table(labels), reader, "test")[1])
-
-
-def test_some_examples_are_drawn_in_proportion_nested_and_by_the_seed() -> None:
-    whole = split([0] * 150 + [1] * 50 + [2])
-    forty, ten = some_of(whole, 40, 0), some_of(whole, 10, 0)
-    assert np.bincount(forty.labels).tolist() == [29, 10, 1]
-    assert set(ten.column("text")) < set(forty.column("text"))
-    assert set(ten.labels.tolist()) == {0, 1, 2}
-    assert set(some_of(whole, 10, 1).column("text")) != set(ten.column("text"))
-    assert len(some_of(whole, 1000, 0)) == 201
 
 
 def test_labels_of_a_split_are_all_values_or_all_names_of_classes():
