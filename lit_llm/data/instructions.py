@@ -23,7 +23,7 @@ from lit_llm.data.packing import lay_rows, pack
 from lit_llm.data.sampling import BatchLoader, place
 from lit_llm.data.token_cache import SPLITS, TokenSplit, split_documents
 from lit_llm.data.token_data import TokenData
-from lit_llm.data.tokenizer import boundary_id, byte_tokenizer
+from lit_llm.data.tokenizer import byte_tokenizer, padding_id
 
 log = logging.getLogger(__name__)
 
@@ -153,17 +153,12 @@ class InstructionData(TokenData):
         return self._loader(name, None, with_documents) if self.split_rows(name) else []
 
     def _loader(self, name: str, seed: int | None, with_documents: bool = False) -> BatchLoader:
-        examples, padding = self.examples(name), self._padding
+        examples, padding = self.examples(name), padding_id(self.tokenizer)
 
         def cut(rows: np.ndarray) -> TokenBatch:
             return examples.batch(rows, padding, with_bytes=seed is None, with_documents=with_documents)
 
         return BatchLoader(cut, examples.num_rows, self.batch_size, seed, *place(self.trainer))
-
-    @property
-    def _padding(self) -> int:
-        pad = self.tokenizer.pad_token_id
-        return boundary_id(self.tokenizer) if pad is None else pad
 
     def _check_train(self) -> None:
         self._check_batch(
