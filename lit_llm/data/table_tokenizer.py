@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 import tempfile
 from abc import abstractmethod
 from functools import cached_property
@@ -13,12 +12,11 @@ from typing import Any, ClassVar
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lit_llm.data.cache import cache_folder, cache_name
+from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.collation import Collation
 from lit_llm.data.split_data import SplitData
 from lit_llm.data.tokenizer import load_tokenizer, tokenizer_files, training_of, write_tokenizer_files
-from lit_llm.files import replacing
 
 
 class TableTokens(SplitData):
@@ -99,11 +97,9 @@ class TableTokens(SplitData):
 def trained_tokenizer(spec: str, texts: list[str]) -> PreTrainedTokenizerBase:
     """The tokeniser that such a `bpe-<size>` is on these texts; kept in the cache folder."""
     folder = cache_folder() / "tokenizers" / cache_name(spec=spec, texts=content_hash("\0".join(texts)))
-    if not (folder / "tokenizer.json").is_file():
-        with replacing(folder) as new:
+    if read_manifest(folder) is None:
+        with new_cache(folder) as (new, _):
             training_of(spec)(texts).save_pretrained(new)
-            if (folder / "tokenizer.json").is_file():  # of a process that learnt the same meanwhile
-                shutil.rmtree(new)
     return load_tokenizer(folder)
 
 
