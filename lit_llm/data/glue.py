@@ -213,7 +213,7 @@ class GLUEData(TableTokens, ExampleData):
         marks = self.tokenizer.num_special_tokens_to_add(pair)
         if pair and not marks:
             raise ValueError(
-                f"data.tokenizer must put a mark between two texts, but {self._tokenizer_spec} has none; "
+                f"data.tokenizer must put a mark between two texts, but {self._decided_spec} has none; "
                 f"bert-uncased-bpe-8192 is one that does"
             )
         if self.max_seq_len <= marks + pair:

@@ -143,7 +143,7 @@ class Seq2SeqData(TableTokens):
             return
         if self.tokenizer("a").input_ids[-1] != self.tokenizer.eos_token_id or self.tokenizer.pad_token_id is None:
             raise ValueError(
-                f"data.tokenizer must end a text with its end token and have padding, but {self._tokenizer_spec} does "
+                f"data.tokenizer must end a text with its end token and have padding, but {self._decided_spec} does "
                 f"not; t5-bpe-4096 does"
             )
 

@@ -38,14 +38,14 @@ class TableTokens(SplitData):
         return len(self.tokenizer)
 
     @property
-    def _tokenizer_spec(self) -> str:
+    def _decided_spec(self) -> str:
         network = getattr(self.trainer, "lightning_module", None)
         return str(self.tokenizer_spec or getattr(network, "tokenizer_path", None) or self.default_tokenizer)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokeniser; of a table that is predicted as a whole, the checkpoint's, once that is read."""
-        spec = self._tokenizer_spec
+        spec = self._decided_spec
         if training_of(spec) is None:
             return load_tokenizer(spec) if self.tokenizer_spec else tokenizer_beside(spec, self.trainer)
         if self._awaits_checkpoint or "train" not in self.splits:
@@ -75,7 +75,7 @@ class TableTokens(SplitData):
                 self.tokenizer = load_tokenizer(folder)
         elif self._tokenizer_files["tokenizer.json"] != state_dict["tokenizer"]["tokenizer.json"]:
             raise ValueError(
-                f"data.tokenizer must be the checkpoint's, but is {self._tokenizer_spec} of {self.path}, which differs"
+                f"data.tokenizer must be the checkpoint's, but is {self._decided_spec} of {self.path}, which differs"
             )
 
     def _collated(self, texts: list[str], pairs: list[str] | None, labels: Any, max_seq_len: int) -> Collation:
