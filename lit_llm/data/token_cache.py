@@ -90,11 +90,6 @@ class TokenSplit:
         return starts + 1, ends
 
     @cached_property
-    def num_bytes(self) -> int:
-        """UTF-8 bytes of all documents."""
-        return int(self.documents["num_bytes"].sum())
-
-    @cached_property
     def _bounds(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         starts = self.documents["start"].astype(np.int64)
         ends = np.append(starts[1:], len(self.tokens) - 1)

@@ -65,7 +65,6 @@ def test_every_document_is_where_the_index_says(tmp_path: Path) -> None:
         assert split.documents["num_bytes"].tolist() == [len(text.encode()) for text in texts]
         assert split.documents["content"].tolist() == [content_hash(text) for text in texts]
         assert split.ids == [f"doc/{n}" for n in range(30) if SPLIT_OF[n] == name]
-        assert split.num_bytes == sum(len(text.encode()) for text in texts)
 
 
 def test_the_manifest_tells_what_was_made_and_what_was_dropped(tmp_path: Path) -> None:
@@ -208,7 +207,7 @@ def test_bytes_of_rows_sum_to_the_bytes_of_the_split_whatever_the_row_length(tmp
         edges = np.arange(0, len(split.tokens) - 1 + seq_len, seq_len)
         sizes = np.diff(split.bytes_before(edges))
         assert (sizes >= 0).all()
-        assert sizes.sum() == pytest.approx(split.num_bytes, rel=1e-12)
+        assert sizes.sum() == pytest.approx(split.documents["num_bytes"].sum(), rel=1e-12)
 
 
 def test_bytes_before_a_documents_boundary_are_those_of_the_documents_before_it(tmp_path: Path) -> None:
@@ -228,7 +227,6 @@ def test_a_split_without_documents_has_no_bytes(tmp_path: Path) -> None:
         return ((document, content, "train") for document, content, _ in items(dropped))
 
     split = build(tmp_path / "cache", documents=training_only).split("test")
-    assert split.num_bytes == 0
     assert split.ids == []
     assert split.bytes_before(np.array([0, 5])).tolist() == [0, 0]
 
