@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import asdict
 from typing import Any
 
@@ -16,8 +15,6 @@ from lit_llm.data.examples import ExampleData
 from lit_llm.data.glue_tasks import DOCMATCH, TASKS, Submission
 from lit_llm.data.table_tokenizer import TableTokens
 from lit_llm.data.tables import LABELS, PAIRS, Split, check_texts, find_columns, open_table
-
-log = logging.getLogger(__name__)
 
 
 class GLUEData(TableTokens, ExampleData):
