@@ -12,7 +12,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from lit_llm.batch import IGNORE_INDEX, say_nothing
-from lit_llm.data.stratification import cut_splits
+from lit_llm.data.stratification import with_all_splits
 from lit_llm.data.tables import LABELS, Columns, Split, column_values
 from lit_llm.wording import listed
 
@@ -314,12 +314,9 @@ def labelled_splits(
                 f"data.label must be in the {name} split of {path}, but {column!r} is missing or empty there; leave "
                 f"that split out to cut one from training"
             )
-    validation_fraction = 0.0 if "validation" in splits else validation_fraction
-    test_fraction = 0.0 if "test" in splits else test_fraction
-    if validation_fraction or test_fraction:
-        splits |= cut_splits(splits["train"], columns, validation_fraction, test_fraction)
+    splits = with_all_splits(splits, columns, validation_fraction, test_fraction)
     require_seen(splits, reader)
-    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}, reader
+    return splits, reader
 
 
 def require_seen(splits: dict[str, Split], reader: LabelReader) -> None:

@@ -14,7 +14,7 @@ from lit_llm.data.arguments import require_counts
 from lit_llm.data.collation import Collation
 from lit_llm.data.docmatch import open_docmatch
 from lit_llm.data.sampling import BatchLoader, place
-from lit_llm.data.stratification import cut_splits
+from lit_llm.data.stratification import with_all_splits
 from lit_llm.data.table_tokenizer import TableTokens
 from lit_llm.data.tables import Columns, Split, check_texts, column_values, open_table
 
@@ -178,12 +178,8 @@ class Seq2SeqData(TableTokens):
             columns = PairColumns(self.columns.source, None) if hidden else self.columns
             check_texts(rows, asdict(columns), self.path, name)
         splits = {name: Split(rows, np.zeros(len(rows), np.int64)) for name, rows in found.items()}
-        fractions = (
-            0.0 if name in splits else fraction
-            for name, fraction in (("validation", self.validation_fraction), ("test", self.test_fraction))
-        )
-        splits |= cut_splits(splits["train"], Columns(self.columns.source, self.columns.target, None), *fractions)
-        return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+        texts = Columns(self.columns.source, self.columns.target, None)
+        return with_all_splits(splits, texts, self.validation_fraction, self.test_fraction)
 
     def _texts_to_learn_tokens_from(self) -> list[str]:
         columns = (self.columns.source, self.columns.target)

@@ -52,6 +52,17 @@ def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_
     return parts
 
 
+def with_all_splits(
+    splits: dict[str, Split], columns: Columns, validation_fraction: float, test_fraction: float
+) -> dict[str, Split]:
+    """Splits in their order, those that are missing cut out of the training split; a fraction of 0 cuts none."""
+    validation_fraction = 0.0 if "validation" in splits else validation_fraction
+    test_fraction = 0.0 if "test" in splits else test_fraction
+    if validation_fraction or test_fraction:
+        splits = splits | cut_splits(splits["train"], columns, validation_fraction, test_fraction)
+    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+
+
 def some_of(split: Split, count: int, seed: int) -> Split:
     """At most so many rows of a training split, in the proportions of the classes, but at least one of each.
 

@@ -3,7 +3,7 @@ from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lit_llm.data.stratification import cut_splits, some_of
+from lit_llm.data.stratification import cut_splits, some_of, with_all_splits
 from lit_llm.data.tables import Columns, Split
 
 COLUMNS = Columns("text", None, "label")
@@ -55,6 +55,14 @@ def test_a_class_of_equal_examples_is_trained_on() -> None:
     texts = [f"text {n}" for n in range(100)] + ["n/a"] * 30
     parts = cut_splits(split([0] * 100 + [1] * 30, texts), COLUMNS, 0.1, 0.1)
     assert {name: int(part.labels.sum()) for name, part in parts.items()} == {"train": 30, "validation": 0, "test": 0}
+
+
+def test_only_splits_that_are_missing_are_cut() -> None:
+    train, test = split([n % 2 for n in range(100)]), split([0, 1])
+    assert with_all_splits({"test": test, "train": train}, COLUMNS, 0.0, 0.5) == {"train": train, "test": test}
+    found = with_all_splits({"test": test, "train": train}, COLUMNS, 0.2, 0.5)
+    assert {name: len(part) for name, part in found.items()} == {"train": 80, "validation": 20, "test": 2}
+    assert list(found) == ["train", "validation", "test"]
 
 
 def test_some_examples_are_drawn_in_proportion_nested_and_by_the_seed() -> None:
