@@ -1,0 +1,253 @@
+"""An objective's network: sized by the data, made from a recipe, and given the weights to start from."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import pkgutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import OptimizerCallable
+from torch import nn
+
+from lit_llm.adaptation import Adaptation
+from lit_llm.batch import keep_unread
+from lit_llm.checkpoints import Model, read_image_processor, read_model, unpacked_tokenizer
+from lit_llm.compression.compression import records_of, replay
+from lit_llm.data.tokenizer import fingerprint, padding_id
+from lit_llm.deferred_init import deferred
+from lit_llm.objectives import heads
+from lit_llm.objectives.scheduled import Scheduled
+from lit_llm.recipes import built, first_argument, require_rebuildable
+from lit_llm.schedulers import Schedule
+from lit_llm.weights import copy_weights
+from lit_llm.wording import listed
+
+log = logging.getLogger(__name__)
+
+
+class Built(Scheduled):
+    """A network that is built in `configure_model`, from a recipe whose first argument is decided by the data.
+
+    Args:
+        network: As in `Objective`, and so are the others.
+        optimizer: Makes the optimiser from parameter groups.
+        schedule: Factor on the learning rates at each step.
+        decay_embeddings: Whether weight decay is applied to embeddings.
+        adaptation: Which parameters are trained.
+    """
+
+    size_name: ClassVar[str]
+    """The argument, and the data module's attribute, that becomes the network's first argument."""
+
+    stored_size: int | None = None
+    """The size in the checkpoint that is to be read, for data to evaluate that cannot say it."""
+
+    starts_from_checkpoint: bool = False
+    """Whether `weights` are the checkpoint that is to be read, to which what the run started from gave way."""
+
+    planned_for: LightningDataModule | None = None
+    """Data that the network is made for where no trainer has them, as in a plan."""
+
+    def __init__(
+        self,
+        network: Callable[..., nn.Module] | None,
+        optimizer: OptimizerCallable | None,
+        schedule: Schedule | None,
+        decay_embeddings: bool,
+        adaptation: Adaptation | None,
+    ) -> None:
+        super().__init__(optimizer, schedule, decay_embeddings, adaptation)
+        self.make_network = network
+
+    def setup(self, stage: str) -> None:
+        """Takes from the data what sizes the network.
+
+        Raises:
+            ValueError: When the data needs more than the config allows, or the strategy would average averages.
+        """
+        if getattr(self.trainer.strategy, "handles_gradient_accumulation", False):  # Lightning's own for DeepSpeed
+            raise ValueError(
+                f"trainer.strategy must leave the weighing of gradients to the objective, but is "
+                f"{type(self.trainer.strategy).__name__}; take configs/strategy/deepspeed_zero2.yaml"
+            )
+        keep_unread(self.trainer.precision_plugin)
+        name, data = self.size_name, self.trainer.datamodule
+        needed, given = getattr(data, name, None), self.hparams.get(name)
+        if given is None:
+            self.hparams[name] = self.stored_size if needed is None else needed
+        elif needed is not None and given < needed:
+            raise ValueError(f"model.{name} must be at least what the data has, {needed}, but is {given}")
+
+    def configure_model(self) -> None:
+        """Builds the network, once, and where one is wanted the average of its weights."""
+        if self.network is None:
+            self.build()
+        self.keep_average()
+
+    def build(self) -> None:
+        """Makes the network, and gives it the weights to start from.
+
+        Raises:
+            ValueError: When nothing says how large it is, or the weights are not for this data or this network.
+        """
+        name = self.size_name
+        source = None
+        if self.hparams.get("weights"):
+            source = read_model(self.hparams["weights"], unrounded=self.starts_from_checkpoint)
+        if source is not None and getattr(self._trainer, "ckpt_path", "no trainer") is None:
+            getattr(self.trainer.datamodule, "splits", None)  # found now: no checkpoint will say what the classes are
+        other_classes = source is not None and self._has_other_classes(source)
+        if source is not None:
+            self._require_same_data(source, other_classes)
+            if not other_classes:
+                heads.put_in_order(source, self._order_of_classes(source), self.hparams["weights"])
+            self.hparams[name] = self.hparams[name] if other_classes else source.recipe["size"]
+        if self.hparams.get(name) is None:
+            raise ValueError(f"model.{name} must be given where no data decides it, but is None")
+        if self.make_network is not None:
+            self.network = self._make_network(fresh=source is None and self.adaptation is None)
+            self._require_sized_first()
+            if self._fits and self.hparams.get("network") and not hasattr(self.network, "arguments"):
+                require_rebuildable(self.hparams["network"], self.make_network)
+            if hasattr(self.network, "read_tokens_of") and (self._fits or self.planned_for is not None):
+                tokenizer = getattr(self.planned_for or self.trainer.datamodule, "tokenizer", None)
+                if tokenizer is not None:
+                    self.network.read_tokens_of(tokenizer)
+                    if hasattr(self.network, "read_padding"):
+                        self.network.read_padding(padding_id(tokenizer))
+            if self._image_shape is not None and hasattr(self.network, "read_images_of"):
+                self.network.read_images_of(self._image_shape)
+        if source is not None:
+            self._start_from(source, other_classes)
+        self._require_room()
+        if self.adaptation is not None:
+            self.adaptation.prepare(self.network)
+
+    def _make_network(self, fresh: bool) -> nn.Module:
+        """The network; without weights, where nobody needs them before the strategy, which gives it them."""
+        size, own = self.hparams[self.size_name], type(self)
+        untouched = own.build is Built.build and own.configure_model is Built.configure_model
+        defers = getattr(getattr(self._trainer, "strategy", None), "defers_init", False)
+        if fresh and untouched and defers and not self.averages:
+            kind = pkgutil.resolve_name(self.hparams["network"]["class_path"])
+            if getattr(kind, "defers_init", False):
+                return deferred(self.make_network, size)
+        return self.make_network(size)
+
+    def _require_sized_first(self) -> None:
+        """Refuses a network whose first argument, which the size has become, is another than the one of that name."""
+        make, kind = self.make_network, type(self.network)
+        called = make if getattr(make, "func", None) is kind else kind  # a notebook's partial may give the first ones
+        if self.size_name in [*inspect.signature(called).parameters][1:]:
+            raise ValueError(
+                f"model.network must take {self.size_name} as its first argument, but is {kind.__name__}, whose first "
+                f"is {first_argument(kind)}"
+            )
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int] | None:
+        """Channels, height and width of the data's images; `None` where it has none, or takes them of a checkpoint."""
+        if self.planned_for is not None:
+            return getattr(self.planned_for, "image_shape", None)
+        if self._trainer is None or (self.trainer.state.fn != "fit" and self.trainer.ckpt_path):
+            return None
+        return getattr(self.trainer.datamodule, "image_shape", None)
+
+    def _require_room(self) -> None:
+        """Sees that the network reads rows as long as the data's."""
+        longest, data = getattr(self.network, "max_seq_len", None), getattr(self._trainer, "datamodule", None)
+        for name in ("seq_len", "max_seq_len"):
+            length = getattr(data, name, None)
+            if longest and length and length > longest:
+                raise ValueError(f"data.{name} must be at most the network's max_seq_len, {longest}, but is {length}")
+
+    def _require_same_data(self, source: Model, other_classes: bool) -> None:
+        """Refuses data that means something else by its numbers than what the weights were trained on."""
+        data, weights, name = getattr(self._trainer, "datamodule", None), self.hparams["weights"], self.size_name
+        sized_by = first_argument(type(source.network))
+        if (sized_by == "vocab_size") != (name == "vocab_size"):
+            kind = type(source.network).__name__
+            raise ValueError(
+                f"model.weights must be of a network sized by {name}, but {weights} is a {kind}, sized by {sized_by}; "
+                f"a backbone can be named as model.network.path"
+            )
+        tokenizer = getattr(data, "tokenizer", None)
+        both = tokenizer is not None and source.tokenizer is not None
+        if both and fingerprint(tokenizer) != fingerprint(source.tokenizer):
+            remedy = f"; set data.tokenizer to {source.folder}" if source.folder else ""
+            raise ValueError(
+                f"data.tokenizer must be the one that model.weights were trained with, but is another than that of "
+                f"{weights}{remedy}"
+            )
+        if self._image_shape is not None and hasattr(source.network, "require_images"):
+            source.network.require_images(self._image_shape)
+        if other_classes:
+            return
+        size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
+        more = "" if name == "num_targets" else "at least "  # a class may be without examples
+        if needed is not None and (size < needed or (size > needed and not more)):
+            raise ValueError(
+                f"model.weights must have {more}the {name} of the data, {needed}, but {weights} has {size}"
+            )
+        if given not in (None, needed, size):
+            raise ValueError(f"model.{name} must be that of model.weights, {size}, but is {given}")
+        if self._order_of_classes(source) is None:
+            raise ValueError(
+                f"model.weights must tell apart the data's classes, {listed(data.class_names)}, but {weights} tells "
+                f"apart {listed(source.network.class_names)}; where they are the same, give them the data's names in "
+                f"id2label of its config.json"
+            )
+
+    def _order_of_classes(self, source: Model) -> list[int] | None:
+        """In which order the head of weights is of the data's classes; `None` where it is of others."""
+        sides = getattr(self._trainer, "datamodule", None), source.network
+        return heads.order_of(*(getattr(side, "class_names", None) for side in sides))
+
+    def _has_other_classes(self, source: Model) -> bool:
+        """Whether other classes, or values, are to be learnt than the weights are of, and so a new head is wanted."""
+        needed = getattr(getattr(self._trainer, "datamodule", None), self.size_name, None)
+        own = needed is None or source.recipe["size"] in (needed, self.hparams.get(self.size_name))
+        own = own and self._order_of_classes(source) is not None
+        return self.size_name != "vocab_size" and self._fits and not own
+
+    def _start_from(self, source: Model, other_classes: bool) -> None:
+        where, kept = self.hparams["weights"], {key: source.recipe[key] for key in ("class_path", "init_args")}
+        before, size = source.recipe["size"], self.hparams[self.size_name]
+        if self.network is None and other_classes:
+            kept["init_args"] = {k: v for k, v in kept["init_args"].items() if k != "class_names"}
+            self.network, self.hparams["network"] = built(kept, Path(where), size), kept
+        if self.network is None:
+            self.network, self.hparams["network"] = source.network.train(), kept
+        else:
+            replay(self.network, records_of(source.network))
+            head = heads.head_of(source, where) if other_classes and before == size else ()
+            sizes = (before, size) if other_classes else None
+            new = copy_weights(source.network, self.network, where, sizes, head)
+            if new:
+                what = f"the classes {listed(source.network.class_names)}" if head else f"{before} classes"
+                say = log.warning if head else log.info
+                say(f"The head is new, since {where} has one of {what}: {', '.join(new)}")
+        log.info(f"Starting from the weights of {where}")
+        self.hparams["weights"] = None  # a checkpoint has weights of its own
+
+    @functools.cached_property
+    def tokenizer_path(self) -> str | None:
+        """Where the tokeniser of what the network starts from is: for data that names none."""
+        place = self._start
+        return unpacked_tokenizer(place) if str(place).endswith(".ckpt") else place
+
+    @functools.cached_property
+    def image_processor(self) -> dict[str, Any] | None:
+        """How images are read for what the network starts from: for data that do not say it themselves."""
+        return read_image_processor(self._start) if self._start else None
+
+    @property
+    def _start(self) -> str | None:
+        """What the network starts from: a model directory, a run, a checkpoint or a name on the hub."""
+        options = (self.hparams.get("network") or {}).get("init_args") or {}
+        return options.get("path") or self.hparams.get("weights")
