@@ -64,6 +64,11 @@ class Built(Scheduled):
         super().__init__(optimizer, schedule, decay_embeddings, adaptation)
         self.make_network = network
 
+    @property
+    def _data(self) -> LightningDataModule | None:
+        """The trainer's data; `None` where there are none, as where a checkpoint is read without a trainer."""
+        return getattr(self._trainer, "datamodule", None)
+
     def setup(self, stage: str) -> None:
         """Takes from the data what sizes the network.
 
@@ -95,18 +100,16 @@ class Built(Scheduled):
         Raises:
             ValueError: When nothing says how large it is, or the weights are not for this data or this network.
         """
-        name = self.size_name
-        source = None
+        name, source, other_classes = self.size_name, None, False
         if self.hparams.get("weights"):
             source = read_model(self.hparams["weights"], unrounded=self.starts_from_checkpoint)
-        if source is not None and getattr(self._trainer, "ckpt_path", "no trainer") is None:
-            getattr(self.trainer.datamodule, "splits", None)  # found now: no checkpoint will say what the classes are
-        other_classes = source is not None and self._has_other_classes(source)
-        if source is not None:
+            if getattr(self._trainer, "ckpt_path", "no trainer") is None:
+                getattr(self._data, "splits", None)  # found now: no checkpoint will say what the classes are
+            other_classes = self._has_other_classes(source)
             self._require_same_data(source, other_classes)
             if not other_classes:
                 heads.put_in_order(source, self._order_of_classes(source), self.hparams["weights"])
-            self.hparams[name] = self.hparams[name] if other_classes else source.recipe["size"]
+                self.hparams[name] = source.recipe["size"]
         if self.hparams.get(name) is None:
             raise ValueError(f"model.{name} must be given where no data decides it, but is None")
         if self.make_network is not None:
@@ -160,7 +163,7 @@ class Built(Scheduled):
 
     def _require_room(self) -> None:
         """Sees that the network reads rows as long as the data's."""
-        longest, data = getattr(self.network, "max_seq_len", None), getattr(self._trainer, "datamodule", None)
+        longest, data = getattr(self.network, "max_seq_len", None), self._data
         for name in ("seq_len", "max_seq_len"):
             length = getattr(data, name, None)
             if longest and length and length > longest:
@@ -168,7 +171,7 @@ class Built(Scheduled):
 
     def _require_same_data(self, source: Model, other_classes: bool) -> None:
         """Refuses data that means something else by its numbers than what the weights were trained on."""
-        data, weights, name = getattr(self._trainer, "datamodule", None), self.hparams["weights"], self.size_name
+        data, weights, name = self._data, self.hparams["weights"], self.size_name
         sized_by = first_argument(type(source.network))
         if (sized_by == "vocab_size") != (name == "vocab_size"):
             kind = type(source.network).__name__
@@ -205,12 +208,12 @@ class Built(Scheduled):
 
     def _order_of_classes(self, source: Model) -> list[int] | None:
         """In which order the head of weights is of the data's classes; `None` where it is of others."""
-        sides = getattr(self._trainer, "datamodule", None), source.network
+        sides = self._data, source.network
         return heads.order_of(*(getattr(side, "class_names", None) for side in sides))
 
     def _has_other_classes(self, source: Model) -> bool:
         """Whether other classes, or values, are to be learnt than the weights are of, and so a new head is wanted."""
-        needed = getattr(getattr(self._trainer, "datamodule", None), self.size_name, None)
+        needed = getattr(self._data, self.size_name, None)
         own = needed is None or source.recipe["size"] in (needed, self.hparams.get(self.size_name))
         own = own and self._order_of_classes(source) is not None
         return self.size_name != "vocab_size" and self._fits and not own

@@ -92,8 +92,7 @@ class Classification(Objective):
             self._name_classes()
         self.val_metric, self.test_metric = (classification_metrics(self.hparams["num_classes"]) for _ in range(2))
         # Whole numbers: others would be rounded to the precision of the network.
-        data = getattr(self._trainer, "datamodule", None)
-        self.register_buffer("count_of_class", self._count_of_class(data), persistent=False)
+        self.register_buffer("count_of_class", self._count_of_class(self._data), persistent=False)
 
     def on_validation_start(self) -> None:
         """Tells the network the classes' names, now that a checkpoint has said in which order the data have them.
@@ -106,7 +105,7 @@ class Classification(Objective):
     on_test_start = on_predict_start = on_validation_start
 
     def _name_classes(self) -> None:
-        names = getattr(getattr(self._trainer, "datamodule", None), "class_names", None)
+        names = getattr(self._data, "class_names", None)
         if names and hasattr(self.network, "class_names"):
             self.network.class_names = [*names, *(f"LABEL_{i}" for i in range(len(names), self.hparams["num_classes"]))]
 

@@ -56,7 +56,7 @@ class Resumed(Built):
         first = self._trainer is None or self.trainer.is_global_zero  # the sum of all processes counts once
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0)) if first else (0.0, 0.0)
         self._require_images_of(checkpoint.get("image_shape"))
-        data = getattr(self._trainer, "datamodule", None)
+        data = self._data
         if self._fits and hasattr(data, "require_unchanged"):
             data.require_unchanged(checkpoint.get(type(data).__qualname__) or {})
         recipe, name = checkpoint.get("network") or {}, self.size_name
