@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from lit_llm.modes import evaluating
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -148,9 +150,7 @@ def steps(
     written = (places >= padding)[:, None, None, :]  # batch 1 1 seq
     cache = network.new_cache(len(prompts), longest + max_new_tokens)
 
-    was_training = network.training
-    network.eval()
-    try:
+    with evaluating(network):
         positions = (places[:longest] - padding).clamp(min=0)
         mask = None
         if len(set(map(len, prompts))) > 1:
@@ -171,8 +171,6 @@ def steps(
             place = longest + step
             seen = written[..., : place + 1]
             logits = _last(network, chosen[:, None], positions=place - padding, mask=seen, cache=cache)
-    finally:
-        network.train(was_training)
 
 
 def _last(network: nn.Module, ids: Int[Tensor, "batch new"], **about: Any) -> Float[Tensor, "batch vocab"]:

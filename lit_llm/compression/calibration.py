@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from lit_llm.batch import inputs
+from lit_llm.modes import evaluating
 
 
 def answer(network: nn.Module, batch: Mapping[str, Any]) -> Tensor:
@@ -21,18 +22,6 @@ def answer(network: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in asked):
         return network(**inputs(batch))
     return network(**{p.name: batch[p.name] for p in asked if p.name in batch})
-
-
-@contextmanager
-def evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout; each module has its own mode again afterwards."""
-    modes = {module: module.training for module in network.modules()}
-    network.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 @contextmanager

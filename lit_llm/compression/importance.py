@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llm.compression.calibration import answer, evaluating, gather, watching
+from lit_llm.compression.calibration import answer, gather, watching
 from lit_llm.compression.compression import Batch
+from lit_llm.modes import evaluating
 
 
 def column_squares(

@@ -14,9 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
-from lit_llm.compression.calibration import answer, evaluating, input_covariances
+from lit_llm.compression.calibration import answer, input_covariances
 from lit_llm.compression.compression import Batch, Compression, Record
 from lit_llm.compression.patterns import MATRICES, chosen_layers
+from lit_llm.modes import evaluating
 
 Allocation = Literal["uniform", "energy", "sensitivity"]
 

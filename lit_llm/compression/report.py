@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_llm.compression.calibration import answer, evaluating
+from lit_llm.compression.calibration import answer
 from lit_llm.compression.compression import Batch
 from lit_llm.compression.integers import Quantized
+from lit_llm.modes import evaluating
 
 BATCH_SIZES = (1, 32)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lit_llm.compression.calibration import answer, evaluating, mask_of, vectors, watching
+from lit_llm.compression.calibration import answer, mask_of, vectors, watching
 from lit_llm.compression.compression import (
     Batch,
     Compression,
@@ -31,6 +31,7 @@ from lit_llm.compression.surgery import (
     set_size,
     size_of,
 )
+from lit_llm.modes import evaluating
 
 Importance = Literal["magnitude", "activation", "taylor"]
 

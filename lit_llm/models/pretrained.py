@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lit_llm.models.attention import document_mask
 from lit_llm.models.pretrained_network import PretrainedLanguageModel, counting_from_padding
+from lit_llm.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -111,13 +112,12 @@ class PretrainedCausalLM(PretrainedLanguageModel):
             base.register_forward_hook(lambda module, args, out: seen.update(decoder=out[0])),
             head.register_forward_hook(lambda module, args, out: seen.update(read=args[0], said=out)),
         ]
-        mode = self.model.training
         try:
-            logits = self.model.eval()(torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)).logits
+            with evaluating(self.model):
+                logits = self.model(torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)).logits
         except (NotImplementedError, RuntimeError):  # a network without memory that must look at its values
             return False
         finally:
-            self.model.train(mode)
             for hook in hooks:
                 hook.remove()
         given, read = seen["decoder"], seen["read"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from lit_llm.models.image_classifier import Shape, require_images
 from lit_llm.models.pretrained_last_layer import compute_what_is_read
 from lit_llm.models.pretrained_network import FullPrecision, Pretrained, answering
+from lit_llm.modes import evaluating
 from lit_llm.shapes import shapes_only
 
 if TYPE_CHECKING:
@@ -337,15 +338,11 @@ class PretrainedClassifier(Pretrained):
     @torch.no_grad()
     def _is_enough(self, features: dict[str, Tensor], everything: dict[str, Tensor]) -> bool:
         """Whether the head says the same of some features as of all there is; what it lacks is not a number."""
-        modes = {module: module.training for module in self.model.modules()}
-        self.model.eval()
         try:
-            said, expected = self.classify(features), self.classify(everything)
+            with evaluating(self.model):
+                said, expected = self.classify(features), self.classify(everything)
         except Exception:  # a head that misses something says so in its own way
             return False
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
         return torch.allclose(said, expected, rtol=1e-2, atol=1e-5)
 
     def classify(self, features: dict[str, Tensor]) -> Float[Tensor, "batch classes"]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from lit_llm.models.pretrained_network import PretrainedLanguageModel, answering
+from lit_llm.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -134,23 +134,12 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
         places = torch.arange(0, ids.shape[1], max(1, ids.shape[1] // 2), device=ids.device)
         selected = torch.zeros_like(places), places
         try:
-            with self._looking(ids):
+            with evaluating(self.model), torch.autocast(ids.device.type, enabled=False):
                 expected = self.model(**words).logits[selected]
                 said = self._head_at(selected, self.model.base_model(**words), words)
         except Exception:  # a head that misses something says so in its own way
             return False
         return said.shape == expected.shape and bool((said - expected).abs().max() <= _noise(expected))
-
-    @contextmanager
-    def _looking(self, some: Tensor) -> Iterator[None]:
-        """Without dropout and in full precision."""
-        mode = self.model.training
-        self.model.eval()
-        try:
-            with torch.autocast(some.device.type, enabled=False):
-                yield
-        finally:
-            self.model.train(mode)
 
     def _translated(self, input_ids: Tensor, document_ids: Tensor | None, positions: Tensor | None) -> dict[str, Any]:
         """The arguments as transformers takes them."""
@@ -188,7 +177,7 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
         places = torch.tensor([[0, 1, 0, 1]], device=ids.device) + self.first_position
         masks = self._masks(torch.tensor([[0, 0, 1, 1]], device=ids.device))
         try:
-            with self._looking(one):
+            with evaluating(self.model), torch.autocast(one.device.type, enabled=False):
                 each = [self.model(ids[:, here], position_ids=places[:, :2]).logits for here in (slice(2), slice(2, 4))]
                 together = self.model(ids, position_ids=places).logits
                 packed = self.model(ids, position_ids=places, attention_mask=masks).logits

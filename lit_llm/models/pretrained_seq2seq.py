@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from lit_llm.models.pretrained_network import PretrainedLanguageModel
+from lit_llm.modes import evaluating
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
@@ -125,9 +126,5 @@ class PretrainedSeq2Seq(PretrainedLanguageModel):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         self.model.generation_config = how  # else what came with a checkpoint would be mixed in
-        mode = self.model.training
-        self.model.eval()
-        try:
+        with evaluating(self.model):
             return self.model.generate(input_ids, attention_mask=attention_mask)[:, 1:]
-        finally:
-            self.model.train(mode)

@@ -13,9 +13,10 @@ from lightning.pytorch.utilities.types import TRAIN_DATALOADERS
 from torch import Tensor, nn
 
 from lit_llm.batch import IGNORE_INDEX, TokenBatch, inputs
-from lit_llm.compression.calibration import answer, evaluating, watching
+from lit_llm.compression.calibration import answer, watching
 from lit_llm.compression.inheritance import inherit, layer_map
 from lit_llm.compression.taps import UNSEEN, Tapped, tapping
+from lit_llm.modes import evaluating
 from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.divergences import Divergence, ForwardKL, Taught, linear_loss_sum

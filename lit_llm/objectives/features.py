@@ -14,7 +14,7 @@ from lightning.pytorch.trainer.states import RunningStage
 from torch import Tensor
 
 from lit_llm.batch import inputs
-from lit_llm.compression.calibration import evaluating
+from lit_llm.modes import evaluating
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lit_llm.batch import inputs
-from lit_llm.compression.calibration import evaluating
+from lit_llm.modes import evaluating
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.exact_steps import Loss
 
