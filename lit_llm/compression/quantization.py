@@ -7,6 +7,7 @@ import logging
 from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any, ClassVar
 
 import torch
@@ -35,11 +36,6 @@ class Quantization(Compression):
     def config(self) -> Any:
         """torchao's config."""
 
-    @property
-    def group_size_or_none(self) -> int | None:
-        """How many inputs share a scale; `None` for all of an output."""
-        return getattr(self, "group_size", None)
-
     def chosen(self, network: nn.Module) -> dict[str, nn.Module]:
         """The layers.
 
@@ -47,7 +43,7 @@ class Quantization(Compression):
             ValueError: When there are none, or their inputs do not go into groups.
         """
         layers = chosen_layers(network, self.layers, self.kinds)
-        size = self.group_size_or_none
+        size = getattr(self, "group_size", None)  # `None`: one scale for all of an output
         for name, layer in layers.items():
             inputs = layer.weight.shape[1:].numel()
             if size is not None and inputs % size:
@@ -258,7 +254,7 @@ class FakeQuantized(Compression):
     def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
         """Puts the layers in."""
         method = cls(form["class_path"], form["init_args"]).method
-        step = _torchao().QATConfig(method.config(), step="prepare")
+        step = _torchao().qat.QATConfig(method.config(), step="prepare")
         for name in form["names"]:
             layer = network.get_submodule(name)
             if not hasattr(layer, "weight_fake_quantizer"):
@@ -318,33 +314,16 @@ def convert(network: nn.Module) -> None:
         network.compression = records
 
 
-class _TorchAO:
-    """The names of torchao that are used here."""
-
-    def __init__(self) -> None:
-        before = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # it names, at each import, kernels for GPUs that it did not find
-        try:
-            from torchao.quantization import (
-                Int8DynamicActivationInt8WeightConfig,
-                Int8DynamicActivationIntxWeightConfig,
-                Int8WeightOnlyConfig,
-                IntxWeightOnlyConfig,
-                PerGroup,
-                quantize_,
-            )
-            from torchao.quantization.qat import QATConfig
-        except ImportError as error:
-            raise ImportError(
-                f"package torchao must be installed to quantise, but is not ({error}); pip install lit-llm[compression]"
-            ) from error
-        finally:
-            logging.disable(before)
-        self.quantize_, self.PerGroup, self.QATConfig = quantize_, PerGroup, QATConfig
-        self.IntxWeightOnlyConfig, self.Int8WeightOnlyConfig = IntxWeightOnlyConfig, Int8WeightOnlyConfig
-        self.Int8DynamicActivationInt8WeightConfig = Int8DynamicActivationInt8WeightConfig
-        self.Int8DynamicActivationIntxWeightConfig = Int8DynamicActivationIntxWeightConfig
-
-
-def _torchao() -> _TorchAO:
-    return _TorchAO()
+def _torchao() -> ModuleType:
+    """torchao's module of quantisation, imported where it is first used."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # it names, at each import, kernels for GPUs that it did not find
+    try:
+        import torchao.quantization.qat
+    except ImportError as error:
+        raise ImportError(
+            f"package torchao must be installed to quantise, but is not ({error}); pip install lit-llm[compression]"
+        ) from error
+    finally:
+        logging.disable(before)
+    return torchao.quantization
