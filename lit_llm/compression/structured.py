@@ -94,8 +94,8 @@ class _OfBlocks(Structured):
     what: ClassVar[str]
 
     @abstractmethod
-    def places(self, network: nn.Module, block: nn.Module) -> tuple[tuple[str, ...], str, int, dict[str, int]] | None:
-        """Names of the writers and of the reader, inputs of the reader a unit, and rows of each writer a unit."""
+    def places(self, network: nn.Module, block: nn.Module) -> tuple[str, int, dict[str, int]] | None:
+        """Name of the reader, its inputs a unit, and rows a unit of each writer, by their names."""
 
     @abstractmethod
     def resize(self, network: nn.Module, num: int) -> None:
@@ -110,8 +110,8 @@ class _OfBlocks(Structured):
                 f"network must have {self.what}, but a {type(getattr(network, 'model', network)).__name__} has not, or "
                 f"has been factorised or quantised, which is for afterwards"
             )
-        readers = {f"{list_name}.{i}.{place[1]}": linear_of(blocks[i], place[1]) for i, place in enumerate(found)}
-        width = found[0][2]
+        readers = {f"{list_name}.{i}.{name}": linear_of(blocks[i], name) for i, (name, _, _) in enumerate(found)}
+        width = found[0][1]
         if self.importance == "activation":
             scores = column_squares(network, readers, width, batches)
         elif self.importance == "taylor":
@@ -119,22 +119,22 @@ class _OfBlocks(Structured):
         else:
             scores = {name: self._squares(blocks[i], found[i]) for i, name in enumerate(readers)}
         kept = []
-        for block, place, score in zip(blocks, found, scores.values()):
+        for block, (reader, _, rows), score in zip(blocks, found, scores.values()):
             stay = self.kept(score)
             kept.append(stay.tolist())
-            for writer, rows in place[3].items():
+            for writer, num in rows.items():
                 layer = linear_of(block, writer)
-                halves = layer.out_features // (rows * len(score))  # two where a gate is in the same matrix
-                places = [_spread(stay, rows) + half * rows * len(score) for half in range(halves)]
+                halves = layer.out_features // (num * len(score))  # two where a gate is in the same matrix
+                places = [_spread(stay, num) + half * num * len(score) for half in range(halves)]
                 keep_units(layer, rows=torch.cat(places))
-            keep_units(linear_of(block, place[1]), columns=_spread(stay, width))
+            keep_units(linear_of(block, reader), columns=_spread(stay, width))
         self.resize(network, len(kept[0]))
         require_described(network, batches)
         return {"kept": kept, "of": len(score)}
 
-    def _squares(self, block: nn.Module, place: tuple[tuple[str, ...], str, int, dict[str, int]]) -> Tensor:
+    def _squares(self, block: nn.Module, place: tuple[str, int, dict[str, int]]) -> Tensor:
         """Sums of the squares of all weights of each unit."""
-        _, reader, width, rows = place
+        reader, width, rows = place
         total = linear_of(block, reader).weight.detach().square().sum(0).unflatten(0, (-1, width)).sum(1)
         for writer, num in rows.items():
             squares = linear_of(block, writer).weight.detach().square().sum(1)
@@ -163,11 +163,11 @@ class Neurons(_OfBlocks):
 
     what = "feed-forward layers of a known form"
 
-    def places(self, network: nn.Module, block: nn.Module) -> tuple[tuple[str, ...], str, int, dict[str, int]] | None:
+    def places(self, network: nn.Module, block: nn.Module) -> tuple[str, int, dict[str, int]] | None:
         """One row of each writer and one input of the reader."""
         for writers, reader in FEED_FORWARD:
             if all(linear_of(block, name) is not None for name in (*writers, reader)):
-                return writers, reader, 1, dict.fromkeys(writers, 1)
+                return reader, 1, dict.fromkeys(writers, 1)
         return None
 
     def resize(self, network: nn.Module, num: int) -> None:
@@ -192,7 +192,7 @@ class Heads(_OfBlocks):
 
     what = "attention heads whose width its config states"
 
-    def places(self, network: nn.Module, block: nn.Module) -> tuple[tuple[str, ...], str, int, dict[str, int]] | None:
+    def places(self, network: nn.Module, block: nn.Module) -> tuple[str, int, dict[str, int]] | None:
         """A head of keys and of values, and as many of queries as share it."""
         writers, reader = HEADS
         width = size_of(network, HEAD_WIDTHS)
@@ -200,7 +200,7 @@ class Heads(_OfBlocks):
             return None
         group = linear_of(block, writers[0]).out_features // linear_of(block, writers[1]).out_features
         rows = dict(zip(writers, (group * width, width, width)))
-        return writers, reader, group * width, rows
+        return reader, group * width, rows
 
     def resize(self, network: nn.Module, num: int) -> None:
         """Heads of queries, and of keys and values."""
