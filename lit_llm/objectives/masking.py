@@ -6,12 +6,15 @@ import json
 
 import torch
 from jaxtyping import Bool, Float, Int
-from tokenizers import pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
+
+BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
+"""The byte that each character of a byte-level token stands for: printable ones for themselves."""
 
 
 def chances(input_ids: Int[Tensor, "batch seq"], seed: tuple[int, ...], count: int) -> Float[Tensor, "count batch seq"]:
@@ -93,18 +96,6 @@ def word_edges(tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, "2 vocab"]:
 def _bytes_of(token: str) -> bytes:
     """What a token of a byte-level encoding stands for."""
     return bytes(BYTES.get(character, 0) for character in token)
-
-
-def _alphabet() -> dict[str, int]:
-    """The byte that each character of a byte-level token stands for: printable ones for themselves."""
-    plain = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in plain]
-    found = {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
-    assert set(found) == set(pre_tokenizers.ByteLevel.alphabet())
-    return found
-
-
-BYTES = _alphabet()
 
 
 def _is_inside(piece: bytes, at_the_end: bool = False) -> bool:
