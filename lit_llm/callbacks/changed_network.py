@@ -1,4 +1,4 @@
-"""What a run leaves behind when a callback changes its network: what was found before is of another one."""
+"""What a callback that changes the network asks of a run, and what that leaves behind, which is of another one."""
 
 from __future__ import annotations
 
@@ -9,6 +9,28 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from lit_llm.callbacks.run_report import RunReport
 from lit_llm.callbacks.spike_recovery import SpikeRecovery
+
+
+def require_one_network(pl_module: LightningModule, changed: str) -> None:
+    """Sees that what learns is what is evaluated and exported.
+
+    Args:
+        pl_module: The objective.
+        changed: What is done to its network, as in "pruned".
+
+    Raises:
+        ValueError: When another network than the one that learns is evaluated, or adapters stand beside weights.
+    """
+    if pl_module.evaluated is not pl_module.network:
+        raise ValueError(
+            f"model must evaluate the network that learns where that is {changed}, but {type(pl_module).__name__} "
+            f"evaluates an average of its weights; leave out WeightAverage, or take another objective"
+        )
+    if getattr(getattr(pl_module, "adaptation", None), "adds", False):
+        raise ValueError(
+            f"model.adaptation must train the weights themselves where they are {changed}, but is a "
+            f"{type(pl_module.adaptation).__name__}"
+        )
 
 
 def look_anew(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.optim import Optimizer
 
 from lit_llm.callbacks.calibration import calibration_batches
-from lit_llm.callbacks.changed_network import begin_anew
+from lit_llm.callbacks.changed_network import begin_anew, require_one_network
 from lit_llm.compression.low_rank import SVD
 from lit_llm.schedulers import step_at
 
@@ -52,10 +52,7 @@ class LowRank(Callback):
         """
         if trainer.world_size > 1:
             raise ValueError(f"trainer.devices must be 1 where matrices are factorised, but is {trainer.world_size}")
-        adapts = getattr(getattr(pl_module, "adaptation", None), "adds", False)
-        if adapts or pl_module.evaluated is not pl_module.network:
-            has = f"a {type(pl_module.adaptation).__name__}" if adapts else "an average of its weights"
-            raise ValueError(f"model must train its one network itself where that is factorised, but has {has}")
+        require_one_network(pl_module, "factorised")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Factorises, where it is to be before the first step."""

@@ -11,7 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from lit_llm.callbacks.calibration import calibration_batches
-from lit_llm.callbacks.changed_network import begin_anew, look_anew
+from lit_llm.callbacks.changed_network import begin_anew, look_anew, require_one_network
 from lit_llm.compression.compression import records_of
 from lit_llm.compression.sparsity import (
     MASK,
@@ -58,16 +58,7 @@ class KeepZeros(Callback):
         Raises:
             ValueError: When another network than the one that learns is evaluated, or adapters stand beside weights.
         """
-        if pl_module.evaluated is not pl_module.network:
-            raise ValueError(
-                f"model must evaluate the network that learns where that is pruned, but {type(pl_module).__name__} "
-                f"evaluates an average of its weights; leave out WeightAverage, or take another objective"
-            )
-        if getattr(getattr(pl_module, "adaptation", None), "adds", False):
-            raise ValueError(
-                "model.adaptation must train the weights themselves where they are pruned, but is a "
-                f"{type(pl_module.adaptation).__name__}"
-            )
+        require_one_network(pl_module, "pruned")
         if not masked_layers(pl_module.network):
             self.prepare(pl_module.network)
 

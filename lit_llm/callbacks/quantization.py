@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from lit_llm.callbacks.changed_network import begin_anew
+from lit_llm.callbacks.changed_network import begin_anew, require_one_network
 from lit_llm.compression.compression import records_of
 from lit_llm.compression.quantization import FakeQuantized, Int4WeightOnly, Quantization, freeze_scales
 from lit_llm.schedulers import step_at
@@ -55,16 +55,10 @@ class QuantizationAwareTraining(Callback):
         """Refuses what the exported model would not have.
 
         Raises:
-            ValueError: When another network is evaluated than learns, or adapters stand beside weights.
+            ValueError: When another network is evaluated than learns, adapters stand beside weights, or these are
+                shared out.
         """
-        if pl_module.evaluated is not pl_module.network:
-            raise ValueError(
-                f"model must evaluate the network that learns to quantise it, but {type(pl_module).__name__} "
-                f"evaluates an average of its weights; leave out WeightAverage, or take another objective"
-            )
-        if getattr(getattr(pl_module, "adaptation", None), "adds", False):
-            kind = type(pl_module.adaptation).__name__
-            raise ValueError(f"model.adaptation must train the weights themselves to quantise them, but is a {kind}")
+        require_one_network(pl_module, "quantised")
         if is_shared_out(pl_module.parameters()):
             raise ValueError(
                 "trainer.strategy must keep the weights whole on each device to quantise them, but shares them out; "

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from lit_llm.adaptation import HeadOnly
+from lit_llm.adaptation import HeadOnly, LoRA
 from lit_llm.callbacks.early_stopping import EarlyStopping
 from lit_llm.callbacks.low_rank import LowRank
 from lit_llm.callbacks.pruning import Pruning
@@ -24,6 +24,7 @@ from lit_llm.objectives.classification import Classification
 from tests.callbacks.test_spike_recovery import POISON, words
 from tests.examples import Examples
 from tests.objectives.test_classification import NETWORK, trainer
+from tests.writing import exactly
 
 STILL = functools.partial(torch.optim.SGD, lr=0.0)
 
@@ -33,6 +34,23 @@ CHANGES = {
     "factorised": lambda: LowRank(SVD(rank=2), start=0.5),
     "quantised": lambda: QuantizationAwareTraining(Int4WeightOnly(group_size=16), delay=0.5),
 }
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_change_of_another_network_than_the_one_that_is_exported_is_refused(change: str, tmp_path: Path) -> None:
+    changed, made = change.split()[0], Classification(NETWORK)
+    made.averages = True
+    message = (
+        f"model must evaluate the network that learns where that is {changed}, but Classification evaluates an average "
+        f"of its weights; leave out WeightAverage, or take another objective"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        trainer(tmp_path, callbacks=[CHANGES[change]()]).fit(made, datamodule=Examples(3))
+    message = f"model.adaptation must train the weights themselves where they are {changed}, but is a LoRA"
+    with pytest.raises(ValueError, match=exactly(message)):
+        trainer(tmp_path, callbacks=[CHANGES[change]()]).fit(
+            Classification(NETWORK, adaptation=LoRA()), datamodule=Examples(3)
+        )
 
 
 @pytest.mark.parametrize("change", CHANGES)

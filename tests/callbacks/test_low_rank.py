@@ -111,7 +111,7 @@ def test_adapters_beside_factors_are_refused(lit_llm, tiny, overlay, tmp_path):
     )
     assert outcome.code == 2
     assert outcome.last_line.endswith(
-        "model must train its one network itself where that is factorised, but has a LoRA"
+        "model.adaptation must train the weights themselves where they are factorised, but is a LoRA"
     )
 
 
