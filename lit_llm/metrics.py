@@ -30,6 +30,15 @@ from lit_llm.batch import IGNORE_INDEX
 
 BETWEEN_WORDS = re.compile(r"[\W_]+")
 
+CONFIDENCE = 0.95
+"""Part of the resamplings that lies within an interval."""
+
+RESAMPLES = 1000
+"""How often examples are drawn again for an interval."""
+
+MAX_GROUPS = 4096
+"""Most draws of one resampling."""
+
 
 class MeanLoss(Metric):
     """The mean over all targets of a loss that comes as sums: `compute` gives `loss`.
@@ -288,27 +297,16 @@ class RegressionMetrics(MetricCollection):
         return found | {name: found[name].nan_to_num(undefined) for name in ("pearson", "spearman")}
 
 
-def bootstrap_interval(
-    totals: Float[Tensor, " n"],
-    weights: Float[Tensor, " n"],
-    confidence: float = 0.95,
-    resamples: int = 1000,
-    max_groups: int = 4096,
-    seed: int = 0,
-) -> tuple[float, float]:
+def bootstrap_interval(totals: Float[Tensor, " n"], weights: Float[Tensor, " n"]) -> tuple[float, float]:
     """Between what two values `totals.sum() / weights.sum()` would lie, were the examples drawn again.
 
-    Examples are drawn with replacement, as often as there are any, and the middle `confidence` of the resamplings is
-    kept. Where there are more than `max_groups`, random groups of them are drawn instead, which have the same variance:
-    so it costs about 0.1 s whatever the number.
+    Examples are drawn with replacement, as often as there are any, and the middle `CONFIDENCE` of the resamplings is
+    kept. Where there are more than `MAX_GROUPS`, random groups of them are drawn instead, which have the same variance:
+    so it costs about 0.1 s whatever the number. The same examples have the same interval.
 
     Args:
         totals: What each example adds to the mean: 1 or 0 of an accuracy, the nats of a row.
         weights: What it is divided by: 1, or the row's tokens.
-        confidence: Part of the resamplings that lies between.
-        resamples: How many.
-        max_groups: Most draws of one.
-        seed: The same seed gives the same interval.
 
     Source:
         Efron, 1979, "Bootstrap Methods: Another Look at the Jackknife"; the percentile interval.
@@ -318,15 +316,15 @@ def bootstrap_interval(
         >>> round(low, 2), round(high, 2)
         (0.45, 0.55)
     """
-    chance = torch.Generator().manual_seed(seed)
+    chance = torch.Generator().manual_seed(0)
     pairs = torch.stack([totals.double(), weights.double()], dim=1)
-    if len(pairs) > max_groups:
-        group = torch.arange(len(pairs))[torch.randperm(len(pairs), generator=chance)] % max_groups
-        pairs = pairs.new_zeros(max_groups, 2).index_add_(0, group, pairs)
+    if len(pairs) > MAX_GROUPS:
+        group = torch.arange(len(pairs))[torch.randperm(len(pairs), generator=chance)] % MAX_GROUPS
+        pairs = pairs.new_zeros(MAX_GROUPS, 2).index_add_(0, group, pairs)
     drawn = torch.stack(
-        [pairs[torch.randint(len(pairs), (len(pairs),), generator=chance)].sum(dim=0) for _ in range(resamples)]
+        [pairs[torch.randint(len(pairs), (len(pairs),), generator=chance)].sum(dim=0) for _ in range(RESAMPLES)]
     )
-    rest = (1 - confidence) / 2
+    rest = (1 - CONFIDENCE) / 2
     low, high = (drawn[:, 0] / drawn[:, 1]).quantile(torch.tensor([rest, 1 - rest]).double()).tolist()
     return low, high
 

@@ -79,12 +79,11 @@ def _by_expert(module: nn.Module, p: nn.Parameter) -> bool:
     return p.ndim > 1 and any(getattr(module, name, None) == p.shape[0] for name in EXPERTS)
 
 
-def orthogonalize(matrices: Float[Tensor, "n rows cols"], steps: int = 5) -> Float[Tensor, "n rows cols"]:
+def orthogonalize(matrices: Float[Tensor, "n rows cols"]) -> Float[Tensor, "n rows cols"]:
     """Moves all singular values of each matrix towards one (into about 0.7 to 1.2), keeping the singular vectors.
 
     Args:
         matrices: A stack of matrices of one shape.
-        steps: Newton–Schulz iterations of the quintic `a X + b (X Xᵀ) X + c (X Xᵀ)² X`.
 
     Returns:
         In bfloat16, which is precise enough for a direction and fast everywhere.
@@ -97,7 +96,7 @@ def orthogonalize(matrices: Float[Tensor, "n rows cols"], steps: int = 5) -> Flo
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
+    for _ in range(5):  # Newton–Schulz iterations of the quintic `a X + b (X Xᵀ) X + c (X Xᵀ)² X`
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x if wide else x.mT

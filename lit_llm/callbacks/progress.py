@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 import sys
 import time
@@ -15,8 +14,6 @@ from rich.progress import BarColumn, TextColumn
 from rich.progress import Progress as RichProgress
 
 from lit_llm.callbacks.throughput import Throughput
-
-log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_MOVES = 0.5
 

@@ -29,23 +29,22 @@ Scope = Literal["row", "layer", "global"]
 Scores = dict[str, Tensor]
 
 
-def cubic(progress: float, final: float, initial: float = 0.0) -> float:
+def cubic(progress: float, final: float) -> float:
     """The sparsity at a point of a gradual pruning: fast while there is much to spare, slowly towards the end.
 
     Args:
         progress: How much of the pruning is over; held in [0, 1].
         final: The sparsity it ends at.
-        initial: The sparsity it starts from.
 
     Source:
-        Zhu & Gupta, 2017, "To prune, or not to prune", arXiv:1710.01878, eq. 1.
+        Zhu & Gupta, 2017, "To prune, or not to prune", arXiv:1710.01878, eq. 1, from no sparsity on.
 
     Example:
         >>> [round(cubic(step / 4, final=0.8), 4) for step in range(5)]
         [0.0, 0.4625, 0.7, 0.7875, 0.8]
     """
     left = 1 - min(1.0, max(0.0, progress))
-    return final + (initial - final) * left**3
+    return final - final * left**3
 
 
 # Masks: plain functions of scores.

@@ -58,12 +58,12 @@ def test_of_convolutions_the_inputs_of_an_output_are_a_row() -> None:
     assert (mask.flatten(1).sum(1) == 18).all()
 
 
-def test_the_cubic_curve_rises_from_its_start_to_its_end_and_stays_within_them() -> None:
-    curve = [cubic(step / 10, final=0.9, initial=0.2) for step in range(-3, 14)]
+def test_the_cubic_curve_rises_from_nothing_to_its_end_and_stays_within_them() -> None:
+    curve = [cubic(step / 10, final=0.9) for step in range(-3, 14)]
     assert curve == sorted(curve)
-    assert curve[:4] == [pytest.approx(0.2)] * 4
+    assert curve[:4] == [0.0] * 4
     assert curve[-4:] == [pytest.approx(0.9)] * 4
-    assert curve[8] == pytest.approx(0.9 - 0.7 * 0.5**3)
+    assert curve[8] == pytest.approx(0.9 - 0.9 * 0.5**3)
 
 
 # Methods.
