@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lit_llm.models.block import Block, depths
+from lit_llm.weights import hf_names
 
 
 class Adaptation(ABC):
@@ -279,8 +280,7 @@ class LoRA(Adaptation):
         """Writes the adapters, and what else learnt, as peft's `PeftModel.from_pretrained` reads them."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        # By transformers' names: its own networks are one level further in here.
-        name_of = getattr(network, "hf_name", lambda name: name.removeprefix("model."))
+        name_of = hf_names(network)
         config = self._config([name_of(n) for n, m in network.named_modules() if isinstance(m, BaseTunerLayer)])
         learnt = {name_of(name): p for name, p in network.named_parameters() if p.requires_grad}
         whole = {name.rpartition(".")[0] for name in learnt if "lora_" not in name}

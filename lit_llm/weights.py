@@ -44,7 +44,7 @@ def read_weights(network: nn.Module, folder: Path) -> None:
     if shapes_only():
         return
     stored = {name: t for name, t in _tensors(folder) if not name.endswith(getattr(network, "hf_buffers", ()))}
-    name_of = _hf_names(network)
+    name_of = hf_names(network)
     base = name_of("")
     if not any(name.startswith(base) for name in stored):  # saved without its head
         stored = {name if name.startswith("lm_head.") else base + name: t for name, t in stored.items()}
@@ -149,11 +149,11 @@ def _copy(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied:
 
 def _as_transformers(network: nn.Module) -> dict[str, Tensor]:
     """What a network has to be given, by the names, and in the shapes, that transformers gives it."""
-    view, name_of = getattr(network, "hf_view", lambda name, parameter: parameter), _hf_names(network)
+    view, name_of = getattr(network, "hf_view", lambda name, parameter: parameter), hf_names(network)
     return {name_of(name): view(name, tensor) for name, tensor in _own(network).items()}
 
 
-def _hf_names(network: nn.Module) -> Callable[[str], str]:
+def hf_names(network: nn.Module) -> Callable[[str], str]:
     """How transformers calls what is in a network; one of its own is one level further in here."""
     return getattr(network, "hf_name", lambda name: name.removeprefix("model."))
 
