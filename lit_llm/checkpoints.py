@@ -30,7 +30,7 @@ from lit_llm.models.pretrained_network import Pretrained, may_lack
 from lit_llm.recipes import built, class_path, first_argument, plain
 from lit_llm.shapes import shapes_only
 from lit_llm.shards import whole
-from lit_llm.weights import fill, read_weights, require_whole, write_weights
+from lit_llm.weights import fill, read_weights, require_whole_weights, write_weights
 
 log = logging.getLogger(__name__)
 
@@ -239,7 +239,7 @@ def _from_directory(folder: Path) -> Model:
         network = replay(kind(size, **arguments), records)
         read_weights(network, folder)
     elif hasattr(kind, "load_weights") and not shapes_only():
-        require_whole(folder)
+        require_whole_weights(folder)
         with torch.device("meta"):
             network = kind(size, **arguments)
         network.load_weights(folder)

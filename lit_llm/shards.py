@@ -55,7 +55,7 @@ class Pieces:
         return part
 
 
-def _is_shared_out(tensor: Tensor) -> bool:
+def _is_dtensor(tensor: Tensor) -> bool:
     """Whether a tensor is torch's `DTensor`, of which there is none before a second has gone into importing it."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
@@ -64,12 +64,12 @@ def _is_shared_out(tensor: Tensor) -> bool:
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
     """What of each tensor is on this device, to be changed in place; of a plain one all."""
     with torch.no_grad():
-        return [t.to_local() if _is_shared_out(t) else t for t in tensors]
+        return [t.to_local() if _is_dtensor(t) else t for t in tensors]
 
 
 def is_shared_out(tensors: Iterable[Tensor]) -> bool:
     """Whether some are in parts on several devices."""
-    return any(_is_shared_out(t) or hasattr(t, "ds_id") for t in tensors)
+    return any(_is_dtensor(t) or hasattr(t, "ds_id") for t in tensors)
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
@@ -81,7 +81,7 @@ def whole(tensor: Tensor | Pieces) -> Tensor:
     """All of a tensor; for one that is shared out over devices, all processes have to ask at once."""
     if isinstance(tensor, Pieces):
         return tensor.part([(0, length) for length in tensor.shape])
-    return tensor.full_tensor() if _is_shared_out(tensor) else tensor
+    return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
 def box_of(tensor: Tensor) -> Box:
@@ -91,7 +91,7 @@ def box_of(tensor: Tensor) -> Box:
     tensor parallelism has left.
     """
     box = [(0, length) for length in tensor.shape]
-    if not _is_shared_out(tensor):
+    if not _is_dtensor(tensor):
         return box
     mesh = tensor.device_mesh
     for axis in reversed(range(mesh.ndim)):
@@ -109,7 +109,7 @@ def part(tensor: Tensor | Pieces, like: Tensor) -> Tensor:
     """This device's share of a whole tensor, where that is shared out as `like` is; else the tensor."""
     if isinstance(tensor, Pieces):
         return tensor.part(box_of(like))
-    if not _is_shared_out(like):
+    if not _is_dtensor(like):
         return tensor
     for dimension, (start, length) in enumerate(box_of(like)):
         tensor = tensor.narrow(dimension, start, length)
@@ -131,7 +131,7 @@ def share_to_keep(tensor: Tensor) -> tuple[list[int], Tensor] | None:
 
 def shared_as(tensor: Tensor, like: Tensor) -> Tensor:
     """A share, such as `part` gives, as the tensor that all shares are, in the form of `like`."""
-    if not _is_shared_out(like):
+    if not _is_dtensor(like):
         return tensor
     return type(like).from_local(
         tensor, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
@@ -142,6 +142,6 @@ def total_norm(tensors: Iterable[Tensor]) -> Tensor:
     """The 2-norm of all tensors together, each shared out over some mesh or none."""
     groups: dict[Any, list[Tensor]] = {}
     for t in tensors:
-        groups.setdefault(t.device_mesh if _is_shared_out(t) else None, []).append(t)
+        groups.setdefault(t.device_mesh if _is_dtensor(t) else None, []).append(t)
     norms = [whole(torch.nn.utils.get_total_norm(members)) for members in groups.values()]
     return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)  # of none 0

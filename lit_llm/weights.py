@@ -170,7 +170,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
-def require_whole(folder: Path) -> None:
+def require_whole_weights(folder: Path) -> None:
     """Refuses files of weights that are not whole.
 
     Raises:
