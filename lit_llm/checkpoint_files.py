@@ -23,6 +23,7 @@ from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 
 from lit_llm.files import replacing
 from lit_llm.shards import Pieces, is_shared_out, share_to_keep, whole
+from lit_llm.wording import first_line
 
 SEAL = b"lit-llm sha256:"
 """Stands, before a hash of all that precedes it, at the end of our checkpoints; torch reads over it."""
@@ -40,9 +41,9 @@ def plain_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0]
         raise OSError(
-            f"disk must have room to write {path}, but writing failed: {reason}; the last checkpoint is whole"
+            f"disk must have room to write {path}, but writing failed: {first_line(error)}; the last checkpoint is "
+            f"whole"
         ) from error
 
 
@@ -311,9 +312,8 @@ def _load(path: Path, remedy: str, **options: Any) -> Any:
             return torch.load(path, weights_only=True, **options)
     except Exception as error:
         require_whole(path, remedy)
-        reason = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"ckpt_path must hold plain values and tensors only, but {path} does not: {reason}{remedy}"
+            f"ckpt_path must hold plain values and tensors only, but {path} does not: {first_line(error)}{remedy}"
         ) from error
 
 

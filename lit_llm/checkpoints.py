@@ -31,6 +31,7 @@ from lit_llm.recipes import built, class_path, first_argument, plain
 from lit_llm.shapes import shapes_only
 from lit_llm.shards import whole
 from lit_llm.weights import fill, read_weights, require_whole_weights, write_weights
+from lit_llm.wording import first_line
 
 log = logging.getLogger(__name__)
 
@@ -219,10 +220,9 @@ def _download(name: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]))
     except Exception as error:  # no connection, no such model, no right to it
-        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
             f"model must be a model directory, a run folder, a checkpoint file or a name on the hub, but {name} is no "
-            f"such place here, and from the hub: {reason}"
+            f"such place here, and from the hub: {first_line(error)}"
         ) from error
 
 
@@ -265,7 +265,7 @@ def _tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
     try:
         return open_tokenizer(folder)
     except (ValueError, OSError) as error:
-        log.info(f"No tokeniser can be made of vocab.json and merges.txt in {folder}: {str(error).splitlines()[0]}")
+        log.info(f"No tokeniser can be made of vocab.json and merges.txt in {folder}: {first_line(error)}")
         return None
 
 

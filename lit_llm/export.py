@@ -26,6 +26,7 @@ from lit_llm.export_card import card
 from lit_llm.export_inputs import Served, ServedTexts, dynamic_shapes, reader, served_of
 from lit_llm.export_layers import exportable, rounding_inputs
 from lit_llm.files import replacing
+from lit_llm.wording import first_line
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
 """What the file of each format is called."""
@@ -167,7 +168,7 @@ def _programmed(served: Served, read: Callable[[int, int], dict[str, Tensor]]) -
     except Exception as error:  # of dozens of kinds
         raise ValueError(
             f"network must be one that torch.export takes with any number of rows and tokens, but a "
-            f"{type(kind).__name__} is not: {_first_line(error)}; serve its model directory instead"
+            f"{type(kind).__name__} is not: {_reason(error)}; serve its model directory instead"
         ) from error
     unread = [node.name for node in program.graph.nodes if node.op == "placeholder" and not node.users]
     if "token_type_ids" in unread:
@@ -201,7 +202,7 @@ def _write(program: ExportedProgram, file: Path, form: str, dynamic: dict[str, d
         raise
     except Exception as error:  # of as many kinds as there are operations
         raise ValueError(
-            f"network must be made of operations that ONNX has, but is not: {_first_line(error)}; give --format torch"
+            f"network must be made of operations that ONNX has, but is not: {_reason(error)}; give --format torch"
         ) from error
 
 
@@ -217,7 +218,7 @@ def _open(file: Path, form: str, names: tuple[str, ...]) -> Answer:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # of its own, which share no base
         raise ValueError(
-            f"network must be made of operations that ONNX Runtime runs, but is not: {_first_line(error)}; give "
+            f"network must be made of operations that ONNX Runtime runs, but is not: {_reason(error)}; give "
             f"--format torch"
         ) from error
 
@@ -242,7 +243,7 @@ def _compared(answer: Answer, served: Served, read: Callable[[int, int], dict[st
         except Exception as error:
             raise ValueError(
                 f"file must take any number of rows and tokens, but of {shape[0]} x {shape[1]} it says: "
-                f"{_first_line(error)}; serve the model directory instead"
+                f"{_reason(error)}; serve the model directory instead"
             ) from error
         if expected.shape != found.shape:
             raise ValueError(
@@ -305,8 +306,8 @@ def _quietly() -> Iterator[None]:
         logging.disable(before)
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """What the first of the errors that led to one says, in short."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{lines[0][:200]}" if lines else type(error).__name__
+    return first_line(error)[:200]

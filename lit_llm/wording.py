@@ -20,6 +20,17 @@ def listed(values: Iterable[Any]) -> str:
     return ", ".join(map(repr, values[:10])) + (f" … ({len(values)} in all)" if len(values) > 10 else "")
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, without the rest of it; its kind, where it says nothing.
+
+    Example:
+        >>> first_line(OSError("no such place\\nTry another.")), first_line(ConnectionError())
+        ('no such place', 'ConnectionError')
+    """
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip() if lines else type(error).__name__
+
+
 def conversion(wrong: UnicodeDecodeError) -> str:
     """What to do with a file that is not UTF-8: UTF-16 begins with a mark, and else Latin-1 is likely.
 

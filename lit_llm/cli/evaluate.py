@@ -11,6 +11,7 @@ from typing import Any
 from lit_llm.cli import fail
 from lit_llm.cli.parser import OneLineArguments, moved, require_writable
 from lit_llm.files import write_json
+from lit_llm.wording import first_line
 
 NEW_TOKENS = 256
 """Most tokens of an answer where its task says nothing, as in lm-eval's own models."""
@@ -107,8 +108,7 @@ def _read_task(path: str) -> dict[str, Any]:
     try:
         return load_yaml(path)
     except (yaml.YAMLError, ValueError, OSError, ImportError, AttributeError) as error:
-        line = next(iter(str(error).splitlines()), repr(error))
-        raise ValueError(f"--tasks must be YAML files of lm-eval, but {path} is none: {line}") from error
+        raise ValueError(f"--tasks must be YAML files of lm-eval, but {path} is none: {first_line(error)}") from error
 
 
 def adapted(network: Any, tokenizer: Any, batch_size: int = 8) -> Any:

@@ -18,6 +18,7 @@ from lit_llm.data.corpora import Document
 from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.token_cache import Encoded
 from lit_llm.data.tokenizer import require_utf_8
+from lit_llm.wording import first_line
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
@@ -315,5 +316,4 @@ def _render(
 
 
 def _refusal(name: str, error: Exception) -> ValueError:
-    reason = str(error).strip().splitlines()[0]
-    return ValueError(f"{name} must be such as the chat template renders, but it refuses: {reason}")
+    return ValueError(f"{name} must be such as the chat template renders, but it refuses: {first_line(error)}")

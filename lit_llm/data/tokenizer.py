@@ -11,6 +11,8 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lit_llm.wording import first_line
+
 BOUNDARY = "<|endoftext|>"
 """Opens every document in the tokenisers made here, and so ends the one before."""
 
@@ -263,11 +265,10 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = open_tokenizer(spec)
     except Exception as error:  # the library beneath raises nothing narrower for a file that is no tokeniser
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         sized = ", ".join(f"`{kind}-<size>`" for kind in KINDS)
         raise FileNotFoundError(
             f"tokenizer must be `bytes`, `characters`, {sized}, a folder made by `lit-llm tokenizer` or a name on the "
-            f"hub, but is {str(spec)!r}: {reason}"
+            f"hub, but is {str(spec)!r}: {first_line(error)}"
         ) from error
     if not tokenizer.is_fast:
         raise ValueError(f"tokenizer must have a tokenizer.json, but {spec} is a {type(tokenizer).__name__}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from lit_llm.models.block import Block
 from lit_llm.models.pretrained_attention import attend_faster
+from lit_llm.wording import first_line
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -367,8 +368,3 @@ def _quietly() -> Iterator[None]:
         logging.set_verbosity(level)
         if shown:
             logging.enable_progress_bar()
-
-
-def first_line(error: Exception) -> str:
-    """What an error of a library says, without the rest of it."""
-    return str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
