@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import yaml
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
+from lit_llm.cli import run_folder
 from lit_llm.files import replacing
 
 ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config", "find_lr"}
@@ -48,12 +50,7 @@ class RunConfig(SaveConfigCallback):
         if not trainer.is_global_zero:
             return
         config = self._about_the_run()
-        loggers = config["trainer"].get("logger")
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            options = logger.get("init_args", {}) if isinstance(logger, dict) else {}
-            if options.get("save_dir") == config["trainer"]["default_root_dir"]:
-                options["save_dir"] = "."  # its run folder: a run that repeats this one logs into its own folder
-                options |= {"id": None, "resume": None} if "id" in options else {}
+        log_into_any(config["trainer"].get("logger"), Path(config["trainer"]["default_root_dir"]))
         config["trainer"]["default_root_dir"] = None
         with replacing(Path(trainer.default_root_dir) / "config.yaml") as new:
             new.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
@@ -65,6 +62,26 @@ class RunConfig(SaveConfigCallback):
         """All that was told but what is of one run only."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         return {key: value for key, value in config.items() if key not in ABOUT_ONE_RUN}
+
+
+def log_into(loggers: Any, folder: Path) -> None:
+    """Points at a run's folder, in place, the loggers of a trainer's options that are told no other."""
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        options = getattr(logger, "init_args", None)
+        if options is not None and "save_dir" in options and options["save_dir"] in (None, "."):
+            options["save_dir"] = str(folder)
+        if options is not None and {"id", "resume"} <= vars(options).keys() and options["id"] is None:
+            options["id"], options["resume"] = run_folder.wandb_id(folder), "allow"
+            os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # else it is silent for a minute and a half
+
+
+def log_into_any(loggers: Any, folder: Path) -> None:
+    """Undoes that, in options as a YAML file has them."""
+    for logger in loggers if isinstance(loggers, list) else [loggers]:
+        options = logger.get("init_args", {}) if isinstance(logger, dict) else {}
+        if options.get("save_dir") == str(folder):
+            options["save_dir"] = "."  # its run folder: a run that repeats this one logs into its own folder
+            options |= {"id": None, "resume": None} if "id" in options else {}
 
 
 def require_same(said: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from lit_llm.cli.command_line import OneLineParser, ParagraphHelp, restore_nulls
 from lit_llm.cli.errors import one_line
 from lit_llm.cli.lean_loop import skip_empty_hooks
 from lit_llm.cli.quiet import quieten
-from lit_llm.cli.run_config import RunConfig
+from lit_llm.cli.run_config import RunConfig, log_into
 from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
 from lit_llm.cli.trainer_options import require_end, require_sound
 from lit_llm.products import multiply_by_onednn
@@ -185,14 +185,7 @@ class TrainingCLI(LightningCLI):
             if self.run_dir != self.of_run and os.environ.get("LOCAL_RANK", "0") == "0":
                 log.info(f"The data or the checkpoint are not the run's own, so what is found goes to {self.run_dir}")
         config["trainer"]["default_root_dir"] = str(self.run_dir)
-        loggers = config["trainer"].get("logger")
-        for logger in loggers if isinstance(loggers, list) else [loggers]:
-            options = getattr(logger, "init_args", None)
-            if options is not None and "save_dir" in options and options["save_dir"] in (None, "."):
-                options["save_dir"] = str(self.run_dir)
-            if options is not None and {"id", "resume"} <= vars(options).keys() and options["id"] is None:
-                options["id"], options["resume"] = run_folder.wandb_id(self.run_dir), "allow"
-                os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # else it is silent for a minute and a half
+        log_into(config["trainer"].get("logger"), self.run_dir)
 
     def _starts_from_weights(self, config: Any) -> bool:
         """Whether no checkpoint is meant: in a training, and where a model directory outside of a run is evaluated.
