@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -32,6 +31,7 @@ from lit_llm.cli.quiet import quieten
 from lit_llm.cli.run_config import RunConfig, log_into
 from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
 from lit_llm.cli.trainer_options import require_end, require_sound
+from lit_llm.cli.trial_run import read_results
 from lit_llm.products import multiply_by_onednn
 
 log = logging.getLogger(__name__)
@@ -298,7 +298,7 @@ class TrainingCLI(LightningCLI):
         return f"Stopped before the end of {self.trainer.state.fn.value}. To start it again: {again}"
 
     def before_fit(self) -> None:
-        """Says where the run writes."""
+        """Leaves out hooks that do nothing, and says where the run writes."""
         for callback in self.trainer.callbacks:
             skip_empty_hooks(callback, Callback)
         skip_empty_hooks(self.model, LightningModule)
@@ -363,8 +363,7 @@ class TrainingCLI(LightningCLI):
     @property
     def results(self) -> dict[str, Any]:
         """What the run has come to, as `results.json` says it (see `RunReport`); nothing before its end."""
-        path = self.run_dir / "results.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_results(self.run_dir)
 
     def _summary(self) -> None:
         results = self.results
