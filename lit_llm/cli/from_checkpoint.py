@@ -3,17 +3,74 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lit_llm.checkpoint_files import own_checkpoint, read_checkpoint
 from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.tokenizer import training_of, write_tokenizer_files
 from lit_llm.files import replacing
 
 NOT_OF_TEXTS = {"batch_size", "seq_len", "mask_documents"}
 """What of data has no part in the texts that a tokeniser is learnt from."""
+
+
+def starts_from_weights(config: Any) -> bool:
+    """Whether an evaluation means no checkpoint: where a model directory outside of a run is evaluated.
+
+    A run has a config even where its checkpoints are gone: what it began with is not what it came to, but its own
+    model is.
+    """
+    weights = (config["model"].get("init_args") or {}).get("weights")
+    folder = config.get("run_dir") or config["trainer"].get("default_root_dir")
+    if not (weights and folder):
+        return bool(weights)
+    if own_checkpoint(Path(folder)).is_file():
+        return False
+    own = Path(weights).resolve().is_relative_to(Path(folder).resolve())
+    return own or not (Path(folder) / "config.yaml").is_file()
+
+
+@contextmanager
+def completed(config: Any, run: Path | None, fits: bool) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Completes a command's options from its checkpoint, in place, for what is made of them.
+
+    Args:
+        config: All options of the command.
+        run: The folder of the run that is evaluated.
+        fits: Whether training goes on.
+
+    Yields:
+        The checkpoint, empty where none is read, and whether what the model starts from gives way to it.
+
+    Raises:
+        ValueError: When it cannot be read for this command, or is of another network.
+    """
+    options = config["model"].get("init_args") or {}
+    network = getattr(options.get("network"), "init_args", None) or {}
+    weights, path, told = options.get("weights"), network.get("path"), network.get("config")
+    checkpoint = read_checkpoint(Path(config["ckpt_path"]), in_pieces=True) if config.get("ckpt_path") else {}
+    if checkpoint:
+        require_written_by_trainer(checkpoint, Path(config["ckpt_path"]), fits)
+    if checkpoint and fits:
+        require_later(config["trainer"].get("max_steps"), checkpoint)
+    require_same_network(getattr(options.get("network"), "class_path", None), checkpoint)
+    complete_network(network, checkpoint, fits)
+    if not fits:
+        complete_tokenizer(config["data"].get("init_args") or {}, run, checkpoint)
+        complete_images(config["data"].get("init_args") or {}, checkpoint)
+    gives_way = bool(checkpoint and (weights or network.get("path") != path))
+    if gives_way:
+        options["weights"] = config["ckpt_path"]
+    yield checkpoint, gives_way
+    if weights:
+        options["weights"] = weights  # as the run's config says it
+    if fits and "config" in network:
+        network["config"] = told
 
 
 def require_written_by_trainer(checkpoint: dict[str, Any], path: Path, fits: bool) -> None:

@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_llm.callbacks.learning_rate_finder import LearningRateFinder
 from lit_llm.callbacks.run_report import command
-from lit_llm.checkpoint_files import own_checkpoint, read_checkpoint
+from lit_llm.checkpoint_files import own_checkpoint
 from lit_llm.cli import COMMANDS, find_lr, from_checkpoint, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.command_line import OneLineParser, ParagraphHelp, restore_nulls, with_the_runs_config
@@ -96,7 +96,7 @@ class TrainingCLI(LightningCLI):
     run_dir: Path | None = None
     """Where this command writes."""
 
-    of_run: Path
+    of_run: Path | None = None
     """The folder of the run that it makes or evaluates."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
@@ -159,24 +159,23 @@ class TrainingCLI(LightningCLI):
 
     def before_instantiate_classes(self) -> None:
         """Decides on the run folder, finds the checkpoint in it, and points all that writes there."""
-        config = self.config[self.subcommand]
+        config, fits = self.config[self.subcommand], self.subcommand == "fit"
         restore_nulls(config)
         if config.get("find_lr"):
             find_lr.prepare(config)
             self.save_config_callback = None  # what is done here is no run to be repeated
         configs = [Path(str(getattr(path, "relative", path))) for path in config.get("config") or []]
         asked = config.get("ckpt_path")
-        ckpt_path = asked or (None if self._starts_from_weights(config) else "best")
+        ckpt_path = asked or (None if fits or from_checkpoint.starts_from_weights(config) else "best")
         given = config.get("run_dir") or config["trainer"].get("default_root_dir")
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
         if ckpt_path:
             ckpt_path = asked or own_checkpoint(self.run_dir).stem
             config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
             checkpoint = Path(config["ckpt_path"])
-            fits = self.subcommand == "fit"
             from_checkpoint.require_own_start(config["model"], self.run_dir, checkpoint, sys.argv, fits)
         self.of_run = self.run_dir
-        run_folder.make(self.run_dir, starts_anew=not ckpt_path, trains=self.subcommand == "fit")
+        run_folder.make(self.run_dir, starts_anew=not ckpt_path, trains=fits)
         if ckpt_path and self.subcommand in ("validate", "test"):
             options = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
             checkpoint = Path(config["ckpt_path"])
@@ -187,61 +186,21 @@ class TrainingCLI(LightningCLI):
         config["trainer"]["default_root_dir"] = str(self.run_dir)
         log_into(config["trainer"].get("logger"), self.run_dir)
 
-    def _starts_from_weights(self, config: Any) -> bool:
-        """Whether no checkpoint is meant: in a training, and where a model directory outside of a run is evaluated.
-
-        A run has a config even where its checkpoints are gone: what it began with is not what it came to, but its own
-        model is.
-        """
-        weights = (config["model"].get("init_args") or {}).get("weights")
-        folder = config.get("run_dir") or config["trainer"].get("default_root_dir")
-        if self.subcommand == "fit":
-            return True
-        if not (weights and folder):
-            return bool(weights)
-        if own_checkpoint(Path(folder)).is_file():
-            return False
-        own = Path(weights).resolve().is_relative_to(Path(folder).resolve())
-        return own or not (Path(folder) / "config.yaml").is_file()
-
     def instantiate_classes(self) -> None:
         """Instantiates; what a run started from gives way to the checkpoint that is read.
 
         So its weights need not be there any more, nor, in an evaluation, its network's path; a tokeniser that the data
         name must.
         """
+        config, fits = self.config[self.subcommand], self.subcommand == "fit"
         with self._leaving_nothing():
-            self._instantiate()
-
-    def _instantiate(self) -> None:
-        config = self.config[self.subcommand]
-        options = config["model"].get("init_args") or {}
-        network = getattr(options.get("network"), "init_args", None) or {}
-        weights, path, told = options.get("weights"), network.get("path"), network.get("config")
-        checkpoint = read_checkpoint(Path(config["ckpt_path"]), in_pieces=True) if config.get("ckpt_path") else {}
-        fits = self.subcommand == "fit"
-        if checkpoint:
-            from_checkpoint.require_written_by_trainer(checkpoint, Path(config["ckpt_path"]), fits)
-        if checkpoint and fits:
-            from_checkpoint.require_later(config["trainer"].get("max_steps"), checkpoint)
-        from_checkpoint.require_same_network(getattr(options.get("network"), "class_path", None), checkpoint)
-        from_checkpoint.complete_network(network, checkpoint, fits)
-        if not fits:
-            from_checkpoint.complete_tokenizer(config["data"].get("init_args") or {}, self.of_run, checkpoint)
-            from_checkpoint.complete_images(config["data"].get("init_args") or {}, checkpoint)
-        gives_way = bool(checkpoint and (weights or network.get("path") != path))
-        if gives_way:
-            options["weights"] = config["ckpt_path"]
-        super().instantiate_classes()
-        self.model.starts_from_checkpoint = gives_way
-        if not fits:
-            self.model.stored_size = (checkpoint.get("network") or {}).get("size")
-        if self.subcommand in ("validate", "test") and hasattr(self.datamodule, "expect"):
-            self.datamodule.expect(checkpoint.get(type(self.datamodule).__qualname__, {}))
-        if weights:
-            options["weights"] = weights  # as the run's config says it
-        if fits and "config" in network:
-            network["config"] = told
+            with from_checkpoint.completed(config, self.of_run, fits) as (checkpoint, gives_way):
+                super().instantiate_classes()
+            self.model.starts_from_checkpoint = gives_way
+            if not fits:
+                self.model.stored_size = (checkpoint.get("network") or {}).get("size")
+            if self.subcommand in ("validate", "test") and hasattr(self.datamodule, "expect"):
+                self.datamodule.expect(checkpoint.get(type(self.datamodule).__qualname__, {}))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """The trainer, with what every run of this package has."""
