@@ -114,33 +114,8 @@ def steps(
     Raises:
         ValueError: When a value is out of range, a prompt is empty, or prompt and new tokens outgrow the network.
     """
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature must be finite and at least 0, but is {temperature}")
-    if seed is not None and not -(2**63) <= seed < 2**63:
-        raise ValueError(f"seed must fit into 64 bits, but is {seed}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, but is {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], but is {top_p}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, but is {max_new_tokens}")
-    if not prompts or not all(prompts):
-        raise ValueError("prompt must hold at least one token, but is empty")
+    _require_possible(network, prompts, max_new_tokens, temperature, top_k, top_p, seed)
     longest = max(map(len, prompts))
-    limit = getattr(network, "max_seq_len", None)
-    if limit and longest > (room := limit - min(max_new_tokens, 1)):
-        raise ValueError(
-            f"prompt must be at most {room} tokens, which the network's max_seq_len {limit} has room to go on from, "
-            f"but is {longest}; shorten it"
-        )
-    if limit and longest + max_new_tokens > limit:
-        raise ValueError(
-            f"max_new_tokens must be at most {limit - longest}, which is what the network's max_seq_len "
-            f"{limit} leaves after a prompt of {longest} tokens, but is {max_new_tokens}"
-        )
-    largest, size = max(map(max, prompts)), getattr(network, "vocab_size", None)
-    if size is not None and largest >= size:
-        raise ValueError(f"tokenizer must be the network's, of {size} tokens, but makes token {largest}")
     stops = {stop} if isinstance(stop, int) else set(stop)
     device = device or next(network.parameters()).device
     generator = torch.Generator(device).manual_seed(seed) if seed is not None else None
@@ -178,6 +153,45 @@ def _last(network: nn.Module, ids: Int[Tensor, "batch new"], **about: Any) -> Fl
     if hasattr(network, "hidden"):
         return network.lm_head(network.hidden(ids, **about)[:, -1:])[:, -1]
     return network(ids, **about)[:, -1]
+
+
+def _require_possible(
+    network: nn.Module,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+) -> None:
+    """Refuses what `steps` cannot do."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and at least 0, but is {temperature}")
+    if seed is not None and not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed must fit into 64 bits, but is {seed}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be at least 1, but is {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], but is {top_p}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens must be at least 0, but is {max_new_tokens}")
+    if not prompts or not all(prompts):
+        raise ValueError("prompt must hold at least one token, but is empty")
+    longest = max(map(len, prompts))
+    limit = getattr(network, "max_seq_len", None)
+    if limit and longest > (room := limit - min(max_new_tokens, 1)):
+        raise ValueError(
+            f"prompt must be at most {room} tokens, which the network's max_seq_len {limit} has room to go on from, "
+            f"but is {longest}; shorten it"
+        )
+    if limit and longest + max_new_tokens > limit:
+        raise ValueError(
+            f"max_new_tokens must be at most {limit - longest}, which is what the network's max_seq_len "
+            f"{limit} leaves after a prompt of {longest} tokens, but is {max_new_tokens}"
+        )
+    largest, size = max(map(max, prompts)), getattr(network, "vocab_size", None)
+    if size is not None and largest >= size:
+        raise ValueError(f"tokenizer must be the network's, of {size} tokens, but makes token {largest}")
 
 
 class Writing:
