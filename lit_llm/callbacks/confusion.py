@@ -12,9 +12,8 @@ from torch import Tensor
 from torchmetrics import ConfusionMatrix as Counts
 
 from lit_llm.callbacks.best_evaluation import BestEvaluation
-from lit_llm.callbacks.predictions import write_table
 from lit_llm.data.sampling import place
-from lit_llm.files import replacing
+from lit_llm.files import replacing, write_table
 
 READABLE = 20
 """Classes up to which counts and names have room in the picture."""

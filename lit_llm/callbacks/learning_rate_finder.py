@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_llm.files import replacing
+from lit_llm.files import replacing, write_table
 
 STEPS = 100
 LOWEST, HIGHEST = 1e-3, 1e2
@@ -93,10 +92,7 @@ class LearningRateFinder(Callback):
         """Writes the table and the picture into the run folder."""
         folder = Path(trainer.default_root_dir)
         rows = list(zip(self.rates, self.factors, self.losses, strict=False))
-        with replacing(folder / "lr_find.csv") as new, new.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.writer(file)
-            writer.writerow(["learning_rate", "factor", "loss"])
-            writer.writerows(rows)
+        write_table(folder / "lr_find.csv", ["learning_rate", "factor", "loss"], rows)
         role = trainer.optimizers[0].param_groups[0].get("role", "parameters")
         self._draw(folder / "lr_find.png", f"learning rate of the {role}, all others in proportion")
 

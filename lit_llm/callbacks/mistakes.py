@@ -13,8 +13,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lit_llm.callbacks.best_evaluation import BestEvaluation, gather
-from lit_llm.callbacks.predictions import columns_of, namer, write_table
-from lit_llm.files import replacing
+from lit_llm.callbacks.predictions import columns_of, namer
+from lit_llm.files import replacing, write_table
 
 
 class WorstMistakes(BestEvaluation):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_llm.batch import IGNORE_INDEX, say_nothing
-from lit_llm.files import replacing
+from lit_llm.files import write_table
 
 log = logging.getLogger(__name__)
 
@@ -222,11 +221,3 @@ def set_apart(lines: list[dict[str, Any]], added: list[str]) -> list[dict[str, A
     if names:
         log.info(f"Renamed columns of the source that clash with predictions: {', '.join(names.values())}")
     return [{names.get(name, name): value for name, value in line.items()} for line in lines]
-
-
-def write_table(path: Path, columns: list[str], rows: Iterable[Iterable[Any]], delimiter: str = ",") -> None:
-    """Writes a table with a line of column names."""
-    with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n" if delimiter == "\t" else "\r\n")
-        writer.writerow(columns)
-        writer.writerows(rows)

@@ -18,6 +18,7 @@ from lit_llm.cli.parser import OneLineArguments
 from lit_llm.cli.significance import paired_p
 from lit_llm.cli.trial_run import read_results
 from lit_llm.data.documents import corpus_name
+from lit_llm.files import replacing, write_table
 
 log = logging.getLogger(__name__)
 
@@ -295,19 +296,16 @@ def table(groups: list[Group], metric: str) -> str:
 
 
 def _write(out: Path, groups: list[Group], metric: str, text: str) -> None:
-    from lit_llm.files import replacing
-
     with replacing(out / "compare.md") as new:
         new.write_text(text, encoding="utf-8")
     runs = [(group.name, run) for group in groups for _, run in group.in_order()]
     names = {name for _, run in runs for name, value in run.results.items() if type(value) in (int, float)}
     columns = sorted(names)
-    with replacing(out / "compare.csv") as new, new.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["setting", "seed", "data.seed", "run", f"compared {metric}", *columns])
-        for name, run in runs:
-            cells = (run.results.get(column) for column in columns)
-            writer.writerow([name, *run.seed, run.folder, run.figure(metric), *cells])
+    rows = (
+        [name, *run.seed, run.folder, run.figure(metric), *(run.results.get(column) for column in columns)]
+        for name, run in runs
+    )
+    write_table(out / "compare.csv", ["setting", "seed", "data.seed", "run", f"compared {metric}", *columns], rows)
 
 
 def curves(group: Group, metric: str) -> list[tuple[int, float, float]]:
@@ -325,8 +323,6 @@ def curves(group: Group, metric: str) -> list[tuple[int, float, float]]:
 def draw_curves(path: Path, groups: list[Group], metric: str) -> None:
     """Draws the mean of each setting by step, in a band of one standard deviation; of many settings the first ten."""
     from matplotlib.figure import Figure
-
-    from lit_llm.files import replacing
 
     if len(groups) > MOST_CURVES:
         log.info(f"The picture shows the first {MOST_CURVES} of {len(groups)} settings")

@@ -22,6 +22,7 @@ from lit_llm.cli.sweep_pictures import draw
 from lit_llm.cli.sweep_progress import SweepProgress
 from lit_llm.cli.sweep_study import alone_in, open_study
 from lit_llm.cli.trial_run import INTERRUPTED, TrialRun, figure_of, metrics_of
+from lit_llm.files import replacing, write_table
 
 log = logging.getLogger(__name__)
 
@@ -271,9 +272,6 @@ class _Search:
 
     def _write_tables(self) -> None:
         """Writes `trials.csv`, a row a trial, and `best.yaml`, the best one as a run file."""
-        from lit_llm.callbacks.predictions import write_table
-        from lit_llm.files import replacing
-
         keys = [parameter.key for parameter in self.plan.parameters]
         rows = []
         for trial in self.trials("COMPLETE", "PRUNED", "FAIL"):
