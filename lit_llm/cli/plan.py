@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import tempfile
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,8 +95,6 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     Raises:
         ValueError: When a value is out of range, or the config cannot be planned from shapes alone and none is probed.
     """
-    from dataclasses import asdict, replace
-
     from lit_llm.dry_run import NeedsContent
     from lit_llm.planning import OPTIMAL_TOKENS_PER_PARAMETER, PAIR, STRATEGIES, Machine, bill, memory, traffic
 
@@ -113,9 +112,7 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     }
     if options.probe:
         found["probe"] = probe(words, details, options.probe)
-        machine = Machine(
-            **{**asdict(machine), "peak_flops": found["probe"]["flops_per_second"], "mfu": 1.0}  # measured, not assumed
-        )
+        machine = replace(machine, peak_flops=found["probe"]["flops_per_second"], mfu=1.0)  # measured, not assumed
     tokens = options.tokens or OPTIMAL_TOKENS_PER_PARAMETER * plain.parameters
     parts = details["accumulate_grad_batches"]
 
@@ -156,8 +153,6 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     Returns:
         The steps by name, and what else the config says.
     """
-    from dataclasses import replace
-
     import torch
 
     from lit_llm.callbacks.weight_average import WeightAverage
