@@ -12,6 +12,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 from lit_llm import __version__
 from lit_llm.cli.lean_import import import_torchmetrics
@@ -98,7 +99,7 @@ def main(args: list[str] | None = None) -> None:
         fail(line)
 
 
-def fail(line: str) -> None:
+def fail(line: str) -> NoReturn:
     """Ends the process over a user's mistake."""
     print(f"lit-llm: error: {line}", file=sys.stderr)
     sys.exit(2)

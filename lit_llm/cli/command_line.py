@@ -115,7 +115,6 @@ class OneLineParser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the line and exits with code 2."""
         fail(parser_line(message, [action.dest for action in self._actions], sys.argv, ex))
-        raise AssertionError
 
 
 class ParagraphHelp(DefaultHelpFormatter):

@@ -26,7 +26,6 @@ class OneLineArguments(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Prints the line, with where help is, and exits with code 2."""
         fail(f"{message}; see {self.prog} --help")
-        raise AssertionError
 
 
 def require_writable(json: Path | None) -> None:
