@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import argparse
 import csv
+import inspect
 import logging
 import re
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -198,9 +200,6 @@ def _require_one_objective(one: Finished, other: Finished) -> None:
 
 def _concrete(path: str | None) -> set[type]:
     """An objective and those it extends, by the path of its class, which is imported; none where it cannot be found."""
-    import inspect
-    from importlib import import_module
-
     from lightning.pytorch import LightningModule
 
     module, _, name = (path or "").rpartition(".")

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 
 from lit_llm.cli.chain_file import Chain, Stage, read_chain
 from lit_llm.cli.chain_folder import claim
+from lit_llm.cli.finished_run import falls
 from lit_llm.cli.parser import OneLineArguments
-from lit_llm.files import write_json
+from lit_llm.files import replacing, write_json
 
 if TYPE_CHECKING:
     from lit_llm.compression.compression import Compression
@@ -241,8 +242,6 @@ class _Evaluator:
         return row
 
     def _headline(self, found: dict[str, float]) -> tuple[str, str]:
-        from lit_llm.cli.finished_run import falls
-
         headline = getattr(self._cli.datamodule, "monitor", None) or self._cli.model.monitor
         prefix = "val" if self.chain.split == "validate" else "test"
         chief = headline[0].rpartition("/")[2]
@@ -286,8 +285,6 @@ def _is_enough(first: dict[str, Any], row: dict[str, Any], floor: float) -> bool
 
 
 def _copy(source: Path, target: Path) -> None:
-    from lit_llm.files import replacing
-
     with replacing(target) as new:
         shutil.copytree(source, new)
 
@@ -330,8 +327,6 @@ def _report(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> Non
 def _draw(path: Path, rows: list[dict[str, Any]]) -> None:
     """Quality against size and against time; the line joins what nothing beats in both."""
     from matplotlib.figure import Figure
-
-    from lit_llm.files import replacing
 
     sign = 1 if rows[0]["mode"] == "max" else -1
     figure = Figure(figsize=(9, 3.6), layout="constrained")
