@@ -25,7 +25,7 @@ from lit_llm.compression.sparsity import remove_masks
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tokenizer import open_tokenizer, padding_id, write_tokenizer_files
-from lit_llm.files import replacing
+from lit_llm.files import model_folder, replacing
 from lit_llm.models.pretrained_network import Pretrained, may_lack
 from lit_llm.recipes import built, class_path, first_argument, plain
 from lit_llm.shapes import shapes_only
@@ -210,8 +210,7 @@ def _place(path: str | Path) -> Path:
         path = _download(name)
     if not (path / "model").is_dir() and (checkpoint := own_checkpoint(path)).is_file():
         return checkpoint  # of a run of a network that transformers has no class for
-    inside = not (path / "config.json").is_file() and (path / "model" / "config.json").is_file()
-    return path / "model" if inside else path
+    return model_folder(path)
 
 
 def _download(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""Files that are never half-written."""
+"""Files that are never half-written, and where those of a model are."""
 
 from __future__ import annotations
 
@@ -58,6 +58,20 @@ def _took_its_place(new: Path, path: Path, old: Path) -> bool:
             os.replace(old, path)
         raise
     return True
+
+
+def model_folder(folder: Path, file: str = "config.json") -> Path:
+    """The folder of a model's file: a run folder stands for its `model/`, any other folder for itself.
+
+    Example:
+        >>> run = Path(tempfile.mkdtemp())
+        >>> (run / "model").mkdir()
+        >>> write_json(run / "model" / "config.json", {})
+        >>> model_folder(run) == model_folder(run / "model") == run / "model"
+        True
+    """
+    inside = not (folder / file).is_file() and (folder / "model" / file).is_file()
+    return folder / "model" if inside else folder
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from lit_llm.files import model_folder
 from lit_llm.wording import first_line
 
 BOUNDARY = "<|endoftext|>"
@@ -281,10 +282,8 @@ def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
     It is saved as it is: transformers leaves out `legacy`, by which a Llama's reads what follows a special token.
     """
-    folder = Path(source).expanduser()
-    if not (folder / "tokenizer.json").is_file() and (folder / "model" / "tokenizer.json").is_file():
-        source = folder / "model"
-    tokenizer = AutoTokenizer.from_pretrained(str(source), trust_remote_code=False)
+    folder = model_folder(Path(source).expanduser(), "tokenizer.json")
+    tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else source), trust_remote_code=False)
     if hasattr(tokenizer, "legacy"):
         tokenizer.init_kwargs["legacy"] = tokenizer.legacy
     return tokenizer

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lit_llm.files import model_folder
 from lit_llm.models.image_classifier import Shape, require_images
 from lit_llm.models.pretrained_last_layer import compute_what_is_read
 from lit_llm.models.pretrained_network import FullPrecision, Pretrained, answering
@@ -82,7 +83,7 @@ class PretrainedClassifier(Pretrained):
         if (path is None) == (config is None):
             given = "neither is" if path is None else "both are; set the one that is not meant to null"
             raise ValueError(f"model.network.path or model.network.config must be given, one of them, but {given}")
-        self._start = None if path is None else _place(path)
+        self._start = None if path is None else str(model_folder(Path(path).expanduser()))  # a name on the hub stays
         self.strict = strict
         made = self.read_config(config if self._start is None else self._start, "config" if path is None else "path")
         made.num_labels = num_classes
@@ -374,10 +375,3 @@ class _Output(dict):
 
     def __getitem__(self, key: Any) -> Any:
         return super().__getitem__(key) if isinstance(key, str) else tuple(self.values())[key]
-
-
-def _place(path: str) -> str:
-    """The directory of a model, where `path` is one or a run folder; else a name on the hub."""
-    folder = Path(path).expanduser()
-    inside = not (folder / "config.json").is_file() and (folder / "model" / "config.json").is_file()
-    return str(folder / "model" if inside else folder)

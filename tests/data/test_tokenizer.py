@@ -135,6 +135,13 @@ def test_a_saved_tokenizer_is_loaded_as_it_was(tmp_path: Path, made) -> None:
     assert (boundary_id(loaded), loaded.unk_token_id) == (boundary_id(made), made.unk_token_id)
 
 
+def test_a_tokenizers_folder_may_be_a_runs_and_begin_with_the_home(tmp_path: Path, monkeypatch) -> None:
+    TRAINED.save_pretrained(tmp_path / "run/model")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for place in (tmp_path / "run", "~/run", "~/run/model"):
+        assert fingerprint(load_tokenizer(place)) == fingerprint(TRAINED)
+
+
 @given(ANY_TEXT)
 @settings(deadline=None)
 def test_an_encoders_tokenizer_loses_nothing_either(text: str) -> None:
