@@ -23,7 +23,6 @@ from lit_llm.compression.compression import records_of, replay
 from lit_llm.compression.quantization import convert
 from lit_llm.compression.sparsity import remove_masks
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest
-from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tokenizer import open_tokenizer, padding_id, write_tokenizer_files
 from lit_llm.files import model_folder, replacing
 from lit_llm.models.pretrained_network import Pretrained, may_lack
@@ -351,11 +350,16 @@ def unpacked_tokenizer(path: str | Path) -> str | None:
     files = _tokenizer_files(read_checkpoint(Path(path), in_pieces=True))
     if not files:
         return None
-    folder = cache_folder() / "tokenizers" / cache_name(files=content_hash(json.dumps(files)))
+    return str(unpacked(files))
+
+
+def unpacked(files: dict[str, str]) -> Path:
+    """A folder of the cache with such a tokeniser, of whose files a checkpoint holds the texts."""
+    folder = cache_folder() / "tokenizers" / cache_name(files=files)
     if read_manifest(folder) is None:
         with new_cache(folder) as (new, _):
             write_tokenizer_files(files, new)
-    return str(folder)
+    return folder
 
 
 def _tokenizer_of(checkpoint: dict[str, Any]) -> PreTrainedTokenizerBase | None:

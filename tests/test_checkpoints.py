@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from lit_llm.checkpoint_files import AtomicCheckpointIO
-from lit_llm.checkpoints import load_model, read_image_processor, save_model
-from lit_llm.data.tokenizer import byte_tokenizer, fingerprint, train_bpe
+from lit_llm.checkpoints import load_model, read_image_processor, save_model, unpacked
+from lit_llm.data.tokenizer import byte_tokenizer, fingerprint, load_tokenizer, tokenizer_files, train_bpe
 from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained import PretrainedCausalLM
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
@@ -146,6 +146,18 @@ def test_a_model_whose_chat_template_renders_no_prompt_is_written_all_the_same(t
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     save_model(tmp_path, tiny_llama(vocab_size=len(tokenizer)), tokenizer)
     assert load_model(tmp_path)[1].chat_template == tokenizer.chat_template
+
+
+def test_a_tokenizer_is_unpacked_once_and_anew_where_a_file_of_it_is_gone(tmp_path: Path) -> None:
+    tokenizer = train_bpe(["one red bird"] * 9, 270)
+    tokenizer.save_pretrained(tmp_path)
+    files = tokenizer_files(tmp_path)
+    folder = unpacked(files)
+    made = (folder / "tokenizer.json").stat().st_mtime_ns
+    assert unpacked(files) == folder
+    assert (folder / "tokenizer.json").stat().st_mtime_ns == made
+    (folder / "tokenizer.json").unlink()
+    assert fingerprint(load_tokenizer(unpacked(files))) == fingerprint(tokenizer)
 
 
 def test_a_model_in_older_form_comes_with_its_tokenizer_too(tiny_gpt2, tmp_path: Path) -> None:

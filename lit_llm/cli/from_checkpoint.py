@@ -11,9 +11,8 @@ from typing import Any
 import yaml
 
 from lit_llm.checkpoint_files import own_checkpoint, read_checkpoint
-from lit_llm.data.cache import cache_folder, cache_name
-from lit_llm.data.tokenizer import training_of, write_tokenizer_files
-from lit_llm.files import replacing
+from lit_llm.checkpoints import unpacked
+from lit_llm.data.tokenizer import training_of
 
 NOT_OF_TEXTS = {"batch_size", "seq_len", "mask_documents"}
 """What of data has no part in the texts that a tokeniser is learnt from."""
@@ -218,8 +217,4 @@ def complete_tokenizer(options: Any, run: Path, checkpoint: dict[str, Any]) -> N
     own_corpus = here == there and "trained_on" not in state
     if own_corpus or spec != own.get("tokenizer") or not (spec is None or training_of(spec)):
         return
-    folder = cache_folder() / "tokenizers" / cache_name(files=files)
-    if not (folder / "tokenizer.json").is_file():
-        with replacing(folder) as new:
-            write_tokenizer_files(files, new)
-    options["tokenizer"] = str(folder)
+    options["tokenizer"] = str(unpacked(files))
