@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 from datasets import Dataset
 from hypothesis import given
 from hypothesis import strategies as st
@@ -49,6 +50,24 @@ def test_equal_examples_are_in_one_split() -> None:
     found = [set(part.column("text")) for part in parts.values()]
     assert len(found) == 3
     assert sum(map(len, found)) == len(set.union(*found))
+
+
+@pytest.mark.parametrize("labels", [[0, 1, 2], [0.0, 0.5, 1.0]])
+def test_equal_examples_are_in_one_split_though_their_labels_differ(labels) -> None:
+    labels, texts = labels * 100, [f"text {n % 80}" for n in range(300)]
+    parts = cut_splits(split(labels, texts), COLUMNS, 0.2, 0.1)
+    found = {name: set(part.column("text")) for name, part in parts.items()}
+    assert set(found) == {"train", "validation", "test"}
+    assert sum(map(len, found.values())) == 80
+    other = cut_splits(split(labels[::-1], texts[::-1]), COLUMNS, 0.2, 0.1)
+    assert found == {name: set(part.column("text")) for name, part in other.items()}
+
+
+def test_a_class_whose_only_example_is_of_another_class_too_is_trained_on() -> None:
+    for number in range(20):
+        texts = [f"text {n}" for n in range(100)] + [f"text {number}"]
+        parts = cut_splits(split([0] * 100 + [1], texts), COLUMNS, 0.2, 0.2)
+        assert 1 in parts["train"].labels
 
 
 def test_a_class_of_equal_examples_is_trained_on() -> None:
