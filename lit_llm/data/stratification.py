@@ -53,13 +53,19 @@ def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_
     """Cuts splits out of a training split: of each class the same fraction, by a hash of the texts.
 
     So the same table is always cut the same way, and equal examples stay together, even those of several classes: in
-    training, where they are more than such a fraction.
+    training, where they are more than a split takes. Others are then cut in their stead, but at the most half of them,
+    that some are left to train on.
     """
     texts = zip(*(split.column(name) for name in (columns.text, columns.text_pair) if name), strict=True)
     keys = np.array([content_hash("\0".join(text)) for text in texts], dtype=np.uint64)
-    before, sizes = standing(kinds_of_texts(strata(split.labels), keys), keys)
-    place = (before + 0.5) / sizes
-    edges = {"test": test_fraction, "validation": test_fraction + validation_fraction, "train": 1.0}
+    kinds = kinds_of_texts(strata(split.labels), keys)
+    sizes = np.bincount(kinds)[kinds]
+    _, order, alike = np.unique(keys, return_inverse=True, return_counts=True)
+    too_many = alike[order] > np.ceil(min(filter(None, (validation_fraction, test_fraction))) * sizes)
+    before, _ = standing(kinds, order + too_many * len(keys))
+    cut, others = test_fraction + validation_fraction, np.bincount(kinds, ~too_many)[kinds]
+    place = (before + 0.5) / np.where(others, np.minimum(sizes, others * max(1, 0.5 / cut)), sizes)
+    edges = {"test": test_fraction, "validation": cut, "train": np.inf}
     parts, low = {}, 0.0
     for name, high in edges.items():
         rows = np.flatnonzero((low <= place) & (place < high))

@@ -76,6 +76,22 @@ def test_a_class_of_equal_examples_is_trained_on() -> None:
     assert {name: int(part.labels.sum()) for name, part in parts.items()} == {"train": 30, "validation": 0, "test": 0}
 
 
+@pytest.mark.parametrize("frequent", [f"text {n}" for n in (0, 1, 2, 3)])
+@pytest.mark.parametrize(("times", "cut"), [(31, 30), (60, 30), (150, 30), (285, 4), (300, 0)])
+def test_a_frequent_text_is_trained_on_and_takes_no_place_from_the_others_of_its_class(frequent, times, cut) -> None:
+    labels = [0] * 300 + [1] * 300
+    texts = [f"other {n}" for n in range(600 - times)] + [frequent] * times
+    parts = cut_splits(split(labels, texts), COLUMNS, 0.1, 0.1)
+    found = {name: np.bincount(part.labels, minlength=2).tolist() for name, part in parts.items()}
+    assert found["test"][0] == found["validation"][0] == 30
+    assert abs(found["test"][1] - cut) <= 1 >= abs(found["validation"][1] - cut)
+    assert parts["train"].column("text").count(frequent) == times
+    other = cut_splits(split(labels[::-1], texts[::-1]), COLUMNS, 0.1, 0.1)
+    assert {name: sorted(part.column("text")) for name, part in parts.items()} == {
+        name: sorted(part.column("text")) for name, part in other.items()
+    }
+
+
 def test_only_splits_that_are_missing_are_cut() -> None:
     train, test = split([n % 2 for n in range(100)]), split([0, 1])
     assert with_all_splits({"test": test, "train": train}, COLUMNS, 0.0, 0.5) == {"train": train, "test": test}
