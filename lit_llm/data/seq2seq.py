@@ -68,7 +68,7 @@ class Seq2SeqData(TableTokens):
         max_target_len: The same for a text to write; what a network writes by itself is compared with all of it.
         batch_size: Examples per batch and device.
         validation_fraction: Fraction of the training split to validate on if the source has no validation split, by a
-            hash of the texts; 0 for none.
+            hash of the texts, those of one source together; 0 for none.
         test_fraction: The same for a test split.
         length_grouping: Batch examples of similar length.
         seed: Seed of the order of examples.
@@ -178,7 +178,9 @@ class Seq2SeqData(TableTokens):
             columns = PairColumns(self.columns.source, None) if hidden else self.columns
             check_texts(rows, asdict(columns), self.path, name)
         splits = {name: Split(rows, np.zeros(len(rows), np.int64)) for name, rows in found.items()}
-        texts = Columns(self.columns.source, self.columns.target, None)
+        # What may be written of one source stays together; where each stands once, splits are as they always were.
+        several = len(found["train"].unique(self.columns.source)) < len(found["train"])
+        texts = Columns(self.columns.source, None if several else self.columns.target, None)
         return with_all_splits(splits, texts, self.validation_fraction, self.test_fraction)
 
     def _texts_to_learn_tokens_from(self) -> list[str]:

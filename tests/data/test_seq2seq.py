@@ -142,6 +142,14 @@ def test_only_a_test_split_may_be_without_texts_to_write(tmp_path: Path) -> None
         opened(str(tmp_path))
 
 
+def test_a_source_with_several_texts_to_write_is_in_one_split(tmp_path: Path) -> None:
+    path = table(tmp_path, source=[f"text {n % 40}" for n in range(120)], target=[f"text {n}" for n in range(120)])
+    splits = opened(path, validation_fraction=0.2, test_fraction=0.1).splits
+    found = {name: set(split.column("source")) for name, split in splits.items()}
+    assert {name: len(sources) for name, sources in found.items()} == {"train": 28, "validation": 8, "test": 4}
+    assert len(set.union(*found.values())) == 40
+
+
 def test_another_tokeniser_than_the_checkpoints_is_refused(tmp_path: Path) -> None:
     path = table(tmp_path, source=[f"some text {n}" for n in range(20)], target=["another"] * 20)
     state = opened(path).state_dict()
