@@ -12,6 +12,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_llm.batch import IGNORE_INDEX, say_nothing
+from lit_llm.data.stratification import UNLABELLED_TEST
 from lit_llm.files import write_table
 
 log = logging.getLogger(__name__)
@@ -142,7 +143,7 @@ class ExamplePredictions(PredictionTable):
         columns = list(table[0])
         self.write(trainer, columns, [[line[column] for column in columns] for line in table], "examples")
         submission = getattr(data, "submission", None)
-        if submission is not None and split == "test":
+        if submission is not None and split in ("test", UNLABELLED_TEST):
             path = Path(trainer.default_root_dir) / submission.file
             low, high = submission.limits
             values = (f"{min(max(value, low), high):.3f}" for value in best)

@@ -41,7 +41,7 @@ class GLUEData(TableTokens, ExampleData):
         batch_size: Examples per batch and device.
         validation_fraction: Fraction of the training split to validate on if the source has no validation split: the
             same of each class, by a hash of the texts. 0 for none.
-        test_fraction: The same for a test split.
+        test_fraction: The same for a test split, also if the source's own has no labels and is only predicted.
         max_examples: Train on at most this many examples, drawn with the seed in proportion to the classes.
         labels_per_class: Keep the labels of only this many training examples per class, drawn with the seed; the rest
             become unlabelled, like those of a split called `unlabelled` or `unsupervised`.

@@ -69,7 +69,7 @@ class Seq2SeqData(TableTokens):
         batch_size: Examples per batch and device.
         validation_fraction: Fraction of the training split to validate on if the source has no validation split, by a
             hash of the texts, those of one source together; 0 for none.
-        test_fraction: The same for a test split.
+        test_fraction: The same for a test split, also if the source's own has no texts to write and is only predicted.
         length_grouping: Batch examples of similar length.
         seed: Seed of the order of examples.
 
@@ -171,13 +171,14 @@ class Seq2SeqData(TableTokens):
             return alone
         if "train" not in found:
             raise ValueError(f"data.path must hold a training split, but {self.path} has only {', '.join(found)}")
+        splits = {}
         for name, rows in found.items():
             hidden = name == "test" and not _has_texts(rows, self.columns.target)
             if hidden:
                 log.info(f"The test split of {self.path} has no texts to write, so it can only be used for predictions")
             columns = PairColumns(self.columns.source, None) if hidden else self.columns
             check_texts(rows, asdict(columns), self.path, name)
-        splits = {name: Split(rows, np.zeros(len(rows), np.int64)) for name, rows in found.items()}
+            splits[name] = Split(rows, None if hidden else np.zeros(len(rows), np.int64))
         # What may be written of one source stays together; where each stands once, splits are as they always were.
         several = len(found["train"].unique(self.columns.source)) < len(found["train"])
         texts = Columns(self.columns.source, None if several else self.columns.target, None)

@@ -16,6 +16,7 @@ from lightning.pytorch import LightningDataModule
 from lit_llm.data import changes
 from lit_llm.data.arguments import require_counts, require_fractions
 from lit_llm.data.sampling import BatchLoader, place
+from lit_llm.data.stratification import UNLABELLED_TEST
 from lit_llm.data.table_files import split_kind
 from lit_llm.data.tables import Split
 
@@ -80,11 +81,11 @@ class SplitData(LightningDataModule, ABC):
 
     @property
     def predict_split(self) -> str:
-        """The split that `predict` reads: the test split, or where there is none the validation split.
+        """The split that `predict` reads: the test split, of two that without labels, or else the validation split.
 
         Of another source than the run's own all is a test split, and where the own has nothing else it is `train`.
         """
-        return next(name for name in ("test", "validation", "train") if name in self.splits)
+        return next(name for name in (UNLABELLED_TEST, "test", "validation", "train") if name in self.splits)
 
     def texts(self, split: str, rows: list[int]) -> list[dict[str, Any]]:
         """All columns of some examples, as the source has them."""
@@ -257,7 +258,8 @@ class SplitData(LightningDataModule, ABC):
             self._readable = {}
         if self._stage in ("validate", "test", "predict") and (change := self._change()):
             split = {"validate": "validation", "test": "test"}.get(self._stage) or self.predict_split
-            if split not in self.tables:
+            hidden = UNLABELLED_TEST in self.splits
+            if split not in {UNLABELLED_TEST if hidden and name == "test" else name for name in self.tables}:
                 self.doubt = changes.doubt("rows", split, change)
                 log.warning(self.doubt)
 

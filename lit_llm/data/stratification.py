@@ -7,6 +7,9 @@ import numpy as np
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.tables import Columns, Split
 
+UNLABELLED_TEST = "unlabelled test"
+"""What the source's test split is called that has no labels, where another is cut."""
+
 
 def strata(labels: np.ndarray) -> np.ndarray:
     """What a split is to have in the proportions of the whole: the classes, or tenths of the values."""
@@ -78,12 +81,17 @@ def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_
 def with_all_splits(
     splits: dict[str, Split], columns: Columns, validation_fraction: float, test_fraction: float
 ) -> dict[str, Split]:
-    """Splits in their order, those that are missing cut out of the training split; a fraction of 0 cuts none."""
+    """Splits in their order, those that are missing cut out of the training split; a fraction of 0 cuts none.
+
+    A test split without labels can only be predicted: one to test on is cut beside it.
+    """
+    if test_fraction and "test" in splits and splits["test"].labels is None:
+        splits = {UNLABELLED_TEST if name == "test" else name: split for name, split in splits.items()}
     validation_fraction = 0.0 if "validation" in splits else validation_fraction
     test_fraction = 0.0 if "test" in splits else test_fraction
     if validation_fraction or test_fraction:
         splits = splits | cut_splits(splits["train"], columns, validation_fraction, test_fraction)
-    return {name: splits[name] for name in ("train", "validation", "test") if name in splits}
+    return {name: splits[name] for name in ("train", "validation", "test", UNLABELLED_TEST) if name in splits}
 
 
 def some_of(split: Split, count: int, seed: int) -> Split:

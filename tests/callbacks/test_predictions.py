@@ -112,10 +112,11 @@ def test_labels_of_which_none_is_known_stay_as_the_source_has_them(tmp_path: Pat
     assert [line["label"] for line in table] == [f"unheard {row}" for row in range(7)]
 
 
+@pytest.mark.parametrize("split", ["test", "unlabelled test"])
 @pytest.mark.parametrize("labels", ["index", "name", "value"])
-def test_the_board_gets_its_file(tmp_path: Path, labels: str) -> None:
+def test_the_board_gets_its_file(tmp_path: Path, labels: str, split: str) -> None:
     data = Examples(None if labels == "value" else 3, test_labels=False)
-    data.submission = Submission("X-Y.tsv", labels)
+    data.submission, data.predict_split = Submission("X-Y.tsv", labels), split
     made = Regression(NETWORK) if labels == "value" else Classification(NETWORK)
     table = predicted(tmp_path, made, data)
     lines = (tmp_path / "X-Y.tsv").read_text().splitlines()

@@ -426,6 +426,36 @@ def test_a_test_split_of_its_own_may_change(tmp_path, caplog) -> None:
     assert not caplog.messages
 
 
+def test_beside_a_test_split_without_labels_which_is_predicted_another_is_cut(tmp_path, caplog) -> None:
+    write_csv(tmp_path / "train.csv", rows(60))
+    write_csv(tmp_path / "test.csv", [(f"new {n}",) for n in range(7)], "text")
+    options = {"path": str(tmp_path), "tokenizer": "bytes", "test_fraction": 0.2}
+    data = made("test", **options)
+    assert {name: len(split) for name, split in data.splits.items()} == {
+        "train": 42,
+        "validation": 6,
+        "test": 12,
+        "unlabelled test": 7,
+    }
+    assert [len(batch["labels"]) for batch in data.test_dataloader()] == [4, 4, 4]
+    predicted = predicting(state=data.state_dict(), **options)
+    texts = predicted.texts(predicted.predict_split, list(range(7)))
+    assert [text["text"] for text in texts] == [f"new {n}" for n in range(7)]
+    assert all("labels" not in batch for batch in predicted.predict_dataloader())
+    write_csv(tmp_path / "train.csv", rows(80))
+    for stage, doubts in (("test", 1), ("predict", 0)):
+        caplog.clear()
+        awaiting(stage=stage, **options).load_state_dict(data.state_dict())
+        assert len(caplog.messages) == doubts
+
+
+def test_a_task_of_which_some_is_cut_to_test_on_predicts_its_own_test_split(hub) -> None:
+    data = made(task="cola", path=hub, test_fraction=0.25)
+    assert len(data.splits["train"]) == 18
+    assert len(data.test_dataloader()) == 2
+    assert [row["sentence"] for row in data.texts(data.predict_split, [5])] == ["sentence test 5"]
+
+
 def test_a_table_without_labels_is_predicted_whole_with_what_the_checkpoint_knows(table, tmp_path) -> None:
     state = made(path=table).state_dict()
     new = awaiting(write_csv(tmp_path / "new.csv", [("ab ab",), ("ab",)], "text"))

@@ -126,12 +126,15 @@ def test_a_test_split_without_texts_to_write_is_only_predicted(header: str, tmp_
     said = f"The test split of {tmp_path} has no texts to write, so it can only be used for predictions"
     assert caplog.messages.count(said) == 1
     assert data.test_dataloader() == []
-    assert "labels" in next(iter(data.val_dataloader()))
-    rows = []
-    for batch in data.predict_dataloader():
-        assert "labels" not in batch
-        rows += batch["rows"].tolist()
-    assert sorted(rows) == list(range(5))
+    cut = opened(str(tmp_path), test_fraction=0.2)
+    assert ["labels" in batch for batch in cut.test_dataloader()] == [True]
+    for each in (data, cut):
+        assert "labels" in next(iter(each.val_dataloader()))
+        rows = []
+        for batch in each.predict_dataloader():
+            assert "labels" not in batch
+            rows += batch["rows"].tolist()
+        assert sorted(rows) == list(range(5))
 
 
 def test_only_a_test_split_may_be_without_texts_to_write(tmp_path: Path) -> None:

@@ -98,6 +98,15 @@ def test_only_splits_that_are_missing_are_cut() -> None:
     found = with_all_splits({"test": test, "train": train}, COLUMNS, 0.2, 0.5)
     assert {name: len(part) for name, part in found.items()} == {"train": 80, "validation": 20, "test": 2}
     assert list(found) == ["train", "validation", "test"]
+    hidden = Split(test.rows, None)
+    assert with_all_splits({"train": train, "test": hidden}, COLUMNS, 0.0, 0.0) == {"train": train, "test": hidden}
+    found = with_all_splits({"train": train, "test": hidden}, COLUMNS, 0.2, 0.1)
+    assert {name: len(part) for name, part in found.items()} == {
+        "train": 70,
+        "validation": 20,
+        "test": 10,
+        "unlabelled test": 2,
+    }
 
 
 def test_some_examples_are_drawn_in_proportion_nested_and_by_the_seed() -> None:
