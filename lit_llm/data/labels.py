@@ -26,6 +26,9 @@ REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 SEPARATOR = re.compile(r"[;,|\t]")
 """What in the name of a column speaks for cells that are not told apart."""
 
+NOT_AGREED = "-"
+"""What SNLI and MultiNLI have for a label where their annotators did not agree on one."""
+
 TRUTHS = {"true": True, "false": False}
 """What text spells of truth values: in small letters, as `True` or as `TRUE`."""
 
@@ -196,10 +199,12 @@ def learn_labels(
     if names and kinds <= set(names):
         return LabelReader(path, column, names, list(names))
     values = tuple(sorted(kinds))
-    if type(values[0]) is int and values == tuple(range(-1, len(values) - 1)):
+    minus_one = type(values[0]) is int and values == tuple(range(-1, len(values) - 1))
+    if minus_one or (NOT_AGREED in kinds and "+" not in kinds and len(kinds) > 2):
+        none = -1 if minus_one else NOT_AGREED
         log.warning(
-            f"{column!r} of {path} is -1 in {found.count(-1):,} of {len(found):,} training rows, which is a class like "
-            f"the others; leave such rows out if they have no label"
+            f"{column!r} of {path} is {none!r} in {found.count(none):,} of {len(found):,} training rows, which is a "
+            f"class like the others; leave such rows out if they have no label"
         )
     return LabelReader(path, column, values, [str(value) for value in values])
 

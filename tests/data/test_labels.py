@@ -198,6 +198,18 @@ def test_minus_one_beside_indices_is_a_class_with_a_warning(caplog) -> None:
     assert not caplog.text
 
 
+def test_a_minus_beside_names_is_a_class_with_a_warning_but_not_beside_a_plus(caplog) -> None:
+    assert read(["neutral", "-", "entailment", "neutral"]) == ([2, 0, 1, 2], ["-", "entailment", "neutral"])
+    assert caplog.messages == [
+        "'label' of x is '-' in 1 of 4 training rows, which is a class like the others; leave such rows out if they "
+        "have no label"
+    ]
+    caplog.clear()
+    read(["-", "+", "="])
+    read(["-", "yes"])
+    assert not caplog.messages
+
+
 def test_a_class_that_is_called_none_is_a_label() -> None:
     found = {"train": table(["None", "Some", "Some"]), "test": table(["None", "None"])}
     splits, _ = labelled_splits(found, COLUMNS, "x", (), 0.0, 0.0)
