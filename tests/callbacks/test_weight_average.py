@@ -169,10 +169,10 @@ def test_weights_in_16_bits_and_what_changes_the_network_are_refused(lit_llm, ti
         "trainer.precision must leave weights in 32 bits where they are averaged, but is bf16-true; take bf16-mixed": [
             *("--trainer.precision", "bf16-true"),
         ],
-        "evaluates an average of its weights; leave out WeightAverage, or take another objective": [
+        "where that is pruned, but CausalLM evaluates an average of its weights; leave out WeightAverage": [
             *("--config", REPOSITORY / "configs/compression/pruning.yaml"),
         ],
-        "where that is factorised, but has an average of its weights": [
+        "where that is factorised, but CausalLM evaluates an average of its weights; leave out WeightAverage": [
             *("--config", REPOSITORY / "configs/compression/low_rank.yaml"),
         ],
     }

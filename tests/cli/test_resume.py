@@ -499,6 +499,7 @@ def test_who_interrupts_an_evaluation_is_told_how_to_start_it_again_and_nothing_
     handler = signal.getsignal(signal.SIGINT)
 
     def stopped(*words):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
         try:
             outcome = lit_llm(*words, "--run_dir", run, *stops)
         finally:
