@@ -22,8 +22,10 @@ KEPT = ("losses", "norms", "seen", "skipped", "run", "rollbacks")
 class SpikeRecovery(Callback):
     """Undoes steps whose loss or gradient norm is not finite or far above the recent ones, and rolls back if needed.
 
-    The device decides and undoes: before each step it copies the weights, their average, running statistics and the
-    optimiser's state (which takes their memory once more) and restores them after a bad step, without synchronisation.
+    The device decides and undoes: before each step it copies the weights, running statistics and the optimiser's state
+    (which takes their memory once more) and restores them after a bad step, without synchronisation. It does so as soon
+    as the optimiser has stepped, so that what other callbacks make of the weights, and an average of them, is made of
+    good ones, whatever the order of the callbacks.
     The count of bad steps is read only when the run reports anyway, every `log_every_n_steps` steps. After `patience`
     bad steps in a row, weights and optimiser are restored from `checkpoints/good.ckpt`; data and schedule continue from
     where they are, so what was read since then is not read again. That file is written every half `window` of good
@@ -80,6 +82,8 @@ class SpikeRecovery(Callback):
             setattr(self, name, getattr(self, name).to(pl_module.device, copy=True))
         self._reported, self._skipped_before = trainer.global_step, int(self.skipped)
         self._sums = None
+        for optimizer in trainer.optimizers:
+            optimizer.register_step_post_hook(lambda optimizer, *_: self._undo(pl_module, optimizer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Notes what the loss was summed up to before this step, and what forward passes change, as batch norm's."""
@@ -107,9 +111,8 @@ class SpikeRecovery(Callback):
         self.skipped += ~fine
         self.run = torch.where(fine, 0, self.run + 1)
         self._fine = fine
-        average = [] if pl_module.average is None else list(pl_module.average.parameters())
         state = [t for p in members for t in optimizer.state[p].values() if isinstance(t, Tensor)]
-        self._backup += [(t, t.detach().clone()) for t in local(members + average + state)]
+        self._backup += [(t, t.detach().clone()) for t in local(members + state)]
 
     def _is_usual(self, value: Tensor, last: Tensor) -> Tensor:
         filled = torch.arange(self.window, device=last.device) < self.seen
@@ -120,27 +123,33 @@ class SpikeRecovery(Callback):
         return value.isfinite() & (new | (value <= mean + self.threshold * deviation))
 
     @torch.no_grad()
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Takes a bad step back; where the run reports, looks at how many there were.
-
-        Raises:
-            FloatingPointError: When the run has gone back often enough.
-        """
+    def _undo(self, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Takes the step back, if it was a bad one."""
         fine = self._fine
-        if fine is None:
-            return
         for new, old in self._backup:
             new.copy_(torch.where(fine.to(new.device), new, old.to(new.device)))
         copied = {id(new) for new, _ in self._backup}
-        for values in trainer.optimizers[0].state.values():
+        for values in optimizer.state.values():
             for t in local(t for t in values.values() if isinstance(t, Tensor)):  # made by this step
                 if id(t) not in copied:
                     t.copy_(torch.where(fine.to(t.device), t, 0))
         now = pl_module.loss_sums
         pl_module.loss_sums = tuple(torch.where(fine, new, old) for new, old in zip(now, self._sums, strict=True))
-        self._fine, self._backup, self._sums = None, [], None
+        self._backup, self._sums = [], None
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After a step, where the run reports, looks at how many bad ones there were.
+
+        Raises:
+            FloatingPointError: When the run has gone back often enough.
+        """
+        if self._fine is None:
+            return
+        if self._sums is not None:  # 16-mixed leaves a step out whose gradient is infinite
+            self._undo(pl_module, trainer.optimizers[0])
+        self._fine = None
         step = trainer.global_step
         if step - self._reported >= min(trainer.log_every_n_steps, self.patience):
             self._reported = step

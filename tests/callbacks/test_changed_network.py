@@ -22,6 +22,7 @@ from lit_llm.compression.quantization import Int4WeightOnly
 from lit_llm.compression.sparsity import Magnitude, sparsity_of
 from lit_llm.objectives.classification import Classification
 from tests.callbacks.test_spike_recovery import POISON, words
+from tests.cli.test_resume import losses
 from tests.examples import Examples
 from tests.objectives.test_classification import NETWORK, trainer
 from tests.writing import exactly
@@ -95,3 +96,34 @@ def test_a_run_does_not_go_back_to_before_its_network_was_pruned(lit_llm, tiny, 
     assert read_checkpoint(tmp_path / "run/checkpoints/good.ckpt")["global_step"] > 12
     network, _ = load_model(tmp_path / "run/model")
     assert sparsity_of(network, list(Magnitude().chosen(network))) == pytest.approx(0.5, abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("callback", "options"),
+    [
+        ("pruning.Pruning", {"start": 0.5, "end": 0.5}),
+        ("low_rank.LowRank", {"start": 0.5}),
+    ],
+    ids=["pruned", "factorised"],
+)
+def test_a_change_is_of_the_weights_that_a_bad_step_left(lit_llm, tiny, tmp_path, callback, options):
+    found = []
+    change = {"class_path": f"lit_llm.callbacks.{callback}", "init_args": options}
+    recovery = {"class_path": "lit_llm.callbacks.spike_recovery.SpikeRecovery", "init_args": {"window": 4}}
+    poisoned = [
+        POISON,
+        *("--trainer.callbacks.first", 3, "--trainer.callbacks.last", 4),
+        "--trainer.callbacks.factor=1e9",
+    ]
+    for name, callbacks in {"before": [change, recovery], "after": [recovery, change]}.items():
+        overlay = tmp_path / f"{name}.yaml"
+        overlay.write_text(yaml.safe_dump({"trainer": {"callbacks+": callbacks}}))
+        outcome = lit_llm("fit", *words(tiny, "--config", overlay, *poisoned, steps=8), "--run_dir", tmp_path / name)
+        assert outcome.code == 0, outcome.err
+        assert "1 steps with an outlying loss or gradient were skipped" in outcome.err
+        checkpoint = read_checkpoint(tmp_path / name / "checkpoints/last.ckpt")
+        found.append((losses(tmp_path / name), checkpoint["state_dict"]))
+    (before, weights), (after, others) = found
+    assert before == after
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(t, others[name]) for name, t in weights.items())

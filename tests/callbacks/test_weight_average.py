@@ -137,11 +137,12 @@ def poison(first: int, last: int) -> list[object]:
     return [*words, "--trainer.callbacks.first", first, "--trainer.callbacks.last", last]
 
 
-@pytest.mark.parametrize("overlays", [[*AVERAGE, *RECOVERY], [*RECOVERY, *AVERAGE]], ids=["before", "after"])
-def test_a_step_that_is_taken_back_is_not_averaged(lit_llm, tiny, tmp_path, overlays):
-    outcome = lit_llm("fit", *tiny, *overlays, *poison(3, 4), "--run_dir", tmp_path / "run")
-    assert outcome.code == 0, outcome.err
-    assert all(t.isfinite().all() for t in parts(tmp_path / "run")[1].values())
+def test_a_step_that_is_taken_back_is_not_averaged(lit_llm, tiny, tmp_path):
+    for name, overlays in {"before": [*AVERAGE, *RECOVERY], "after": [*RECOVERY, *AVERAGE]}.items():
+        outcome = lit_llm("fit", *tiny, *overlays, *poison(3, 4), "--run_dir", tmp_path / name)
+        assert outcome.code == 0, outcome.err
+    before, after = (parts(tmp_path / name)[1] for name in ("before", "after"))
+    assert all(t.isfinite().all() and torch.equal(t, after[name]) for name, t in before.items())
 
 
 def test_a_run_goes_back_to_a_checkpoint_from_before_the_average(lit_llm, tiny, tmp_path):
@@ -201,7 +202,7 @@ class SpoiltGradients(Callback):
             next(pl_module.network.parameters()).grad.fill_(float("nan"))
 
 
-def test_an_average_that_moves_within_the_step_is_taken_back_too(lit_llm, tmp_path):
+def test_an_average_that_moves_within_the_step_moves_to_weights_that_are_good(lit_llm, tmp_path):
     words = [*FIXMATCH, "--trainer.callbacks+", "tests.callbacks.test_weight_average.SpoiltGradients", *RECOVERY]
     words += ["--trainer.log_every_n_steps", 1, "--trainer.max_steps", 3]
     outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "run")
