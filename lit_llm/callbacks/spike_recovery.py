@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lit_llm.callbacks.last_checkpoint import settle
+from lit_llm.checkpoint_files import read_checkpoint
 from lit_llm.shards import local, total_norm
 
 log = logging.getLogger(__name__)
 
-KEPT = ("losses", "norms", "seen", "skipped", "run", "rollbacks")
+ON_DEVICE = ("losses", "norms", "seen", "skipped", "run")
+KEPT = (*ON_DEVICE, "rollbacks", "looked_at", "skipped_before", "good_at", "good_step")
 
 
 class SpikeRecovery(Callback):
@@ -31,6 +33,10 @@ class SpikeRecovery(Callback):
     where they are, so what was read since then is not read again. That file is written every half `window` of good
     steps, if none since the last report was bad. A run without bad steps is bit for bit the same as without this
     callback. (Counters that an optimiser keeps outside of tensors are not undone.)
+
+    A run that goes on from a checkpoint does as one never stopped, but where the `good.ckpt` of that moment is gone, as
+    it is once a later one took its place. A later one is removed, and the next report without bad steps has another
+    written: until the one never stopped writes its next, the run goes back to that, and before there is one it fails.
 
     Args:
         threshold: Number of standard deviations above the mean of the last `window` steps that makes an outlier.
@@ -74,14 +80,16 @@ class SpikeRecovery(Callback):
         self._fine: Tensor | None = None
         self._backup: list[tuple[Tensor, Tensor]] = []
         self._sums: tuple[Any, Any] | None = None
-        self._reported = self._skipped_before = self._good_at = 0
+        self.looked_at = self.skipped_before = self.good_at = self.good_step = 0
+        self._good_is_gone = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Has what was seen where the network is."""
-        for name in KEPT[:-1]:
+        for name in ON_DEVICE:
             setattr(self, name, getattr(self, name).to(pl_module.device, copy=True))
-        self._reported, self._skipped_before = trainer.global_step, int(self.skipped)
+        self.looked_at = min(self.looked_at, trainer.global_step)
         self._sums = None
+        self._good_is_gone = not trainer.fast_dev_run and not self._has_good(trainer)
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(lambda optimizer, *_: self._undo(pl_module, optimizer))
 
@@ -151,23 +159,26 @@ class SpikeRecovery(Callback):
             self._undo(pl_module, trainer.optimizers[0])
         self._fine = None
         step = trainer.global_step
-        if step - self._reported >= min(trainer.log_every_n_steps, self.patience):
-            self._reported = step
+        if step - self.looked_at >= min(trainer.log_every_n_steps, self.patience):
+            self.looked_at = step
             self._look(trainer, pl_module)
 
     def _look(self, trainer: Trainer, pl_module: LightningModule) -> None:
         skipped, run, seen = torch.stack([self.skipped, self.run, self.seen]).tolist()
-        if news := skipped - self._skipped_before:
+        if news := skipped - self.skipped_before:
             log.info(f"Step {trainer.global_step}: {news} steps with an outlying loss or gradient were skipped")
             for logger in trainer.loggers:
                 logger.log_metrics({"train/skipped_steps": float(skipped)}, step=trainer.global_step)
-        self._skipped_before = skipped
+        self.skipped_before = skipped
         good = self._good(trainer)
         if run >= self.patience:
             self._go_back(trainer, pl_module, good)
-        elif not news and not trainer.fast_dev_run and seen - self._good_at >= self.window // 2:
-            trainer.save_checkpoint(good)
-            self._good_at = seen
+        elif not news and not trainer.fast_dev_run:
+            is_time = seen - self.good_at >= self.window // 2
+            if is_time or self._good_is_gone:
+                self.good_at, self.good_step = seen if is_time else self.good_at, trainer.global_step
+                trainer.save_checkpoint(good)
+                self._good_is_gone = False
 
     def _go_back(self, trainer: Trainer, pl_module: LightningModule, good: Path) -> None:
         step = trainer.global_step
@@ -198,24 +209,35 @@ class SpikeRecovery(Callback):
         settle(trainer)
         trainer.strategy.remove_checkpoint(self._good(trainer))
         self.seen, self.run = torch.zeros_like(self.seen), torch.zeros_like(self.run)
-        self._good_at = 1 - self.window // 2
+        self.good_at, self.good_step, self._good_is_gone = 1 - self.window // 2, 0, False
+
+    def _has_good(self, trainer: Trainer) -> bool:
+        """Whether there is the state that was good, if any was; removes another, as of steps yet to be taken."""
+        good, step = self._good(trainer), 0
+        if trainer.is_global_zero and good.exists():
+            step = read_checkpoint(good, in_pieces=True)["global_step"]
+        step = trainer.strategy.broadcast(step)
+        if step not in (0, self.good_step):
+            trainer.strategy.remove_checkpoint(good)
+        return self.good_step in (0, step)
 
     @staticmethod
     def _good(trainer: Trainer) -> Path:
         return Path(trainer.default_root_dir) / "checkpoints" / "good.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen, and how often steps were skipped."""
+        """What was seen, how often steps were skipped, and which state was good."""
         return {name: getattr(self, name) for name in KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there; where the window is another one now, with the newest that it holds."""
         for name in KEPT:
-            setattr(self, name, state_dict[name])
+            setattr(self, name, state_dict.get(name, getattr(self, name)))
         if (before := len(self.losses)) != self.window:
             kept = min(int(self.seen), before, self.window)
             newest = torch.arange(int(self.seen) - kept, int(self.seen)) % before
             for name in ("losses", "norms"):
                 last = getattr(self, name)[newest]
                 setattr(self, name, torch.cat([last, last.new_zeros(self.window - kept)]))
+            self.good_at -= int(self.seen) - kept
             self.seen = torch.full_like(self.seen, kept)

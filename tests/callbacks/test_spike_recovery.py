@@ -7,6 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lit_llm.callbacks.spike_recovery import SpikeRecovery
+from lit_llm.checkpoint_files import read_checkpoint
 from lit_llm.objectives.causal_lm import CausalLM
 from tests.cli.test_resume import losses
 from tests.writing import REPOSITORY
@@ -167,6 +168,42 @@ def test_what_was_seen_survives_a_resume(lit_llm, tiny, tmp_path):
     kept = [state["callbacks"]["SpikeRecovery"] for state in states]
     assert int(kept[0]["skipped"]) == int(kept[1]["skipped"]) == 1
     assert torch.equal(kept[0]["losses"], kept[1]["losses"])
+
+
+RARELY = [SPIKES, "--trainer.callbacks.window", 8, "--trainer.callbacks.patience", 3]
+RARELY += ["--trainer.log_every_n_steps", 2, "--checkpoint.every_n_steps", 5]
+CRASH = "--trainer.callbacks+=tests.cli.test_resume.Crash"
+
+
+def test_a_run_that_goes_on_goes_back_where_one_never_stopped_does(lit_llm, tiny, tmp_path):
+    poisoned = [POISON, "--trainer.callbacks.first", 6, "--trainer.callbacks.last", 10]
+    whole = words(tiny, *RARELY, *poisoned, steps=14)
+    outcome = lit_llm("fit", *whole, "--run_dir", tmp_path / "whole")
+    assert "Step 10: the loss did not recover; returning to step 4" in outcome.err
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm("fit", *whole, CRASH, "--trainer.callbacks.step", 7, "--run_dir", tmp_path / "cut")
+    outcome = lit_llm("fit", *whole, "--run_dir", tmp_path / "cut", "--ckpt_path", "last")
+    assert "Step 10: the loss did not recover; returning to step 4" in outcome.err
+    for name in ("last", "good"):
+        states = [read_checkpoint(tmp_path / run / f"checkpoints/{name}.ckpt") for run in ("whole", "cut")]
+        assert states[0]["global_step"] == states[1]["global_step"]
+        assert all(torch.equal(*pair) for pair in zip(*(s["state_dict"].values() for s in states), strict=True))
+        for kept, other in zip(*(state["callbacks"]["SpikeRecovery"].values() for state in states), strict=True):
+            assert torch.equal(torch.as_tensor(kept), torch.as_tensor(other))
+    assert losses(tmp_path / "whole") == losses(tmp_path / "cut")
+
+
+def test_a_run_does_not_go_back_to_steps_that_it_has_yet_to_take(lit_llm, tiny, tmp_path):
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm(
+            "fit", *words(tiny, *RARELY, CRASH, "--trainer.callbacks.step", 9, steps=14), "--run_dir", tmp_path / "run"
+        )
+    assert read_checkpoint(tmp_path / "run/checkpoints/good.ckpt")["global_step"] == 8
+    poisoned = [POISON, "--trainer.callbacks.first", 6, "--trainer.callbacks.last", 10]
+    again = words(tiny, *RARELY, *poisoned, "--ckpt_path", "last", steps=14)
+    outcome = lit_llm("fit", *again, "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
+    assert "Step 10: the loss did not recover; returning to step 6" in outcome.err
 
 
 @pytest.mark.parametrize("seen", [0, 3, 4, 6, 9])
