@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -92,8 +93,10 @@ def test_wandbs_own_agent_runs_a_sweep_file_as_it_is(tiny, tmp_path):
 
 
 def test_a_run_that_wandb_refuses_leaves_nothing(lit_llm, tiny, tmp_path, monkeypatch):
+    import wandb
     from wandb.errors import UsageError
 
+    @functools.wraps(wandb.init)  # whose arguments are options of the logger
     def refused(*args, **kwargs):
         raise UsageError("No API key configured.")
 
