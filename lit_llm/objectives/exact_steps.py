@@ -23,7 +23,9 @@ Loss = tuple[Float[Tensor, ""], Float[Tensor, ""]]
 PART_SCALE = 1024.0
 """What summed losses are divided by until the step's targets are counted: a size that half precision can hold."""
 
-SET_OFTEN = frozenset({"_current_fx_name", "_loss_sum", "_target_sum", "_step_targets", "_parts_read", "grad_norm"})
+SET_OFTEN = frozenset(
+    {"_current_fx_name", "_loss_sum", "_target_sum", "_sums_before", "_step_targets", "_parts_read", "grad_norm"}
+)
 
 
 class ExactSteps(LightningModule, ABC):
@@ -46,6 +48,7 @@ class ExactSteps(LightningModule, ABC):
         self._parts_read = 0
         self._loss_sum: Tensor | float = 0.0
         self._target_sum: Tensor | float = 0.0
+        self._sums_before = self.loss_sums
 
     @abstractmethod
     def loss(self, batch: Any) -> Loss:
@@ -67,6 +70,8 @@ class ExactSteps(LightningModule, ABC):
         """The mean loss of this batch, or, where a step has several, their share of the step's: see below."""
         if self._step_has_parts and batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._begin_step()
+        if self._parts_read == 0:
+            self._sums_before = self.loss_sums
         self._seed_chance()
         total, targets = self.loss(batch)
         self._loss_sum = self._loss_sum + total.detach()
@@ -177,6 +182,11 @@ class ExactSteps(LightningModule, ABC):
     def loss_sums(self, sums: tuple[Tensor | float, Tensor | float]) -> None:
         self._loss_sum, self._target_sum = sums
 
+    @property
+    def whole_loss_sums(self) -> tuple[Tensor | float, Tensor | float]:
+        """Those of whole steps: the batches of one that was begun are read again by a run that goes on."""
+        return self._sums_before if self._parts_read else self.loss_sums
+
     def take_train_loss(self) -> float:
         """The mean loss over the targets since the last call: the one place that waits for the device.
 
@@ -185,7 +195,7 @@ class ExactSteps(LightningModule, ABC):
         Raises:
             FloatingPointError: When it is not finite.
         """
-        loss_sum, target_sum = map(float, self._summed_loss())
+        loss_sum, target_sum = self._added(self.loss_sums)
         self.require_finite("train/loss", loss_sum / max(target_sum, 1.0))
         self._loss_sum = self._target_sum = 0.0
         return loss_sum / target_sum if target_sum else math.nan
@@ -194,13 +204,10 @@ class ExactSteps(LightningModule, ABC):
         """What else there is to say of the steps since the last call, by name; asked for after the loss."""
         return {}
 
-    def _summed_loss(self) -> tuple[Tensor, Tensor]:
-        """The loss summed since it was last taken, and its targets, over all processes."""
-        loss_sum, target_sum = (
-            self.trainer.strategy.reduce(torch.as_tensor(x, device=self.device).clone(), reduce_op="sum")
-            for x in (self._loss_sum, self._target_sum)
-        )
-        return loss_sum, target_sum
+    def _added(self, sums: tuple[Tensor | float, Tensor | float]) -> list[float]:
+        """A summed loss and its targets, added up over all processes."""
+        tensors = (torch.as_tensor(x, device=self.device).clone() for x in sums)
+        return [float(self.trainer.strategy.reduce(x, reduce_op="sum")) for x in tensors]
 
     def require_finite(self, name: str, value: float) -> None:
         """Refuses to go on with what is no number.

@@ -21,7 +21,7 @@ class Resumed(Built):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds how to build the network; refuses to write weights that are spoilt over good ones."""
         if self.trainer.state.fn == "fit":
-            loss_sum, target_sum = checkpoint["unreported_loss"] = [float(x) for x in self._summed_loss()]
+            loss_sum, target_sum = checkpoint["unreported_loss"] = self._added(self.whole_loss_sums)
             self.require_finite("train/loss", loss_sum / max(target_sum, 1.0))
             members = [p for network in self.networks for p in network.parameters()]
             own = [getattr(p, "ds_tensor", p).detach() for p in members]  # DeepSpeed's of its part
