@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,10 @@ LOWEST, HIGHEST = 1e-3, 1e2
 """Factors on the configured rates, at the first step and at the last."""
 
 DIVERGED = 4.0
-"""How many times the lowest loss a loss is that ends the test."""
+"""How many times the lowest running mean of the losses the running mean is that ends the test."""
+
+REMEMBERED = 0.98
+"""Share of the running mean that is kept at each step."""
 
 FEWEST_LOSSES = 8
 
@@ -26,8 +30,9 @@ class LearningRateFinder(Callback):
     """Multiplies all learning rates by a factor that rises from step to step, and notes the loss of each step.
 
     Parameter groups keep the proportions of the config, those of Muon's four rates and of layer-wise ones: what is
-    searched is one factor. The training ends after `steps` steps or where the loss diverges, and its network is of no
-    use. `lr_find.csv` has the rates of the first group, the factors and the losses; `lr_find.png` draws them.
+    searched is one factor. The training ends after `steps` steps or where the running mean of the losses diverges (one
+    batch that is harder than others does not end it), and its network is of no use. `lr_find.csv` has the rates of the
+    first group, the factors and the losses; `lr_find.png` draws them.
 
     Lightning's own finder gives all parameter groups one rate, and leaves the random numbers that it drew.
 
@@ -44,7 +49,7 @@ class LearningRateFinder(Callback):
 
     Source:
         Smith, 2015, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, section 3.3, with the
-        geometric steps and the end at four times the lowest loss that fast.ai's `lr_find` has.
+        geometric steps, the running mean and the end at four times its lowest that fast.ai's `lr_find` has.
     """
 
     needs_plain_weights = True
@@ -57,6 +62,7 @@ class LearningRateFinder(Callback):
         self.rates: list[float] = []
         self.factors: list[float] = []
         self.losses: list[float] = []
+        self._sum, self._lowest = 0.0, math.inf
 
     @property
     def suggestion(self) -> float | None:
@@ -85,7 +91,14 @@ class LearningRateFinder(Callback):
         except FloatingPointError:
             trainer.should_stop = True
             return
-        trainer.should_stop |= len(self.losses) == self.steps or self.losses[-1] > DIVERGED * min(self.losses)
+        trainer.should_stop |= len(self.losses) == self.steps or self._diverges(self.losses[-1])
+
+    def _diverges(self, loss: float) -> bool:
+        """Whether the running mean, which begins with the first loss and not at 0, has risen far above its lowest."""
+        self._sum = REMEMBERED * self._sum + (1 - REMEMBERED) * loss
+        mean = self._sum / (1 - REMEMBERED ** len(self.losses))
+        self._lowest = min(self._lowest, mean)
+        return mean > DIVERGED * self._lowest
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

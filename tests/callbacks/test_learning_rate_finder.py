@@ -42,8 +42,8 @@ class Valley(LightningModule):
         return self.loss.item()
 
 
-def find(tmp_path, curvature, parts=1, steps=40):
-    finder, model = LearningRateFinder(steps), Valley(curvature)
+def find(tmp_path, curvature, parts=1, steps=40, kind=Valley):
+    finder, model = LearningRateFinder(steps), kind(curvature)
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     quiet |= {"enable_checkpointing": False, "limit_val_batches": 0, "accelerator": "cpu"}
     trainer = Trainer(
@@ -85,6 +85,19 @@ def test_a_loss_that_is_no_number_ends_the_test(tmp_path):
     finder, _, trainer = find(tmp_path, curvature=1e25)
     assert trainer.global_step < 20
     assert all(np.isfinite(finder.losses))
+
+
+class OneHardBatch(Valley):
+    """A valley in which the loss of one step is ten times that of the others."""
+
+    def take_train_loss(self):
+        return super().take_train_loss() * (10 if self.trainer.global_step == 20 else 1)
+
+
+def test_a_batch_that_is_harder_than_others_does_not_end_the_test(tmp_path):
+    finder, _, trainer = find(tmp_path, curvature=1e-6, kind=OneHardBatch)
+    assert max(finder.losses) > 4 * min(finder.losses)
+    assert trainer.global_step == 40
 
 
 def test_the_steepest_fall_is_found_under_noise_and_a_divergence_is_none():
