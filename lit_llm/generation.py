@@ -114,7 +114,7 @@ def steps(
     Raises:
         ValueError: When a value is out of range, a prompt is empty, or prompt and new tokens outgrow the network.
     """
-    _require_possible(network, prompts, max_new_tokens, temperature, top_k, top_p, seed)
+    require_possible(network, prompts, max_new_tokens, temperature, top_k, top_p, seed)
     longest = max(map(len, prompts))
     stops = {stop} if isinstance(stop, int) else set(stop)
     device = device or next(network.parameters()).device
@@ -155,7 +155,7 @@ def _last(network: nn.Module, ids: Int[Tensor, "batch new"], **about: Any) -> Fl
     return network(ids, **about)[:, -1]
 
 
-def _require_possible(
+def require_possible(
     network: nn.Module,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -164,7 +164,7 @@ def _require_possible(
     top_p: float | None,
     seed: int | None,
 ) -> None:
-    """Refuses what `steps` cannot do."""
+    """Refuses what `steps` cannot do; arguments and errors are its own."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, but is {temperature}")
     if seed is not None and not -(2**63) <= seed < 2**63:

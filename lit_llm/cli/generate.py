@@ -97,15 +97,17 @@ def generate(
     limit = getattr(network, "max_seq_len", None) or sys.maxsize
     stop = turn_ends(tokenizer) if chat else {boundary_id(tokenizer)}
 
+    def how(prompts: list[list[int]]) -> tuple[Any, ...]:
+        new = max(1, min(128, limit - max(map(len, prompts)))) if max_new_tokens is None else max_new_tokens
+        return network, prompts, new, temperature, top_k, top_p, seed
+
     def write(prompts: list[list[int]], streamed_after: list[int] | None) -> list[list[int]]:
         """The new tokens of each prompt; of one, printed as they come after those that are shown of it."""
-        new = max(1, min(128, limit - max(map(len, prompts)))) if max_new_tokens is None else max_new_tokens
-        how = network, prompts, new, temperature, top_k, top_p, seed, stop
         if streamed_after is None:
-            return generation.generate(*how)
+            return generation.generate(*how(prompts), stop)
         writing = generation.Writing(tokenizer, streamed_after)
         print(tokenizer.decode(streamed_after), end="", flush=True)
-        for [token] in generation.steps(*how):
+        for [token] in generation.steps(*how(prompts), stop):
             if token is not None:
                 print(writing.add(token), end="", flush=True)
         print(writing.rest(), end="", flush=True)
@@ -114,6 +116,8 @@ def generate(
     told = [{"role": "system", "content": system}] if system is not None else []
     if not prompt:
         wanted = min(128, limit // 4) if max_new_tokens is None else max_new_tokens
+        shortest = prompt_ids(tokenizer, [*told, {"role": "user", "content": "x"}])
+        generation.require_possible(*how([shortest]))  # what no message could be answered with, before any is read
         _converse(tokenizer, told, limit - wanted, lambda ids: write([ids], [])[0])
         return
     if chat:
@@ -142,7 +146,11 @@ def generate(
 def _converse(
     tokenizer: Any, messages: list[dict[str, str]], max_prompt: int, reply: Callable[[list[int]], list[int]]
 ) -> None:
-    """Answers each line of the input, with what was said before it, as far back as the network reads."""
+    """Answers each line of the input, with what was said before it, as far back as the network reads.
+
+    A line that cannot be answered is refused and forgotten, and the conversation goes on.
+    """
+    from lit_llm.cli.errors import one_line
     from lit_llm.data.chat import prompt_ids
 
     first = len(messages)
@@ -154,12 +162,19 @@ def _converse(
             return
         if not said.strip():
             continue
-        messages.append({"role": "user", "content": said})
-        ids = prompt_ids(tokenizer, messages)
-        while len(ids) > max_prompt and len(messages) > first + 1:
-            del messages[first : first + 2]
-            ids = prompt_ids(tokenizer, messages)
-            log.info("(The oldest question and answer are forgotten: the context is full.)")
-        answer = tokenizer.decode(reply(ids), skip_special_tokens=True)
+        heard, forgotten = [*messages, {"role": "user", "content": said}], 0
+        try:
+            ids = prompt_ids(tokenizer, heard)
+            while len(ids) > max_prompt and len(heard) > first + 1:
+                del heard[first : first + 2]
+                ids, forgotten = prompt_ids(tokenizer, heard), forgotten + 1
+            new = reply(ids)
+        except ValueError as error:
+            if (line := one_line(error)) is None:
+                raise
+            log.warning(line)
+            continue
         print(flush=True)
-        messages.append({"role": "assistant", "content": answer})
+        for _ in range(forgotten):
+            log.info("(The oldest question and answer are forgotten: the context is full.)")
+        messages = [*heard, {"role": "assistant", "content": tokenizer.decode(new, skip_special_tokens=True)}]

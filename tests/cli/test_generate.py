@@ -143,7 +143,7 @@ def test_without_a_prompt_lines_are_answered_until_the_input_ends(lit_llm, chatt
     outcome = lit_llm("generate", "--model", chatty, "--chat", *WORDS)
     assert outcome.code == 0, outcome.err
     assert outcome.out == "one\ntwo\n"
-    assert heard == [question("1", "")[:1], [*question("1", "one"), *question("2", "")[:1]]]
+    assert heard[1:] == [question("1", "")[:1], [*question("1", "one"), *question("2", "")[:1]]]
 
 
 def test_a_conversation_that_outgrows_the_model_forgets_its_beginning(lit_llm, chatty, monkeypatch):
@@ -152,12 +152,45 @@ def test_a_conversation_that_outgrows_the_model_forgets_its_beginning(lit_llm, c
     assert outcome.code == 0, outcome.err
     assert len(outcome.out.splitlines()) == 16
     assert outcome.err.count("forgotten") > 8
-    monkeypatch.setattr("sys.stdin", io.StringIO("1" * 200))
+
+
+@pytest.mark.parametrize(
+    ("refused", "line"),
+    [
+        ("1" * 200, "prompt must be at most 127 tokens, which the network's max_seq_len"),
+        ("1" * 100, "max_new_tokens must be at most 11, which is what the network's max_seq_len"),
+        ("<|endoftext|>", "prompt must spell no special token, but holds <|endoftext|>"),
+    ],
+)
+def test_a_message_that_cannot_be_answered_is_refused_and_the_conversation_goes_on(
+    lit_llm, chatty, monkeypatch, refused, line
+):
+    monkeypatch.setattr("sys.stdin", io.StringIO(f"1\n{refused}\n2\n"))
+    heard = []
+    monkeypatch.setattr("lit_llm.data.chat.prompt_ids", lambda t, m: heard.append(list(m)) or prompt_ids(t, m))
     outcome = lit_llm("generate", "--model", chatty, "--chat", *WORDS)
+    assert outcome.code == 0, outcome.err
+    assert outcome.out == "one\ntwo\n"
+    assert heard[-1] == [*question("1", "one"), *question("2", "")[:1]]
+    assert outcome.err.startswith(line)
+    assert "forgotten" not in outcome.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperature", "-1"], "temperature must be finite and at least 0, but is -1.0"),
+        (["--max_new_tokens", "128"], "max_new_tokens must be at most 110, which is"),
+        (["--system", "<|endoftext|>"], "prompt must spell no special token, but holds <|endoftext|>"),
+    ],
+)
+def test_what_no_message_could_be_answered_with_is_refused_before_any_is_read(
+    lit_llm, chatty, monkeypatch, flags, message
+):
+    monkeypatch.setattr("builtins.input", lambda *cue: pytest.fail("asked for a message"))
+    outcome = lit_llm("generate", "--model", chatty, "--chat", *flags)
     assert outcome.code == 2
-    assert outcome.last_line.startswith(
-        "lit-llm: error: prompt must be at most 127 tokens, which the network's max_seq_len"
-    )
+    assert outcome.err.startswith(f"lit-llm: error: {message}")
 
 
 def test_a_run_folder_and_a_checkpoint_can_be_talked_to(lit_llm, chats, tmp_path):
