@@ -8,12 +8,14 @@ from typing import Any
 import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
+from lm_eval.tasks import TaskManager
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.data.tokenizer import boundary_id, first_id, opening_ids
 from lit_llm.generation import steps
+from lit_llm.wording import first_line
 
 NEW_TOKENS = 256
 """Most tokens of an answer where its task says nothing, as in lm-eval's own models."""
@@ -125,3 +127,28 @@ class LiveModel(TemplateLM):
                 break  # all that comes would be cut
         texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
         return [text[: found.start()] if (found := ends(text)) else text for text in texts]
+
+
+class GivenTasks(TaskManager):
+    """lm-eval's tasks, of which one that cannot be loaded is refused by the name that the user gave it.
+
+    Loading reads a task's data and renders its first example. What fails later may be the network's fault.
+
+    Args:
+        include_defaults: Know the harness's own tasks: thousands of files, which take seconds to read.
+
+    Attributes:
+        files: What was read from files, by their names.
+    """
+
+    def __init__(self, include_defaults: bool) -> None:
+        super().__init__(include_defaults=include_defaults)
+        self.files: dict[str, dict[str, Any]] = {}
+
+    def _load_spec(self, spec: Any) -> Any:
+        try:
+            return super()._load_spec(spec)
+        except Exception as error:  # a task holds functions, and its data are read by others
+            name = next((file for file, read in self.files.items() if read is spec), spec)
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise ValueError(f"--tasks must be tasks that lm-eval can read, but {name} is none: {reason}") from error

@@ -63,31 +63,36 @@ def evaluate(
 
     Raises:
         ModuleNotFoundError: When lm-eval is not installed.
-        ValueError: When the model continues no texts or has no tokeniser, or a task is neither known nor a file.
+        ValueError: When the model continues no texts or has no tokeniser, or a task is neither known nor a file, or
+            cannot be loaded.
     """
     try:
         import lm_eval
-        from lm_eval.tasks import TaskManager
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "package lm-eval must be installed for lit-llm evaluate, but is not; pip install 'lit-llm[evaluation]'"
         ) from error
     from lit_llm.checkpoints import load_language_model
-    from lit_llm.harness import LiveModel
+    from lit_llm.harness import GivenTasks, LiveModel
 
     files = [task for task in tasks if task.endswith((".yaml", ".yml"))]
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"--tasks must be names or files, but {file} does not exist")
-    known = TaskManager(include_defaults=len(files) < len(tasks))  # thousands of files, which take seconds to read
+    known = GivenTasks(include_defaults=len(files) < len(tasks))
     for task in tasks:
         if task not in files and task not in known.all_tasks:
             raise ValueError(f"--tasks must be tasks of lm-eval or YAML files, but {task} is neither")
-    given = [_read_task(task) if task in files else task for task in tasks]
+    known.files = {file: _read_task(file) for file in files}
     network, tokenizer = load_language_model(model)
     live = LiveModel(moved(network, device), tokenizer, batch_size)
     results = lm_eval.simple_evaluate(
-        live, tasks=given, limit=limit, num_fewshot=num_fewshot, task_manager=known, bootstrap_iters=1000
+        live,
+        tasks=[known.files.get(task, task) for task in tasks],
+        limit=limit,
+        num_fewshot=num_fewshot,
+        task_manager=known,
+        bootstrap_iters=1000,
     )["results"]
     if json is not None:
         write_json(json, json_format.loads(json_format.dumps(results, default=str)))

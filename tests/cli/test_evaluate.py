@@ -12,6 +12,7 @@ pytest.importorskip("lm_eval")
 
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.data.tokenizer import byte_tokenizer
+from lit_llm.harness import LiveModel
 from tests.test_harness import nats
 
 ROWS = [("the cat", [" sat", " flew"], 0), ("a bird", [" swims", " flies"], 1), ("one red", [" mat", " of"], 0)]
@@ -69,6 +70,32 @@ def test_a_tasks_file_may_include_another_and_name_functions_beside_it(lit_llm, 
     (tmp_path / "mine.yaml").write_text("doc_to_text: !function beside.nothing\n")
     outcome = lit_llm("evaluate", "--model", model, "--tasks", tmp_path / "mine.yaml")
     assert f"--tasks must be YAML files of lm-eval, but {tmp_path / 'mine.yaml'} is none: " in outcome.last_line
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("foo: 1", "ValueError: Unknown config shape: keys=['foo']"),
+        ("include: task.yaml\ndoc_to_text: '{{{{nope}}}}'", "UndefinedError: 'nope' is undefined"),
+        (
+            "include: task.yaml\ndataset_kwargs: {{data_files: {{test: {folder}/none.jsonl}}}}",
+            "FileNotFoundError: Unable to find '{folder}/none.jsonl'",
+        ),
+        ("include: task.yaml\ntest_split: dev", "KeyError: 'dev'"),
+    ],
+)
+def test_a_task_that_cannot_be_loaded_is_one_line(lit_llm, model, task, tmp_path, content, reason):
+    (tmp_path / "mine.yaml").write_text(content.format(folder=tmp_path))
+    outcome = lit_llm("evaluate", "--model", model, "--tasks", task, tmp_path / "mine.yaml")
+    assert outcome.code == 2
+    line = f"--tasks must be tasks that lm-eval can read, but {tmp_path}/mine.yaml is none: "
+    assert outcome.last_line == f"lit-llm: error: {line}{reason.format(folder=tmp_path)}"
+
+
+def test_what_the_network_raises_is_not_put_down_to_the_task(lit_llm, model, task, monkeypatch):
+    monkeypatch.setattr(LiveModel, "_loglikelihood_tokens", lambda *args, **options: {}["defect"])
+    with pytest.raises(KeyError, match="defect"):
+        lit_llm("evaluate", "--model", model, "--tasks", task)
 
 
 @pytest.mark.parametrize(
