@@ -16,10 +16,10 @@ from lit_llm.wording import first_line
 def run(words: list[str]) -> None:
     """Runs the command; `words` begins with its name."""
     options = _parser().parse_args(words[1:])
-    for name in ("batch_size", "limit"):
+    for name, least in {"batch_size": 1, "limit": 1, "num_fewshot": 0}.items():
         value = getattr(options, name)
-        if value is not None and value < 1:
-            fail(f"--{name} must be at least 1, but is {value}")
+        if value is not None and value < least:
+            fail(f"--{name} must be at least {least}, but is {value}")
     require_writable(options.json)
     results = evaluate(**vars(options))
     for task, found in results.items():

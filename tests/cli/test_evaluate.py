@@ -104,6 +104,7 @@ def test_what_the_network_raises_is_not_put_down_to_the_task(lit_llm, model, tas
         ("nothing.yaml", "--tasks must be names or files, but nothing.yaml does not exist"),
         ("no_such_task", "--tasks must be tasks of lm-eval or YAML files, but no_such_task is neither"),
         (["{task}", "--limit", "0"], "--limit must be at least 1, but is 0"),
+        (["{task}", "--num_fewshot", "-1"], "--num_fewshot must be at least 0, but is -1"),
         (["{task}", "--device", "foo"], "--device must be one that torch finds here, but is foo"),
         (["{task}", "--json", "{task}/x.json"], "--json must be a file in a folder that can be written to, but is"),
     ],
