@@ -58,13 +58,19 @@ class CompletionRequest(Request):
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] = Field(examples=["def read_file("])
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="128, or what the context allows")
-    temperature: float = Field(0.8, ge=0)
+    temperature: float | None = Field(0.8, ge=0)
     top_k: int | None = Field(None, ge=1)
-    top_p: float = Field(0.95, gt=0, le=1)
+    top_p: float | None = Field(0.95, gt=0, le=1)
     seed: int | None = None
-    stop: NotEmpty | list[NotEmpty] = []
+    stop: NotEmpty | list[NotEmpty] | None = []
     model: str | None = Field(None, description="Ignored, and returned as given: there is only one model")
-    stream: Literal[False] = False
+    stream: Literal[False] | None = False
+
+    @field_validator("temperature", "top_p", "stop", "stream", mode="before")
+    @classmethod
+    def _or_default(cls, value: Any, info: Any) -> Any:
+        """As in OpenAI's form, `null` is as good as nothing."""
+        return cls.model_fields[info.field_name].get_default() if value is None else value
 
 
 class TextRequest(Request):

@@ -93,6 +93,12 @@ def test_a_text_ends_before_a_stop(writer: Completions) -> None:
     assert choice == {"index": 0, "text": whole[: whole.index(stop)], "finish_reason": "stop"}
 
 
+def test_a_field_that_is_null_has_its_default(writer: Completions) -> None:
+    nothing = dict.fromkeys(("max_tokens", "temperature", "top_k", "top_p", "stop", "model", "stream"))
+    assert CompletionRequest(prompt="ab", **nothing) == CompletionRequest(prompt="ab")
+    assert asked(writer, prompt="ab", seed=3, **nothing)["choices"] == asked(writer, prompt="ab", seed=3)["choices"]
+
+
 def test_a_continuation_without_stops_is_decoded_once(writer: Completions, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = asked(writer, prompt="ab", max_tokens=9, seed=3)["choices"]
     monkeypatch.setattr(serving.Writing, "add", lambda *args: pytest.fail("decoded token by token"))
