@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 import litserve
 import numpy as np
 import torch
-from fastapi import HTTPException
-from litserve.specs.openai import ChatCompletionRequest, OpenAISpec
+from fastapi import BackgroundTasks, HTTPException
+from litserve.specs.openai import ChatCompletionRequest, ChatCompletionResponse, OpenAISpec, UsageInfo
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import nn
@@ -183,6 +183,32 @@ class Completions(Endpoint):
         }
 
 
+class ChatForm(OpenAISpec):
+    """OpenAI's form of a chat, as LitServe has it, but of several replies (`n`), for which it asks one by one.
+
+    It would count their prompt with each of them, and end all that are streamed where the first one ends.
+    """
+
+    async def chat_completion(self, request: ChatCompletionRequest, background_tasks: BackgroundTasks) -> Any:
+        """The answer to a request, or its pieces."""
+        request.n = 1 if request.n is None else request.n
+        with _refusing():
+            if not 1 <= request.n <= MAX_PROMPTS:
+                raise ValueError(f"n must be from 1 to {MAX_PROMPTS}, but is {request.n}")
+            if request.stream and request.n > 1:
+                raise ValueError(f"n must be 1 where the reply is streamed, but is {request.n}")
+        return await super().chat_completion(request, background_tasks)
+
+    async def non_streaming_completion(
+        self, request: ChatCompletionRequest, generator_list: list[Any]
+    ) -> ChatCompletionResponse:
+        """The answer, whose usage has the tokens of the prompt once."""
+        answer = await super().non_streaming_completion(request, generator_list)
+        prompt = answer.usage.prompt_tokens // request.n
+        answer.usage = UsageInfo(**_usage(prompt, answer.usage.completion_tokens))
+        return answer
+
+
 class Chat(Endpoint):
     """A language model that converses by the chat template of its tokeniser, as OpenAI's chat does, also streamed.
 
@@ -193,7 +219,7 @@ class Chat(Endpoint):
     path = "/v1/chat/completions"
 
     def __init__(self, model: str) -> None:
-        super().__init__(model, spec=OpenAISpec())
+        super().__init__(model, spec=ChatForm())
 
     def predict(self, request: ChatCompletionRequest) -> Iterator[dict[str, Any]]:
         """The pieces of a reply, and last how many tokens there were."""

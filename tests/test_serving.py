@@ -1,5 +1,7 @@
+import asyncio
 import base64
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ from PIL import Image
 
 pytest.importorskip("litserve")
 
-from fastapi import HTTPException
+from fastapi import BackgroundTasks, HTTPException
 from litserve.specs.openai import ChatCompletionRequest
+from litserve.utils import LitAPIStatus
 from pydantic import ValidationError
 
 from lit_llm import serving
@@ -183,6 +186,40 @@ def test_what_would_be_passed_over_is_refused(talker: Chat, fields: dict[str, An
         said(talker, **fields)
     assert refused.value.status_code == 400
     assert refused.value.detail.startswith(message)
+
+
+def test_a_prompt_with_several_replies_is_counted_once(talker: Chat) -> None:
+    replies = [
+        [{"role": "assistant", "content": "ab"}, last] for last in (said(talker)[-1], said(talker, max_tokens=3)[-1])
+    ]
+
+    async def pieces(reply: list[dict[str, Any]]) -> Any:
+        for piece in reply:
+            yield json.dumps(piece), LitAPIStatus.OK
+
+    request = ChatCompletionRequest(messages=[], n=2)
+    answer = asyncio.run(talker.spec.non_streaming_completion(request, [pieces(reply) for reply in replies]))
+    prompt, written = replies[0][-1]["prompt_tokens"], sum(last["completion_tokens"] for _, last in replies)
+    assert [choice.message.content for choice in answer.choices] == ["ab", "ab"]
+    assert answer.usage.model_dump() == {
+        "prompt_tokens": prompt,
+        "completion_tokens": written,
+        "total_tokens": prompt + written,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n": 0}, "n must be from 1 to 64, but is 0"),
+        ({"n": 65}, "n must be from 1 to 64, but is 65"),
+        ({"n": 2, "stream": True}, "n must be 1 where the reply is streamed, but is 2"),
+    ],
+)
+def test_as_many_replies_as_cannot_be_given_are_refused(talker: Chat, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(HTTPException) as refused:
+        asyncio.run(talker.spec.chat_completion(ChatCompletionRequest(messages=[], **fields), BackgroundTasks()))
+    assert (refused.value.status_code, refused.value.detail) == (400, message)
 
 
 FUNNEL = {"model_type": "funnel", "d_model": 16, "n_head": 2, "d_head": 8, "d_inner": 32, "block_sizes": [1]}

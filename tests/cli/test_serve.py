@@ -68,7 +68,12 @@ def test_requests_are_answered_until_the_server_is_ended(model: Path, number: si
             assert status == 200
             assert answer.count("data: {") >= 2
             assert answer.endswith("data: [DONE]\n\n")
-            assert ask(port, "/v1/chat/completions", body | {"temperature": -1, "stream": False})[0] == 400
+            assert ask(port, "/v1/chat/completions", body | {"n": 2})[0] == 400
+            body["stream"] = False
+            assert ask(port, "/v1/chat/completions", body | {"temperature": -1})[0] == 400
+            one, two = (json.loads(ask(port, "/v1/chat/completions", body | {"n": n})[1]) for n in (None, 2))
+            assert [len(answer["choices"]) for answer in (one, two)] == [1, 2]
+            assert one["usage"]["prompt_tokens"] == two["usage"]["prompt_tokens"] > 0
         else:
             body = {"prompt": "ab", "max_tokens": 5, "temperature": 0}
             status, answer = ask(port, "/v1/completions", body)
