@@ -21,9 +21,11 @@ from lit_llm.data.delimited import layout
 from lit_llm.data.json_lines import is_in_lines, json_lines
 from lit_llm.data.table_files import (
     HUB_NAME,
+    PACKED,
     SPLIT_NAME,
     TABLE_FORMATS,
     in_hub_layout,
+    is_packed_table,
     is_table,
     refuse_saved,
     split_kind,
@@ -134,7 +136,8 @@ def open_table(
     where = Path(path).expanduser()
     if where.is_file():
         if where.suffix.lower() not in TABLE_FORMATS:
-            raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but is {path}")
+            what = f"{path} is packed; unpack it" if where.suffix.lower() in PACKED else f"is {path}"
+            raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but {what}")
         return {"train": _load_files([where], path)}
     if where.is_dir() and not in_hub_layout(where):
         folder = where / subset if subset and (where / subset).is_dir() else where
@@ -148,7 +151,9 @@ def open_table(
             return _with_classes({kind: _load_files(parts, path) for kind, parts in chosen.items()}, classes)
         cards = where / "README.md", where / "dataset_infos.json"
         if not any(card.is_file() for card in cards):  # older ones leave it to the folders' names
-            raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {folder} has none")
+            packed = min(filter(is_packed_table, folder.iterdir()), default=None)
+            what = f"{packed} is packed; unpack it" if packed else f"{folder} has none"
+            raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {what}")
     if not where.is_dir() and (
         where.is_absolute() or where.suffix.lower() in TABLE_FORMATS or not HUB_NAME.fullmatch(path)
     ):

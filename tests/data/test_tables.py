@@ -465,6 +465,18 @@ def test_what_is_no_table_is_said_in_one_line(tmp_path) -> None:
         open_table("nobody/nothing", "x")
 
 
+def test_a_packed_table_is_to_be_unpacked(tmp_path) -> None:
+    for name in ("train.jsonl.gz", "dev.csv.ZIP"):
+        (tmp_path / name).write_bytes(b"x")
+    formats = ".jsonl, .json, .parquet, .csv, .tsv"
+    message = f"data.path must be a table ({formats}), but {tmp_path}/train.jsonl.gz is packed; unpack it"
+    with pytest.raises(ValueError, match=exactly(message)):
+        open_table(str(tmp_path / "train.jsonl.gz"))
+    message = f"data.path must hold tables ({formats}), but {tmp_path}/dev.csv.ZIP is packed; unpack it"
+    with pytest.raises(ValueError, match=exactly(message)):
+        open_table(str(tmp_path))
+
+
 def test_a_class_label_stays_what_the_hub_says(tmp_path) -> None:
     features = Features({"text": Value("string"), "label": ClassLabel(names=["no", "yes"])})
     Dataset.from_dict({"text": ["a"], "label": [1]}, features).to_parquet(tmp_path / "x.parquet")
