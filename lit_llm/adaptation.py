@@ -43,10 +43,18 @@ class Adaptation(ABC):
         """Makes of a network, in place, what is trained: freezes what never learns.
 
         To be called once, after the network has the weights to start from.
+
+        Raises:
+            ValueError: When nothing would learn, as where only the head should and it is the embeddings' matrix.
         """
         found, top = depths(network)
         for p, depth in found.items():
             p.requires_grad_(self.start(depth, top) is not None)
+        if not any(p.requires_grad for p in network.parameters()):
+            raise ValueError(
+                f"adaptation must leave something to learn, but {type(self).__name__} freezes all of a network that "
+                f"has no head apart from its embeddings; take another, such as LoRA"
+            )
         hold_statistics(network)
 
     def finish(self, network: nn.Module) -> None:  # noqa: B027 (most leave nothing to do)

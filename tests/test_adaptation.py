@@ -199,6 +199,17 @@ def test_gradients_reach_exactly_the_depths_that_learn(tmp_path: Path, adaptatio
     assert watch.reached == watch.moved == [learning] * STEPS
 
 
+@pytest.mark.parametrize("adaptation", [HeadOnly(), FrozenLayers(2)])
+def test_a_network_without_a_head_of_its_own_cannot_learn_by_its_head_alone(adaptation: Adaptation) -> None:
+    network = Llama(20, d_model=16, num_layers=2, num_heads=2, tie_embeddings=True)
+    message = (
+        f"adaptation must leave something to learn, but {type(adaptation).__name__} freezes all of a network that has "
+        f"no head apart from its embeddings; take another, such as LoRA"
+    )
+    with pytest.raises(ValueError, match=exactly(message)):
+        adaptation.prepare(network)
+
+
 @pytest.mark.parametrize("parts", [1, 3])
 def test_layers_wake_from_the_head_down_and_cost_nothing_before(tmp_path: Path, parts: int) -> None:
     watch = watched(tmp_path, GradualUnfreezing(decay=0.5, until=0.6), accumulate_grad_batches=parts)
