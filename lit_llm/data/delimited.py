@@ -6,6 +6,7 @@ import csv
 import io
 import itertools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ LOOKED_AT = 10_000_000
 
 LINES_OF_A_CELL = 100
 QUOTED_CELL = re.compile(r'(?<![^\t\n])"[^"]*(?:""[^"]*)*"(?![^\t\n])')
+CELL = re.compile(r"[-+]?\d+(\.\d+)?|.{41,}", re.DOTALL)
+"""What a column is called where the first line is no header but a row: by a number, or a text."""
+
 csv.field_size_limit(2**31 - 1)  # a cell may hold a book
 
 
@@ -34,6 +38,17 @@ def layout(files: list[Path]) -> tuple[list[str], dict[str, Any]]:
             f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
         )
     return names, {"sep": separator, "quoting": quoting}
+
+
+def header_remedy(names: Iterable[str]) -> str:
+    """What an error adds that lists the names of columns; nothing where a header seems to have given them.
+
+    Example:
+        >>> header_remedy(["text", "label"]), header_remedy(["3", "Wall St. Bears"])
+        ('', "; the first line of a CSV or TSV file is taken for its columns' names: add a header")
+    """
+    taken = "; the first line of a CSV or TSV file is taken for its columns' names: add a header"
+    return taken if any(map(CELL.fullmatch, names)) else ""
 
 
 def _nameless(place: int, names: list[str]) -> str:

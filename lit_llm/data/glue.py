@@ -25,7 +25,8 @@ class GLUEData(TableTokens, ExampleData):
 
     Args:
         task: A GLUE task: `cola`, `sst2`, `mrpc`, `stsb`, `qqp`, `mnli`, `mnli_mismatched` (validated on other
-            genres), `qnli`, `rte` or `wnli`. `None` for any other table.
+            genres), `qnli`, `rte` or `wnli`; its tables have columns as in the hub's `nyu-mll/glue`. `None` for any
+            other table.
         path: `stdlib-docmatch` (the default without a task: does a docstring of Python's library describe a function?),
             a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), a folder of tables called `train`, `validation` and
             `test`, a folder in the hub's layout, or a data set on the hub (default for a task: `nyu-mll/glue`).

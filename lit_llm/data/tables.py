@@ -17,7 +17,7 @@ from datasets.info import DatasetInfosDict
 from datasets.utils.logging import set_verbosity
 
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest, stamps
-from lit_llm.data.delimited import layout
+from lit_llm.data.delimited import header_remedy, layout
 from lit_llm.data.json_lines import is_in_lines, json_lines
 from lit_llm.data.table_files import (
     HUB_NAME,
@@ -220,6 +220,10 @@ def _load_files(files: list[Path], path: str) -> Dataset:
             names, options = layout(files)
             if twice := [name for name in names if names.count(name) > 1]:
                 raise ValueError(f"columns must have names of their own, but {len(twice)} are called {twice[0]!r}")
+            if header_remedy(names):
+                log.warning(
+                    f"The first line of {files[0]} is taken for its columns' names; add a header if it is a row"
+                )
             options["features"] = Features(dict.fromkeys(names, Value("string")))
             options |= {"keep_default_na": False, "na_values": [""]}
         # The library knows a file again by its time of change alone; so it keeps each version by a name of its own.
@@ -320,9 +324,10 @@ def find_columns(
         ValueError: When a column is not there, two are one, or the choice is not obvious.
     """
     names = rows.column_names
+    remedy = header_remedy(names)
     for role, name in {"text": text, "text_pair": text_pair, "label": label}.items():
         if name is not None and name not in names:
-            raise ValueError(f"data.{role} must be one of {', '.join(names)} in {path}, but is {name!r}")
+            raise ValueError(f"data.{role} must be one of {', '.join(names)} in {path}, but is {name!r}{remedy}")
     if label is None:
         label = next((name for name in usual if name in names), None)
     roles: dict[str, str] = {}
@@ -340,12 +345,13 @@ def find_columns(
     pairs = [(first, second) for first, second in usual_pairs if first in others and second in seconds]
     singles = [name for name in SINGLES if name in others] or (others if len(others) == 1 else [])
     if not others:
-        raise ValueError(f"data.path must hold a column of text to classify, but {path} has {', '.join(names)}")
+        has = ", ".join(names) + remedy
+        raise ValueError(f"data.path must hold a column of text to classify, but {path} has {has}")
     if pairs:
         return Columns(*pairs[0], label)
     if singles:
         return Columns(singles[0], text_pair, label)
-    raise ValueError(f"data.text must be one of {', '.join(others)} in {path}, but is not given")
+    raise ValueError(f"data.text must be one of {', '.join(others)} in {path}, but is not given{remedy}")
 
 
 def _is_text(feature: Any) -> bool:

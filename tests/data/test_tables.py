@@ -399,6 +399,34 @@ def test_columns_that_could_be_any_are_asked_for() -> None:
         find_columns(rows, "x.csv", None, None, None)
 
 
+HEADERLESS = "; the first line of a CSV or TSV file is taken for its columns' names: add a header"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"label": "3"}, "data.text must be one of Bears, Short-sellers, in {path}, but is not given"),
+        ({"text": "text"}, "data.text must be one of 3, Bears, Short-sellers, in {path}, but is 'text'"),
+    ],
+)
+def test_a_table_without_a_header_is_said_to_want_one(tmp_path, caplog, given, message) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text('3,Bears,"Short-sellers,"\n2,Cup,"On Sunday,"\n')
+    rows = open_table(str(path))["train"]
+    assert caplog.messages == [f"The first line of {path} is taken for its columns' names; add a header if it is a row"]
+    with pytest.raises(ValueError, match=exactly(message.format(path="x.csv") + HEADERLESS)):
+        find_columns(rows, "x.csv", **{"text": None, "text_pair": None, "label": None, **given})
+
+
+def test_a_sentence_is_no_name_of_a_column(tmp_path, caplog) -> None:
+    (tmp_path / "x.tsv").write_text(f"gj04\t\t{'Our friends ' * 4}\ngj05\t\ta\n")
+    [name] = [name for name in open_table(str(tmp_path / "x.tsv"))["train"].column_names if "friends" in name]
+    assert len(caplog.messages) == 1
+    rows = Dataset.from_dict({name: ["x"], "other": ["x"]})
+    with pytest.raises(ValueError, match=f"but is not given{HEADERLESS}"):
+        find_columns(rows, "x.tsv", None, None, None)
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_a_text_that_is_missing_is_said_with_its_row(tmp_path, suffix) -> None:
     path = write(tmp_path / f"x{suffix}", [{"text": "a", "label": 1}, {"text": None, "label": 0}])
