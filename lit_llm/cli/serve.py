@@ -98,6 +98,7 @@ def serve(model: str, host: str, port: int, device: str, max_batch_size: int, ti
         """Ends the server as Ctrl-C does, once; its process that listens, a fork of this one, without a traceback."""
         for further in (signal.SIGINT, signal.SIGTERM):
             signal.signal(further, signal.SIG_IGN)
+        logging.getLogger("litserve").setLevel(logging.CRITICAL)  # its thread that watches the others sees them go
         raise KeyboardInterrupt if os.getpid() == own else SystemExit(0)
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import socket
 import subprocess
@@ -14,12 +15,15 @@ from typing import Any
 import pytest
 
 from lit_llm.checkpoints import save_model
+from lit_llm.cli.serve import serve
 from lit_llm.data.chat import with_template
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.generation import generate
 from tests.writing import REPOSITORY
 
 pytest.importorskip("litserve")
+
+from litserve.utils import configure_logging
 
 
 @pytest.fixture
@@ -91,6 +95,29 @@ def test_requests_are_answered_until_the_server_is_ended(model: Path, number: si
     assert process.returncode == 0
     assert "Traceback" not in err
     assert f"{model} answers at http://127.0.0.1:{port}/v1/" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_nothing_is_said_of_processes_that_end_with_the_server(
+    model: Path, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {each: signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)}
+    log = logging.getLogger("litserve.server")
+
+    def run(server: Any, **options: Any) -> None:
+        configure_logging(options["log_level"])
+        assert log.isEnabledFor(logging.ERROR)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+        assert not log.isEnabledFor(logging.ERROR)
+
+    monkeypatch.setattr("litserve.LitServer.run", run)
+    try:
+        serve(str(model), "127.0.0.1", free_port(), "cpu", 1, 1.0)
+    finally:
+        configure_logging()
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def test_mistakes_are_one_line(lit_llm: Any, model: Path, tmp_path: Path) -> None:
