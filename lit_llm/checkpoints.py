@@ -227,8 +227,7 @@ def _download(name: str) -> Path:
 def _from_directory(folder: Path) -> Model:
     try:
         config = json.loads((folder / "config.json").read_text(), object_hook=_number)
-        kind = _architecture(config)
-        arguments = kind.hf_arguments(config)
+        kind, arguments = _described(config, folder)
     except (json.JSONDecodeError, KeyError) as error:
         raise ValueError(f"config.json must describe a network, but in {folder} it does not: {error!r}") from error
     size = arguments.pop(first_argument(kind))
@@ -279,8 +278,11 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _architecture(config: dict[str, Any]) -> Any:
-    """The class of ours for a directory of transformers: one written here, or else one that wraps transformers' own."""
+def _described(config: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The class of ours for a directory of transformers, and its arguments.
+
+    It is one written here, or else, also where that lacks what the config asks for, one that wraps transformers' own.
+    """
     wanted = (config.get("architectures") or [""])[0]
     written: dict[str, Any] = {}
     wrapping: dict[str, Any] = {}
@@ -291,15 +293,20 @@ def _architecture(config: dict[str, Any]) -> Any:
                     written |= dict.fromkeys(value.hf_architectures, value)
                 elif issubclass(value, Pretrained) and hasattr(value, "tasks"):
                     wrapping[value.description] = value
-    if wanted in written:
-        return written[wanted]
-    for kind in wrapping.values():
-        if kind.builds(wanted):
-            return kind
-    raise ValueError(
-        f"architectures in config.json must be one of {', '.join(sorted(written))}, or of transformers "
-        f"{' or '.join(sorted(wrapping))}, but is {wanted!r}"
-    )
+    own, wrapper = written.get(wanted), next((kind for kind in wrapping.values() if kind.builds(wanted)), None)
+    if own is None and wrapper is None:
+        raise ValueError(
+            f"architectures in config.json must be one of {', '.join(sorted(written))}, or of transformers "
+            f"{' or '.join(sorted(wrapping))}, but is {wanted!r}"
+        )
+    if own is not None:
+        try:
+            return own, own.hf_arguments(config)
+        except ValueError as refusal:
+            if wrapper is None:
+                raise
+            log.info(f"Opening {folder} with a {wrapper.__name__} instead of a {own.__name__}: {refusal}")
+    return wrapper, wrapper.hf_arguments(config)
 
 
 def finish(network: nn.Module, adaptation: Adaptation | None, unrounded: bool = False) -> None:

@@ -53,8 +53,7 @@ def read_weights(network: nn.Module, folder: Path) -> None:
             raise ValueError(
                 f"{name} must be zero for a network without biases, but is not in {folder}; give the network biases"
             )
-    tied = {name_of(name): name_of(first) for name, first in _tied(network).items()}
-    _copy(_as_transformers(network), stored, folder, tied)
+    _copy_as_transformers(network, stored, folder)
 
 
 def copy_weights(
@@ -64,7 +63,7 @@ def copy_weights(
     sizes: tuple[int, int] | None = None,
     head: Collection[str] = (),
 ) -> list[str]:
-    """Copies all parameters of one network into another of the same form.
+    """Copies all parameters of one network into another of the same form, or into transformers' own of that form.
 
     Args:
         source: From which.
@@ -77,8 +76,14 @@ def copy_weights(
         The names of the parameters that were passed over.
 
     Raises:
-        ValueError: When a parameter is missing, left over, of another shape, or tied here and two different ones there.
+        ValueError: When a parameter is missing, left over, of another shape, or tied here and two different ones there,
+            or the source is transformers' own network, with what the target, which is written here, lacks.
     """
+    _require_form(source, target, where)
+    if hasattr(target, "load_weights") and hasattr(source, "hf_name"):  # a network written here, into transformers'
+        stored = _as_transformers(source) | {name: torch.zeros(shape) for name, shape in _zeros(source).items()}
+        _copy_as_transformers(target, stored, Path(where))
+        return []
     own, stored = _own(target), _own(source)
 
     def is_head(name: str) -> bool:
@@ -89,6 +94,19 @@ def copy_weights(
     of_both = ({name: tensor for name, tensor in each.items() if name not in new} for each in (own, stored))
     _copy(*of_both, Path(where), _tied(target))
     return new
+
+
+def _require_form(source: nn.Module, target: nn.Module, where: Path | str) -> None:
+    """Refuses transformers' own network where one of that architecture written here lacks what it has."""
+    config = source.to_hf_config() if hasattr(source, "load_weights") else {"architectures": [None]}
+    if config["architectures"][0] in getattr(target, "hf_architectures", ()):
+        try:
+            target.hf_arguments(config)
+        except ValueError as refusal:
+            raise ValueError(
+                f"model.network must be one that the weights of {where} fit, but is a {type(target).__name__}: "
+                f"{refusal}; leave it out to take theirs"
+            ) from refusal
 
 
 def fill(network: nn.Module, stored: dict[str, Tensor], where: Path | str) -> None:
@@ -145,6 +163,13 @@ def _copy(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied:
                     f"in {source}"
                 )
             p.copy_(stored[name])
+
+
+def _copy_as_transformers(network: nn.Module, stored: dict[str, Tensor], source: Path) -> None:
+    """As `_copy`, by the names, and in the shapes, that transformers gives what is in the network."""
+    name_of = hf_names(network)
+    tied = {name_of(name): name_of(first) for name, first in _tied(network).items()}
+    _copy(_as_transformers(network), stored, source, tied)
 
 
 def _as_transformers(network: nn.Module) -> dict[str, Tensor]:

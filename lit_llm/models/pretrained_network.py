@@ -63,9 +63,12 @@ class Pretrained(nn.Module):
 
     def _build(self) -> None:
         """Makes the network that the config describes, with fresh weights."""
-        made = self._auto(self.config).from_config(
-            self._plain_config(), dtype=torch.get_default_dtype(), trust_remote_code=False
-        )
+        try:
+            made = self._auto(self.config).from_config(
+                self._plain_config(), dtype=torch.get_default_dtype(), trust_remote_code=False
+            )
+        except KeyError as error:  # of an activation or a kind of positions, say
+            raise ValueError(f"config must name what transformers has, but names {error}") from error
         self._adopt(made)
 
     def _plain_config(self) -> PretrainedConfig:

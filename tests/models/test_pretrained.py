@@ -73,6 +73,49 @@ def test_a_directory_of_transformers_is_read_and_written_without_a_change(kind: 
     assert json.loads((tmp_path / "ours/config.json").read_text())["eos_token_id"] == 0
 
 
+PLAIN = SIZE | {"model_type": "llama"}
+OWN = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+LACKED: dict[str, tuple[dict[str, Any], str]] = {
+    "attention_bias": (PLAIN, "a Llama: attention_bias in config.json must be the default of plain Llama or Qwen3"),
+    "hidden_act": (PLAIN, "a Llama: hidden_act in config.json must be the default of plain Llama or Qwen3"),
+    "rope_parameters": (PLAIN, "a Llama: rope_type in config.json must be one of default, linear, llama3, yarn"),
+    "use_sliding_window": (
+        SIZE | {"model_type": "qwen3", "sliding_window": 4, "max_window_layers": 1},
+        "a Llama: use_sliding_window in config.json must be the default of plain Llama or Qwen3",
+    ),
+    "scale_attn_by_inverse_layer_idx": (
+        OWN,
+        "a GPT2: scale_attn_by_inverse_layer_idx in config.json must be False, as in plain GPT-2",
+    ),
+}
+VALUES = {"hidden_act": "gelu", "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 500.0}}
+
+
+@pytest.mark.parametrize("key", LACKED)
+@torch.no_grad()
+def test_what_the_class_written_here_lacks_is_read_by_transformers_own_which_is_said(
+    key: str, tmp_path: Path, caplog
+) -> None:
+    (plain, why), value = LACKED[key], VALUES.get(key, True)
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**plain, vocab_size=37, **{key: value})).eval()
+    for p in theirs.parameters():
+        p.copy_(p + 0.3 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "theirs")
+    said = f"Opening {tmp_path / 'theirs'} with a PretrainedCausalLM instead of {why}, but is "
+    with caplog.at_level(logging.INFO, "lit_llm"):
+        network, _ = load_model(tmp_path / "theirs")
+    assert [message for message in caplog.messages if message.startswith(said)]
+    assert type(network) is PretrainedCausalLM
+    save_model(tmp_path / "ours", network)
+    for made in (network, load_model(tmp_path / "ours")[0]):
+        torch.testing.assert_close(made(tokens()), theirs(tokens()).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_a_name_that_transformers_has_nothing_for_is_refused() -> None:
+    with pytest.raises(ValueError, match=exactly("config must name what transformers has, but names 'nothing'")):
+        PretrainedCausalLM(37, config("mistral", hidden_act="nothing"))
+
+
 @torch.no_grad()
 def test_a_config_with_infinity_in_it_is_read_as_transformers_writes_it(tmp_path: Path) -> None:
     size = {"hidden_size": 16, "num_hidden_layers": 1, "num_heads": 4, "head_dim": 8, "state_size": 4, "n_groups": 1}

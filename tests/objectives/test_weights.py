@@ -270,6 +270,39 @@ def test_weights_of_another_network_are_refused(model, corpus, tmp_path) -> None
         fit(still(network=network, weights=str(model)), corpus, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("tiny_llama", {}), ("tiny_llama", {"tie_embeddings": True}), ("tiny_gpt2", {}), ("tiny_gpt2", {"bias": False})],
+)
+def test_transformers_own_network_takes_the_weights_of_one_written_here(
+    request, kind, options, corpus, tmp_path
+) -> None:
+    before = request.getfixturevalue(kind)(vocab_size=257, **options)
+    save_model(tmp_path / "model", before, byte_tokenizer())
+    network = functools.partial(PretrainedCausalLM, config=str(tmp_path / "model"))
+    made = still(network=network, weights=str(tmp_path / "model"))
+    fit(made, corpus, tmp_path)
+    ids = torch.arange(20)[None]
+    assert type(made.network) is PretrainedCausalLM
+    torch.testing.assert_close(made.network.eval()(ids), before(ids), atol=1e-5, rtol=1e-5)
+
+
+def test_a_network_written_here_refuses_weights_that_need_what_it_lacks(corpus, tmp_path) -> None:
+    source = PretrainedCausalLM(257, MISTRAL | {"model_type": "llama", "hidden_act": "gelu"})
+    save_model(tmp_path / "model", source, byte_tokenizer())
+    message = (
+        f"model.network must be one that the weights of {tmp_path / 'model'} fit, but is a Llama: hidden_act in "
+        f"config.json must be the default of plain Llama or Qwen3, but is 'gelu'; leave it out to take theirs"
+    )
+    network = functools.partial(Llama, d_model=16, num_layers=1, num_heads=2, num_kv_heads=1, d_ff=32)
+    with pytest.raises(ValueError, match=exactly(message)):
+        fit(still(network=network, weights=str(tmp_path / "model")), corpus, tmp_path)
+    again = functools.partial(PretrainedCausalLM, config=str(tmp_path / "model"))
+    made = still(network=again, weights=str(tmp_path / "model"))
+    fit(made, corpus, tmp_path)
+    assert same(made.network, source)
+
+
 def test_neither_network_nor_weights_is_refused() -> None:
     message = "model.network must be given where there are no model.weights to start from, but is None"
     with pytest.raises(ValueError, match=exactly(message)):
