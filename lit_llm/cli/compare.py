@@ -36,6 +36,8 @@ OF_TOKENS = ("data.tokenizer",)
 LOSSES = ("loss", "perplexity", "bits_per_byte")
 """Metrics that mean what the objective minimises."""
 
+OTHER_SEEDS = "Of a trial that has other seeds, those alone count: the seed that chose it flatters the best."
+
 MOST_CURVES = 10
 MOST_DIFFERENCES = 5
 
@@ -88,7 +90,8 @@ def compare(runs: list[Path], out: Path, metric: str | None = None) -> None:
         FileNotFoundError: When a folder holds no finished run.
         ValueError: When the runs are of different tasks.
     """
-    finished = [read_run(folder) for folder in _folders(runs)]
+    folders = list(_folders(runs))
+    finished = [read_run(folder) for folder in folders]
     metric = metric or _metric_of_sweeps(runs) or _shared_metric(finished)
     _require_one_task(finished, metric)
     groups = grouped(finished)
@@ -97,6 +100,8 @@ def compare(runs: list[Path], out: Path, metric: str | None = None) -> None:
         groups.sort(key=lambda group: mean(group.figures(metric).values()) * (1 if mode is min else -1))
     out.mkdir(parents=True, exist_ok=True)
     text = table(groups, metric)
+    if {one.parent for one in folders} & {folder / "seeds" for folder in runs}:
+        text += f"\n{OTHER_SEEDS}\n"
     command = shlex.join(["lit-llm", "compare", *map(str, runs), "--out", str(out)])
     _write(out, groups, metric, f"{text}\nMade by `{command}`: {metric}, mean ± standard deviation over seeds.\n")
     draw_curves(out / "learning_curves.png", groups, metric)
@@ -119,7 +124,7 @@ def _metric_of_sweeps(runs: list[Path]) -> str | None:
 
 
 def _folders(runs: list[Path]) -> Iterator[Path]:
-    """The run folders; of a sweep those of the trials that came to their end, and their other seeds."""
+    """The run folders; of a sweep those of the trials that came to their end, or instead of one its other seeds."""
     for folder in runs:
         if not _is_sweep(folder) and not (folder / "study.db").is_file():
             yield folder
@@ -131,9 +136,9 @@ def _folders(runs: list[Path]) -> Iterator[Path]:
         if not complete:
             raise ValueError(f"RUN must hold trials that came to their end, but {folder} has none")
         for number in complete:
-            yield folder / "trials" / f"{int(number):03d}"
             seeds = sorted((folder / "seeds").glob(f"{int(number):03d}_seed*"))
-            yield from (one for one in seeds if came_to_its_end(read_results(one)))  # the sweep goes on with others
+            ended = [one for one in seeds if came_to_its_end(read_results(one))]  # the sweep goes on with others
+            yield from ended or [folder / "trials" / f"{int(number):03d}"]
 
 
 def less_is_better(metric: str, runs: list[Finished]) -> bool:

@@ -90,14 +90,29 @@ def test_of_a_sweep_only_what_came_to_its_end_counts_and_the_best_is_first(lit_l
     run("sweep/trials/000", 2.0, 0.01)
     run("sweep/trials/001", 9.0, 0.02)
     run("sweep/trials/002", 1.0, 0.03)
-    run("sweep/seeds/002_seed5", 1.2, 0.03, seed=5)
     (tmp_path / "sweep/trials.csv").write_text("trial,state\n0,complete\n1,pruned\n2,complete\n")
     outcome = lit_llm("compare", tmp_path / "sweep", "--out", tmp_path / "out")
     lines = [line for line in outcome.out.splitlines() if line.startswith("| lr")]
-    assert lines == [
-        "| lr=0.03 | 2 | 1.1000 ± 0.1414 | 3 | – | – |",
-        "| lr=0.01 | 1 | 2.0000 | 3 | +1.0000 | – |",
-    ]
+    assert lines == ["| lr=0.03 | 1 | 1.0000 | 3 | – | – |", "| lr=0.01 | 1 | 2.0000 | 3 | +1.0000 | – |"]
+    assert "seed that chose" not in outcome.out
+
+
+def test_the_seed_that_chose_a_trial_does_not_count_where_it_has_others(lit_llm, run, tmp_path):
+    for number, value in enumerate((1.0, 1.1, 2.0)):
+        run(f"sweep/trials/{number:03d}", value, 0.01 * (number + 1))
+    for number, values in enumerate(((1.5, 1.7), (1.2, 1.3))):
+        for seed, value in enumerate(values, start=5):
+            run(f"sweep/seeds/{number:03d}_seed{seed}", value, 0.01 * (number + 1), seed=seed)
+    (tmp_path / "sweep/trials.csv").write_text("trial,state\n0,complete\n1,complete\n2,complete\n")
+    outcome = lit_llm("compare", tmp_path / "sweep", "--out", tmp_path / "out")
+    said = (
+        "| lr=0.02 | 2 | 1.2500 ± 0.0707 | 3 | – | – |\n"
+        "| lr=0.01 | 2 | 1.6000 ± 0.1414 | 3 | +0.3500 | 0.09 |\n"
+        "| lr=0.03 | 1 | 2.0000 | 3 | – | – |\n\n"
+        "Of a trial that has other seeds, those alone count: the seed that chose it flatters the best.\n"
+    )
+    assert said in outcome.out
+    assert said in (tmp_path / "out/compare.md").read_text()
 
 
 def test_a_sweep_is_compared_by_what_judged_it(lit_llm, run, tmp_path):
