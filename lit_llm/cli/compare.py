@@ -8,6 +8,8 @@ import inspect
 import logging
 import re
 import shlex
+import textwrap
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -15,7 +17,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from lit_llm.cli.finished_run import NOT_OF_THE_SETTING, Finished, came_to_its_end, falls, read_run
+from lit_llm.cli.finished_run import NOT_OF_THE_SETTING, Finished, came_to_its_end, dotted, falls, read_run
 from lit_llm.cli.parser import OneLineArguments
 from lit_llm.cli.significance import paired_p
 from lit_llm.cli.trial_run import read_results
@@ -40,6 +42,9 @@ OTHER_SEEDS = "Of a trial that has other seeds, those alone count: the seed that
 
 MOST_CURVES = 10
 MOST_DIFFERENCES = 5
+LABEL_WIDTH, LABEL_LINES = 60, 3
+ROOM_FOR_LABELS = 30
+"""Letters of a label with which a legend still leaves room for curves beside it."""
 
 
 def run(words: list[str]) -> None:
@@ -228,7 +233,7 @@ def grouped(runs: Iterable[Finished]) -> list[Group]:
         else:
             group.runs[run.seed] = run
     found = list(groups.values())
-    settings = [next(iter(group.runs.values())).settings for group in found]
+    settings = _with_differing_classes([next(iter(group.runs.values())).settings for group in found])
     names = list(dict.fromkeys(name for each in settings for name in each))
     differ = [
         name
@@ -240,10 +245,40 @@ def grouped(runs: Iterable[Finished]) -> list[Group]:
         own = [name for name in differ if name in each]
         if len(own) > MOST_DIFFERENCES:  # what a class brings along is said by its name
             own = [name for name in chosen if name in each]
-        own = [f"{name.rpartition('.')[2]}={_short(each[name])}" for name in own]
+        own = [f"{name.rpartition('.')[2]}={_cut(_short(each[name]))}" for name in own]
         more = "" if len(own) <= MOST_DIFFERENCES else f" and {len(own) - MOST_DIFFERENCES} more"
         group.name = " ".join(own[:MOST_DIFFERENCES]) + more or next(iter(group.runs.values())).folder.name
+    for name, count in Counter(group.name for group in found).items():
+        for group in found if count > 1 else ():
+            if group.name == name:
+                group.name += f" ({next(iter(group.runs.values())).folder})"
     return found
+
+
+def _with_differing_classes(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The settings, where of a list of classes, such as callbacks, is said only what not all of them have.
+
+    A class is its name; where it comes with various options, those that vary are said too.
+    """
+    settings = [dict(each) for each in settings]
+    for name in dict.fromkeys(name for each in settings for name in each):
+        lists = [each.get(name) or [] for each in settings]
+        items = [item for items in lists for item in items] if all(isinstance(one, list) for one in lists) else []
+        if not items or not all(isinstance(item, dict) and "class_path" in item for item in items):
+            continue
+        own = [[item for item in items if not all(item in others for others in lists)] for items in lists]
+        for each, kept in zip(settings, own, strict=True):
+            each[name] = "+".join(_apart(item, [one for items in own for one in items]) for item in kept) or "none"
+    return settings
+
+
+def _apart(item: dict[str, Any], all_items: list[dict[str, Any]]) -> str:
+    """A class among others, with those of its options that differ where it is there with several."""
+    own = dict(dotted(item))
+    others = [dict(dotted(one)) for one in all_items if one["class_path"] == item["class_path"]]
+    varied = (option for option in own if any(one.get(option, "") != own[option] for one in others))
+    options = ", ".join(f"{option.rpartition('.')[2]}={_short(own[option])}" for option in varied)
+    return _short(item["class_path"]) + (f"({options})" if options else "")
 
 
 def _follows(name: str, settings: list[dict[str, Any]]) -> bool:
@@ -269,6 +304,10 @@ def _short(value: Any) -> str:
         return f"{value:.4g}"
     # Of a class path the class is enough; a file's name stays.
     return re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z]\w*$)", "", str(value))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LABEL_WIDTH else f"{text[: LABEL_WIDTH - 1]}…"
 
 
 def _spread(values: list[float]) -> str:
@@ -330,20 +369,28 @@ def draw_curves(path: Path, groups: list[Group], metric: str) -> None:
 
     if len(groups) > MOST_CURVES:
         log.info(f"The picture shows the first {MOST_CURVES} of {len(groups)} settings")
-    figure = Figure(figsize=(8 if len(groups) < 5 else 11, 4.5), layout="constrained")
+    shown = groups[:MOST_CURVES]
+    beside = len(shown) > 4 or max(len(group.name) for group in shown) > ROOM_FOR_LABELS
+    figure = Figure(figsize=(11 if beside else 8, 4.5), layout="constrained")
     axes = figure.subplots()
-    for group in groups[:MOST_CURVES]:
+    for group in shown:
         points = curves(group, metric)
         if not points:
             continue
         steps, means, spreads = zip(*points, strict=True)
-        [line] = axes.plot(steps, means, marker="o", markersize=3, label=f"{group.name} ({len(group.runs)})")
+        [line] = axes.plot(steps, means, marker="o", markersize=3, label=_label(group))
         low, high = ([m + sign * s for m, s in zip(means, spreads)] for sign in (-1, 1))
         axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.2, linewidth=0)
     axes.set(xlabel="step", ylabel=metric)
     axes.grid(alpha=0.3)
     if axes.lines:
-        place = {"loc": "best"} if len(axes.lines) < 5 else {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)}
+        place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if beside else {"loc": "best"}
         axes.legend(fontsize=8, title="setting (seeds)", **place)
     with replacing(path) as new:
         figure.savefig(new, dpi=120)
+
+
+def _label(group: Group) -> str:
+    """A setting and its number of seeds, in a few short lines."""
+    lines = textwrap.wrap(group.name, LABEL_WIDTH, max_lines=LABEL_LINES, placeholder=" …")
+    return "\n".join(lines) + f" ({len(group.runs)})"

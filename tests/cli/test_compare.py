@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import csv
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 
-from lit_llm.cli.compare import grouped
-from lit_llm.cli.finished_run import Finished
+from lit_llm.cli.compare import draw_curves, grouped
+from lit_llm.cli.finished_run import Finished, read_run
 
 
 @pytest.fixture
@@ -251,6 +253,51 @@ def test_settings_of_several_classes_are_named_by_what_does_not_follow_from_thes
     ]
     few = [finished("Llama", 0.1, d_model=8), finished("LSTM", 0.1, d_model=16)]
     assert [group.name for group in grouped(few)] == ["network=Llama d_model=8", "network=LSTM d_model=16"]
+
+
+def callback(name: str, **options: Any) -> dict[str, Any]:
+    return {"class_path": f"lit_llm.callbacks.{name.lower()}.{name}", "init_args": options}
+
+
+def pruning(sparsity: float) -> dict[str, Any]:
+    method = {"class_path": "lit_llm.compression.sparsity.Magnitude", "init_args": {"sparsity": sparsity}}
+    return callback("Pruning", method=method, start=0.1, end=0.6, layers=["q_proj", "k_proj", "v_proj", "o_proj"])
+
+
+def test_of_callbacks_only_those_are_named_that_not_all_have(run, tmp_path):
+    shared = [callback("Throughput", peak=1e12), callback("Samples", prompts=["a long prompt"] * 20)]
+    lists = ([], [pruning(0.5)], [pruning(0.75)], [callback("LowRank", rank=2), pruning(0.5)])
+    runs = [
+        Finished(tmp_path / str(n), {"trainer.callbacks": [*shared, *more]}, {}) for n, more in enumerate(lists)
+    ] + [Finished(tmp_path / "last", {"trainer.callbacks": shared[::-1]}, {})]
+    assert [group.name for group in grouped(runs)] == [
+        f"callbacks=none ({tmp_path / '0'})",
+        "callbacks=Pruning(sparsity=0.5)",
+        "callbacks=Pruning(sparsity=0.75)",
+        "callbacks=LowRank+Pruning(sparsity=0.5)",
+        f"callbacks=none ({tmp_path / 'last'})",
+    ]
+    assert [group.name for group in grouped(runs[:2])] == ["callbacks=none", "callbacks=Pruning"]
+    other = [Finished(tmp_path / "other", {"trainer.callbacks": "none at all"}, {}), runs[1]]
+    assert grouped(other)[0].name == "callbacks=none at all"
+    bare = [Finished(tmp_path / "bare", {"trainer.callbacks": None}, {}), runs[1]]
+    assert [group.name for group in grouped(bare)] == ["callbacks=none", "callbacks=Throughput+Samples+Pruning"]
+
+
+def test_long_names_are_beside_the_curves_in_short_lines(run, tmp_path, monkeypatch, recwarn):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kw: (figures.append(figure), Path(path).touch()))
+    values = {"a": "a", "b": "long, " * 60}
+    groups = grouped(read_run(run(name, 1.0, trainer={"gradient_clip": value})) for name, value in values.items())
+    draw_curves(tmp_path / "curves.png", groups, "val/bits_per_byte")
+    [axes] = figures[0].axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert [label[:15] for label in labels] == ["gradient_clip=a", "gradient_clip=l"]
+    assert labels[1].endswith("… (1)")
+    assert max(len(line) for label in labels for line in label.splitlines()) <= 64
+    figures[0].draw_without_rendering()
+    assert axes.get_legend().get_window_extent().x0 > axes.get_window_extent().x1
+    assert not [warning for warning in recwarn if "constrained" in str(warning.message)]
 
 
 def test_what_was_cut_off_is_one_line(lit_llm, run, tmp_path):
