@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
 import shutil
@@ -71,7 +72,12 @@ def _parser() -> argparse.ArgumentParser:
         "--bandwidth", type=size, default="50GB", help="bytes per second sent by a device (default 50GB)"
     )
     parser.add_argument("--price", type=float, help="price of a device per hour, in your currency")
-    parser.add_argument("--tokens", type=float, help="training tokens (default: 20 per parameter)")
+    parser.add_argument(
+        "--tokens",
+        type=float,
+        help="training tokens, or examples (default: 20 per parameter of a language model that is trained whole, else "
+        "what the config's max_steps and max_epochs come to)",
+    )
     parser.add_argument("--table", action="store_true", help="also plan for 8 to 1,024 devices")
     parser.add_argument(
         "--probe",
@@ -113,14 +119,19 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     if options.probe:
         found["probe"] = probe(words, details, options.probe)
         machine = replace(machine, peak_flops=found["probe"]["flops_per_second"], mfu=1.0)  # measured, not assumed
-    tokens = options.tokens or OPTIMAL_TOKENS_PER_PARAMETER * plain.parameters
     parts = details["accumulate_grad_batches"]
+    optimal = OPTIMAL_TOKENS_PER_PARAMETER * plain.parameters if details["is_whole_language_model"] else None
+    step = plain.tokens * parts * devices
+    configured = min(details["max_steps"] * step, details["max_batches"] * plain.tokens)
+    lengths = {"option": options.tokens, "rule": optimal, "config": configured, "step": step}
+    origin, tokens = next((name, length) for name, length in lengths.items() if length and length < math.inf)
 
     def billed(strategy: str, devices: int, share: float = 1.0) -> Any:
         sent = traffic(replace(plain, parts=math.ceil(parts * share)), strategy, devices)
         return bill(flops, plain.tokens * parts * share, sent, tokens, machine, devices)
 
-    found |= {"devices": devices, "tokens": tokens, "optimal_tokens": OPTIMAL_TOKENS_PER_PARAMETER * plain.parameters}
+    del found["max_steps"], found["max_batches"]
+    found |= {"devices": devices, "tokens": tokens, "tokens_from": origin, "optimal_tokens": optimal}
     found["machine"] = asdict(machine)
     sharing = dict.fromkeys(STRATEGIES, devices) | {"tensor_parallel": options.devices}  # within a node
     if options.devices % PAIR:
@@ -202,7 +213,11 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         steps["with activation checkpointing"] = taken(True)
     rule = getattr(network, "flops_per_token", None) if "input_ids" in batch else None
     step = steps["as configured"]
+    max_steps, max_batches = configured_length(trainer, data if objective.planned_for is not None else None)
     return steps, {
+        "is_whole_language_model": objective.size_name == "vocab_size" and step.trained == step.parameters,
+        "max_steps": max_steps,
+        "max_batches": max_batches,
         "network": type(network).__name__,
         "averages": averages,
         "precision": precision,
@@ -211,6 +226,24 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         "accumulate_grad_batches": parts,
         "flops_per_token": rule(batch["input_ids"].shape[1]) if rule else step.flops / step.tokens,
     }
+
+
+def configured_length(trainer: Any, data: Any) -> tuple[int | float, int | float]:
+    """Steps, and batches of one device, after which a config ends a run; infinite where it does not, or is not known.
+
+    Args:
+        trainer: Its options.
+        data: What has been read, of which the batches of an epoch can be counted; `None` where nothing has been.
+    """
+    steps, epochs = trainer["max_steps"], trainer["max_epochs"]
+    batches, limit = math.inf, trainer.get("limit_train_batches")
+    if data is not None and epochs not in (None, -1):
+        with contextlib.suppress(TypeError):  # a stream
+            batches = len(data.train_dataloader())
+        if limit is not None:
+            batches = min(batches, limit) if isinstance(limit, int) else batches * limit
+        batches *= epochs
+    return math.inf if steps in (None, -1) else steps, batches
 
 
 def example_batch(objective: Any, data: Any) -> dict[str, Any]:
@@ -329,9 +362,17 @@ def report(found: dict[str, Any]) -> list[str]:
             lines.append(f"{strategy:<22}" + "".join(f"{gib(m[c]):>12}" for c in columns) + f"  {fits}")
     b = found["bill"]
     speed = "the measured speed" if "probe" in found else f"{machine['mfu']:.0%} of {machine['peak_flops']:.4g}/s"
+    if found["optimal_tokens"]:
+        length = f"Compute-optimal: {found['optimal_tokens']:.4g} {unit}s, 20 per parameter (Hoffmann et al., 2022)"
+    else:
+        length = {
+            "option": f"Planned for --tokens, {found['tokens']:.4g} {unit}s",
+            "config": f"Planned for what the config trains on, {found['tokens']:.4g} {unit}s",
+            "step": f"Planned for a single step, {found['tokens']:.4g} {unit}s; give --tokens for all of a run",
+        }[found["tokens_from"]]
     lines += [
         "",
-        f"Compute-optimal: {found['optimal_tokens']:.4g} {unit}s, 20 per parameter (Hoffmann et al., 2022)",
+        length,
         f"{found['tokens']:.4g} {unit}s on {devices} × {machine['watts']:g} W at {speed}: {duration(b['seconds'])}"
         f"{exchange(b, devices, machine['mfu'])}, {b['kilowatt_hours']:,.4g} kWh" + cost(b),
     ]

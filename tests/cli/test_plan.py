@@ -93,6 +93,38 @@ def step_of(lit_llm, tmp_path, *words):
     return plan_of(lit_llm, tmp_path, *words)["steps"]["as configured"]
 
 
+def test_tokens_per_parameter_are_a_rule_for_language_models_that_are_trained_whole(lit_llm, tmp_path):
+    lora = ["--config", REPOSITORY / "configs/adaptation/lora.yaml", "--model.adaptation.rank", 2]
+    digits = ["--config", REPOSITORY / "configs/pretraining/cnn_digits.yaml"]
+    steps = ["--data.batch_size", 4, "--data.seq_len", 32, "--devices", 2, "--trainer.accumulate_grad_batches", 3]
+    endless = ["--trainer.max_steps", -1, "--trainer.max_time", "00:01:00:00"]
+    for words, origin, tokens, said in (
+        ([*MAIN, *SMALL], "rule", None, "Compute-optimal: "),
+        (
+            [*MAIN, *SMALL, *lora, *steps],
+            "config",
+            1000 * 768,
+            "Planned for what the config trains on, 7.68e+05 tokens",
+        ),
+        (
+            [*MAIN, *SMALL, *lora, *steps, *endless],
+            "step",
+            768,
+            "Planned for a single step, 768 tokens; give --tokens for",
+        ),
+        ([*MAIN, *SMALL, *lora, "--tokens", 5e6], "option", 5e6, "Planned for --tokens, 5e+06 tokens\n"),
+        (digits, "config", 10 * 20 * 64, "Planned for what the config trains on, 1.28e+04 examples"),
+        ([*digits, "--trainer.max_steps", 3], "config", 3 * 64, "Planned for what the config trains on, 192 examples"),
+    ):
+        outcome = lit_llm("plan", *words, "--json", tmp_path / "plan.json")
+        assert outcome.code == 0, outcome.err
+        found = json.loads((tmp_path / "plan.json").read_text())
+        assert said in outcome.out
+        assert ("Hoffmann" in outcome.out) is (found["optimal_tokens"] is not None) is (origin == "rule")
+        assert found["tokens_from"] == origin
+        assert tokens in (None, found["tokens"])
+
+
 @pytest.mark.parametrize("adapter", ["lora", "dora"])
 def test_adapters_are_planned_as_they_are_trained(lit_llm, tmp_path, adapter):
     overlay = ["--config", REPOSITORY / f"configs/adaptation/{adapter}.yaml", "--model.adaptation.rank", 2]
