@@ -10,7 +10,7 @@ import yaml
 from transformers import BertConfig, BertModel
 
 from lit_llm.checkpoints import save_model
-from lit_llm.cli.plan import exchange
+from lit_llm.cli.plan_report import exchange
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.models.lenet import LeNet
 from lit_llm.models.pretrained_masked_lm import PretrainedMaskedLM
