@@ -12,7 +12,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_llm.batch import IGNORE_INDEX, say_nothing
-from lit_llm.data.stratification import UNLABELLED_TEST
+from lit_llm.data.table_files import UNLABELLED_TEST
 from lit_llm.files import write_table
 
 log = logging.getLogger(__name__)

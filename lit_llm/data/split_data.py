@@ -16,8 +16,7 @@ from lightning.pytorch import LightningDataModule
 from lit_llm.data import changes
 from lit_llm.data.arguments import require_counts, require_fractions
 from lit_llm.data.sampling import BatchLoader, place
-from lit_llm.data.stratification import UNLABELLED_TEST
-from lit_llm.data.table_files import split_kind
+from lit_llm.data.table_files import UNLABELLED_TEST, split_kind
 from lit_llm.data.tables import Split
 
 log = logging.getLogger(__name__)
@@ -95,7 +94,7 @@ class SplitData(LightningDataModule, ABC):
 
     @cached_property
     def splits(self) -> dict[str, Split]:
-        """The examples: `train`, `validation` and `test`, as far as there are such, and `unlabelled`."""
+        """The examples: `train`, `validation`, `test` and `unlabelled test`, as far as there are such, `unlabelled`."""
         return self._find_splits()
 
     @property
@@ -131,7 +130,18 @@ class SplitData(LightningDataModule, ABC):
             before, after = (of.get(name, [0, 0]) for of in (then, now))
             if found := changes.difference(name, self.path, "rows", list(before), list(after)):
                 return found
+        cut, before = self._cut, self._trained_on.get("cut")
+        if before not in (None, cut):
+            then, now = (", ".join(f"{part:g} ({name})" for name, part in of.items()) for of in (before, cut))
+            return f"of {self.path} {then} was cut out then and {now} is now"
         return None
+
+    @property
+    def _cut(self) -> dict[str, float]:
+        """What part of the training table each split is, none where the source has it."""
+        own = self.tables.keys() - ({"test"} if UNLABELLED_TEST in self.splits else set())
+        fractions = {"validation": self.validation_fraction, "test": self.test_fraction}
+        return {name: 0.0 if name in own else fraction for name, fraction in fractions.items()}
 
     def require_unchanged(self, state_dict: dict[str, Any]) -> None:
         """Refuses to go on from a checkpoint whose tables have changed since: splits are cut out of them otherwise.
@@ -237,8 +247,8 @@ class SplitData(LightningDataModule, ABC):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to know again what it was trained on."""
         columns = asdict(self.columns)
-        contents = self._contents_of(columns)
-        return {"trained_on": {"path": self.path, "subset": self.subset, "columns": columns, "contents": contents}}
+        rows = {"columns": columns, "contents": self._contents_of(columns), "cut": self._cut}
+        return {"trained_on": {"path": self.path, "subset": self.subset, **rows}}
 
     def expect(self, state_dict: dict[str, Any]) -> None:
         """Learns what a checkpoint that is going to be read was trained on, before any table is opened."""
@@ -258,8 +268,8 @@ class SplitData(LightningDataModule, ABC):
             self._readable = {}
         if self._stage in ("validate", "test", "predict") and (change := self._change()):
             split = {"validate": "validation", "test": "test"}.get(self._stage) or self.predict_split
-            hidden = UNLABELLED_TEST in self.splits
-            if split not in {UNLABELLED_TEST if hidden and name == "test" else name for name in self.tables}:
+            source = "test" if split == UNLABELLED_TEST else split
+            if source not in self.tables or (split == "test" and UNLABELLED_TEST in self.splits):
                 self.doubt = changes.doubt("rows", split, change)
                 log.warning(self.doubt)
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from lit_llm.data.cleaning import content_hash
+from lit_llm.data.table_files import UNLABELLED_TEST
 from lit_llm.data.tables import Columns, Split
-
-UNLABELLED_TEST = "unlabelled test"
-"""What the source's test split is called that has no labels, where another is cut."""
 
 
 def strata(labels: np.ndarray) -> np.ndarray:
@@ -21,16 +19,14 @@ def strata(labels: np.ndarray) -> np.ndarray:
 def standing(kinds: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """How many rows of its kind come before each row in the order of the keys, and how many there are of its kind.
 
-    Of rows with one key all stand where the last of them does.
-
     Example:
-        >>> [x.tolist() for x in standing(np.array([0, 0, 0, 0, 1, 1]), np.array([7, 5, 8, 5, 2, 1]))]
-        [[2, 1, 3, 1, 1, 0], [4, 4, 4, 4, 2, 2]]
+        >>> [x.tolist() for x in standing(np.array([0, 0, 0, 1, 1]), np.array([7, 5, 8, 2, 1]))]
+        [[1, 0, 2, 1, 0], [3, 3, 3, 2, 2]]
     """
     before, sizes = np.zeros(len(kinds), np.int64), np.zeros(len(kinds), np.int64)
     for kind in np.unique(kinds):
         mine = keys[kinds == kind]
-        before[kinds == kind] = np.searchsorted(np.sort(mine), mine, side="right") - 1
+        before[kinds == kind] = np.searchsorted(np.sort(mine), mine)
         sizes[kinds == kind] = len(mine)
     return before, sizes
 
@@ -55,27 +51,28 @@ def kinds_of_texts(kinds: np.ndarray, keys: np.ndarray) -> np.ndarray:
 def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_fraction: float) -> dict[str, Split]:
     """Cuts splits out of a training split: of each class the same fraction, by a hash of the texts.
 
-    So the same table is always cut the same way, and equal examples stay together, even those of several classes: in
-    training, where they are more than a split takes. Others are then cut in their stead, but at the most half of them,
-    that some are left to train on.
+    So the same table is always cut the same way. Equal examples stay together, even those of several classes: in the
+    order of the hashes, a text has all its rows in the first split with room for them, else they are trained on. Of a
+    class that is mostly texts without room, at most half of the others is cut, that some are left to train on.
     """
     texts = zip(*(split.column(name) for name in (columns.text, columns.text_pair) if name), strict=True)
     keys = np.array([content_hash("\0".join(text)) for text in texts], dtype=np.uint64)
     kinds = kinds_of_texts(strata(split.labels), keys)
-    sizes = np.bincount(kinds)[kinds]
-    _, order, alike = np.unique(keys, return_inverse=True, return_counts=True)
-    too_many = alike[order] > np.ceil(min(filter(None, (validation_fraction, test_fraction))) * sizes)
-    before, _ = standing(kinds, order + too_many * len(keys))
-    cut, others = test_fraction + validation_fraction, np.bincount(kinds, ~too_many)[kinds]
-    place = (before + 0.5) / np.where(others, np.minimum(sizes, others * max(1, 0.5 / cut)), sizes)
-    edges = {"test": test_fraction, "validation": cut, "train": np.inf}
-    parts, low = {}, 0.0
-    for name, high in edges.items():
-        rows = np.flatnonzero((low <= place) & (place < high))
-        if len(rows):
-            parts[name] = split.select(rows)
-        low = high
-    return parts
+    _, first, text, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
+    sizes, cut = np.bincount(kinds), test_fraction + validation_fraction
+    others = np.bincount(kinds, counts[text] < max(validation_fraction, test_fraction) * sizes[kinds] + 0.5)
+    sizes = np.minimum(sizes, others * max(1, 0.5 / cut))
+    to_test, to_both = (np.ceil(fraction * sizes - 0.5) for fraction in (test_fraction, cut))
+    room = {"test": to_test.tolist(), "validation": (to_both - to_test).tolist()}
+    place = np.full(len(counts), "train", dtype=object)
+    for number, (kind, count) in enumerate(zip(kinds[first].tolist(), counts.tolist(), strict=True)):
+        for name, left in room.items():
+            if count <= left[kind]:
+                left[kind] -= count
+                place[number] = name
+                break
+    rows = {name: np.flatnonzero((place == name)[text]) for name in (*room, "train")}
+    return {name: split.select(mine) for name, mine in rows.items() if len(mine)}
 
 
 def with_all_splits(

@@ -24,6 +24,9 @@ PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 NO_TABLES = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
 """What lies beside a data set's tables and says something of them."""
 
+UNLABELLED_TEST = "unlabelled test"
+"""What the source's test split is called that has no labels, where another is cut."""
+
 SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id(ation)?|uation|el(opment)?)?(set)?(?![a-z])")
 SPLIT_NAME = re.compile(rf"(.*{SPLIT_WORD.pattern})(-\d+-of-\d+|[\W\d_]*)")
 """A name that ends in a split's word, but for numbers."""

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -411,6 +412,23 @@ def test_a_table_that_has_changed_since_training_is_not_gone_on_with_and_said_wh
         ]
     del state["trained_on"]["contents"]  # as of an older checkpoint
     awaiting(table, "fit", **options).load_state_dict(state)
+
+
+def test_other_fractions_than_in_training_are_not_gone_on_with_and_said_where_what_they_cut_is_evaluated(
+    table, tmp_path, caplog
+) -> None:
+    options = {"tokenizer": "bytes"}
+    state = made(path=table, **options).state_dict()
+    change = f"of {table} 0.1 (validation), 0 (test) was cut out then and 0.1 (validation), 0.2 (test) is now"
+    with pytest.raises(ValueError, match=re.escape(f"to go on from it, but {change}; put those back")):
+        awaiting(table, "fit", **options, test_fraction=0.2).load_state_dict(state)
+    awaiting(table, "test", **options, test_fraction=0.2).load_state_dict(state)
+    [said] = caplog.messages
+    assert said == f"Rows that the checkpoint was trained on may be in the test split, since {change}"
+    write_csv(tmp_path / "train.csv", rows(40))
+    write_csv(tmp_path / "test.csv", rows(20))
+    options |= {"path": str(tmp_path)}
+    awaiting(stage="fit", **options, test_fraction=0.2).load_state_dict(made(**options).state_dict())  # cuts nothing
 
 
 def test_a_test_split_of_its_own_may_change(tmp_path, caplog) -> None:

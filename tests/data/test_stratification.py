@@ -92,6 +92,20 @@ def test_a_frequent_text_is_trained_on_and_takes_no_place_from_the_others_of_its
     }
 
 
+def test_a_text_that_a_small_class_has_twice_does_not_take_its_validation_from_it() -> None:
+    for n in range(40):
+        labels, texts = [0] * 100 + [1] * 11, [f"text {n} {k}" for k in range(110)] + [f"text {n} 109"]
+        assert np.bincount(cut_splits(split(labels, texts), COLUMNS, 0.1, 0.0)["validation"].labels).tolist() == [10, 1]
+
+
+def test_how_little_is_tested_on_does_not_decide_how_much_is_validated_on() -> None:
+    texts = [f"once {n}" for n in range(200)] + [f"twice {n % 200}" for n in range(400)]
+    for test_fraction, tested in ((0.0, 0), (0.001, 1)):
+        parts = cut_splits(split([0] * 600, texts), COLUMNS, 0.2, test_fraction)
+        assert len(parts["validation"]) == 120
+        assert sum(name == "test" for name in parts) == tested
+
+
 def test_only_splits_that_are_missing_are_cut() -> None:
     train, test = split([n % 2 for n in range(100)]), split([0, 1])
     assert with_all_splits({"test": test, "train": train}, COLUMNS, 0.0, 0.5) == {"train": train, "test": test}
