@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lit_llm.callbacks.last_checkpoint import settle
 from lit_llm.checkpoint_files import read_checkpoint
 from lit_llm.shards import local, total_norm
+from lit_llm.wording import first_line
 
 log = logging.getLogger(__name__)
 
@@ -80,7 +81,8 @@ class SpikeRecovery(Callback):
         self._fine: Tensor | None = None
         self._backup: list[tuple[Tensor, Tensor]] = []
         self._sums: tuple[Any, Any] | None = None
-        self.looked_at = self.skipped_before = self.good_at = self.good_step = 0
+        self.looked_at = self.skipped_before = self.good_at = 0
+        self.good_step: int | None = 0
         self._good_is_gone = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -215,8 +217,14 @@ class SpikeRecovery(Callback):
         """Whether there is the state that was good, if any was; removes another, as of steps yet to be taken."""
         good, step = self._good(trainer), 0
         if trainer.is_global_zero and good.exists():
-            step = read_checkpoint(good, in_pieces=True)["global_step"]
+            try:
+                step = read_checkpoint(good, in_pieces=True)["global_step"]
+            except (ValueError, OSError) as error:
+                log.warning(f"There is no state to go back to until the next is written: {first_line(error)}")
+                step = -1
         step = trainer.strategy.broadcast(step)
+        if self.good_step is None:  # the checkpoint, an older one, does not say it
+            self.good_step = step if 0 < step <= trainer.global_step else 0
         if step not in (0, self.good_step):
             trainer.strategy.remove_checkpoint(good)
         return self.good_step in (0, step)
@@ -231,8 +239,9 @@ class SpikeRecovery(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on from there; where the window is another one now, with the newest that it holds."""
+        older = {"looked_at": 0, "skipped_before": int(state_dict["skipped"]), "good_at": 0, "good_step": None}
         for name in KEPT:
-            setattr(self, name, state_dict.get(name, getattr(self, name)))
+            setattr(self, name, (older | state_dict)[name])
         if (before := len(self.losses)) != self.window:
             kept = min(int(self.seen), before, self.window)
             newest = torch.arange(int(self.seen) - kept, int(self.seen)) % before

@@ -76,7 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokens",
         type=float,
-        help="training tokens, or examples (default: 20 per parameter of a language model that is trained whole, else "
+        help="training tokens, or examples (default: 20 per parameter of a language model trained from scratch, else "
         "what the config's max_steps and max_epochs come to)",
     )
     parser.add_argument("--table", action="store_true", help="also plan for 8 to 1,024 devices")
@@ -121,7 +121,7 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
         found["probe"] = probe(words, details, options.probe)
         machine = replace(machine, peak_flops=found["probe"]["flops_per_second"], mfu=1.0)  # measured, not assumed
     parts = details["accumulate_grad_batches"]
-    optimal = OPTIMAL_TOKENS_PER_PARAMETER * plain.parameters if details["is_whole_language_model"] else None
+    optimal = OPTIMAL_TOKENS_PER_PARAMETER * plain.parameters if details["is_new_language_model"] else None
     step = plain.tokens * parts * devices
     configured = min(details["max_steps"] * step, details["max_batches"] * plain.tokens)
     lengths = {"option": options.tokens, "rule": optimal, "config": configured, "step": step}
@@ -216,7 +216,9 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     step = steps["as configured"]
     max_steps, max_batches = configured_length(trainer, data if objective.planned_for is not None else None)
     return steps, {
-        "is_whole_language_model": objective.size_name == "vocab_size" and step.trained == step.parameters,
+        "is_new_language_model": objective.size_name == "vocab_size"
+        and step.trained == step.parameters
+        and weights is None,
         "max_steps": max_steps,
         "max_batches": max_batches,
         "network": type(network).__name__,

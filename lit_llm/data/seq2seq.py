@@ -179,7 +179,9 @@ class Seq2SeqData(TableTokens):
             columns = PairColumns(self.columns.source, None) if hidden else self.columns
             check_texts(rows, asdict(columns), self.path, name)
             splits[name] = Split(rows, None if hidden else np.zeros(len(rows), np.int64))
-        texts = Columns(self.columns.source, None, None)  # all that may be written of one source stays together
+        # What may be written of one source stays together; where each stands once, splits are as they always were.
+        several = len(found["train"].unique(self.columns.source)) < len(found["train"])
+        texts = Columns(self.columns.source, None if several else self.columns.target, None)
         return with_all_splits(splits, texts, self.validation_fraction, self.test_fraction)
 
     def _texts_to_learn_tokens_from(self) -> list[str]:

@@ -48,6 +48,12 @@ def kinds_of_texts(kinds: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return rarest[text]
 
 
+def rooms(sizes: np.ndarray, validation_fraction: float, test_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """How many rows of each kind there are to test and to validate on, where there are so many in all."""
+    test, both = (np.ceil(part * sizes - 0.5) for part in (test_fraction, test_fraction + validation_fraction))
+    return test, both - test
+
+
 def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_fraction: float) -> dict[str, Split]:
     """Cuts splits out of a training split: of each class the same fraction, by a hash of the texts.
 
@@ -60,10 +66,10 @@ def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_
     kinds = kinds_of_texts(strata(split.labels), keys)
     _, first, text, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
     sizes, cut = np.bincount(kinds), test_fraction + validation_fraction
-    others = np.bincount(kinds, counts[text] < max(validation_fraction, test_fraction) * sizes[kinds] + 0.5)
+    others = np.bincount(kinds, counts[text] <= np.maximum(*rooms(sizes, validation_fraction, test_fraction))[kinds])
     sizes = np.minimum(sizes, others * max(1, 0.5 / cut))
-    to_test, to_both = (np.ceil(fraction * sizes - 0.5) for fraction in (test_fraction, cut))
-    room = {"test": to_test.tolist(), "validation": (to_both - to_test).tolist()}
+    to_test, to_validation = rooms(sizes, validation_fraction, test_fraction)
+    room = {"test": to_test.tolist(), "validation": to_validation.tolist()}
     place = np.full(len(counts), "train", dtype=object)
     for number, (kind, count) in enumerate(zip(kinds[first].tolist(), counts.tolist(), strict=True)):
         for name, left in room.items():

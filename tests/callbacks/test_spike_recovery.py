@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 
-from lit_llm.callbacks.spike_recovery import SpikeRecovery
+from lit_llm.callbacks.spike_recovery import ON_DEVICE, SpikeRecovery
 from lit_llm.checkpoint_files import read_checkpoint
 from lit_llm.objectives.causal_lm import CausalLM
 from tests.cli.test_resume import losses
@@ -204,6 +204,35 @@ def test_a_run_does_not_go_back_to_steps_that_it_has_yet_to_take(lit_llm, tiny, 
     outcome = lit_llm("fit", *again, "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     assert "Step 10: the loss did not recover; returning to step 6" in outcome.err
+
+
+def test_a_damaged_state_to_go_back_to_does_not_keep_a_run_from_going_on(lit_llm, tiny, tmp_path):
+    run = words(tiny, *RARELY, steps=14)
+    with pytest.raises(RuntimeError, match="crash"):
+        lit_llm("fit", *run, CRASH, "--trainer.callbacks.step", 9, "--run_dir", tmp_path / "run")
+    good = tmp_path / "run/checkpoints/good.ckpt"
+    good.write_bytes(good.read_bytes()[:1000])
+    outcome = lit_llm("fit", *run, "--run_dir", tmp_path / "run", "--ckpt_path", "last")
+    assert outcome.code == 0, outcome.err
+    assert "There is no state to go back to until the next is written: " in outcome.err
+    assert read_checkpoint(good)["global_step"] > 5
+
+
+@pytest.mark.parametrize(("found", "kept"), [(8, 8), (12, 0), (None, 0)])
+def test_an_older_checkpoint_tells_of_nothing_again_and_may_go_back_to_what_is_earlier(tmp_path, found, kept):
+    before, now = SpikeRecovery(), SpikeRecovery()
+    before.skipped += 2
+    now.load_state_dict({name: before.state_dict()[name] for name in (*ON_DEVICE, "rollbacks")})
+    assert now.skipped_before == 2
+    good = tmp_path / "checkpoints/good.ckpt"
+    good.parent.mkdir()
+    if found is not None:
+        torch.save({"global_step": found, "state_dict": {}}, good)
+    trainer = Trainer(default_root_dir=tmp_path, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = 10
+    assert now._has_good(trainer)
+    assert now.good_step == kept
+    assert good.exists() is (kept > 0)
 
 
 @pytest.mark.parametrize("seen", [0, 3, 4, 6, 9])

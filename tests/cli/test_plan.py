@@ -93,7 +93,7 @@ def step_of(lit_llm, tmp_path, *words):
     return plan_of(lit_llm, tmp_path, *words)["steps"]["as configured"]
 
 
-def test_tokens_per_parameter_are_a_rule_for_language_models_that_are_trained_whole(lit_llm, tmp_path):
+def test_tokens_per_parameter_are_a_rule_for_language_models_that_are_trained_from_scratch(lit_llm, tmp_path):
     lora = ["--config", REPOSITORY / "configs/adaptation/lora.yaml", "--model.adaptation.rank", 2]
     digits = ["--config", REPOSITORY / "configs/pretraining/cnn_digits.yaml"]
     steps = ["--data.batch_size", 4, "--data.seq_len", 32, "--devices", 2, "--trainer.accumulate_grad_batches", 3]

@@ -98,6 +98,16 @@ def test_a_text_that_a_small_class_has_twice_does_not_take_its_validation_from_i
         assert np.bincount(cut_splits(split(labels, texts), COLUMNS, 0.1, 0.0)["validation"].labels).tolist() == [10, 1]
 
 
+@pytest.mark.parametrize(("validation", "test"), [(0.1, 0.0), (0.1, 0.1), (0.05, 0.05), (0.2, 0.1), (0.1, 0.3)])
+def test_single_texts_are_cut_by_rounded_shares_however_few_there_are(validation, test) -> None:
+    for size in range(1, 60):
+        parts = cut_splits(split([0] * size), COLUMNS, validation, test)
+        middles = (np.arange(size) + 0.5) / size
+        ends = [int((middles < part).sum()) for part in (test, validation + test)]
+        wanted = {"test": ends[0], "validation": ends[1] - ends[0], "train": size - ends[1]}
+        assert {name: len(part) for name, part in parts.items()} == {n: rows for n, rows in wanted.items() if rows}
+
+
 def test_how_little_is_tested_on_does_not_decide_how_much_is_validated_on() -> None:
     texts = [f"once {n}" for n in range(200)] + [f"twice {n % 200}" for n in range(400)]
     for test_fraction, tested in ((0.0, 0), (0.001, 1)):
