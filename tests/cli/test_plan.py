@@ -146,8 +146,10 @@ def test_what_starts_from_weights_is_planned_without_reading_them(lit_llm, tmp_p
     save_model(tmp_path / "llama", tiny_llama(vocab_size=257), byte_tokenizer())
     words = ["--config", REPOSITORY / "configs/pretraining/llama_continued.yaml", "--data.tokenizer", "bytes"]
     words += ["--data.seq_len", 16, "--model.weights", tmp_path / "llama"]
-    planned = step_of(lit_llm, tmp_path, *words)
+    plan = plan_of(lit_llm, tmp_path, *words)
+    planned = plan["steps"]["as configured"]
     assert planned["parameters"] == sum(p.numel() for p in tiny_llama(vocab_size=257).parameters())
+    assert (plan["optimal_tokens"], plan["tokens_from"]) == (None, "config")  # as long as it is to be tuned
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = BertModel(BertConfig(vocab_size=400, **size), add_pooling_layer=False)
     encoder.save_pretrained(tmp_path / "bert")
