@@ -67,16 +67,16 @@ class RunReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Has the last of `max_steps` followed by a validation, wherever `val_check_interval` falls.
+        """Has the last step, by `max_steps` or `max_epochs`, followed by a validation wherever `val_check_interval` falls.
 
-        (The last step of `max_epochs` is followed by one where the interval divides the epoch.)
         With the first step a run that had come to its end is not finished any more, should it be killed.
         """
         if not self._stepped and trainer.global_step > self._began:
             self._stepped = True
             if trainer.is_global_zero and self._read(trainer).get("finished"):
                 self._merge(trainer, {"finished": False})
-        if trainer.global_step == trainer.max_steps:
+        in_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
+        if trainer.global_step == trainer.max_steps or (in_last_epoch and trainer.is_last_batch):
             trainer.should_stop = True
 
     @rank_zero_only

@@ -389,11 +389,23 @@ def test_a_run_without_validation_still_ends_with_a_model(lit_llm, tiny, tmp_pat
 
 
 @pytest.mark.slow
-def test_the_last_step_is_validated_wherever_the_interval_falls(lit_llm, tiny, tmp_path):
-    words = [*tiny, "--trainer.max_steps", "5", "--trainer.val_check_interval", "4", "--run_dir", tmp_path / "run"]
-    assert lit_llm("fit", *words).code == 0
+@pytest.mark.parametrize(
+    ("words", "steps"),
+    [
+        ("--trainer.max_steps 5 --trainer.val_check_interval 4", [4, 5]),
+        (
+            "--trainer.max_steps -1 --trainer.max_epochs 2 --trainer.limit_train_batches 5 "
+            "--trainer.check_val_every_n_epoch 1 --trainer.val_check_interval 3",
+            [3, 8, 10],
+        ),
+    ],
+)
+def test_the_last_step_is_validated_wherever_the_interval_falls(lit_llm, tiny, tmp_path, words, steps):
+    outcome = lit_llm("fit", *tiny, *words.split(), "--run_dir", tmp_path / "run")
+    assert outcome.code == 0, outcome.err
     validated = [row["step"] for row in read_metrics(tmp_path / "run/metrics.csv") if "val/loss" in row]
-    assert validated == [4, 5]
+    assert validated == steps
+    assert json.loads((tmp_path / "run/results.json").read_text())["finished"]
 
 
 def test_fast_dev_run_writes_nothing_but_an_empty_folder(lit_llm, tiny, tmp_path):
