@@ -67,7 +67,7 @@ class RunReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Has the last step, by `max_steps` or `max_epochs`, followed by a validation wherever `val_check_interval` falls.
+        """Has the last of `max_steps` or `max_epochs` followed by a validation, wherever `val_check_interval` falls.
 
         With the first step a run that had come to its end is not finished any more, should it be killed.
         """
