@@ -15,14 +15,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from lit_llm.models.block import Block, depths
+from lit_llm.blocks import Block, depths
 from lit_llm.weights import hf_names
 
 
 class Adaptation(ABC):
     """A way to fine-tune. Without any, all parameters learn from the first step at their optimiser's rate.
 
-    Depths are those of `models.block.depths`: 0 is below the blocks, `top` is the head.
+    Depths are those of `blocks.depths`: 0 is below the blocks, `top` is the head.
     """
 
     cache_features: ClassVar[bool] = False
@@ -55,7 +55,7 @@ class Adaptation(ABC):
                 f"adaptation must leave something to learn, but {type(self).__name__} freezes all of a network that "
                 f"has no head apart from its embeddings; take another, such as LoRA"
             )
-        hold_statistics(network)
+        freeze_batch_norm_statistics(network)
 
     def finish(self, network: nn.Module) -> None:  # noqa: B027 (most leave nothing to do)
         """Makes of a trained network, in place, one of the form that it had before `prepare`."""
@@ -246,7 +246,7 @@ class LoRA(Adaptation):
         inject_adapter_in_model(self._config([f"network.{name}" for name in self._layers(network)]), holder)
         for name, p in network.named_parameters():
             p.requires_grad_("lora_" in name or (found.get(p) == top and not hasattr(network, "vocab_size")))
-        hold_statistics(network)
+        freeze_batch_norm_statistics(network)
 
     def _layers(self, network: nn.Module) -> list[str]:
         inside = {
@@ -304,7 +304,7 @@ def _is_convolution(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Conv2d) and layer.groups == 1
 
 
-def hold_statistics(network: nn.Module) -> None:
+def freeze_batch_norm_statistics(network: nn.Module) -> None:
     """Has batch normalisations that are frozen go on with the statistics they came with, as in evaluation."""
     for module in network.modules():
         own = list(module.parameters(recurse=False))

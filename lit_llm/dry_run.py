@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from lit_llm.batch import count_items
-from lit_llm.models.block import Block
+from lit_llm.blocks import Block
 
 UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
     torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],

@@ -19,7 +19,7 @@ MAX_HELD = 16
 """Tokens of which no character became, after which they are given out: one has four bytes at most."""
 
 
-def choose(
+def sample(
     logits: Float[Tensor, "batch vocab"],
     temperature: float = 1.0,
     top_k: int | None = None,
@@ -37,7 +37,7 @@ def choose(
         generator: Source of chance.
 
     Example:
-        >>> choose(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0.0).tolist()
+        >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0.0).tolist()
         [1]
     """
     if temperature < torch.finfo(torch.float32).tiny:
@@ -72,7 +72,7 @@ def generate(
         The new tokens of each prompt.
     """
     texts: list[list[int]] = [[] for _ in prompts]
-    for new in steps(network, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, device):
+    for new in stream_tokens(network, prompts, max_new_tokens, temperature, top_k, top_p, seed, stop, device):
         for text, token in zip(texts, new, strict=True):
             if token is not None:
                 text.append(token)
@@ -80,7 +80,7 @@ def generate(
 
 
 @torch.inference_mode()
-def steps(
+def stream_tokens(
     network: nn.Module,
     prompts: list[list[int]],
     max_new_tokens: int,
@@ -101,9 +101,9 @@ def steps(
         network: A causal language model with `new_cache`, that takes `positions`, `cache` and `mask` (`None`: causal).
         prompts: Token ids, at least one each.
         max_new_tokens: Most tokens added to each prompt.
-        temperature: As in `choose`.
-        top_k: As in `choose`.
-        top_p: As in `choose`.
+        temperature: As in `sample`.
+        top_k: As in `sample`.
+        top_p: As in `sample`.
         seed: Of the draws; the same seed gives the same text.
         stop: Token, or any of several, that ends a text; it is not part of the result.
         device: Where the network computes; `None` is where its weights are.
@@ -135,7 +135,7 @@ def steps(
         logits = _last(network, ids, positions=positions, mask=mask, cache=cache)
         ended = [False] * len(prompts)
         for step in range(max_new_tokens):
-            chosen = choose(logits, temperature, top_k, top_p, generator)
+            chosen = sample(logits, temperature, top_k, top_p, generator)
             new: list[int | None] = []
             for index, token in enumerate(chosen.tolist()):
                 ended[index] = ended[index] or token in stops
@@ -194,7 +194,7 @@ def require_possible(
         raise ValueError(f"tokenizer must be the network's, of {size} tokens, but makes token {largest}")
 
 
-class Writing:
+class IncrementalDetokenizer:
     """A text whose tokens come one by one: what each adds, without the bytes of a character that is not whole yet.
 
     Only the last tokens are decoded again, so that a text takes time with its length, not with the square of it.
@@ -210,7 +210,7 @@ class Writing:
     Example:
         >>> from lit_llm.data.tokenizer import byte_tokenizer
         >>> tokenizer = byte_tokenizer()
-        >>> writing = Writing(tokenizer)
+        >>> writing = IncrementalDetokenizer(tokenizer)
         >>> [writing.add(token) for token in tokenizer.encode("aé")]
         ['a', '', 'é']
     """

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.data.tokenizer import boundary_id, first_id, opening_ids
-from lit_llm.generation import steps
+from lit_llm.generation import stream_tokens
 from lit_llm.wording import first_line
 
 NEW_TOKENS = 256
@@ -116,7 +116,7 @@ class LiveModel(TemplateLM):
         """What is written after each prompt, up to the first stop in it."""
         ends = re.compile("|".join(map(re.escape, stops)) or "(?!)").search
         said: list[list[int]] = [[] for _ in prompts]
-        made = steps(self.network, prompts, new, *drawn, seed=seed, stop=self.eot_token_id)
+        made = stream_tokens(self.network, prompts, new, *drawn, seed=seed, stop=self.eot_token_id)
         for count, tokens in enumerate(made, 1):
             for text, token in zip(said, tokens, strict=True):
                 text += [token] if token is not None else []

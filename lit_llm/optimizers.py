@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
-from lit_llm.models.block import Block
+from lit_llm.blocks import Block
 from lit_llm.shards import local, part, shared_as, whole
 
 ROLES = ("matrices", "embeddings", "head", "vectors")

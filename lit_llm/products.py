@@ -9,7 +9,7 @@ from torch import Tensor
 
 CPU_INFO = Path("/proc/cpuinfo")
 
-MOST_QUERIES = {torch.bfloat16: (4096, 4096), torch.float32: (0, 0)}
+MAX_QUERIES = {torch.bfloat16: (4096, 4096), torch.float32: (0, 0)}
 """Of how many queries attention by matrix products beats the CPU's flash kernel.
 
 The first number is in general, the second where all look back, and no mask is needed for that.
@@ -38,4 +38,4 @@ def multiply_by_onednn() -> None:
     has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     if has_avx512 and "AuthenticAMD" in cpu and "amx" not in cpu and torch.backends.mkldnn.is_available():
         torch.set_float32_matmul_precision("medium")
-        MOST_QUERIES[torch.float32] = (224, 512)
+        MAX_QUERIES[torch.float32] = (224, 512)

@@ -29,7 +29,7 @@ from lit_llm.data.collation import Collation
 from lit_llm.data.image_cache import decoded, read_image
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.tokenizer import boundary_id, first_id, require_utf_8
-from lit_llm.generation import Writing, steps, until
+from lit_llm.generation import IncrementalDetokenizer, stream_tokens, until
 
 NEW_TOKENS = 128
 """Most of them where a request says nothing."""
@@ -155,10 +155,10 @@ class Completions(Endpoint):
             ids = [[first, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
             room = _room(self.network, ids, request.max_tokens)
             how = request.temperature, request.top_k, request.top_p, request.seed
-            writings = [Writing(self.tokenizer, prompt[1:]) for prompt in ids]  # a space in front counts
+            writings = [IncrementalDetokenizer(self.tokenizer, prompt[1:]) for prompt in ids]  # a space in front counts
             made: list[list[int]] = [[] for _ in ids]
             ends, longest = [""] * len(ids), max(map(len, stops), default=0)
-            for new in steps(self.network, ids, room, *how, {boundary_id(self.tokenizer)}):
+            for new in stream_tokens(self.network, ids, room, *how, {boundary_id(self.tokenizer)}):
                 for index, token in enumerate(new):
                     if token is not None and not any(stop in ends[index] for stop in stops):
                         made[index].append(token)
@@ -232,8 +232,8 @@ class Chat(Endpoint):
             stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
             temperature = 0.7 if request.temperature is None else request.temperature  # OpenAI's own defaults
             top_p = 1.0 if request.top_p is None else request.top_p
-            writing = Writing(self.tokenizer)
-            new = steps(self.network, [ids], room, temperature, None, top_p, stop=turn_ends(self.tokenizer))
+            writing = IncrementalDetokenizer(self.tokenizer)
+            new = stream_tokens(self.network, [ids], room, temperature, None, top_p, stop=turn_ends(self.tokenizer))
             pieces = (writing.add(token) for [token] in new if token is not None)
             for piece in until(itertools.chain(pieces, (writing.rest() for _ in range(1))), stops):
                 yield {"role": "assistant", "content": piece}

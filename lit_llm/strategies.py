@@ -24,9 +24,9 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 from torchmetrics import Metric
 
+from lit_llm.blocks import Block
 from lit_llm.checkpoint_files import Shares, cut, read_checkpoint
 from lit_llm.deferred_init import materialize
-from lit_llm.models.block import Block
 from lit_llm.shards import Pieces, part, shared_as, whole
 from lit_llm.tensor_parallel import cut_products
 

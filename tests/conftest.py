@@ -48,7 +48,7 @@ def _products_as_torch_has_them() -> Iterator[None]:
     yield
     torch.set_float32_matmul_precision("highest")
     torch.backends.mkldnn.matmul.fp32_precision = "none"
-    products.MOST_QUERIES[torch.float32] = (0, 0)
+    products.MAX_QUERIES[torch.float32] = (0, 0)
 
 
 @pytest.fixture

@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AutoModelForSequenceClassification
 
 from lit_llm.adaptation import Adaptation, DoRA, FrozenLayers, GradualUnfreezing, HeadOnly, LayerDecay, LoRA, RSLoRA
+from lit_llm.blocks import Block, depths
 from lit_llm.checkpoints import load_model, read_adapted, save_model
 from lit_llm.data.sampling import BatchLoader
-from lit_llm.models.block import Block, depths
 from lit_llm.models.gpt2 import GPT2
 from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained_classifier import PretrainedClassifier

@@ -24,6 +24,7 @@ from torchmetrics import Metric
 
 import lit_llm
 from lit_llm.batch import IGNORE_INDEX, inputs
+from lit_llm.blocks import Block
 from lit_llm.checkpoints import save_model
 from lit_llm.compression.calibration import answer
 from lit_llm.compression.compression import Compression, replay
@@ -32,7 +33,6 @@ from lit_llm.compression.quantization import FakeQuantized
 from lit_llm.compression.sparsity import Magnitude, Movement, Zeros, add_masks
 from lit_llm.derivatives import differentiable_once
 from lit_llm.generation import generate
-from lit_llm.models.block import Block
 from lit_llm.models.image_classifier import ImageClassifier
 from lit_llm.objectives.distillation import Distillation
 from lit_llm.objectives.objective import Objective

@@ -27,7 +27,7 @@ from lit_llm.models.pretrained_pooling import PairClassifier
 from lit_llm.models.pretrained_seq2seq import PretrainedSeq2Seq
 from lit_llm.models.recurrent import LSTM
 from lit_llm.models.rotary import Llama3Scaling, YaRN
-from lit_llm.products import MOST_QUERIES
+from lit_llm.products import MAX_QUERIES
 from tests.examples import BERT, T5
 from tests.image_batches import RESNET, VIT
 from tests.images import noise
@@ -165,7 +165,7 @@ def test_so_are_their_kin_and_those_of_transformers(name, form, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grouped queries", "Mistral", "RoBERTa"])
 def test_an_export_asks_no_length_also_where_a_training_attended_by_products_up_to_one(name, tmp_path, monkeypatch):
-    monkeypatch.setitem(MOST_QUERIES, torch.float32, (8, 8))  # as `multiply_by_onednn` does, for all of the process
+    monkeypatch.setitem(MAX_QUERIES, torch.float32, (8, 8))  # as `multiply_by_onednn` does, for all of the process
     require_parity(awake(OTHERS[name]()), tmp_path / "out", "torch")
 
 

@@ -6,7 +6,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 
 from lit_llm.data.tokenizer import byte_tokenizer, character_tokenizer, train_bert_uncased_bpe, train_bpe, train_t5_bpe
-from lit_llm.generation import MAX_HELD, Writing, choose, generate, steps, until
+from lit_llm.generation import MAX_HELD, IncrementalDetokenizer, generate, sample, stream_tokens, until
 from lit_llm.models.gpt2 import GPT2
 from lit_llm.models.pretrained import PretrainedCausalLM
 from lit_llm.models.recurrent import GRU
@@ -29,14 +29,14 @@ def greedy(network: torch.nn.Module, prompt: list[int], new: int) -> list[int]:
 
 def drawn(logits: torch.Tensor, times: int = 3000, **options: object) -> Counter[int]:
     generator = torch.Generator().manual_seed(0)
-    return Counter(choose(logits.expand(times, -1), generator=generator, **options).tolist())
+    return Counter(sample(logits.expand(times, -1), generator=generator, **options).tolist())
 
 
 def test_temperature_zero_takes_the_likeliest_whatever_else_is_asked_for() -> None:
     logits = torch.randn(5, 20)
     expected = logits.argmax(-1)
-    assert torch.equal(choose(logits, temperature=0.0), expected)
-    assert torch.equal(choose(logits, temperature=0.0, top_k=3, top_p=0.5), expected)
+    assert torch.equal(sample(logits, temperature=0.0), expected)
+    assert torch.equal(sample(logits, temperature=0.0, top_k=3, top_p=0.5), expected)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -78,8 +78,8 @@ def test_top_p_is_taken_of_what_temperature_and_top_k_leave() -> None:
 
 def test_each_row_is_cut_on_its_own() -> None:
     logits = torch.tensor([[9.0, 0.0, 0.0], [0.0, 0.0, 9.0]]).repeat(200, 1)
-    assert choose(logits, top_p=0.5).tolist() == [0, 2] * 200
-    assert choose(logits, top_k=1).tolist() == [0, 2] * 200
+    assert sample(logits, top_p=0.5).tolist() == [0, 2] * 200
+    assert sample(logits, top_k=1).tolist() == [0, 2] * 200
 
 
 # Generating.
@@ -172,7 +172,7 @@ def test_tokens_are_handed_over_as_they_come(tiny_llama) -> None:
     network = tiny_llama()
     stop = generate(network, PROMPTS, NEW, temperature=0.0)[1][3]
     texts = generate(network, PROMPTS, NEW, temperature=0.0, stop=stop)
-    taken = list(steps(network, PROMPTS, NEW, temperature=0.0, stop=stop))
+    taken = list(stream_tokens(network, PROMPTS, NEW, temperature=0.0, stop=stop))
     assert [[token for token in column if token is not None] for column in zip(*taken)] == texts
     for column in zip(*taken):
         ended = [token is None for token in column]
@@ -263,7 +263,7 @@ def test_the_pieces_of_a_text_are_the_text_and_whole_characters(kind: str, known
         ids = tokenizer.encode(text, add_special_tokens=False)
         while tokenizer.decode(ids[:known]).endswith("\ufffd"):
             known += 1
-        writing = Writing(tokenizer, ids[:known])
+        writing = IncrementalDetokenizer(tokenizer, ids[:known])
         pieces = [writing.add(token) for token in ids[known:]]
         assert writing.rest() == ""
         assert tokenizer.decode(ids[:known]) + "".join(pieces) == tokenizer.decode(ids)
@@ -276,7 +276,7 @@ def test_bytes_that_are_no_character_are_given_out_in_the_end(kind: str) -> None
     tokenizer = TOKENIZERS[kind]()
     first = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("é")[0][0][0]  # a byte that another must follow
     ids = [*tokenizer.encode("a"), *[tokenizer.convert_tokens_to_ids(first)] * 40, *tokenizer.encode("b😀")[:-1]]
-    writing = Writing(tokenizer)
+    writing = IncrementalDetokenizer(tokenizer)
     pieces = [writing.add(token) for token in ids]
     assert pieces[: MAX_HELD + 1] == ["a", *[""] * (MAX_HELD - 1), "\ufffd" * MAX_HELD]
     assert "".join(pieces) + writing.rest() == tokenizer.decode(ids)
@@ -286,7 +286,7 @@ def test_no_more_is_decoded_for_the_last_token_than_for_the_first(monkeypatch: p
     tokenizer, counts = byte_tokenizer(), []
     decode = tokenizer.decode
     monkeypatch.setattr(tokenizer, "decode", lambda ids: counts.append(len(ids)) or decode(ids))
-    writing = Writing(tokenizer)
+    writing = IncrementalDetokenizer(tokenizer)
     for token in tokenizer.encode("ab😀" * 50):
         writing.add(token)
     assert max(counts) <= 8  # two characters of four bytes
@@ -323,7 +323,7 @@ def test_the_network_stays_in_the_mode_it_was_in(tiny_llama, training: bool) -> 
     generate(network, PROMPTS, 2)
     assert network.training == training
 
-    begun = steps(network, PROMPTS, 2)
+    begun = stream_tokens(network, PROMPTS, 2)
     next(begun)
     begun.close()
     assert network.training == training

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
 
-from lit_llm.models.block import Block
+from lit_llm.blocks import Block
 from lit_llm.optimizers import Muon, orthogonalize, parameter_groups
 from tests.writing import exactly
 

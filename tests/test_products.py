@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from lit_llm import products
-from lit_llm.products import MOST_QUERIES
+from lit_llm.products import MAX_QUERIES
 
 AMD, INTEL = "vendor_id : AuthenticAMD\nflags : avx512f", "vendor_id : GenuineIntel\nflags : avx512f"
 
@@ -35,7 +35,7 @@ def test_onednn_multiplies_on_amds_cpus_that_have_avx512(monkeypatch, tmp_path, 
     fakes(monkeypatch, tmp_path, cpu, capability)
     products.multiply_by_onednn()
     assert torch.backends.mkldnn.matmul.fp32_precision == decided
-    assert (MOST_QUERIES[torch.float32] > (0, 0)) == (decided == "bf16")
+    assert (MAX_QUERIES[torch.float32] > (0, 0)) == (decided == "bf16")
 
 
 @pytest.mark.parametrize("chosen", ["highest", "high"])

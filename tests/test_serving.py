@@ -104,7 +104,7 @@ def test_a_field_that_is_null_has_its_default(writer: Completions) -> None:
 
 def test_a_continuation_without_stops_is_decoded_once(writer: Completions, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = asked(writer, prompt="ab", max_tokens=9, seed=3)["choices"]
-    monkeypatch.setattr(serving.Writing, "add", lambda *args: pytest.fail("decoded token by token"))
+    monkeypatch.setattr(serving.IncrementalDetokenizer, "add", lambda *args: pytest.fail("decoded token by token"))
     assert asked(writer, prompt="ab", max_tokens=9, seed=3)["choices"] == expected
 
 

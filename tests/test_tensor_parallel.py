@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lit_llm.models.block import Block
+from lit_llm.blocks import Block
 from lit_llm.models.gpt2 import GPT2Block
 from lit_llm.shards import local, whole
 from lit_llm.strategies import share_out

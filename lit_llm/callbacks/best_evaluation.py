@@ -13,14 +13,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from lit_llm.callbacks.run_report import RunReport
-from lit_llm.data.sampling import place
+from lit_llm.data.sampling import data_parallel_rank
 
 
 def gather(pl_module: LightningModule, tensor: Tensor) -> Tensor:
     """A tensor of each process that read rows of its own, along a new first axis."""
     world_size = pl_module.trainer.world_size
     found = pl_module.all_gather(tensor) if world_size > 1 else tensor[None]
-    return found[:: world_size // place(pl_module.trainer)[1]]  # those that share products are next to each other
+    # Ranks that share products read the same rows, and are next to each other.
+    return found[:: world_size // data_parallel_rank(pl_module.trainer)[1]]
 
 
 class BestEvaluation(Callback, ABC):

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
-from lit_llm.compression.taps import blocks_of
+from lit_llm.blocks import blocks_of
 
 
 class Compile(Callback):

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchmetrics import ConfusionMatrix as Counts
 
 from lit_llm.callbacks.best_evaluation import BestEvaluation
-from lit_llm.data.sampling import place
+from lit_llm.data.sampling import data_parallel_rank
 from lit_llm.files import replacing, write_table
 
 READABLE = 20
@@ -45,7 +45,7 @@ class ConfusionMatrix(BestEvaluation):
         if counts is None:
             return None
         trainer = pl_module.trainer  # devices that share products count the same rows
-        return counts.compute().cpu() // (trainer.world_size // place(trainer)[1])
+        return counts.compute().cpu() // (trainer.world_size // data_parallel_rank(trainer)[1])
 
     def show(
         self,

@@ -12,7 +12,7 @@ from lit_llm.callbacks.best_evaluation import gather
 from lit_llm.metrics import bootstrap_interval
 
 
-class Intervals(Callback):
+class ConfidenceIntervals(Callback):
     """Reports of a validation or test by itself how many examples it counted, and an interval for each mean.
 
     `test/count` is the number of examples (rows, of a language model), each counted once whatever the number of

@@ -25,8 +25,8 @@ class Samples(Callback):
     Args:
         prompts: Texts to continue; an empty one starts a document.
         max_new_tokens: Maximum number of new tokens; fewer if the context is full.
-        temperature: As in `generation.choose`.
-        top_p: As in `generation.choose`.
+        temperature: As in `generation.sample`.
+        top_p: As in `generation.sample`.
         seed: Seed of the sampling, so that samples of two steps differ only by what was learnt.
     """
 

@@ -13,7 +13,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_llm.batch import count_items
-from lit_llm.data.sampling import place
+from lit_llm.data.sampling import data_parallel_rank
 from lit_llm.shards import whole_shape
 
 
@@ -59,7 +59,7 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts, and reports where it is time."""
-        count = count_items(batch) * place(trainer)[1]
+        count = count_items(batch) * data_parallel_rank(trainer)[1]
         self._new_tokens += count
         self._begun_tokens = self._begun_tokens + count if trainer.fit_loop.epoch_loop._should_accumulate() else 0
         step = trainer.global_step

@@ -105,9 +105,9 @@ def generate(
         """The new tokens of each prompt; of one, printed as they come after those that are shown of it."""
         if streamed_after is None:
             return generation.generate(*how(prompts), stop)
-        writing = generation.Writing(tokenizer, streamed_after)
+        writing = generation.IncrementalDetokenizer(tokenizer, streamed_after)
         print(tokenizer.decode(streamed_after), end="", flush=True)
-        for [token] in generation.steps(*how(prompts), stop):
+        for [token] in generation.stream_tokens(*how(prompts), stop):
             if token is not None:
                 print(writing.add(token), end="", flush=True)
         print(writing.rest(), end="", flush=True)

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lit_llm.callbacks.best_checkpoint import BestCheckpoint
 from lit_llm.callbacks.confusion import ConfusionMatrix
-from lit_llm.callbacks.intervals import Intervals
+from lit_llm.callbacks.intervals import ConfidenceIntervals
 from lit_llm.callbacks.last_checkpoint import LastCheckpoint
 from lit_llm.callbacks.metrics_csv import MetricsCSV
 from lit_llm.callbacks.mistakes import WorstMistakes
@@ -115,7 +115,7 @@ def _standard_callbacks(options: Any, checkpoint: CheckpointOptions, run_dir: Pa
     standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
     if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
         standard.insert(1, Progress())
-    standard += [ConfusionMatrix(), WorstMistakes(), Intervals()]
+    standard += [ConfusionMatrix(), WorstMistakes(), ConfidenceIntervals()]
     standard = [callback for callback in standard if not any(type(own) is type(callback) for own in given)]
     if predicts:
         standard += [DocumentScores(), ExamplePredictions(), GeneratedTexts()]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lit_llm.cli.sweep_parameters import Bell, Beta, Constant, Listed, Parameter, Range
+from lit_llm.cli.sweep_parameters import Beta, Categorical, Constant, Normal, Parameter, Range
 
 log = logging.getLogger(__name__)
 
@@ -234,7 +234,7 @@ def _parameter(key: str, options: dict[str, Any]) -> Parameter:
     mu, sigma = _number(key, "mu", options.get("mu", 0)), _positive(key, "sigma", options.get("sigma", 1))
     if shape == "log_normal" and mu + 5 * sigma > LARGEST_EXPONENT:
         raise ValueError(f"mu and sigma of {key} must be those of the logarithm, but are {mu} and {sigma}")
-    return Bell(key, q, mu, sigma, is_log=shape == "log_normal")
+    return Normal(key, q, mu, sigma, is_log=shape == "log_normal")
 
 
 def _usual(options: dict[str, Any]) -> str:
@@ -253,18 +253,18 @@ def _positive(key: str, name: str, value: Any) -> int | float:
     return found
 
 
-def _listed(key: str, options: dict[str, Any]) -> Listed:
+def _listed(key: str, options: dict[str, Any]) -> Categorical:
     values, shares = options["values"], options.get("probabilities")
     if not isinstance(values, list) or not values:
         raise ValueError(f"values of {key} must be a list, but are {values}")
     if shares is None:
-        return Listed(key, tuple(values))
+        return Categorical(key, tuple(values))
     if not isinstance(shares, list) or len(shares) != len(values):
         raise ValueError(f"probabilities of {key} must be a list of {len(values)}, as its values, but are {shares}")
     shares = tuple(_number(key, "each of the probabilities", share) for share in shares)
     if min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-6):
         raise ValueError(f"probabilities of {key} must be at least 0 and 1 together, but are {list(shares)}")
-    return Listed(key, tuple(values), shares)
+    return Categorical(key, tuple(values), shares)
 
 
 def _range(key: str, kind: str, options: dict[str, Any], q: int | float | None) -> Range:

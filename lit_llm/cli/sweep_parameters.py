@@ -69,7 +69,7 @@ class Constant(Parameter):
 
 
 @dataclass(frozen=True)
-class Listed(Parameter):
+class Categorical(Parameter):
     """One of some values.
 
     Attributes:
@@ -155,7 +155,7 @@ class Range(Parameter):
 
 
 @dataclass(frozen=True)
-class Shaped(Parameter):
+class ByQuantile(Parameter):
     """A number with a distribution that Optuna lacks: its quantile is drawn, evenly.
 
     Attributes:
@@ -182,7 +182,7 @@ class Shaped(Parameter):
 
 
 @dataclass(frozen=True)
-class Bell(Shaped):
+class Normal(ByQuantile):
     """Normally distributed, or its logarithm.
 
     Attributes:
@@ -196,13 +196,13 @@ class Bell(Shaped):
     is_log: bool
 
     def at(self, quantile: float) -> float:
-        """As `Shaped`."""
+        """As `ByQuantile`."""
         value = NormalDist(self.mu, self.sigma).inv_cdf(quantile)
         return math.exp(value) if self.is_log else value
 
 
 @dataclass(frozen=True)
-class Beta(Shaped):
+class Beta(ByQuantile):
     """Between 0 and 1.
 
     Attributes:
@@ -214,7 +214,7 @@ class Beta(Shaped):
     b: int | float
 
     def at(self, quantile: float) -> float:
-        """As `Shaped`."""
+        """As `ByQuantile`."""
         from scipy.special import betaincinv
 
         return float(betaincinv(self.a, self.b, quantile))

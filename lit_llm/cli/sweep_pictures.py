@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llm.cli.sweep_file import Sweep
-from lit_llm.cli.sweep_parameters import QUANTILE, Bell, Parameter, Shaped, label
+from lit_llm.cli.sweep_parameters import QUANTILE, ByQuantile, Normal, Parameter, label
 from lit_llm.files import replacing
 
 
@@ -74,7 +74,7 @@ def _space(parameter: Parameter, values: list[Any]) -> Any:
     """What Optuna calls a distribution, around the values that there are."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-    if isinstance(parameter, Shaped):
-        is_log = isinstance(parameter, Bell) and parameter.is_log and min(values) > 0
+    if isinstance(parameter, ByQuantile):
+        is_log = isinstance(parameter, Normal) and parameter.is_log and min(values) > 0
         return FloatDistribution(min(values), max(values), log=is_log)
     return CategoricalDistribution(sorted(set(values), key=str))

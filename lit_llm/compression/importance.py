@@ -26,7 +26,7 @@ def column_squares(
     }
 
 
-def surprise(network: nn.Module, batch: Batch) -> Tensor:
+def cross_entropy(network: nn.Module, batch: Batch) -> Tensor:
     """The cross-entropy, in nats summed over targets, of a batch's `labels`; without them of what is most likely."""
     logits = answer(network, batch)
     labels = batch.get("labels")
@@ -63,7 +63,7 @@ def taylor(
             for p in network.parameters():  # what is looked at must be on the way of a gradient
                 p.requires_grad_(True)
             with evaluating(network), watching(layers, seen.__setitem__, outputs), torch.enable_grad():
-                loss = surprise(network, batch)
+                loss = cross_entropy(network, batch)
                 gradients = torch.autograd.grad(loss, list(seen.values()))
         finally:
             for p, learns in learning.items():

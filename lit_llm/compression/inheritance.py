@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from lit_llm.compression.taps import blocks_of
+from lit_llm.blocks import blocks_of
 
 FUSED = {"Wqkv": 3, "qkv": 3, "c_attn": 3, "Wi": 2, "gate_up_proj": 2}
 """Matrices whose outputs are several layers' side by side, by the last part of their names, and of how many."""
@@ -64,7 +64,7 @@ def inherit(student: nn.Module, teacher: nn.Module, layers: list[int] | None = N
         is; what is cut away is not chosen by importance, as it is in `structured`.
 
     Example:
-        >>> class Layer(nn.Linear, __import__("lit_llm.models.block", fromlist=["Block"]).Block): pass
+        >>> class Layer(nn.Linear, __import__("lit_llm.blocks", fromlist=["Block"]).Block): pass
         >>> teacher, student = (nn.Sequential(*(Layer(4, 4) for _ in range(n))) for n in (4, 2))
         >>> inherit(student, teacher)
         >>> torch.equal(student[0].weight, teacher[1].weight), torch.equal(student[1].weight, teacher[3].weight)

@@ -6,8 +6,8 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
+from lit_llm.blocks import Block
 from lit_llm.compression.integers import Quantized
-from lit_llm.models.block import Block
 
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d)
 """Layers whose weight is a matrix, of outputs by inputs (by places)."""

@@ -13,10 +13,10 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
+from lit_llm.blocks import Block
 from lit_llm.compression.calibration import input_norms
 from lit_llm.compression.compression import Batch, Compression, Record, method_of, records_of, require_fraction
 from lit_llm.compression.patterns import chosen_layers
-from lit_llm.models.block import Block
 from lit_llm.shards import local, whole
 
 MASK = "weight_mask"

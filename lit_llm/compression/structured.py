@@ -19,7 +19,7 @@ from lit_llm.compression.compression import (
     is_reformed,
     require_fraction,
 )
-from lit_llm.compression.importance import column_squares, per_example, surprise, taylor
+from lit_llm.compression.importance import column_squares, cross_entropy, per_example, taylor
 from lit_llm.compression.integers import QuantizedConvolution
 from lit_llm.compression.patterns import chosen_layers
 from lit_llm.compression.surgery import (
@@ -273,7 +273,7 @@ class Blocks(Structured):
             wants = self.importance == "taylor"
             looking = watching(named, read.__setitem__), watching(named, give, outputs=True)
             with evaluating(network), looking[0], looking[1], torch.set_grad_enabled(wants):
-                loss = surprise(network, batch)
+                loss = cross_entropy(network, batch)
             if wants:
                 gradients = torch.autograd.grad(loss, [given[name] for name in named])
                 for index, (name, gradient) in enumerate(zip(named, gradients)):

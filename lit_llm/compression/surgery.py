@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lit_llm.blocks import Block
 from lit_llm.compression.calibration import answer
 from lit_llm.compression.compression import Batch, records_of, replay
-from lit_llm.models.block import Block
 from lit_llm.modes import evaluating
 
 NOT_OF_BLOCKS = ("architectures", "eos_token_id", "image_size", "patch_size")

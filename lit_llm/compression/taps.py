@@ -14,21 +14,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lit_llm.models.block import Block
+from lit_llm.blocks import blocks_of
 
 UNSEEN = -1e4
 """Scores below it are of what may not be looked at."""
-
-
-def blocks_of(network: nn.Module) -> list[nn.Module]:
-    """The blocks of a network, in its order; not those inside others."""
-    found: list[nn.Module] = []
-    inside: set[nn.Module] = set()
-    for module in network.modules():
-        if isinstance(module, Block) and module not in inside:
-            found.append(module)
-            inside |= set(module.modules())
-    return found
 
 
 @dataclass

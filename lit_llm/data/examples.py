@@ -12,7 +12,7 @@ from datasets import Dataset
 
 from lit_llm.data.arguments import require_counts
 from lit_llm.data.labels import LabelReader, label_column, labelled_splits, read_labels, require_labels, require_seen
-from lit_llm.data.sampling import BatchLoader, place
+from lit_llm.data.sampling import BatchLoader, data_parallel_rank
 from lit_llm.data.split_data import SplitData
 from lit_llm.data.stratification import few_of, some_of
 from lit_llm.data.tables import Columns, Split, both
@@ -166,7 +166,7 @@ class ExampleData(SplitData):
             counts = ", ".join(f"{name}: {count:,}" for name, count in zip(self.class_names, self.class_counts))
             log.info(f"Training examples of each class: {counts}")
         if self.unlabelled_ratio:
-            devices = place(self.trainer)[1]
+            devices = data_parallel_rank(self.trainer)[1]
             unlabelled = len(self.splits["unlabelled"]) if "unlabelled" in self.splits else 0
             if unlabelled < self.unlabelled_ratio * self.batch_size * devices:
                 raise ValueError(
@@ -193,7 +193,7 @@ class ExampleData(SplitData):
             return batch
 
         size, lengths = self.batch_size * self.unlabelled_ratio, self._lengths(unlabelled)
-        loader = BatchLoader(cut, len(unlabelled), size, self.seed, *place(self.trainer), lengths)
+        loader = BatchLoader(cut, len(unlabelled), size, self.seed, *data_parallel_rank(self.trainer), lengths)
         return loader
 
     def test_dataloader(self) -> BatchLoader | list[Any]:
@@ -250,6 +250,6 @@ class ExampleData(SplitData):
         few = name == "train" and self.labels_per_class is not None
         lengths = None if few else self._lengths(readable)
         classes = readable.labels if self.balance_classes and seed is not None else None
-        mine = place(self.trainer) if share else (0, 1)
+        mine = data_parallel_rank(self.trainer) if share else (0, 1)
         loader = BatchLoader(cut, len(readable), self.batch_size, seed, *mine, lengths, classes)
         return loader

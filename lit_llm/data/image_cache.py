@@ -42,7 +42,7 @@ SAYS_ORIENTATION = (b"eXIf", b"exif", b"XML:com.adobe.xmp")
 """What the bytes of a PNG that may say its orientation hold, one of these at least."""
 
 
-class Look(NamedTuple):
+class ImageInfo(NamedTuple):
     """What an image is before it is decoded.
 
     Attributes:
@@ -215,7 +215,7 @@ def _encoded(splits: dict[str, Dataset], task: tuple[str, int, int]) -> list[dic
     return next(iter(part.values()))
 
 
-def _look(splits: dict[str, Dataset], task: tuple[str, int, int]) -> set[Look]:
+def _look(splits: dict[str, Dataset], task: tuple[str, int, int]) -> set[ImageInfo]:
     """How the images of a chunk look; broken ones are found when they are decoded."""
     looks = set()
     with warnings.catch_warnings(action="ignore"):
@@ -223,7 +223,7 @@ def _look(splits: dict[str, Dataset], task: tuple[str, int, int]) -> set[Look]:
             try:
                 with _opened(encoded) as image:
                     width, height = _upright_size(image)
-                    looks.add(Look(height, width, image.mode in GREY))
+                    looks.add(ImageInfo(height, width, image.mode in GREY))
             except Exception:  # each format's reader raises its own kinds
                 continue
     return looks

@@ -20,7 +20,7 @@ from lit_llm.data.conversations import Conversations
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, open_corpus
 from lit_llm.data.packing import lay_rows, pack
-from lit_llm.data.sampling import BatchLoader, place
+from lit_llm.data.sampling import BatchLoader, data_parallel_rank
 from lit_llm.data.token_cache import SPLITS, TokenSplit, split_documents
 from lit_llm.data.token_data import TokenData
 from lit_llm.data.tokenizer import byte_tokenizer, padding_id
@@ -158,7 +158,7 @@ class InstructionData(TokenData):
         def cut(rows: np.ndarray) -> TokenBatch:
             return examples.batch(rows, padding, with_bytes=seed is None, with_documents=with_documents)
 
-        return BatchLoader(cut, examples.num_rows, self.batch_size, seed, *place(self.trainer))
+        return BatchLoader(cut, examples.num_rows, self.batch_size, seed, *data_parallel_rank(self.trainer))
 
     def _check_train(self) -> None:
         self._check_batch(

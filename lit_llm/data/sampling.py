@@ -12,7 +12,7 @@ import numpy as np
 log = logging.getLogger(__name__)
 
 
-def place(trainer: Any) -> tuple[int, int]:
+def data_parallel_rank(trainer: Any) -> tuple[int, int]:
     """Which share of the rows this process reads, and of how many: those that share each product read the same."""
     if trainer is None:
         return 0, 1
@@ -20,7 +20,7 @@ def place(trainer: Any) -> tuple[int, int]:
     return (share["rank"], share["num_replicas"]) if share else (trainer.global_rank, trainer.world_size)
 
 
-def go_on(fit_loop: Any) -> None:
+def resume_epoch(fit_loop: Any) -> None:
     """Has a run that goes on count the batches of its epoch as they are cut now, and begin at a whole step.
 
     Lightning counts on from those of before, and ends an epoch too soon, or late and without its validation, where the

@@ -13,7 +13,7 @@ from lit_llm.batch import IGNORE_INDEX, Seq2SeqBatch
 from lit_llm.data.arguments import require_counts
 from lit_llm.data.collation import Collation
 from lit_llm.data.docmatch import open_docmatch
-from lit_llm.data.sampling import BatchLoader, place
+from lit_llm.data.sampling import BatchLoader, data_parallel_rank
 from lit_llm.data.stratification import with_all_splits
 from lit_llm.data.table_tokenizer import TableTokens
 from lit_llm.data.tables import Columns, Split, check_texts, column_values, open_table
@@ -210,7 +210,7 @@ class Seq2SeqData(TableTokens):
             return {**batch, "labels": labels}
 
         lengths = sources.lengths + (0 if targets is None else targets.lengths)
-        mine = place(self.trainer) if share else (0, 1)
+        mine = data_parallel_rank(self.trainer) if share else (0, 1)
         return BatchLoader(cut, len(sources), self.batch_size, seed, *mine, lengths if self.length_grouping else None)
 
 

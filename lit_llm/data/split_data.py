@@ -15,7 +15,7 @@ from lightning.pytorch import LightningDataModule
 
 from lit_llm.data import changes
 from lit_llm.data.arguments import require_counts, require_fractions
-from lit_llm.data.sampling import BatchLoader, place
+from lit_llm.data.sampling import BatchLoader, data_parallel_rank
 from lit_llm.data.table_files import UNLABELLED_TEST, split_kind
 from lit_llm.data.tables import Split
 
@@ -204,7 +204,7 @@ class SplitData(LightningDataModule, ABC):
         """
         if stage != "fit":
             return
-        rows, devices = len(self.splits["train"]), place(self.trainer)[1]
+        rows, devices = len(self.splits["train"]), data_parallel_rank(self.trainer)[1]
         if rows < self.batch_size * devices:
             raise ValueError(
                 f"data.batch_size must be at most the examples there are to train on, but is {self.batch_size} on "

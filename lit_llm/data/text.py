@@ -18,7 +18,7 @@ from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, mixture, open_corpus
 from lit_llm.data.packing import cut_rows, document_ids, label_documents, num_rows
 from lit_llm.data.pretokenization import DocumentEncoder
-from lit_llm.data.sampling import BatchLoader, StreamLoader, place
+from lit_llm.data.sampling import BatchLoader, StreamLoader, data_parallel_rank
 from lit_llm.data.token_cache import TokenSplit, cut_documents, split_documents
 from lit_llm.data.token_data import TokenData
 from lit_llm.data.tokenizer import boundary_id, opening_ids
@@ -138,7 +138,7 @@ class TextData(TokenData):
 
     def train_dataloader(self) -> BatchLoader | StreamLoader:
         """Rows in an order drawn anew each epoch, or as the stream brings them."""
-        rank, world_size = place(self.trainer)
+        rank, world_size = data_parallel_rank(self.trainer)
         if self.streaming:
             return StreamLoader(self._stream, self._batch, self.seq_len, self.batch_size, world_size)
         split = self._cache.split("train")
@@ -160,7 +160,9 @@ class TextData(TokenData):
 
     def _evaluation_loader(self, name: str, with_documents: bool = False) -> BatchLoader | list[Any]:
         rows = self.split_rows(name)
-        return self._loader(self._cache.split(name), rows, None, *place(self.trainer), with_documents) if rows else []
+        if not rows:
+            return []
+        return self._loader(self._cache.split(name), rows, None, *data_parallel_rank(self.trainer), with_documents)
 
     def _loader(
         self, split: TokenSplit, rows: int, seed: int | None, rank: int, world_size: int, with_documents: bool = False
@@ -191,7 +193,7 @@ class TextData(TokenData):
 
     def _stream(self, skip: int) -> Iterator[list[int]]:
         """Token lists of this rank's training documents, without the first `skip` of them."""
-        rank, world_size = place(self.trainer)
+        rank, world_size = data_parallel_rank(self.trainer)
         documents = self._split(self._corpus(), Counter())
         mine = itertools.islice(
             (document.text for document, _, split in documents if split == "train"), rank, None, world_size

@@ -22,7 +22,7 @@ from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, corpus_name
-from lit_llm.data.sampling import BatchLoader, place
+from lit_llm.data.sampling import BatchLoader, data_parallel_rank
 from lit_llm.data.token_cache import (
     Encode,
     TokenCache,
@@ -212,7 +212,7 @@ class TokenData(LightningDataModule, ABC):
     def _check_train(self) -> None: ...
 
     def _check_batch(self, rows: int, remedy: str) -> None:
-        devices = place(self.trainer)[1]
+        devices = data_parallel_rank(self.trainer)[1]
         if rows < self.batch_size * devices:
             raise ValueError(
                 f"data.batch_size must be at most the rows there are to train on, but is {self.batch_size} on "

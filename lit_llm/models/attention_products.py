@@ -12,7 +12,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from lit_llm.derivatives import differentiable_once
-from lit_llm.products import MOST_QUERIES, product_dtype
+from lit_llm.products import MAX_QUERIES, product_dtype
 from lit_llm.shapes import shapes_only
 
 ROWS = 128
@@ -29,7 +29,7 @@ def products_win(
     if q.device.type != "cpu" or torch.compiler.is_exporting():
         return False
     causal = is_causal and mask is None
-    most = MOST_QUERIES.get(product_dtype(q), (0, 0))[causal]
+    most = MAX_QUERIES.get(product_dtype(q), (0, 0))[causal]
     if dropout or torch.compiler.is_compiling() or shapes_only():  # a plan is of an accelerator's attention
         most = min(most, _most_kept(q, causal))
     return most > 0 and q.shape[2] <= most
@@ -71,7 +71,7 @@ def attend_by_products(
         return _ByRows.apply(q, k, v, mask, is_causal, scale, keep)
     num_heads = q.shape[1]
     q, k, v = (t.flatten(0, 1) for t in (q, k, v))
-    shares = F.dropout(_shares(q, k, mask, is_causal, scale, num_heads), dropout, training=dropout > 0)
+    shares = F.dropout(_attention_weights(q, k, mask, is_causal, scale, num_heads), dropout, training=dropout > 0)
     return torch.bmm(shares, v).unflatten(0, (-1, num_heads))
 
 
@@ -80,7 +80,7 @@ def _most_kept(q: Tensor, causal: bool) -> int:
     return (512 if causal else 1024) // product_dtype(q).itemsize
 
 
-def _shares(
+def _attention_weights(
     q: Float[Tensor, "batch_heads new d_head"],
     k: Float[Tensor, "batch_heads seq d_head"],
     mask: Bool[Tensor, "#batch #heads #new seq"] | None,
@@ -115,7 +115,7 @@ def _by_rows(
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Which queries, which keys they may look at, and their shares of these, if they were not kept; from the last back.
 
-    Arguments as in `_shares`.
+    Arguments as in `_attention_weights`.
     """
     for index, first in enumerate(reversed(range(0, q.shape[1], ROWS))):
         rows = slice(first, min(first + ROWS, q.shape[1]))
@@ -124,7 +124,7 @@ def _by_rows(
             yield rows, keys, kept[index]
             continue
         part = mask[:, :, rows] if mask is not None and mask.shape[2] > 1 else mask
-        yield rows, keys, _shares(q[:, rows], k[:, keys], part, is_causal, scale, num_heads, first)
+        yield rows, keys, _attention_weights(q[:, rows], k[:, keys], part, is_causal, scale, num_heads, first)
 
 
 class _ByRows(torch.autograd.Function):

@@ -33,7 +33,7 @@ class SwiGLU(nn.Module):
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-def linear_of(linear: nn.Module, activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def linear_of_recomputed(linear: nn.Module, activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`linear(activation(x))`; in float32 on a CPU, what the layer reads is made anew for its gradient, not kept.
 
     That is as large as `x`, which is kept anyway, and made in little time beside that of a product: a GPT-2 of 11 M

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from lit_llm.models.block import Block
+from lit_llm.blocks import Block
 
 
 def training_flops(network: nn.Module, attention: int = 0) -> int:

@@ -11,9 +11,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_llm.blocks import Block
 from lit_llm.models.attention import KVCache, attend, document_mask
-from lit_llm.models.block import Block
-from lit_llm.models.feed_forward import linear_of
+from lit_llm.models.feed_forward import linear_of_recomputed
 from lit_llm.models.flops import training_flops
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
@@ -82,7 +82,7 @@ class GPT2FeedForward(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """Transforms each position on its own."""
-        return linear_of(self.c_proj, self.act, self.c_fc(x))
+        return linear_of_recomputed(self.c_proj, self.act, self.c_fc(x))
 
 
 class GPT2Block(Block):

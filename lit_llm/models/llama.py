@@ -9,8 +9,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lit_llm.blocks import Block
 from lit_llm.models.attention import Attention, KVCache, document_mask
-from lit_llm.models.block import Block
 from lit_llm.models.feed_forward import SwiGLU
 from lit_llm.models.flops import training_flops
 from lit_llm.models.normalization import RMSNorm

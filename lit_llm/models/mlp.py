@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from lit_llm.models.block import Block
+from lit_llm.blocks import Block
 from lit_llm.models.image_classifier import ImageClassifier
 
 

@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from lit_llm.models.block import Block
+from lit_llm.blocks import Block
 from lit_llm.models.pretrained_attention import attend_faster
 from lit_llm.wording import first_line
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from lit_llm.models.block import Block
+from lit_llm.blocks import Block
 from lit_llm.models.flops import training_flops
 
 State = tuple[Float[Tensor, "1 _ d_model"], ...]

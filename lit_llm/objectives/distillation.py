@@ -19,7 +19,7 @@ from lit_llm.compression.taps import UNSEEN, Tapped, tapping
 from lit_llm.modes import evaluating
 from lit_llm.objectives.causal_lm import CausalLM
 from lit_llm.objectives.classification import Classification
-from lit_llm.objectives.divergences import Divergence, ForwardKL, Taught, linear_loss_sum
+from lit_llm.objectives.divergences import Divergence, ForwardKL, SoftTargets, linear_loss_sum
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.losses import cross_entropy_sum
 from lit_llm.objectives.masked_lm import MaskedLM
@@ -199,7 +199,7 @@ class Distillation(Objective):
             return tapping(network, attention=self.attention_weight > 0)
         return tapping(nn.Module())
 
-    def say(self, batch: Any, ask: Callable[[nn.Module], Taught]) -> Taught:
+    def say(self, batch: Any, ask: Callable[[nn.Module], SoftTargets]) -> SoftTargets:
         """What the teacher says of a batch: as it is kept on disk, or as it says when asked."""
         taught = self._cache.read(batch) if self._cache is not None else None
         if taught is None:
@@ -207,7 +207,7 @@ class Distillation(Objective):
                 taught = ask(network)
             if self._cache is not None:
                 taught = self._cache.add(batch, taught)
-        return Taught(taught.log_p.to(self.device), None if taught.index is None else taught.index.to(self.device))
+        return SoftTargets(taught.log_p.to(self.device), None if taught.index is None else taught.index.to(self.device))
 
     def mixed(self, hard: Tensor, soft: Tensor) -> Tensor:
         """The objective's own loss and the divergence."""
@@ -273,7 +273,7 @@ class ClassificationDistillation(Distillation, Classification):
         ):
             hard, targets = super().loss(batch)
         with self.tapped(self.teacher.network) as taught:
-            teacher = self.say(batch, lambda network: Taught.of(network(**inputs(batch)), self.temperature))
+            teacher = self.say(batch, lambda network: SoftTargets.of(network(**inputs(batch)), self.temperature))
         apart = teacher.against(said[-1], self.temperature, self.divergence)
         return self.mixed(hard, (apart * self.weights_of(batch)).sum()) + self.inside(batch, student, taught), targets
 
@@ -323,27 +323,29 @@ class CausalLMDistillation(Distillation, CausalLM):
             return network.hidden(**about), network.lm_head.weight
         return network(**about), None
 
-    def _asked(self, batch: TokenBatch, kept: Tensor) -> Callable[[slice], Taught]:
+    def _asked(self, batch: TokenBatch, kept: Tensor) -> Callable[[slice], SoftTargets]:
         """What gives of some of the kept labels what the teacher says."""
         if self._cache is not None:
             said = self.say(batch, lambda network: self._likeliest(network, batch))
-            flat = Taught(said.log_p.flatten(0, 1), said.index.flatten(0, 1))[kept]
+            flat = SoftTargets(said.log_p.flatten(0, 1), said.index.flatten(0, 1))[kept]
             return lambda here: flat[here]
         with self.teacher.asked() as network:
             hidden, weight = self._read(network, batch)
         hidden = hidden.flatten(0, 1)[kept]
 
-        def of(here: slice) -> Taught:
+        def of(here: slice) -> SoftTargets:
             with self.teacher.asked():
-                return Taught.of(hidden[here] if weight is None else network.lm_head(hidden[here]), self.temperature)
+                return SoftTargets.of(
+                    hidden[here] if weight is None else network.lm_head(hidden[here]), self.temperature
+                )
 
         return of
 
-    def _likeliest(self, network: nn.Module, batch: TokenBatch) -> Taught:
+    def _likeliest(self, network: nn.Module, batch: TokenBatch) -> SoftTargets:
         hidden, weight = self._read(network, batch)
-        rows = (Taught.of(x if weight is None else network.lm_head(x), self.temperature) for x in hidden)
+        rows = (SoftTargets.of(x if weight is None else network.lm_head(x), self.temperature) for x in hidden)
         tops = [row.top(self.cache_top_k) for row in rows]
-        return Taught(torch.stack([top.log_p for top in tops]), torch.stack([top.index for top in tops]))
+        return SoftTargets(torch.stack([top.log_p for top in tops]), torch.stack([top.index for top in tops]))
 
     def position_weights(self, batch: TokenBatch, num_positions: int) -> Float[Tensor, "batch positions"]:
         """1 where there is something to predict."""
@@ -369,7 +371,7 @@ class MaskedLMDistillation(Distillation, MaskedLM):
             logits = self.network.logits_at(chosen, read, **about)
         with self.tapped(self.teacher.network) as taught:
             teacher = self.say(
-                batch, lambda network: Taught.of(network.logits_at(chosen, read, **about), self.temperature)
+                batch, lambda network: SoftTargets.of(network.logits_at(chosen, read, **about), self.temperature)
             )
         hard = cross_entropy_sum(logits[None], ids[chosen][None])
         soft = teacher.against(logits, self.temperature, self.divergence).sum()

@@ -74,7 +74,7 @@ class JensenShannon(Divergence):
 
 
 @dataclass(frozen=True)
-class Taught:
+class SoftTargets:
     """What a teacher says of some tokens or examples, softened by a temperature.
 
     Attributes:
@@ -86,17 +86,17 @@ class Taught:
     index: Int[Tensor, "*n k"] | None = None
 
     @classmethod
-    def of(cls, logits: Float[Tensor, "*n vocab"], temperature: float) -> Taught:
+    def of(cls, logits: Float[Tensor, "*n vocab"], temperature: float) -> SoftTargets:
         """From a teacher's logits of everything."""
         return cls(F.log_softmax(logits.float() / temperature, dim=-1))
 
-    def top(self, k: int) -> Taught:
+    def top(self, k: int) -> SoftTargets:
         """The likeliest alone."""
         log_p, index = self.log_p.topk(min(k, self.log_p.shape[-1]), dim=-1)
-        return Taught(log_p, index)
+        return SoftTargets(log_p, index)
 
-    def __getitem__(self, here: slice | Tensor) -> Taught:
-        return Taught(self.log_p[here], None if self.index is None else self.index[here])
+    def __getitem__(self, here: slice | Tensor) -> SoftTargets:
+        return SoftTargets(self.log_p[here], None if self.index is None else self.index[here])
 
     def against(
         self, logits: Float[Tensor, "*n vocab"], temperature: float, divergence: Divergence

@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lit_llm.data.sampling import place
+from lit_llm.data.sampling import data_parallel_rank
 from lit_llm.shards import local, total_norm
 
 Loss = tuple[Float[Tensor, ""], Float[Tensor, ""]]
@@ -90,9 +90,8 @@ class ExactSteps(LightningModule, ABC):
         if self._seed is None:  # Lightning keeps there what `seed_everything` was given
             self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
         # Large odd factors, so that neighbours have nothing in common; torch's generator on a CPU reads 32 bits.
-        where = (
-            self.trainer.global_step * 0x9E3779B1 + self._parts_read * 0x85EBCA77 + place(self.trainer)[0] * 0xC2B2AE3D
-        )
+        rank, _ = data_parallel_rank(self.trainer)
+        where = self.trainer.global_step * 0x9E3779B1 + self._parts_read * 0x85EBCA77 + rank * 0xC2B2AE3D
         seed = (self._seed + where) % 2**32
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":

@@ -13,7 +13,7 @@ from torch.optim import AdamW, Optimizer, SparseAdam
 from torch.optim.lr_scheduler import LambdaLR
 
 from lit_llm.adaptation import Adaptation
-from lit_llm.data.sampling import go_on
+from lit_llm.data.sampling import resume_epoch
 from lit_llm.objectives.averaged import Averaged
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule, step_at
@@ -136,7 +136,7 @@ class Scheduled(Averaged):
             group.update(configured)
             group["lr"] = configured["initial_lr"] * self._factor_of(configured)(self.trainer.global_step)
         scheduler.base_lrs = [configured["initial_lr"] for configured in self._configured]
-        go_on(self.trainer.fit_loop)
+        resume_epoch(self.trainer.fit_loop)
         self._waiting = [group for group in optimizer.param_groups if group.get("start")]
         self._wake(optimizer, self.trainer.global_step)
 

@@ -19,7 +19,7 @@ from lit_llm.batch import inputs
 from lit_llm.checkpoints import read_model
 from lit_llm.data.cache import cache_folder, cache_name
 from lit_llm.data.tokenizer import fingerprint
-from lit_llm.objectives.divergences import Taught
+from lit_llm.objectives.divergences import SoftTargets
 from lit_llm.recipes import first_argument
 
 log = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class TeacherCache:
         for path in sorted(self.folder.glob(f"*-{rank}.bin")):
             self._open(path)
 
-    def read(self, batch: Mapping[str, Any]) -> Taught | None:
+    def read(self, batch: Mapping[str, Any]) -> SoftTargets | None:
         """What was said of a batch; `None` when some of it is not there."""
         keys = row_keys(batch)
         if not all(key in self._places for key in keys):
@@ -137,9 +137,9 @@ class TeacherCache:
         [path] = {self._places[key][0] for key in keys}  # rows of one batch are equally long
         found = self._records[path][[self._places[key][1] for key in keys]]
         log_p, index = (torch.from_numpy(np.ascontiguousarray(found[name])) for name in ("log_p", "index"))
-        return Taught(log_p.float(), index.long())
+        return SoftTargets(log_p.float(), index.long())
 
-    def add(self, batch: Mapping[str, Any], taught: Taught) -> Taught:
+    def add(self, batch: Mapping[str, Any], taught: SoftTargets) -> SoftTargets:
         """Keeps what was said of a batch, and gives it back as it is kept; rows that are there stay as they are."""
         keys = row_keys(batch)
         kept = taught.top(self.k)

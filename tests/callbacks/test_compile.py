@@ -11,9 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from lit_llm.blocks import Block
 from lit_llm.callbacks.compile import Compile, compile_blocks
 from lit_llm.checkpoint_files import read_checkpoint
-from lit_llm.models.block import Block
 from tests.cli.test_resume import losses
 from tests.writing import REPOSITORY, exactly
 

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from lit_llm.compression.taps import blocks_of, tapping
+from lit_llm.blocks import blocks_of
+from lit_llm.compression.taps import tapping
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT
 

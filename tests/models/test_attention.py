@@ -4,7 +4,7 @@ import torch.nn.functional as F
 
 from lit_llm.models.attention import Attention, KVCache, attend, document_mask
 from lit_llm.models.rotary import rotation
-from lit_llm.products import MOST_QUERIES
+from lit_llm.products import MAX_QUERIES
 from tests.writing import exactly
 
 BATCH, HEADS, D_HEAD = 2, 4, 16
@@ -46,7 +46,7 @@ def test_attention_is_its_formula(kind, kv_heads, seq, new, dtype, tolerance) ->
 
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_both_ways_of_the_cpu_agree_where_one_takes_over_from_the_other(kv_heads: int) -> None:
-    last = MOST_QUERIES[torch.bfloat16][1]
+    last = MAX_QUERIES[torch.bfloat16][1]
     for seq in (last, last + 1):
         q, k, v = (t.detach()[:1, :, :, :2] for t in tensors(seq, seq, kv_heads, torch.bfloat16))
         expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True, enable_gqa=True)

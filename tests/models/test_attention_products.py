@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from lit_llm.models import attention_products
 from lit_llm.models.attention import attend
 from lit_llm.models.attention_products import attend_by_products, products_win
-from lit_llm.products import MOST_QUERIES
+from lit_llm.products import MAX_QUERIES
 
 
 def tensors(*shape: int, dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
@@ -105,5 +105,5 @@ def test_sequences_in_32_bits_are_attended_to_as_by_the_flash_kernel_where_onedn
     for mask in (None, padded):
         expected = attend(q, k, v, mask)
         with monkeypatch.context() as patched:
-            patched.setitem(MOST_QUERIES, torch.float32, (224, 512))
+            patched.setitem(MAX_QUERIES, torch.float32, (224, 512))
             torch.testing.assert_close(attend(q, k, v, mask), expected, atol=2e-6, rtol=2e-6)

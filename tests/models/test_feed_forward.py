@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from lit_llm.models.feed_forward import SwiGLU, linear_of
+from lit_llm.models.feed_forward import SwiGLU, linear_of_recomputed
 
 
 def test_swiglu_is_its_formula() -> None:
@@ -44,7 +44,7 @@ def test_what_an_activation_gives_is_not_kept_and_the_gradients_are_the_same(row
         return made, *first, *torch.autograd.grad(first[0].square().sum(), (x, linear.weight))
 
     expected = gradients(lambda linear, activation, x: linear(activation(x)))
-    assert all(torch.equal(a, b) for a, b in zip(gradients(linear_of), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(gradients(linear_of_recomputed), expected, strict=True))
 
 
 def test_only_the_activations_input_lives_on() -> None:
@@ -55,7 +55,7 @@ def test_only_the_activations_input_lives_on() -> None:
         seen.append(weakref.ref(y.untyped_storage()))
         return y
 
-    made = linear_of(linear, activation, torch.randn(5, 12, requires_grad=True))
+    made = linear_of_recomputed(linear, activation, torch.randn(5, 12, requires_grad=True))
     assert [storage() for storage in seen] == [None]
     made.sum().backward()
     assert len(seen) == 2
@@ -63,6 +63,6 @@ def test_only_the_activations_input_lives_on() -> None:
 
 def test_a_network_whose_activations_are_made_anew_takes_functional_transforms() -> None:
     linear, x = nn.Linear(12, 3), torch.randn(4, 12)
-    per_row = torch.func.vmap(torch.func.grad(lambda x: linear_of(linear, F.gelu, x).sum()))(x)
+    per_row = torch.func.vmap(torch.func.grad(lambda x: linear_of_recomputed(linear, F.gelu, x).sum()))(x)
     inputs = x.requires_grad_()
     torch.testing.assert_close(per_row, torch.autograd.grad(linear(F.gelu(inputs)).sum(), inputs)[0])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from lit_llm.blocks import Block, depths
 from lit_llm.checkpoints import load_model, read_model, save_model
-from lit_llm.models.block import Block, depths
 from lit_llm.models.cnn import CNN
 from lit_llm.models.image_classifier import ImageClassifier
 from lit_llm.models.lenet import LeNet

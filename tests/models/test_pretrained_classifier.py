@@ -13,10 +13,10 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
+from lit_llm.blocks import Block
 from lit_llm.checkpoint_files import AtomicCheckpointIO
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.data.tokenizer import byte_tokenizer
-from lit_llm.models.block import Block
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.pretrained_pooling import MeanClassifier
 from tests.writing import exactly

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from lit_llm.blocks import Block, depths
 from lit_llm.checkpoints import load_model, save_model
-from lit_llm.models.block import Block, depths
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from tests.examples import BERT
 from tests.image_batches import EFFICIENTNET, RESNET, VIT

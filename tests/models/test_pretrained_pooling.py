@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForMaskedLM
 
 from lit_llm.adaptation import LoRA
+from lit_llm.blocks import Block, depths
 from lit_llm.checkpoint_files import AtomicCheckpointIO
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.data.tokenizer import byte_tokenizer
-from lit_llm.models.block import Block, depths
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.pretrained_pooling import MeanClassifier, PairClassifier, PooledClassifier
 from lit_llm.objectives.features import can_be_cached

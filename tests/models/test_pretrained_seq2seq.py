@@ -5,9 +5,9 @@ import pytest
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
+from lit_llm.blocks import Block
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.data.tokenizer import train_t5_bpe
-from lit_llm.models.block import Block
 from lit_llm.models.pretrained_seq2seq import PretrainedSeq2Seq
 from tests.writing import exactly
 

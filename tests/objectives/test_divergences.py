@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lit_llm.objectives.divergences import ForwardKL, JensenShannon, ReverseKL, Taught, linear_loss_sum
+from lit_llm.objectives.divergences import ForwardKL, JensenShannon, ReverseKL, SoftTargets, linear_loss_sum
 from lit_llm.objectives.losses import cross_entropy_sum
 
 
@@ -26,7 +26,7 @@ def test_divergences_are_those_of_the_textbook():
 
 def test_the_likeliest_alone_say_what_all_say_of_them_and_of_the_rest_together():
     logits, student = torch.randn(2, 6, 11)
-    full, top = Taught.of(logits, 2.0), Taught.of(logits, 2.0).top(4)
+    full, top = SoftTargets.of(logits, 2.0), SoftTargets.of(logits, 2.0).top(4)
     assert top.index.shape == (6, 4)
     p, q = ((x / 2).softmax(-1).gather(-1, top.index) for x in (logits, student))
     p, q = (torch.cat([x, 1 - x.sum(-1, keepdim=True)], -1).double().numpy() for x in (p, q))
@@ -39,7 +39,7 @@ def test_the_likeliest_alone_say_what_all_say_of_them_and_of_the_rest_together()
 
 def test_temperature_softens_and_its_square_keeps_the_size_of_gradients():
     logits, student = torch.randn(3, 5), torch.randn(3, 5, requires_grad=True)
-    told = Taught.of(logits, 3.0).against(student, 3.0, ForwardKL())
+    told = SoftTargets.of(logits, 3.0).against(student, 3.0, ForwardKL())
     expected = 9 * F.kl_div((student / 3).log_softmax(-1), (logits / 3).softmax(-1), reduction="none").sum(-1)
     torch.testing.assert_close(told, expected)
 
@@ -48,7 +48,7 @@ def test_temperature_softens_and_its_square_keeps_the_size_of_gradients():
 def test_a_loss_in_chunks_is_the_loss_of_all_logits_and_has_its_gradients(divergence):
     n, d, vocab = 21, 4, 9  # three chunks of eight, the last not full
     hidden, weight, logits = torch.randn(n, d), torch.randn(vocab, d), torch.randn(n, vocab)
-    labels, taught = torch.randint(vocab, (n,)), Taught.of(logits, 1.5)
+    labels, taught = torch.randint(vocab, (n,)), SoftTargets.of(logits, 1.5)
 
     def loss_of(said: torch.Tensor, here: slice) -> torch.Tensor:
         hard = cross_entropy_sum(said[None], labels[None, here], 0.1, 1e-3)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from lit_llm.checkpoints import save_model
-from lit_llm.objectives.divergences import Taught
+from lit_llm.objectives.divergences import SoftTargets
 from lit_llm.objectives.teacher import Teacher, TeacherCache, row_keys
 
 
@@ -12,7 +12,7 @@ def test_rows_of_several_lengths_are_kept_side_by_side(tmp_path, tiny_llama, mon
     save_model(tmp_path / "model", tiny_llama(vocab_size=50))
     teacher = Teacher(str(tmp_path / "model"), "32-true")
     batches = [{"input_ids": torch.randint(50, (3, length))} for length in (8, 16, 8)]
-    said = [Taught.of(torch.randn(3, batch["input_ids"].shape[1], 50), 1.0) for batch in batches]
+    said = [SoftTargets.of(torch.randn(3, batch["input_ids"].shape[1], 50), 1.0) for batch in batches]
     kept = []
     for batch, taught in zip(batches, said, strict=True):
         cache = TeacherCache(teacher, 1.0, 4)  # of a run of its own

@@ -14,6 +14,17 @@ class Block(nn.Module, ABC):
     """
 
 
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """The outermost blocks of a network, in its order."""
+    found: list[nn.Module] = []
+    inside: set[nn.Module] = set()
+    for module in network.modules():
+        if isinstance(module, Block) and module not in inside:
+            found.append(module)
+            inside |= set(module.modules())
+    return found
+
+
 def depths(network: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
     """How deep in a network each of its parameters is, from the input up, and how deep its head.
 
