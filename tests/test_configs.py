@@ -20,7 +20,7 @@ from tests.images import tree
 from tests.writing import REPOSITORY
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
-RUNS = [path for path in CONFIGS if path.parent.name in ("pretraining", "finetuning", "distillation")]
+RUNS = [path for path in CONFIGS if path.parent.name in ("pretraining", "finetuning")]
 ADAPTATIONS = [path for path in CONFIGS if path.parent.name == "adaptation"]
 OVERLAYS = [path for path in CONFIGS if path.parent.name in ("logging", "strategy")]
 OVERLAYS = [path for path in OVERLAYS if "strategy:" not in path.read_text()]  # tests/cli/test_strategies.py has those

@@ -31,6 +31,7 @@ from lit_llm.compression.compression import Compression, replay
 from lit_llm.compression.patterns import chosen_layers
 from lit_llm.compression.quantization import FakeQuantized
 from lit_llm.compression.sparsity import Magnitude, Movement, Zeros, add_masks
+from lit_llm.compression.structured import Channels
 from lit_llm.derivatives import differentiable_once
 from lit_llm.generation import generate
 from lit_llm.models.image_classifier import ImageClassifier
@@ -103,6 +104,30 @@ def awake(network: nn.Module) -> nn.Module:
     return network
 
 
+def loss_falls(network: nn.Module, loss: Callable[[], torch.Tensor], lr: float = 0.03) -> bool:
+    """Whether training halves the loss of one repeated batch."""
+    optimizer = torch.optim.AdamW(network.parameters(), lr)
+    losses = []
+    for _ in range(40):
+        losses.append(loss())
+        optimizer.zero_grad()
+        losses[-1].backward()
+        optimizer.step()
+    return losses[-1].item() < 0.5 * losses[0].item()
+
+
+def filled(make: Callable[[], nn.Module]) -> nn.Module:
+    """A network made on the meta device, filled with NaN, and given its first values."""
+    with torch.device("meta"):
+        network = make()
+    network.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
+    network.reset_parameters()
+    return network
+
+
 @pytest.mark.parametrize("kind", LANGUAGE_MODELS)
 class TestLanguageModel:
     def test_no_future_token_changes_a_past_logit(self, kind):
@@ -115,18 +140,10 @@ class TestLanguageModel:
         assert not torch.equal(before[:, 7:], after[:, 7:])
 
     def test_the_loss_falls_on_one_repeated_batch(self, kind):
-        network = kind(VOCAB, **small(kind))
-        ids = torch.randint(VOCAB, (4, 13))
-        optimizer = torch.optim.AdamW(network.parameters(), lr=0.03)
-        losses = []
-        for _ in range(40):
-            logits = network(ids[:, :-1])
-            loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < 0.5 * losses[0]
+        network, ids = kind(VOCAB, **small(kind)), torch.randint(VOCAB, (4, 13))
+        assert loss_falls(
+            network, lambda: nn.functional.cross_entropy(network(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+        )
 
     def test_its_head_reads_what_is_hidden(self, kind):
         network, ids = awake(kind(VOCAB, **small(kind))).eval(), torch.randint(VOCAB, (2, 5))
@@ -182,13 +199,7 @@ class TestLanguageModel:
 
     @pytest.mark.parametrize("tied", [False, True])
     def test_it_is_built_on_the_meta_device_and_then_filled(self, kind, tied):
-        with torch.device("meta"):
-            network = kind(VOCAB, **small(kind, tied))
-        network.to_empty(device="cpu")
-        with torch.no_grad():
-            for tensor in (*network.parameters(), *network.buffers()):
-                tensor.fill_(torch.nan)
-        network.reset_parameters()
+        network = filled(lambda: kind(VOCAB, **small(kind, tied)))
         assert network(torch.zeros(1, 3, dtype=torch.long)).isfinite().all()
         embedding = next(m for m in network.modules() if isinstance(m, nn.Embedding))
         assert (network.lm_head.weight is embedding.weight) == tied
@@ -206,16 +217,8 @@ class TestEncoder:
     def test_the_loss_falls_on_one_repeated_batch(self, kind):
         network, ids = kind(VOCAB, config=BERT), torch.randint(1, VOCAB, (4, 12))
         hidden = torch.rand(ids.shape) < 0.3
-        optimizer = torch.optim.AdamW(network.parameters(), lr=0.03)
-        losses = []
-        for _ in range(40):
-            logits = network.logits_at(hidden, ids.masked_fill(hidden, 0))
-            loss = nn.functional.cross_entropy(logits, ids[hidden])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < 0.5 * losses[0]
+        masked = ids.masked_fill(hidden, 0)
+        assert loss_falls(network, lambda: nn.functional.cross_entropy(network.logits_at(hidden, masked), ids[hidden]))
 
     def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
         network = awake(kind(VOCAB, config=BERT)).eval()
@@ -229,29 +232,15 @@ class TestEncoder:
         assert sum(isinstance(m, Block) for m in kind(VOCAB, config=BERT).modules()) == 2
 
     def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
-        with torch.device("meta"):
-            network = kind(VOCAB, config=BERT)
-        network.to_empty(device="cpu")
-        with torch.no_grad():
-            for p in network.parameters():
-                p.fill_(torch.nan)
-        network.reset_parameters()
-        assert all(p.isfinite().all() for p in network.parameters())
+        network = filled(lambda: kind(VOCAB, config=BERT))
+        assert all(tensor.isfinite().all() for tensor in (*network.parameters(), *network.buffers()))
 
 
 @pytest.mark.parametrize("kind", ENCODER_DECODERS)
 class TestEncoderDecoder:
     def test_it_learns_to_write_what_it_reads(self, kind):
         network, ids = kind(VOCAB, config=T5), torch.randint(2, VOCAB, (4, 6))
-        optimizer = torch.optim.AdamW(network.parameters(), lr=0.03)
-        losses = []
-        for _ in range(40):
-            loss = nn.functional.cross_entropy(network(ids, ids).flatten(0, 1), ids.flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < 0.5 * losses[0]
+        assert loss_falls(network, lambda: nn.functional.cross_entropy(network(ids, ids).flatten(0, 1), ids.flatten()))
 
     def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
         network, ids = awake(kind(VOCAB, config=T5)).eval(), torch.randint(2, VOCAB, (2, 6))
@@ -261,29 +250,17 @@ class TestEncoderDecoder:
         assert again.to_hf_config() == network.to_hf_config()
 
     def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
-        with torch.device("meta"):
-            network = kind(VOCAB, config=T5)
-        network.to_empty(device="cpu")
-        with torch.no_grad():
-            for p in network.parameters():
-                p.fill_(torch.nan)
-        network.reset_parameters()
-        assert all(p.isfinite().all() for p in network.parameters())
+        network = filled(lambda: kind(VOCAB, config=T5))
+        assert all(tensor.isfinite().all() for tensor in (*network.parameters(), *network.buffers()))
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 class TestClassifier:
     def test_the_loss_falls_on_one_repeated_batch(self, kind):
         network, batch = kind(3, config=BERT), together([example(row, 3) for row in range(6)])
-        optimizer = torch.optim.AdamW(network.parameters(), lr=0.01)
-        losses = []
-        for _ in range(30):
-            loss = nn.functional.cross_entropy(network(**inputs(batch)), batch["labels"])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < 0.5 * losses[0]
+        assert loss_falls(
+            network, lambda: nn.functional.cross_entropy(network(**inputs(batch)), batch["labels"]), lr=0.01
+        )
 
     def test_the_state_dict_round_trips(self, kind):
         network, other, batch = awake(kind(3, config=BERT)).eval(), kind(3, config=BERT).eval(), inputs(example(0, 3))
@@ -299,29 +276,15 @@ class TestClassifier:
         assert sum(isinstance(m, Block) for m in kind(3, config=BERT).modules()) == 2
 
     def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
-        with torch.device("meta"):
-            network = kind(3, config=BERT)
-        network.to_empty(device="cpu")
-        with torch.no_grad():
-            for p in network.parameters():
-                p.fill_(torch.nan)
-        network.reset_parameters()
-        assert all(p.isfinite().all() for p in network.parameters())
+        network = filled(lambda: kind(3, config=BERT))
+        assert all(tensor.isfinite().all() for tensor in (*network.parameters(), *network.buffers()))
 
 
 @pytest.mark.parametrize("kind", OF_IMAGES)
 class TestImageClassifier:
     def test_the_loss_falls_on_one_repeated_batch(self, kind):
         network, images, labels = kind(3), torch.randn(6, 1, 28, 28), torch.tensor([0, 1, 2, 0, 1, 2])
-        optimizer = torch.optim.AdamW(network.parameters(), lr=0.003)
-        losses = []
-        for _ in range(30):
-            loss = nn.functional.cross_entropy(network(pixel_values=images), labels)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        assert losses[-1] < 0.5 * losses[0]
+        assert loss_falls(network, lambda: nn.functional.cross_entropy(network(pixel_values=images), labels), lr=0.003)
 
     def test_what_a_checkpoint_keeps_of_it_makes_it_again(self, kind):
         network = kind(3, 2, [9, 12], ["a", "b", "c"])
@@ -336,13 +299,7 @@ class TestImageClassifier:
         assert kind.hf_architectures == (kind.__name__,)
 
     def test_it_is_built_on_the_meta_device_and_then_filled(self, kind):
-        with torch.device("meta"):
-            network = kind(3)
-        network.to_empty(device="cpu")
-        with torch.no_grad():
-            for tensor in (*network.parameters(), *network.buffers()):
-                tensor.fill_(torch.nan if tensor.is_floating_point() else 0)
-        network.reset_parameters()
+        network = filled(lambda: kind(3))
         assert network(torch.zeros(1, 1, 28, 28)).isfinite().all()
 
 
@@ -640,9 +597,7 @@ def made_small(kind: type) -> Compression:
 class TestCompression:
     def pair(self, kind: type) -> tuple[nn.Module, nn.Module, dict[str, torch.Tensor]]:
         """Two networks alike, of which the first is to be compressed, and a batch; of a pruned one where zeros count."""
-        made = [
-            awake(Convolutions() if "channels" in kind.__doc__.lower().splitlines()[0] else decoder()) for _ in "ab"
-        ]
+        made = [awake(Convolutions() if issubclass(kind, Channels) else decoder()) for _ in "ab"]
         made[1].load_state_dict(made[0].state_dict())
         if issubclass(kind, Movement | Zeros):
             Magnitude().apply(made[0])
