@@ -1,6 +1,6 @@
-"""The contract between data and objectives: field names, shapes and what they mean.
+"""The contract between data and objectives: names, shapes and meanings of the fields of a batch.
 
-A batch is a plain dict, so that every strategy, device transfer and collate function of the field already knows it.
+A batch is a plain dict, which every strategy, device transfer and collate function supports.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 IGNORE_INDEX = -100
-"""The label of a position that is not to be predicted; torch's own default for cross-entropy."""
+"""Label of a position that is not to be predicted: the default `ignore_index` of torch's cross-entropy."""
 
 
 def say_nothing(labels: Iterable[Any]) -> bool:
-    """Whether all labels are -1, as a number or in text, or nothing; the text `None` is a label."""
+    """Whether every label is a placeholder: -1 (a number or text) or null; the text `None` counts as a label."""
     return set(labels) <= {-1, "-1", "-1.0", None}
 
 
@@ -25,12 +25,12 @@ class TokenBatch(TypedDict):
     """Rows of tokens for a language model.
 
     Attributes:
-        input_ids: What the network reads.
-        labels: For each position the token it must predict, *already shifted* (position `t` of a causal model holds
-            token `t + 1`), or `IGNORE_INDEX`.
-        document_ids: Which document of its row a position belongs to, counted from 0; present when attention must not
-            cross documents.
-        positions: Index of each token in its own document, from 0; where absent, in its row.
+        input_ids: Tokens that the network reads.
+        labels: Token to predict at each position, *already shifted* (position `t` of a causal model holds token
+            `t + 1`), or `IGNORE_INDEX`.
+        document_ids: Index, within the row, of the document that each position belongs to, from 0; present if attention
+            must not cross documents.
+        positions: Index of each token within its document, from 0; if absent, positions count within the row.
         num_bytes: UTF-8 bytes of text that each row's labels stand for: the denominator of bits per byte.
         documents: Index, within the split, of the document that each label belongs to; present when predicting.
         sources: Index of the source that each row of a mixture starts in; present when evaluating.
@@ -46,18 +46,18 @@ class TokenBatch(TypedDict):
 
 
 class ExampleBatch(TypedDict):
-    """Examples, each with one label: what a classifier or a regression reads.
+    """Texts or pairs of texts, each with one label, for classification and regression.
 
-    All fields but `labels`, `rows` and the two of unlabelled examples are what the network is called with, by name.
+    All fields except those in `NOT_READ` are passed to the network by name.
 
     Attributes:
-        input_ids: Tokens of a text, or of two with the tokeniser's marks between them; padded on the right.
+        input_ids: Tokens of a text, or of two texts with special tokens between them; padded on the right.
         attention_mask: 1 on tokens, 0 on padding.
-        token_type_ids: 0 on the first text, 1 on the second; where the tokeniser makes them.
-        labels: Index of the class, or the value; absent where the split has none.
-        rows: Index of each example in its split; without, `predict` counts them, and no mistakes are listed.
-        unlabelled: In semi-supervised training a batch of other examples, as they are or hardly changed. Their labels
-            are there where they are known: to be counted, never to be learnt from.
+        token_type_ids: 0 on the first text, 1 on the second; present if the tokeniser returns them.
+        labels: Index of the class, or the value; absent if the split has no labels.
+        rows: Index of each example in its split; if absent, `predict` numbers the examples and no mistakes are listed.
+        unlabelled: In semi-supervised training, a batch of other examples, unaugmented or weakly augmented. Their
+            labels, if known, serve statistics only and are never trained on.
         unlabelled_strong: The same examples in the same order, strongly augmented.
     """
 
@@ -71,12 +71,12 @@ class ExampleBatch(TypedDict):
 
 
 class ImageBatch(TypedDict):
-    """Images, each with one label: what a classifier of images reads.
+    """Images, each with one label, for image classification.
 
     Attributes:
-        pixel_values: Intensities, normalised by mean and standard deviation of each channel.
-        labels: Index of the class, or of mixed images (in training alone) the probability of each class; absent where
-            the split has none.
+        pixel_values: Intensities, normalised by the mean and standard deviation of each channel.
+        labels: Index of the class or, for mixed images (in training only), the probability of each class; absent if the
+            split has no labels.
         rows: As in `ExampleBatch`.
         unlabelled: As in `ExampleBatch`.
         unlabelled_strong: As in `ExampleBatch`.
@@ -90,13 +90,13 @@ class ImageBatch(TypedDict):
 
 
 class Seq2SeqBatch(TypedDict):
-    """Examples, each a text to read and one to write.
+    """Pairs of a source text and a target text, for encoder–decoder networks.
 
     Attributes:
-        input_ids: Tokens of the text to read; padded on the right.
+        input_ids: Tokens of the source text; padded on the right.
         attention_mask: 1 on tokens, 0 on padding.
-        labels: Tokens of the text to write, the end token included, and `IGNORE_INDEX` after it. They are not shifted:
-            a network reads those before a token to tell it. There are none where it is only to be predicted.
+        labels: Tokens of the target text, including the end token, then `IGNORE_INDEX`. They are not shifted: the
+            network shifts them itself to make the decoder's input. Absent if the targets are only to be predicted.
         rows: Index of each example in its split.
     """
 
@@ -110,14 +110,14 @@ NOT_READ = frozenset({"labels", "rows", "sources", "num_bytes", "documents", "un
 
 
 def inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What the network is called with: all but labels, rows and unlabelled examples."""
+    """The fields that the network is called with: all except those in `NOT_READ`."""
     return {name: value for name, value in batch.items() if name not in NOT_READ}
 
 
 def keep_unread(precision: Any) -> None:
-    """Has a precision of Lightning's leave what no network reads, when it brings batches into the network's 16 bits.
+    """Makes a Lightning precision plugin keep the type of `NOT_READ` fields when it casts batches to 16 bits.
 
-    (It would make 1904 of a label of 1906, and round how many bytes texts have.)
+    (bfloat16 would round a label of 1906 to 1904, and the byte counts of texts likewise.)
     """
     precision.convert_input = functools.partial(_converted, precision)
 
@@ -130,7 +130,7 @@ def _converted(precision: Any, batch: Any) -> Any:
 
 
 def count_items(batch: Any) -> int:
-    """Tokens of a batch of text, or else its rows; unlabelled examples count too.
+    """The number of tokens of a batch of text, padding included, otherwise of rows; unlabelled examples count too.
 
     Example:
         >>> import torch

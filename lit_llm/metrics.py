@@ -1,4 +1,4 @@
-"""Metrics over whole data sets, as streaming sums."""
+"""Metrics over whole data sets, kept as running sums, and bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ from lit_llm.batch import IGNORE_INDEX
 BETWEEN_WORDS = re.compile(r"[\W_]+")
 
 CONFIDENCE = 0.95
-"""Part of the resamplings that lies within an interval."""
+"""Confidence level of the intervals: the fraction of the resamples that lies within one."""
 
 RESAMPLES = 1000
-"""How often examples are drawn again for an interval."""
+"""Number of bootstrap resamples per interval."""
 
 MAX_GROUPS = 4096
-"""Most draws of one resampling."""
+"""Maximum number of draws per resample."""
 
 
 class MeanLoss(Metric):
-    """The mean over all targets of a loss that comes as sums: `compute` gives `loss`.
+    """Mean over all targets of a loss that comes as sums over batches; `compute` returns `loss`.
 
     Example:
         >>> metric = MeanLoss()
@@ -58,7 +58,7 @@ class MeanLoss(Metric):
             self.add_state(name, torch.zeros((), dtype=_wide()), dist_reduce_fx="sum")
 
     def update(self, total: Float[Tensor, ""], targets: Float[Tensor, ""]) -> None:
-        """Adds a batch: its loss summed over the targets, and their number."""
+        """Adds a batch: its loss summed over the targets, and the number of targets."""
         self.total += total.detach()
         self.targets += targets
 
@@ -68,16 +68,16 @@ class MeanLoss(Metric):
 
 
 class LanguageModeling(Metric):
-    """How well a language model predicts text.
+    """Loss, perplexity and bits per byte of a language model.
 
-    `compute` gives `loss` (nats per token, at least 0; `log(vocab)` knows nothing), `perplexity` (its exponential) and,
-    where the data says how many bytes its labels stand for, `bits_per_byte` (the same nats per byte of text, in bits:
-    comparable between tokenisers; 8 knows nothing). Sums are kept in double precision where the device has it, and over
-    all processes.
+    `compute` returns `loss` (nats per token, at least 0; `log(vocab)` for a uniform prediction), `perplexity` (its
+    exponential) and, if the data counts the bytes that its labels stand for, `bits_per_byte` (the same total per byte
+    of text, in bits, so it is comparable between tokenisers; 8 for a uniform prediction of bytes). Sums are kept in
+    double precision if the device supports it, and cover all processes.
 
     Args:
-        sources: What the sources of a mixture are called: of each that had rows, `compute` also gives `<source>/loss`
-            and `<source>/bits_per_byte`.
+        sources: Names of the sources of a mixture. For each source that had rows, `compute` also returns
+            `<source>/loss` and `<source>/bits_per_byte`.
 
     Example:
         >>> metric = LanguageModeling()
@@ -103,7 +103,7 @@ class LanguageModeling(Metric):
         num_bytes: Float[Tensor, " batch"] | None = None,
         sources: Int[Tensor, " batch"] | None = None,
     ) -> None:
-        """Adds a batch: the cross-entropy of each label, the labels, and the bytes and the source of each row."""
+        """Adds a batch: the cross-entropy of each label in nats, the labels, and each row's byte count and source."""
         self.nats += nats.sum(dtype=self.nats.dtype)
         self.tokens += (labels != IGNORE_INDEX).sum()
         if num_bytes is not None:
@@ -130,11 +130,11 @@ class LanguageModeling(Metric):
 
 
 class TokenPrediction(Metric):
-    """How well tokens are told that a network is asked for: hidden ones, or those of a text to be written.
+    """Loss, perplexity and accuracy of predicted tokens: masked tokens, or those of a target text.
 
-    `compute` gives `loss` (nats per token; `log(vocab)` knows nothing), `perplexity` (its exponential) and `accuracy`
-    (the fraction of tokens that are the most probable one). Sums are kept in double precision where the device has it,
-    and over all processes.
+    `compute` returns `loss` (nats per token; `log(vocab)` for a uniform prediction), `perplexity` (its exponential) and
+    `accuracy` (the fraction of labels that are the most probable token). Sums are kept in double precision if the
+    device supports it, and cover all processes.
 
     Example:
         >>> metric = TokenPrediction()
@@ -151,7 +151,7 @@ class TokenPrediction(Metric):
             self.add_state(name, torch.zeros((), dtype=_wide()), dist_reduce_fx="sum")
 
     def update(self, nats: Float[Tensor, " n"], hits: Bool[Tensor, " n"]) -> None:
-        """Adds tokens: the cross-entropy of each, and whether it is the most probable one."""
+        """Adds labels: the cross-entropy of each in nats, and whether it is the most probable token."""
         self.nats += nats.sum(dtype=self.nats.dtype)
         self.hits += hits.sum()
         self.tokens += len(hits)
@@ -164,17 +164,17 @@ class TokenPrediction(Metric):
 
 
 class GeneratedText(Metric):
-    """How well a network writes: tokens that it is asked for one by one (`tokens`), and texts of its own.
+    """Metrics of text generation: of tokens predicted after the true prefix (`tokens`), and of generated texts.
 
-    `compute` gives what `TokenPrediction` does and, where any process added texts, `exact_match` (fraction of those
-    that are the wanted one), `rouge_l` (mean F1 of the longest common subsequence of words, in lower case), `bleu` (up
-    to four words, all texts together) and `chrf` (up to six characters and two words); each from 0 to 1. Words of
-    `rouge_l` are runs of letters and digits, of any script; where words are not set apart, as in Chinese, `chrf` says
-    more.
+    `compute` returns the metrics of `TokenPrediction` and, if any process added texts, `exact_match` (the fraction
+    equal to their reference), `rouge_l` (mean F1 of the longest common subsequence of lower-case words), `bleu` (over
+    the whole corpus, n-grams of up to 4 words) and `chrf` (n-grams of up to 6 characters and up to 2 words); each from
+    0 to 1. Words of `rouge_l` are runs of letters and digits of any script; for scripts that do not separate words,
+    such as Chinese, `chrf` is more informative.
 
     Source:
-        Lin, 2004, "ROUGE"; Papineni et al., 2002, "BLEU"; Popović, 2017, "chrF++"; by torchmetrics, which knows the
-        letters a to z alone in words of ROUGE.
+        Lin, 2004, "ROUGE"; Papineni et al., 2002, "BLEU"; Popović, 2017, "chrF++"; computed by torchmetrics, whose
+        default ROUGE words, of a to z and digits only, are replaced.
 
     Example:
         >>> metric = GeneratedText()
@@ -189,11 +189,11 @@ class GeneratedText(Metric):
     def __init__(self) -> None:
         super().__init__()
         self.tokens = TokenPrediction()
-        # (torchmetrics' own ROUGE wants as many texts of each process.)
+        # torchmetrics' own ROUGE metric needs the same number of texts in every process.
         self.exact, self.rouge, self.bleu, self.chrf = MeanMetric(), MeanMetric(), BLEUScore(), CHRFScore()
 
     def update(self, written: list[str], wanted: list[str]) -> None:
-        """Adds texts, and what they should be."""
+        """Adds generated texts and their references."""
         self.exact.update([float(mine == its) for mine, its in zip(written, wanted, strict=True)])
         options = {"rouge_keys": "rougeL", "normalizer": lambda text: BETWEEN_WORDS.sub(" ", text.lower())}
         scores = [rouge_score(mine, its, **options) for mine, its in zip(written, wanted, strict=True)]
@@ -204,22 +204,23 @@ class GeneratedText(Metric):
     def compute(self) -> dict[str, Tensor]:
         """The metrics so far."""
         written = {"exact_match": self.exact, "rouge_l": self.rouge, "bleu": self.bleu, "chrf": self.chrf}
-        found = {name: metric.compute() for name, metric in written.items()}  # by all processes, or one would wait
+        found = {name: metric.compute() for name, metric in written.items()}  # collective: in every process
         return self.tokens.compute() | ({} if found["exact_match"].isnan() else found)
 
     def reset(self) -> None:
-        """Forgets all of it."""
+        """Resets all metrics, `tokens` included."""
         super().reset()
         for metric in self.children():
             metric.reset()
 
 
 def classification_metrics(num_classes: int) -> MetricCollection:
-    """What is said of a classifier, over all examples of a split and all processes.
+    """Metrics of a classifier, over all examples of a split and all processes.
 
-    `accuracy`, `precision`, `recall`, `f1` (fractions; of two classes those of the second, of more the mean over the
-    classes that occur), `mcc` (Matthews' correlation, -1 to 1, 0 for guessing or always the same class) and `loss`
-    (nats per example; `log(num_classes)` knows nothing). Updated with `preds`, `target` (classes) and `value` (nats).
+    These are `accuracy`, `precision`, `recall` and `f1` (fractions; the last three are of the second class if there are
+    two, otherwise the mean over the classes that occur), `mcc` (Matthews correlation coefficient, -1 to 1; 0 for random
+    or constant predictions) and `loss` (nats per example; `log(num_classes)` for a uniform prediction). `update` takes
+    `preds` and `target` (class indices) and `value` (the loss of each example).
 
     Source:
         Matthews, 1975; Gorodkin, 2004, for more than two classes.
@@ -238,15 +239,16 @@ def classification_metrics(num_classes: int) -> MetricCollection:
         "recall": Recall(**each),
         "f1": F1Score(**each),
         "mcc": Matthews(num_classes, validate_args=False),
-        "loss": MeanMetric(nan_strategy="disable"),  # else examples without a loss would be left out
+        "loss": MeanMetric(nan_strategy="disable"),  # by default, NaN losses are left out
     }
     return MetricCollection(metrics).set_dtype(_wide())
 
 
 class Matthews(MulticlassConfusionMatrix):
-    """Matthews' correlation of classes and predictions, -1 to 1, and 0 where either is always the same.
+    """Matthews correlation coefficient, -1 to 1; 0 if the labels or the predictions are constant.
 
-    As scikit-learn's `matthews_corrcoef`, which GLUE takes; torchmetrics' own is something above 0 there.
+    It agrees with scikit-learn's `matthews_corrcoef`, which GLUE uses; torchmetrics' own is above 0 in the constant
+    case.
 
     Source:
         Gorodkin, 2004, "Comparing two K-category assignments by a K-category correlation coefficient", eq. 8.
@@ -262,11 +264,10 @@ class Matthews(MulticlassConfusionMatrix):
 
 
 class RegressionMetrics(MetricCollection):
-    """What is said of predicted values, over all examples of a split and all processes.
+    """Metrics of a regression, over all examples of a split and all processes.
 
-    `rmse` and `mae` (in the labels' unit), `pearson` and `spearman` (correlation of values and of ranks, -1 to 1; 0
-    where one side is constant, which correlates with nothing) and `loss` (mean squared error). Updated with `preds` and
-    `target`.
+    These are `rmse` and `mae` (in the labels' unit), `pearson` and `spearman` (correlation of values and of ranks, -1
+    to 1; 0 if either side is constant) and `loss` (mean squared error). `update` takes `preds` and `target`.
 
     Example:
         >>> metrics = RegressionMetrics()
@@ -287,7 +288,7 @@ class RegressionMetrics(MetricCollection):
         self.set_dtype(_wide())
 
     def update(self, preds: Tensor, target: Tensor) -> None:
-        """Adds a batch of values and labels."""
+        """Adds a batch of predicted values and labels."""
         super().update(preds=preds.to(_wide()), target=target.to(_wide()))
 
     def compute(self) -> dict[str, Tensor]:
@@ -298,15 +299,16 @@ class RegressionMetrics(MetricCollection):
 
 
 def bootstrap_interval(totals: Float[Tensor, " n"], weights: Float[Tensor, " n"]) -> tuple[float, float]:
-    """Between what two values `totals.sum() / weights.sum()` would lie, were the examples drawn again.
+    """Percentile bootstrap interval of the weighted mean `totals.sum() / weights.sum()`.
 
-    Examples are drawn with replacement, as often as there are any, and the middle `CONFIDENCE` of the resamplings is
-    kept. Where there are more than `MAX_GROUPS`, random groups of them are drawn instead, which have the same variance:
-    so it costs about 0.1 s whatever the number. The same examples have the same interval.
+    Each resample draws as many examples as there are, with replacement; the interval holds the middle `CONFIDENCE` of
+    the resamples. More than `MAX_GROUPS` examples are first summed into that many random groups, which are drawn
+    instead: the variance is the same, and it takes about 0.1 s for any number of examples. The seed is fixed, so equal
+    arguments give an equal interval.
 
     Args:
-        totals: What each example adds to the mean: 1 or 0 of an accuracy, the nats of a row.
-        weights: What it is divided by: 1, or the row's tokens.
+        totals: Each example's part of the numerator: 1 or 0 for an accuracy, a row's nats for a loss.
+        weights: Each example's part of the denominator: 1, or a row's number of tokens.
 
     Source:
         Efron, 1979, "Bootstrap Methods: Another Look at the Jackknife"; the percentile interval.
@@ -330,5 +332,5 @@ def bootstrap_interval(totals: Float[Tensor, " n"], weights: Float[Tensor, " n"]
 
 
 def _wide() -> torch.dtype:
-    """What sums are kept in: double precision, where the device has it."""
+    """Data type of the sums: double precision, except where MPS, which lacks it, is available."""
     return torch.float32 if torch.backends.mps.is_available() else torch.float64

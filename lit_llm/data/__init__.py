@@ -1,1 +1,1 @@
-"""What comes in: corpora, tokenisers, packing, data modules."""
+"""Data: corpora, tokenisers, packing, data modules."""

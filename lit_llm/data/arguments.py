@@ -1,13 +1,13 @@
-"""Checks of arguments that several data modules have."""
+"""Checks of arguments that several data modules share."""
 
 from __future__ import annotations
 
 
 def require_counts(least: int = 1, **counts: int | None) -> None:
-    """Refuses a count that is too small; `None` is none at all.
+    """Refuses counts below `least`; `None` passes.
 
     Raises:
-        ValueError: When one is below the least.
+        ValueError: When a count is below `least`.
     """
     for name, count in counts.items():
         if count is not None and count < least:
@@ -15,10 +15,10 @@ def require_counts(least: int = 1, **counts: int | None) -> None:
 
 
 def require_fractions(validation_fraction: int | float, test_fraction: int | float) -> None:
-    """Refuses parts of the training split that cannot be held out.
+    """Refuses fractions of the training split that cannot be held out.
 
     Raises:
-        ValueError: When one is negative, or they leave nothing to train on.
+        ValueError: When one is negative, or both together leave nothing to train on.
     """
     if validation_fraction < 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""Small changes to training examples that leave what their label says."""
+"""Text augmentation: small random changes to training examples that keep their labels valid."""
 
 from __future__ import annotations
 
@@ -6,21 +6,21 @@ import numpy as np
 
 
 class TextAugmentation:
-    """Changes tokens of a text; special tokens stay where they are, and each text keeps at least one token.
+    """Drops, swaps and deletes tokens; special tokens stay in place, and each text keeps at least one token.
 
-    What becomes of a row depends on seed, epoch and row alone: a resumed run sees what an uninterrupted one does.
+    The result depends only on seed, epoch and row, so a resumed run sees the same examples as an uninterrupted one.
 
     Args:
         dropout: Probability that a token is replaced by the mask token (or, if the tokeniser has none, by the unknown
             or padding token), from 0 to 1. Usual values are 0.05 to 0.2.
-        swap: Probability that a token swaps places with the next.
+        swap: Probability that a token swaps places with the next one.
         deletion: Probability that a token is deleted.
 
     Raises:
-        ValueError: When a chance is not from 0 to below 1, or all are 0.
+        ValueError: When a probability is not from 0 to below 1, or all are 0.
 
     Source:
-        Swap and deletion: Wei and Zou, 2019, arXiv:1901.11196 ("EDA"), of tokens instead of words, and swaps of
+        Swap and deletion: Wei and Zou, 2019, arXiv:1901.11196 ("EDA"), applied to tokens instead of words, and swapping
         neighbours instead of any two. Dropout: Xie et al., 2017, arXiv:1703.02573 ("blank noising").
 
     Example:
@@ -41,16 +41,16 @@ class TextAugmentation:
     def __call__(
         self, ids: np.ndarray, special: np.ndarray, mask_token: int, chance: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Changes one row.
+        """Augments one row.
 
         Args:
-            ids: Its tokens.
-            special: Which of them are special.
-            mask_token: What a dropped token becomes.
-            chance: What decides.
+            ids: Tokens of the row.
+            special: Whether each token is special.
+            mask_token: Token that replaces a dropped one.
+            chance: Random generator.
 
         Returns:
-            The new tokens, and which place of the row each came from.
+            The new tokens, and the index in the row that each came from.
         """
         swap, drop, delete = chance.random((3, len(ids))) < [[self.swap], [self.dropout], [self.deletion]]
         places = np.arange(len(ids))
@@ -58,8 +58,8 @@ class TextAugmentation:
             places[[place, place + 1]] = places[[place + 1, place]]
         changed = np.where(drop & ~special, mask_token, ids)
         deleted = delete & ~special
-        texts = np.cumsum(special)  # one number for each run between special tokens
+        texts = np.cumsum(special)  # index of the text: special tokens separate texts
         left = np.bincount(texts[~special & ~deleted], minlength=texts.max(initial=0) + 1)
         deleted[np.flatnonzero(deleted & (left[texts] == 0) & np.append(True, special[:-1]))] = False
-        places = places[~deleted]  # of the places that are left, also after swaps
+        places = places[~deleted]  # deletion is by place after the swaps
         return changed[places], places

@@ -1,4 +1,4 @@
-"""Folders of what was made once from data: named by all that decides their content, and never seen half-written."""
+"""Cache folders, each named by a hash of everything that determines its content, and never visible half-written."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ FORMAT = 1
 
 
 def cache_folder() -> Path:
-    """Where caches lie: `LIT_LLM_CACHE`, or `lit-llm` in the user's cache folder."""
+    """The folder of all caches: `LIT_LLM_CACHE`, or `lit-llm` in the user's cache folder."""
     if own := os.environ.get("LIT_LLM_CACHE"):
         return Path(own).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-llm"
 
 
 def cache_name(**parts: Any) -> str:
-    """A folder name from all that decides a cache's content."""
+    """A folder name: a hash of everything that determines a cache's content."""
     text = json.dumps({"format": FORMAT, **parts}, sort_keys=True, default=str)
     return hashlib.blake2b(text.encode(), digest_size=12).hexdigest()
 
 
 def stamps(files: list[Path]) -> str:
-    """A hash of names, sizes and times of change: as good as the content for files nobody forges, and instant."""
+    """A hash of files' paths, sizes and modification times: instant, and as good as their content unless forged."""
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
         stat = path.stat()
@@ -39,7 +39,7 @@ def stamps(files: list[Path]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a cache holds; `None` when there is none in the folder, or not all of it."""
+    """The manifest of the cache in a folder; `None` if there is no cache or it is incomplete."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         whole = all((folder / name).stat().st_size == size for name, size in manifest["files"].items())
@@ -50,9 +50,9 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def new_cache(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """A folder to write a cache to, and its manifest to fill; they appear as `folder` once they are whole.
+    """Yields a folder to write a cache to, and its manifest to fill; both appear as `folder` once complete.
 
-    Another process that makes the same at the same time does no harm: the first one's stays, and may be being read.
+    If another process has completed the same cache meanwhile, that one stays, since it may be in use.
 
     Example:
         >>> place = Path(__import__("tempfile").mkdtemp()) / "x"

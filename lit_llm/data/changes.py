@@ -1,10 +1,10 @@
-"""What is said where data have changed under their path since a checkpoint was trained on them."""
+"""Messages about data that has changed since a checkpoint was trained on it."""
 
 from __future__ import annotations
 
 
 def difference(split: str, path: str, what: str, then: list[int], now: list[int]) -> str | None:
-    """How a split has changed, of which there are the size and a hash of its content; `None` where it has not.
+    """How a split has changed, from its sizes and hashes of its content then and now; `None` if it has not.
 
     Example:
         >>> difference("train", "x.csv", "rows", [60, 1], [80, 2])
@@ -16,7 +16,7 @@ def difference(split: str, path: str, what: str, then: list[int], now: list[int]
 
 
 def refusal(what: str, change: str) -> ValueError:
-    """Why training does not go on: splits are cut out of the data otherwise."""
+    """The error that refuses to resume training, because changed data would be cut into other splits."""
     return ValueError(
         f"data.path must hold the {what} that the checkpoint was trained on to go on from it, but {change}; put those "
         f"back, or start a new run with --model.weights"
@@ -24,5 +24,5 @@ def refusal(what: str, change: str) -> ValueError:
 
 
 def doubt(what: str, split: str, change: str) -> str:
-    """Why figures of a split may be too good."""
+    """The warning that metrics of a split may be too good."""
     return f"{what.capitalize()} that the checkpoint was trained on may be in the {split} split, since {change}"

@@ -1,4 +1,4 @@
-"""Conversations rendered by a chat template, as tokens of which some are learnt."""
+"""Conversations rendered by a chat template and tokenised, with a mask of the tokens that are learnt."""
 
 from __future__ import annotations
 
@@ -23,11 +23,13 @@ from lit_llm.wording import first_line
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 CONVERSATIONS_FORMAT = 4
-"""Raised whenever conversations become other tokens, or others are learnt or counted, so that no older cache is taken.
-"""
+"""Version of the encoding, raised whenever tokens, learnt tokens or byte counts change, so no older cache is used."""
 
 BEFORE = "\ue000"
-"""Stands before a piece of a text where a tokeniser puts a space in front of each; no token joins it with the piece."""
+"""Put before later pieces of a text for tokenisers that add a space to the beginning of each text.
+
+The space is then added to this character, whose tokens are removed; no token joins it with the piece.
+"""
 
 CHAT_TEMPLATE = """\
 {%- set boundary = eos_token or bos_token or sep_token -%}
@@ -44,18 +46,18 @@ CHAT_TEMPLATE = """\
     {%- if not messages or messages[-1]['role'] != 'assistant' -%}{{ boundary }}{%- endif -%}
     {{- 'assistant\\n' -}}
 {%- endif -%}"""
-"""For tokenisers without a template of their own: ChatML with the one token that they all have.
+"""Chat template for tokenisers without their own: ChatML with the one special token that all of them have.
 
-A turn is the boundary, the role, a line's end and what is said; the boundary that ends an assistant's turn opens the
-next. No token is added. Messages that spell the boundary are refused.
+A turn is the boundary token, the role, a line feed and the content; the boundary that ends an assistant's turn also
+opens the next turn. The vocabulary does not grow. Messages must not contain the boundary's text.
 """
 
 
 def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokeniser with a chat template: that of the file, or its own, or else `CHAT_TEMPLATE`.
+    """The tokeniser with a chat template: that of the file if one is given, else its own, else `CHAT_TEMPLATE`.
 
     Raises:
-        FileNotFoundError: When there is no such file.
+        FileNotFoundError: When the file does not exist.
     """
     if path is not None:
         if not Path(path).expanduser().is_file():
@@ -67,11 +69,11 @@ def with_template(tokenizer: PreTrainedTokenizerBase, path: str | None = None) -
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> list[int]:
-    """The tokens after which the assistant speaks.
+    """Tokens of the prompt, up to where the assistant's answer begins.
 
     Raises:
-        ValueError: When the template refuses the messages, one is of a role other than those learnt from,
-            one is not UTF-8, or one spells a special token, which could end its turn.
+        ValueError: When the template refuses the messages, or a message has an unknown role, is not UTF-8, or contains
+            the text of a special token, which could end its turn.
     """
     for message in messages:
         require_known_role(message["role"])
@@ -86,9 +88,10 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
 
 
 def turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """The tokens that end an assistant's turn: the template's, and the end of text.
+    """The tokens that end an assistant's turn: those of the template, and the end-of-text token.
 
-    The template's are the first after what is said, and the last that is learnt: some end a conversation once more.
+    Those of the template are the first special token after the content, and the last learnt token if it is special:
+    they differ if the template also ends the conversation.
     """
     answer, special = "yes", special_tokens(tokenizer).keys()
     messages: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
@@ -107,26 +110,26 @@ def encode_conversation(
 ) -> tuple[list[int], np.ndarray]:
     """Tokens of a conversation, and which of them are learnt.
 
-    They begin with those of the prompt (`prompt_ids`) for each of the assistant's turns: no token reaches from what
-    comes before a turn into it. Else they are those of transformers' `apply_chat_template`, which joins the two where
-    a turn begins with white space that a token with the line's end before it has. Where a template renders a prompt
-    otherwise than as the beginning of the whole, the two are joined here too.
+    For each of the assistant's turns, the tokens begin with those of its prompt (`prompt_ids`), because no token spans
+    the start of a turn. Otherwise they equal those of transformers' `apply_chat_template`, which may join white space
+    at the beginning of a turn with the line feed before it. If a template does not render a prompt as the beginning of
+    the whole conversation, the two may be joined here too.
 
-    Learnt is what the assistant says in all its turns, and the token that ends each. Where a template marks that with
-    `{% generation %}` it is believed; for any other, a turn is what a rendering up to and with it has more than one up
-    to it that ends with the assistant's cue.
+    The content of all the assistant's turns is learnt, and the token that ends each. If the template marks this with
+    `{% generation %}`, the marks are used; otherwise, a turn is what the rendering up to its end adds to the rendering
+    of its prompt.
 
     Args:
-        tokenizer: Has a chat template.
-        messages: Who says what; what the assistant says with a `weight` of 0 is not learnt.
-        name: What an error calls the conversation.
+        tokenizer: A tokeniser with a chat template.
+        messages: The messages; an assistant's with a `weight` of 0 is not learnt.
+        name: Name of the conversation in errors.
 
     Returns:
         The tokens, and for each whether it is learnt.
 
     Raises:
-        ValueError: When the template refuses the messages, marks nothing and renders a beginning otherwise than as the
-            beginning of the whole, or does not mark each turn once where some are not learnt.
+        ValueError: When the template refuses the messages; marks nothing, and renders the first messages differently
+            from the beginning of the whole; or does not mark each turn once although some are not learnt.
 
     Example:
         >>> from lit_llm.data.tokenizer import byte_tokenizer
@@ -146,9 +149,9 @@ def encode_conversation(
 def encode_conversations(
     encoder: DocumentEncoder, documents: list[Document], dropped: Counter[str]
 ) -> list[Encoded | None]:
-    """Tokens of conversations in JSON, for `build_cache`.
+    """Tokenises conversations given as JSON, for `build_cache`.
 
-    A message that spells a special token would end a turn, or begin one; its conversation is left out.
+    A conversation is left out if a message contains the text of a special token, which would end or begin a turn.
     """
     tokenizer = encoder.tokenizer
     special = special_tokens(tokenizer)
@@ -172,9 +175,9 @@ def encode_conversations(
 def _tokens(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], starts: list[list[int]]
 ) -> list[tuple[list[int], np.ndarray]]:
-    """Texts with special tokens in them as tokens and where each lies, on all cores; none reaches over a start."""
+    """Tokens of rendered texts and their character offsets, made on all cores; no token spans one of the starts."""
     before = BEFORE if _adds_space(tokenizer) else ""
-    special = tuple(special_tokens(tokenizer).values()) if before else ()  # a token starts after those, with a space
+    special = tuple(special_tokens(tokenizer).values()) if before else ()  # after these, a token starts anyway
     edges = [
         sorted({0, len(text), *(place for place in places if not text.endswith(special, 0, place))})
         for text, places in zip(texts, starts)
@@ -202,7 +205,7 @@ def _tokens(
 
 
 def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokeniser puts a space in front of every text, as many of SentencePiece do."""
+    """Whether a tokeniser adds a space to the beginning of every text, as many SentencePiece ones do."""
     normalizer, splitter = tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.pre_tokenizer
     text = normalizer.normalize_str("x") if normalizer else "x"
     return "".join(piece for piece, _ in splitter.pre_tokenize_str(text)) != "x" if splitter else text != "x"
@@ -211,7 +214,7 @@ def _adds_space(tokenizer: PreTrainedTokenizerBase) -> bool:
 def _learnt(
     ids: list[int], offsets: np.ndarray, text: str, spans: list[tuple[int, int]], special: dict[int, str]
 ) -> np.ndarray:
-    """Which tokens lie in the spans of text, with what ends each."""
+    """Which tokens lie in the spans of text, including the token that ends each turn."""
     starts, ends = offsets.T
     is_special = np.isin(ids, list(special))
     learnt = np.zeros(len(ids), dtype=bool)
@@ -220,26 +223,26 @@ def _learnt(
         if not len(inside):
             continue
         last = inside[-1]
-        while last + 1 < len(learnt) and ends[last + 1] <= end:  # spaces at the end, where offsets leave spaces out
+        while last + 1 < len(learnt) and ends[last + 1] <= end:  # trailing spaces, if offsets exclude spaces
             last += 1
-        if is_special[inside].any():  # white space after the turn's end is the template's, not the assistant's
+        if is_special[inside].any():  # white space after the end token is the template's, not the assistant's
             closing = inside[is_special[inside]][-1]
             last = last if text[ends[closing] : end].strip() else closing
-        elif last + 1 < len(learnt) and is_special[last + 1]:  # the mark leaves out the token that ends the turn
+        elif last + 1 < len(learnt) and is_special[last + 1]:  # the template's mark excludes the end token
             last += 1
         learnt[inside[0] : last + 1] = True
     return learnt
 
 
 def _said(text: str, spans: list[tuple[int, int]], special: dict[int, str]) -> int:
-    """Bytes of what is learnt that stand for text: a template may leave out some of what the assistant says."""
+    """UTF-8 bytes of the learnt spans without special tokens: a template may render only part of the content."""
     tokens = "|".join(map(re.escape, special.values())) or "(?!)"
     turns = (re.sub(rf"({tokens})\s*\Z", "", text[start:end]) for start, end in spans)
     return sum(len(re.sub(tokens, "", turn).encode()) for turn in turns)
 
 
 def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
-    """The tokens that stand for no text, each by its id."""
+    """All special tokens, by id."""
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
 
@@ -247,7 +250,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 def _turns(
     tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str
 ) -> tuple[str, list[tuple[int, int]], list[int]]:
-    """A conversation as text, where in it the assistant says what is learnt, and where prompts for its turns end."""
+    """The text of a conversation, the spans of it that are learnt, and the ends of the prompts for its turns."""
     answers = [message for message in messages if message["role"] == "assistant"]
     template = tokenizer.get_chat_template()
     if GENERATION.search(template):
@@ -282,13 +285,13 @@ def _turns(
 
 
 def _starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, name: str) -> list[int]:
-    """Where prompts for the assistant's turns end in the text of a conversation, as far as it begins with them."""
+    """Where the prompts for the assistant's turns end in the text, of those prompts that the text begins with."""
     starts = []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             try:
                 before = _before(tokenizer, messages[: number + 1], name)
-            except ValueError:  # the template refuses such a beginning, so that there is no such prompt
+            except ValueError:  # the template refuses these messages, so there is no such prompt
                 continue
             if text.startswith(before):
                 starts.append(len(before))
@@ -296,11 +299,11 @@ def _starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: s
 
 
 def _before(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> str:
-    """What is rendered before the assistant says the last of the messages."""
+    """The rendering up to the content of the last message, which is the assistant's."""
     *told, said = messages
     if told:
         return _render(tokenizer, told, name, add_generation_prompt=True)
-    # No prompt is empty, so it is what another beginning has in common.
+    # There is no prompt without messages: take the common beginning of the renderings of two answers.
     other = {**said, "content": "b" if said["content"].lstrip().startswith("a") else "a"}
     both = zip(*(_render(tokenizer, [message], name) for message in (said, other)))
     return "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))

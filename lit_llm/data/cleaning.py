@@ -1,4 +1,4 @@
-"""Cleaning of documents: what each step does, and how many documents it dropped."""
+"""Cleaning of documents, and their split by a hash of their content."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Cleaning:
 
         Args:
             documents: The corpus.
-            dropped: Counts what was left out, by reason; filled in place.
+            dropped: Number of dropped documents by reason; updated in place.
 
         Yields:
             The cleaned document and its content hash.
@@ -71,14 +71,14 @@ class Cleaning:
 
 
 def content_hash(text: str) -> int:
-    """64 bits that depend on nothing but the text."""
+    """A 64-bit hash of the text, the same in every run."""
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
 
 
 def split_of(content: int, validation_fraction: float, test_fraction: float) -> str:
     """The split of a document, from its content hash alone.
 
-    So equal texts are never in two splits, and a document stays where it is when the corpus grows.
+    Equal texts are therefore never in two splits, and a document keeps its split when the corpus grows.
 
     Example:
         >>> [split_of(x << 62, validation_fraction=0.25, test_fraction=0.25) for x in range(4)]

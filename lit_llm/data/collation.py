@@ -1,4 +1,4 @@
-"""Texts and pairs of them as flat arrays of tokens, and batches cut out of those, padded to their own longest."""
+"""Texts or pairs of texts as flat arrays of tokens, and batches of them, each padded to its longest example."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Collation:
     """The examples of one split, tokenised.
 
     Args:
-        texts: The text of each, or the first of two.
-        pairs: The second text of each; `None` where there is one.
-        labels: Index of the class or value of each; `None` where there are none.
-        tokenizer: Any fast tokeniser; it puts its own marks around and between texts. Cutting becomes a state of it, so
-            where others would see that, it must be a copy.
-        max_seq_len: Tokens after which an example is cut, marks included; of two texts the longer one is.
+        texts: Text of each example, or the first of two.
+        pairs: Second text of each example; `None` if there is only one.
+        labels: Class index or value of each example; `None` if there are no labels.
+        tokenizer: Any fast tokeniser; it adds its special tokens around and between texts. It keeps the truncation
+            setting as state, so pass a copy if it is also used elsewhere.
+        max_seq_len: Maximum tokens of an example, special tokens included; of two texts, the longer one is truncated.
 
     Attributes:
         starts: Where each example begins in the flat arrays, and where the last one ends.
@@ -58,7 +58,7 @@ class Collation:
                 padding=False,
                 return_attention_mask=False,
                 return_token_type_ids=with_types,
-                split_special_tokens=True,  # a text that spells a mark is text
+                split_special_tokens=True,  # in a text, a special token's spelling is plain text
             )
             lengths += map(len, encoded["input_ids"])
             num_cut += sum(len(each) == max_seq_len and bool(each.overflowing) for each in encoded.encodings)
@@ -73,7 +73,7 @@ class Collation:
         self.types = np.concatenate([*types, np.array([self.padding_type], np.uint8)]) if with_types else None
         self.labels = labels
         marks = [token for role, token in tokenizer.special_tokens_map.items() if role != "unk_token"]
-        words = {tokenizer.unk_token}.difference(marks)  # it stands for a word, where it is no mark too
+        words = {tokenizer.unk_token}.difference(marks)  # it stands for a word, unless it has another role too
         kept = [token for token in tokenizer.all_special_tokens if token not in words]
         self.special_ids = np.array(tokenizer.convert_tokens_to_ids(kept))
         stand_ins = (tokenizer.mask_token_id, tokenizer.unk_token_id, self.padding)
@@ -91,12 +91,12 @@ class Collation:
     def batch(
         self, rows: np.ndarray, augmentation: TextAugmentation | None = None, chance: tuple[int, int] = (0, 0)
     ) -> ExampleBatch:
-        """Cuts some of the examples, padded to the longest of them; one without tokens is read as a padding token.
+        """Makes a batch, padded to its longest example; an example without tokens becomes one padding token.
 
         Args:
-            rows: Which.
-            augmentation: What is done to each.
-            chance: Seed and epoch, which with the row decide how.
+            rows: Indices of the examples.
+            augmentation: Augmentation of each example.
+            chance: Seed and epoch, which together with the row determine the augmentation.
         """
         starts, lengths, ids, types = self.starts[rows], self.lengths[rows], self.ids, self.types
         if augmentation is not None:

@@ -1,4 +1,4 @@
-"""Conversations as the rows of a table hold them."""
+"""Conversations read from the rows of a table."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ ROLES = ("system", "user", "assistant")
 
 @dataclass(frozen=True)
 class Conversations(Rows):
-    """Rows that hold a prompt and a response, or a list of messages; the text is the messages as JSON.
+    """Rows that hold a prompt and a response, or a list of messages; a document's text is its messages as JSON.
 
     Attributes:
-        prompt: Column of what the user says.
-        response: Column of what the assistant answers.
-        messages: Column of whole conversations: a list of `{"role": …, "content": …}`; what the assistant says with
+        prompt: Column of the user's message.
+        response: Column of the assistant's answer.
+        messages: Column of whole conversations: lists of `{"role": …, "content": …}`; an assistant's message with
             `"weight": 0` is not learnt.
-        unanswered: Whether a row without an assistant's turn, or with an empty one, is an error or left out.
-        cleaning: What is done to each message.
+        unanswered: Whether a row without an assistant's turn, or with an empty one, is an error or dropped.
+        cleaning: Cleaning steps to apply to each message.
     """
 
     prompt: str = "prompt"
@@ -39,16 +39,16 @@ class Conversations(Rows):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Prompt and response; a table of text has no messages."""
+        """Prompt and response: CSV and TSV files hold no lists of messages."""
         return self.prompt, self.response
 
     def text(self, row: dict[str, Any], number: int, path: str) -> str:
-        """The messages as JSON, up to the assistant's last that is learnt; empty for a row that is left out.
+        """The messages as JSON, up to the last one that is learnt; empty for a row that is dropped.
 
         Raises:
-            ValueError: When the columns are not there, a role is none of the three, a message calls tools or has a
-                weight other than 0 and 1, or an answer is missing.
-            TypeError: When there is something else than text.
+            ValueError: When the columns are missing, a role is unknown, a message calls tools or has a weight other
+                than 0 and 1, or an answer is missing.
+            TypeError: When `messages` is no list of objects, or a content is no text.
         """
         place = f"row {number} of {path}"
         messages = self._messages(row, place)
@@ -101,15 +101,15 @@ class Conversations(Rows):
 
 
 def is_learnt(message: Message) -> bool:
-    """Whether it is the assistant's, and has no weight of 0."""
+    """Whether a message is the assistant's and its weight is not 0."""
     return message["role"] == "assistant" and message.get("weight") != 0
 
 
 def require_known_role(role: Any, place: str = "") -> None:
-    """Refuses a role that no conversation has.
+    """Refuses a role that is not one of `ROLES`; `place` says in the error where it was found.
 
     Raises:
-        ValueError: Naming those there are; `place` says where it stands.
+        ValueError: When the role is unknown.
     """
     if role not in ROLES:
         raise ValueError(f"role must be one of {', '.join(ROLES)}, but is {role!r}{place}")

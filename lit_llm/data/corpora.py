@@ -1,4 +1,4 @@
-"""The corpora every machine already has: Python's library as code, its manual as prose, its docstrings as answers."""
+"""Corpora that need no download: Python's standard library as code, prose and instructions."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Document(NamedTuple):
     """One text of a corpus.
 
     Attributes:
-        id: Where it came from, unique in its corpus.
-        text: What it says.
-        split: The split its source puts it in (`train`, `validation`, `test`); `None` where the source has none.
-        source: Which source of a mixture it is of; `None` where there is but one.
+        id: Where it comes from; unique in its corpus.
+        text: Its content.
+        split: Split given by its source (`train`, `validation`, `test`); `None` if the source has no splits.
+        source: Source of a mixture that it belongs to; `None` outside mixtures.
     """
 
     id: str
@@ -31,20 +31,19 @@ class Document(NamedTuple):
 
 
 def stdlib_files() -> list[Path]:
-    """Every source file of the running Python's standard library, without installed packages, sorted by path."""
+    """Paths of all source files of the running Python's standard library, without installed packages, sorted."""
     root = Path(sysconfig.get_path("stdlib"))
     files = []
     for folder, folders, names in os.walk(root):
-        folders[:] = set(folders) - {"site-packages", "dist-packages", "__pycache__"}  # not walked through
+        folders[:] = set(folders) - {"site-packages", "dist-packages", "__pycache__"}  # `os.walk` skips these
         files += [Path(folder, name) for name in names if name.endswith(".py")]
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
 def stdlib_code() -> Iterator[Document]:
-    """About 31 MB of code in 1,800 documents (Python 3.11); fewer where a distribution leaves out its tests.
+    """About 31 MB of code in 1,800 documents (Python 3.11); fewer if a distribution omits Python's tests.
 
-    A file is read in the encoding that it declares. Those that cannot be, which are there to test just that, are left
-    out.
+    A file is decoded as it declares; files that cannot be decoded (Python's own test cases for this) are left out.
     """
     root = Path(sysconfig.get_path("stdlib"))
     for path in stdlib_files():
@@ -58,7 +57,7 @@ def stdlib_code() -> Iterator[Document]:
 
 
 def stdlib_prose() -> Iterator[Document]:
-    """About half a megabyte of English in 80 documents: the language reference that `help()` shows."""
+    """About 0.5 MB of English in 80 documents: the language reference that `help()` shows."""
     from pydoc_data.topics import topics
 
     for name in sorted(topics):
@@ -72,13 +71,14 @@ def stdlib() -> Iterator[Document]:
 
 
 EMBEDDED = {"stdlib": stdlib, "stdlib-code": stdlib_code, "stdlib-prose": stdlib_prose}
-"""Names that a data module's `path` understands besides files and hub data sets."""
+"""Names of embedded corpora that a data module's `path` accepts, besides files and hub data sets."""
 
 
 def stdlib_instructions() -> Iterator[Document]:
-    """About 6,100 conversations of 140 characters: what does this function do? Its docstring's first paragraph.
+    """About 6,100 conversations of 140 characters: "What does this function do?", answered by its docstring's start.
 
-    Each is a list of messages in JSON. Tests and the programs that come with the library are left out.
+    Each is a list of messages as JSON; the answer is the docstring's first paragraph. Tests and the library's bundled
+    programs are left out.
     """
     foreign = {"test", "tests", "idlelib", "lib2to3", "turtledemo"}
     for document in stdlib_code():
@@ -99,4 +99,4 @@ def stdlib_instructions() -> Iterator[Document]:
 
 
 INSTRUCTIONS = {"stdlib-instructions": stdlib_instructions}
-"""The same for conversations."""
+"""Names of embedded corpora of conversations."""

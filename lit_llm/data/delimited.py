@@ -1,4 +1,4 @@
-"""CSV and TSV files: what their columns are called, and whether quotes enclose cells."""
+"""CSV and TSV files: names of their columns, and whether quotes enclose cells."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 from typing import Any
 
 LOOKED_AT = 10_000_000
-"""Characters of a TSV file by which it is decided whether quotes enclose cells."""
+"""Number of characters of a TSV file that are inspected to decide whether quotes enclose cells."""
 
 LINES_OF_A_CELL = 100
 QUOTED_CELL = re.compile(r'(?<![^\t\n])"[^"]*(?:""[^"]*)*"(?![^\t\n])')
 CELL = re.compile(r"[-+]?\d+(\.\d+)?|.{41,}", re.DOTALL)
-"""What a column is called where the first line is no header but a row: by a number, or a text."""
+"""A column name that looks like a cell, so that the first line is probably a row: a number or a long text."""
 
 csv.field_size_limit(2**31 - 1)  # a cell may hold a book
 
 
 def layout(files: list[Path]) -> tuple[list[str], dict[str, Any]]:
-    """What the columns of CSV or TSV files are called in the first one, and how pandas tells the cells of all apart.
+    """Names of the columns in the first of some CSV or TSV files, and pandas' options to read all of them.
 
     Raises:
-        ValueError: When the first row has more cells than the header, as where texts have commas, but no quotes.
+        ValueError: When the first row has more cells than the header, for example because of commas in unquoted texts.
     """
     separator = "\t" if files[0].suffix.lower() == ".tsv" else ","
     quoting = csv.QUOTE_NONE if separator == "\t" and not all(map(_is_quoted, files)) else csv.QUOTE_MINIMAL
@@ -33,7 +33,7 @@ def layout(files: list[Path]) -> tuple[list[str], dict[str, Any]]:
         filled = filter(None, csv.reader(file, delimiter=separator, quoting=quoting))
         names, first = next(filled, []), next(filled, [])
     names = [name or _nameless(place, names) for place, name in enumerate(names)]
-    if len(first) > len(names):  # pandas would take what is too many for names of rows
+    if len(first) > len(names):  # pandas would use the first cells as row labels
         raise ValueError(
             f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
         )
@@ -41,7 +41,7 @@ def layout(files: list[Path]) -> tuple[list[str], dict[str, Any]]:
 
 
 def header_remedy(names: Iterable[str]) -> str:
-    """What an error adds that lists the names of columns; nothing where a header seems to have given them.
+    """Advice for an error that lists column names, if they look like cells of a row; otherwise an empty string.
 
     Example:
         >>> header_remedy(["text", "label"]), header_remedy(["3", "Wall St. Bears"])
@@ -52,17 +52,18 @@ def header_remedy(names: Iterable[str]) -> str:
 
 
 def _nameless(place: int, names: list[str]) -> str:
-    """What pandas calls a column without a name, beside those that have one."""
+    """The name that pandas gives to an unnamed column beside the named ones."""
     first = f"Unnamed: {place}"
     others = (f"{first}.{number}" for number in itertools.count(1))
     return next(name for name in itertools.chain([first], others) if name not in names)
 
 
 def _is_quoted(file: Path) -> bool:
-    """Whether quotes in a TSV file enclose cells, as its readers take them; in GLUE's own files they are text.
+    """Whether quotes in a TSV file enclose cells, as CSV readers assume; in GLUE's own files they are plain text.
 
-    A quote at the head of a cell and one at the end of another, some lines below, enclose what is between only if that
-    gives all rows as many cells as the header; and in two columns and more, only if the lines do not have them already.
+    All quotes must pair up around whole cells. If such a cell spans lines, all rows must also have as many cells as the
+    header and, with two or more columns, the lines must not all have that many already, unless a cell that spans lines
+    contains a doubled quote.
     """
     text = _from_the_first_quote(file)
     if '"' in QUOTED_CELL.sub("", text):
@@ -76,7 +77,7 @@ def _is_quoted(file: Path) -> bool:
 
 
 def _from_the_first_quote(file: Path) -> str:
-    """The header and the lines from the first with a quote on; of many megabytes some, to where no cell is open."""
+    """The header, and the lines from the first quote on: at most `LOOKED_AT` characters, cut where no cell is open."""
     with file.open(encoding="utf-8-sig") as lines:
         text = next(lines, "")
         if '"' not in text:

@@ -1,4 +1,4 @@
-"""A task of pairs that every machine already has: does this docstring of Python's library describe this function?"""
+"""A text-pair task that needs no download: does a docstring of Python's library describe a function?"""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ FEATURES = Features(
 
 
 def documented_functions(document: Document) -> list[tuple[str, str]]:
-    """The first paragraph of each function's docstring, and the body without it, its comments and its signature.
+    """Pairs of the first paragraph of a function's docstring and its body, without docstring, comments and signature.
 
-    So a function's name, which would often give the answer away, is seen only where it calls itself. Bodies of less
-    than 20 characters, which say little, are left out.
+    The function's name, which would often give the answer away, is thus seen only if it calls itself. Bodies of fewer
+    than 20 characters are left out, because they say too little.
 
     Example:
         >>> source = 'def f(a):\\n  "Add.\\\\n\\\\nMore."\\n  return a + 10_000_000_000  # up'
@@ -61,10 +61,10 @@ def documented_functions(document: Document) -> list[tuple[str, str]]:
 def docmatch_rows() -> Iterator[dict[str, Any]]:
     """About 14,000 pairs of a docstring and a body, half of which belong together.
 
-    The other half are as hard as can be had without a model: each docstring once more, with the body of another
-    function of its module. As each docstring and each body comes once with either label, neither says anything by
-    itself. A body or, in one module, a docstring that came before is left out, so that no wrong pair is right. Whole
-    modules go into splits, a tenth each to validate and to test on, by a hash of the path.
+    The other half pairs each docstring with the body of another function of its module, which makes the negatives as
+    hard as is possible without a model. Each docstring and each body occurs once with either label, so neither alone
+    predicts the label. Repeated bodies, and docstrings repeated within a module, are left out, so that no negative pair
+    is correct. Whole modules are assigned to splits by a hash of the path: a tenth each to validate and to test on.
     """
     seen: set[str] = set()
     for document in stdlib_code():
@@ -75,7 +75,7 @@ def docmatch_rows() -> Iterator[dict[str, Any]]:
                 pairs.setdefault(docstring, body)
         if len(pairs) < 2:
             continue
-        # Who is taken for whom: the next of the module, in the order of a hash of the docstring.
+        # The negative is the body of the next function of the module, in the order of a hash of the docstring.
         order = sorted(pairs, key=content_hash)
         split = split_of(content_hash(document.id), validation_fraction=0.1, test_fraction=0.1)
         for docstring, other in zip(order, [*order[1:], order[0]], strict=True):
@@ -85,7 +85,7 @@ def docmatch_rows() -> Iterator[dict[str, Any]]:
 
 
 def open_docmatch() -> dict[str, Dataset]:
-    """The splits of the task; made once for a Python and kept as a table in the cache folder."""
+    """The splits of the task, made once per Python installation and kept as a table in the cache folder."""
     disable_progress_bars()
     name = cache_name(table=NAME, version=1, python=sys.version, files=stamps(stdlib_files()))
     path = cache_folder() / "tables" / f"{name}.parquet"

@@ -1,4 +1,4 @@
-"""Reads documents from whatever a user has: embedded corpora, files, folders, tables, hub data sets."""
+"""Reads documents from embedded corpora, files, folders, tables and hub data sets."""
 
 from __future__ import annotations
 
@@ -38,27 +38,27 @@ PIECE_CHARACTERS = 8192
 
 
 class Rows(ABC):
-    """What is made of the rows of a table. A subclass is a frozen dataclass: its fields are part of an identity."""
+    """How rows of a table become texts. Subclasses are frozen dataclasses, whose fields are part of identities."""
 
     embedded: ClassVar[dict[str, Callable[[], Iterator[Document]]]]
-    """The corpora that have such rows and need no file."""
+    """Embedded corpora of this kind, by name."""
 
     text_files: ClassVar[bool]
-    """Whether files of text will do as well."""
+    """Whether plain text files are accepted too."""
 
     @property
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """Those that stay text, also where a CSV file spells a number or `NA` in them."""
+        """Columns of CSV and TSV files that are read as text, even if they contain numbers or `NA`."""
 
     @abstractmethod
     def text(self, row: dict[str, Any], number: int, path: str) -> str:
-        """The text of a row's document; `number` and `path` say which row of what it is."""
+        """The text of a row's document; `number` and `path` locate the row in errors."""
 
 
 @dataclass(frozen=True)
 class TextColumn(Rows):
-    """Rows whose text is one column."""
+    """Rows with their text in one column."""
 
     column: str = "text"
     embedded = EMBEDDED
@@ -66,15 +66,15 @@ class TextColumn(Rows):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The one."""
+        """The text's column."""
         return (self.column,)
 
     def text(self, row: dict[str, Any], number: int, path: str) -> str:
-        """What stands in the column; nothing where it is null.
+        """The column's value; empty if it is null.
 
         Raises:
             ValueError: When there is no such column.
-            TypeError: When it holds something else.
+            TypeError: When the value is not text.
         """
         if self.column not in row:
             raise ValueError(f"data.column must be one of {', '.join(row)} in {path}, but is {self.column!r}")
@@ -88,15 +88,16 @@ class TextColumn(Rows):
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents that can be read again and again, always in the same order.
+    """Documents that can be read repeatedly, always in the same order.
 
     Attributes:
-        name: As the user wrote it.
-        identity: What decides its content, plain enough for a hash: names, sizes and times, not the texts.
-        read: Starts reading; takes the most documents wanted of each split of its own, `None` for all.
+        name: Path or name as the user wrote it.
+        identity: Everything that determines the content, ready to be hashed: names, sizes and times, not the texts.
+        read: Starts a pass over the documents; takes the maximum number of documents per split of the source, or
+            `None` for all.
         has_validation: Whether the source has a validation split of its own.
         has_test: Whether the source has a test split of its own.
-        sources: Of a mixture what it is made of, by name.
+        sources: Corpora of a mixture, by name; otherwise empty.
     """
 
     name: str
@@ -107,11 +108,11 @@ class Corpus:
     sources: dict[str, Corpus] = field(default_factory=dict)
 
     def source_of(self, document: Document) -> Corpus:
-        """Which corpus of a mixture a document is of; this one, where it is none."""
+        """The corpus of a mixture that a document comes from; this corpus if it is no mixture."""
         return self if document.source is None else self.sources[document.source]
 
     def head(self, max_documents: int) -> Corpus:
-        """The first documents of each split of this corpus, and of each source of a mixture."""
+        """The corpus limited to the first documents of each split and, in a mixture, of each source."""
         known = min(max_documents, self.identity.get("max_documents", max_documents))
         return replace(
             self,
@@ -127,20 +128,21 @@ def open_corpus(
     streaming: bool = False,
     in_pieces: bool = True,
 ) -> Corpus:
-    """Finds out what `path` is and how to read it.
+    """Opens the corpus at `path`, whatever its format.
 
     Args:
         path: The name of an embedded corpus (`stdlib`, `stdlib-code`, `stdlib-prose`), a file (`.txt`, `.md`, `.py`,
-            `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of such files, or a data set on the hub. Of a
-            folder of tables those train whose names do not end in another split's (`validation`, `wiki_test`).
+            `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of such files, or a data set on the hub. In a
+            folder of tables, all are for training except those whose names end in another split's (`validation`,
+            `wiki_test`).
         subset: Configuration of a hub data set, or of a folder in its layout.
-        column: Where a table keeps the text, or what else is made of its rows.
-        streaming: Read a hub data set as it comes, without downloading all of it first.
-        in_pieces: Cut a single file of text into documents of about 8,192 characters; otherwise it is one document.
+        column: Column of the text in a table, or another way to make texts of its rows.
+        streaming: Read a hub data set while it downloads, without storing all of it first.
+        in_pieces: Cut a single text file into documents of about 8,192 characters; otherwise it is one document.
 
     Raises:
         FileNotFoundError: When there is nothing at `path`.
-        ValueError: When there is something, but no text in it.
+        ValueError: When `path` exists but holds no text that can be read.
     """
     rows: Rows = TextColumn(column) if isinstance(column, str) else column
     if path in rows.embedded:
@@ -183,7 +185,7 @@ def open_corpus(
 
 
 def corpus_name(path: str | Mapping[str, Any]) -> str:
-    """What the text of one path, or of several, is called.
+    """The name of the corpus of one path, or of a mixture of several.
 
     Example:
         >>> corpus_name("texts/"), corpus_name({"stdlib-code": 3, "texts/": 1})
@@ -193,7 +195,7 @@ def corpus_name(path: str | Mapping[str, Any]) -> str:
 
 
 def mixture(sources: dict[str, Corpus]) -> Corpus:
-    """Several corpora as one: one after another, each document under a name that begins with its source's.
+    """Joins corpora, one after another; each document's id is prefixed with the name of its source.
 
     Example:
         >>> corpus = mixture({"a/": Corpus("a/", {}, lambda limit: iter([Document("x.txt", "text")]))})
@@ -206,7 +208,7 @@ def mixture(sources: dict[str, Corpus]) -> Corpus:
             for document in corpus.read(limit):
                 yield document._replace(id=f"{name}:{document.id}", source=name)
 
-    identity = {"sources": [[name, corpus.identity] for name, corpus in sources.items()]}  # in their order
+    identity = {"sources": [[name, corpus.identity] for name, corpus in sources.items()]}  # the order matters
     return Corpus(corpus_name(sources), identity, read, sources=sources)
 
 
@@ -227,9 +229,9 @@ def _whole(root: Path, files: list[Path]) -> Iterator[Document]:
 
 
 def _pieces(path: Path) -> Iterator[Document]:
-    """One file, cut into documents of about 8,192 characters, so that there is something to split by.
+    """Cuts one file into documents of about 8,192 characters, so that it can be divided into splits.
 
-    At blank lines, or where there are none for long at line ends.
+    It is cut at blank lines or, if none follows within another 8,192 characters, at a line end.
     """
     text = _utf8(path).replace("\r\n", "\n").replace("\r", "\n")
     start = number = 0
@@ -242,9 +244,9 @@ def _pieces(path: Path) -> Iterator[Document]:
 
 
 def _visible_files(folder: Path) -> list[Path]:
-    """The files beneath a folder, also where links lead, by name; of several ways to a folder one is taken."""
+    """The files beneath a folder, sorted, without hidden ones; links are followed, but no folder is entered twice."""
     files, entered, ways = [], set(), [folder]
-    for way in ways:  # all that is really here, and then where links lead, which may have more of them
+    for way in ways:  # real folders first, then links, which may lead to more
         for place, folders, names in os.walk(way):
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             if (real := Path(place).resolve()) in entered:
@@ -257,7 +259,7 @@ def _visible_files(folder: Path) -> list[Path]:
 
 
 def _tables(path: str, splits: dict[str, list[Path]], rows: Rows) -> Corpus:
-    """A table, or the tables of a folder, each read as its own format has it."""
+    """The corpus of one table, or of the tables of a folder, each read in its own format."""
     where = Path(path).expanduser()
 
     def documents(file: Path, split: str) -> Iterator[Document]:
@@ -274,22 +276,23 @@ def _tables(path: str, splits: dict[str, list[Path]], rows: Rows) -> Corpus:
 
 
 def _load(file: Path, rows: Rows) -> Iterable[dict[str, Any]]:
-    """The rows of a table; lines of JSON as they are, since the library gives all of a column one type, and dates so.
+    """The rows of a table.
 
-    It fixes the columns by the first 10 MB, and refuses what comes later.
+    JSON lines are read without `datasets`, which gives each column one type, parses text that looks like dates, and
+    refuses columns that first occur after 10 MB.
     """
     if TABLE_FORMATS[file.suffix.lower()] == "json" and is_in_lines(file):
         return with_all_columns(json_lines(file))
-    from datasets import load_dataset  # where the tokens are cached, a run does without these 85 MB
+    from datasets import load_dataset  # 85 MB that a run with cached tokens does not need
     from datasets.utils.logging import set_verbosity
 
-    set_verbosity(logging.CRITICAL)  # errors are said once, by us
+    set_verbosity(logging.CRITICAL)  # errors are reported once, as exceptions
     kind, options = TABLE_FORMATS[file.suffix.lower()], _reading([file], rows)
     return load_dataset(kind, data_files=[str(file)], split="train", streaming=True, **options)
 
 
 def _reading(files: Sequence[Path], rows: Rows) -> dict[str, Any]:
-    """Options of pandas for CSV and TSV: text stays text, also where it spells a number or `NA`."""
+    """Options of pandas for CSV and TSV files, so that text columns stay text even if they contain numbers or `NA`."""
     separated = [file for file in files if file.suffix.lower() in (".csv", ".tsv")]
     if not separated or len(separated) < len(files):
         return {}
@@ -312,7 +315,7 @@ def _hub(
     local, place = Path(path).expanduser().is_dir(), str(Path(path).expanduser())
     try:
         splits = get_dataset_split_names(place, subset)
-        if not local:  # the commit on the hub, or without a connection the one that was loaded last
+        if not local:  # the commit on the hub or, offline, the one loaded last
             identity = {**identity, "revision": load_dataset_builder(place, subset).hash}
     except Exception as error:  # the library raises dozens of kinds
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -325,7 +328,7 @@ def _hub(
         return load_dataset(place, subset, split=split, streaming=stream, **_reading(tables, rows))
 
     def read(limit: int | None = None) -> Iterator[Document]:
-        # Evaluation first: where a text stands in two splits, it is the one in training that goes.
+        # Evaluation first, so that a text that occurs in two splits is dropped from training.
         for split in sorted(splits, key=lambda s: split_kind(s) not in ("validation", "test")):
             load = functools.partial(load_split, split, streaming or local or limit is not None)
             yield from itertools.islice(_documents(load, rows, path, split, split_kind(split) or "train"), limit)

@@ -1,4 +1,4 @@
-"""What data of examples with labels have in common, be they texts or images: classes, splits, batches, resuming."""
+"""Base class of data modules of labelled examples, text or images: classes, splits, batches, resuming."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from lit_llm.data.tables import Columns, Split, both
 log = logging.getLogger(__name__)
 
 CLASSES_SAID = 20
-"""How many classes are few enough to be listed with their examples."""
+"""Maximum number of classes for which the log lists the number of examples of each."""
 
 
 @runtime_checkable
@@ -33,21 +33,20 @@ class Readable(Protocol):
         """Number of examples."""
 
     def batch(self, rows: np.ndarray, augmentation: Any = None, chance: tuple[int, int] = (0, 0)) -> Any:
-        """Some of the examples; seed and epoch decide with the row how each is augmented."""
+        """A batch of some examples; `chance` (seed and epoch) and the row determine the augmentation."""
 
 
 class ExampleData(SplitData):
     """Examples with a label: a class, or a real number.
 
-    A subclass says what a source's splits are, and how a split's rows become batches. Arguments are explained where
-    it names them.
+    A subclass defines the splits of a source and how rows of a split become batches, and documents the arguments.
 
     Raises:
         ValueError: When a value is out of range.
     """
 
     columns: Columns
-    """Where the source keeps what an example is; from `splits` on."""
+    """Columns of the text or image and of the label; available once `splits` has been read."""
 
     def __init__(
         self,
@@ -79,42 +78,42 @@ class ExampleData(SplitData):
         """The examples of a split, ready to be cut into batches."""
 
     def _lengths(self, readable: Any) -> np.ndarray | None:
-        """Length of each example, where those of about one length are to come together."""
+        """Length of each example, to batch examples of similar length; `None` to ignore lengths."""
         return None
 
     def _views(self) -> tuple[Any, Any, Any]:
-        """How semi-supervised training augments labelled examples, and unlabelled ones in the first and second view."""
+        """Augmentations in semi-supervised training: of labelled examples, of the first and of the second view."""
         return None, None, self.augmentation
 
     # Facts that objectives, callbacks and model directories ask for.
 
     @property
     def class_names(self) -> list[str]:
-        """What the classes are called, in their order; empty where labels are values. As all facts, from `setup` on."""
+        """Names of the classes by index; empty if labels are values. Available, like all facts, from `setup` on."""
         return self.reader.class_names if self.reader else []
 
     @property
     def num_classes(self) -> int | None:
-        """Number of classes; `None` where labels are values."""
+        """Number of classes; `None` if labels are values."""
         return len(self.class_names) or None
 
     @property
     def num_targets(self) -> int | None:
-        """1 where labels are values; `None` where they are classes."""
+        """1 if labels are values; `None` if they are classes."""
         return None if self.reader is None or self.class_names else 1
 
     @property
     def class_counts(self) -> list[int]:
-        """Labelled training examples of each class."""
+        """Number of labelled training examples of each class."""
         return np.bincount(self.splits["train"].labels, minlength=len(self.class_names)).tolist()
 
     @property
     def mean_label(self) -> float | None:
-        """Mean of the training labels; `None` where they are classes."""
+        """Mean of the training labels; `None` if they are classes."""
         return float(self.splits["train"].labels.mean(dtype=np.float64)) if self.num_targets else None
 
     def label_name(self, index: int) -> str:
-        """What a class is called; a network may know more of them than the data."""
+        """Name of a class; `LABEL_<index>` if the network has more classes than the data."""
         return self.class_names[index] if index < len(self.class_names) else f"LABEL_{index}"
 
     # Splits.
@@ -122,9 +121,9 @@ class ExampleData(SplitData):
     def _labelled(
         self, found: dict[str, Dataset], unlabelled: Dataset | None, names: tuple[str, ...] = ()
     ) -> dict[str, Split]:
-        """Reads labels, cuts the splits that are missing, and draws what is to be trained on."""
+        """Reads labels, cuts missing splits out of the training split, and subsamples the training examples."""
         fractions = (self.validation_fraction, self.test_fraction)
-        # An objective that is sized by values takes whole numbers for such.
+        # A regression objective takes integers as values.
         as_values = getattr(getattr(self.trainer, "lightning_module", None), "size_name", None) == "num_targets"
         splits, self.reader = labelled_splits(found, self.columns, self.path, names, *fractions, as_values)
         if self.max_examples is not None:
@@ -149,7 +148,7 @@ class ExampleData(SplitData):
     # Lightning's hooks.
 
     def setup(self, stage: str) -> None:
-        """Refuses data that cannot do what `stage` needs.
+        """Refuses data that does not suffice for `stage`.
 
         Raises:
             ValueError: When there is too little to train on, or nothing to validate or to test on.
@@ -179,7 +178,7 @@ class ExampleData(SplitData):
             raise ValueError("data.balance_classes must be false where labels are real numbers, but is true")
 
     def train_dataloader(self) -> BatchLoader:
-        """Examples in an order drawn anew each epoch."""
+        """Training batches, reshuffled each epoch; with unlabelled examples if `unlabelled_ratio` is set."""
         if not self.unlabelled_ratio:
             return super().train_dataloader()
         labelled, read, unlabelled = self._loader("train", self.seed), self._read("train"), self._read("unlabelled")
@@ -197,20 +196,21 @@ class ExampleData(SplitData):
         return loader
 
     def test_dataloader(self) -> BatchLoader | list[Any]:
-        """All examples of the test split, as in validation; none where it has no labels."""
+        """All examples of the test split, as in validation; none if it has no labels."""
         return self.ordered_dataloader("test") if self._testable else []
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to name classes on its own, and to know again what it was trained on."""
+        """What a checkpoint needs to name its classes and to recognise the data that it was trained on."""
         return {"labels": [list(self.reader.values), list(self.reader.class_names)], **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose classes mean something else; a table without a training split takes its classes.
+        """Checks that the checkpoint's classes are those of the data.
 
-        What is evaluated may have them in another order, since they are found by their names.
+        A table without a training split adopts the checkpoint's classes. For evaluation, the data's classes may be in
+        another order: they are matched by name and renumbered.
 
         Raises:
-            ValueError: When the checkpoint's classes are not this data's, or training would go on in another order.
+            ValueError: When the checkpoint's classes are not this data's, or training would resume with another order.
         """
         super().load_state_dict(state_dict)
         values, names = state_dict["labels"]
@@ -246,7 +246,7 @@ class ExampleData(SplitData):
         def cut(rows: np.ndarray) -> Any:
             return readable.batch(rows, augmentation, (self.seed, loader.epoch))
 
-        # A few labelled examples would by their lengths always come in the same company.
+        # Grouped by length, a few labelled examples would always share batches with the same others.
         few = name == "train" and self.labels_per_class is not None
         lengths = None if few else self._lengths(readable)
         classes = readable.labels if self.balance_classes and seed is not None else None
