@@ -117,7 +117,7 @@ def inputs(batch: Mapping[str, Any]) -> dict[str, Tensor]:
 def keep_unread(precision: Any) -> None:
     """Makes a Lightning precision plugin keep the type of `NOT_READ` fields when it casts batches to 16 bits.
 
-    (bfloat16 would round a label of 1906 to 1904, and the byte counts of texts likewise.)
+    Otherwise bfloat16 would round a label of 1906 to 1904, and the byte counts of texts likewise.
     """
     precision.convert_input = functools.partial(_converted, precision)
 

@@ -77,7 +77,7 @@ class LanguageModeling(Metric):
 
     Args:
         sources: Names of the sources of a mixture. For each source that had rows, `compute` also returns
-            `<source>/loss` and `<source>/bits_per_byte`.
+            `<source>/loss` and, if bytes are counted, `<source>/bits_per_byte`.
 
     Example:
         >>> metric = LanguageModeling()

@@ -12,7 +12,7 @@ class TextAugmentation:
 
     Args:
         dropout: Probability that a token is replaced by the mask token (or, if the tokeniser has none, by the unknown
-            or padding token), from 0 to 1. Usual values are 0.05 to 0.2.
+            or padding token), from 0 to below 1. Usual values are 0.05 to 0.2.
         swap: Probability that a token swaps places with the next one.
         deletion: Probability that a token is deleted.
 

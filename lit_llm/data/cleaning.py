@@ -22,7 +22,7 @@ class Cleaning:
 
     Attributes:
         strip_control: Remove control characters other than tab and line feed; every line end becomes a line feed.
-        unicode_nfc: Compose characters (Unicode normal form C), so that one spelling has one form.
+        unicode_nfc: Compose characters (Unicode normal form C), so that equivalent spellings become equal.
         drop_empty: Drop documents that contain only white space.
         drop_duplicates: Drop documents whose text has occurred before; the first one stays.
     """
@@ -53,7 +53,7 @@ class Cleaning:
             dropped: Number of dropped documents by reason; updated in place.
 
         Yields:
-            The cleaned document and its content hash.
+            Each document that is kept, cleaned, and its content hash.
         """
         seen: set[int] = set()
         for document in documents:

@@ -165,7 +165,7 @@ def open_corpus(
         refuse_saved(where, path)
         if tables and (not rows.text_files or all(p.name == "README.md" for p in texts)):
             if subset is not None or in_hub_layout(where):
-                return _hub(path, subset, rows, streaming, {"files": stamps(files)}, tables)  # the card, too
+                return _hub(path, subset, rows, streaming, {"files": stamps(files)}, tables)  # the card included
             if packed := next(filter(is_packed_table, files), None):
                 raise ValueError(f"data.path must hold text or tables, but {packed} is packed; unpack it")
             return _tables(path, split_tables(tables, where), rows)

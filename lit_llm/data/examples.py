@@ -71,7 +71,7 @@ class ExampleData(SplitData):
         self.augmentation = augmentation
         self.reader: LabelReader | None = None
 
-    # What a subclass says.
+    # Defined by subclasses.
 
     @abstractmethod
     def _make_readable(self, split: Split) -> Readable:

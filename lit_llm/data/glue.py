@@ -20,13 +20,13 @@ from lit_llm.data.tables import LABELS, PAIRS, Split, check_texts, find_columns,
 class GLUEData(TableTokens, ExampleData):
     """Examples of one or two texts with a label: a class, or a real number.
 
-    Texts are tokenised once. A batch is cut at once and padded to its own longest example; examples of about one length
-    come together, so that little is padding.
+    Texts are tokenised once. Each batch is padded to its longest example only; by default, examples of similar length
+    are batched together, so there is little padding.
 
     Args:
-        task: A GLUE task: `cola`, `sst2`, `mrpc`, `stsb`, `qqp`, `mnli`, `mnli_mismatched` (validated on other
-            genres), `qnli`, `rte` or `wnli`; its tables have columns as in the hub's `nyu-mll/glue`. `None` for any
-            other table.
+        task: A GLUE task: `cola`, `sst2`, `mrpc`, `stsb`, `qqp`, `mnli`, `mnli_mismatched` (validated on genres that
+            are not trained on), `qnli`, `rte` or `wnli`; its tables have the columns of the hub's `nyu-mll/glue`.
+            `None` for any other table.
         path: `stdlib-docmatch` (the default without a task: does a docstring of Python's library describe a function?),
             a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), a folder of tables called `train`, `validation` and
             `test`, a folder in the hub's layout, or a data set on the hub (default for a task: `nyu-mll/glue`).
@@ -35,28 +35,28 @@ class GLUEData(TableTokens, ExampleData):
         text_pair: Column of the second text.
         label: Column of the label. Whole numbers and text are classes, real numbers are values; for an objective that
             needs values, such as `Regression`, whole numbers are values too.
-        tokenizer: `bert-uncased-bpe-<size>` or `bert-bpe-<size>`, trained on these training texts; a folder with a
+        tokenizer: `bert-uncased-bpe-<size>` or `bert-bpe-<size>`, trained on the training texts; a folder with a
             `tokenizer.json`; or a name on the hub. Default: the one next to the network's weights, or
             `bert-uncased-bpe-8192` for a network without weights.
         max_seq_len: Maximum tokens of an example, including special tokens; of two texts, the longer one is truncated.
         batch_size: Examples per batch and device.
         validation_fraction: Fraction of the training split to validate on if the source has no validation split: the
-            same of each class, by a hash of the texts. 0 for none.
-        test_fraction: The same for a test split, also if the source's own has no labels and is only predicted.
+            same fraction of each class, chosen by a hash of the texts. 0 for none.
+        test_fraction: The same for a test split; also used if the source's own has no labels and can only be predicted.
         max_examples: Train on at most this many examples, drawn with the seed in proportion to the classes.
         labels_per_class: Keep the labels of only this many training examples per class, drawn with the seed; the rest
             become unlabelled, like those of a split called `unlabelled` or `unsupervised`.
-        unlabelled_ratio: For semi-supervised training: number of unlabelled examples per labelled one in a batch, both
-            plain and augmented; labelled ones are then not augmented. An epoch is one pass over the unlabelled ones;
-            labelled ones are repeated as needed. 0 ignores the unlabelled ones.
-        balance_classes: Draw each class equally often; instead of an objective's `class_weights`, not beside them.
-        length_grouping: Batch examples of similar length; does not apply to the few of `labels_per_class`, which would
-            always be batched together.
+        unlabelled_ratio: For semi-supervised training: number of unlabelled examples per labelled one in a batch, each
+            both plain and augmented; labelled ones are then not augmented. An epoch is one pass over the unlabelled
+            ones; labelled ones are repeated as needed. 0 ignores the unlabelled ones.
+        balance_classes: Draw each class equally often; use either this or an objective's `class_weights`, not both.
+        length_grouping: Batch examples of similar length together, except the few labelled by `labels_per_class`, of
+            which the same ones would always share a batch.
         augmentation: Augmentation of training examples, different in each epoch.
         seed: Seed of the order of examples and of the augmentation.
 
     Raises:
-        ValueError: When the table has no such columns, a label is missing or new, or there are too few examples.
+        ValueError: When a column is missing, a label is missing or unknown, or there are too few examples.
 
     Example:
         >>> from pathlib import Path
@@ -98,7 +98,7 @@ class GLUEData(TableTokens, ExampleData):
             raise ValueError(f"data.max_seq_len must be at least 1, but is {max_seq_len}")
         super().__init__(
             path=path or ("nyu-mll/glue" if task else NAME),
-            # The two of MNLI are one data set on the hub.
+            # Both MNLI tasks are one configuration on the hub.
             subset=subset or (task and task.removesuffix("_mismatched")),
             batch_size=batch_size,
             validation_fraction=validation_fraction,
@@ -123,7 +123,7 @@ class GLUEData(TableTokens, ExampleData):
 
     @property
     def submission(self) -> Submission | None:
-        """What a GLUE task's board wants; `None` for other data, and for another table that is predicted as a whole."""
+        """Format of a GLUE task's submission; `None` without one, or if another table is predicted as a whole."""
         return self.task.submission if self.task and "train" in self.splits else None
 
     @property
@@ -142,7 +142,7 @@ class GLUEData(TableTokens, ExampleData):
     # Lightning's hooks.
 
     def prepare_data(self) -> None:
-        """Reads the table, and trains the tokeniser; to predict, once a checkpoint has said what it was trained on."""
+        """Reads the table and trains the tokeniser; for `predict`, later, once the checkpoint's data is known."""
         if not self._predicting and "train" in self.splits:
             self._require_marks()
 
@@ -160,7 +160,7 @@ class GLUEData(TableTokens, ExampleData):
             role: name or getattr(self.task and self.task.columns, role, None) or known.get(role)
             for role, name in self.given.items()
         }
-        if self._predicting and (given["label"] or self._trained_on):  # no other column is one of labels
+        if self._predicting and (given["label"] or self._trained_on):  # the label column is not guessed
             given["label"], usual = given["label"] if given["label"] in first.column_names else None, ()
         alone = self._standing_alone(found)
         if (self._predicting or alone) and self._trained_on:
@@ -173,14 +173,14 @@ class GLUEData(TableTokens, ExampleData):
         return self._labelled(found, unlabelled, self.task.class_names if self.task else ())
 
     def _trained_on_pairs(self, text_pair: str | None, rows: Dataset) -> bool:
-        """Whether a checkpoint was trained on two texts; refuses a table to predict that has more or fewer.
+        """Whether the checkpoint was trained on two texts; refuses a table whose number of texts differs.
 
         Args:
-            text_pair: Where the table has the second text; `None` where it has none.
+            text_pair: Column of the table's second text; `None` if it has none.
             rows: The table.
 
         Raises:
-            ValueError: When only one of them has a second text.
+            ValueError: When only the checkpoint or only the table has a second text.
         """
         trained_on = self._trained_on["columns"]["text_pair"]
         if trained_on is not None and text_pair is None:

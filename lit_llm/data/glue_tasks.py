@@ -1,4 +1,4 @@
-"""What is known of the GLUE tasks before their data is read: columns, classes, headline metric, submission file."""
+"""The GLUE tasks: columns, classes, headline metric and submission file of each."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from lit_llm.data.tables import Columns
 
 
 class Submission(NamedTuple):
-    """How gluebenchmark.com wants predictions of a test split.
+    """Format in which gluebenchmark.com accepts the predictions of a test split.
 
     Attributes:
         file: Name of the file, tab-separated, with the columns `index` and `prediction`.
         labels: Whether a prediction is the index of a class, its name, or a value.
-        limits: Least and greatest value that there is; predictions beyond are written as these.
+        limits: Minimum and maximum value; predictions are clipped to these.
     """
 
     file: str
@@ -24,14 +24,14 @@ class Submission(NamedTuple):
 
 
 class Task(NamedTuple):
-    """What is known of a task before its data is read.
+    """A task, as known before its data is read.
 
     Attributes:
-        columns: Where the texts and the label are.
-        class_names: The classes in their order; empty where labels are values.
-        metric: Headline metric, of the split that validates.
-        submission: What a submission is; `None` where there is no board for it.
-        splits: How the names of its splits end.
+        columns: Columns of the texts and of the label.
+        class_names: Names of the classes, in order; empty if labels are values.
+        metric: Headline metric, computed on the validation split.
+        submission: Format of a submission; `None` if there is no leaderboard.
+        splits: Suffix of the names of its validation and test splits.
     """
 
     columns: Columns
@@ -64,7 +64,7 @@ TASKS = {
     "rte": _task("sentence1 sentence2", "entailment not_entailment", "accuracy", "RTE", "name"),
     "wnli": _task("sentence1 sentence2", "not_entailment entailment", "accuracy", "WNLI"),
 }
-"""Columns, classes and splits as in `nyu-mll/glue` on the hub; metrics and files as on gluebenchmark.com, the first of
-two metrics where it averages them."""
+"""Columns, classes and splits as in `nyu-mll/glue` on the hub; metrics and files as on gluebenchmark.com, and the first
+metric where it averages two."""
 
 DOCMATCH = Task(Columns("docstring", "body", "label"), CLASS_NAMES, "accuracy", None)

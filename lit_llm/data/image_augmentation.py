@@ -1,4 +1,4 @@
-"""Changes to training images that leave what their label says, on whole batches of tensors."""
+"""Augmentation of training images, on whole batches of tensors."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DRAWS = (
     *("erase", "erase_area", "erase_shape", "erase_x", "erase_y"),
     *("partner", "mix_kind", "mix_share", "cut_x", "cut_y"),
 )
-"""What is drawn for an image, each from a place of its own; then comes what RandAugment draws."""
+"""Names of an image's random numbers, in the order of their places; the places after these are RandAugment's."""
 
 PLACES = 64
 MAX_OPERATIONS = (PLACES - len(DRAWS)) // 2
@@ -27,18 +27,18 @@ WEAK = ("shift", "crop_padding", "flip")
 
 
 class Draws:
-    """Random numbers for the images of a batch, each a function of key, row and what it is for alone.
+    """Random numbers for the images of a batch; each depends only on key, row and name.
 
-    Counter-based: nothing is stored or replayed, an image's numbers do not depend on its company, and all of a batch
-    are made at once.
+    The generator is counter-based: there is no state to store or replay, an image's numbers do not depend on the rest
+    of its batch, and all numbers of a batch are computed at once.
 
     Args:
-        key: Whole numbers, such as seed and epoch.
+        key: Integers, such as seed and epoch.
         rows: Index of each image.
 
     Source:
         Steele, Lea and Flood, 2014, "Fast splittable pseudorandom number generators", doi:10.1145/2660193.2660195,
-        figure 17 (SplitMix64), whose n-th number needs no earlier one.
+        figure 17 (SplitMix64), whose n-th number can be computed without the earlier ones.
 
     Example:
         >>> alone, together = Draws((0, 1), np.array([7])), Draws((0, 1), np.array([3, 7]))
@@ -51,11 +51,11 @@ class Draws:
         self._rows = rows.astype(np.uint64) * np.uint64(PLACES)
 
     def __call__(self, name: str) -> Float[Tensor, " batch"]:
-        """For each image a number from 0 to below 1; the same whenever it is asked for by this name."""
+        """For each image, a number from 0 to below 1; the same at every call with this name."""
         return self.at(DRAWS.index(name))
 
     def at(self, place: int) -> Float[Tensor, " batch"]:
-        """As by name, for what has none."""
+        """The same by place, for numbers without a name."""
         z = self._start + (self._rows + np.uint64(place + 1)) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -63,18 +63,18 @@ class Draws:
         return torch.from_numpy((z >> np.uint64(40)).astype(np.float32) * np.float32(2**-24))
 
     def between(self, name: str, low: float, high: float) -> Float[Tensor, " batch"]:
-        """For each image a number from `low` to below `high`."""
+        """For each image, a number from `low` to below `high`."""
         return low + (high - low) * self(name)
 
 
 class ImageAugmentation:
     """Augments images in this order: crop and flip; rotation, scale and shift together; colours; RandAugment; erasing.
 
-    Mixing with another image comes last. What becomes of an image depends on seed, epoch and row alone: whatever the
-    batch size, and also after a resume. What comes from outside an image is black.
+    Mixing with another image comes last. The result depends only on seed, epoch and row, so it is the same for any
+    batch size and after a resume. Pixels from outside an image are black.
 
     In semi-supervised training, labelled images and the first view of unlabelled ones are only shifted, cropped and
-    flipped; the second view has all but the mixing.
+    flipped; the second view gets everything except mixing.
 
     Args:
         rotate: Maximum rotation in degrees, in either direction.
@@ -84,24 +84,25 @@ class ImageAugmentation:
             images of 32 × 32.
         flip: Probability that an image is mirrored left to right, from 0 to 1.
         brightness: Maximum relative change of intensities, up or down.
-        contrast: The same for each image's distance to its mean.
-        saturation: The same for its distance to grey.
+        contrast: Maximum relative change of each pixel's distance from the image's mean brightness, up or down.
+        saturation: Maximum relative change of each pixel's distance from grey, up or down.
         erase: Probability that a rectangle of 2 to 33 % of an image is blackened.
         randaugment: Number of RandAugment operations per image; 2 is usual, 0 for none.
         magnitude: Maximum strength of these operations, from 0 to 1.
-        mixup: Mix images and their labels with others in shares drawn from `Beta(mixup, mixup)`; 0.2 is usual, 0 for
-            none.
-        cutmix: Paste a rectangle of another image with a share drawn from `Beta(cutmix, cutmix)`; 1 is usual. Together
-            with `mixup`, each image gets one of the two at random.
+        mixup: MixUp: average each image and its label with another, with a weight drawn from `Beta(mixup, mixup)`; 0.2
+            is usual, 0 for none.
+        cutmix: CutMix: paste a rectangle of another image, with a share of the area drawn from `Beta(cutmix, cutmix)`,
+            and mix the labels accordingly; 1 is usual, 0 for none. Together with `mixup`, each image gets one of the
+            two at random.
 
     Raises:
         ValueError: When a value is out of range, or nothing would change.
 
     Source:
         Erasing: Zhong et al., 2017, arXiv:1708.04896, here with black. RandAugment: Cubuk et al., 2019,
-        arXiv:1909.13719, here of a strength drawn anew for each operation, as in FixMatch. MixUp: Zhang et al., 2017,
-        arXiv:1710.09412. CutMix: Yun et al., 2019, arXiv:1905.04899. Of the last two, shares and partners are drawn
-        for each image rather than each batch, and partners from all of the split.
+        arXiv:1909.13719, here with a strength drawn for each operation, as in FixMatch. MixUp: Zhang et al., 2017,
+        arXiv:1710.09412. CutMix: Yun et al., 2019, arXiv:1905.04899. For the last two, weights and partners are drawn
+        per image rather than per batch, and partners from the whole split.
 
     Example:
         >>> images, rows = torch.zeros(2, 1, 4, 4, dtype=torch.uint8), np.array([5, 9])
@@ -141,14 +142,14 @@ class ImageAugmentation:
 
     @property
     def weak(self) -> ImageAugmentation:
-        """The same with shift, crop and flip alone, drawn independently."""
+        """A copy with only shift, crop and flip, whose random numbers are independent of this one's."""
         return self._changed(
             {name: 0 * value for name, value in vars(self).items() if name not in (*WEAK, "magnitude")}, 1
         )
 
     @property
     def without_mixing(self) -> ImageAugmentation:
-        """The same without MixUp and CutMix."""
+        """A copy without MixUp and CutMix."""
         return self._changed({"mixup": 0.0, "cutmix": 0.0}, 0)
 
     def _changed(self, values: dict[str, Any], stream: int) -> ImageAugmentation:
@@ -157,17 +158,17 @@ class ImageAugmentation:
         return changed
 
     def draws(self, rows: np.ndarray, chance: tuple[int, int]) -> Draws:
-        """What is drawn for some rows in an epoch; `chance` is seed and epoch."""
+        """The random numbers of some rows; `chance` is seed and epoch."""
         return Draws((*chance, self.stream), rows)
 
     def __call__(
         self, images: UInt8[Tensor, "batch channels height width"], rows: np.ndarray, chance: tuple[int, int]
     ) -> Float[Tensor, "batch channels height width"]:
-        """Changes images, each in its own way, but for mixing.
+        """Augments each image with its own random numbers; does not mix.
 
         Args:
-            images: From 0 to 255.
-            rows: Index of each.
+            images: Images from 0 to 255.
+            rows: Index of each image.
             chance: Seed and epoch.
 
         Returns:
@@ -223,7 +224,7 @@ class ImageAugmentation:
         return self.mixup > 0 or self.cutmix > 0
 
     def partners(self, rows: np.ndarray, num_rows: int, chance: tuple[int, int]) -> np.ndarray:
-        """With which row of the split each is mixed."""
+        """The row of the split that each image is mixed with."""
         return (self.draws(rows, chance)("partner").double() * num_rows).long().numpy()
 
     def mix(
@@ -233,16 +234,16 @@ class ImageAugmentation:
         rows: np.ndarray,
         chance: tuple[int, int],
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, " batch"]]:
-        """Mixes images with others.
+        """Mixes images with others by MixUp or CutMix.
 
         Args:
-            images: Augmented already.
-            partners: The others, one for each.
+            images: Augmented images.
+            partners: Augmented partners, one for each image.
             rows: Index of each image.
             chance: Seed and epoch.
 
         Returns:
-            Mixed images, and what share of each is the image's own: of its intensities, or of its pixels.
+            The mixed images, and the share of each that is the image's own: of intensities (MixUp) or pixels (CutMix).
         """
         from scipy.special import betaincinv
 
@@ -259,7 +260,7 @@ class ImageAugmentation:
 
 
 def _rectangles(size: Sequence[int], x: Tensor, y: Tensor, wide: Tensor, high: Tensor) -> Tensor:
-    """Where rectangles are, of some parts of the sides, anywhere within: batch × height × width."""
+    """Masks (batch × height × width) of rectangles: position and sides are fractions of what the image allows."""
     spans = []
     for length, start, part in ((size[0], y, high), (size[1], x, wide)):
         pixels = (part * length).round()

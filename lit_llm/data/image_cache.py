@@ -1,4 +1,4 @@
-"""Images decoded once, of one size and with the same channels, memory-mapped ever after."""
+"""Images decoded once to one size and number of channels, then memory-mapped."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from lit_llm.data.cleaning import content_hash
 log = logging.getLogger(__name__)
 
 READING = 2
-"""Which way of reading images this is: one more wherever one of them comes to be read or measured otherwise."""
+"""Version of the decoder, raised whenever an image would be decoded or measured differently."""
 
 GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 """Modes of images without colour."""
@@ -32,23 +32,23 @@ GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N"})
 USUAL_SIZE = 224
 CHUNK = 512
 ALONE = 2048
-"""Images up to which further processes would cost more than they help."""
+"""Number of images up to which further processes cost more than they save."""
 
 ORIENTATION = 0x0112
 TURNED = {5, 6, 7, 8}
-"""Values of a photograph's orientation, by the number of its tag, with which its sides change places."""
+"""Values of the EXIF orientation tag, `ORIENTATION`, that swap an image's height and width."""
 
 SAYS_ORIENTATION = (b"eXIf", b"exif", b"XML:com.adobe.xmp")
-"""What the bytes of a PNG that may say its orientation hold, one of these at least."""
+"""Byte strings of which a PNG that states its orientation contains at least one."""
 
 
 class ImageInfo(NamedTuple):
-    """What an image is before it is decoded.
+    """Facts about an image before it is decoded.
 
     Attributes:
         height: In pixels.
         width: In pixels.
-        grey: Whether it is without colour.
+        grey: Whether it has no colour.
     """
 
     height: int
@@ -61,9 +61,9 @@ class ImageCache:
     """Decoded images.
 
     Attributes:
-        folder: Where they lie.
-        manifest: `shape` of an image (channels, height, width), rows of each split, and `broken`: for each image that
-            could not be read its split, row and why.
+        folder: Folder of the cache.
+        manifest: `shape` of an image (channels, height, width), number of `rows` of each split, and `broken`: split,
+            row and reason for each image that could not be read.
     """
 
     folder: Path
@@ -87,30 +87,30 @@ class ImageCache:
 
     @cached_property
     def sums(self) -> np.ndarray:
-        """Of each image and channel the sum of the pixels and that of their squares."""
+        """Sum of the pixels and of their squares, for each image and channel."""
         return np.load(self.folder / "sums.npy", mmap_mode="r")
 
     def places(self, split: str) -> np.ndarray:
-        """Where the images of a split are; a broken one's pixels are 0."""
+        """Indices of a split's images in `pixels`; broken images are all 0."""
         names = list(self.manifest["rows"])
         first = sum(self.manifest["rows"][name] for name in names[: names.index(split)])
         return np.arange(first, first + self.manifest["rows"][split])
 
     def moments(self, places: np.ndarray) -> tuple[list[float], list[float]]:
-        """Mean and standard deviation of each channel over some images, of pixels from 0 to 1; counted in integers.
+        """Mean and standard deviation of each channel over some images, of pixels from 0 to 1, from exact sums.
 
-        A channel that is the same everywhere has the standard deviation 1.
+        A constant channel gets a standard deviation of 1.
         """
         count = len(places) * self.shape[1] * self.shape[2]
         means, deviations = [], []
-        for total, squares in self.sums[places].astype(object).sum(axis=0):  # without the bounds of 64 bits
+        for total, squares in self.sums[places].astype(object).sum(axis=0):  # Python integers do not overflow
             means.append(total / (255 * count))
             deviations.append((count * squares - total**2) ** 0.5 / (255 * count) or 1.0)
         return means, deviations
 
     @classmethod
     def open(cls, folder: Path) -> ImageCache | None:
-        """The cache in a folder; `None` when there is none, or not all of it."""
+        """The cache in a folder; `None` if there is none or it is incomplete."""
         manifest = read_manifest(folder)
         return None if manifest is None else cls(folder, manifest)
 
@@ -118,16 +118,16 @@ class ImageCache:
 def build_image_cache(
     folder: Path, splits: dict[str, Dataset], size: tuple[int, int] | None, channels: int | None
 ) -> ImageCache:
-    """Decodes images into `folder`, which appears only once it is whole.
+    """Decodes images into `folder`, which appears only once it is complete.
 
-    Where there are many, several processes share them; each writes its part into the one file, so that no more than a
-    few images are in memory at once.
+    Many images are shared among several processes, each of which writes its part into the same file, so that each holds
+    only a chunk of images in memory.
 
     Args:
-        folder: Where to put them.
+        folder: Folder of the cache.
         splits: Tables of one column, the encoded images.
-        size: Height and width; `None` is that of the images where it is the same of all, else 224 × 224.
-        channels: 1 (grey) or 3 (colour); `None` is 1 where no image has colour.
+        size: Height and width; `None` takes the size of the images if all have the same, else 224 × 224.
+        channels: 1 (grey) or 3 (colour); `None` takes 1 if no image has colour, else 3.
     """
     started = time.perf_counter()
     counts = {name: len(rows) for name, rows in splits.items()}
@@ -165,9 +165,9 @@ def build_image_cache(
 
 
 class _processes:
-    """Maps a function of tables and a task over tasks in order, by several processes where it is worth it.
+    """Maps a function of the tables and a task over tasks, in order; in several processes if there are many images.
 
-    Each process is given the tables once: paths of a million images are not to come with every task.
+    Each process receives the tables once, so that the paths of a million images are not sent with every task.
     """
 
     def __init__(self, splits: dict[str, Dataset]) -> None:
@@ -190,7 +190,7 @@ class _processes:
 
 
 _kept: dict[str, Dataset] = {}
-"""The tables, in a process that shares the work."""
+"""The tables, in a worker process."""
 
 
 def _keep(splits: dict[str, Dataset]) -> None:
@@ -202,7 +202,7 @@ def _of_kept(function: Callable[..., Any], task: Any) -> Any:
 
 
 def _reserve(file: int, size: int) -> None:
-    """Gives a file its size; a disk without room says so here rather than by a signal at the first write."""
+    """Allocates a file, so that a full disk raises an error here instead of a signal (SIGBUS) at a later write."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(file, 0, size)
     else:
@@ -216,7 +216,7 @@ def _encoded(splits: dict[str, Dataset], task: tuple[str, int, int]) -> list[dic
 
 
 def _look(splits: dict[str, Dataset], task: tuple[str, int, int]) -> set[ImageInfo]:
-    """How the images of a chunk look; broken ones are found when they are decoded."""
+    """Distinct sizes and colours of the images of a chunk; broken images are skipped here and found when decoded."""
     looks = set()
     with warnings.catch_warnings(action="ignore"):
         for encoded in _encoded(splits, task):
@@ -230,11 +230,12 @@ def _look(splits: dict[str, Dataset], task: tuple[str, int, int]) -> set[ImageIn
 
 
 def _upright_size(image: Image.Image) -> tuple[int, int]:
-    """Width and height of an image as `read_image` turns it, by its orientation.
+    """Width and height of an image after `read_image` applies its orientation.
 
-    Of a PNG this may come last, for which Pillow decodes all of it: only one whose bytes may hold it is asked.
+    In a PNG, the orientation may come after the pixels, so Pillow decodes the whole image to find it: this is done only
+    if the file's bytes may contain one.
     """
-    if image.format == "TIFF":  # has the size of the upright image already, from Pillow 11 on
+    if image.format == "TIFF":  # from Pillow 11 on, the size is the upright one already
         return image.size
     if image.format == "PNG":
         place = image.fp.tell()
@@ -262,7 +263,7 @@ def _decode(
         for row, encoded in enumerate(chunk):
             try:
                 pixels[row] = read_image(encoded, *shape)
-            except Exception as error:  # as above
+            except Exception as error:  # each format's reader raises its own kinds
                 broken.append((row, " ".join(str(error).split()) or type(error).__name__))
     place = task[2]
     np.memmap(file, np.uint8, "r+", shape=(total, *shape))[place : place + len(chunk)] = pixels
@@ -276,24 +277,24 @@ def _opened(encoded: dict[str, Any] | None) -> Image.Image:
     if encoded is None or (encoded.get("bytes") is None and encoded.get("path") is None):
         raise ValueError("an image must be there, but is missing")
     image = Image.open(encoded["path"] if encoded.get("bytes") is None else io.BytesIO(encoded["bytes"]))
-    image.filename = ""  # else Pillow maps a grey TIFF into memory in the shape that it has only once it is turned
+    image.filename = ""  # else Pillow memory-maps a grey TIFF in the shape that it has only after rotation
     return image
 
 
 def read_image(encoded: dict[str, Any] | None, channels: int, height: int, width: int) -> np.ndarray:
-    """Decodes an image: upright, in so many channels, of that size.
+    """Decodes an image, upright, to the given channels and size.
 
-    An image of another size is scaled until it covers `height × width`, its proportions kept (bilinear, with
-    anti-aliasing), and the middle is cut out. Of 16 bits of grey the upper 8 are kept, transparency is left out.
+    An image of another size is scaled until it covers `height × width`, keeping its aspect ratio (bilinear, with
+    anti-aliasing), and centre-cropped. The upper 8 bits of 16-bit grey are kept; transparency is dropped.
 
     Args:
-        encoded: Its `bytes`, or the `path` to them.
+        encoded: The image's `bytes`, or the `path` of its file.
         channels: 1 (grey) or 3 (colour).
         height: In pixels.
         width: In pixels.
 
     Raises:
-        ValueError: When it is not there, or its mode does not say what is white.
+        ValueError: When it is missing, or its mode does not define which value is white.
 
     Returns:
         Channels × height × width, from 0 to 255.
@@ -303,14 +304,14 @@ def read_image(encoded: dict[str, Any] | None, channels: int, height: int, width
 
 
 def decoded(image: Image.Image, channels: int, height: int, width: int) -> np.ndarray:
-    """An open image as `read_image` gives it."""
+    """Decodes an open image as `read_image` does."""
     image.load()
     deep = is_deep(image)
     if image.getexif().get(ORIENTATION, 1) != 1:
         image = ImageOps.exif_transpose(image)
     if deep:
         image = Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) >> 8).astype(np.uint8))
-    if image.mode == "LAB":  # of which Pillow makes colour alone
+    if image.mode == "LAB":  # Pillow converts this mode to RGB only
         image = image.convert("RGB")
     image = image.convert("L" if channels == 1 else "RGB")
     if image.size != (width, height):
@@ -320,10 +321,10 @@ def decoded(image: Image.Image, channels: int, height: int, width: int) -> np.nd
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether an image has 16 bits of grey.
+    """Whether an image is 16-bit grey.
 
     Raises:
-        ValueError: When it has real numbers or 32 bits, of which nothing says what is white.
+        ValueError: When its values are real numbers or have 32 bits, for which white is not defined.
     """
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
         return True

@@ -1,4 +1,4 @@
-"""Batches cut whole out of decoded images: gathered, augmented and normalised at once."""
+"""Batches of decoded images, gathered, augmented and normalised as whole batches."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class ImageCollation:
 
     Args:
         pixels: Decoded images, from 0 to 255: places × channels × height × width.
-        places: Where the image of each row is.
-        labels: Index of the class of each row; `None` where there are none.
-        num_classes: Classes there are.
-        mean: Of each channel, of pixels from 0 to 1.
-        std: Of each channel.
+        places: Index of each row's image in `pixels`.
+        labels: Class index of each row; `None` if there are no labels.
+        num_classes: Number of classes.
+        mean: Mean of each channel, of pixels from 0 to 1.
+        std: Standard deviation of each channel, likewise.
 
     Example:
         >>> pixels = np.full((3, 1, 2, 2), 255, dtype=np.uint8)
@@ -48,18 +48,18 @@ class ImageCollation:
         return len(self.places)
 
     def images(self, rows: np.ndarray) -> UInt8[Tensor, "batch channels height width"]:
-        """Some of the images as they are."""
+        """The images of some rows, unchanged."""
         return torch.from_numpy(self.pixels[self.places[rows]])
 
     def batch(
         self, rows: np.ndarray, augmentation: ImageAugmentation | None = None, chance: tuple[int, int] = (0, 0)
     ) -> ImageBatch:
-        """Cuts some of the images.
+        """Makes a batch of images.
 
         Args:
-            rows: Which.
-            augmentation: What is done to each. Where it mixes images, labels become probabilities.
-            chance: Seed and epoch, which with the row decide how.
+            rows: Indices of the images.
+            augmentation: Augmentation of each image; if it mixes images, labels become probabilities.
+            chance: Seed and epoch, which together with the row determine the augmentation.
         """
         labels = None if self.labels is None else torch.from_numpy(self.labels[rows])
         if augmentation is None:

@@ -1,4 +1,4 @@
-"""How a network wants its images: what a model directory says of it in `preprocessor_config.json`."""
+"""Preprocessing of a network's images, as stored in a model directory's `preprocessor_config.json`."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 @dataclass(frozen=True)
 class ImageProcessor:
-    """Size, channels and normalisation.
+    """Size, channels and normalisation of a network's images.
 
     Attributes:
         shape: Channels, height and width.
-        mean: What is subtracted from each channel, of pixels from 0 to 1.
-        std: What each is divided by.
+        mean: Value subtracted from each channel, for pixels from 0 to 1.
+        std: Value that each channel is then divided by.
 
     Example:
         >>> processor = ImageProcessor((1, 28, 28), [0.13], [0.31])
@@ -31,7 +31,7 @@ class ImageProcessor:
         return f"{height} × {width} pixels of {channels} channel{'s' * (channels > 1)}"
 
     def to_hf(self) -> dict[str, Any]:
-        """As transformers keeps it; its `AutoImageProcessor` reads square images as `image_cache.read_image` does."""
+        """A config for transformers; if `shape` is square, its image processor resizes and crops like `read_image`."""
         channels, height, width = self.shape
         return {
             "image_processor_type": "CLIPImageProcessor",
@@ -50,10 +50,10 @@ class ImageProcessor:
 
     @classmethod
     def from_hf(cls, config: dict[str, Any]) -> ImageProcessor:
-        """From what transformers keeps; how an image is brought to its size is not asked for.
+        """Reads a config of transformers, except for how images are resized.
 
         Raises:
-            ValueError: When it says no size, or wants the channels in another order.
+            ValueError: When it has no size, or wants the channels in another order.
         """
         if config.get("do_flip_channel_order"):
             raise ValueError(
@@ -71,7 +71,7 @@ class ImageProcessor:
         mean, std = [0.0] * 3, [1.0] * 3
         if config.get("do_normalize", True):
             mean, std = config.get("image_mean") or mean, config.get("image_std") or std
-        # Of pixels from 0 to 255 these would be taken after scaling by another factor, and a shift by 1.
+        # Mean and std may be for pixels multiplied by another factor and lowered by 1: convert them.
         factor = config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 1.0
         shift = 1.0 if config.get("rescale_offset") else 0.0
         if factor != 1 / 255 or shift:

@@ -1,4 +1,4 @@
-"""Where images are: embedded digits, hub data sets, Parquet, folders with a folder for each class."""
+"""Sources of images: embedded digits, hub data sets, Parquet, folders with one folder per class."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ DIGITS_TO_TEST_ON = 360
 
 
 class ImageTables(NamedTuple):
-    """Images as tables.
+    """Tables of images.
 
     Attributes:
-        splits: By the names that they have there; an image is a column, encoded or as a path.
-        identity: Changes with the images.
+        splits: Tables by the source's names of the splits; one column holds the images, encoded or as paths.
+        identity: Text that changes whenever the images do.
     """
 
     splits: dict[str, Dataset]
@@ -40,17 +40,17 @@ class ImageTables(NamedTuple):
 
 
 def open_images(path: str, subset: str | None = None) -> ImageTables:
-    """Opens images whatever they are kept as, and decodes none of them.
+    """Opens images in any supported format, without decoding them.
 
     Args:
-        path: `sklearn-digits`; a data set on the hub, or a folder in its layout; Parquet, a file or a folder of them;
-            a folder with a folder of images for each class, or with such folders for `train`, `validation` (`val`,
-            `dev`, `eval`) and `test`; a folder of images alone, which have no labels then.
+        path: `sklearn-digits`; a data set on the hub, or a folder in the hub's layout; a Parquet file, or a folder of
+            them; a folder with one folder of images per class, optionally inside `train`, `validation` (`val`, `dev`,
+            `eval`) and `test`; or a folder of images without labels.
         subset: Configuration of a hub data set, or folder beneath `path`.
 
     Raises:
         FileNotFoundError: When there is nothing at `path`.
-        ValueError: When there is something, but no images.
+        ValueError: When `path` exists but holds no images.
     """
     if path == DIGITS:
         return ImageTables(_digits(), DIGITS)
@@ -64,13 +64,13 @@ def open_images(path: str, subset: str | None = None) -> ImageTables:
         refuse_saved(folder, path)
         return _image_folders(folder)
     splits = open_table(path, subset, kinds=LAYOUTS)
-    # The library keeps tables in files of its own, whose names depend on the content.
+    # `datasets` keeps tables in cache files, whose names depend on the content.
     kept = [Path(file["filename"]) for name in sorted(splits) for file in splits[name].cache_files]
     return ImageTables(splits, stamps(kept))
 
 
 def _digits() -> dict[str, Dataset]:
-    """The 1,797 digits of scikit-learn, of which the last fifth, in good part by other writers, is to test on."""
+    """The 1,797 digits of scikit-learn; the last fifth, largely by other writers, is the test split."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -110,10 +110,10 @@ def _image_folders(folder: Path) -> ImageTables:
 
 
 def _are_splits(folders: list[Path]) -> bool:
-    """Whether all are called as splits are; where a name only holds such a word, one has folders of classes, too.
+    """Whether all folders are splits, by name; if a name only contains a split word, one must hold class folders too.
 
     Raises:
-        ValueError: When one is a split, by its name and its folders of classes, beside one that is none.
+        ValueError: When a folder is a split, by its name and its folders of classes, but another one is not.
     """
     plain = [each for each in folders if SPLIT_WORD.fullmatch(each.name.lower()) or each.name.startswith("unlabel")]
     called = [each for each in folders if split_kind(each.name) or each.name.startswith("unlabel")]
@@ -129,7 +129,7 @@ def _are_splits(folders: list[Path]) -> bool:
 
 
 def _classes(folder: Path) -> dict[str | None, list[Path]]:
-    """The images of each class; of none where they lie in no folder of one."""
+    """The images of each class; under `None` if there are no class folders."""
     loose = _images(each for each in folder.iterdir() if not each.name.startswith("."))
     classes: dict[str | None, list[Path]] = {each.name: _images(_visible(each)) for each in _subfolders(folder)}
     if loose and classes:
@@ -152,7 +152,7 @@ def _subfolders(folder: Path) -> list[Path]:
 
 
 def _visible(folder: Path) -> Iterator[Path]:
-    """What lies beneath a folder, without hidden files and what hidden folders hold."""
+    """Everything beneath a folder, except hidden files and the contents of hidden folders."""
     return (each for each in folder.rglob("*") if not any(x.startswith(".") for x in each.relative_to(folder).parts))
 
 
@@ -161,10 +161,10 @@ def _images(files: Iterable[Path]) -> list[Path]:
 
 
 def find_image_column(rows: Dataset, path: str, image: str | None) -> str:
-    """Where the images are: as named, or where there is one obvious choice.
+    """The column of the images: the named one, or the one obvious choice.
 
     Raises:
-        ValueError: When the column is not there, holds no images, or the choice is not obvious.
+        ValueError: When the column is missing or holds no images, or the choice is not obvious.
     """
     names = [name for name in rows.column_names if _holds_images(rows.features[name])]
     if image is not None:
@@ -183,16 +183,16 @@ def find_image_column(rows: Dataset, path: str, image: str | None) -> str:
 
 
 def _holds_images(feature: Any) -> bool:
-    if isinstance(feature, dict):  # as images are kept in Parquet that does not say what it holds
+    if isinstance(feature, dict):  # images in Parquet without the features' metadata
         return "bytes" in feature
     return isinstance(feature, Image) or (isinstance(feature, Value) and feature.dtype in ("binary", "large_binary"))
 
 
 def find_label_column(rows: Dataset, path: str, label: str | None) -> str | None:
-    """Where the labels are: as named, in a column of a usual name, or in the only column of classes.
+    """The column of the labels: the named one, one with a usual name, or the only one of classes; else `None`.
 
     Raises:
-        ValueError: When the named column is not there.
+        ValueError: When the named column is missing.
     """
     if label is not None:
         if label not in rows.column_names:
@@ -204,7 +204,7 @@ def find_label_column(rows: Dataset, path: str, label: str | None) -> str | None
 
 
 def image_names(rows: Dataset, image: str) -> list[str]:
-    """What each image is called: its path where the source has one, or else the number of its row."""
+    """Name of each image: its path if the source has one, else its row number."""
     column = rows.cast_column(image, Image(decode=False)).select_columns([image]).with_format("arrow")[:][image]
     paths = pa.chunked_array([chunk.field("path") for chunk in column.chunks], pa.string()).to_pylist()
     return [path or str(row) for row, path in enumerate(paths)]

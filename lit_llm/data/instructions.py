@@ -1,4 +1,4 @@
-"""Instructions for language models: conversations, of which the assistant's part is learnt."""
+"""Instruction tuning: conversations of which the assistant's part is learnt."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ log = logging.getLogger(__name__)
 class InstructionData(TokenData):
     """Rows of tokens from conversations, with labels on what the assistant says and on the token that ends its turn.
 
-    A row of the table holds a prompt and a response, or a list of messages. Conversations become text by a chat
+    A row of the table holds a prompt and a response, or a list of messages. Conversations are rendered by a chat
     template, which is saved with the tokeniser, so `lit-llm generate --chat` and transformers' `apply_chat_template`
-    render the same. They go into splits as documents do in `TextData`, and are tokenised once.
+    render them identically. They are divided into splits like the documents of `TextData`, and are tokenised once.
 
     Args:
         path: `stdlib-instructions`; a table (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`) or a folder of them; or a
@@ -42,15 +42,15 @@ class InstructionData(TokenData):
         prompt: Column of the user's message.
         response: Column of the assistant's answer.
         messages: Column of whole conversations: lists of `{"role": system, user or assistant, "content": text}`; an
-            assistant's with `"weight": 0` is read but not learnt.
+            assistant's message with `"weight": 0` is read but not learnt.
         unanswered: Whether a row without an assistant's turn, or with an empty one, is an error or dropped.
         max_documents: Read only this many rows.
         cleaning: Cleaning steps to apply to each message.
         validation_fraction: Fraction of the conversations to validate on; 0 for none.
         test_fraction: Fraction of the conversations to test on; 0 for none.
-        tokenizer: `bytes`; `bpe-<size>`, trained on these training conversations; a folder with a `tokenizer.json`,
+        tokenizer: `bytes`; `bpe-<size>`, trained on the training conversations; a folder with a `tokenizer.json`,
             such as that of the model to start from; or a name on the hub.
-        chat_template: File with a Jinja template as for transformers; default: that of the tokeniser, or
+        chat_template: File with a Jinja template in the format of transformers. Default: that of the tokeniser, or
             `lit_llm.data.chat.CHAT_TEMPLATE` if it has none.
         seq_len: Tokens per row.
         batch_size: Rows per batch and device.
@@ -61,7 +61,7 @@ class InstructionData(TokenData):
         seed: Seed of the order of rows.
 
     Raises:
-        ValueError: When a row is no conversation, or there are too few for a batch, or to validate on.
+        ValueError: When a row is no conversation, or there are too few rows for a batch or for validation.
 
     Example:
         >>> data = InstructionData(tokenizer="bytes", max_documents=50, validation_fraction=0.2, batch_size=2)
@@ -114,19 +114,19 @@ class InstructionData(TokenData):
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the data is and how it was made, with how many conversations were too long; there from `setup` on."""
+        """What the data is, how it was made, and how many conversations were too long; available from `setup` on."""
         found = {name: self.examples(name).overlong for name in SPLITS}
         return {**super().manifest, "overlong": {"seq_len": self.seq_len, "rule": self.overlong, **found}}
 
     @property
     def predict_bytes(self) -> np.ndarray:
-        """The same of each conversation as it is laid into rows: of an answer that is cut, its share."""
+        """Learnt bytes of each conversation of `predict_split`, as laid into rows: of a cut answer, its share."""
         found, examples = np.zeros(len(self.predict_split.documents)), self.examples(self.predict_split.name)
         found[examples.documents] = examples.num_bytes
         return found
 
     def train_dataloader(self) -> BatchLoader:
-        """Rows in an order drawn anew each epoch."""
+        """Rows in an order that is reshuffled each epoch."""
         return self._loader("train", self.seed)
 
     @property
@@ -136,7 +136,7 @@ class InstructionData(TokenData):
     # How rows are made.
 
     def examples(self, name: str) -> Examples:
-        """The conversations of a split that fit into rows, as they are laid into them."""
+        """The conversations of a split that fit into rows, and their layout."""
         if name not in self._examples:
             found = Examples(self._cache.split(name), self.seq_len, self.packed, self.overlong)
             self._examples[name] = found
@@ -146,7 +146,7 @@ class InstructionData(TokenData):
         return self._examples[name]
 
     def split_rows(self, name: str) -> int:
-        """Rows of a split."""
+        """Number of rows of a split."""
         return self.examples(name).num_rows
 
     def _evaluation_loader(self, name: str, with_documents: bool = False) -> BatchLoader | list[Any]:
@@ -172,7 +172,7 @@ class InstructionData(TokenData):
         return corpus if self.max_documents is None else corpus.head(self.max_documents)
 
     def _split(self, corpus: Corpus, dropped: Counter[str]) -> Iterator[tuple[Document, int, str]]:
-        # The messages have been cleaned; what is empty here is a row without an answer.
+        # The messages are cleaned already; an empty text is a row without an answer.
         cleaning = replace(self.cleaning, strip_control=False, unicode_nfc=False, drop_empty=True)
         return split_documents(corpus, cleaning, self.validation_fraction, self.test_fraction, dropped)
 
@@ -191,22 +191,22 @@ class InstructionData(TokenData):
 
 
 class Examples:
-    """The conversations of one split, and the rows that they are laid into.
+    """The conversations of one split and the rows that they are laid into.
 
     Args:
-        split: Their tokens.
-        seq_len: Most tokens that a row reads.
-        packed: Whether a row holds several.
-        overlong: What is done with those that no row holds: `drop`, `cut` or `refuse`.
+        split: Tokens of the conversations.
+        seq_len: Maximum tokens that a row reads.
+        packed: Whether a row may hold several conversations.
+        overlong: What to do with conversations that are longer than a row: `drop`, `cut` or `refuse`.
 
     Attributes:
-        overlong: How many of those there were, by what was done with them.
-        documents: Index, in the split, of each of the others.
-        lengths: Places that each of those takes in a row.
-        num_rows: Rows that they are laid into.
+        overlong: Number of overlong conversations that were `cut` and `dropped`.
+        documents: Index in the split of each conversation that is kept.
+        lengths: Positions that each kept conversation takes in a row.
+        num_rows: Number of rows.
 
     Raises:
-        ValueError: When one is too long, and that is refused.
+        ValueError: When a conversation is too long and `overlong` is `refuse`.
     """
 
     def __init__(self, split: TokenSplit, seq_len: int, packed: bool, overlong: str) -> None:
@@ -236,24 +236,24 @@ class Examples:
         self.num_rows = len(self._edges) - 1
 
     def _labels(self, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
-        """Labels of each conversation that ends there; its first token is none."""
+        """Number of labels of each conversation between these edges; its first token is never a label."""
         if not len(starts):
             return np.zeros(0, dtype=np.int64)
         sums = np.add.reduceat(self.split.learnt, np.stack([starts + 1, ends], axis=1).ravel(), dtype=np.int64)[::2]
         return np.where(ends - starts > 1, sums, 0)
 
     def held(self, row: int) -> np.ndarray:
-        """Which of the conversations a row holds."""
+        """Indices, among the kept conversations, of those that a row holds."""
         return self._order[self._edges[row] : self._edges[row + 1]]
 
     def batch(self, rows: np.ndarray, padding: int, with_bytes: bool, with_documents: bool) -> TokenBatch:
-        """Lays some of the rows.
+        """Makes a batch of rows.
 
         Args:
-            rows: Which.
-            padding: Token that fills them up.
-            with_bytes: Add the bytes of the answers.
-            with_documents: Add which conversation of the split a label belongs to.
+            rows: Indices of the rows.
+            padding: Token that fills up a row.
+            with_bytes: Add `num_bytes`, the bytes of the answers.
+            with_documents: Add `documents`, the index in the split of each label's conversation.
         """
         held = [self.held(row) for row in rows.tolist()]
         width = self.seq_len if self.packed else max(int(self.lengths[x].sum()) for x in held)
