@@ -1,7 +1,7 @@
-"""Ways to fine-tune: which parameters of a network learn, from when on, and how fast.
+"""Fine-tuning methods: which parameters of a network are trained, from when on, and at what learning rate.
 
-Each is declared before the first step and is a function of depth and step alone, so that a resumed run goes on as the
-one that was cut: nothing is switched on the way that a checkpoint would have to remember.
+Each is declared before the first step and depends only on depth and step, so a resumed run continues exactly like an
+uninterrupted one: there is no state that a checkpoint would have to hold.
 """
 
 from __future__ import annotations
@@ -20,32 +20,33 @@ from lit_llm.weights import hf_names
 
 
 class Adaptation(ABC):
-    """A way to fine-tune. Without any, all parameters learn from the first step at their optimiser's rate.
+    """A fine-tuning method. Without one, all parameters are trained from the first step at their optimiser's rate.
 
     Depths are those of `blocks.depths`: 0 is below the blocks, `top` is the head.
     """
 
     cache_features: ClassVar[bool] = False
-    """Whether the backbone is to read each example only once, since it gives the same features at each step."""
+    """Whether to compute the backbone's features of each example only once, since they are the same at each step."""
 
     adds: ClassVar[bool] = False
-    """Whether `prepare` adds to the network what can be saved without it."""
+    """Whether `prepare` adds parameters that can be saved separately from the network."""
 
     @abstractmethod
     def start(self, depth: int, top: int) -> float | None:
-        """From which part of the training, in [0, 1), the parameters of a depth learn; `None` for never."""
+        """Fraction of the training, in [0, 1), after which the parameters at a depth are trained; `None` for never."""
 
     def rate(self, depth: int, top: int) -> float:
-        """Factor on the learning rate of a depth."""
+        """Factor on the learning rate at a depth."""
         return 1.0
 
     def prepare(self, network: nn.Module) -> None:
-        """Makes of a network, in place, what is trained: freezes what never learns.
+        """Prepares a network for training, in place: freezes what is never trained.
 
-        To be called once, after the network has the weights to start from.
+        Must be called once, after the initial weights have been loaded.
 
         Raises:
-            ValueError: When nothing would learn, as where only the head should and it is the embeddings' matrix.
+            ValueError: When nothing would be trained, for example if only the head should be and it is tied to the
+                embeddings.
         """
         found, top = depths(network)
         for p, depth in found.items():
@@ -58,15 +59,15 @@ class Adaptation(ABC):
         freeze_batch_norm_statistics(network)
 
     def finish(self, network: nn.Module) -> None:  # noqa: B027 (most leave nothing to do)
-        """Makes of a trained network, in place, one of the form that it had before `prepare`."""
+        """Restores, in place, the form that a trained network had before `prepare`."""
 
     def save(self, network: nn.Module, folder: Path) -> None:  # noqa: B027 (the same)
-        """Writes into `folder` what was added to the network."""
+        """Writes what was added to the network into `folder`."""
 
     def groups(self, groups: list[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:
-        """Splits an optimiser's groups where depths start or step differently, and says how, as `start` and `rate`."""
+        """Splits an optimiser's groups by start and learning-rate factor, which each group holds as `start`, `rate`."""
         found, top = depths(network)
-        # A head that is tied to the embeddings starts with them: then what starts first starts at once.
+        # A head tied to the embeddings starts with them, so it may be that nothing starts at 0: the earliest then does.
         earliest = min(self.start(found[p], top) or 0.0 for group in groups for p in group["params"])
         split = []
         for group in groups:
@@ -80,7 +81,7 @@ class Adaptation(ABC):
 
 @dataclass(frozen=True)
 class HeadOnly(Adaptation):
-    """Trains only the head, on the features of a frozen backbone: a linear probe, and the cheapest start.
+    """Trains only the head, on the features of a frozen backbone (a linear probe): the cheapest start.
 
     Args:
         cache_features: Compute each example's features once, before the first step and without dropout, so that a step
@@ -94,7 +95,7 @@ class HeadOnly(Adaptation):
     cache_features: bool = True
 
     def start(self, depth: int, top: int) -> float | None:
-        """The head's from the beginning."""
+        """The head from the beginning, the rest never."""
         return 0.0 if depth == top else None
 
 
@@ -116,14 +117,14 @@ class FrozenLayers(Adaptation):
             raise ValueError(f"num_layers must be at least 0, but is {self.num_layers}")
 
     def start(self, depth: int, top: int) -> float | None:
-        """All above the frozen ones from the beginning."""
+        """Everything above the frozen blocks from the beginning."""
         return None if depth <= self.num_layers else 0.0
 
     def prepare(self, network: nn.Module) -> None:
-        """Freezes.
+        """Freezes the embeddings and the first blocks.
 
         Raises:
-            ValueError: When there are no more blocks than are to be frozen.
+            ValueError: When the network has fewer than `num_layers` blocks.
         """
         blocks = sum(isinstance(module, Block) for module in network.modules())
         if self.num_layers > blocks:
@@ -157,11 +158,11 @@ class LayerDecay(Adaptation):
             raise ValueError(f"head_factor must be above 0, but is {self.head_factor}")
 
     def start(self, depth: int, top: int) -> float | None:
-        """All from the beginning."""
+        """Everything from the beginning."""
         return 0.0
 
     def rate(self, depth: int, top: int) -> float:
-        """`head_factor` for the head, and `decay` to the power of the layers from it to a depth below."""
+        """`head_factor` for the head, `decay ** (top - depth)` below it."""
         return self.head_factor if depth == top else self.decay ** (top - depth)
 
 
@@ -169,15 +170,15 @@ class LayerDecay(Adaptation):
 class GradualUnfreezing(LayerDecay):
     """Trains the head from the first step, and each layer a little later than the one above it.
 
-    A layer that does not learn yet costs no backward pass.
+    A layer that is not trained yet costs no backward pass.
 
     Args:
         decay: As in `LayerDecay`; 1 for equal rates.
         head_factor: As in `LayerDecay`.
-        until: Fraction of the training, in (0, 1), after which all layers learn.
+        until: Fraction of the training, in (0, 1), after which all layers are trained.
 
     Source:
-        Howard & Ruder, 2018, "ULMFiT", arXiv:1801.06146, section 3.3, where a layer is added each epoch.
+        Howard & Ruder, 2018, "ULMFiT", arXiv:1801.06146, section 3.3, which adds a layer each epoch.
     """
 
     decay: float = 1.0
@@ -189,7 +190,7 @@ class GradualUnfreezing(LayerDecay):
             raise ValueError(f"until must be in (0, 1), but is {self.until}")
 
     def start(self, depth: int, top: int) -> float | None:
-        """Evenly spread from the head, at 0, down to the embeddings, at `until`."""
+        """Evenly spaced, from 0 for the head to `until` for the embeddings."""
         return self.until * (top - depth) / top
 
 
@@ -197,14 +198,14 @@ class GradualUnfreezing(LayerDecay):
 class LoRA(Adaptation):
     """Low-rank adapters beside the blocks' frozen matrices: `x W + (alpha / rank) x A B`.
 
-    A convolution gets two, the first with its kernel and the second with one of 1 x 1; one by groups gets none. A head
-    learns as it is, unless it predicts tokens: then it has been trained with the rest, and stays.
+    For a convolution, `A` has its kernel size and `B` is a 1 x 1 convolution; grouped convolutions get no adapter. The
+    head is trained in full, unless it predicts tokens: then it is pretrained like the rest, and stays frozen.
 
-    Merged into plain weights when the model is exported, and saved alone beside it, as `adapter/`, in peft's form: peft
-    opens it on a network that transformers has.
+    When the model is exported, the adapters are merged into plain weights, and also saved separately in `adapter/` in
+    peft's format: peft loads them into networks that transformers has.
 
     Args:
-        rank: Width of the adapters.
+        rank: Rank of the adapters.
         alpha: Numerator of the scale of their output; `None` is twice the rank.
         dropout: Dropout probability of their input, in [0, 1).
         targets: Suffixes of the names of the layers that get an adapter; `None` is all layers inside blocks.
@@ -224,7 +225,7 @@ class LoRA(Adaptation):
 
     adds = True
     peft_options: ClassVar[dict[str, Any]] = {}
-    """What this kind of adapter is called in peft's config."""
+    """Options of peft's `LoraConfig` that select this kind of adapter."""
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -233,15 +234,15 @@ class LoRA(Adaptation):
             raise ValueError(f"dropout must be in [0, 1), but is {self.dropout}")
 
     def start(self, depth: int, top: int) -> float | None:
-        """All that learn from the beginning."""
+        """Everything that is trained, from the beginning."""
         return 0.0
 
     def prepare(self, network: nn.Module) -> None:
-        """Puts the adapters in, and freezes all but them and the head."""
+        """Inserts the adapters; freezes everything else, except a head that does not predict tokens."""
         from peft import inject_adapter_in_model
 
         found, top = depths(network)
-        # Without its config: peft would take names of today for those of older checkpoints.
+        # Wrapped, so that peft does not see the network's config: it would take the names for those of old checkpoints.
         holder = nn.ModuleDict({"network": network})
         inject_adapter_in_model(self._config([f"network.{name}" for name in self._layers(network)]), holder)
         for name, p in network.named_parameters():
@@ -276,7 +277,7 @@ class LoRA(Adaptation):
 
     @torch.no_grad()
     def finish(self, network: nn.Module) -> None:
-        """Adds the adapters to the weights they stand beside, and takes them out."""
+        """Merges the adapters into the weights beside them, and removes them."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         for name, layer in list(network.named_modules()):
@@ -285,7 +286,7 @@ class LoRA(Adaptation):
                 network.set_submodule(name, layer.get_base_layer())
 
     def save(self, network: nn.Module, folder: Path) -> None:
-        """Writes the adapters, and what else learnt, as peft's `PeftModel.from_pretrained` reads them."""
+        """Writes the adapters, and whatever else was trained, in the format of peft's `PeftModel.from_pretrained`."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         name_of = hf_names(network)
@@ -300,12 +301,12 @@ class LoRA(Adaptation):
 
 
 def _is_convolution(layer: nn.Module) -> bool:
-    """Whether a layer is a convolution that an adapter can stand beside: one by groups has too few weights for it."""
+    """Whether a layer is a convolution that can get an adapter; a grouped one has too few weights for it."""
     return isinstance(layer, nn.Conv2d) and layer.groups == 1
 
 
 def freeze_batch_norm_statistics(network: nn.Module) -> None:
-    """Has batch normalisations that are frozen go on with the statistics they came with, as in evaluation."""
+    """Puts frozen batch-norm layers into evaluation mode, so that they keep their running statistics."""
     for module in network.modules():
         own = list(module.parameters(recurse=False))
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and own and not any(p.requires_grad for p in own):
@@ -313,13 +314,13 @@ def freeze_batch_norm_statistics(network: nn.Module) -> None:
 
 
 def _saved(name: str) -> str:
-    """The name by which peft keeps a parameter of an adapter."""
+    """The name under which peft saves a parameter of an adapter."""
     return name.replace(".default", "").replace("lora_magnitude_vector.weight", "lora_magnitude_vector")
 
 
 @dataclass(frozen=True)
 class DoRA(LoRA):
-    """LoRA that adapts direction and magnitude of the weights apart: closer to full fine-tuning at low ranks.
+    """LoRA that adapts direction and magnitude of the weights separately: closer to full fine-tuning at low ranks.
 
     Arguments are those of `LoRA`.
 

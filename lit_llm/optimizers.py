@@ -1,4 +1,4 @@
-"""Parameter groups by role, and Muon for matrices with AdamW for the rest."""
+"""Parameter groups by role, and an optimiser that uses Muon for matrices and AdamW for the rest."""
 
 from __future__ import annotations
 
@@ -25,22 +25,23 @@ EXPERTS = (
     "num_routed_experts",
     "total_experts",
 )
-"""What modules call the number of experts of which they hold the matrices, or biases, in one parameter."""
+"""Names under which modules keep the number of experts whose matrices, or biases, one parameter stacks."""
 
 
 def parameter_groups(network: nn.Module, decay_embeddings: bool = False) -> list[dict[str, Any]]:
-    """Sorts the trainable parameters of a network into optimiser groups by what they do.
+    """Sorts the trainable parameters of a network into optimiser groups by role.
 
     Args:
         network: Any network.
-        decay_embeddings: Let weight decay act on embeddings too.
+        decay_embeddings: Apply weight decay to embeddings too.
 
     Returns:
         One group for each role that occurs, with its name under `role`: `matrices` (two or more dimensions, inside a
-        `Block`), `embeddings`, `head` (other matrices) and `vectors` (norms and biases, those of all experts in one
-        too). Groups that weight decay must not touch carry `weight_decay: 0.0`; the others take the optimiser's.
-        A matrix of each expert in one parameter is marked as such (`is_stack`), for `Muon`; it is known by its module,
-        which says of how many experts it is (`EXPERTS`): XLNet's three dimensions are one matrix.
+        `Block`), `embeddings`, `head` (other matrices) and `vectors` (norms and biases, including the biases of all
+        experts in one parameter). Groups without weight decay carry `weight_decay: 0.0`; the others take the
+        optimiser's. A parameter that stacks one matrix per expert is marked with `is_stack` for `Muon`; it is
+        recognised by its module, which states the number of experts (`EXPERTS`). Other parameters of three dimensions,
+        such as XLNet's, are one matrix.
 
     Raises:
         ValueError: When nothing is trainable.
@@ -75,18 +76,18 @@ def parameter_groups(network: nn.Module, decay_embeddings: bool = False) -> list
 
 
 def _by_expert(module: nn.Module, p: nn.Parameter) -> bool:
-    """Whether a parameter has an entry for each of the experts that its module says it has."""
+    """Whether the first dimension of a parameter is the number of experts that its module states."""
     return p.ndim > 1 and any(getattr(module, name, None) == p.shape[0] for name in EXPERTS)
 
 
 def orthogonalize(matrices: Float[Tensor, "n rows cols"]) -> Float[Tensor, "n rows cols"]:
-    """Moves all singular values of each matrix towards one (into about 0.7 to 1.2), keeping the singular vectors.
+    """Moves all singular values of each matrix towards one (to about 0.7 to 1.2), keeping the singular vectors.
 
     Args:
         matrices: A stack of matrices of one shape.
 
     Returns:
-        In bfloat16, which is precise enough for a direction and fast everywhere.
+        The result in bfloat16, which is precise enough for a direction and fast everywhere.
 
     Source:
         Jordan et al., 2024, "Muon", kellerjordan.github.io/posts/muon.
@@ -106,12 +107,12 @@ class Muon(Optimizer):
     """Orthogonalised momentum for the matrices inside blocks, AdamW for embeddings, head and vectors.
 
     Idea: a matrix's momentum has a few dominant directions; setting all its singular values to one makes every
-    direction learn at the same pace. Suggested: `lr` 0.02 to 0.1 for matrices whatever their size, with warm-up.
+    direction learn at the same pace. Suggested: `lr` 0.02 to 0.1 for matrices of any size, with warm-up.
 
     Args:
-        params: Groups from `parameter_groups`, or plain parameters (two dimensions and more are then matrices).
-        lr: Learning rate of matrices: the update has a root mean square near `lr / sqrt(cols)`.
-        momentum: Momentum of matrices (Nesterov).
+        params: Groups from `parameter_groups`, or plain parameters (then those of two or more dimensions are matrices).
+        lr: Learning rate for matrices; the root mean square of an update is near `lr / sqrt(cols)`.
+        momentum: Nesterov momentum for matrices.
         momentum_warmup_steps: Steps over which the momentum rises from 0.85, so that the first, fast-changing gradients
             are forgotten sooner; 0 for none.
         weight_decay: Decoupled weight decay, for groups that do not set their own.
@@ -126,9 +127,9 @@ class Muon(Optimizer):
 
     Source:
         Jordan et al., 2024, "Muon", kellerjordan.github.io/posts/muon, with its scale `sqrt(max(1, rows / cols))`.
-        Matrices of one shape are orthogonalised together in one batched product, those of experts each on its own, a
-        convolution as one of its output channels; of those that are shared out over devices (`strategies`) each device
-        does all of it.
+        Matrices of one shape are orthogonalised in one batched product; each expert's matrix is one of them, and a
+        convolution is a matrix with a row per output channel. For sharded matrices (`strategies`) every device
+        orthogonalises the whole matrix.
 
     Example:
         >>> network = nn.Linear(4, 4)
@@ -208,7 +209,7 @@ class Muon(Optimizer):
                 self.state[p]["step"] += 1
             torch._foreach_lerp_(buffers, grads, 1 - momentum)
             nesterov = torch._foreach_lerp(grads, buffers, momentum)
-            # Of a matrix that is shared out over devices each makes the whole update, and keeps its share.
+            # Every device computes the whole update of a sharded matrix and keeps its own shard.
             wholes = torch.stack([whole(shared_as(u, p)) for u, p in zip(nesterov, members)])
             updates = orthogonalize(wholes.flatten(0, 1) if is_stack else wholes.flatten(2))
             scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
@@ -228,7 +229,7 @@ class Muon(Optimizer):
                 self.state[p]["exp_avg_sq"] = torch.zeros_like(p)
         if not members:
             return
-        for p in members:  # a checkpoint is loaded on the CPU, and Lightning leaves `step` there
+        for p in members:  # Lightning loads a checkpoint on the CPU and leaves `step` there
             self.state[p]["step"] = self.state[p]["step"].to(p.device)
         states = [self.state[p] for p in members]
         adamw(

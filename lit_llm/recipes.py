@@ -1,4 +1,4 @@
-"""How a network is made, as a config and a checkpoint say it: a class path and arguments, plain values; and back."""
+"""Recipes of networks: a class path and plain arguments, as configs and checkpoints hold them, and the way back."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def class_path(kind: type) -> dict[str, Any]:
 
 
 def first_argument(kind: type) -> str:
-    """What sizes a network: `vocab_size`, `num_classes`."""
+    """Name of a network's first argument, which gives its size: `vocab_size`, `num_classes`."""
     return next(iter(inspect.signature(kind).parameters))
 
 
 def plain(value: Any) -> Any:
-    """A dataclass as a class path and arguments, an enum's member as its name, a path as text; also inside others."""
+    """A dataclass as a class path and arguments, an enum member as its name, a path as text; also inside containers."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return class_path(type(value)) | {"init_args": {name: plain(v) for name, v in vars(value).items()}}
     if isinstance(value, enum.Enum):
@@ -45,14 +45,14 @@ def plain(value: Any) -> Any:
 
 
 def described(name: str, value: Any) -> Any:
-    """A value that a checkpoint can hold without pickling: a class, partial or schedule becomes its path.
+    """A value that a checkpoint can hold without pickling: a class, partial or schedule becomes its class path.
 
     Raises:
-        TypeError: For a function, of which nothing could be rebuilt.
+        TypeError: For a function, which could not be rebuilt.
     """
     made_from = value.func if isinstance(value, functools.partial) else value
     if callable(made_from) and getattr(made_from, "__module__", "").startswith("jsonargparse"):
-        return None  # `load_from_checkpoint` at work; `on_load_checkpoint` knows what this was made from
+        return None  # in `load_from_checkpoint`; `on_load_checkpoint` knows the recipe
     if isinstance(value, functools.partial):
         return described(name, value.func) | {"init_args": {n: described(n, v) for n, v in value.keywords.items()}}
     if isinstance(value, type):
@@ -67,16 +67,16 @@ def described(name: str, value: Any) -> Any:
 
 
 def built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:
-    """What a class path and arguments describe: a network, or a plain value.
+    """Builds what a recipe describes: a network, or a plain value.
 
     Args:
         recipe: `class_path` and `init_args`.
-        path: The checkpoint that it is from.
-        first: What sizes a network; nothing for a plain value.
+        path: The checkpoint that it is from, for messages.
+        first: The network's first argument, its size; nothing for a plain value.
 
     Raises:
-        ValueError: When there is no such class, it is neither a torch module nor, without `first`, a dataclass, it has
-            other arguments, or its annotations do not say how one is made.
+        ValueError: When the class does not exist, is neither a torch module nor (without `first`) a dataclass, takes
+            other arguments, or has annotations from which an argument cannot be rebuilt.
     """
     whose = f"network in {path}"
     kind = _class_of(recipe, whose, network=bool(first))
@@ -91,20 +91,20 @@ def built(recipe: dict[str, Any], path: Path, *first: Any) -> Any:
 
 
 def require_rebuildable(recipe: dict[str, Any], make: Any) -> None:
-    """Sees that a network's arguments come out of a checkpoint as they go in, where its class can be named in one.
+    """Checks that a network's arguments can be rebuilt from a checkpoint unchanged, if its class can be imported.
 
     Args:
         recipe: What the checkpoint will hold.
         make: What makes the network now; the arguments of a `functools.partial` are compared.
 
     Raises:
-        ValueError: Naming the argument that would be another.
+        ValueError: When an argument would change; the message names it.
     """
     try:
         kind = _class_of(recipe, "model.network", network=True)
-    except ValueError:  # one that is made in a function or by one trains, too; no file could name it
+    except ValueError:  # a function, or a class defined in one, can be trained too, but no file can name it
         return
-    with torch.random.fork_rng(devices=[]):  # modules among them draw weights
+    with torch.random.fork_rng(devices=[]):  # modules among the arguments draw random weights
         again = _arguments(kind, recipe, "model.network")
     for name, value in (make.keywords if isinstance(make, functools.partial) else {}).items():
         made = again.get(name)
@@ -113,17 +113,17 @@ def require_rebuildable(recipe: dict[str, Any], make: Any) -> None:
 
 
 UNKNOWN = (Any, inspect.Parameter.empty)
-"""Annotation and default of a parameter of which nothing is said."""
+"""Annotation and default of a parameter that no constructor declares."""
 
 
 def _class_of(recipe: dict[str, Any], whose: str, network: bool = False) -> type:
-    """The class that a recipe names: a network, or else a torch module or a dataclass."""
+    """The class that a recipe names: a torch module or, unless it must be a network, a dataclass."""
     module, _, name = str(recipe.get("class_path")).rpartition(".")
     try:
         kind = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"{whose} must be a class that can be imported, but is not: {error}") from error
-    # Nothing else is called: a network, with its size, or among its arguments a module or a plain value.
+    # Nothing else may be called from a file: only networks and, among their arguments, modules and dataclasses.
     made = isinstance(kind, type) and (issubclass(kind, nn.Module) or (not network and dataclasses.is_dataclass(kind)))
     if not made:
         rule = "a torch module" if network else "a torch module or a dataclass"
@@ -132,7 +132,7 @@ def _class_of(recipe: dict[str, Any], whose: str, network: bool = False) -> type
 
 
 def _part(whose: str, name: str) -> str:
-    """How an argument of what is called `whose` is called: `network.act in best.ckpt`."""
+    """Name of an argument of `whose` in messages: `network.act in best.ckpt`."""
     owner, *place = whose.split(" ", 1)
     return " ".join([f"{owner}.{name}", *place])
 
@@ -146,7 +146,7 @@ def _unfit(whose: str, hint: Any, value: Any) -> ValueError:
 
 
 def _arguments(kind: type, recipe: dict[str, Any], whose: str) -> dict[str, Any]:
-    """The arguments that a recipe gives a class, from plain values made what the constructor's annotations say."""
+    """The arguments of a recipe, converted from plain values to what the constructor's annotations say."""
     parameters, found = _parameters(kind), {}
     for name, value in (recipe.get("init_args") or {}).items():
         hint, default = parameters.get(name, UNKNOWN)
@@ -162,7 +162,7 @@ def _arguments(kind: type, recipe: dict[str, Any], whose: str) -> dict[str, Any]
 
 
 def _said(default: Any) -> Any:
-    """How a config says a default value: a function by its path, a `torch.dtype` as text."""
+    """How a config writes a default value: a function as its path, a `torch.dtype` as text."""
     if callable(default) and hasattr(default, "__qualname__"):
         return f"{default.__module__}.{default.__qualname__}"
     said = plain(default)
@@ -170,22 +170,22 @@ def _said(default: Any) -> Any:
 
 
 def _parameters(kind: type) -> dict[str, tuple[Any, Any]]:
-    """The annotation and default of each parameter of a constructor, and of those it may hand arguments on to."""
+    """Annotation and default of each parameter of a constructor and of the base classes' constructors."""
     found = {}
     for base in reversed(kind.__mro__):
         try:
             parameters, hints = inspect.signature(base.__init__).parameters, typing.get_type_hints(base.__init__)
-        except (NameError, TypeError, ValueError):  # annotated by what is not there, or written in C
+        except (NameError, TypeError, ValueError):  # an annotation cannot be resolved, or the class is written in C
             continue
         found |= {name: (hints.get(name, Any), parameter.default) for name, parameter in parameters.items()}
     return found
 
 
 def _fitted(value: Any, hint: Any, whose: str) -> Any:
-    """A plain value as an annotation wants it, which the command line makes of it too.
+    """Converts a plain value to an annotated type, as the command line does.
 
     Raises:
-        TypeError: When it cannot be.
+        TypeError: When that is not possible.
     """
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     members = inner if origin in (typing.Union, types.UnionType) else (hint,)
@@ -215,7 +215,7 @@ def _fitted(value: Any, hint: Any, whose: str) -> Any:
 
 
 def _of_class(value: Any, hint: type, whose: str) -> Any:
-    """As `_fitted`, of an annotation that is a class."""
+    """Does the work of `_fitted` for an annotation that is a class."""
     if issubclass(hint, enum.Enum) and isinstance(value, str):
         if value not in hint.__members__:
             raise TypeError
@@ -226,7 +226,7 @@ def _of_class(value: Any, hint: type, whose: str) -> Any:
         return hint(value)
     if hint is torch.dtype and isinstance(getattr(torch, str(value).removeprefix("torch."), None), torch.dtype):
         return getattr(torch, str(value).removeprefix("torch."))
-    plain_types = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}  # or, of jsonargparse, below them
+    plain_types = {bool: (bool,), int: (int,), float: (int, float), str: (str,)}  # or jsonargparse's subclasses of them
     allowed = next((types for base, types in plain_types.items() if issubclass(hint, base)), None)
     if (type(value) in allowed) if allowed else isinstance(value, hint):
         return value
@@ -234,10 +234,10 @@ def _of_class(value: Any, hint: type, whose: str) -> Any:
 
 
 def _nested(recipe: dict[str, Any], members: tuple[Any, ...], whose: str) -> Any:
-    """What a class path among the arguments stands for: an object, or where that is wanted the class, or a partial.
+    """What a class path among the arguments stands for: an instance or, if annotated so, the class or a partial of it.
 
     Raises:
-        TypeError: When none of them is wanted.
+        TypeError: When the annotation allows none of them.
     """
     kind = _class_of(recipe, whose)
     origins = {typing.get_origin(member) or member for member in members}

@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, so that a resumed run goes on where it was."""
+"""Learning-rate schedules: pure functions of the step, so that a resumed run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ def step_at(fraction: int | float, total_steps: int | float) -> int:
     """The first step at which a fraction of a run is done.
 
     Raises:
-        ValueError: When the run has no last step, and the fraction is of it.
+        ValueError: When the run has no last step, and the fraction is above 0.
 
     Example:
         >>> step_at(0.5, 7), step_at(0.0, math.inf)
@@ -62,7 +62,7 @@ class Constant(Schedule):
 
 
 class _Decaying(Schedule):
-    """Falls from one to `final`.
+    """Falls from one to `final` after the warm-up.
 
     Args:
         warmup_steps: As in `Schedule`.
@@ -102,7 +102,7 @@ class Cosine(_Decaying):
 
 
 class WarmupStableDecay(_Decaying):
-    """Stays at one, then falls linearly over the last part; a run can be extended from before the fall.
+    """Stays at one, then falls linearly over the last part; a run can be extended from a checkpoint before the fall.
 
     Args:
         warmup_steps: As in `Schedule`.
@@ -121,6 +121,6 @@ class WarmupStableDecay(_Decaying):
         self.decay_fraction = decay_fraction
 
     def after_warmup(self, progress: float) -> float:
-        """One until the last `decay_fraction`, then a line to `final`."""
+        """One until the last `decay_fraction`, then linear to `final`."""
         fallen = max(0.0, progress - (1 - self.decay_fraction)) / self.decay_fraction
         return 1 - (1 - self.final) * fallen

@@ -1,4 +1,4 @@
-"""Lines of JSON, each a row: read one by one, so that they need nothing in common."""
+"""JSON lines: each line is a row, read by itself, so that rows need not have the same columns or types."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file with one in each line that is not blank.
+    """The rows of a file, one per line that is not blank.
 
     Raises:
-        ValueError: When a line is no JSON, or no row, or holds half a character; or when the file is not UTF-8.
+        ValueError: When a line is not JSON, not an object, or holds an unpaired surrogate; or when the file is not
+            UTF-8.
     """
     for number, line in enumerate(_utf8_lines(file), 1):
         if not line.strip():
@@ -49,10 +50,10 @@ def _utf8_lines(file: Path) -> Iterator[str]:
 
 
 def is_in_lines(file: Path) -> bool:
-    """Whether a file of JSON begins with a line that is a row, or is empty.
+    """Whether a JSON file begins with a line that is a row, or is empty.
 
     Raises:
-        ValueError: When it is not UTF-8: other readers would hand on what cannot be read later.
+        ValueError: When it is not UTF-8, because other readers would pass on text that cannot be read later.
     """
     try:
         next(json_lines(file), None)
@@ -64,7 +65,7 @@ def is_in_lines(file: Path) -> bool:
 
 
 def with_all_columns(rows: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Rows with null for each column that they lack, but another has, up to some hundreds of rows later.
+    """Adds null for each column that a row lacks, but an earlier row has, or one up to some hundreds of rows later.
 
     Example:
         >>> list(with_all_columns(iter([{"a": 1}, {"b": 2}])))

@@ -1,4 +1,4 @@
-"""Labels: classes or values learnt from a training split, by which those of all splits are read."""
+"""Labels: learns the classes from the training split, and reads the labels of all splits by them."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ log = logging.getLogger(__name__)
 
 WHOLE = re.compile(r"[+-]?\d+")
 CODE = re.compile(r"[+-]?0\d+")
-"""What is a name though it looks like a number: 01 is not 1."""
+"""A number with a leading zero, which is taken for a name: 01 is not 1."""
 
 REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
 SEPARATOR = re.compile(r"[;,|\t]")
-"""What in the name of a column speaks for cells that are not told apart."""
+"""Characters in a column's name that suggest that cells were not separated."""
 
 NOT_AGREED = "-"
-"""What SNLI and MultiNLI have for a label where their annotators did not agree on one."""
+"""Label in SNLI and MultiNLI of an example on which the annotators did not agree."""
 
 TRUTHS = {"true": True, "false": False}
-"""What text spells of truth values: in small letters, as `True` or as `TRUE`."""
+"""Truth values as text, also spelt `True` or `TRUE`."""
 
 
 @dataclass(frozen=True)
 class LabelReader:
-    """Makes classes or values of what stands in a label column.
+    """Converts the cells of a label column to class indices or values.
 
     Attributes:
         path: The table, for messages.
         column: The label column.
-        values: What stands there for each class; empty where labels are values.
-        class_names: What each class is called.
+        values: The cell that stands for each class in the training split; empty if labels are values.
+        class_names: Name of each class.
     """
 
     path: str
@@ -50,12 +50,13 @@ class LabelReader:
     class_names: list[str] = field(default_factory=list)
 
     def read(self, found: list[Any], split: str) -> np.ndarray:
-        """The labels of a split: all by the names of the classes or all as training had them, whichever knows more.
+        """The labels of a split: cells are read as class names or as the cells of training, whichever knows more.
 
-        Where both know as many, as a name may be another class's number, they are names.
+        All cells are read in the same way. If both ways know equally many, cells are names, because a name may be
+        another class's number.
 
         Raises:
-            ValueError: When one is missing or not finite, or was never seen in training.
+            ValueError: When a label is missing, not finite, or not known from training.
         """
         found = plain_labels(found, self.path, split, as_values=not self.values)
         if not self.values:
@@ -89,12 +90,12 @@ class LabelReader:
 
     @property
     def ways(self) -> tuple[LabelReader, LabelReader]:
-        """One that reads names of classes alone, and one that reads only what training had."""
+        """A reader that knows only class names, and one that knows only the cells of training."""
         return replace(self, values=tuple(self.class_names)), replace(self, class_names=list(map(str, self.values)))
 
 
 def _as_known(value: Any, known: Collection[Any]) -> Any:
-    """A label as it is known: as it is, or as text (10, beside 01; 1 of 1.0); a truth value as any table writes it."""
+    """A label in its known form: unchanged, as text (10 beside 01; 1 for 1.0), or a truth value in any spelling."""
     if value in known:
         return value
     text = str(int(value) if isinstance(value, float) and value.is_integer() and str(value) not in known else value)
@@ -103,13 +104,14 @@ def _as_known(value: Any, known: Collection[Any]) -> Any:
 
 
 def plain_labels(found: list[Any], path: str, split: str, as_values: bool = False) -> list[Any]:
-    """Labels of one type: whole numbers, real numbers, truth values or names; text that spells numbers is numbers.
+    """Labels of one type: integers, real numbers, truth values or names; text that spells numbers becomes numbers.
 
-    Spaces around text are no part of it. Whole numbers of which one has a zero in front are names, but for `as_values`.
+    Spaces around text are stripped. If all labels are integers as text and one has a leading zero, they are names,
+    unless `as_values`.
 
     Raises:
-        ValueError: When one is missing.
-        TypeError: When they are of several types, or of another.
+        ValueError: When a label is missing.
+        TypeError: When labels are of several types, or of an unsupported one.
     """
     found = [value.strip() if isinstance(value, str) else value for value in found]
     for row, value in enumerate(found):
@@ -142,26 +144,26 @@ def plain_labels(found: list[Any], path: str, split: str, as_values: bool = Fals
 
 
 def is_hidden(rows: Dataset, column: str) -> bool:
-    """Whether a split has no labels: no such column, or -1 or nothing in all of it, as in GLUE's test splits."""
+    """Whether a split has no labels: no such column, or only -1 or nothing in it, as in GLUE's test splits."""
     return column not in rows.column_names or say_nothing(column_values(rows, column))
 
 
 def learn_labels(
     rows: Dataset, path: str, column: str, names: tuple[str, ...] = (), as_values: bool = False
 ) -> LabelReader:
-    """Which classes there are, from the training split: none for real numbers.
+    """Learns the classes from the training split; real numbers have none.
 
     Args:
         rows: The training split.
         path: The table, for messages.
         column: Its label column.
-        names: What the classes are called, in their order, where that is known; a column of the hub's `ClassLabel`
-            knows by itself. Otherwise they are in the order of their values.
-        as_values: Whether whole numbers are values too, where no names of classes are known.
+        names: Class names in order, if known; a `ClassLabel` column has its own. Otherwise classes are in the order of
+            their values.
+        as_values: Whether integers are values too, if no class names are known.
 
     Raises:
-        ValueError: When all labels are one, or one is a number beyond the known classes.
-        TypeError: When they are of several types.
+        ValueError: When all labels are equal, or one is a number beyond the known classes.
+        TypeError: When labels are of several types.
     """
     raw = column_values(rows, column)
     found = plain_labels(raw, path, "training", as_values)
@@ -210,16 +212,16 @@ def learn_labels(
 
 
 def read_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray | None:
-    """The labels of a table by classes learnt from another; `None` where it has none.
+    """The labels of a table by classes learnt from another; `None` if it has none.
 
-    A row whose label is missing or none of those classes has `IGNORE_INDEX`, or NaN where labels are values.
+    A row whose label is missing or unknown gets `IGNORE_INDEX`, or NaN if labels are values.
     """
     if not reader.column or is_hidden(rows, reader.column):
         return None
     found, reader = _by_name(rows, reader)
     try:
         return reader.read(found, split)
-    except (ValueError, TypeError):  # some are missing or unknown: each for itself, then, but all in one way
+    except (ValueError, TypeError):  # some are missing or unknown: reads one by one, but all in the same way
         kinds = {repr(each): each for each in found}
         readings = [{kind: _read_one(value, way, split) for kind, value in kinds.items()} for way in reader.ways]
         read = max(readings, key=lambda reading: sum(label is not None for label in reading.values()))
@@ -236,19 +238,20 @@ def read_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray | 
 
 
 def require_labels(rows: Dataset, reader: LabelReader, split: str) -> np.ndarray:
-    """The same, where each row must have one of those classes, or a value.
+    """The labels of a table by classes learnt from another; every row must have a known one.
 
     Raises:
-        ValueError: When one has none.
+        ValueError: When a label is missing or unknown.
     """
     found, reader = _by_name(rows, reader)
     return reader.read(found, split)
 
 
 def _by_name(rows: Dataset, reader: LabelReader) -> tuple[list[Any], LabelReader]:
-    """What stands in the label column, and what reads it.
+    """The cells of the label column, and a reader for them.
 
-    Where the hub's `ClassLabel` numbers the names, it is as training had it, and no number is a name.
+    If a `ClassLabel` column has any of the known class names, its numbers are translated by name to the cells of
+    training. Its numbers are never taken for class names.
     """
     found, feature = column_values(rows, reader.column), rows.features[reader.column]
     if not isinstance(feature, ClassLabel):
@@ -261,7 +264,7 @@ def _by_name(rows: Dataset, reader: LabelReader) -> tuple[list[Any], LabelReader
 
 
 def _read_one(value: Any, reader: LabelReader, split: str) -> int | float | None:
-    """One label by itself; `None` where it is missing or unknown."""
+    """One label by itself; `None` if it is missing or unknown."""
     try:
         return reader.read([value], split).item()
     except (ValueError, TypeError):
@@ -298,10 +301,11 @@ def labelled_splits(
     test_fraction: float,
     as_values: bool = False,
 ) -> tuple[dict[str, Split], LabelReader]:
-    """Reads the labels of all splits, and cuts those that are missing out of the training split.
+    """Reads the labels of all splits, and cuts missing splits out of the training split.
 
     Raises:
-        ValueError: When there is no training split, a split but `test` has no labels, or a label is missing or new.
+        ValueError: When there is no training split, a split other than `test` has no labels, or a label is missing or
+            not seen in training.
     """
     if "train" not in found:
         raise ValueError(f"data.path must hold a training split, but {path} has only {', '.join(found)}")
@@ -325,10 +329,10 @@ def labelled_splits(
 
 
 def require_seen(splits: dict[str, Split], reader: LabelReader) -> None:
-    """Refuses classes that no training example has.
+    """Refuses splits with classes that no training example has.
 
     Raises:
-        ValueError: When another split has one.
+        ValueError: When a split has such a class.
     """
     for name, split in splits.items():
         if split.labels is None or not reader.values:

@@ -1,4 +1,4 @@
-"""Documents to rows of one length, and back to which document a position belongs to. Pure functions."""
+"""Packs documents into rows of one length, and finds the document that a position belongs to. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lit_llm.batch import IGNORE_INDEX
 
 
 def num_rows(num_tokens: int, seq_len: int) -> int:
-    """Rows in which each token of a stream but the first is predicted once; the last row may be partly filled."""
+    """Number of rows that predict every token of a stream but the first once; the last may be partly filled."""
     return -(-max(0, num_tokens - 1) // seq_len)
 
 
@@ -20,7 +20,7 @@ def cut_rows(
 ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"]]:
     """Cuts rows out of a stream of tokens in one gather, without a copy of the stream.
 
-    Row `r` reads tokens `r * seq_len` to `(r + 1) * seq_len` and predicts those one further.
+    Row `r` reads tokens `r * seq_len` to `(r + 1) * seq_len - 1`, and predicts the token after each.
 
     Args:
         tokens: The stream, of any unsigned type; may be a memory map.
@@ -45,7 +45,7 @@ def cut_rows(
 
 
 def document_ids(input_ids: Int[Tensor, "batch seq"], boundary: int) -> Int[Tensor, "batch seq"]:
-    """Which document of its row a position reads from, counted from 0; the boundary token opens a document.
+    """Index of each position's document within its row, from 0; a boundary token opens the next document.
 
     Example:
         >>> document_ids(torch.tensor([[5, 0, 7, 7, 0]]), boundary=0).tolist()
@@ -57,8 +57,8 @@ def document_ids(input_ids: Int[Tensor, "batch seq"], boundary: int) -> Int[Tens
 def label_documents(starts: np.ndarray, rows: np.ndarray, seq_len: int) -> Int[np.ndarray, "batch seq"]:
     """Index of the document that each label of the rows belongs to.
 
-    A document owns the labels that are its own tokens and the boundary that ends it; the stream is
-    `boundary doc₀ boundary doc₁ …`, so `starts[d]` (the place of the boundary before document `d`) is exclusive.
+    The labels of a document are its own tokens and the boundary that ends it. The stream is
+    `boundary doc₀ boundary doc₁ …`, so `starts[d]`, the position of the boundary before document `d`, is exclusive.
 
     Example:
         >>> label_documents(np.array([0, 3]), np.array([0]), seq_len=5).tolist()  # b x x b y b
@@ -69,18 +69,18 @@ def label_documents(starts: np.ndarray, rows: np.ndarray, seq_len: int) -> Int[n
 
 
 def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Puts whole examples into as few rows as best-fit decreasing finds.
+    """Packs whole examples into few rows by best-fit decreasing.
 
-    The longest example comes first, each into the row that it fills best, so no order of the examples changes how many
-    rows there are. At most 11/9 of the fewest possible (and one more); short examples among long ones fill nearly all.
+    Longest first, each example goes into the row with the least room that still fits it, so the order of the examples
+    does not change the number of rows. That is at most 11/9 of the minimum (plus one); with short examples among long
+    ones, rows are nearly full.
 
     Args:
         lengths: Length of each example, from 1 to `capacity`.
         capacity: Length of a row.
 
     Returns:
-        The examples in the order of their rows, and the edges of the rows in it: row `r` holds
-        `order[edges[r] : edges[r + 1]]`.
+        The examples ordered by row, and the edges of the rows: row `r` holds `order[edges[r] : edges[r + 1]]`.
 
     Raises:
         ValueError: When an example is empty or does not fit.
@@ -99,7 +99,7 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
         )
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0  # bit `n` is set where a row has room for just `n` more
+    rooms = 0  # bit `n` is set if a row has room for exactly `n` more tokens
     for example in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
         length = int(lengths[example])
         fitting = rooms >> length << length
@@ -118,15 +118,15 @@ def pack(lengths: np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def lay_rows(rows: list[list[tuple[np.ndarray, np.ndarray]]], seq_len: int, padding: int) -> dict[str, Tensor]:
-    """Lays examples side by side, each a document of its own.
+    """Lays the examples of each row side by side, each as a document of its own.
 
-    An example of `n` tokens takes `n - 1` places: its last token is only ever a label, and no label is another
-    example's token. What is left of a row is one more document, without labels.
+    An example of `n` tokens takes `n - 1` positions: its last token is only a label, and no label is a token of another
+    example. The rest of a row is one more document, without labels.
 
     Args:
-        rows: For each row its examples: their tokens, and for each token whether it is to be predicted.
+        rows: The examples of each row: their tokens, and whether each token is to be predicted.
         seq_len: Length of a row.
-        padding: Token that fills up a row.
+        padding: Token that fills the rest of a row.
 
     Returns:
         `input_ids`, `labels`, `document_ids` and `positions` of shape `batch seq`, as in `lit_llm.batch`.

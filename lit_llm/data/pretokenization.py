@@ -1,4 +1,4 @@
-"""Documents to token ids as the tokeniser makes them, several times as fast: each pre-token is encoded only once."""
+"""Tokenises documents exactly like the tokeniser but several times as fast: each pre-token is encoded only once."""
 
 from __future__ import annotations
 
@@ -15,33 +15,34 @@ from transformers import PreTrainedTokenizerBase
 from lit_llm.data.tokenizer import encode_documents, opening_ids
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-"""How `ByteLevel` splits when it is told to."""
+"""Pattern by which `ByteLevel` splits text if `use_regex` is set."""
 
 SYNTAX = re.compile(
     r"(?P<category>\\p\{[A-Z][a-z]?\}|\\s)|(?P<negated>\\S)|(?P<open>\[\^?)|(?P<close>\])"
     r"|\\[rnt]|[A-Za-z0-9' ]|\(\?[:!]|[)|]|(?:[?*+]|\{\d+(?:,\d*)?\})(?![?+])"
 )
-"""The part of the syntax of patterns that means the same to the tokenisers' engine and to Python's."""
+"""The pattern syntax that means the same to the tokenisers' regex engine and to Python's."""
 
 BEYOND = re.compile("[\U00010000-\U0001efff\U00020000-\U0010ffff]")
-"""What the patterns here do not know: characters after the first 65,536, other than the block of the emoji."""
+"""Characters that the translated patterns do not cover: from U+10000 on, except the emoji's U+1F000 to U+1FFFF."""
 
 MOST_PIECES = 1 << 19
-"""What a table grows to, about 100 MB."""
+"""Maximum number of pieces in a table, about 100 MB."""
 
 FEW_CORES = 4
-"""The table is used by one core, on which it is about four times as fast as the tokeniser, which uses them all."""
+"""Most cores for which the table is used: it is about four times as fast as the tokeniser on one core, but the
+tokeniser uses all cores."""
 
 
 class DocumentEncoder:
     """Token ids of whole documents, exactly those of `encode_documents`.
 
-    A byte-pair encoding works on pre-tokens, the pieces that its pattern splits a text into, one by one: what a piece
-    becomes depends on nothing around it. So texts are split by Python's `re`, with the tokeniser's own pattern, and
-    each piece is looked up in a table that the tokeniser itself fills. The characters in a category such as `\\p{L}`
-    are asked of the tokeniser's engine, which may know another version of Unicode than Python does. A tokeniser that
-    is anything else (a normaliser, tokens added to it that are found in text, a pattern with other syntax), and a
-    text with rare characters (`BEYOND`), goes to `encode_documents`; so does everything on more than `FEW_CORES`.
+    A byte-pair encoding works on pre-tokens, the pieces into which its pattern splits a text; the tokens of a piece do
+    not depend on the text around it. So Python's `re` splits texts with the tokeniser's own pattern, and each piece is
+    looked up in a table that the tokeniser itself fills. The characters of a category such as `\\p{L}` come from the
+    tokeniser's engine, whose version of Unicode may differ from Python's. `encode_documents` is used instead for other
+    tokenisers (with a normaliser, added tokens that are found in text, or other pattern syntax), for texts with rare
+    characters (`BEYOND`), and on more than `FEW_CORES` cores.
 
     Args:
         tokenizer: Any fast tokeniser.
@@ -55,14 +56,14 @@ class DocumentEncoder:
         self.table = _PieceTable(state, self.dtype) if self.split else None
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of each text, without any token added; text that spells a special token is text."""
+        """The ids of each text, without added tokens; text that spells a special token is encoded as text."""
         found = [self._look_up(text) for text in texts]
         rest = [text for text, ids in zip(texts, found) if ids is None]
         encoded = iter(encode_documents(self.tokenizer, rest) if rest else [])
         return [np.array(next(encoded), dtype=self.dtype) if ids is None else ids for ids in found]
 
     def encode_opened(self, texts: list[str]) -> list[np.ndarray]:
-        """The same, each after what opens a document (`opening_ids`)."""
+        """The ids of each text, after the tokens that open a document (`opening_ids`)."""
         opening = np.array(opening_ids(self.tokenizer), dtype=self.dtype)
         return [np.concatenate([opening, ids]) if len(opening) else ids for ids in self.encode(texts)]
 
@@ -70,13 +71,13 @@ class DocumentEncoder:
         if self.split is None or not (text.isascii() or BEYOND.search(text) is None):
             return None
         pieces = self.split(text)
-        if "".join(pieces) != text:  # the pattern leaves something out
+        if "".join(pieces) != text:  # the pattern does not cover the whole text
             return None
         return np.frombuffer(b"".join(map(self.table.__getitem__, pieces)), dtype=self.dtype)
 
 
 class _PieceTable(dict[str, bytes]):
-    """Ids of pieces, by the tokeniser without its pattern; the first half a million pieces are kept."""
+    """Ids of pieces as bytes, from the tokeniser without its pattern; keeps the first half a million pieces."""
 
     def __init__(self, state: dict[str, Any], dtype: np.dtype) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class _PieceTable(dict[str, bytes]):
 
 
 def _splitter(state: dict[str, Any]) -> Any:
-    """What splits a text into the pieces of a byte-pair encoding; `None` where that is not known."""
+    """A function that splits a text into the pieces of a byte-pair encoding; `None` if that cannot be reproduced."""
     model, steps = state["model"], state["pre_tokenizer"]
     if model["type"] != "BPE" or model["dropout"] or state["normalizer"]:
         return None
@@ -124,7 +125,7 @@ def _splitter(state: dict[str, Any]) -> Any:
 
 
 def _translated(pattern: str) -> re.Pattern[str] | None:
-    """A tokeniser's pattern for Python's `re`; `None` where it uses other syntax than `SYNTAX`."""
+    """A tokeniser's pattern for Python's `re`; `None` if it uses syntax beyond `SYNTAX`, or matches empty text."""
     parts, place, inside = [], 0, False
     while place < len(pattern):
         match = SYNTAX.match(pattern, place)
@@ -142,7 +143,7 @@ def _translated(pattern: str) -> re.Pattern[str] | None:
 
 @functools.cache
 def _characters(category: str) -> str:
-    """The ranges of characters in a category, as they stand in brackets, asked of the tokenisers' engine."""
+    """The character ranges of a category, as written in brackets, according to the tokenisers' engine."""
     known = (*range(0xD800), *range(0xE000, 0x10000), *range(0x1F000, 0x20000))
     runs = pre_tokenizers.Split(Regex(category + "+"), "removed", invert=True)
     found = runs.pre_tokenize_str("".join(map(chr, known)))

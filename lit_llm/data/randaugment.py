@@ -1,4 +1,4 @@
-"""The operations of RandAugment on whole batches: each image of its own strength."""
+"""RandAugment on whole batches: each image has its own operations and strengths."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ Images = Float[Tensor, "batch channels height width"]
 Amounts = Float[Tensor, " batch"]
 
 LUMA = (0.299, 0.587, 0.114)
-"""How bright red, green and blue are: ITU-R 601, as Pillow has it."""
+"""Weights of red, green and blue in the luma: ITU-R 601, as in Pillow."""
 
 
 def affine(images: Images, inverse: Float[Tensor, "batch 2 2"], shift: Float[Tensor, "batch 2"]) -> Images:
-    """Maps images about their middle, bilinearly; what comes from outside is black.
+    """Transforms images about their centre with bilinear interpolation; pixels from outside are black.
 
     Args:
-        images: What is mapped.
-        inverse: Which (x, y) of the image, in pixels from its middle, is seen at (1, 0) and (0, 1), as columns.
-        shift: By how many pixels (x, y) the result is moved.
+        images: The images to transform.
+        inverse: Matrix that maps coordinates (x, y) of the result to those of the image, in pixels from the centre.
+        shift: Translation (x, y) of the result, in pixels.
     """
     height, width = images.shape[-2:]
     x, y = (torch.arange(length) - (length - 1) / 2 for length in (width, height))
     first = -(inverse @ shift[:, :, None])
-    # As `affine_grid`, which multiplies matrices for it, and takes twice as long.
+    # The same as `affine_grid`, which uses a matrix product and takes twice as long.
     grid = torch.empty(len(images), height, width, 2)
     for axis, length in enumerate((width, height)):
         along, across = inverse[:, axis, 0, None] * x, inverse[:, axis, 1, None] * y + first[:, axis]
@@ -36,7 +36,7 @@ def affine(images: Images, inverse: Float[Tensor, "batch 2 2"], shift: Float[Ten
 
 
 def rotation(degrees: Amounts, scale: Amounts | None = None) -> Float[Tensor, "batch 2 2"]:
-    """The inverse map of a rotation against the clock, and of what makes images `scale` times as large."""
+    """The inverse matrix of an anticlockwise rotation and an enlargement by `scale`."""
     angle = degrees.deg2rad()
     cos, sin = angle.cos(), angle.sin()
     matrix = torch.stack([torch.stack([cos, -sin], dim=-1), torch.stack([sin, cos], dim=-1)], dim=-2)
@@ -44,34 +44,34 @@ def rotation(degrees: Amounts, scale: Amounts | None = None) -> Float[Tensor, "b
 
 
 def blend(images: Images, other: Tensor | float, factor: Amounts) -> Images:
-    """`other` at a factor of 0, the images at 1, and away from `other` beyond."""
+    """`other` at a factor of 0, the images at 1, extrapolated away from `other` above 1; clamped to [0, 1]."""
     return torch.lerp(torch.as_tensor(other).expand_as(images), images, factor[:, None, None, None]).clamp_(0, 1)
 
 
 def grey(images: Images) -> Float[Tensor, "batch 1 height width"]:
-    """How bright each pixel is."""
+    """The luma of each pixel."""
     if images.shape[1] == 1:
         return images
     return (images * images.new_tensor(LUMA)[:, None, None]).sum(dim=1, keepdim=True)
 
 
 def brightness(images: Images, factor: Amounts) -> Images:
-    """Black at a factor of 0, as they are at 1."""
+    """Black at a factor of 0, unchanged at 1."""
     return blend(images, 0.0, factor)
 
 
 def contrast(images: Images, factor: Amounts) -> Images:
-    """As grey as the image's mean at a factor of 0, as they are at 1."""
+    """The mean grey of each image at a factor of 0, unchanged at 1."""
     return blend(images, grey(images).mean(dim=(1, 2, 3), keepdim=True), factor)
 
 
 def saturation(images: Images, factor: Amounts) -> Images:
-    """Without colour at a factor of 0, as they are at 1."""
+    """Without colour at a factor of 0, unchanged at 1."""
     return images if images.shape[1] == 1 else blend(images, grey(images), factor)
 
 
 def sharpness(images: Images, factor: Amounts) -> Images:
-    """Smoothed over the neighbours at a factor of 0, as they are at 1; the outermost pixels stay."""
+    """Smoothed over the neighbouring pixels at a factor of 0, unchanged at 1; the outermost pixels never change."""
     kernel = images.new_ones(images.shape[1], 1, 3, 3)
     kernel[:, :, 1, 1] = 5
     smooth = images.clone()
@@ -80,14 +80,14 @@ def sharpness(images: Images, factor: Amounts) -> Images:
 
 
 def autocontrast(images: Images) -> Images:
-    """Each channel from its darkest as black to its lightest as white."""
+    """Stretches each channel so that its darkest value is black and its lightest white."""
     low, high = images.amin(dim=(2, 3), keepdim=True), images.amax(dim=(2, 3), keepdim=True)
     span = high - low
     return torch.where(span > 0, (images - low) / span.clamp(min=1e-6), images)
 
 
 def equalize(images: Images) -> Images:
-    """Each channel with as many pixels of each intensity as can be, of 256 of them."""
+    """Equalises the histogram of each channel, over 256 intensities."""
     levels = (images * 255).round_().long().flatten(2)
     counts = torch.zeros(*images.shape[:2], 256, dtype=torch.long)
     counts.scatter_add_(2, levels, torch.ones_like(levels))
@@ -99,13 +99,13 @@ def equalize(images: Images) -> Images:
 
 
 def posterize(images: Images, bits: Amounts) -> Images:
-    """With so many bits of each intensity, which are rounded down."""
+    """Keeps the given number of bits of each intensity; both are rounded down."""
     step = (2 ** (8 - bits.floor()))[:, None, None, None]
     return ((images * 255).round_() / step).floor_() * step / 255
 
 
 def solarize(images: Images, threshold: Amounts) -> Images:
-    """With intensities from the threshold on inverted."""
+    """Inverts intensities at or above the threshold."""
     return torch.where(images >= threshold[:, None, None, None], 1 - images, images)
 
 
@@ -121,7 +121,7 @@ def _moved(images: Images, amount: Amounts, axis: int) -> Images:
     return affine(images, torch.eye(2).expand(len(images), 2, 2), shift)
 
 
-# Each takes images and an amount from -1 to 1 of each; the sign counts where an operation has two directions.
+# Each takes images and an amount per image from -1 to 1; the sign matters if an operation has two directions.
 OPERATIONS: dict[str, Callable[[Images, Amounts], Images]] = {
     "identity": lambda images, amount: images,
     "autocontrast": lambda images, amount: autocontrast(images),
@@ -138,16 +138,16 @@ OPERATIONS: dict[str, Callable[[Images, Amounts], Images]] = {
     "translate_x": lambda images, amount: _moved(images, 0.3 * amount, 0),
     "translate_y": lambda images, amount: _moved(images, 0.3 * amount, 1),
 }
-"""The fourteen of the paper's section 4, of strengths as in FixMatch's table 12."""
+"""The fourteen operations of the paper's section 4, with the strengths of FixMatch's table 12."""
 
 
 def randaugment(images: Images, choices: Float[Tensor, "batch times"], amounts: Float[Tensor, "batch times"]) -> Images:
-    """Applies operations one after another, each image's own.
+    """Applies several operations in turn, chosen for each image.
 
     Args:
-        images: From 0 to 1.
-        choices: Which operation, from 0 to below 1: equal parts of that stand for `OPERATIONS` in their order.
-        amounts: How strongly, from -1 to 1.
+        images: Pixels from 0 to 1.
+        choices: Choice of each operation, in [0, 1): equal parts of that range stand for `OPERATIONS` in order.
+        amounts: Strength of each operation, from -1 to 1.
 
     Source:
         Cubuk et al., 2019, "RandAugment", arXiv:1909.13719, section 4; Sohn et al., 2020, "FixMatch",

@@ -1,4 +1,4 @@
-"""Which rows come when: orders and shards that are functions of seed, epoch and step."""
+"""Order of rows: shuffling and sharding as pure functions of seed, epoch and step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger(__name__)
 
 
 def data_parallel_rank(trainer: Any) -> tuple[int, int]:
-    """Which share of the rows this process reads, and of how many: those that share each product read the same."""
+    """Data-parallel rank of this process, and how many there are; tensor-parallel processes read the same rows."""
     if trainer is None:
         return 0, 1
     share = getattr(trainer, "distributed_sampler_kwargs", None)
@@ -21,18 +21,19 @@ def data_parallel_rank(trainer: Any) -> tuple[int, int]:
 
 
 def resume_epoch(fit_loop: Any) -> None:
-    """Has a run that goes on count the batches of its epoch as they are cut now, and begin at a whole step.
+    """On resuming, recounts the batches of the epoch that are done, and starts at the beginning of an optimiser step.
 
-    Lightning counts on from those of before, and ends an epoch too soon, or late and without its validation, where the
-    batch size, the rows or the number of ranks have changed. Of a step that was begun no checkpoint holds the gradient:
-    its batches are read again. An epoch that is over stays so. One of a limited number of batches is Lightning's alone,
-    and is as long as the others also where it comes to the end of the rows.
+    Lightning restores the old count, which is wrong if the batch size, the number of rows or the number of ranks has
+    changed: the epoch would end too early, or too late and without its validation. A checkpoint does not hold the
+    accumulated gradients of an unfinished step, so the batches of that step are read again. A finished epoch stays
+    finished. If the number of batches per epoch is limited, Lightning's count is kept, and batches continue past the
+    end of the rows so that all epochs have the same length.
 
     Args:
-        fit_loop: Lightning's, before it takes a batch, with what a checkpoint told it.
+        fit_loop: Lightning's fit loop, restored from a checkpoint, before it takes a batch.
     """
-    # Where epochs set the length, the schedule had the loaders made before there was a position to give them; after a
-    # whole epoch Lightning gives them none.
+    # If the run's length is given in epochs, the schedule has built the loaders before there was a position to restore;
+    # after a whole epoch Lightning restores none.
     loader, progress = fit_loop._combined_loader.flattened[0], fit_loop.epoch_loop.batch_progress
     if fit_loop.restarting or progress.is_last_batch:
         fit_loop._combined_loader._load_state_dicts(fit_loop._combined_loader_states_to_load)
@@ -51,31 +52,30 @@ def resume_epoch(fit_loop: Any) -> None:
 
 
 class BatchLoader:
-    """Yields batches cut whole from data with random access, with a position that is a pair of numbers.
+    """Yields whole batches from random-access data; the position is an epoch and a batch number.
 
-    The rows of batch `b` of epoch `e` depend on seed, `e`, `b` and rank alone: to go on after a checkpoint nothing is
-    replayed, at step one hundred or one million. A collection of rows is cut at once, so there is nothing for worker
-    processes to do.
+    The rows of batch `b` of epoch `e` depend only on the seed, `e`, `b` and the rank, so resuming replays nothing, at
+    step one hundred or one million. A batch is gathered in one call, so there is nothing for worker processes to do.
 
     Args:
-        cut: Makes the batch of the given row indices.
-        num_rows: Rows there are.
-        batch_size: Rows in a batch of one rank.
-        shuffle_seed: Seed of the order, drawn anew each epoch; `None` keeps the rows in order, shares them out so
-            that each is counted once whatever the number of ranks, and keeps the last, smaller batch. Several ranks
-            have equally many batches, which differ by a row: those that share weights take each step together.
-        rank: This process.
-        world_size: All processes.
-        lengths: Length of each row: batches are made of rows of about one length, or, where rows are not shuffled, the
-            longest rows come first. An epoch that goes on with another batch size then goes on with other rows.
-        classes: Class of each row, from 0: each comes equally often in an epoch, which is as long as without.
-        weights: Weight of each class: each comes as often in an epoch as its weight is of their sum.
+        cut: Makes a batch from an array of row indices.
+        num_rows: Number of rows.
+        batch_size: Rows per batch and rank.
+        shuffle_seed: Seed of the order, which is drawn anew each epoch. `None` keeps the rows in order, gives each to
+            exactly one rank and keeps the last, smaller batch. Several ranks then have equally many batches, whose
+            sizes differ by at most one row, because ranks that share weights must take each step together.
+        rank: Data-parallel rank of this process.
+        world_size: Number of data-parallel ranks.
+        lengths: Length of each row: shuffled batches then hold rows of similar length, and unshuffled rows come longest
+            first. An epoch that is resumed with another batch size continues with other rows.
+        classes: Class of each row, from 0: classes are drawn equally often; the length of an epoch does not change.
+        weights: Weight of each class: classes are drawn in proportion to their weights.
 
     Attributes:
-        endless: Whether shuffled rows go on into the next epoch, for a loop that stops by itself.
+        endless: Whether shuffled rows continue into the next epoch, for a loop that stops by itself.
 
     Raises:
-        ValueError: When the seed is negative, or there are rows in order for some of the ranks alone.
+        ValueError: When the seed is negative, or unshuffled rows are fewer than the ranks.
     """
 
     def __init__(
@@ -111,27 +111,27 @@ class BatchLoader:
         """Batches of one epoch, for this rank."""
         if self.shuffle_seed is not None:
             return self.num_rows // (self.batch_size * self.world_size)
-        # As many on each rank, and none without a row.
+        # The same on each rank, and no batch without a row.
         return min(-(-self.num_rows // (self.batch_size * self.world_size)), self.num_rows // self.world_size)
 
     def __iter__(self) -> Iterator[Any]:
-        """Goes on from the current position to the end of its epoch; in order, always from the first row."""
+        """Continues from the current position to the end of its epoch; unshuffled rows always start at the first."""
         order = self._order(self.epoch)
         first = self.batch if self.shuffle_seed is not None else 0
         even = self.shuffle_seed is None and self.world_size > 1
         for batch in range(first, len(self)):
             start, end = (
                 n * len(order) // len(self) if even else n * self.batch_size for n in (batch, batch + 1)
-            )  # the last is cut short by what there is
-            cut = self.cut(order[start:end])  # `epoch` is still its own
-            # The position after this batch, also when the loop that reads us stops early.
+            )  # slicing shortens the last one
+            cut = self.cut(order[start:end])  # before the position moves on, because `cut` may read it
+            # Set before the batch is yielded, so that it is right even if the reading loop stops early.
             self.epoch, self.batch = (self.epoch, batch + 1) if batch + 1 < len(self) else (self.epoch + 1, 0)
             yield cut
         if self.endless and self.shuffle_seed is not None and len(self):
             yield from iter(self)
 
     def rows(self, number: int) -> np.ndarray:
-        """The rows of a batch that is counted from the first epoch on; the position stays as it is."""
+        """The rows of a batch whose number counts from the start of the first epoch; does not move the position."""
         epoch, batch = divmod(number, len(self))
         if self._drawn is None or self._drawn[0] != epoch:
             self._drawn = epoch, self._order(epoch)
@@ -153,13 +153,14 @@ class BatchLoader:
         return order.reshape(len(self), self.batch_size, self.world_size)[:, :, self.rank].ravel()
 
     def state_dict(self) -> dict[str, int]:
-        """The position: the rows of its epoch that were read, by all ranks."""
+        """The position: the epoch, and how many of its rows all ranks together have read."""
         return {"epoch": self.epoch, "row": self.batch * self.batch_size * self.world_size, "num_rows": self.num_rows}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes to a position, also where the batch size or the number of ranks has changed since; other data begins.
+        """Restores a position, also after a change of the batch size or the number of ranks.
 
-        An epoch that was not over has a batch left, its last, of which some rows may be read again.
+        If the number of rows has changed, starts from the beginning. An unfinished epoch always has at least its last
+        batch left, some rows of which may be read twice.
         """
         self.epoch, self.batch = state["epoch"], state["row"] // (self.batch_size * self.world_size)
         if state["num_rows"] != self.num_rows:
@@ -172,17 +173,17 @@ class BatchLoader:
 
 
 def grouped(order: np.ndarray, lengths: np.ndarray, batch_size: int, chance: np.random.Generator) -> np.ndarray:
-    """Rows of about one length into each batch, as many of them as there are whole batches.
+    """Reorders rows so that each batch holds rows of similar length.
 
-    Of fifty batches at a time the rows are sorted by length; then the batches are shuffled, so that long and short ones
-    come in any order, and a row has other company in each epoch. The Hugging Face Trainer's `group_by_length` does the
-    same, but leaves the batches of a fifty in the order of their lengths.
+    Rows are sorted by length within every fifty batches; then all batches are shuffled, so that long and short ones
+    come in random order. A row shares its batch with other rows in each epoch. The Hugging Face Trainer's
+    `group_by_length` does the same, but leaves the batches of each fifty sorted by length.
 
     Args:
-        order: Rows in random order, a multiple of `batch_size` of them.
+        order: Rows in random order; their number is a multiple of `batch_size`.
         lengths: Length of each row.
-        batch_size: Rows in a batch of all ranks.
-        chance: What shuffles the batches.
+        batch_size: Rows in a batch of all ranks together.
+        chance: Random generator that shuffles the batches.
 
     Example:
         >>> lengths = np.array([9, 1, 8, 2, 1, 9])
@@ -196,16 +197,16 @@ def grouped(order: np.ndarray, lengths: np.ndarray, batch_size: int, chance: np.
 
 
 def balanced(classes: np.ndarray, chance: np.random.Generator, weights: np.ndarray | None = None) -> np.ndarray:
-    """As many rows as there are, in random order, of each class its share, to the row.
+    """Draws as many rows as there are, in random order, such that each class gets exactly its share.
 
-    Of a class with too many some are left out; those of a class with too few come again, but none for the third time
-    before all have come twice, and so on. What the shares leave over when they are cut to whole rows goes to those that
-    lost most by it, by chance to one of equals.
+    A class with too many rows loses some; rows of a class with too few repeat, none for the third time before all have
+    come twice, and so on. Shares are rounded down to whole rows; the remaining rows go to the classes with the largest
+    remainders, ties broken at random.
 
     Args:
         classes: Class of each row, from 0.
-        chance: What draws.
-        weights: Weight of each class, whose share is its part of their sum; `None` is equal shares.
+        chance: Random generator.
+        weights: Weight of each class; its share is its weight divided by the sum. `None` gives equal shares.
 
     Example:
         >>> order = balanced(np.array([0, 0, 0, 0, 1, 1]), np.random.default_rng(0))
@@ -229,18 +230,18 @@ def balanced(classes: np.ndarray, chance: np.random.Generator, weights: np.ndarr
 
 
 class StreamLoader:
-    """Yields batches cut from a stream of token lists that is too long to keep, or has no end.
+    """Yields batches cut from a stream of token lists that is too long to store, or endless.
 
-    The position is the number of documents read and the tokens left over from them. To go on after a checkpoint the
-    documents before it are read and cleaned again, but not tokenised. A checkpoint holds the first rank's position
-    alone, so where several share the documents out none can go on.
+    The position is the number of documents read and the tokens left over from them. Resuming reads and cleans the
+    earlier documents again, but does not tokenise them. A checkpoint holds only the first rank's position, so a run
+    with several ranks cannot be resumed.
 
     Args:
-        tokens: Starts the stream for this rank, passing over the given number of documents; yields each one's tokens.
-        cut: Makes a batch out of a stream of tokens and the indices of its rows.
-        seq_len: Tokens in a row.
-        batch_size: Rows in a batch of one rank.
-        world_size: All processes.
+        tokens: Starts this rank's stream after skipping the given number of documents; yields the tokens of each.
+        cut: Makes a batch from a stream of tokens and the indices of its rows.
+        seq_len: Tokens per row.
+        batch_size: Rows per batch and rank.
+        world_size: Number of data-parallel ranks.
     """
 
     def __init__(
@@ -256,16 +257,16 @@ class StreamLoader:
         self.seq_len, self.batch_size = seq_len, batch_size
         self.documents = 0
         self._buffer: list[int] = []
-        self._start = 0  # what stands before it in the buffer has been used
+        self._start = 0  # everything before it in the buffer has been used
         if world_size > 1:
             log.info(f"A run that streams its data in several processes, here {world_size}, cannot be resumed")
 
     def __len__(self) -> int:
-        """No end: a length at all keeps Lightning from reading a batch ahead, so that the position is exact."""
+        """Practically infinite; because there is a length, Lightning prefetches no batch and the position is exact."""
         return sys.maxsize
 
     def __iter__(self) -> Iterator[Any]:
-        """Goes on from the current position; begins anew when the stream ends."""
+        """Continues from the current position; starts over when the stream ends."""
         wanted = self.batch_size * self.seq_len + 1
         while True:
             started = self.documents
@@ -283,15 +284,15 @@ class StreamLoader:
             self.documents = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and of how many ranks it is the first one's."""
+        """The position of this rank (in a checkpoint, of the first) and the number of ranks."""
         left_over = self._buffer[self._start :]
         return {"documents": self.documents, "left_over": left_over, "world_size": self.world_size}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position.
+        """Restores a position.
 
         Raises:
-            ValueError: With several ranks, now or when it was written.
+            ValueError: With several ranks, now or when the position was saved.
         """
         before = state.get("world_size", 1)
         if max(self.world_size, before) > 1:

@@ -1,4 +1,4 @@
-"""Pairs of texts, one to read and one to write: from any table, or docstrings of Python's own library."""
+"""Pairs of a source and a target text: from any table, or functions and docstrings of Python's standard library."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ PAIRS = (
 
 @dataclass(frozen=True)
 class PairColumns:
-    """Where a table keeps what an example is.
+    """Which columns of a table hold an example.
 
     Attributes:
         source: Column of the text to read.
-        target: Column of the text to write; `None` where it is only to be predicted.
+        target: Column of the text to write; `None` if it is only to be predicted.
     """
 
     source: str
@@ -48,34 +48,35 @@ class PairColumns:
 class Seq2SeqData(TableTokens):
     """Pairs of a source text to read and a target text to write.
 
-    Texts are tokenised once. A batch is cut at once and padded to its own longest texts; examples of about one length
-    come together, so that little is padding.
+    Texts are tokenised once. Each batch is padded to its own longest texts; examples of similar length are batched
+    together, so that there is little padding.
 
     Args:
-        path: `stdlib-docstrings` (what does a function of Python's library do? Some 7,000 bodies and the first
-            paragraph of their docstrings, split by module), a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), a
+        path: `stdlib-docstrings` (some 7,000 function bodies of Python's standard library, each with the first
+            paragraph of its docstring, split by module), a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), a
             folder of tables called `train`, `validation` and `test`, a folder in the hub's layout, or a data set on the
             hub.
         subset: Configuration of a hub data set.
         source: Column of the text to read; like `target`, it is optional if the columns are called `source` and
             `target`, `document` and `summary`, `input` and `output`, `prompt` and `response` or similar, or as in the
             table that a checkpoint was trained on.
-        target: Column of the text to write; a table to predict does not need it, nor a test split, which is then only
-            to be predicted.
+        target: Column of the text to write. A table to predict does not need it; a test split without it is only used
+            for predictions.
         tokenizer: `t5-bpe-<size>`, trained on these training texts; a folder with a `tokenizer.json`; or a name on the
             hub. Default: the one next to the network's weights, or `t5-bpe-4096` for a network without weights.
         max_source_len: Maximum tokens of a text to read, including the end token; longer ones are truncated.
-        max_target_len: The same for a text to write; what a network writes by itself is compared with all of it.
+        max_target_len: The same for a text to write; generated text is compared with the whole target.
         batch_size: Examples per batch and device.
-        validation_fraction: Fraction of the training split to validate on if the source has no validation split, by a
-            hash of the texts, those of one source together; 0 for none.
-        test_fraction: The same for a test split, also if the source's own has no texts to write and is only predicted.
+        validation_fraction: Fraction of the training split to validate on if the source has no validation split, chosen
+            by a hash of the texts; pairs with the same source text stay together. 0 for none.
+        test_fraction: The same for a test split; also applies if the source's own test split has no texts to write,
+            which is then only used for predictions.
         length_grouping: Batch examples of similar length.
         seed: Seed of the order of examples.
 
     Raises:
-        ValueError: When the table has no such columns, a text is missing, there are too few examples, or the tokeniser
-            does not end a text.
+        ValueError: When the columns are not found, a text is missing, there are too few examples, or the tokeniser does
+            not put an end token after a text.
 
     Example:
         >>> from pathlib import Path
@@ -111,11 +112,11 @@ class Seq2SeqData(TableTokens):
         self.tokenizer_spec, self.length_grouping = tokenizer, length_grouping
         self.max_source_len, self.max_target_len = max_source_len, max_target_len
 
-    # Facts that objectives, callbacks and model directories ask for.
+    # Properties read by objectives, callbacks and model directories.
 
     @property
     def max_seq_len(self) -> int:
-        """Tokens of the longest text that may come."""
+        """Maximum tokens of a text, whether source or target."""
         return max(self.max_source_len, self.max_target_len)
 
     @property
@@ -132,13 +133,13 @@ class Seq2SeqData(TableTokens):
         }
 
     def targets(self, split: str, rows: list[int]) -> list[str]:
-        """The texts to write of some examples, as the source has them: not cut."""
+        """The target texts of some examples, not truncated."""
         return self.splits[split].rows[rows][self.columns.target]
 
     # Lightning's hooks.
 
     def prepare_data(self) -> None:
-        """Reads the table, and trains the tokeniser; to predict, once a checkpoint has said what it was trained on."""
+        """Reads the table and trains the tokeniser; when predicting, this waits for the checkpoint."""
         if self._predicting:
             return
         if self.tokenizer("a").input_ids[-1] != self.tokenizer.eos_token_id or self.tokenizer.pad_token_id is None:
@@ -148,7 +149,7 @@ class Seq2SeqData(TableTokens):
             )
 
     def test_dataloader(self) -> BatchLoader | list[Any]:
-        """All examples of the test split, as in validation; none where it has no texts to write."""
+        """All examples of the test split, as in validation; none if it has no texts to write."""
         hidden = "test" in self.splits and not _has_texts(self.splits["test"].rows, self.columns.target)
         return [] if hidden else super().test_dataloader()
 
@@ -162,7 +163,7 @@ class Seq2SeqData(TableTokens):
         given = {role: name or known.get(role) for role, name in self.given.items()}
         self.columns = _find_columns(first, self.path, **given, needs_target=not self._predicting)
         if whole := self._whole_to_predict(found, self.columns.target):
-            self.columns = PairColumns(self.columns.source, None)  # what is there is only shown
+            self.columns = PairColumns(self.columns.source, None)  # an existing target is only shown
             check_texts(whole["test"].rows, asdict(self.columns), self.path, next(reversed(found)))
             return whole
         if alone := self._standing_alone(found):
@@ -179,7 +180,8 @@ class Seq2SeqData(TableTokens):
             columns = PairColumns(self.columns.source, None) if hidden else self.columns
             check_texts(rows, asdict(columns), self.path, name)
             splits[name] = Split(rows, None if hidden else np.zeros(len(rows), np.int64))
-        # What may be written of one source stays together; where each stands once, splits are as they always were.
+        # Pairs with one source text stay together; without such pairs, the hash still covers both texts, which keeps
+        # earlier splits.
         several = len(found["train"].unique(self.columns.source)) < len(found["train"])
         texts = Columns(self.columns.source, None if several else self.columns.target, None)
         return with_all_splits(splits, texts, self.validation_fraction, self.test_fraction)
@@ -215,29 +217,29 @@ class Seq2SeqData(TableTokens):
 
 
 def _has_texts(rows: Dataset, column: str | None) -> bool:
-    """Whether a table has such a column, and something in it."""
+    """Whether a table has the column, and a value in it."""
     return column in rows.column_names and any(text is not None for text in column_values(rows, column))
 
 
 def _docstrings() -> dict[str, Dataset]:
-    """The pairs of the embedded task that belong together."""
+    """The matching pairs of the embedded task."""
     return {
         name: rows.filter(lambda label: label == 1, input_columns="label") for name, rows in open_docmatch().items()
     }
 
 
 def _find_columns(rows: Dataset, path: str, source: str | None, target: str | None, needs_target: bool) -> PairColumns:
-    """Where the texts are: as named, or where there is one obvious choice.
+    """Finds the columns of the texts: as given, or the one obvious choice.
 
     Args:
         rows: The table.
-        path: Where it is from.
-        source: What is named.
-        target: The same.
-        needs_target: Whether there must be one; else it may be missing, though it is named.
+        path: Where it is from, for messages.
+        source: The given source column, if any.
+        target: The given target column, if any.
+        needs_target: Whether there must be a target; otherwise it may be missing even if given.
 
     Raises:
-        ValueError: When a column is not there, or the choice is not obvious.
+        ValueError: When a column does not exist, or the choice is not obvious.
     """
     names = rows.column_names
     if not needs_target and target not in names:

@@ -1,4 +1,4 @@
-"""What data of examples in splits have in common: their checks, what of them is predicted, and resuming."""
+"""Base class of data modules with examples in splits: checks, the choice of what is predicted, and resuming."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ log = logging.getLogger(__name__)
 
 
 class SplitData(LightningDataModule, ABC):
-    """Examples of a source that has splits, or is cut into them; one that is not the run's own is predicted whole.
+    """Examples of a source that has splits or is cut into them; a source other than the run's own is predicted whole.
 
-    Where an evaluation names other tables than the run's own, that by their names are not to train on, what there is to
-    evaluate is read as training would have it, by the checkpoint's classes. (Which the run's own are has to be known
-    before any is opened, by `expect`: the command line says it.)
+    If an evaluation is given another source than the run's own, without a table to train on, its table is validated or
+    tested on by itself, with the checkpoint's classes. The run's own source must therefore be known before any table is
+    opened: the command line calls `expect`.
 
-    A subclass says what a source's splits are, and how a split's rows become batches. Arguments are explained where
-    it names them.
+    A subclass defines what a source's splits are, and how a split's rows become batches. Subclasses document the
+    arguments.
 
     Raises:
         ValueError: When a value is out of range.
     """
 
     doubt: str | None = None
-    """Why rows that were trained on may be among those that are evaluated."""
+    """Why rows that were trained on may be among the evaluated ones; `None` if there is no such doubt."""
 
     columns: Any
-    """Where the source keeps what an example is, a dataclass; from `splits` on."""
+    """Which columns of the source hold an example, as a dataclass; available once `splits` has been read."""
 
     def __init__(
         self,
@@ -58,15 +58,15 @@ class SplitData(LightningDataModule, ABC):
         self.validation_fraction, self.test_fraction = validation_fraction, test_fraction
         self._readable: dict[str, Any] = {}
         self._trained_on: dict[str, Any] | None = None
-        # The source's tables as they are: nothing is cut out of `train`.
+        # The source's own tables, before anything is cut out of `train`.
         self.tables: dict[str, Dataset] = {}
         self._contents: tuple[Any, ...] = (None, None, {})
 
-    # What a subclass says.
+    # What a subclass defines.
 
     @abstractmethod
     def _find_splits(self) -> dict[str, Split]:
-        """The splits, by what they are for."""
+        """The splits by name."""
 
     @abstractmethod
     def _make_readable(self, split: Split) -> Any:
@@ -74,15 +74,15 @@ class SplitData(LightningDataModule, ABC):
 
     @abstractmethod
     def _loader(self, name: str, seed: int | None = None, share: bool = True) -> BatchLoader:
-        """Batches of a split, drawn with a seed or the longest first; shared out among the processes, or not."""
+        """Batches of a split, shuffled by a seed or the longest first; divided among the processes if `share`."""
 
-    # Facts that callbacks ask for.
+    # Properties read by callbacks.
 
     @property
     def predict_split(self) -> str:
-        """The split that `predict` reads: the test split, of two that without labels, or else the validation split.
+        """The split that `predict` reads: the unlabelled test split, else the test split, else the validation split.
 
-        Of another source than the run's own all is a test split, and where the own has nothing else it is `train`.
+        A source other than the run's own is one test split; the run's own source falls back on `train`.
         """
         return next(name for name in (UNLABELLED_TEST, "test", "validation", "train") if name in self.splits)
 
@@ -94,19 +94,19 @@ class SplitData(LightningDataModule, ABC):
 
     @cached_property
     def splits(self) -> dict[str, Split]:
-        """The examples: `train`, `validation`, `test` and `unlabelled test`, as far as there are such, `unlabelled`."""
+        """The examples: `train`, `validation`, `test`, `unlabelled test` and `unlabelled`, as far as they exist."""
         return self._find_splits()
 
     @property
     def _is_own(self) -> bool | None:
-        """Whether the source is that which a checkpoint was trained on; `None` where nothing says it."""
+        """Whether the source is the one that the checkpoint was trained on; `None` if that is unknown."""
         if not self._trained_on:
             return None
         here, there = (Path(path).expanduser().resolve() for path in (self.path, self._trained_on["path"]))
         return (here, self.subset) == (there, self._trained_on["subset"])
 
     def _contents_of(self, columns: dict[str, str | None]) -> dict[str, list[int]]:
-        """Rows of each table that is trained on, and a hash of what stands in some columns: of whole ones, once."""
+        """Number of rows of each table that is trained on, and a hash of the given columns; computed once."""
         _ = self.splits
         if self._contents[0] is not self.tables or self._contents[1] != columns:
             found = {}
@@ -121,8 +121,8 @@ class SplitData(LightningDataModule, ABC):
         return self._contents[2]
 
     def _change(self) -> str | None:
-        """How the tables have changed since a checkpoint was trained on them; `None` where nothing says they have."""
-        then = (self._trained_on or {}).get("contents")  # older checkpoints do not say it
+        """How the tables have changed since the checkpoint was trained; `None` if no change is known."""
+        then = (self._trained_on or {}).get("contents")  # missing in older checkpoints
         if not then or not self._is_own:
             return None
         now = self._contents_of(self._trained_on["columns"])
@@ -138,33 +138,33 @@ class SplitData(LightningDataModule, ABC):
 
     @property
     def _cut(self) -> dict[str, float]:
-        """What part of the training table each split is, none where the source has it."""
+        """Fraction of the training table that is cut out for each split; 0 if the source has that split."""
         own = self.tables.keys() - ({"test"} if UNLABELLED_TEST in self.splits else set())
         fractions = {"validation": self.validation_fraction, "test": self.test_fraction}
         return {name: 0.0 if name in own else fraction for name, fraction in fractions.items()}
 
     def require_unchanged(self, state_dict: dict[str, Any]) -> None:
-        """Refuses to go on from a checkpoint whose tables have changed since: splits are cut out of them otherwise.
+        """Refuses to resume from a checkpoint if its tables have changed, because the splits would be cut differently.
 
         Raises:
-            ValueError: When they have.
+            ValueError: When they have changed.
         """
         self._trained_on = state_dict.get("trained_on", {})
         if change := self._change():
             raise changes.refusal("rows", change)
 
     def _known_columns(self, rows: Dataset) -> dict[str, str]:
-        """Columns of what was trained on, by what they are for, where a table to evaluate has them too."""
+        """Columns by role that the checkpoint was trained on and a table to evaluate has too; none when fitting."""
         known = (self._trained_on or {}).get("columns", {}) if self._stage != "fit" else {}
         return {role: name for role, name in known.items() if name in rows.column_names}
 
     def _whole_to_predict(self, found: dict[str, Dataset], wanted: str | None) -> dict[str, Split] | None:
-        """A table that is predicted as a whole, as no run's own is.
+        """A table to predict as a whole; `None` if the tables are the run's own, or nothing is predicted.
 
         Args:
             found: The tables.
-            wanted: Their column of what is to be found, a label or a text; decides where nothing says whether they are
-                the run's own.
+            wanted: Their column of labels or target texts. If it is unknown whether the tables are the run's own,
+                several tables with such a column are taken for its own.
         """
         own = (len(found) > 1 and wanted is not None) if self._is_own is None else self._is_own
         if not self._predicting or own:
@@ -172,7 +172,7 @@ class SplitData(LightningDataModule, ABC):
         return {"test": Split(next(reversed(found.values())), None)}
 
     def _standing_alone(self, found: dict[str, Dataset]) -> dict[str, Split] | None:
-        """A table that is validated or tested on without one to train on beside it, as no run's own is."""
+        """A table, not the run's own, to validate or test on without a training table beside it; `None` otherwise."""
         file = Path(self.path).expanduser()
         kinds = {split_kind(file.stem): rows for rows in found.values()} if file.is_file() else found
         if self._stage not in ("validate", "test") or self._is_own is not False or {"train", None} & kinds.keys():
@@ -191,13 +191,13 @@ class SplitData(LightningDataModule, ABC):
 
     @property
     def _awaits_checkpoint(self) -> bool:
-        """Whether a checkpoint is still to say what it was trained on, which decides what is predicted."""
+        """Whether a checkpoint has yet to say what it was trained on, which decides what is predicted."""
         return self._predicting and self._trained_on is None
 
     # Lightning's hooks.
 
     def setup(self, stage: str) -> None:
-        """Refuses data that cannot do what `stage` needs.
+        """Refuses data that is insufficient for `stage`.
 
         Raises:
             ValueError: When there is too little to train on, or nothing to validate on.
@@ -217,7 +217,7 @@ class SplitData(LightningDataModule, ABC):
             )
 
     def train_dataloader(self) -> BatchLoader:
-        """Examples in an order drawn anew each epoch."""
+        """Examples in a new random order each epoch."""
         return self._loader("train", self.seed)
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
@@ -225,7 +225,7 @@ class SplitData(LightningDataModule, ABC):
         return self.ordered_dataloader("validation")
 
     def ordered_dataloader(self, split: str, share: bool = True) -> BatchLoader | list[Any]:
-        """All examples of any split, the longest first and as they are; shared out among the processes, or not."""
+        """All examples of any split, the longest first and unaugmented; divided among the processes if `share`."""
         return self._loader(split, share=share) if split in self.splits else []
 
     def test_dataloader(self) -> BatchLoader | list[Any]:
@@ -233,8 +233,8 @@ class SplitData(LightningDataModule, ABC):
         return self.ordered_dataloader("test")
 
     def predict_dataloader(self) -> BatchLoader | list[Any]:
-        """All examples of the split to predict, whatever is known of what is to be found."""
-        self._trained_on = self._trained_on or {}  # no checkpoint will say it any more
+        """All examples of the split to predict, labelled or not."""
+        self._trained_on = self._trained_on or {}  # no checkpoint is loaded after this
         split = self.predict_split
         count = len(self.splits[split])
         if "train" not in self.splits:
@@ -245,25 +245,25 @@ class SplitData(LightningDataModule, ABC):
         return self.ordered_dataloader(split)
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to know again what it was trained on."""
+        """What identifies the training data: its source, columns, contents and the fractions that are cut out."""
         columns = asdict(self.columns)
         rows = {"columns": columns, "contents": self._contents_of(columns), "cut": self._cut}
         return {"trained_on": {"path": self.path, "subset": self.subset, **rows}}
 
     def expect(self, state_dict: dict[str, Any]) -> None:
-        """Learns what a checkpoint that is going to be read was trained on, before any table is opened."""
+        """Records, before any table is opened, what a checkpoint that is about to be loaded was trained on."""
         self._trained_on = state_dict.get("trained_on", {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Learns what a checkpoint was trained on; says where that may be among what is evaluated.
+        """Records what a checkpoint was trained on; warns if that may be among what is evaluated.
 
         Raises:
-            ValueError: When training would go on with a source that has changed.
+            ValueError: When training would resume with a source that has changed.
         """
         if self._stage == "fit":
             self.require_unchanged(state_dict)
-        self._trained_on = state_dict.get("trained_on", {})  # older checkpoints do not say it
-        if self._predicting and "train" not in self.__dict__.get("splits", ["train"]):  # found before that was known
+        self._trained_on = state_dict.get("trained_on", {})  # missing in older checkpoints
+        if self._predicting and "train" not in self.__dict__.get("splits", ["train"]):  # read before that was known
             self.__dict__.pop("splits")
             self._readable = {}
         if self._stage in ("validate", "test", "predict") and (change := self._change()):

@@ -1,4 +1,4 @@
-"""Stratification: splits are cut, and examples drawn, in the proportions of the classes."""
+"""Stratification: cuts splits and draws samples in the proportions of the classes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lit_llm.data.tables import Columns, Split
 
 
 def strata(labels: np.ndarray) -> np.ndarray:
-    """What a split is to have in the proportions of the whole: the classes, or tenths of the values."""
+    """The stratum of each row: its class, or the decile of its value."""
     if labels.dtype == np.int64:
         return labels
     return np.searchsorted(np.quantile(labels, np.arange(0.1, 1, 0.1)), labels)
 
 
 def standing(kinds: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """How many rows of its kind come before each row in the order of the keys, and how many there are of its kind.
+    """For each row, how many rows of its kind have a smaller key, and how many there are of its kind.
 
     Example:
         >>> [x.tolist() for x in standing(np.array([0, 0, 0, 1, 1]), np.array([7, 5, 8, 2, 1]))]
@@ -32,9 +32,9 @@ def standing(kinds: np.ndarray, keys: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def kinds_of_texts(kinds: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Kinds numbered anew, so that all rows with one key are of one: of those that they are of, the rarest.
+    """Renumbers kinds so that all rows with one key have the same kind: the rarest among theirs.
 
-    So a rare kind loses no row to another.
+    This way a rare kind loses no row to a more common one.
 
     Example:
         >>> kinds_of_texts(np.array([7, 7, 7, 5, 5]), np.array([1, 2, 3, 3, 4])).tolist()
@@ -49,17 +49,18 @@ def kinds_of_texts(kinds: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def rooms(sizes: np.ndarray, validation_fraction: float, test_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """How many rows of each kind there are to test and to validate on, where there are so many in all."""
+    """Numbers of rows of each kind to test and to validate on, from the size of each kind."""
     test, both = (np.ceil(part * sizes - 0.5) for part in (test_fraction, test_fraction + validation_fraction))
     return test, both - test
 
 
 def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_fraction: float) -> dict[str, Split]:
-    """Cuts splits out of a training split: of each class the same fraction, by a hash of the texts.
+    """Cuts splits out of a training split: the same fraction of each class, chosen by a hash of the texts.
 
-    So the same table is always cut the same way. Equal examples stay together, even those of several classes: in the
-    order of the hashes, a text has all its rows in the first split with room for them, else they are trained on. Of a
-    class that is mostly texts without room, at most half of the others is cut, that some are left to train on.
+    The same table is therefore always cut the same way. Rows with equal texts stay together, even if their classes
+    differ: in the order of the hashes, all rows of a text go to the first of test and validation with room for them,
+    else they stay in training. If a class consists mostly of texts with too many rows to fit, at most half of its
+    other rows (or the given fractions of them, if more) are cut, so that some are left to train on.
     """
     texts = zip(*(split.column(name) for name in (columns.text, columns.text_pair) if name), strict=True)
     keys = np.array([content_hash("\0".join(text)) for text in texts], dtype=np.uint64)
@@ -84,9 +85,9 @@ def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_
 def with_all_splits(
     splits: dict[str, Split], columns: Columns, validation_fraction: float, test_fraction: float
 ) -> dict[str, Split]:
-    """Splits in their order, those that are missing cut out of the training split; a fraction of 0 cuts none.
+    """The splits in order, missing ones cut out of the training split; a fraction of 0 cuts none.
 
-    A test split without labels can only be predicted: one to test on is cut beside it.
+    A test split without labels can only be predicted, so a labelled one is cut in addition.
     """
     if test_fraction and "test" in splits and splits["test"].labels is None:
         splits = {UNLABELLED_TEST if name == "test" else name: split for name, split in splits.items()}
@@ -98,9 +99,9 @@ def with_all_splits(
 
 
 def some_of(split: Split, count: int, seed: int) -> Split:
-    """At most so many rows of a training split, in the proportions of the classes, but at least one of each.
+    """At most `count` rows of a training split, in the proportions of the classes, but at least one of each.
 
-    A larger count with the same seed holds the rows of a smaller one.
+    With the same seed, a larger sample contains the smaller ones.
     """
     if len(split) <= count:
         return split
@@ -110,7 +111,9 @@ def some_of(split: Split, count: int, seed: int) -> Split:
 
 
 def few_of(split: Split, labels_per_class: int, seed: int, path: str) -> tuple[Split, Split]:
-    """So many rows of each class, drawn by the seed, and all others; more with the same seed hold those of fewer.
+    """Draws `labels_per_class` rows of each class, and returns them and all others.
+
+    With the same seed, a larger draw contains the smaller ones.
 
     Raises:
         ValueError: When labels are real numbers, or a class has fewer rows.

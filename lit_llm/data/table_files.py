@@ -1,4 +1,4 @@
-"""Files of tables: which of a folder are such, what split each is for, and what is wrong with one."""
+"""Files of tables: which files of a folder are tables, which split each is for, and why one cannot be read."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ TABLE_FORMATS = {
 }
 PACKED = (".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz")
 NO_TABLES = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_infos.json")
-"""What lies beside a data set's tables and says something of them."""
+"""Files that describe the tables beside them."""
 
 UNLABELLED_TEST = "unlabelled test"
-"""What the source's test split is called that has no labels, where another is cut."""
+"""Name of the source's test split if it has no labels and a labelled one is cut in addition."""
 
 SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id(ation)?|uation|el(opment)?)?(set)?(?![a-z])")
 SPLIT_NAME = re.compile(rf"(.*{SPLIT_WORD.pattern})(-\d+-of-\d+|[\W\d_]*)")
-"""A name that ends in a split's word, but for numbers."""
+"""A name that ends in a split's word, apart from numbers and punctuation."""
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -40,12 +40,12 @@ def is_table(file: Path) -> bool:
 
 
 def is_packed_table(file: Path) -> bool:
-    """Whether a file of a folder would be one, were it unpacked."""
+    """Whether a file of a folder is a compressed table, by its name."""
     return file.suffix.lower() in PACKED and Path(file.stem).suffix.lower() in TABLE_FORMATS
 
 
 def in_hub_layout(folder: Path) -> bool:
-    """Whether a card says which files are which splits; a README beside tables says nothing of the kind."""
+    """Whether the folder's README is a dataset card that assigns files to splits (`configs:`)."""
     card = folder / "README.md"
     return (
         card.is_file()
@@ -54,10 +54,10 @@ def in_hub_layout(folder: Path) -> bool:
 
 
 def refuse_saved(folder: Path, path: str) -> None:
-    """Refuses a folder that `save_to_disk` of the library of data sets wrote, or of several splits.
+    """Refuses a folder that `save_to_disk` of `datasets` wrote, for one split or several.
 
     Raises:
-        ValueError: When it is one.
+        ValueError: When it is such a folder.
     """
     saved = {"state.json": "*.arrow", "dataset_dict.json": "*/*.arrow"}
     if any((folder / name).is_file() and any(folder.glob(pattern)) for name, pattern in saved.items()):
@@ -68,7 +68,7 @@ def refuse_saved(folder: Path, path: str) -> None:
 
 
 def split_kind(split: str) -> str | None:
-    """What a split is for, from a word in its name; `None` where there is none.
+    """What a split is for, from a word in its name; `None` if there is no such word.
 
     Example:
         >>> [split_kind(name) for name in ("Train", "sst2_dev", "valid.matched", "latest")]
@@ -79,10 +79,10 @@ def split_kind(split: str) -> str | None:
 
 
 def split_tables(files: list[Path], folder: Path) -> dict[str, list[Path]]:
-    """Which files of a folder are for what, evaluation first: where a text stands in two, training loses it.
+    """Assigns the files of a folder to splits, evaluation first: of a text that is in two splits, training loses it.
 
-    A file is for what its name ends in, or that of the folder it is in. A name in which more follows, such as
-    `test_prep`, says something only where all files are named after splits. All others are for training.
+    The split is the word at the end of a file's name, or of the name of a folder it is in. A word that is not at the
+    end, as in `test_prep`, counts only if every file is named after a split. All other files are for training.
     """
     names = {file: (file.stem, *reversed(file.relative_to(folder).parts[:-1])) for file in files}
     kinds = {file: next(filter(None, map(split_kind, names[file])), None) for file in files}
@@ -97,9 +97,9 @@ def split_tables(files: list[Path], folder: Path) -> dict[str, list[Path]]:
 
 
 def why_unreadable(error: Exception, files: Sequence[Path] = ()) -> str:
-    """What is wrong with tables, in one line: of JSON lines the first that is none, else what their reader says.
+    """Why tables cannot be read, in one line: the first bad line of JSON lines, else the message of the reader.
 
-    Text that is not UTF-8 is said by itself.
+    Text that is not UTF-8 has a message of its own.
     """
     for file in files:
         if file.suffix.lower() == ".jsonl":

@@ -1,4 +1,4 @@
-"""Tokenisers of tables: trained once on their texts and kept, and as text that a checkpoint can hold."""
+"""Tokenisers of tables: trained once on a table's texts and cached, and stored as text in checkpoints."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from lit_llm.data.tokenizer import load_tokenizer, tokenizer_files, training_of,
 
 
 class TableTokens(SplitData):
-    """Texts of a table as tokens, of a tokeniser that is named, lies beside the network's weights or is learnt here."""
+    """Texts of a table as tokens; the tokeniser is given, lies beside the network's weights, or is trained here."""
 
     default_tokenizer: ClassVar[str]
-    """What is learnt where none is named and the network starts from nothing."""
+    """The tokeniser to train if none is given and the network starts without weights."""
 
     tokenizer_spec: str | None
-    """What is named."""
+    """The given tokeniser."""
 
     @abstractmethod
     def _texts_to_learn_tokens_from(self) -> list[str]:
@@ -44,12 +44,12 @@ class TableTokens(SplitData):
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokeniser; of a table that is predicted as a whole, the checkpoint's, once that is read."""
+        """The tokeniser; for a table without a training split, the checkpoint's, once that is loaded."""
         spec = self._decided_spec
         if training_of(spec) is None:
             return load_tokenizer(spec) if self.tokenizer_spec else tokenizer_beside(spec, self.trainer)
         if self._awaits_checkpoint or "train" not in self.splits:
-            raise AttributeError("tokenizer")  # so that who asks what data has finds none
+            raise AttributeError("tokenizer")  # so that `hasattr` and `getattr` find none
         return trained_tokenizer(spec, self._texts_to_learn_tokens_from())
 
     @cached_property
@@ -59,11 +59,11 @@ class TableTokens(SplitData):
             return tokenizer_files(Path(folder))
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to read and write texts on its own, and what it was trained on."""
+        """The tokeniser's files, so that a checkpoint alone can read and write texts, and what it was trained on."""
         return {"tokenizer": self._tokenizer_files, **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose tokens mean something else; a table to predict as a whole takes its tokeniser.
+        """Refuses a checkpoint with another tokeniser; without a training split, uses the checkpoint's tokeniser.
 
         Raises:
             ValueError: When the checkpoint's tokeniser is not this data's.
@@ -79,10 +79,10 @@ class TableTokens(SplitData):
             )
 
     def _collated(self, texts: list[str], pairs: list[str] | None, labels: Any, max_seq_len: int) -> Collation:
-        """Texts as tokens, cut by a copy of the tokeniser.
+        """Tokenised texts, truncated by a copy of the tokeniser because truncation changes its state.
 
         Raises:
-            ValueError: When one has no token: of rows without any there is no batch.
+            ValueError: When a text has no token, because a batch of such rows would be empty.
         """
         read = Collation(texts, pairs, labels, copy.deepcopy(self.tokenizer), max_seq_len)
         if len(empty := np.flatnonzero(read.lengths == 0)):
@@ -95,7 +95,7 @@ class TableTokens(SplitData):
 
 
 def trained_tokenizer(spec: str, texts: list[str]) -> PreTrainedTokenizerBase:
-    """The tokeniser that such a `bpe-<size>` is on these texts; kept in the cache folder."""
+    """The tokeniser that `spec`, for example `bpe-<size>`, gives on these texts; kept in the cache folder."""
     folder = cache_folder() / "tokenizers" / cache_name(spec=spec, texts=content_hash("\0".join(texts)))
     if read_manifest(folder) is None:
         with new_cache(folder) as (new, _):
@@ -104,14 +104,14 @@ def trained_tokenizer(spec: str, texts: list[str]) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_beside(place: str, trainer: Any) -> PreTrainedTokenizerBase:
-    """The tokeniser of what a network starts from.
+    """The tokeniser beside the weights that a network starts from.
 
     Args:
-        place: Where that is.
-        trainer: Knows the network's objective, which says it.
+        place: Where the weights are.
+        trainer: Knows the network's objective, whose options say which argument to name in messages.
 
     Raises:
-        FileNotFoundError: When there is nothing, or no tokeniser.
+        FileNotFoundError: When nothing is there, or no tokeniser.
     """
     try:
         return load_tokenizer(place)

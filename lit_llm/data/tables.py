@@ -1,4 +1,4 @@
-"""Tables of examples, each with one or two texts and a label: opened whatever they are, and their columns found."""
+"""Opens tables of examples (one or two texts and a label) in any format, and finds their columns."""
 
 from __future__ import annotations
 
@@ -45,23 +45,23 @@ PAIRS = (
 )
 SINGLES = ("text", "sentence")
 NUMBERS = re.compile(r"idx|id|index|Unnamed: 0(\.\d+)?")
-"""What columns of rows' numbers are called; the last by pandas, the more often it wrote them."""
+"""Names of columns of row numbers; pandas adds `.1`, `.2`, … to `Unnamed: 0` when it writes a table again."""
 
 ROWS_AT_ONCE = 10_000
 SHARD = re.compile(r"-\d+-of-\d+$")
 NUMBER = re.compile(rf"{SHARD.pattern}|([-_.]?\d)+$")
 UNLABELLED = ("unlabel", "unsupervised")
-"""How the names of tables begin that are for semi-supervised training."""
+"""Beginnings of the names of unlabelled tables, which are for semi-supervised training."""
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a table keeps what an example is.
+    """Which columns of a table hold an example.
 
     Attributes:
         text: Column of the text, or of the first of two.
-        text_pair: Column of the second text; `None` where there is one.
-        label: Column of the label; `None` where there is none.
+        text_pair: Column of the second text; `None` if there is only one text.
+        label: Column of the label; `None` if there is none.
     """
 
     text: str
@@ -70,17 +70,17 @@ class Columns:
 
     @property
     def texts(self) -> dict[str, str | None]:
-        """Where the texts are, by what an error calls them."""
+        """Columns of the texts, by the names that error messages use."""
         return {"text": self.text, "text_pair": self.text_pair}
 
 
 @dataclass(frozen=True)
 class Split:
-    """Some of the examples.
+    """The examples of a split.
 
     Attributes:
-        rows: All columns of each, memory-mapped.
-        labels: Index of the class (int64) or the value (float32) of each; `None` where there are none.
+        rows: All columns, memory-mapped.
+        labels: Class index (int64) or value (float32) of each example; `None` if there are no labels.
     """
 
     rows: Dataset
@@ -95,12 +95,12 @@ class Split:
         return column_values(self.rows, name)
 
     def select(self, rows: np.ndarray) -> Split:
-        """Some of them, in that order."""
+        """Some of the examples, in the given order."""
         return Split(self.rows.select(rows), None if self.labels is None else self.labels[rows])
 
 
 def both(first: Split, second: Split) -> Split:
-    """The rows of two splits as one without labels, with the columns that both have; text of either type is text."""
+    """Two splits as one without labels, with the columns that both have; `string` and `large_string` are one type."""
     here, there = first.rows.features, second.rows.features
     shared = [n for n in here if here[n] == there.get(n) or (_is_text(here[n]) and _is_text(there.get(n)))]
     one, other = (split.rows.select_columns(shared) for split in (first, second))
@@ -115,24 +115,24 @@ def open_table(
     suffix: str = "",
     kinds: str = "a table, a folder of them or a hub data set",
 ) -> dict[str, Dataset]:
-    """The splits of a table that `choose_splits` takes, by what they are for; a single file is `train`.
+    """The splits of a table that `choose_splits` selects, by purpose; a single file is `train`.
 
-    Of a folder the others are not even read: they may be of any kind.
+    Other files of a folder are not even read, so they may be of any kind.
 
     Args:
         path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of them with `train`,
             `validation` (`val`, `dev`, `eval`) or `test` in the names, a folder in the hub's layout, or a data set on
-            the hub. Files whose names differ in their numbers alone (`train_0.csv`, `train_1.csv`) are one split.
+            the hub. Files whose names differ only in their numbers (`train_0.csv`, `train_1.csv`) are one split.
         subset: Configuration of a hub data set, or folder beneath `path`.
-        suffix: How the name of the split to take ends, where there are several for one thing.
-        kinds: What else `path` might have been, as said in errors.
+        suffix: End of the name of the split to use, if there are several for one purpose.
+        kinds: What `path` may be, for messages.
 
     Raises:
         FileNotFoundError: When there is nothing at `path`.
-        ValueError: When there is something, but no table, or the names do not say which one trains.
+        ValueError: When there is something, but no table, or the names do not say which table is for training.
     """
     disable_progress_bars()
-    set_verbosity(logging.CRITICAL)  # errors are said once, by us
+    set_verbosity(logging.CRITICAL)  # errors are reported once, below
     where = Path(path).expanduser()
     if where.is_file():
         if where.suffix.lower() not in TABLE_FORMATS:
@@ -150,7 +150,7 @@ def open_table(
             chosen, classes = choose_splits(tables, path, suffix), _known_classes(where, subset)
             return _with_classes({kind: _load_files(parts, path) for kind, parts in chosen.items()}, classes)
         cards = where / "README.md", where / "dataset_infos.json"
-        if not any(card.is_file() for card in cards):  # older ones leave it to the folders' names
+        if not any(card.is_file() for card in cards):  # older cards leave the splits to the names of the folders
             packed = min(filter(is_packed_table, folder.iterdir()), default=None)
             what = f"{packed} is packed; unpack it" if packed else f"{folder} has none"
             raise ValueError(f"data.path must hold tables ({', '.join(TABLE_FORMATS)}), but {what}")
@@ -168,16 +168,16 @@ def open_table(
 
 
 def _table_name(stem: str) -> str:
-    """What the files of one table are called alike: a split's without any number, others without those of shards."""
+    """The name that the files of one table share: without any number for a split, without shard numbers for others."""
     name = NUMBER.sub("", stem)
     return name if SPLIT_NAME.fullmatch(name.lower()) or name.startswith(UNLABELLED) else SHARD.sub("", stem)
 
 
 def _known_classes(folder: Path, subset: str | None) -> dict[str, ClassLabel]:
-    """What the classes are called in the columns of a folder's tables, where its card says it for the hub."""
+    """Class names of the columns of a folder's tables, as far as its dataset card gives them."""
     try:
         cards = DatasetInfosDict.from_directory(str(folder))
-    except Exception:  # one that is none may hold anything
+    except Exception:  # a README that is not a card may hold anything
         return {}
     card = cards.get(subset or "default", next(iter(cards.values())) if len(cards) == 1 else None)
     features = (card and card.features) or {}
@@ -185,10 +185,10 @@ def _known_classes(folder: Path, subset: str | None) -> dict[str, ClassLabel]:
 
 
 def _with_classes(tables: dict[str, Dataset], classes: dict[str, ClassLabel]) -> dict[str, Dataset]:
-    """Tables whose numbers have the names of their classes; columns that they do not fit stay as they are.
+    """Tables with label columns cast to `ClassLabel`; columns whose values do not fit stay as they are.
 
-    Whether text is the names or the numbers is told from all of it: of classes that are called 1, 2 and 3 the numbers
-    are 0, 1 and 2. The library would tell it from each value.
+    Whether text holds the names or the numbers of classes is decided from the whole column: with classes called 1, 2
+    and 3, the numbers are 0, 1 and 2. The library would decide for each value.
     """
     found = dict(tables)
     for name, feature in classes.items():
@@ -206,7 +206,7 @@ def _with_classes(tables: dict[str, Dataset], classes: dict[str, ClassLabel]) ->
 
 
 def _load_files(files: list[Path], path: str) -> Dataset:
-    """One table from files of one kind; in CSV and TSV all is text."""
+    """One table from files of one format; all columns of CSV and TSV are text."""
     suffix, options = files[0].suffix.lower(), {}
     kind = TABLE_FORMATS[suffix]
     formats = {".tsv" if file.suffix.lower() == ".tsv" else TABLE_FORMATS[file.suffix.lower()]: file for file in files}
@@ -226,10 +226,10 @@ def _load_files(files: list[Path], path: str) -> Dataset:
                 )
             options["features"] = Features(dict.fromkeys(names, Value("string")))
             options |= {"keep_default_na": False, "na_values": [""]}
-        # The library knows a file again by its time of change alone; so it keeps each version by a name of its own.
+        # The library's cache tells files apart only by modification time, so each version gets its own name.
         options |= {"name": stamps(files), "data_files": [str(file) for file in files]}
         return load_dataset(kind, split="train", **options)
-    except Exception as error:  # each format's reader raises its own kinds
+    except Exception as error:  # each format's reader raises its own types
         which, reason = files[0] if len(files) == 1 else path, why_unreadable(error, files)
         if "corresponds to no data" in reason or not any(file.stat().st_size for file in files):
             raise ValueError(f"data.path must hold rows, but {which} has none") from error
@@ -239,7 +239,8 @@ def _load_files(files: list[Path], path: str) -> Dataset:
 def _load_json_lines(files: list[Path]) -> Dataset:
     """One table, read once and kept in the cache folder.
 
-    The library takes text that spells dates for dates, and the first 10 MB for what all columns hold.
+    Not read by the library, which turns text that looks like a date into a date, and infers the types of all columns
+    from the first 10 MB.
     """
     folder = cache_folder() / "tables" / cache_name(files=stamps(files))
     if read_manifest(folder) is None:
@@ -255,29 +256,28 @@ def _load_json_lines(files: list[Path]) -> Dataset:
 
 
 def _columns(rows: list[dict[str, Any]], names: Iterable[str]) -> Dataset:
-    """Rows as columns of a type each; made of all rows at once, they take several times the file's size."""
+    """Rows as typed columns; converting all rows at once takes several times the file's size in memory."""
     columns = {name: [_in_64_bits(row.get(name)) for row in rows] for name in names}
     return Dataset.from_dict(columns, on_mixed_types="use_json")
 
 
 def _in_64_bits(value: Any) -> Any:
-    """A whole number that has too many as a real one, as the library reads it."""
+    """Converts an integer that needs more than 64 bits to a float, as the library does."""
     return float(value) if type(value) is int and not -(2**63) <= value < 2**63 else value
 
 
 def choose_splits(found: dict[str, T], path: str, suffix: str = "") -> dict[str, T]:
-    """Which of the splits trains, validates and tests: the first of each kind, or the one that ends in `suffix`.
+    """Chooses the splits to train, validate and test on: the first of each kind, or the one that ends in `suffix`.
 
-    The kind is in the name; a name that says none is `train` where it is the only one, and left out beside a `train`.
+    The kind is a word in the name. A split of no kind is `train` if it is the only split, and left out beside a
+    `train`. A split whose name begins with `unlabel` or `unsupervised` is for semi-supervised training.
 
     Raises:
-        ValueError: When the names do not say which one trains.
+        ValueError: When the names do not say which split is for training.
 
     Example:
         >>> choose_splits({"train": 1, "dev": 2, "test_matched": 3, "test_mismatched": 4}, "x", "_mismatched")
         {'train': 1, 'validation': 2, 'test': 4}
-
-    A split called `unlabelled` or `unsupervised` is for semi-supervised training.
     """
     if len(found) == 1:
         [(name, rows)] = found.items()
@@ -295,7 +295,7 @@ def choose_splits(found: dict[str, T], path: str, suffix: str = "") -> dict[str,
 
 
 def column_values(rows: Dataset, name: str) -> list[Any]:
-    """The values of a column, as Python has them."""
+    """The values of a column as Python objects."""
     if isinstance(rows.features[name], Value | ClassLabel):
         return _arrow(rows, name).to_pylist()
     return list(rows[name])
@@ -314,14 +314,14 @@ def find_columns(
     usual: tuple[str, ...] = LABELS,
     usual_pairs: tuple[tuple[str, str], ...] = PAIRS,
 ) -> Columns:
-    """Where the texts and the label are: as named, or where there is one obvious choice.
+    """Finds the columns of the texts and the label: as given, or the one obvious choice.
 
-    A column called as in `usual` (`label`, or else `labels`, `target`, …) holds the label. The texts are in one
+    The label is in the first of the `usual` columns (`label`, `labels`, `target`, …) that exists. The texts are in one
     of the usual pairs of columns, such as `sentence1` and `sentence2`, in one called `text` or `sentence`, or in the
     only other column of text.
 
     Raises:
-        ValueError: When a column is not there, two are one, or the choice is not obvious.
+        ValueError: When a column does not exist, is given twice, or the choice is not obvious.
     """
     names = rows.column_names
     remedy = header_remedy(names)
@@ -359,17 +359,17 @@ def _is_text(feature: Any) -> bool:
 
 
 def check_texts(rows: Dataset, columns: dict[str, str | None], path: str, split: str) -> None:
-    """Refuses texts that are not there; an empty cell of a CSV or TSV file is none.
+    """Refuses missing texts; an empty cell of a CSV or TSV file is missing.
 
     Args:
         rows: A split of a table.
-        columns: Where the texts should be, by what an error calls them.
+        columns: Columns of the texts, by the names that error messages use.
         path: Where the table is from.
         split: Its name.
 
     Raises:
-        ValueError: When there is none in a row.
-        TypeError: When the column holds something else.
+        ValueError: When a column does not exist, or a row has no text.
+        TypeError: When a column does not hold text.
     """
     for role, name in columns.items():
         if name is None:

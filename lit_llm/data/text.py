@@ -1,4 +1,4 @@
-"""Text for language models: any corpus, cleaned, split by document, tokenised once and cut into rows."""
+"""Text for language models: any corpus, cleaned, split by document, tokenised once and cut into rows of tokens."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ STREAM_CHUNK = 64
 class TextData(TokenData):
     """Rows of tokens from any text.
 
-    Documents are cleaned, put into a split by a hash of their content (so that none is in two splits, and one stays
-    where it is when the corpus grows), tokenised once into a cache that later runs map into memory, and laid end to
-    end in rows of `seq_len` tokens, each after a boundary and what the tokeniser itself opens a text with, such as the
-    BOS of Llama's. A split that the source itself has is used as it is. A single file is cut into documents of about
-    8,192 characters, so that there is something to split; after a change they are others.
+    Documents are cleaned, assigned to a split by a hash of their content (so that no text is in two splits, and a
+    document keeps its split when the corpus grows), tokenised once into a cache that later runs memory-map, and
+    concatenated into rows of `seq_len` tokens. Each document follows a boundary token and whatever the tokeniser itself
+    puts before a text, such as Llama's BOS. Splits that the source has are used as they are. A single file is cut into
+    documents of about 8,192 characters so that it can be split; editing it may change all documents after the edit.
 
-    Of a mixture of corpora each has its share of the rows that are trained on, its weight by the sum of all, whatever
-    its size: an epoch is as long as without weights, and of a source with too few rows for its share they come again,
-    none for the third time before all have come twice. A row is of the source in which it starts. All are cleaned,
-    rid of duplicates (what two have is of the first) and tokenised together, and validation and test read all rows of
-    all of them.
+    In a mixture, each corpus has a share of the training rows that is its weight divided by the sum of the weights,
+    whatever its size. An epoch is as long as without weights; if a source has too few rows for its share, they repeat,
+    none for the third time before all have come twice. A row belongs to the source in which it starts. All sources are
+    cleaned, deduplicated (the first source keeps a document that several have) and tokenised together. Validation and
+    test read all rows of all sources.
 
     Args:
         path: The name of an embedded corpus (`stdlib`, `stdlib-code`, `stdlib-prose`), a file or folder of `.txt`,
@@ -50,14 +50,14 @@ class TextData(TokenData):
         column: Column of a table that holds the text.
         max_documents: Read only this many documents (of each source of a mixture).
         streaming: Train on documents as they arrive, without tokenising (or downloading) all of them first. Validation,
-            test and tokeniser training use the first 10,000 documents. Not available for mixtures. A run that streams
-            has no epochs that end, and in several processes cannot be resumed.
+            test and tokeniser training use the first 10,000 documents. Not available for mixtures. A streaming run has
+            no end of an epoch, and cannot be resumed if it uses several processes.
         cleaning: Cleaning steps to apply.
         validation_fraction: Fraction of the documents to validate on; 0 for none.
         test_fraction: Fraction of the documents to test on; 0 for none.
         split_by: `document` assigns whole documents to splits. `position` splits each document instead (a single file
-            is one document): its beginning is for training, the next part for validation, the end for testing. nanoGPT
-            splits Shakespeare this way (`validation_fraction: 0.1`, `test_fraction: 0`).
+            is one document): its beginning is for training, the next part for validation, the end for testing, as
+            nanoGPT splits Shakespeare (`validation_fraction: 0.1`, `test_fraction: 0`).
         tokenizer: `bytes`; `characters`, `bpe-<size>`, `bert-uncased-bpe-<size>` or `bert-bpe-<size>` (for encoders) or
             `t5-bpe-<size>` (for encoder-decoders), built from this corpus's training documents; a folder with a
             `tokenizer.json`; or a name on the hub.
@@ -67,8 +67,8 @@ class TextData(TokenData):
         seed: Seed of the order of rows.
 
     Raises:
-        ValueError: When there is no text, not enough for one row (of each source) or batch, or none to validate on;
-            when a weight is none, or a mixture is to be streamed.
+        ValueError: When there is no text, not enough for one row (of each source) or one batch, or none to validate on;
+            when a weight is not a finite number above 0, or a mixture is to be streamed.
 
     Example:
         >>> data = TextData(path="stdlib-prose", tokenizer="bytes", seq_len=8, batch_size=2)
@@ -114,16 +114,16 @@ class TextData(TokenData):
                 "data.streaming must be false where data.path is a mixture, but is true; tokenise the sources first"
             )
 
-    # Facts that objectives and model directories ask for.
+    # Properties read by objectives and model directories.
 
     @property
     def sources(self) -> list[str]:
-        """What the sources of a mixture are called in metrics, in their order; none where there is but one corpus."""
+        """Names of a mixture's sources in metrics, in order; empty for a single corpus."""
         return [name.strip("/") for name in self.weights]
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the data is and how it was made, with a mixture's weights; there from `setup` on."""
+        """What the data is and how it was made, with a mixture's weights; available from `setup` on."""
         return super().manifest | ({"weights": self.weights} if self.weights else {})
 
     @property
@@ -137,16 +137,16 @@ class TextData(TokenData):
     # How rows are made.
 
     def train_dataloader(self) -> BatchLoader | StreamLoader:
-        """Rows in an order drawn anew each epoch, or as the stream brings them."""
+        """Rows in a new random order each epoch, or in the order of the stream."""
         rank, world_size = data_parallel_rank(self.trainer)
         if self.streaming:
             return StreamLoader(self._stream, self._batch, self.seq_len, self.batch_size, world_size)
         split = self._cache.split("train")
-        rows = (len(split.tokens) - 1) // self.seq_len  # a row that is not full waits for more text
+        rows = (len(split.tokens) - 1) // self.seq_len  # without a partly filled last row
         return self._loader(split, rows, self.seed, rank, world_size)
 
     def row_sources(self, name: str, rows: int) -> np.ndarray | None:
-        """Which source each row of a split starts in, by its place among all; `None` where there is but one corpus."""
+        """Index of the source in which each row of a split starts; `None` for a single corpus."""
         if not self.weights:
             return None
         found = self.manifest["splits"][name].get("sources", {})
@@ -155,7 +155,7 @@ class TextData(TokenData):
         return places[np.searchsorted(starts, np.arange(rows) * self.seq_len, side="right") - 1]
 
     def split_rows(self, name: str) -> int:
-        """Rows of a split, a last and partly filled one included."""
+        """Number of rows of a split, including a partly filled last one."""
         return num_rows(len(self._cache.split(name).tokens), self.seq_len)
 
     def _evaluation_loader(self, name: str, with_documents: bool = False) -> BatchLoader | list[Any]:
@@ -192,7 +192,7 @@ class TextData(TokenData):
         return batch
 
     def _stream(self, skip: int) -> Iterator[list[int]]:
-        """Token lists of this rank's training documents, without the first `skip` of them."""
+        """Yields the tokens of each of this rank's training documents after the first `skip`."""
         rank, world_size = data_parallel_rank(self.trainer)
         documents = self._split(self._corpus(), Counter())
         mine = itertools.islice(
@@ -223,7 +223,7 @@ class TextData(TokenData):
         return split(corpus, self.cleaning, self.validation_fraction, self.test_fraction, dropped)
 
     def _recipe(self, ready: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-        # What was made before there was a choice, or before a BOS opened documents, keeps its name.
+        # Only what differs from the defaults, so that caches made before these options keep their name.
         recipe = {} if self.split_by == "document" else {"split_by": self.split_by}
         by_bos = ready is not None and ready.cls_token_id is None and opening_ids(ready)
         return recipe | ({"opening": ready.bos_token} if by_bos else {})
@@ -256,7 +256,7 @@ class TextData(TokenData):
 
 
 def _weights(path: Mapping[Any, Any]) -> dict[str, float]:
-    """The weights of a mixture, checked; a folder may have a number's name."""
+    """The validated weights of a mixture; a folder's name may be a number."""
     if not path:
         raise ValueError("data.path must be a path, or a mapping of paths to weights, but is {}")
     for source, weight in path.items():
@@ -272,7 +272,7 @@ def _weights(path: Mapping[Any, Any]) -> dict[str, float]:
 def read_texts(
     path: str, subset: str | None, column: str, max_documents: int | None, cleaning: Cleaning
 ) -> Iterator[str]:
-    """The cleaned texts of any corpus that `TextData` reads, whole: what `lit-llm tokenizer` trains on."""
+    """The cleaned texts, uncut, of any corpus that `TextData` reads: what `lit-llm tokenizer` trains on."""
     corpus = open_corpus(path, subset, column)
     if max_documents is not None:
         corpus = corpus.head(max_documents)

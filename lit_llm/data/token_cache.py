@@ -1,4 +1,4 @@
-"""A corpus as tokens on disk: made once, memory-mapped ever after, never seen half-written."""
+"""A tokenised corpus on disk: built once, memory-mapped afterwards, and visible only when complete."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Encoded(NamedTuple):
 
     Attributes:
         ids: Its tokens, without the boundary.
-        num_bytes: UTF-8 bytes of text that are to be predicted.
-        learnt: For each token whether it is to be predicted; `None` where all are.
+        num_bytes: UTF-8 bytes of the text that is to be predicted.
+        learnt: Whether each token is to be predicted; `None` if all are.
     """
 
     ids: list[int] | np.ndarray
@@ -42,11 +42,11 @@ class Encoded(NamedTuple):
 
 
 Encode = Callable[[DocumentEncoder, list[Document], Counter[str]], list[Encoded | None]]
-"""Makes tokens of documents, `None` of one that is left out, whose reason it counts."""
+"""Tokenises documents; gives `None` for one that is left out, and counts the reason."""
 
 
 def encode_texts(encoder: DocumentEncoder, documents: list[Document], dropped: Counter[str]) -> list[Encoded | None]:
-    """Plain texts, of which every token is predicted, each after what opens a document (`opening_ids`)."""
+    """Tokenises plain texts, all of whose tokens are predicted, each after the tokens that open it (`opening_ids`)."""
     texts = [document.text for document in documents]
     sizes = (len(text.encode("utf-8", "surrogatepass")) for text in texts)
     return [Encoded(ids, size) for ids, size in zip(encoder.encode_opened(texts), sizes, strict=True)]
@@ -54,16 +54,16 @@ def encode_texts(encoder: DocumentEncoder, documents: list[Document], dropped: C
 
 @dataclass(frozen=True)
 class TokenSplit:
-    """The tokens of one split and where its documents lie in them.
+    """The tokens of one split and the positions of its documents.
 
     The stream is `boundary document₀ boundary document₁ … boundary`. A label belongs to the document whose token it
-    is, and the boundary that ends a document belongs to it.
+    is; the boundary after a document belongs to that document.
 
     Attributes:
         tokens: The stream, memory-mapped.
-        documents: For each document the place of the boundary before it, the UTF-8 bytes of what is predicted of it (of
-            a text, all), and its content hash.
-        folder: Where it lies.
+        documents: For each document the position of the boundary before it, the UTF-8 bytes of its text that is
+            predicted (all of a plain text), and its content hash.
+        folder: Folder of the cache.
         name: `train`, `validation` or `test`.
     """
 
@@ -80,12 +80,12 @@ class TokenSplit:
 
     @cached_property
     def learnt(self) -> np.ndarray:
-        """For each token of the stream whether it is to be predicted, memory-mapped; only where some are not."""
+        """Whether each token of the stream is to be predicted, memory-mapped; exists only if some are not."""
         return np.memmap(self.folder / f"{self.name}.learnt", dtype=bool, mode="r")
 
     @property
     def edges(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each document the place of its first token, and that of the boundary after its last."""
+        """For each document the position of its first token, and that of the boundary after its last."""
         starts, ends, _ = self._bounds
         return starts + 1, ends
 
@@ -96,10 +96,10 @@ class TokenSplit:
         return starts, ends, np.concatenate([[0], np.cumsum(self.documents["num_bytes"].astype(np.int64))])
 
     def bytes_before(self, places: np.ndarray) -> np.ndarray:
-        """Bytes of text that the labels at places `1 … place` of the stream stand for.
+        """For each place, the bytes of text that the labels at positions `1 … place` of the stream stand for.
 
-        A document's bytes are spread evenly over its labels, which needs nothing from the tokeniser and is exact over
-        whole documents: summed over a split it is the split's size.
+        A document's bytes are spread evenly over its labels, which needs nothing from the tokeniser and is exact for
+        whole documents: the sum over a split is its size.
         """
         starts, ends, bytes_at_start = self._bounds
         if not len(starts):
@@ -115,9 +115,9 @@ class TokenCache:
     """A tokenised corpus.
 
     Attributes:
-        folder: Where it lies.
+        folder: Its folder.
         manifest: Corpus, cleaning, tokeniser, documents, bytes and tokens of each split, and what was dropped and why;
-            of a mixture also where in a split each source starts, and how much of it there is.
+            for a mixture also the start and size of each source in each split.
     """
 
     folder: Path
@@ -125,18 +125,18 @@ class TokenCache:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokeniser that made it."""
+        """The tokeniser that it was made with."""
         return open_tokenizer(self.folder / "tokenizer")
 
     def split(self, name: str) -> TokenSplit:
-        """Maps one split into memory."""
+        """Memory-maps one split."""
         path = self.folder / f"{name}.tokens"
         tokens = np.memmap(path, dtype=self.manifest["dtype"], mode="r")
         return TokenSplit(tokens, np.load(self.folder / f"{name}.documents.npy", mmap_mode="r"), self.folder, name)
 
     @classmethod
     def open(cls, folder: Path) -> TokenCache | None:
-        """The cache in a folder; `None` when there is none, or not all of it."""
+        """The cache in a folder; `None` if it is missing or incomplete."""
         manifest = read_manifest(folder)
         return None if manifest is None else cls(folder, manifest)
 
@@ -163,12 +163,12 @@ def split_documents(
 def cut_documents(
     corpus: Corpus, cleaning: Cleaning, validation_fraction: float, test_fraction: float, dropped: Counter[str]
 ) -> Iterator[tuple[Document, int, str]]:
-    """Parts of cleaned documents with their content hash and split: the first train, the next validate, the last test.
+    """Cuts each cleaned document into training, validation and test parts, with their content hash and split.
 
-    Of `n` characters the first `int(n * (1 - validation_fraction - test_fraction))` train and the last of
-    `int(n * (1 - test_fraction))` on test; a part without any is left out. A part is named after its document and the
-    characters that it holds, as in `book.txt[900:1000]`. A document that the source has in another split than
-    training stays whole, and nothing is cut for a split that the source has.
+    Of `n` characters, the first `int(n * (1 - validation_fraction - test_fraction))` are for training, and those from
+    `int(n * (1 - test_fraction))` on for testing; empty parts are left out. A part is named after its document and its
+    range of characters, as in `book.txt[900:1000]`. A document that the source has in another split than training stays
+    whole, and nothing is cut for a split that the source has.
     """
     for document, content, _ in split_documents(corpus, cleaning, 0.0, 0.0, dropped):
         if document.split in ("validation", "test"):
@@ -193,15 +193,15 @@ def build_cache(
     report: Callable[[str], None],
     encode: Encode = encode_texts,
 ) -> TokenCache:
-    """Tokenises a corpus into `folder`, which appears only once it is whole.
+    """Tokenises a corpus into `folder`, which appears only when it is complete.
 
     Args:
-        folder: Where to put it; another process that makes the same at the same time does no harm.
-        documents: Starts a pass over the documents; takes a counter of what is dropped.
-        make_tokenizer: The tokeniser, from the texts of the training split.
-        description: Goes into the manifest.
-        report: Told in one line what was made.
-        encode: Makes tokens of documents.
+        folder: Folder of the cache; another process may build the same cache at the same time.
+        documents: Starts a pass over the documents; takes a counter of dropped documents by reason.
+        make_tokenizer: Makes the tokeniser from the texts of the training split.
+        description: Added to the manifest.
+        report: Called with a summary of one line.
+        encode: Tokenises documents.
     """
     started = time.perf_counter()
     with new_cache(folder) as (new, manifest):
@@ -281,7 +281,7 @@ class _SplitWriter:
         return counts | ({"sources": self._sources(index)} if self.sources else {})
 
     def _sources(self, index: np.ndarray) -> dict[str, dict[str, int]]:
-        """Where each source starts, whose documents follow one another, and how much of it there is."""
+        """Start and size of each source; the documents of a source are contiguous."""
         edges = [*self.sources.values(), len(index)]
         places = [*index["start"].tolist(), self.written]
         return {

@@ -1,4 +1,4 @@
-"""What data modules over a token cache share: their facts, their checks, and how the cache is found or made."""
+"""Base class of data modules over a token cache: properties, checks, and how the cache is found or built."""
 
 from __future__ import annotations
 
@@ -39,16 +39,16 @@ log = logging.getLogger(__name__)
 class TokenData(LightningDataModule, ABC):
     """Rows of tokens from documents that are cleaned, split by a hash of their content, and tokenised once.
 
-    A subclass says how the corpus is read, how its documents become tokens, and how tokens become rows. Arguments are
-    explained where it names them.
+    A subclass defines how the corpus is read, how its documents become tokens, and how tokens become rows. Subclasses
+    document the arguments.
     """
 
     encode: Encode = staticmethod(encode_texts)
     wanted = "text"
-    """What `path` must hold, in words."""
+    """What `path` must hold, for messages."""
 
     doubt: str | None = None
-    """Why documents that were trained on may be among those that are evaluated."""
+    """Why documents that were trained on may be among the evaluated ones; `None` if there is no such doubt."""
 
     def __init__(
         self,
@@ -76,21 +76,21 @@ class TokenData(LightningDataModule, ABC):
         self.cache: TokenCache | None = None
         self._separate: dict[str, bool] = {}  # whether the source itself has these splits
 
-    # Facts that objectives and model directories ask for.
+    # Properties read by objectives and model directories.
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokeniser; there from `setup` on."""
+        """The tokeniser; available from `setup` on."""
         return self._cache.tokenizer
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens; there from `setup` on."""
+        """Number of tokens in the vocabulary; available from `setup` on."""
         return self._cache.manifest["vocab_size"]
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """What the data is and how it was made; there from `setup` on."""
+        """What the data is and how it was made; available from `setup` on."""
         return self._cache.manifest
 
     @property
@@ -104,11 +104,11 @@ class TokenData(LightningDataModule, ABC):
     # Lightning's hooks.
 
     def prepare_data(self) -> None:
-        """Makes the token cache where there is none yet."""
+        """Builds the token cache if there is none yet."""
         self._open_cache()
 
     def setup(self, stage: str) -> None:
-        """Maps the cache into memory and refuses data that cannot do what `stage` needs."""
+        """Memory-maps the cache and refuses data that is insufficient for `stage`."""
         if self.cache is None:
             self.cache = self._open_cache()
         if stage == "fit":
@@ -125,28 +125,28 @@ class TokenData(LightningDataModule, ABC):
         return self._evaluation_loader("test")
 
     def predict_dataloader(self) -> BatchLoader | list[Any]:
-        """The test split, or where there is none the validation split, with each label's document."""
+        """The test split, or the validation split if there is none, with the document of each label."""
         return self._evaluation_loader(self.predict_split.name, with_documents=True)
 
     def state_dict(self) -> dict[str, Any]:
-        """The tokeniser's files, so that a checkpoint can read and write text on its own, and what is trained on."""
+        """The tokeniser's files, so that a checkpoint alone can read and write text, and what it is trained on."""
         tokenizer = tokenizer_files(self._cache.folder / "tokenizer")
         return {"tokenizer": tokenizer, "documents": {"source": self._source, "contents": self._contents}}
 
     def require_unchanged(self, state_dict: dict[str, Any]) -> None:
-        """Refuses to go on from a checkpoint whose documents have changed since.
+        """Refuses to resume from a checkpoint if its documents have changed.
 
         Raises:
-            ValueError: When they have.
+            ValueError: When they have changed.
         """
         if change := self._change(state_dict):
             raise changes.refusal("documents", change)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuses a checkpoint whose tokens mean something else; says where it may know what is evaluated.
+        """Refuses a checkpoint with another tokeniser; warns if it may have been trained on what is evaluated.
 
         Raises:
-            ValueError: When the checkpoint's tokeniser is not this data's, or training would go on with documents that
+            ValueError: When the checkpoint's tokeniser is not this data's, or training would resume with documents that
                 have changed.
         """
         stage = None if self.trainer is None else self.trainer.state.fn
@@ -166,7 +166,7 @@ class TokenData(LightningDataModule, ABC):
 
     @property
     def _source(self) -> dict[str, Any]:
-        """What decides the documents of the training split, beside what lies at the path."""
+        """What determines the documents of the training split, besides the files at the path."""
         return {
             "path": self.path,
             "subset": self.subset,
@@ -178,13 +178,13 @@ class TokenData(LightningDataModule, ABC):
 
     @cached_property
     def _contents(self) -> list[int] | None:
-        """How many documents are trained on, and a hash of theirs; `None` where not all of them are known."""
+        """Number of training documents and a hash of their contents; `None` if not all of them are known."""
         documents = np.ascontiguousarray(self._cache.split("train").documents["content"])
         return [len(documents), int.from_bytes(hashlib.blake2b(documents, digest_size=8).digest(), "big")]
 
     def _change(self, state_dict: dict[str, Any]) -> str | None:
-        """How the documents have changed since a checkpoint was trained on them; `None` where nothing says so."""
-        then = state_dict.get("documents") or {}  # older checkpoints do not say it
+        """How the documents have changed since the checkpoint was trained; `None` if no change is known."""
+        then = state_dict.get("documents") or {}  # missing in older checkpoints
         if not (then.get("contents") and self._contents and _placed(then["source"]) == _placed(self._source)):
             return None
         return changes.difference("train", self.corpus_name, "documents", then["contents"], self._contents)
@@ -198,12 +198,12 @@ class TokenData(LightningDataModule, ABC):
 
     @property
     def predict_bytes(self) -> np.ndarray:
-        """For each document of that split the UTF-8 bytes of what is predicted of it."""
+        """UTF-8 bytes of the predicted text of each document of that split."""
         return self.predict_split.documents["num_bytes"]
 
     @abstractmethod
     def split_rows(self, name: str) -> int:
-        """Rows of a split that are evaluated."""
+        """Number of rows of a split that are evaluated."""
 
     @abstractmethod
     def _evaluation_loader(self, name: str, with_documents: bool = False) -> BatchLoader | list[Any]: ...
@@ -241,14 +241,14 @@ class TokenData(LightningDataModule, ABC):
         return split_documents(corpus, self.cleaning, self.validation_fraction, self.test_fraction, dropped)
 
     def _dress(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-        """What a tokeniser needs before it is used and saved."""
+        """Adapts a tokeniser before it is used and saved."""
         return tokenizer
 
     def _texts_to_learn_tokens_from(self, documents: Iterable[str]) -> Iterable[str]:
         return documents
 
     def _recipe(self, ready: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-        """What decides the cache beside corpus, cleaning, splits and tokens; `ready` is no tokeniser to be trained."""
+        """What else determines the cache; `ready` is the tokeniser if it needs no training, else `None`."""
         return {}
 
     def _open_cache(self) -> TokenCache:
@@ -295,6 +295,6 @@ class TokenData(LightningDataModule, ABC):
 
 
 def _placed(source: dict[str, Any]) -> dict[str, Any]:
-    """A source whose path is the same however it is spelt."""
+    """A source with its path resolved, so that all spellings of a path are equal."""
     path = source["path"]
     return {**source, "path": Path(path).expanduser().resolve() if isinstance(path, str) else path}

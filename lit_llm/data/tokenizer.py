@@ -1,4 +1,4 @@
-"""Tokenisers: bytes, characters, byte-pair encodings trained here and any on the hub, all as one transformers class."""
+"""Tokenisers as transformers classes: bytes, characters, byte-pair encodings trained here, and any on the hub."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from lit_llm.files import model_folder
 from lit_llm.wording import first_line
 
 BOUNDARY = "<|endoftext|>"
-"""Opens every document in the tokenisers made here, and so ends the one before."""
+"""Token before every document in the tokenisers made here, which also ends the document before it."""
 
 UNKNOWN = "<unk>"
-"""What a character tokeniser makes of each character that it has not seen."""
+"""Token of a character tokeniser for every character that it has not seen."""
 
 WORDS = (
     r"'(?:[sdmt]|ll|ve|re)"
@@ -28,19 +28,19 @@ WORDS = (
     r"|\s*[\r\n]+ *"
     r"|\s+(?!\S)|\s+"
 )
-"""What merges may not cross: GPT-4's pattern (github.com/openai/tiktoken, `cl100k_base`) with two differences: at most
-two digits a token, and a line's end stays with the punctuation before it and the indentation after it, which on the
-standard library gives 6 % more bytes a token at a vocabulary of 4,096."""
+"""Pattern of pre-tokens, across which nothing is merged: GPT-4's (github.com/openai/tiktoken, `cl100k_base`) with two
+differences: at most two digits per token, and a line end stays with the punctuation before it and the indentation after
+it, which gives 6 % more bytes per token on the standard library at a vocabulary of 4,096."""
 
 MARKS = ("[PAD]", "[CLS]", "[SEP]", "[MASK]")
-"""What an encoder's tokeniser has instead of the boundary: `[CLS]` opens an example, `[SEP]` ends each text in it."""
+"""Special tokens of an encoder, instead of the boundary: `[CLS]` opens an example, `[SEP]` ends each text in it."""
 
 SENTINELS = tuple(f"<extra_id_{number}>" for number in range(100))
-"""What an encoder-decoder's tokeniser has to stand for spans that are left out of a text."""
+"""Tokens of an encoder-decoder that stand for spans that are left out of a text."""
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a byte: nothing to train, no text it cannot hold, 257 tokens with the boundary.
+    """One token per byte: no training, encodes any text, 257 tokens with the boundary.
 
     Example:
         >>> byte_tokenizer().decode(byte_tokenizer().encode("é 好"))
@@ -57,9 +57,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def character_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """One token for each Unicode character that occurs, after the boundary and the unknown token.
 
-    Text of these characters is decoded as it was. Any other character becomes one unknown token and is lost, which
-    keeps the vocabulary at that of the corpus, as in nanoGPT (and lets bits per byte look too good on text with many
-    of them); `bytes` and `bpe-<size>` hold any text.
+    Text of these characters is decoded unchanged. Any other character becomes the unknown token and is lost. This keeps
+    the vocabulary to that of the corpus, as in nanoGPT, but makes bits per byte look too good on text with many
+    unknown characters. `bytes` and `bpe-<size>` encode any text.
 
     Args:
         texts: Where the characters come from.
@@ -84,7 +84,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
     Args:
         texts: What to train on.
-        vocab_size: Tokens wanted, the 256 bytes and the boundary included; a small corpus may yield fewer.
+        vocab_size: Size of the vocabulary with the 256 bytes and the boundary; a small corpus may yield less.
 
     Raises:
         ValueError: When `vocab_size` has no room for the bytes and the boundary.
@@ -96,16 +96,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
 
 
 def train_bert_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains the same for an encoder: with BERT's marks `[PAD]`, `[CLS]`, `[SEP]` and `[MASK]`.
+    """Trains a byte-level byte-pair encoding for an encoder, with BERT's `[PAD]`, `[CLS]`, `[SEP]` and `[MASK]`.
 
-    One text becomes `[CLS] A [SEP]`, two become `[CLS] A [SEP] B [SEP]`, the second one and its `[SEP]` of type 1.
+    One text becomes `[CLS] A [SEP]`, two become `[CLS] A [SEP] B [SEP]`, where `B [SEP]` has token type 1.
 
     Args:
         texts: What to train on.
-        vocab_size: Tokens wanted, the 256 bytes and the marks included; a small corpus may yield fewer.
+        vocab_size: Size of the vocabulary with the 256 bytes and the special tokens; a small corpus may yield less.
 
     Raises:
-        ValueError: When `vocab_size` has no room for the bytes and the marks.
+        ValueError: When `vocab_size` has no room for the bytes and the special tokens.
 
     Source:
         Devlin et al., 2018, arXiv:1810.04805, figure 2; bytes instead of word pieces, so there is no `[UNK]`.
@@ -119,11 +119,11 @@ def train_bert_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def train_bert_uncased_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains the same on words in lower case, without accents, as BERT's uncased models read them.
+    """Trains `train_bert_bpe` on lower-case words without accents, as BERT's uncased models read text.
 
-    White space and control characters are lost, and each punctuation mark stands alone; so a word is the same tokens
-    wherever it stands: at a sentence's head, in `_a_name`, after a bracket. A word's first token begins with a space.
-    What Unicode can take apart is, as Korean syllables, which cost tokens.
+    White space and control characters are lost, and each punctuation mark is a word of its own. A word therefore has
+    the same tokens wherever it stands: at the start of a sentence, in `_a_name`, after a bracket. A word's first token
+    begins with a space. Characters are decomposed as Unicode defines, including Korean syllables, which costs tokens.
 
     Args:
         texts: What to train on.
@@ -145,16 +145,16 @@ def train_bert_uncased_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedT
 
 
 def train_t5_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains the same for an encoder-decoder: with T5's `<pad>`, `</s>` and 100 sentinels from `<extra_id_0>` on.
+    """Trains a byte-level byte-pair encoding for an encoder-decoder, with T5's `<pad>`, `</s>` and 100 sentinels.
 
-    A text ends with `</s>`, and so does each of two.
+    Each text, also each of a pair, ends with `</s>`. The sentinels begin with `<extra_id_0>`.
 
     Args:
         texts: What to train on.
-        vocab_size: Tokens wanted, the 256 bytes and the 102 others included; a small corpus may yield fewer.
+        vocab_size: Size of the vocabulary with the 256 bytes and the 102 special tokens; a small corpus may yield less.
 
     Raises:
-        ValueError: When `vocab_size` has no room for the bytes and the others.
+        ValueError: When `vocab_size` has no room for the bytes and the special tokens.
 
     Source:
         Raffel et al., 2020, arXiv:1910.10683, sections 2.2 and 3.1.4; bytes instead of SentencePiece, so there is no
@@ -238,13 +238,13 @@ KINDS = {
     "bert-uncased-bpe": train_bert_uncased_bpe,
     "t5-bpe": train_t5_bpe,
 }
-"""What is trained to a size, by the name that stands before it."""
+"""Functions that train a tokeniser of a given size, by the name before the size."""
 
 TRAINED = re.compile(rf"({'|'.join(KINDS)})-(\d+)")
 
 
 def training_of(spec: str) -> Callable[[Iterable[str]], PreTrainedTokenizerFast] | None:
-    """What makes a tokeniser from texts, for `characters` and `bpe-<size>` and its kin; `None` for a ready one."""
+    """The function that trains a tokeniser such as `characters` or `bpe-<size>`; `None` if `spec` needs no training."""
     if spec == "characters":
         return character_tokenizer
     match = TRAINED.fullmatch(spec)
@@ -265,7 +265,7 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
         return byte_tokenizer()
     try:
         tokenizer = open_tokenizer(spec)
-    except Exception as error:  # the library beneath raises nothing narrower for a file that is no tokeniser
+    except Exception as error:  # the library raises nothing narrower for a file that is not a tokeniser
         sized = ", ".join(f"`{kind}-<size>`" for kind in KINDS)
         raise FileNotFoundError(
             f"tokenizer must be `bytes`, `characters`, {sized}, a folder made by `lit-llm tokenizer` or a name on the "
@@ -278,9 +278,9 @@ def load_tokenizer(spec: str | Path) -> PreTrainedTokenizerBase:
 
 
 def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
-    """The tokeniser of a folder, of a run or of a name on the hub, without running any code that comes with it.
+    """Opens the tokeniser of a folder, of a run or of a name on the hub, without running any code that comes with it.
 
-    It is saved as it is: transformers leaves out `legacy`, by which a Llama's reads what follows a special token.
+    Makes it save `legacy`, which transformers leaves out and by which Llama's reads text after a special token.
     """
     folder = model_folder(Path(source).expanduser(), "tokenizer.json")
     tokenizer = AutoTokenizer.from_pretrained(str(folder if folder.is_dir() else source), trust_remote_code=False)
@@ -290,13 +290,13 @@ def open_tokenizer(source: str | Path) -> PreTrainedTokenizerBase:
 
 
 def tokenizer_files(folder: Path) -> dict[str, str]:
-    """The files of a tokeniser, by their paths in its folder: with several chat templates some have a folder of it."""
+    """The files of a tokeniser by path relative to its folder; several chat templates are in a folder of their own."""
     files = (path for path in sorted(folder.rglob("*")) if path.is_file())
     return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8") for path in files}
 
 
 def write_tokenizer_files(files: dict[str, str], folder: Path) -> None:
-    """Writes what `tokenizer_files` gave; nowhere but into the folder, whatever the paths say."""
+    """Writes the files that `tokenizer_files` returned; never outside the folder, whatever the paths say."""
     for name, text in files.items():
         path = folder.joinpath(*(part for part in Path(name).parts if part not in ("..", Path(name).anchor)))
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -304,7 +304,7 @@ def write_tokenizer_files(files: dict[str, str], folder: Path) -> None:
 
 
 def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that stands before each document and after the last.
+    """The token before each document and after the last.
 
     Raises:
         ValueError: When the tokeniser has no end-of-text, beginning-of-text or separator token.
@@ -316,7 +316,7 @@ def boundary_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token that fills rows up; the boundary, where the tokeniser has none for it.
+    """The padding token, or the boundary if the tokeniser has none.
 
     Raises:
         ValueError: When it has neither.
@@ -325,9 +325,9 @@ def padding_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What stands between the boundary and a document: BERT's `[CLS]`, or the BOS that a tokeniser puts before texts.
+    """The tokens between the boundary and a document: BERT's `[CLS]`, or the BOS that a tokeniser puts before texts.
 
-    Nothing where the boundary does both, as in the tokenisers made here for decoders.
+    Empty if that is the boundary itself, or there is no such token, as in the tokenisers made here for decoders.
     """
     opening = tokenizer.cls_token_id
     if opening is None and tokenizer("").input_ids[:1] == [tokenizer.bos_token_id]:
@@ -336,17 +336,17 @@ def opening_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def first_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token before a text that is to be continued: what opens a document, else the boundary."""
+    """The token before a text that is to be continued: the one that opens a document, or else the boundary."""
     return [boundary_id(tokenizer), *opening_ids(tokenizer)][-1]
 
 
 def require_utf_8(text: str, name: str = "prompt") -> None:
-    """Refuses a text that UTF-8 does not hold, as no tokeniser reads it.
+    """Refuses a text that cannot be encoded as UTF-8, because no tokeniser reads it.
 
-    Python makes one of a command line's bytes that are not UTF-8, and of half a surrogate pair in JSON.
+    Python makes such text from bytes on the command line that are not UTF-8, and from half a surrogate pair in JSON.
 
     Raises:
-        ValueError: When it holds such a half.
+        ValueError: When the text has an unpaired surrogate.
     """
     try:
         text.encode()
@@ -355,7 +355,7 @@ def require_utf_8(text: str, name: str = "prompt") -> None:
 
 
 def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Token ids of whole documents, on all cores, without any token added.
+    """Token ids of whole documents, computed on all cores, without added tokens.
 
     Text that spells a special token is encoded as the characters it consists of.
     """
@@ -370,5 +370,5 @@ def encode_documents(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> li
 
 
 def fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of all that decides how text becomes tokens."""
+    """A hash of everything that determines how text becomes tokens."""
     return hashlib.blake2b(tokenizer.backend_tokenizer.to_str().encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""Classification of images: the digits that every machine has, MNIST, and any data set shaped like them."""
+"""Image classification: scikit-learn's digits, MNIST, and any data set of labelled images."""
 
 from __future__ import annotations
 
@@ -24,48 +24,50 @@ from lit_llm.wording import listed
 log = logging.getLogger(__name__)
 
 PLACE, CONTENT = "place in the cache", "hash of the pixels"
-"""Columns that a table of images has beside its own: where each was decoded to, and what tells it from others."""
+"""Columns added to a table of images: the index of each decoded image in the cache, and a hash of its pixels."""
 
 
 class VisionData(ExampleData):
     """Labelled images.
 
-    Images are decoded once, by all cores, into a file of bytes that is mapped into memory; batches are gathered from it
-    whole. So a set may be larger than memory. Those of mixed sizes are scaled until they cover `image_size`, and the
-    middle is cut out; colours are kept where one image has any.
+    Images are decoded once, on all cores, into a memory-mapped file from which whole batches are gathered, so a data
+    set may be larger than memory. Images of mixed sizes are scaled until they cover `image_size`, and cropped to the
+    centre. By default, all images are read in colour if any has colour.
 
     A network that starts from a model directory, a run or a checkpoint reads images as it did there: size, channels and
-    normalisation are taken from there, the first two unless they are named.
+    normalisation are taken from there, unless `image_size` or `channels` is given.
 
     Args:
         path: `sklearn-digits` (1,797 images of 8 × 8 pixels, a fifth of them for testing), a data set on the hub such
-            as `ylecun/mnist`, a folder in its layout, Parquet (a file or a folder), or a folder of images with one
-            folder per class, optionally inside `train`, `validation` and `test`. For predictions, class folders are
-            optional.
+            as `ylecun/mnist`, a folder in the hub's layout, Parquet (a file or a folder), or a folder of images with
+            one folder per class, optionally inside `train`, `validation` and `test`. For predictions, class folders
+            are optional.
         subset: Configuration of a hub data set.
         image: Column of the images; optional if there is one obvious choice.
-        label: Column of the labels; likewise.
+        label: Column of the labels; optional likewise.
         image_size: Height and width in pixels. Default: those of the images, or 224 if they differ.
-        channels: 1 for grey, 3 for colour. Default: 1 if no image has colour.
+        channels: 1 for grey, 3 for colour. Default: 1 if no image has colour, else 3.
         normalize: Subtract the mean of each channel over the training images and divide by its standard deviation;
             otherwise intensities are from 0 to 1.
         batch_size: Images per batch and device.
         validation_fraction: Fraction of the training split to validate on if the source has no validation split: the
-            same of each class, by a hash of the pixels. 0 for none.
-        test_fraction: The same for a test split, also if the source's own has no labels and is only predicted.
+            same fraction of each class, chosen by a hash of the pixels. 0 for none.
+        test_fraction: The same for a test split; also applies if the source's own test split has no labels, which is
+            then only used for predictions.
         max_examples: Train on at most this many images, drawn with the seed in proportion to the classes.
         labels_per_class: Keep the labels of only this many training images per class, drawn with the seed; the rest
             become unlabelled, like those of a split called `unlabelled`.
         unlabelled_ratio: For semi-supervised training: number of unlabelled images per labelled one in a batch, each
             once weakly and once strongly augmented (see `ImageAugmentation`). An epoch is one pass over the unlabelled
             ones; labelled ones are repeated as needed. 0 ignores the unlabelled ones.
-        balance_classes: Draw each class equally often; instead of an objective's `class_weights`, not beside them.
+        balance_classes: Draw each class equally often; not to be combined with an objective's `class_weights`.
         augmentation: Augmentation of training images, different in each epoch.
         broken: What to do with images that cannot be read: `refuse` the data, or `skip` them and report which.
         seed: Seed of the order of images and of the augmentation.
 
     Raises:
-        ValueError: When there are no such images, one is broken, a label is missing or new, or there are too few.
+        ValueError: When no images are found, one is broken, a label is missing or not seen in training, or there are
+            too few images.
 
     Example:
         >>> data = VisionData(batch_size=8)
@@ -117,25 +119,25 @@ class VisionData(ExampleData):
         self._known: ImageProcessor | None = None
         self._processor: ImageProcessor | None = None
 
-    # Facts that objectives, callbacks and model directories ask for.
+    # Properties read by objectives, callbacks and model directories.
 
     monitor: tuple[str, str] | None = None
-    """The headline metric: that of the objective."""
+    """The headline metric; `None` is the objective's."""
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Channels, height and width of an image. As all facts, from `setup` on."""
+        """Channels, height and width of an image. Like all these properties, available from `setup` on."""
         return self._open_processor().shape
 
     @property
     def normalization(self) -> dict[str, list[float]]:
-        """What is subtracted from each channel (`mean`) and what it is divided by (`std`), of pixels from 0 to 1."""
+        """What is subtracted from each channel (`mean`) and what it is divided by (`std`), for pixels from 0 to 1."""
         processor = self._open_processor()
         return {"mean": list(processor.mean), "std": list(processor.std)}
 
     @property
     def image_processor(self) -> dict[str, Any]:
-        """How images are read, as the `preprocessor_config.json` of a model directory says it."""
+        """How images are read, in the form of a model directory's `preprocessor_config.json`."""
         return self._open_processor().to_hf()
 
     @property
@@ -152,11 +154,11 @@ class VisionData(ExampleData):
         }
 
     def images(self, split: str, rows: list[int]) -> UInt8[Tensor, "batch channels height width"]:
-        """Some of the images as they are, from 0 to 255."""
+        """Some of the decoded images, not normalised, from 0 to 255."""
         return self._read(split).images(np.asarray(rows, dtype=np.int64))
 
     def texts(self, split: str, rows: list[int]) -> list[dict[str, Any]]:
-        """What the source says of some of the images; `image` is the path, or the number of the row there."""
+        """The source's other columns for some of the images; `image` is the path, or the number of the row there."""
         kept = [name for name in self.splits[split].rows.column_names if name not in (PLACE, CONTENT)]
         table = self.splits[split].rows.select_columns(kept)
         return [table[row] for row in rows]
@@ -164,25 +166,25 @@ class VisionData(ExampleData):
     # Lightning's hooks.
 
     def prepare_data(self) -> None:
-        """Decodes the images; what is to be predicted, once a checkpoint has said how large they are."""
+        """Decodes the images; when predicting, this waits until a checkpoint has given their size."""
         if not self._predicting:
             self._open_processor()
 
     def setup(self, stage: str) -> None:
-        """As of any examples; says how images are read while the network still knows what it starts from."""
+        """Checks the data; fixes how images are read while the network still knows what it starts from."""
         super().setup(stage)
         if not self._predicting:
             self._open_processor()
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint needs to read images and to name classes on its own."""
+        """What a checkpoint needs to read images and name classes without this data."""
         return {"image_processor": self.image_processor, **super().state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Reads images as the checkpoint does, and refuses one whose classes mean something else.
+        """Reads images as the checkpoint does; refuses a checkpoint with other classes.
 
         Raises:
-            ValueError: When training would go on with images of another shape, or classes differ.
+            ValueError: When training would resume with images of another shape, or classes differ.
         """
         processor = ImageProcessor.from_hf(state_dict["image_processor"])
         if self._stage == "fit" and self.image_shape != processor.shape:
@@ -204,7 +206,7 @@ class VisionData(ExampleData):
         first = chosen["train"] if "train" in chosen else next(iter(chosen.values()))
         self._image = find_image_column(first, self.path, self.given["image"])
         label = self.given["label"] or self._known_columns(first).get("label")
-        if self._predicting and (label or self._trained_on):  # no other column is one of labels
+        if self._predicting and (label or self._trained_on):  # no other column can be the label
             label = label if label in first.column_names else None
         else:
             label = find_label_column(first, self.path, label)
@@ -221,7 +223,7 @@ class VisionData(ExampleData):
         return whole or self._labelled(found, unlabelled)
 
     def _decoded(self, tables: dict[str, Dataset], identity: str) -> dict[str, Dataset]:
-        """The tables with places in the cache, and names, instead of encoded images; without broken ones."""
+        """The tables with indices into the cache and names instead of encoded images, without broken images."""
         known, size, channels = self._known, None, None
         if known is None:
             known, channels = self._processor_of_network(), self.channels
@@ -236,7 +238,7 @@ class VisionData(ExampleData):
         self.cache = ImageCache.open(folder) or build_image_cache(folder, encoded, size, channels)
         shape = self.cache.shape
         same = folder.with_name(cache_name(**what, size=shape[1:], channels=shape[0]))
-        with contextlib.suppress(OSError):  # who asks for what was found out here, as `predict` does, finds it decoded
+        with contextlib.suppress(OSError):  # so that a run that names the size found here, such as `predict`, finds it
             same.symlink_to(folder.name)
         found = {}
         for split, rows in tables.items():
@@ -249,10 +251,10 @@ class VisionData(ExampleData):
         return found
 
     def _whole(self, split: str, names: list[str]) -> np.ndarray:
-        """Rows of a split without the broken images.
+        """Indices of a split's rows whose images can be read.
 
         Raises:
-            ValueError: When there are such, and they are not to be skipped.
+            ValueError: When an image is broken, and broken ones are not to be skipped.
         """
         broken = {row: reason for of_split, row, reason in self.cache.manifest["broken"] if of_split == split}
         if not broken:
@@ -267,7 +269,7 @@ class VisionData(ExampleData):
         return np.setdiff1d(np.arange(len(names)), list(broken))
 
     def _processor_of_network(self) -> ImageProcessor | None:
-        """How images are read for what the network starts from."""
+        """How images were read for the weights that the network starts from."""
         stored = getattr(getattr(self.trainer, "lightning_module", None), "image_processor", None)
         return stored and ImageProcessor.from_hf(stored)
 
