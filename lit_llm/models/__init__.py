@@ -1,1 +1,4 @@
-"""Networks, plain torch: one architecture a file, over shared layers."""
+"""Networks: one architecture per file, over shared layers; plain torch, except `pretrained…`, which wrap transformers.
+
+The attributes and methods that the rest of the package looks up by name are listed in CONTRIBUTING.md.
+"""
