@@ -1,4 +1,4 @@
-"""The unit of a network that is repeated, and how deep in a network a parameter is."""
+"""Blocks, the repeated layers of a network, and the depth of each parameter."""
 
 from abc import ABC
 
@@ -8,9 +8,8 @@ from torch import nn
 class Block(nn.Module, ABC):
     """Marks one repeated layer of a network.
 
-    It is the unit for sharding, activation checkpointing, freezing and distillation taps, so those work on every
-    architecture without knowing any: they look for instances of this class. A library's layer becomes one by
-    `Block.register`.
+    It is the unit of sharding, activation checkpointing, freezing and distillation, which look for instances of this
+    class and so work on every architecture. A library's layer becomes a block by `Block.register`.
     """
 
 
@@ -26,15 +25,14 @@ def blocks_of(network: nn.Module) -> list[nn.Module]:
 
 
 def depths(network: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
-    """How deep in a network each of its parameters is, from the input up, and how deep its head.
+    """The depth of each parameter of a network, counted from the input, and the depth of its head.
 
-    0 is what comes before the first block (embeddings), 1 to `n` are the blocks, the last of them with what comes
-    between it and the head (a norm), and `n + 1` is the head: all that is not `network.backbone` where there is such,
-    with the backbone's pooler, which is as good as new after pre-training without it; else the last layer with
-    parameters. An embedding that is the head's matrix too is at 0. The order is that in which layers were made, but
-    embeddings outside the blocks, such as relative positions, are at 0 with their norms, since all blocks read them,
-    and what is outside the backbone is at the top, wherever they were made. Without any blocks what is below the head
-    is at 0, and the head at 1.
+    0 is everything before the first block (embeddings), 1 to `n` are the blocks, and `n + 1` is the head. What lies
+    between the last block and the head (a norm) is at `n`. If there is a `network.backbone`, the head is everything
+    outside it, and its pooler, which is as good as new after pre-training without it; else the head is the last layer
+    with parameters. An embedding tied to the head is at 0. Otherwise depths follow the order in which layers were
+    created, but embeddings outside the blocks, such as relative positions, are at 0 with their norms, since all blocks
+    read them. Without blocks, everything below the head is at 0, and the head at 1.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1, bias=False))
@@ -54,7 +52,7 @@ def depths(network: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
         head = set([m for m in network.modules() if any(True for _ in m.parameters(recurse=False))][-1].parameters())
     found: dict[nn.Parameter, int] = {}
     embeddings, here, top = _of_embeddings(network), 0, len(blocks) + 1
-    for p in network.parameters():  # a tied matrix comes once, where it is first
+    for p in network.parameters():  # yields a tied matrix once, at its first place
         here = max(here, within.get(p, 0))
         is_head = p in head and (backbone is not None or here or not blocks)
         found[p] = within.get(p, top if is_head else 0 if p in embeddings else here)
@@ -62,7 +60,7 @@ def depths(network: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
 
 
 def _of_embeddings(network: nn.Module) -> set[nn.Parameter]:
-    """Embeddings and, where they were made behind blocks, what was made behind them in the same module: their norm."""
+    """Embeddings and, if created after blocks, the layers created after them in the same module: their norm."""
     found: set[nn.Parameter] = set()
     for parent in network.modules():
         after_blocks = behind = False
@@ -70,6 +68,6 @@ def _of_embeddings(network: nn.Module) -> set[nn.Parameter]:
             is_one = isinstance(child, nn.Embedding)
             behind = behind or (is_one and after_blocks)
             after_blocks = after_blocks or any(isinstance(module, Block) for module in child.modules())
-            if is_one or behind or "norm_emb" in name:  # as BART's kin call the norm of theirs
+            if is_one or behind or "norm_emb" in name:  # their norm in models like BART
                 found.update(child.parameters())
     return found

@@ -1,4 +1,4 @@
-"""Backward passes that are written by hand, and so have no derivative of their own."""
+"""A guard for backward passes written by hand, which have no derivative themselves."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 
 def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Has an `autograd.Function` with this backward pass refuse a second derivative.
+    """Decorates the backward pass of an `autograd.Function`, which then refuses second derivatives.
 
-    torch's `once_differentiable` does so only where it goes through the gradient that comes in. That of a sum is
-    constant; what the forward pass kept would be taken for constant with it, and its part be left out unsaid.
+    torch's `once_differentiable` raises only if the second derivative passes through the incoming gradient. If that is
+    constant, as for a sum, it silently treats the tensors saved in the forward pass as constants too.
 
     Raises:
-        RuntimeError: When the gradients are asked for with `create_graph`.
+        RuntimeError: When gradients are computed with `create_graph`.
 
     Example:
         >>> class Square(torch.autograd.Function):
@@ -39,7 +39,7 @@ def differentiable_once(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def once(ctx: Any, *grads: Tensor) -> Any:
-        """The gradients, unless theirs are wanted too."""
+        """The gradients, without a graph of their own."""
         if torch.is_grad_enabled():
             raise RuntimeError(
                 f"create_graph must be false where {backward.__qualname__} takes part, which is written by hand, but "

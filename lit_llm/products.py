@@ -1,4 +1,4 @@
-"""How matrices are multiplied: in which dtype, on a CPU by which library, and what that makes of attention."""
+"""Settings of matmuls: their dtype, their library on a CPU, and when they are faster than a flash kernel."""
 
 from __future__ import annotations
 
@@ -10,27 +10,26 @@ from torch import Tensor
 CPU_INFO = Path("/proc/cpuinfo")
 
 MAX_QUERIES = {torch.bfloat16: (4096, 4096), torch.float32: (0, 0)}
-"""Of how many queries attention by matrix products beats the CPU's flash kernel.
+"""Largest number of queries for which two matmuls are faster than the CPU's flash kernel.
 
-The first number is in general, the second where all look back, and no mask is needed for that.
-
-With 32 bits only where oneDNN multiplies those (`multiply_by_onednn`)."""
+The pair is (in general, causal without an explicit mask). In float32 they are faster only with oneDNN
+(`multiply_by_onednn`)."""
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """In which dtype products of it are taken: autocast's, where that is on."""
+    """The dtype in which matmuls of `x` are computed: autocast's if it is enabled."""
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
 def multiply_by_onednn() -> None:
-    """Has torch multiply matrices of 32-bit numbers by oneDNN where MKL, its own choice, leaves AVX-512 unused: on AMD.
+    """Makes torch compute float32 matmuls with oneDNN on AMD CPUs, on which MKL, its default, does not use AVX-512.
 
-    Torch goes there when told that products may be rounded to bfloat16, which oneDNN does with Intel's AMX alone: on
-    these CPUs all products keep 32 bits. The flash kernel's small products are slower then, so short sequences are
-    attended to without it. Does nothing beside a GPU, which would take that as leave to round its own, nor where
-    somebody has chosen a precision.
+    Torch uses oneDNN if it may round the factors to bfloat16. OneDNN does so only with Intel's AMX, so on these CPUs
+    matmuls stay in float32. The flash kernel's small matmuls become slower, so attention over short sequences no longer
+    uses it (`MAX_QUERIES`). Does nothing if there is an accelerator, whose matmuls would be rounded, or if a precision
+    has been chosen already.
     """
     if torch.accelerator.is_available() or torch.backends.mkldnn.matmul.fp32_precision != "none":
         return

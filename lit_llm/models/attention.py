@@ -17,7 +17,7 @@ class KVCache:
 
     Args:
         batch_size: Number of sequences.
-        max_seq_len: Most tokens it can hold.
+        max_seq_len: Maximum number of tokens of a sequence.
     """
 
     def __init__(self, batch_size: int, max_seq_len: int) -> None:
@@ -29,9 +29,9 @@ class KVCache:
     def update(
         self, layer: int, k: Float[Tensor, "batch kv_heads new d_head"], v: Float[Tensor, "batch kv_heads new d_head"]
     ) -> tuple[Float[Tensor, "batch kv_heads seq d_head"], Float[Tensor, "batch kv_heads seq d_head"]]:
-        """Stores the new keys and values of a layer and returns all of that layer's so far.
+        """Stores the new keys and values of a layer, and returns all of that layer's so far.
 
-        `length` is advanced by the network, once all its layers have written.
+        The network advances `length` after all its layers have written.
 
         Raises:
             ValueError: When the sequence outgrows the cache.
@@ -51,7 +51,7 @@ class KVCache:
 
 
 def document_mask(document_ids: Int[Tensor, "batch seq"]) -> Bool[Tensor, "batch 1 seq seq"]:
-    """True where a position may look: not ahead, and not into another document.
+    """A causal mask within documents: true where a position may attend.
 
     Example:
         >>> document_mask(torch.tensor([[0, 0, 1]]))[0, 0].int().tolist()
@@ -73,7 +73,7 @@ def attend(
         q: Queries; each group of `heads / kv_heads` of them shares a key-value head.
         k: Keys.
         v: Values.
-        mask: True where a query may look; `None` is causal, the queries being the last `new` of `seq` positions.
+        mask: True where a query may attend; `None` is causal, with the queries at the last `new` of `seq` positions.
 
     Source:
         Vaswani et al., 2017, arXiv:1706.03762, eq. 1; grouped queries: Ainslie et al., 2023, arXiv:2305.13245.
@@ -98,9 +98,9 @@ class Attention(nn.Module):
         num_heads: Query heads.
         num_kv_heads: Key-value heads; divides `num_heads`. 1 is multi-query, `num_heads` is multi-head attention.
         d_head: Width of a head; even.
-        qk_norm: Normalise each head's queries and keys before they are rotated, which bounds the attention logits and
-            lets larger learning rates train (Henry et al., 2020, arXiv:2010.04245; with RMSNorm and a gain, as Qwen3).
-        norm_eps: Of those normalisations.
+        qk_norm: Normalise each head's queries and keys before rotation, which bounds the attention logits and allows
+            larger learning rates (Henry et al., 2020, arXiv:2010.04245; with RMSNorm and a gain, as in Qwen3).
+        norm_eps: Epsilon of those norms.
     """
 
     def __init__(
@@ -127,9 +127,9 @@ class Attention(nn.Module):
 
         Args:
             x: The new positions.
-            by: Their rotation.
+            by: Rotation of their positions, from `rotary.rotation`.
             mask: As in `attend`.
-            cache: Where earlier keys and values are kept, and the new ones added.
+            cache: Holds the keys and values of earlier positions; the new ones are added to it.
             layer: Index of this layer in the cache.
         """
         q, k, v = (proj(x).unflatten(-1, (-1, self.d_head)) for proj in (self.q_proj, self.k_proj, self.v_proj))

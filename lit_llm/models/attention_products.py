@@ -1,4 +1,4 @@
-"""Attention as plain matrix products, which beat the CPU's flash kernel up to thousands of positions."""
+"""Attention as plain matmuls, which on a CPU beat the flash kernel up to thousands of queries."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_llm.products import MAX_QUERIES, product_dtype
 from lit_llm.shapes import shapes_only
 
 ROWS = 128
-"""Queries at a time: few enough that little is computed of keys ahead of them, enough for large products."""
+"""Queries per chunk: few enough that little is computed for keys ahead of them, enough for large matmuls."""
 
 
 def products_win(
@@ -24,13 +24,13 @@ def products_win(
 ) -> bool:
     """Whether `attend_by_products` is faster than torch's own attention; arguments as there.
 
-    So it is on a CPU, up to thousands of queries in bfloat16; not for an export, which asks no size.
+    It is on a CPU, up to the number of queries in `MAX_QUERIES`. False in an export, which must not read sizes.
     """
     if q.device.type != "cpu" or torch.compiler.is_exporting():
         return False
     causal = is_causal and mask is None
     most = MAX_QUERIES.get(product_dtype(q), (0, 0))[causal]
-    if dropout or torch.compiler.is_compiling() or shapes_only():  # a plan is of an accelerator's attention
+    if dropout or torch.compiler.is_compiling() or shapes_only():  # a plan assumes an accelerator's attention
         most = min(most, _most_kept(q, causal))
     return most > 0 and q.shape[2] <= most
 
@@ -44,24 +44,24 @@ def attend_by_products(
     scale: float,
     dropout: float = 0.0,
 ) -> Float[Tensor, "batch heads new d_value"]:
-    """Softmax attention as two matrix products.
+    """Softmax attention as two matmuls.
 
-    The probabilities of few queries are kept for the backward pass. Those of many are made again there, `ROWS` queries
-    at a time: memory then grows with their number, not with its square. Where none may look ahead, those of few are
-    made `ROWS` at a time too, without the half that is 0.
+    With few queries, the attention weights are kept for the backward pass. With many, they are recomputed there, `ROWS`
+    queries at a time, so that memory grows linearly with their number instead of quadratically. Causal attention works
+    on `ROWS` queries at a time in both cases, and so skips the half of the weights that is 0.
 
     Args:
         q: Queries.
         k: Keys.
         v: Values.
-        mask: True where a query may look. One that may look nowhere gets something finite.
-        is_causal: Where there is no mask, whether none may look ahead; there are as many keys as queries then.
-        scale: Of the scores.
-        dropout: Share of the probabilities that is dropped; with any, or compiled, all are kept.
+        mask: True where a query may attend. The output of a query that may attend to nothing is arbitrary but finite.
+        is_causal: Whether attention without a mask is causal, which needs as many keys as queries.
+        scale: Factor on the scores.
+        dropout: Dropout probability of the attention weights. With dropout, or compiled, all weights are kept.
 
     Source:
-        Rabe & Staats, 2021, "Self-attention Does Not Need O(n²) Memory", arXiv:2112.05682, section 3: blocks of queries
-        alone, each with all its keys at once, so that the softmax is torch's own.
+        Rabe & Staats, 2021, "Self-attention Does Not Need O(n²) Memory", arXiv:2112.05682, section 3. Differs in that
+        only queries are chunked: each chunk reads all its keys at once, so the softmax is torch's own.
     """
     dtype, is_causal = product_dtype(q), is_causal and mask is None
     q, k, v = (t.to(dtype) for t in (q, k, v))
@@ -76,7 +76,7 @@ def attend_by_products(
 
 
 def _most_kept(q: Tensor, causal: bool) -> int:
-    """Up to how many queries shares are kept: fewer where half of them are 0 and are not even made by rows."""
+    """Largest number of queries whose attention weights are kept: fewer if causal, since chunks skip half of them."""
     return (512 if causal else 1024) // product_dtype(q).itemsize
 
 
@@ -89,9 +89,9 @@ def _attention_weights(
     num_heads: int,
     first: int = 0,
 ) -> Float[Tensor, "batch_heads new seq"]:
-    """How each query shares its attention out to the keys; the first query's own key has the index `first`."""
+    """The attention weights of each query; `first` is the index of the first query's own key."""
     if mask is not None:
-        least = torch.finfo(q.dtype).min  # not -inf, for a query of padding that may look nowhere
+        least = torch.finfo(q.dtype).min  # not -inf: a padding query may attend to nothing
         bias = q.new_zeros(mask.shape).masked_fill_(~mask, least)
         bias = bias.expand(len(q) // num_heads, num_heads, q.shape[1], -1).flatten(0, 1)
     elif is_causal:
@@ -113,9 +113,9 @@ def _by_rows(
     num_heads: int,
     kept: Sequence[Tensor] = (),
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Which queries, which keys they may look at, and their shares of these, if they were not kept; from the last back.
+    """Yields the last chunk first: a slice of queries, the slice of keys they may attend to, and attention weights.
 
-    Arguments as in `_attention_weights`.
+    Arguments as in `_attention_weights`; the weights are taken from `kept` if it is not empty, else computed.
     """
     for index, first in enumerate(reversed(range(0, q.shape[1], ROWS))):
         rows = slice(first, min(first + ROWS, q.shape[1]))
@@ -128,15 +128,15 @@ def _by_rows(
 
 
 class _ByRows(torch.autograd.Function):
-    """`attend_by_products` of some queries at a time; the backward pass has kept their shares or makes them anew."""
+    """`attend_by_products` in chunks of queries; the backward pass has kept attention weights or recomputes them."""
 
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float, keep: bool
     ) -> Tensor:
-        """What the queries find."""
+        """The output for each query."""
         batch, num_heads, new, _ = q.shape
-        out = q.new_empty(batch, new, num_heads, v.shape[-1]).transpose(1, 2)  # as an output projection reads it
+        out = q.new_empty(batch, new, num_heads, v.shape[-1]).transpose(1, 2)  # layout for the output projection
         q, k, v = (t.flatten(0, 1) for t in (q, k, v))
         kept = []
         for rows, keys, shares in _by_rows(q, k, mask, is_causal, scale, num_heads):
@@ -149,7 +149,7 @@ class _ByRows(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of queries, keys and values; those of keys and values are summed in float32."""
+        """The gradients of queries, keys and values; those of keys and values are accumulated in float32."""
         q, k, v, mask, *kept = ctx.saved_tensors
         is_causal, scale, num_heads = ctx.how
         grad, grad_q = grad.flatten(0, 1), torch.empty_like(q)
@@ -165,7 +165,7 @@ class _ByRows(torch.autograd.Function):
 
 
 def _plus(total: Tensor | None, keys: slice, part: Tensor) -> Tensor:
-    """The sum over queries so far, whose first part is of all keys."""
+    """Adds a chunk's gradient to the sum so far; the first chunk covers all keys."""
     if total is None:
         return part
     total = total.float()

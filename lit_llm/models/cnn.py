@@ -1,4 +1,4 @@
-"""A small convolutional network: the worked example of the texts that this package began with."""
+"""A small convolutional network: PyTorch's MNIST example."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from lit_llm.models.image_classifier import ImageClassifier
 
 
 class Convolution(nn.Conv2d, Block):
-    """A convolution that is a layer of its own."""
+    """A convolution that counts as a block."""
 
 
 class Dense(nn.Linear, Block):
-    """A matrix that is a layer of its own."""
+    """A linear layer that counts as a block."""
 
 
 class CNN(ImageClassifier):
-    """Two convolutions and two matrices, with ReLU, max-pooling and dropout in between.
+    """Two convolutions and two linear layers, with ReLU, max-pooling and dropout in between.
 
-    Of 28 x 28 images in one channel 1.2 million parameters, 98 % of them in the first matrix.
+    It has 1.2 million parameters for 28 x 28 images in one channel, 98 % of them in the first linear layer.
 
     Args:
         num_classes: Width of the head; decided by the data.
         channels: As in `ImageClassifier`.
         image_size: As in `ImageClassifier`; at least 6.
         class_names: As in `ImageClassifier`.
-        channel_dropout: Probability that a channel is dropped after pooling in training, in [0, 1).
+        channel_dropout: Probability that a whole channel is dropped after pooling, in [0, 1).
         dropout: Dropout probability of the head's input.
 
     Raises:
         ValueError: When a value is out of range.
 
     Source:
-        PyTorch's example `mnist/main.py`, as "Starting to develop and fine-tune large models from zero" has it, section
-        5. There it ends in a log-softmax; these are logits, of which cross-entropy is the same.
+        PyTorch's example `mnist/main.py`, also in "Starting to develop and fine-tune large models from zero", section
+        5. Differs in the output: logits instead of their log-softmax, which gives the same cross-entropy.
 
     Example:
         >>> network = CNN(10)
@@ -74,11 +74,11 @@ class CNN(ImageClassifier):
         self.fc2 = nn.Linear(128, self.num_classes)
 
     def hidden(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch 128"]:
-        """All but the last matrix."""
+        """Everything below the last linear layer."""
         x = F.relu(self.conv2(F.relu(self.conv1(x))))
         x = self.dropout1(F.max_pool2d(x, 2))
         return F.relu(self.fc1(torch.flatten(x, 1)))
 
     def head(self, hidden: Float[Tensor, "batch 128"]) -> Float[Tensor, "batch classes"]:
-        """The last matrix, on what dropout leaves."""
+        """Dropout and the last linear layer."""
         return self.fc2(self.dropout2(hidden))

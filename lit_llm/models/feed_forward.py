@@ -1,4 +1,4 @@
-"""Position-wise layers."""
+"""Feed-forward layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class SwiGLU(nn.Module):
 
     Args:
         d_model: Width of the input and output.
-        d_ff: Width inside; two thirds of the usual `4 * d_model` gives the parameters of an ungated layer.
+        d_ff: Hidden width; two thirds of the usual `4 * d_model` gives as many parameters as an ungated layer.
 
     Source:
         Shazeer, 2020, "GLU Variants Improve Transformer", arXiv:2002.05202, eq. 6.
@@ -34,15 +34,15 @@ class SwiGLU(nn.Module):
 
 
 def linear_of_recomputed(linear: nn.Module, activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`linear(activation(x))`; in float32 on a CPU, what the layer reads is made anew for its gradient, not kept.
+    """`linear(activation(x))`; in float32 on a CPU, the activation is recomputed in the backward pass, not kept.
 
-    That is as large as `x`, which is kept anyway, and made in little time beside that of a product: a GPT-2 of 11 M
-    parameters takes 2 % longer and a tenth less memory. (In bfloat16 it would take 5 % longer.) The gradient is the
-    same to the last bit. A compiler decides by itself what it keeps.
+    It is as large as `x`, which is kept anyway, and computed quickly compared with a matmul: a GPT-2 of 11 M parameters
+    takes 2 % longer and a tenth less memory. (In bfloat16 it would take 5 % longer.) Gradients are equal to the last
+    bit. A compiler decides itself what to keep.
 
     Args:
         linear: The layer.
-        activation: Element by element, and the same every time.
+        activation: Elementwise and deterministic.
         x: (..., in_features).
     """
     activated = activation(x)

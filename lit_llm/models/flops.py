@@ -1,4 +1,4 @@
-"""What a step of training computes, from the weights of a network and which of them learn."""
+"""Floating-point operations of a training step, from a network's weights and which of them are trained."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from lit_llm.blocks import Block
 def training_flops(network: nn.Module, attention: int = 0) -> int:
     """Floating-point operations of one training step, forward and backward, per token of a row.
 
-    A weight takes two in the forward pass. In the backward pass it takes two for the gradient of its input, where
-    anything learns that was made before it, and two for its own, where it learns itself. Embeddings are looked up. What
-    activation checkpointing computes again is not counted.
+    A weight takes two in the forward pass. In the backward pass it takes two for the gradient of its input, if anything
+    before it is trained, and two for its own gradient, if it is trained itself. Embeddings take none. Recomputation by
+    activation checkpointing is not counted.
 
     Args:
-        network: One whose layers were made in the order in which they compute.
-        attention: Those of a block's scores and weighted values in the forward pass; the backward pass has twice as
-            many, where anything learns in the block or before it.
+        network: A network whose layers were created in the order in which they compute.
+        attention: Operations of a block's attention scores and weighted values in the forward pass; the backward pass
+            takes twice as many, if anything in the block or before it is trained.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 3, bias=False), nn.Linear(3, 1, bias=False))
@@ -26,8 +26,8 @@ def training_flops(network: nn.Module, attention: int = 0) -> int:
         24
 
     Source:
-        Chowdhery et al., 2022, "PaLM", arXiv:2204.02311, app. B: where all learn, that is `6 N + 12 L H Q T`, with `N`
-        the parameters that take part in matrix products.
+        Chowdhery et al., 2022, "PaLM", arXiv:2204.02311, app. B: if everything is trained, this is `6 N + 12 L H Q T`,
+        with `N` the parameters in matmuls.
     """
     flops, learning = 0, False
     for module in network.modules():

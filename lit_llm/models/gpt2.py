@@ -1,4 +1,4 @@
-"""GPT-2: a decoder, whole in this file. Goes out as Hugging Face's GPT-2; nanoGPT's network too."""
+"""GPT-2, a decoder, defined whole in this file and exported as Hugging Face's GPT-2; also nanoGPT's network."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from lit_llm.models.feed_forward import linear_of_recomputed
 from lit_llm.models.flops import training_flops
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
-"""What Hugging Face's GPT-2 keeps as (in, out), its `Conv1D`, where a linear layer has (out, in)."""
+"""Weights that Hugging Face's GPT-2 stores as (in, out), since its layers are `Conv1D`, not `Linear` with (out, in)."""
 
 
 class GPT2Attention(nn.Module):
-    """Causal multi-head self-attention; queries, keys and values come out of one matrix.
+    """Causal multi-head self-attention with one matrix for queries, keys and values.
 
     Args:
         d_model: Width of the input and output.
@@ -48,7 +48,7 @@ class GPT2Attention(nn.Module):
         Args:
             x: The new positions.
             mask: As in `attention.attend`.
-            cache: Where earlier keys and values are kept, and the new ones added.
+            cache: Holds the keys and values of earlier positions; the new ones are added to it.
             layer: Index of this layer in the cache.
         """
         q, k, v = self.c_attn(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -66,7 +66,7 @@ class GPT2FeedForward(nn.Module):
 
     Args:
         d_model: Width of the input and output.
-        d_ff: Width inside.
+        d_ff: Width of the hidden layer.
         activation: As in `GPT2`.
         bias: Whether both layers have biases.
 
@@ -94,11 +94,11 @@ class GPT2Block(Block):
         "mlp.c_fc": "columns",
         "mlp.c_proj": "rows",
     }
-    """How devices share its products (`tensor_parallel`). Heads lie across the columns of the one matrix of queries,
-    keys and values, so what it gives is gathered, and each device has all heads."""
+    """How each linear layer is cut by tensor parallelism. Cutting the columns of the fused query-key-value matrix does
+    not align with heads, so its output is all-gathered, and each device computes all heads."""
 
     whole_sequence: ClassVar[tuple[str, ...]] = ("attn", "mlp")
-    """Layers that read all positions, where what lies between them is shared out by positions."""
+    """Layers that need the whole sequence under sequence parallelism; the rest is computed on parts of the sequence."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class GPT2Block(Block):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "batch new d_model"]:
-        """Adds what this layer computes; arguments as in `GPT2Attention.forward`."""
+        """Adds the output of attention, then of the feed-forward layer; arguments as in `GPT2Attention.forward`."""
         x = x + self.drop(self.attn(self.ln_1(x), mask, cache, layer))
         return x + self.drop(self.mlp(self.ln_2(x)))
 
@@ -138,20 +138,23 @@ class GPT2(nn.Module):
         d_model: Width of the residual stream.
         num_layers: Number of blocks.
         num_heads: Attention heads; divides `d_model`.
-        d_ff: Width inside the feed-forward layers; `None` is four times `d_model`.
+        d_ff: Hidden width of the feed-forward layers; `None` is four times `d_model`.
         max_seq_len: Number of learned positions: the longest sequence the network can read.
         norm_eps: Epsilon of every LayerNorm.
-        dropout: Dropout probability of embeddings, attention weights and the outputs of layers, in [0, 1).
-        bias: Use biases in linear layers and norms. Without them, the model is exported with biases of zero.
+        dropout: Dropout probability of embeddings, attention weights and the outputs of attention and feed-forward
+            layers, in [0, 1).
+        bias: Use biases in linear layers and norms. A network without them is exported with biases of zero.
         tie_embeddings: Share one matrix between input and output embeddings.
-        activation: `gelu_new`, the tanh approximation that GPT-2 was trained with, or `gelu`, exact: on a CPU it is
-            several times faster, as torch 2.13 has it.
-        activation_checkpointing: As in `Llama`: about a third more computation for much less memory.
+        activation: `gelu_new`, the tanh approximation that GPT-2 was trained with, or `gelu`, the exact function,
+            which is several times faster on a CPU (torch 2.13).
+        activation_checkpointing: Keep only each block's input and recompute the block in the backward pass: about a
+            third more computation for much less memory.
 
     Source:
-        Radford et al., 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. Weights start with
-        a standard deviation of 0.02, what is added to the residual stream with `0.02 / sqrt(2 num_layers)`, biases at
-        zero; positions start with 0.02, as in nanoGPT and transformers, where GPT-2's own code has 0.01.
+        Radford et al., 2019, "Language Models are Unsupervised Multitask Learners", section 2.3. Weights are
+        initialised with a standard deviation of 0.02, matrices that write to the residual stream with
+        `0.02 / sqrt(2 num_layers)`, biases with zero. Differs in the position embeddings: 0.02, as in nanoGPT and
+        transformers, instead of the 0.01 of GPT-2's own code.
 
     Example:
         >>> network = GPT2(vocab_size=10, d_model=16, num_layers=1, num_heads=2, max_seq_len=8)
@@ -161,10 +164,10 @@ class GPT2(nn.Module):
 
     hf_architectures = ("GPT2LMHeadModel",)
     hf_buffers: ClassVar[tuple[str, ...]] = (".attn.bias", ".attn.masked_bias")
-    """Ends of the names of tensors in older directories that are no parameters."""
+    """Name endings of tensors in older model directories that are not parameters, and are skipped."""
 
     defers_init: ClassVar[bool] = True
-    """All weights are drawn by `reset_parameters`, and there is nothing else to be made (`deferred_init`)."""
+    """Whether `reset_parameters` draws all weights and there are no buffers, as `deferred_init` requires."""
 
     def __init__(
         self,
@@ -217,7 +220,7 @@ class GPT2(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the initial weights stated in the class's `Source`."""
-        if self.tie_embeddings:  # here, since leaving the meta device unties
+        if self.tie_embeddings:  # not in the constructor: moving off the meta device unties them
             self.lm_head.weight = self.wte.weight
         for name, module in self.named_modules():
             if isinstance(module, nn.LayerNorm):
@@ -235,7 +238,7 @@ class GPT2(nn.Module):
         mask: Bool[Tensor, "#batch 1 new seq"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch new d_model"]:
-        """What the head reads: the last block's output, normalised. Arguments as in `forward`."""
+        """The input of the head: the last block's output, normalised. Arguments as in `forward`."""
         start = cache.length if cache is not None else 0
         if positions is None:
             if start + input_ids.shape[1] > self.max_seq_len:
@@ -268,23 +271,23 @@ class GPT2(nn.Module):
 
         Args:
             input_ids: Tokens.
-            document_ids: Where given, a position looks only at positions with its own id.
-            positions: Index of each token in its sequence, below `max_seq_len`; counted from the cache's length where
-                not given.
-            mask: True where a query may look; `None` is causal.
+            document_ids: Document of each token: attention is confined to it, and causal. Replaces `mask`.
+            positions: Index of each token in its sequence, below `max_seq_len`; default: counted from the cache's
+                length.
+            mask: True where a query may attend; `None` is causal.
             cache: Keys and values of earlier tokens; the new ones are added to it.
 
         Raises:
-            ValueError: When there are more tokens than learned positions.
+            ValueError: When there are more tokens than learned positions, and `positions` is not given.
         """
         return self.lm_head(self.hidden(input_ids, document_ids, positions, mask, cache))
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
-        """An empty cache for `forward`, with room for that many sequences of that many tokens."""
+        """An empty cache for `forward`, for `batch_size` sequences of up to `max_seq_len` tokens."""
         return KVCache(batch_size, max_seq_len)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of one training step per token of a row, as `training_flops` counts them."""
+        """Floating-point operations of one training step per token of a row of `seq_len`; see `training_flops`."""
         return training_flops(self, 4 * self.d_model * seq_len)
 
     def to_hf_config(self) -> dict[str, Any]:
@@ -307,10 +310,10 @@ class GPT2(nn.Module):
 
     @staticmethod
     def hf_arguments(config: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that make the network that a `config.json` of transformers describes.
+        """The constructor's arguments for the network that a `config.json` of transformers describes.
 
         Raises:
-            ValueError: When the config asks for what this network does not have.
+            ValueError: When the config asks for something that this network does not have.
         """
         activation = config.get("activation_function", "gelu_new").replace("gelu_pytorch_tanh", "gelu_new")  # the same
         if activation not in ("gelu_new", "gelu"):
@@ -344,21 +347,21 @@ class GPT2(nn.Module):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> GPT2:
-        """That network, with fresh weights."""
+        """The network that a `config.json` of transformers describes, with fresh weights."""
         return cls(**cls.hf_arguments(config))
 
     @staticmethod
     def hf_name(name: str) -> str:
-        """The name that transformers gives to a parameter of this network."""
+        """The name of a parameter in transformers' network."""
         return name if name.startswith("lm_head.") else f"transformer.{name}"
 
     @staticmethod
     def hf_view(name: str, parameter: Tensor) -> Tensor:
-        """A parameter as transformers lays it out: a view, so that what is copied into it reaches the parameter."""
+        """A view of a parameter in transformers' layout; copying into the view writes the parameter."""
         return parameter.T if name.endswith(TRANSPOSED) else parameter
 
     def hf_zeros(self) -> Iterator[tuple[str, tuple[int, ...]]]:
-        """Names and shapes of what transformers' network has and this one does without: its biases."""
+        """Names and shapes of the biases that transformers' network has in addition when this one has none."""
         if not self.bias:
             for name, module in self.named_modules():
                 if isinstance(module, nn.Linear | nn.LayerNorm) and module is not self.lm_head:

@@ -1,4 +1,4 @@
-"""What this package's own classifiers of images share: the shape they read, names of classes, how they are kept."""
+"""Base class of this package's own image classifiers: image shape, class names, config."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Shape = tuple[int, int | None, int | None]
 
 
 class ImageClassifier(nn.Module, ABC):
-    """A network from images to classes. A subclass makes its layers in `build`, and says what `hidden` and `head` do.
+    """An image classifier. A subclass makes its layers in `build`, and implements `hidden` and `head`.
 
-    It is kept in memory with channels last, in which convolutions are faster, and brings what it reads into that form.
+    Weights and images are in channels-last memory format, with which convolutions are faster.
 
     Args:
         num_classes: Width of the head; decided by the data.
-        channels: Channels of an image, 1 for grey and 3 for colour; `None` is decided by the data, or 1 without data.
-        image_size: Height and width of an image, one number or two; `None` is decided by the data, or 28 without data.
+        channels: Channels of an image: 1 for grey, 3 for colour; `None`: decided by the data, or 1 without data.
+        image_size: Height and width of an image, one number or two; `None`: decided by the data, or 28 without data.
         class_names: Names of the classes, in order; decided by the data.
 
     Raises:
-        ValueError: When a value is out of range, or there are not as many names as classes.
+        ValueError: When a value is out of range, or the number of names is not the number of classes.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class ImageClassifier(nn.Module, ABC):
             self.class_names = class_names
 
     def _finish(self) -> None:
-        """Makes the layers; the last thing that a subclass's constructor does."""
+        """Makes the layers; a subclass's constructor calls it last."""
         self.build()
         self.to(memory_format=torch.channels_last)
 
@@ -61,47 +61,47 @@ class ImageClassifier(nn.Module, ABC):
 
     @abstractmethod
     def hidden(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch d_hidden"]:
-        """What the head reads of each image."""
+        """The head's input for each image."""
 
     @abstractmethod
     def head(self, hidden: Float[Tensor, "batch d_hidden"]) -> Float[Tensor, "batch classes"]:
-        """Logits of what `hidden` gave."""
+        """Logits of the output of `hidden`."""
 
     def forward(self, pixel_values: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
         """Logits of each image.
 
         Raises:
-            ValueError: When the images have other channels or another size than the network was made for.
+            ValueError: When the images' channels or size are not those that the network was made for.
         """
         return self.classify(self.features(pixel_values))
 
-    # The head apart from what is below it, so that a frozen network need read each image once.
+    # `forward` in two steps, so that the features of a frozen backbone can be cached.
 
     def features(self, pixel_values: Float[Tensor, "batch channels height width"]) -> dict[str, Tensor]:
-        """What `classify` reads."""
+        """The input of `classify`."""
         self.require_images(pixel_values.shape[1:])
         return {"hidden": self.hidden(pixel_values.contiguous(memory_format=torch.channels_last))}
 
     def classify(self, features: dict[str, Tensor]) -> Float[Tensor, "batch classes"]:
-        """Logits of what `features` gave."""
+        """Logits of the output of `features`."""
         return self.head(features["hidden"])
 
     def reset_parameters(self) -> None:
-        """Draws initial weights, those of torch's layers."""
+        """Draws torch's initial weights for every layer."""
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
 
-    # What the data decides.
+    # Decided by the data.
 
     def read_images_of(self, image_shape: Sequence[int]) -> None:
-        """Has fresh weights made for images of a shape, as far as the constructor left it open.
+        """Rebuilds the layers, with fresh weights, for images of a shape if the constructor left it open.
 
         Args:
             image_shape: Channels, height, width.
 
         Raises:
-            ValueError: When the constructor said otherwise.
+            ValueError: When the constructor was given other channels or another size.
         """
         channels, size = self._is_given
         kept = (self.image_shape[0] if channels else image_shape[0], *(self.image_shape if size else image_shape)[1:])
@@ -111,17 +111,17 @@ class ImageClassifier(nn.Module, ABC):
             self._finish()
 
     def require_images(self, image_shape: Sequence[int]) -> None:
-        """Refuses images of another shape; see `require_images`."""
+        """Raises if images have another shape; see the function `require_images`."""
         require_images(image_shape, self.image_shape, type(self).__name__)
 
     @property
     def channels(self) -> int:
-        """Of an image."""
+        """Channels of an image."""
         return self.image_shape[0]
 
     @property
     def image_size(self) -> int | list[int]:
-        """Height and width of an image; one number where they are the same."""
+        """Height and width of an image; one number if they are the same."""
         _, height, width = self.image_shape
         return height if height == width else [height, width]
 
@@ -130,7 +130,7 @@ class ImageClassifier(nn.Module, ABC):
         """Names of the classes, in the order of the logits.
 
         Raises:
-            ValueError: On setting another number of names.
+            ValueError: When set to another number of names.
         """
         return self._class_names
 
@@ -140,20 +140,20 @@ class ImageClassifier(nn.Module, ABC):
             raise ValueError(f"class_names must be {self.num_classes} names, as the head is wide, but are {len(names)}")
         self._class_names = list(names)
 
-    # As it is kept. Transformers has no such class: only this package opens the directory.
+    # The model directory. Transformers has no such class: only this package opens it.
 
     @classmethod
     def _options(cls) -> list[str]:
-        # The constructor's own: a class that FSDP makes of this one takes anything.
+        # `__init__`, not the class: the signature of the subclass that FSDP makes is (*args, **kwargs).
         return [name for name in inspect.signature(cls.__init__).parameters if name not in ("self", "num_classes")]
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The constructor's but the first, with what the data decided."""
+        """The constructor's arguments but the first, as decided by the data."""
         return {name: getattr(self, name) for name in self._options()}
 
     def to_hf_config(self) -> dict[str, Any]:
-        """A `config.json` in the form of transformers', classes as `id2label`."""
+        """A `config.json` in transformers' form, with the classes as `id2label`."""
         names = {"id2label": {str(index): name for index, name in enumerate(self.class_names)}}
         names |= {"label2id": {name: index for index, name in enumerate(self.class_names)}}
         options = {name: value for name, value in self.arguments.items() if name != "class_names"}
@@ -161,27 +161,27 @@ class ImageClassifier(nn.Module, ABC):
 
     @classmethod
     def hf_arguments(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that make the network that such a config describes."""
+        """The constructor's arguments for the network that such a config describes."""
         names = [config["id2label"][str(index)] for index in range(len(config["id2label"]))]
         found = {name: config[name] for name in cls._options() if name != "class_names"}
         return {"num_classes": len(names), **found, "class_names": names}
 
     @staticmethod
     def hf_name(name: str) -> str:
-        """The name of a parameter in the directory: its own."""
+        """The name of a parameter in a model directory: unchanged."""
         return name
 
 
 def require_images(given: Sequence[int], made_for: Shape, network: str) -> None:
-    """Refuses images that a network was not made for.
+    """Raises if images do not have the shape that a network was made for.
 
     Args:
         given: Channels, height and width of the images.
-        made_for: Those that the network reads.
-        network: What it is called.
+        made_for: Shape that the network reads.
+        network: Name of the network in the error.
 
     Raises:
-        ValueError: Saying both.
+        ValueError: When channels, height or width differ.
 
     Example:
         >>> require_images((3, 32, 32), (3, None, None), "ResNet")

@@ -1,4 +1,4 @@
-"""LeNet with what came since: a network for small images that trains in seconds."""
+"""LeNet, modernised: a convolutional network for small images that trains in seconds."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class ConvolutionLayer(Block):
     """A convolution, batch normalisation and ReLU.
 
     Args:
-        channels: Of what it reads.
-        width: Channels of what it gives.
+        channels: Input channels.
+        width: Output channels.
         kernel: Side of the kernel, odd; edges are padded with zeros.
-        stride: Distance between the places where it is applied.
+        stride: Stride of the convolution.
     """
 
     def __init__(self, channels: int, width: int, kernel: int = 3, stride: int = 1) -> None:
@@ -27,23 +27,23 @@ class ConvolutionLayer(Block):
         self.norm = nn.BatchNorm2d(width)
 
     def forward(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch out_channels high wide"]:
-        """Gives the layer's output."""
+        """The layer's output."""
         return F.relu(self.norm(self.conv(x)))
 
 
 class LeNet(ImageClassifier):
-    """Convolutions that see ever more of the image in ever more channels, and a matrix on what is left of it.
+    """Convolutions with growing receptive fields and channels, then one linear layer.
 
-    A stride of 2 in the first layer, where most of the time would go, and two poolings. Of 28 x 28 images in one
-    channel 29,434 parameters with the default width.
+    The first layer has a stride of 2, since most of the time would be spent there; two poolings follow. It has 29,434
+    parameters for 10 classes of 28 x 28 images in one channel, with the default width.
 
     Args:
         num_classes: Width of the head; decided by the data.
         channels: As in `ImageClassifier`.
         image_size: As in `ImageClassifier`; at least 7.
         class_names: As in `ImageClassifier`.
-        width: Channels after the first layer; two and four times as many after the poolings.
-        num_layers: Convolutions before each pooling, after the first of all.
+        width: Channels of the first convolution; twice as many before the first pooling, four times before the second.
+        num_layers: Convolutions before each pooling, in addition to the first convolution.
         dropout: Dropout probability of the head's input, in [0, 1).
 
     Raises:
@@ -52,7 +52,7 @@ class LeNet(ImageClassifier):
     Source:
         LeCun et al., 1998, "Gradient-based learning applied to document recognition", section II.B. Differs in batch
         normalisation (Ioffe & Szegedy, 2015, arXiv:1502.03167), ReLU, 3 x 3 kernels after the first, max-pooling, and
-        one matrix in place of three.
+        one linear layer instead of three.
 
     Example:
         >>> network = LeNet(10)
@@ -95,12 +95,12 @@ class LeNet(ImageClassifier):
             layers.append(nn.MaxPool2d(2))
         self.layers = nn.Sequential(*layers)
         self.drop = nn.Dropout(self.dropout)
-        self.fc = nn.Linear(here * ((height + 1) // 8) * ((width + 1) // 8), self.num_classes)  # 2, 2 and 2 again
+        self.fc = nn.Linear(here * ((height + 1) // 8) * ((width + 1) // 8), self.num_classes)  # halved three times
 
     def hidden(self, x: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch d_hidden"]:
-        """What is left of the image after the last pooling."""
+        """The flattened output of the last pooling."""
         return torch.flatten(self.layers(x), 1)
 
     def head(self, hidden: Float[Tensor, "batch d_hidden"]) -> Float[Tensor, "batch classes"]:
-        """The last matrix, on what dropout leaves."""
+        """Dropout and the last linear layer."""
         return self.fc(self.drop(hidden))

@@ -1,4 +1,4 @@
-"""Llama: a decoder, whole in this file over the shared layers. Goes out as Hugging Face's Llama or Qwen3."""
+"""Llama, a decoder built from the shared layers, exported as Hugging Face's Llama or Qwen3."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class LlamaBlock(Block):
         **dict.fromkeys(("mlp.gate_proj", "mlp.up_proj"), "columns"),
         **dict.fromkeys(("self_attn.o_proj", "mlp.down_proj"), "rows"),
     }
-    """How devices share its products (`tensor_parallel`): each has some of the heads, and some of the inner width."""
+    """How each linear layer is cut by tensor parallelism: a device has some of the heads and part of `d_ff`."""
 
     whole_sequence: ClassVar[tuple[str, ...]] = ("self_attn", "mlp")
-    """Layers that read all positions, where what lies between them is shared out by positions."""
+    """Layers that need the whole sequence under sequence parallelism; the rest is computed on parts of the sequence."""
 
     def __init__(self, attention: Attention, feed_forward: SwiGLU, d_model: int, norm_eps: float) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class LlamaBlock(Block):
         cache: KVCache | None = None,
         layer: int = 0,
     ) -> Float[Tensor, "batch new d_model"]:
-        """Adds what this layer computes; arguments as in `Attention.forward`."""
+        """Adds the output of attention, then of the feed-forward layer; arguments as in `Attention.forward`."""
         x = x + self.self_attn(self.input_layernorm(x), by, mask, cache, layer)
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -54,29 +54,28 @@ class LlamaBlock(Block):
 class Llama(nn.Module):
     """A decoder-only transformer language model: RMSNorm, RoPE, SwiGLU, grouped-query attention, no biases.
 
-    Parameters have Hugging Face's names, so weights are exchanged without renaming, and adapters find their targets.
+    Parameters have Hugging Face's names, so weights need no renaming, and adapters find their targets.
 
     Args:
         vocab_size: Number of tokens; decided by the data.
         d_model: Width of the residual stream.
         num_layers: Number of blocks.
-        num_heads: Query heads; divides `d_model` unless `d_head` is given. Where it does not, transformers opens the
-            exported directory only if it has `qk_norm`; this package opens either.
+        num_heads: Query heads; divides `d_model` unless `d_head` is given. If it does not divide, transformers opens
+            the exported directory only with `qk_norm`; this package opens it in any case.
         num_kv_heads: Key-value heads; divides `num_heads`. `None` is as many as query heads.
         d_head: Width of a head; `None` is `d_model / num_heads`.
-        d_ff: Width inside the feed-forward layers; `None` is 8/3 of `d_model`, rounded up to a multiple of 64.
+        d_ff: Hidden width of the feed-forward layers; `None` is 8/3 of `d_model`, rounded up to a multiple of 64.
         max_seq_len: Longest sequence the model is meant for; written into the exported config.
         rope_base: Base of the rotary wavelengths.
-        rope_scaling: How rotary positions are extended beyond the training length (`models.rotary`); `None` for no
-            extension.
+        rope_scaling: How rotary positions are extended beyond the training length (`models.rotary`); `None`: not.
         norm_eps: Epsilon of every RMSNorm.
         qk_norm: Normalise queries and keys, which makes it Qwen3's network rather than Llama's.
         tie_embeddings: Share one matrix between input and output embeddings.
         activation_checkpointing: Keep only each block's input and recompute the block in the backward pass: about a
-            third more time, but memory for the activations of one block instead of all.
+            third more time, but the activations of only one block in memory.
 
     Raises:
-        ValueError: When heads do not divide, or a head's width is odd.
+        ValueError: When a size is less than 1, the heads do not divide, or `d_head` is odd.
 
     Source:
         Touvron et al., 2023, arXiv:2302.13971 (Llama 2: arXiv:2307.09288 for grouped queries). Initialisation: every
@@ -93,10 +92,10 @@ class Llama(nn.Module):
 
     hf_architectures = ("LlamaForCausalLM", "Qwen3ForCausalLM")
     hf_buffers: ClassVar[tuple[str, ...]] = (".rotary_emb.inv_freq",)
-    """Ends of the names of tensors in older directories that are no parameters."""
+    """Name endings of tensors in older model directories that are not parameters, and are skipped."""
 
     defers_init: ClassVar[bool] = True
-    """All weights are drawn by `reset_parameters`, and there is nothing else to be made (`deferred_init`)."""
+    """Whether `reset_parameters` draws all weights and there are no buffers, as `deferred_init` requires."""
 
     def __init__(
         self,
@@ -153,7 +152,7 @@ class Llama(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draws the initial weights stated in the class's `Source`."""
-        if self.tie_embeddings:  # here, since leaving the meta device unties
+        if self.tie_embeddings:  # not in the constructor: moving off the meta device unties them
             self.lm_head.weight = self.embed_tokens.weight
         nn.init.normal_(self.embed_tokens.weight, std=0.02 if self.tie_embeddings else 1.0)
         for name, module in self.named_modules():
@@ -173,7 +172,7 @@ class Llama(nn.Module):
         mask: Bool[Tensor, "#batch 1 new seq"] | None = None,
         cache: KVCache | None = None,
     ) -> Float[Tensor, "batch new d_model"]:
-        """What the head reads: the last block's output, normalised. Arguments as in `forward`."""
+        """The input of the head: the last block's output, normalised. Arguments as in `forward`."""
         start = cache.length if cache is not None else 0
         if positions is None:
             positions = torch.arange(start, start + input_ids.shape[1], device=input_ids.device)[None]
@@ -202,19 +201,19 @@ class Llama(nn.Module):
 
         Args:
             input_ids: Tokens.
-            document_ids: Where given, a position looks only at positions with its own id.
-            positions: Index of each token in its sequence; counted from the cache's length where not given.
-            mask: True where a query may look; `None` is causal.
+            document_ids: Document of each token: attention is confined to it, and causal. Replaces `mask`.
+            positions: Index of each token in its sequence; default: counted from the cache's length.
+            mask: True where a query may attend; `None` is causal.
             cache: Keys and values of earlier tokens; the new ones are added to it.
         """
         return self.lm_head(self.hidden(input_ids, document_ids, positions, mask, cache))
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> KVCache:
-        """An empty cache for `forward`, with room for that many sequences of that many tokens."""
+        """An empty cache for `forward`, for `batch_size` sequences of up to `max_seq_len` tokens."""
         return KVCache(batch_size, max_seq_len)
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of one training step per token of a row, as `training_flops` counts them."""
+        """Floating-point operations of one training step per token of a row of `seq_len`; see `training_flops`."""
         return training_flops(self, 4 * self.num_heads * self.d_head * seq_len)
 
     def to_hf_config(self) -> dict[str, Any]:
@@ -242,10 +241,10 @@ class Llama(nn.Module):
 
     @staticmethod
     def hf_arguments(config: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that make the network that a `config.json` of transformers describes.
+        """The constructor's arguments for the network that a `config.json` of transformers describes.
 
         Raises:
-            ValueError: When the config asks for what this network does not have.
+            ValueError: When the config asks for something that this network does not have.
         """
         unsupported = {
             "hidden_act": config.get("hidden_act", "silu") != "silu" and config["hidden_act"],
@@ -277,10 +276,10 @@ class Llama(nn.Module):
 
     @classmethod
     def from_hf_config(cls, config: dict[str, Any]) -> Llama:
-        """That network, with fresh weights."""
+        """The network that a `config.json` of transformers describes, with fresh weights."""
         return cls(**cls.hf_arguments(config))
 
     @staticmethod
     def hf_name(name: str) -> str:
-        """The name that transformers gives to a parameter of this network."""
+        """The name of a parameter in transformers' network."""
         return name if name.startswith("lm_head.") else f"model.{name}"

@@ -1,4 +1,4 @@
-"""The multi-layer perceptron: matrices on pixels."""
+"""A multi-layer perceptron on the pixels of an image."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from lit_llm.models.image_classifier import ImageClassifier
 
 
 class PerceptronLayer(Block):
-    """A matrix, ReLU and dropout.
+    """A linear layer, ReLU and dropout.
 
     Args:
-        d_in: Width of what it reads.
-        d_out: Width of what it gives.
-        dropout: Probability of dropping, in training, a component of what it gives.
+        d_in: Width of the input.
+        d_out: Width of the output.
+        dropout: Dropout probability of the output.
     """
 
     def __init__(self, d_in: int, d_out: int, dropout: float) -> None:
@@ -27,12 +27,12 @@ class PerceptronLayer(Block):
         self.linear, self.drop = nn.Linear(d_in, d_out), nn.Dropout(dropout)
 
     def forward(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
-        """Gives the layer's output."""
+        """The layer's output."""
         return self.drop(F.relu(self.linear(x)))
 
 
 class MLP(ImageClassifier):
-    """A multi-layer perceptron on the pixels of an image, which knows nothing of their places.
+    """A multi-layer perceptron on the pixels of an image, without any notion of their position.
 
     Args:
         num_classes: Width of the head; decided by the data.
@@ -89,5 +89,5 @@ class MLP(ImageClassifier):
         return self.layers(torch.flatten(x, 1))
 
     def head(self, hidden: Float[Tensor, "batch d_hidden"]) -> Float[Tensor, "batch classes"]:
-        """The last matrix."""
+        """The last linear layer."""
         return self.fc(hidden)

@@ -13,11 +13,11 @@ from lit_llm.products import product_dtype
 
 
 class _CPURMSNorm(torch.autograd.Function):
-    """RMSNorm with a backward pass in one kernel: on the CPU torch has none and takes a dozen passes over memory.
+    """RMSNorm with the backward kernel of LayerNorm: torch has none for RMSNorm on a CPU, and makes a dozen passes.
 
-    With the mean set to 0 the backward pass of LayerNorm is `(g - mean(g) - x̂ mean(g x̂)) / rms`, where `g` is the
-    gradient times the gain, and only lacks `mean(g) / rms`, one number a vector (LayerNorm: Ba et al., 2016,
-    arXiv:1607.06450, eq. 4; the RMSNorm it becomes: Zhang & Sennrich, eq. 4).
+    With the mean set to 0, the backward pass of LayerNorm is `(g - mean(g) - x̂ mean(g x̂)) / rms`, where `g` is the
+    gradient times the gain. Adding `mean(g) / rms`, one number per vector, makes it that of RMSNorm (LayerNorm: Ba et
+    al., 2016, arXiv:1607.06450, eq. 4; RMSNorm: Zhang & Sennrich, eq. 4).
     """
 
     @staticmethod
@@ -44,7 +44,7 @@ class _CPURMSNorm(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """Divides each vector by its root mean square and multiplies by a learnt gain.
+    """Divides each vector by its root mean square and multiplies it by a learnt gain.
 
     Args:
         d_model: Length of the vectors.
@@ -64,9 +64,9 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
-        """Normalises the last axis; the output has the dtype that matrix products take here."""
+        """Normalises the last axis; the output has the dtype of matmuls (`product_dtype`)."""
         dtype = product_dtype(x)
         if x.device.type == "cpu" and self.weight.dtype == torch.float32 and not torch.compiler.is_compiling():
             return _CPURMSNorm.apply(x, self.weight, self.eps, dtype)
-        # The gain in the input's dtype: mixed dtypes would leave torch's fused kernel.
+        # The gain is cast to the input's dtype, since torch has no fused kernel for mixed dtypes.
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps).to(dtype)

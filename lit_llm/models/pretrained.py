@@ -1,4 +1,4 @@
-"""Any causal language model of transformers under this package's contract."""
+"""Any causal language model of transformers, with this package's interface."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
     from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 ATTENTION = {"full_attention", "sliding_attention"}
-"""The kinds of layers that a mask tells all there is to know about what they may look at."""
+"""Kinds of layers whose attention is fully determined by a mask."""
 
 
 class PretrainedCausalLM(PretrainedLanguageModel):
     """A causal language model of transformers, made from its config with fresh weights.
 
-    Its weights come from a checkpoint with `checkpoints.load_model` or an objective's `weights`. Its repeated layers
-    count as blocks. `hidden` and `lm_head` are there where the logits are what the head says and nothing else, so not
-    with scaled or capped logits. No code that comes with a checkpoint is run, and no pickle is read.
+    Trained weights are loaded by `checkpoints.load_model` or an objective's `weights`. Its repeated layers count as
+    blocks. `hidden` and `lm_head` exist only if the logits are the head's output unchanged: not with scaled or capped
+    logits. No code that comes with a checkpoint is run, and no pickle is read.
 
     Args:
         vocab_size: Number of tokens; decided by the data, and overrides the config.
@@ -52,9 +52,9 @@ class PretrainedCausalLM(PretrainedLanguageModel):
     description = "a causal language model"
 
     def _plain_config(self) -> PretrainedConfig:
-        # Rows here have no padding, and transformers would freeze the embedding of what is a boundary to us.
+        # Rows have no padding, and transformers would freeze the padding token's embedding, which here ends documents.
         plain = copy.deepcopy(self.config)
-        vars(plain.get_text_config())["pad_token_id"] = None  # set as others are, a few architectures would refuse it
+        vars(plain.get_text_config())["pad_token_id"] = None  # not by `setattr`, which a few architectures validate
         return plain
 
     def _adopt(self, model: PreTrainedModel) -> None:
@@ -69,10 +69,10 @@ class PretrainedCausalLM(PretrainedLanguageModel):
         self._head_is_all = self._finds_nothing_but_the_head()
 
     def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Has fresh weights of RoBERTa's kin, which count positions from the padding token, take the tokeniser's.
+        """Rebuilds fresh weights with the tokeniser's padding token if positions are counted from it, as in RoBERTa.
 
         Raises:
-            ValueError: When that stands in texts too: transformers would count it as no position.
+            ValueError: When the padding token also occurs in texts: transformers would not count it as a position.
         """
         if not self.first_position:
             return
@@ -93,7 +93,7 @@ class PretrainedCausalLM(PretrainedLanguageModel):
 
     @classmethod
     def read_config(cls, config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:
-        """As `Pretrained.read_config`; refuses an encoder that could be a decoder but is none."""
+        """As `Pretrained.read_config`; refuses an encoder whose config does not set `is_decoder`."""
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
         made = super().read_config(config, name)
@@ -103,7 +103,7 @@ class PretrainedCausalLM(PretrainedLanguageModel):
 
     @torch.no_grad()
     def _finds_nothing_but_the_head(self) -> bool:
-        """Whether the head reads just what the decoder gives, and its output is left as it is: by looking, once."""
+        """Whether the logits are `head(decoder output)` and nothing else, found by running the network once."""
         head, base = self.model.get_output_embeddings(), self.model.base_model
         if type(head) is not nn.Linear or head.bias is not None or base is self.model:
             return False
@@ -115,7 +115,7 @@ class PretrainedCausalLM(PretrainedLanguageModel):
         try:
             with evaluating(self.model):
                 logits = self.model(torch.zeros(1, 1, dtype=torch.long, device=head.weight.device)).logits
-        except (NotImplementedError, RuntimeError):  # a network without memory that must look at its values
+        except (NotImplementedError, RuntimeError):  # a network on the meta device whose code depends on values
             return False
         finally:
             for hook in hooks:
@@ -128,16 +128,16 @@ class PretrainedCausalLM(PretrainedLanguageModel):
 
     @property
     def lm_head(self) -> nn.Linear:
-        """What turns `hidden` into logits; absent where that is not all there is to it."""
+        """The layer that turns `hidden` into logits; absent if the logits are computed in another way."""
         if not self._head_is_all:
             raise AttributeError("lm_head")
         return self.model.get_output_embeddings()
 
     @functools.cached_property
     def hidden(self) -> Any:
-        """What the head reads, as a function with the arguments of `forward`; absent where `lm_head` is.
+        """The head's input, as a function with the arguments of `forward`; absent if `lm_head` is.
 
-        (A property could not be replaced, as FSDP does with what reads a network.)
+        (Not a plain property, since FSDP replaces this attribute.)
         """
         if not self._head_is_all:
             raise AttributeError("hidden")
@@ -158,14 +158,14 @@ class PretrainedCausalLM(PretrainedLanguageModel):
 
         Args:
             input_ids: Tokens.
-            document_ids: Where given, a position looks only at positions with its own id.
-            positions: Index of each token in its sequence; counted from the cache's length where not given.
-            mask: True where a query may look; `None` is causal.
-            cache: What was kept of earlier tokens; the new ones are added to it.
+            document_ids: Document of each token: attention is confined to it, and causal. Replaces `mask`.
+            positions: Index of each token in its sequence; default: counted from the cache's length.
+            mask: True where a query may attend; `None` is causal.
+            cache: Keys and values of earlier tokens; the new ones are added to it.
 
         Raises:
-            ValueError: When documents are to be kept apart, or there is a cache, and the network is not made of
-                attention over positions that can be given.
+            ValueError: When `document_ids`, `mask` or `cache` is given, but the network is not made of attention over
+                given positions.
         """
         return self.model(**self._translated(input_ids, document_ids, positions, mask, cache)).logits
 
@@ -177,11 +177,11 @@ class PretrainedCausalLM(PretrainedLanguageModel):
         mask: Tensor | None = None,
         cache: DynamicCache | None = None,
     ) -> dict[str, Any]:
-        """The arguments as transformers takes them."""
+        """The arguments for transformers' `forward`."""
         if document_ids is not None:
             mask = document_mask(document_ids)
         words: dict[str, Any] = {"input_ids": input_ids, "use_cache": cache is not None}
-        if positions is None and self.first_position:  # by itself it would count no position for a padding token
+        if positions is None and self.first_position:  # by default transformers counts no position for a padding token
             kept = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(kept, kept + input_ids.shape[1], device=input_ids.device)[None]
         if positions is not None:
@@ -200,9 +200,9 @@ class PretrainedCausalLM(PretrainedLanguageModel):
         taken = inspect.signature(self.model.forward).parameters
         if "position_ids" not in taken:
             others.append("no positions that can be given")
-        if "past_key_values" not in taken:  # those older than it read no such mask either
+        if "past_key_values" not in taken:  # older architectures, which do not read such a mask either
             others.append("no cache of keys and values")
-        if getattr(config, "alibi", False):  # made of the mask's padding, wherever positions are said to be
+        if getattr(config, "alibi", False):  # computed from the padding mask, not from the given positions
             others.append("alibi")
         if others:
             raise ValueError(
@@ -211,7 +211,7 @@ class PretrainedCausalLM(PretrainedLanguageModel):
             )
 
     def _masks(self, mask: Bool[Tensor, "batch 1 new seq"]) -> Any:
-        """The mask of each kind of layer, in the form that the attention in use takes."""
+        """The mask for each kind of layer, in the form that the attention implementation takes."""
         config = self.config.get_text_config()
         kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
         if window and (kinds is None or "sliding_attention" in kinds) and getattr(config, "use_sliding_window", True):
@@ -222,8 +222,8 @@ class PretrainedCausalLM(PretrainedLanguageModel):
         return self._form(mask)
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> DynamicCache:
-        """An empty cache for `forward`, which grows as it is filled."""
+        """An empty cache for `forward`, which grows as it is filled; neither size matters."""
         from transformers import DynamicCache
 
         self._require_attention()
-        return DynamicCache()  # without a config: a layer with a window would drop what a mask still speaks of
+        return DynamicCache()  # without a config: sliding layers would drop keys that the mask still covers

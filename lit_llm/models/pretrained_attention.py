@@ -1,4 +1,4 @@
-"""The attention with which networks of transformers are trained here."""
+"""Faster attention on the CPU for networks of transformers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ NAME = "lit-llm"
 
 
 def attend_faster(model: PreTrainedModel) -> None:
-    """Has a network that attends by torch's `scaled_dot_product_attention` take two matrix products where they win.
+    """Replaces torch's `scaled_dot_product_attention` in a network by two matmuls where these are faster.
 
-    That is on a CPU, up to as many queries as `products_win` says, and in bfloat16 in training alone, so that an
-    evaluation is transformers' own to the last bit. What is saved does not tell.
-    Networks made of several, and those whose code asks for attention by its name, stay as they are.
+    That is on a CPU, up to the number of queries that `products_win` allows; in bfloat16 only with gradients enabled,
+    so that evaluation equals transformers' to the last bit. A saved config does not show it. Composite networks, and
+    those whose code compares the name of the attention implementation with "sdpa", are left unchanged.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -47,13 +47,13 @@ def _attend(
     is_causal: bool | None = None,
     **more: Any,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: (batch, heads, seq, d_head) in, (batch, seq, heads, d_head) out."""
+    """Transformers' interface: (batch, heads, seq, d_head) in, (batch, seq, heads, d_head) out."""
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
     trains = torch.is_grad_enabled() or product_dtype(query) != torch.bfloat16
-    wins = trains and products_win(query, attention_mask, is_causal, dropout)  # first, since an export asks no size
+    wins = trains and products_win(query, attention_mask, is_causal, dropout)  # first: an export reads no size
     plain = wins and (attention_mask is None or attention_mask.dtype == torch.bool)
     plain = plain and len(query) == len(key) and query.shape[2] == key.shape[2]
     if not (plain and all(more.get(name) is None for name in ("position_bias", "softcap", "s_aux"))):
@@ -61,7 +61,7 @@ def _attend(
             module, query, key, value, attention_mask, dropout, scaling, is_causal=is_causal, **more
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if (queries := query.shape[1] // key.shape[1]) > 1:  # to each key
+    if (queries := query.shape[1] // key.shape[1]) > 1:  # per key
         key, value = (t.repeat_interleave(queries, dim=1) for t in (key, value))
     found = attend_by_products(query, key, value, attention_mask, is_causal, scale, dropout)
     return found.transpose(1, 2).contiguous(), None

@@ -1,4 +1,4 @@
-"""Any classifier of transformers, of texts or of images, under this package's contract."""
+"""Any text or image classifier of transformers, with this package's interface."""
 
 from __future__ import annotations
 
@@ -26,35 +26,35 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 NO_NAME = re.compile(r"LABEL_\d+")
-"""What transformers calls a class of which nothing is known."""
-
+"""Transformers' name for a class without a name."""
 
 MULTI_LABEL = "multi_label_classification"
-"""What transformers calls it where classes do not exclude each other."""
+"""Transformers' `problem_type` for classes that do not exclude each other."""
 
 SUMMARIES = frozenset({"flaubert", "xlm", "xlnet"})
-"""Architectures whose head reads what `summary_type` says of all positions, be they padding or not."""
+"""Architectures whose head reads the positions that `summary_type` selects, even if they are padding."""
 
 
 class PretrainedClassifier(Pretrained):
     """A classifier of transformers: an encoder (or decoder) of text, or a network of images, with a head on it.
 
-    Called by name with what the data gives (`input_ids`, `attention_mask`, `pixel_values`, …), it gives logits. With
-    one class the logit is a value, as in a regression.
+    `forward` takes the fields of a batch as keyword arguments (`input_ids`, `attention_mask`, `pixel_values`, …) and
+    returns logits. With one class the logit is the predicted value of a regression.
 
     Args:
         num_classes: Width of the head; decided by the data, and overrides the config.
         path: What to start from: a model directory (transformers' or ours), a run folder with `model/`, or a name on
             the hub. Loads the backbone's weights, and the head's if it has this width.
-        config: For random weights instead of `path`: the content of a `config.json`, or a place that has one.
-        strict: Refuse a `path` without a head of this width, or with a head for classes of other names.
+        config: Instead of `path`, for random weights: the content of a `config.json`, or a directory or a name on the
+            hub that has one.
+        strict: Refuse a `path` without a head of this width, or whose head is for classes of other names.
         activation_checkpointing: Recompute each block in the backward pass: less memory for more computation.
 
     Raises:
-        FileNotFoundError: When there is nothing at `path`.
-        ValueError: When not exactly one of `path` and `config` is given, when they describe no classifier, or one that
-            reads padding, as XLNet's, when `path` lacks weights of the backbone, or with `strict` those of the head, or
-            has one of classes that do not exclude each other.
+        FileNotFoundError: When there is no model at `path`.
+        ValueError: When not exactly one of `path` and `config` is given; when it describes no classifier, or one whose
+            head reads padding, such as XLNet's; when `path` lacks weights of the backbone; with `strict`, when it lacks
+            weights of the head, or its classes do not exclude each other.
 
     Source:
         Devlin et al., 2019, "BERT", arXiv:1810.04805, section 4; Wolf et al., 2019, arXiv:1910.03771.
@@ -102,7 +102,7 @@ class PretrainedClassifier(Pretrained):
         misfits = [name for name, *_ in found["mismatched_keys"]]
         new = sorted([*found["missing_keys"], *misfits])
         backbone = f"{model.base_model_prefix}."
-        # A pooler is left out of a network that was trained to fill in words, and is then as new as the head.
+        # Masked language models are saved without a pooler, which is then new, like the head.
         if lacking := [name for name in new if name.startswith(backbone) and "pooler" not in name]:
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             raise ValueError(f"path must hold the network's backbone, but {self._start} lacks {lacking[0]}{more}")
@@ -126,12 +126,12 @@ class PretrainedClassifier(Pretrained):
         for module in set(model.modules()) - below:
             if type(module) is nn.Linear and module.out_features == self.num_classes:
                 module.__class__ = FullPrecision
-        if not self.activation_checkpointing:  # which may compute again when a hook has gone
+        if not self.activation_checkpointing:  # recomputation may run after a hook was removed, with other shapes
             compute_what_is_read(model)
 
     @classmethod
     def read_config(cls, config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:
-        """As `Pretrained.read_config`; refuses a head of transformers that would read padding on the right."""
+        """As `Pretrained.read_config`; refuses a head of transformers that would read right padding."""
         made = super().read_config(config, name)
         its_own = "AutoModelForSequenceClassification" in cls.tasks and made.model_type in SUMMARIES
         if its_own and made.summary_type != "first":
@@ -152,9 +152,9 @@ class PretrainedClassifier(Pretrained):
         """Names of the classes, in the order of the logits; kept in the config as `id2label`.
 
         Raises:
-            ValueError: On setting another number of names; with `strict`, on setting others than came with `path`.
+            ValueError: When set to another number of names, or with `strict` to other names than those of `path`.
         """
-        # A config that is written and read again says the class "0" as a number.
+        # A class named "0" becomes a number when a config is written and read again.
         return [str(self.config.id2label[index]) for index in range(self.num_classes)]
 
     @class_names.setter
@@ -175,7 +175,7 @@ class PretrainedClassifier(Pretrained):
 
     @property
     def multi_label(self) -> bool:
-        """Whether an example may be of several classes, each with a probability of its own; kept as `problem_type`."""
+        """Whether an example may have several classes, each with its own probability; kept as `problem_type`."""
         return getattr(self.config, "problem_type", None) == MULTI_LABEL
 
     @multi_label.setter
@@ -186,10 +186,10 @@ class PretrainedClassifier(Pretrained):
             config.problem_type = MULTI_LABEL if several else None
 
     def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Has fresh weights made for a tokeniser: as many tokens, the same padding. Others are held against it.
+        """Rebuilds fresh weights with a tokeniser's vocabulary size and padding token; checks weights from `path`.
 
         Raises:
-            ValueError: When the weights have no room for all tokens.
+            ValueError: When the weights from `path` have fewer tokens than the tokeniser.
         """
         size, padding = len(tokenizer), tokenizer.pad_token_id
         text = self.config.get_text_config()
@@ -204,30 +204,30 @@ class PretrainedClassifier(Pretrained):
             )
 
     def read_padding(self, padding: int) -> None:
-        """Has the head of a decoder look for the end of a text before this token, whatever the config says.
+        """Sets the padding token, before which a decoder's head looks for the last token of a text.
 
-        Where positions are counted from the padding token, its id belongs to the weights and stays.
+        It stays if positions are counted from its id, which then belongs to the weights.
         """
         if not (self.reads_images or self.first_position):
             self.config.get_text_config().pad_token_id = padding
             self.model.config.get_text_config().pad_token_id = padding
 
     def recall_tokens(self, config: Mapping[str, Any]) -> None:
-        """As `Pretrained.recall_tokens`; and for what padding a decoder's head looks."""
+        """As `Pretrained.recall_tokens`; also restores the padding token, as `read_padding` does."""
         super().recall_tokens(config)
         if (padding := config.get("pad_token_id")) is not None:
             self.read_padding(padding)
 
     @property
     def _of_images(self) -> PretrainedConfig:
-        """The part of the config that says what images are read; CLIP's kin have another of texts beside it."""
+        """The config of the image encoder; models like CLIP have another one for texts."""
         return getattr(self.config, "vision_config", self.config)
 
     @property
     def image_shape(self) -> Shape:
-        """Channels, height and width of the images it reads; of any size where it does not know places in an image.
+        """Channels, height and width of its images; height and width are `None` if it reads any size.
 
-        Absent of a network that reads none.
+        That is without position embeddings or an `image_size` in the config. Absent if the network reads no images.
         """
         if not self.reads_images:
             raise AttributeError("image_shape")
@@ -238,18 +238,18 @@ class PretrainedClassifier(Pretrained):
         return channels, height, width
 
     def require_images(self, image_shape: Sequence[int]) -> None:
-        """Refuses images of another shape; see `image_classifier.require_images`."""
+        """Raises if images have another shape; see `image_classifier.require_images`."""
         require_images(image_shape, self.image_shape, type(self.model).__name__)
 
     def read_images_of(self, image_shape: Sequence[int]) -> None:
-        """Has fresh weights made for images of a shape. Others are held against it.
+        """Rebuilds fresh weights for images of a shape; checks the shape if they are trained.
 
         Args:
             image_shape: Channels, height, width.
 
         Raises:
-            ValueError: When the weights are of other images, there are no patches of the config's size in such images,
-                or the network reads no images.
+            ValueError: When the weights are for another shape, the patch size does not divide the image, or the network
+                reads no images, or only square ones.
         """
         kind = type(self.model).__name__
         if not self.reads_images:
@@ -277,46 +277,46 @@ class PretrainedClassifier(Pretrained):
 
     @classmethod
     def hf_arguments(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that make the network that a `config.json` of transformers describes."""
+        """The constructor's arguments for the network that a `config.json` of transformers describes."""
         return {"num_classes": cls.read_config(config).num_labels, "config": config}
 
     def forward(self, **inputs: Tensor) -> Float[Tensor, "batch classes"]:
         """Logits of each example.
 
         Args:
-            inputs: What the architecture reads, by name; `token_type_ids` may be there though it does not.
+            inputs: What the architecture reads, by name; `token_type_ids` are ignored if it does not read them.
         """
         return self.model(**self._read(inputs)).logits
 
     def _read(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         read = {name: tensor for name, tensor in inputs.items() if name not in self._unread}
-        if self.reads_images:  # in the form in which convolutions are faster
+        if self.reads_images:  # convolutions are faster with channels last
             read["pixel_values"] = read["pixel_values"].contiguous(memory_format=torch.channels_last)
         return read
 
-    # The backbone and the head apart, so that a frozen backbone need read each example once.
+    # `forward` in two steps, so that the features of a frozen backbone can be cached.
 
     @property
     def _learning_pooler(self) -> nn.Module | None:
-        """What pools, where it has parameters."""
+        """The backbone's pooler if it has parameters."""
         pooler = getattr(self.model.base_model, "pooler", None)
         return pooler if pooler is not None and any(True for _ in pooler.parameters()) else None
 
     def features(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """What the backbone gives and the head reads: `classify` makes of it what `forward` makes of the inputs.
+        """The backbone's output, as far as the head reads it: `classify(features(**inputs))` is `forward(**inputs)`.
 
-        It is as little as the head turns out to read, which is tried once: what was pooled, or the first position, else
-        the whole sequence. In training mode a backbone's dropout acts here, a head's in `classify`.
+        The first call tries out how little the head needs: the pooled output, the first position, both, or the whole
+        sequence. In training mode the backbone's dropout is applied here, the head's in `classify`.
 
         Args:
             inputs: As in `forward`.
 
         Returns:
-            Tensors with a row for each example, by name. Only where the whole sequence is kept (`last_hidden_state`,
-            with the inputs beside it) are they as long as the longest of the batch.
+            Tensors by name, with one row per example. Their length depends on the batch only if the whole sequence is
+            kept (`last_hidden_state`, together with the inputs).
 
         Raises:
-            ValueError: When the architecture has no backbone apart from its head.
+            ValueError: When the architecture does not separate backbone and head.
         """
         base, inputs = self.model.base_model, self._read(inputs)
         if base is self.model:
@@ -325,11 +325,11 @@ class PretrainedClassifier(Pretrained):
         given = base(**inputs)
         whole = {**inputs, "last_hidden_state": given[0]}
         pooled = {"pooler_output": given["pooler_output"]} if given.get("pooler_output") is not None else {}
-        if self._learning_pooler is not None:  # belongs to the head, which it is run with
+        if self._learning_pooler is not None:  # counts as part of the head; `classify` runs it
             pooled = {}
         first = {"first_hidden_state": given[0][:, :1]}
         if self._kept is None:
-            if inputs[self.model.main_input_name].shape[1] == given[0].shape[1] == 1:  # the first position is all
+            if inputs[self.model.main_input_name].shape[1] == given[0].shape[1] == 1:  # too short to tell
                 return whole | pooled
             smaller = [found for found in (pooled, first, pooled | first, whole) if found]
             enough = (found for found in smaller if self._is_enough(found, whole | pooled))
@@ -338,16 +338,16 @@ class PretrainedClassifier(Pretrained):
 
     @torch.no_grad()
     def _is_enough(self, features: dict[str, Tensor], everything: dict[str, Tensor]) -> bool:
-        """Whether the head says the same of some features as of all there is; what it lacks is not a number."""
+        """Whether the head gives the same logits for some features as for all; missing features are filled with NaN."""
         try:
             with evaluating(self.model):
                 said, expected = self.classify(features), self.classify(everything)
-        except Exception:  # a head that misses something says so in its own way
+        except Exception:  # heads fail in various ways without an input they need
             return False
         return torch.allclose(said, expected, rtol=1e-2, atol=1e-5)
 
     def classify(self, features: dict[str, Tensor]) -> Float[Tensor, "batch classes"]:
-        """Logits of what `features` gave."""
+        """Logits of the output of `features`."""
         some = next(iter(features.values()))
         unknown = some.new_full((len(some), 1), torch.nan, dtype=self.model.dtype)
         if "first_hidden_state" in features:
@@ -357,18 +357,18 @@ class PretrainedClassifier(Pretrained):
             hidden = features.get("last_hidden_state", unknown)
         pooled = features.get("pooler_output", unknown)
         if (pooler := self._learning_pooler) is not None:
-            alone = type(pooler) is nn.Linear  # ALBERT's, which is no layer of several
+            alone = type(pooler) is nn.Linear  # as in ALBERT, whose pooler has no activation of its own
             pooled = self.model.base_model.pooler_activation(pooler(hidden[:, 0])) if alone else pooler(hidden)
         given = _Output(last_hidden_state=hidden, pooler_output=pooled)
         inputs = {name: tensor for name, tensor in features.items() if name not in {*given, "first_hidden_state"}}
-        if not inputs:  # the head does without, but its network passes something on
+        if not inputs:  # the head needs none, but `forward` of the network requires one
             inputs[self.model.main_input_name] = torch.zeros(len(some), 2, dtype=torch.long, device=some.device)
         with answering(self.model.base_model, given):
             return self.model(**inputs).logits
 
 
 class _Output(dict):
-    """What a backbone of transformers gives: by name, by attribute and by place; `None` what is not there."""
+    """A backbone's output, like transformers' `ModelOutput`: access by key, attribute (`None` if missing) or index."""
 
     def __getattr__(self, name: str) -> Any:
         return self.get(name)

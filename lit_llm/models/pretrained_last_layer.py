@@ -1,4 +1,4 @@
-"""The last layer of transformers' encoders below heads that read the first position alone."""
+"""Restricts the last layer of transformers' encoders to the first position if the head reads nothing else."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ FAMILIES = frozenset(
     {"bert", "camembert", "data2vec-text", "electra", "ernie", "esm", "megatron-bert", "rembert", "roberta"}
     | {"roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl"}
 )
-"""Architectures whose classifiers have such a head, and layers built as BERT's are."""
+"""Architectures whose classifiers have such a head, and whose layers have BERT's structure."""
 
 
 def compute_what_is_read(model: PreTrainedModel) -> bool:
-    """Has the last layer of a classifier compute, after its attention, only the position that the head reads.
+    """Makes the last layer of a classifier compute, after its attention, only the position that the head reads.
 
-    What it makes of the others serves nobody: logits and gradients are the same for three quarters fewer of that
-    layer's matrix products. A hook on the layer gets all positions.
+    The outputs at the other positions are unused, so logits and gradients are the same with three quarters fewer
+    matmul operations in that layer. While the layer has forward hooks, all positions are computed.
 
     Args:
-        model: Any classifier of transformers. What is not of `FAMILIES` stays as it is.
+        model: Any classifier of transformers; left unchanged if it is not one of `FAMILIES`.
 
     Returns:
-        Whether it does so now.
+        Whether the model was changed.
     """
     fits = model.config.model_type in FAMILIES and type(model).__name__.endswith("ForSequenceClassification")
     fits = fits and not model.config.chunk_size_feed_forward  # which must divide the positions
@@ -39,7 +39,7 @@ def compute_what_is_read(model: PreTrainedModel) -> bool:
 
 @dataclass
 class _Cut:
-    """Hands on the first position. (No closure: a copied network's must look at the copied layer.)"""
+    """Passes on only the first position. (Not a closure: in a copied network it must refer to the copied layer.)"""
 
     layer: nn.Module
 

@@ -1,4 +1,4 @@
-"""Any masked language model of transformers under this package's contract."""
+"""Any masked language model of transformers, with this package's interface."""
 
 from __future__ import annotations
 
@@ -19,12 +19,11 @@ if TYPE_CHECKING:
 
 
 class PretrainedMaskedLM(PretrainedLanguageModel):
-    """An encoder of transformers that predicts masked words (BERT, RoBERTa, ELECTRA's generator, ERNIE, ModernBERT, …).
+    """An encoder of transformers that predicts masked tokens (BERT, RoBERTa, ELECTRA's generator, ModernBERT, …).
 
-    Made from its config with fresh weights; they come from a checkpoint with `checkpoints.load_model` or an objective's
-    `weights`. A directory that it is saved in can be named as `path` of a `PretrainedClassifier`, which takes the
-    backbone over. Its repeated layers count as blocks. No code that comes with a checkpoint is run, and no pickle is
-    read.
+    It is made from its config with fresh weights; trained weights are loaded by `checkpoints.load_model` or an
+    objective's `weights`. Its model directory can be the `path` of a `PretrainedClassifier`, which takes over the
+    backbone. Its repeated layers count as blocks. No code that comes with a checkpoint is run, and no pickle is read.
 
     Args:
         vocab_size: Number of tokens; decided by the data, and overrides the config.
@@ -60,7 +59,7 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
 
     @classmethod
     def read_config(cls, config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:
-        """As `Pretrained.read_config`; refuses an encoder that is to be a decoder."""
+        """As `Pretrained.read_config`; refuses a config with `is_decoder`."""
         made = super().read_config(config, name)
         if getattr(made, "is_decoder", False):
             raise ValueError(f"is_decoder must be false in the config of a masked {made.model_type}, but is true")
@@ -72,7 +71,7 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
         self._reads_documents: bool | None = None
 
     def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Has fresh weights made anew where the tokeniser's padding is another token than the config's."""
+        """Rebuilds fresh weights if the tokeniser's padding token is not the config's."""
         config, padding = self.config.get_text_config(), tokenizer.pad_token_id
         if padding is not None and config.pad_token_id != padding:
             config.pad_token_id = padding
@@ -84,15 +83,15 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
         document_ids: Int[Tensor, "batch seq"] | None = None,
         positions: Int[Tensor, "#batch seq"] | None = None,
     ) -> Float[Tensor, "batch seq vocab"]:
-        """Logits of the token that stands, or should stand, at each position.
+        """Logits of the token at each position.
 
         Args:
             input_ids: Tokens, without padding.
-            document_ids: Where given, a position looks only at positions with its own id.
-            positions: Index of each token in its sequence; where not given, in its row.
+            document_ids: Document of each token: attention is confined to it.
+            positions: Index of each token in its sequence; default: in its row.
 
         Raises:
-            ValueError: When documents are to be kept apart, and the network is not made of attention that can.
+            ValueError: When `document_ids` is given, but the network cannot keep documents apart.
         """
         return self.model(**self._translated(input_ids, document_ids, positions)).logits
 
@@ -103,13 +102,13 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
         document_ids: Int[Tensor, "batch seq"] | None = None,
         positions: Int[Tensor, "#batch seq"] | None = None,
     ) -> Float[Tensor, "selected vocab"]:
-        """The logits of some positions, in the order of their rows; those of the others are never made.
+        """Logits of selected positions, row by row, without computing the logits of the others.
 
-        The head reads just what the backbone gives at these positions. Whether it may is tried once, on a row: it may
-        not where it looks at several positions together.
+        The head reads the backbone's output at these positions alone. The first call tests on one row that this gives
+        the same logits; for a head that mixes positions it does not, and all logits are computed.
 
         Args:
-            selected: Which positions, or their rows and places in these.
+            selected: Mask of the positions, or the indices of their rows and columns.
             input_ids: As in `forward`.
             document_ids: As in `forward`.
             positions: As in `forward`.
@@ -129,7 +128,7 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
 
     @torch.no_grad()
     def _finds_its_head_apart(self, words: dict[str, Any]) -> bool:
-        """Whether the head says the same of a few positions, far apart, as of all."""
+        """Whether the head gives the same logits for a few positions, far apart, as for all."""
         ids = words["input_ids"]
         places = torch.arange(0, ids.shape[1], max(1, ids.shape[1] // 2), device=ids.device)
         selected = torch.zeros_like(places), places
@@ -137,12 +136,12 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
             with evaluating(self.model), torch.autocast(ids.device.type, enabled=False):
                 expected = self.model(**words).logits[selected]
                 said = self._head_at(selected, self.model.base_model(**words), words)
-        except Exception:  # a head that misses something says so in its own way
+        except Exception:  # heads fail in various ways without an input they need
             return False
         return said.shape == expected.shape and bool((said - expected).abs().max() <= _noise(expected))
 
     def _translated(self, input_ids: Tensor, document_ids: Tensor | None, positions: Tensor | None) -> dict[str, Any]:
-        """The arguments as transformers takes them."""
+        """The arguments for transformers' `forward`."""
         words: dict[str, Any] = {"input_ids": input_ids}
         if positions is not None:
             words["position_ids"] = positions.expand_as(input_ids) + self.first_position
@@ -158,7 +157,7 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
         return words
 
     def _masks(self, document_ids: Int[Tensor, "batch seq"]) -> Any:
-        """The mask of each kind of layer."""
+        """The mask for each kind of layer."""
         mask = document_ids[:, None, :, None] == document_ids[:, None, None, :]
         config = self.config.get_text_config()
         kinds, window = getattr(config, "layer_types", None), getattr(config, "sliding_window", None)
@@ -170,7 +169,7 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
 
     @torch.no_grad()
     def _keeps_documents_apart(self, one: Int[Tensor, "1 1"]) -> bool:
-        """Whether it reads two documents in a row as it reads each alone: by looking, once."""
+        """Whether two documents packed into a row give the logits of each alone, found by running the network once."""
         if "position_ids" not in inspect.signature(self.model.forward).parameters:
             return False
         ids = (one + torch.arange(4, device=one.device)) % self.vocab_size
@@ -181,12 +180,12 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
                 each = [self.model(ids[:, here], position_ids=places[:, :2]).logits for here in (slice(2), slice(2, 4))]
                 together = self.model(ids, position_ids=places).logits
                 packed = self.model(ids, position_ids=places, attention_mask=masks).logits
-        except Exception:  # a network that cannot read such a mask says so in its own way
+        except Exception:  # networks fail in various ways on a mask they cannot read
             return False
         alone = torch.cat(each, dim=1)
         return bool((packed - alone).abs().max() <= 0.01 * (together - alone).abs().max() + _noise(alone))
 
 
 def _noise(logits: Tensor) -> Tensor:
-    """How far rounding may take logits that are the same otherwise."""
+    """Bound on the difference that rounding alone makes between logits."""
     return 30 * torch.finfo(logits.dtype).eps * logits.abs().max()

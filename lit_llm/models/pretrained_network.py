@@ -1,6 +1,6 @@
-"""Networks of transformers under this package's contract: what those of all tasks share.
+"""Base classes of the networks of transformers, with this package's interface.
 
-This module and its neighbours named `pretrained…` are the only ones that know transformers' networks.
+This module and its neighbours named `pretrained…` are the only ones in `models` that import transformers.
 """
 
 from __future__ import annotations
@@ -31,54 +31,54 @@ HEADS = frozenset(
     {"pooler", "seq_relationship", "sop_classifier", "cls", "lm_head", "classifier", "score", "qa_outputs"}
     | {"discriminator_predictions", "generator_predictions", "generator_lm_head", "multiple_choice_head"}
 )
-"""Layers above a network that one for another task does without; models on the hub often come with several."""
+"""Names of task heads, which checkpoints on the hub often have and a network for another task does not read."""
 
 
 class Pretrained(nn.Module):
-    """A network of transformers for one kind of task: made from a config, its weights under transformers' names.
+    """A network of transformers for one kind of task, made from a config; weights have transformers' names.
 
-    A subclass names the task, says what decides its size, and writes `forward`. No code that comes with a checkpoint
-    is run, and no pickle is read. Repeated layers count as blocks.
+    A subclass names the task, takes its size as first argument, and implements `forward`. No code that comes with a
+    checkpoint is run, and no pickle is read. Repeated layers count as blocks.
 
     Args:
-        config: What it is made from, of the right size already.
-        activation_checkpointing: Compute each block again in the backward pass: less memory for more computation.
+        config: Config of the network, with its final size.
+        activation_checkpointing: Recompute each block in the backward pass: less memory for more computation.
     """
 
     tasks: ClassVar[dict[str, str]]
-    """Transformers' classes that build such a network from any config, each with the table of those it builds."""
+    """Transformers' `Auto…` classes that build such networks, each with the name of its table of architectures."""
 
     description: ClassVar[str]
-    """What such a network is, as said in errors."""
+    """What such a network is, for error messages."""
 
     def __init__(self, config: PretrainedConfig, activation_checkpointing: bool = False) -> None:
         super().__init__()
         text = config.get_text_config()
         if (getattr(text, "pad_token_id", None) or 0) >= getattr(text, "vocab_size", math.inf):
-            # An architecture's default, of its own tokens.
+            # The architecture's default, for its original vocabulary.
             text.pad_token_id = None if may_lack(text, "pad_token_id") else 0
         self.config, self.activation_checkpointing = config, activation_checkpointing
         self._is_trained = False
         self._build()
 
     def _build(self) -> None:
-        """Makes the network that the config describes, with fresh weights."""
+        """Builds the network that the config describes, with fresh weights."""
         try:
             made = self._auto(self.config).from_config(
                 self._plain_config(), dtype=torch.get_default_dtype(), trust_remote_code=False
             )
-        except KeyError as error:  # of an activation or a kind of positions, say
+        except KeyError as error:  # an unknown activation or kind of positions, for example
             raise ValueError(f"config must name what transformers has, but names {error}") from error
         self._adopt(made)
 
     def _plain_config(self) -> PretrainedConfig:
-        """The config as the network is built from it."""
+        """The config from which the network is built."""
         return copy.deepcopy(self.config)
 
     def _adopt(self, model: PreTrainedModel) -> None:
         from transformers.modeling_layers import GradientCheckpointingLayer
 
-        self.model = model.train()  # from a directory it comes as for evaluation, without dropout
+        self.model = model.train()  # `from_pretrained` returns it in evaluation mode
         attend_faster(model)
         kinds = {type(m) for m in model.modules() if isinstance(m, GradientCheckpointingLayer)}
         for kind in kinds or _repeated(model):
@@ -93,7 +93,7 @@ class Pretrained(nn.Module):
                 )
             self.activation_checkpointing = None
         if self.activation_checkpointing:
-            new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # as later versions call it
+            new, old = "activation_checkpointing_enable", "gradient_checkpointing_enable"  # the name in later versions
             getattr(model, new if hasattr(model, new) else old)({"use_reentrant": False})
         self._find_first_position()
 
@@ -101,13 +101,13 @@ class Pretrained(nn.Module):
         kin = counting_from_padding(self.model)
         self.first_position = kin.padding_idx + 1 if kin else 0
         longest = getattr(self.config.get_text_config(), "max_position_embeddings", None)
-        self.max_seq_len = longest - self.first_position if longest and longest > 0 else None  # -1 is any, too
+        self.max_seq_len = longest - self.first_position if longest and longest > 0 else None  # -1 means any, too
 
     def recall_tokens(self, config: Mapping[str, Any]) -> None:
-        """What was learnt of the tokeniser by the time a checkpoint was made, from the config that this holds.
+        """Restores what `read_tokens_of` had set, from the config in a checkpoint; does not rebuild weights.
 
-        A network that is made again to be evaluated knows only what it is made from. RoBERTa's kin count positions from
-        the padding token, with the weights as they are.
+        A network rebuilt for evaluation knows only its original config. Models like RoBERTa count positions from the
+        padding token.
         """
         kin, padding = counting_from_padding(self.model), config.get("pad_token_id")
         if kin and padding is not None:
@@ -116,7 +116,7 @@ class Pretrained(nn.Module):
 
     @property
     def backbone(self) -> nn.Module | None:
-        """What is below the head; `None` where transformers does not keep them apart."""
+        """The network without its head; `None` if transformers does not separate them."""
         base = self.model.base_model
         return None if base is self.model else base
 
@@ -129,7 +129,7 @@ class Pretrained(nn.Module):
         self.model.tie_weights()
         self.model.initialize_weights()
 
-    # Which networks there are.
+    # Architectures.
 
     @classmethod
     def _tables(cls) -> dict[str, Mapping[str, Any]]:
@@ -139,7 +139,7 @@ class Pretrained(nn.Module):
 
     @classmethod
     def builds(cls, architecture: str) -> bool:
-        """Whether a class of transformers, by its name, is a network of this kind."""
+        """Whether the class of transformers with this name is a network of this kind."""
         known = [names for table in cls._tables().values() for names in table.values()]
         return any(architecture == names or (isinstance(names, tuple) and architecture in names) for names in known)
 
@@ -151,14 +151,14 @@ class Pretrained(nn.Module):
 
     @classmethod
     def read_config(cls, config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:
-        """The config of such a network, from a `config.json`'s content or a place that has one.
+        """The config of such a network.
 
         Args:
-            config: The content, a directory, or a name on the hub.
-            name: What an error calls it.
+            config: The content of a `config.json`, or a directory or a name on the hub that has one.
+            name: Its name in errors.
 
         Raises:
-            FileNotFoundError: When there is no such place.
+            FileNotFoundError: When there is no such config.
             ValueError: When it does not describe such a network.
         """
         made = read_config(config, name)
@@ -166,15 +166,15 @@ class Pretrained(nn.Module):
             raise ValueError(f"model_type must be that of {cls.description}, but is {made.model_type}")
         return made
 
-    # As transformers keeps them.
+    # Model directories.
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The constructor's, with the config itself in place of where it came from: what a checkpoint needs."""
+        """The constructor's arguments that a checkpoint needs: the content of the config instead of its path."""
         return {"config": self.to_hf_config(), "activation_checkpointing": bool(self.activation_checkpointing)}
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The `config.json` with which transformers builds the same network."""
+        """The `config.json` from which transformers builds the same network."""
         return {**self.config.to_dict(), "architectures": [type(self.model).__name__]}
 
     @classmethod
@@ -183,14 +183,14 @@ class Pretrained(nn.Module):
         return cls(**cls.hf_arguments(config))
 
     def save_weights(self, folder: Path) -> None:
-        """Writes the weights by the names under which transformers reads them."""
+        """Writes the weights in transformers' format."""
         with _quietly():
             self.model.save_pretrained(folder)
 
     def load_weights(self, folder: Path) -> None:
-        """Takes the weights of a directory of transformers in place of its own.
+        """Loads the weights of a model directory of transformers.
 
-        A head for another task and masks that the network makes itself are passed over, as transformers does.
+        Heads for other tasks and stored attention masks are skipped, as transformers does.
 
         Raises:
             ValueError: When a tensor is missing, left over or of another shape.
@@ -216,9 +216,9 @@ class Pretrained(nn.Module):
     def _read_weights(
         cls, source: str, config: PretrainedConfig, **options: Any
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """A network with what a place holds of its weights, and what was missing and left over there."""
+        """A network with the weights found at a place, and a report of missing and unexpected ones."""
         try:
-            with _quietly(), torch.device("cpu"):  # under another device transformers would place the weights
+            with _quietly(), torch.device("cpu"):  # else weights would go to the default device
                 return cls._auto(config).from_pretrained(
                     source,
                     config=config,
@@ -235,10 +235,10 @@ class Pretrained(nn.Module):
 
 
 class FullPrecision(nn.Linear):
-    """A linear layer that autocast passes over: in bfloat16 a head would give values of three digits."""
+    """A linear layer exempt from autocast: in bfloat16, a head's outputs would have only three significant digits."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As `torch.nn.Linear`, in the precision of the weights."""
+        """As `torch.nn.Linear`, in the dtype of the weights."""
         kind = x.device.type
         if not (torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)):
             return super().forward(x.to(self.weight.dtype))
@@ -247,12 +247,12 @@ class FullPrecision(nn.Linear):
 
 
 class PretrainedLanguageModel(Pretrained, ABC):
-    """A network of transformers that gives logits of tokens; its vocabulary is decided by the data.
+    """A network of transformers that computes logits of tokens.
 
     Args:
-        vocab_size: Number of tokens; takes the place of the config's.
+        vocab_size: Number of tokens; decided by the data, and overrides the config.
         config: The content of a `config.json`, or a directory or a name on the hub that has one.
-        activation_checkpointing: Compute each block again in the backward pass: less memory for more computation.
+        activation_checkpointing: Recompute each block in the backward pass: less memory for more computation.
     """
 
     def __init__(self, vocab_size: int, config: str | dict[str, Any], activation_checkpointing: bool = False) -> None:
@@ -262,7 +262,7 @@ class PretrainedLanguageModel(Pretrained, ABC):
 
     @abstractmethod
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Logits."""
+        """Logits of tokens."""
 
     @property
     def vocab_size(self) -> int:
@@ -271,21 +271,22 @@ class PretrainedLanguageModel(Pretrained, ABC):
 
     @classmethod
     def hf_arguments(cls, config: dict[str, Any]) -> dict[str, Any]:
-        """The arguments that make the network that a `config.json` of transformers describes."""
+        """The constructor's arguments for the network that a `config.json` of transformers describes."""
         return {"vocab_size": cls.read_config(config).get_text_config().vocab_size, "config": config}
 
     def _form(self, mask: Tensor) -> Tensor:
-        """A mask, true where a query may look, in the form that the attention in use takes."""
-        if self.model.config._attn_implementation == "eager":  # added to the scores
+        """A mask, true where a query may attend, in the form that the attention implementation takes."""
+        if self.model.config._attn_implementation == "eager":  # adds it to the scores
             dtype = next(self.model.parameters()).dtype
             return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, torch.finfo(dtype).min)
         return mask
 
 
 def _goes_unread(model: nn.Module, name: str) -> bool:
-    """Whether a tensor that a network has no place for changes nothing of what the network gives.
+    """Whether a stored tensor that the network does not have can be skipped without changing its output.
 
-    That is one of a head that is not there at all, beneath no numbered layer, or the mask that attention once kept.
+    That is true of a head that the network lacks, unless it is inside a numbered layer, and of the mask that attention
+    layers stored in older versions.
     """
     modules, parts = dict(model.named_modules()), name.split(".")
     places = [".".join(parts[:length]) for length in range(1, len(parts))]
@@ -297,26 +298,26 @@ def _goes_unread(model: nn.Module, name: str) -> bool:
 
 
 def _repeated(model: nn.Module) -> set[type]:
-    """The classes of layers that a network repeats: of lists of one kind of module those that are in no other such."""
+    """The classes of repeated layers: the elements of each outermost `ModuleList` with elements of one class."""
     found: set[type] = set()
     inside: set[nn.Module] = set()
     for module in model.modules():
         kinds = {type(child) for child in module} if isinstance(module, nn.ModuleList) else set()
-        if len(kinds) == 1 and module not in inside and kinds != {nn.ModuleList}:  # of those, look into each
+        if len(kinds) == 1 and module not in inside and kinds != {nn.ModuleList}:  # look into lists of lists
             found |= kinds
             inside.update(module.modules())
     return found
 
 
 def counting_from_padding(model: PreTrainedModel) -> nn.Module | None:
-    """The embeddings of one of RoBERTa's kin: they count positions from the one after the padding token's id."""
+    """The embeddings of a model like RoBERTa, whose positions start after the padding token's id; else `None`."""
     embeddings = getattr(model.base_model, "embeddings", None)
     return embeddings if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else None
 
 
 @contextmanager
 def answering(module: nn.Module, answer: Any) -> Iterator[None]:
-    """Has a module give `answer` to whatever it is asked."""
+    """Replaces a module's `forward` by one that returns `answer`."""
     before = vars(module).get("forward")
     module.forward = lambda *args, **kwargs: answer
     try:
@@ -335,7 +336,7 @@ def read_config(config: str | dict[str, Any], name: str = "config") -> Pretraine
         if isinstance(config, str):
             return AutoConfig.from_pretrained(str(Path(config).expanduser()), trust_remote_code=False)
         return AutoConfig.for_model(**copy.deepcopy(config))
-    except Exception as error:  # each architecture checks its own in its own way
+    except Exception as error:  # architectures validate their configs in various ways
         if isinstance(config, str):
             raise FileNotFoundError(
                 f"{name} must be a directory with a config.json or a name on the hub, but is {config}: "
@@ -347,7 +348,7 @@ def read_config(config: str | dict[str, Any], name: str = "config") -> Pretraine
 
 
 def may_lack(config: PretrainedConfig, name: str) -> bool:
-    """Whether a config may say that there is no such token; those of a few architectures refuse it."""
+    """Whether a token id may be `None` in a config, which a few architectures refuse."""
     from huggingface_hub.errors import StrictDataclassFieldValidationError
 
     try:
@@ -359,7 +360,7 @@ def may_lack(config: PretrainedConfig, name: str) -> bool:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without transformers' bars, and its tables of what weights were found, which are for us to judge."""
+    """Silences transformers' progress bars and reports of missing weights, which the callers judge themselves."""
     from transformers.utils import logging
 
     shown, level = logging.is_progress_bar_enabled(), logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""Encoders of transformers below heads that read all tokens: their mean, or each held against another text's."""
+"""Encoders of transformers with heads that read all tokens: their mean, or a comparison with another text's tokens."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 
 class Head(nn.Module, ABC):
-    """What makes logits of an encoder's tokens, in two steps: what it reads of a row, and what it learns.
+    """Computes logits from an encoder's output in two steps: `read`, without parameters, and `forward`, with them.
 
     Args:
         d_model: Width of the encoder.
         num_classes: Width of the logits.
-        dropout: Of what each layer reads.
+        dropout: Dropout probability of each layer's input.
     """
 
     @abstractmethod
@@ -41,24 +41,24 @@ class Head(nn.Module, ABC):
         first: Int[Tensor, "batch seq"],
         second: Int[Tensor, "batch seq"],
     ) -> dict[str, Tensor]:
-        """What `forward` reads, by name: made without any parameter of the head's, so that it may be kept.
+        """The arguments of `forward` by name; no parameter of the head takes part, so they can be cached.
 
         Args:
-            hidden: What the encoder gives at each token.
-            first: 1 at the tokens of the first text, or of the only one.
-            second: 1 at those of the second.
+            hidden: The encoder's output at each token.
+            first: 1 on the tokens of the first, or only, text; else 0.
+            second: 1 on the tokens of the second text; else 0.
         """
 
     def reset(self) -> None:
-        """Gives parameters that belong to no layer their first values."""
+        """Initialises parameters that belong to no layer."""
 
     @abstractmethod
     def forward(self, **read: Tensor) -> Float[Tensor, "batch classes"]:
-        """Logits of what `read` gave."""
+        """Logits of the output of `read`."""
 
 
 class MeanHead(Head):
-    """Linear in the mean of all tokens.
+    """A linear layer on the mean of all tokens.
 
     Args:
         d_model: As in `Head`.
@@ -80,12 +80,12 @@ class MeanHead(Head):
         return {"pooled": _mean(hidden.float(), first + second)}
 
     def forward(self, pooled: Float[Tensor, "batch d_model"]) -> Float[Tensor, "batch classes"]:
-        """Logits of a mean."""
+        """Logits of the mean."""
         return self.out(self.dropout(pooled))
 
 
 class AlignedHead(Head):
-    """Holds each token of two texts against what the other text has that is like it; see `PairClassifier`.
+    """Compares each token of two texts with the similar tokens of the other text; see `PairClassifier`.
 
     Args:
         d_model: As in `Head`.
@@ -94,7 +94,7 @@ class AlignedHead(Head):
     """
 
     sharpness = 16.0
-    """Factor on cosines to begin with: the same token counts thousands of times what an unlike one counts."""
+    """Initial factor on cosines: an identical token weighs thousands of times more than an unrelated one."""
 
     def __init__(self, d_model: int, num_classes: int, dropout: float) -> None:
         super().__init__(d_model, num_classes, dropout)
@@ -104,7 +104,7 @@ class AlignedHead(Head):
         self.reset()
 
     def reset(self) -> None:
-        """Gives the scale its first value."""
+        """Initialises the scale."""
         nn.init.constant_(self.scale, math.log(self.sharpness))
 
     @staticmethod
@@ -113,7 +113,7 @@ class AlignedHead(Head):
         first: Int[Tensor, "batch seq"],
         second: Int[Tensor, "batch seq"],
     ) -> dict[str, Tensor]:
-        """All of it."""
+        """All arguments; `hidden` is called `last_hidden_state`."""
         return {"last_hidden_state": hidden, "first": first, "second": second}
 
     def forward(
@@ -122,13 +122,13 @@ class AlignedHead(Head):
         first: Int[Tensor, "batch seq"],
         second: Int[Tensor, "batch seq"],
     ) -> Float[Tensor, "batch classes"]:
-        """Logits of two texts' tokens."""
+        """Logits of a pair of texts."""
         hidden = last_hidden_state.float()
         direction = nn.functional.normalize(hidden, dim=-1)
         alike = self.scale.exp() * (direction @ direction.mT).float()
         u, v = first.bool(), second.bool()
         across = (u[:, :, None] & v[:, None]) | (v[:, :, None] & u[:, None])
-        weights = alike.masked_fill(~across, -1e4).softmax(dim=-1)  # finite, for texts that have no other
+        weights = alike.masked_fill(~across, -1e4).softmax(dim=-1)  # not -inf: no NaN without a second text
         other = ((weights * across) @ hidden).float()
         pairs = torch.cat([hidden, other, (hidden - other).abs(), hidden * other], dim=-1)
         compared = self.compare(self.dropout(pairs).to(self.compare.weight.dtype)).relu()
@@ -137,10 +137,10 @@ class AlignedHead(Head):
 
 
 class PooledClassifier(PretrainedClassifier, ABC):
-    """An encoder below a head that reads all of the encoder's tokens.
+    """An encoder with a head that reads all tokens.
 
-    Transformers has no such head: only this package opens what it is saved as. Its encoder has transformers' names. A
-    pooler that comes with an encoder is left out.
+    Transformers has no such head: only this package opens its model directory. The encoder's weights keep the names of
+    transformers. An encoder's own pooler is removed.
 
     Args:
         num_classes: As in `PretrainedClassifier`.
@@ -151,24 +151,23 @@ class PooledClassifier(PretrainedClassifier, ABC):
 
     Raises:
         FileNotFoundError: As in `PretrainedClassifier`.
-        ValueError: As in `PretrainedClassifier`; and when the architecture has a decoder beside its encoder, or reads
-            no text.
+        ValueError: As in `PretrainedClassifier`; also when the architecture is an encoder-decoder, or reads no text.
     """
 
     tasks: ClassVar[dict[str, str]] = {"AutoModel": "MODEL_MAPPING_NAMES"}
     description = "an encoder of texts"
 
     hf_architectures: ClassVar[tuple[str, ...]] = ()
-    """A directory is one of these by its own name alone: an encoder without a head is not."""
+    """Values of `architectures` that the class opens: its own name only, not those of plain encoders."""
 
     @property
     @abstractmethod
     def head(self) -> type[Head]:
-        """What reads the tokens: a subclass says it for all of its instances."""
+        """The head's class: a class attribute of each subclass."""
 
     @classmethod
     def read_config(cls, config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:
-        """As `Pretrained.read_config`; refuses what is no encoder of texts."""
+        """As `Pretrained.read_config`; refuses architectures that are not text encoders."""
         made = super().read_config(config, name)
         if made.is_encoder_decoder or _encoder(type(made)).main_input_name != "input_ids":
             raise ValueError(f"model_type must be that of {cls.description}, but is {made.model_type}")
@@ -183,22 +182,22 @@ class PooledClassifier(PretrainedClassifier, ABC):
         self._unread = set()
 
     def to_hf_config(self) -> dict[str, Any]:
-        """The `config.json` by which this package makes the same network."""
+        """The `config.json` from which this package builds the same network."""
         return {**super().to_hf_config(), "architectures": [type(self).__name__]}
 
     def features(self, **inputs: Tensor) -> dict[str, Tensor]:
-        """What the head reads, by name: `pooled`, or the tokens themselves."""
+        """The head's input by name: `pooled`, or the encoder's output at all tokens."""
         return self.model.read(**self._read(inputs))
 
     def classify(self, features: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
-        """Logits of what `features` gave."""
+        """Logits of the output of `features`."""
         return self.model.pooled_head(**features)
 
 
 class MeanClassifier(PooledClassifier):
     """An encoder with a linear head on the mean of all tokens, including special tokens.
 
-    For encoders that were trained by such means, as sentence-transformers' are, rather than by their first position.
+    For encoders trained with mean pooling, such as sentence-transformers', rather than with the first position.
 
     Args:
         num_classes: As in `PooledClassifier`.
@@ -224,11 +223,11 @@ class MeanClassifier(PooledClassifier):
 class PairClassifier(PooledClassifier):
     """An encoder that reads two texts together, with a head that compares each token with the other text.
 
-    For each token `a` of one text the head makes the mean `b` of the other text's tokens, weighted by a softmax of how
-    much each is like `a` (cosine, times a learnt number). A layer compares `[a; b; |a - b|; a * b]`, and a linear layer
-    reads the mean of that over the first text and the mean over the second. What two texts share, which an encoder from
-    zero takes long to find out and to move to one position, can so be read off from the first step on. The second text
-    is what comes after the first separator; where nothing does, `b` is 0.
+    For each token `a` of one text, `b` is the mean of the other text's tokens, weighted by a softmax over their cosine
+    similarity to `a` times a learnt factor. A layer with ReLU reads `[a; b; |a - b|; a * b]`; its outputs are averaged
+    over each text, and a linear layer reads both means. So the overlap of two texts, which an encoder trained from
+    scratch takes long to learn and to move to one position, is available from the first step. The second text is
+    everything after the first separator; if there is none, `b` is 0.
 
     Args:
         num_classes: As in `PooledClassifier`.
@@ -238,12 +237,12 @@ class PairClassifier(PooledClassifier):
         activation_checkpointing: As in `PooledClassifier`.
 
     Raises:
-        ValueError: As in `PretrainedClassifier`; and when the tokeniser has no separator.
+        ValueError: As in `PretrainedClassifier`; also when the tokeniser has no separator.
 
     Source:
-        Parikh et al., 2016, "A Decomposable Attention Model", arXiv:1606.01933, eq. 1 to 5 (attend, compare, sum up),
-        with what is compared as in Chen et al., 2017, "ESIM", arXiv:1609.06038, eq. 14, where each text is read alone;
-        here each is read beside the other, likeness is a cosine, and means stand for sums.
+        Parikh et al., 2016, "A Decomposable Attention Model", arXiv:1606.01933, eq. 1 to 5 (attend, compare,
+        aggregate); the compared vector is that of Chen et al., 2017, "ESIM", arXiv:1609.06038, eq. 14. Differs in that
+        the encoder reads both texts together, similarity is a cosine, and sums are means.
 
     Example:
         >>> size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -258,7 +257,7 @@ class PairClassifier(PooledClassifier):
     reads_pairs = True
 
     def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """As `PretrainedClassifier.read_tokens_of`; and learns which token stands between two texts."""
+        """As `PretrainedClassifier.read_tokens_of`; also sets the separator, which ends the first text."""
         super().read_tokens_of(tokenizer)
         if tokenizer.sep_token_id is None:
             raise ValueError(
@@ -268,14 +267,14 @@ class PairClassifier(PooledClassifier):
         self.config.sep_token_id = self.model.config.sep_token_id = tokenizer.sep_token_id
 
     def recall_tokens(self, config: Mapping[str, Any]) -> None:
-        """As `PretrainedClassifier.recall_tokens`; and which token stands between two texts."""
+        """As `PretrainedClassifier.recall_tokens`; also restores the separator."""
         super().recall_tokens(config)
         if (separator := config.get("sep_token_id")) is not None:
             self.config.sep_token_id = self.model.config.sep_token_id = separator
 
 
 def _mean(x: Float[Tensor, "batch seq features"], mask: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch features"]:
-    """Over the tokens whose mask is 1; 0 where none is."""
+    """Mean over the tokens whose mask is 1; 0 if there is none."""
     weights = mask / mask.sum(dim=1, keepdim=True).clamp(min=1)
     return (x * weights[..., None]).sum(dim=1)
 
@@ -290,7 +289,7 @@ def _encoder(config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
 
 @functools.cache
 def _with_head(kind: type[Head], config_class: type[PretrainedConfig]) -> type[PreTrainedModel]:
-    """The class, in transformers' manner, of an architecture's encoder with a head on it."""
+    """A `PreTrainedModel` class: an architecture's encoder with a head."""
     from transformers import PreTrainedModel
     from transformers.modeling_outputs import SequenceClassifierOutput
 

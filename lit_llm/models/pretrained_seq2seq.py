@@ -1,4 +1,4 @@
-"""Any encoder-decoder of transformers under this package's contract."""
+"""Any encoder-decoder of transformers, with this package's interface."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 TOKENS = ("pad_token_id", "eos_token_id", "decoder_start_token_id")
-"""What a config says of tokens that a decoder's writing depends on."""
+"""Entries of a config with the special tokens that decoding depends on."""
 
 
 class PretrainedSeq2Seq(PretrainedLanguageModel):
-    """An encoder-decoder of transformers that writes a text from another (T5, BART, …).
+    """An encoder-decoder of transformers that generates a text from another (T5, BART, …).
 
-    Made from its config with fresh weights; they come from a checkpoint with `checkpoints.load_model` or an objective's
-    `weights`. Its repeated layers count as blocks. No code that comes with a checkpoint is run, and no pickle is read.
+    It is made from its config with fresh weights; trained weights are loaded by `checkpoints.load_model` or an
+    objective's `weights`. Its repeated layers count as blocks. No code that comes with a checkpoint is run, and no
+    pickle is read.
 
     Args:
         vocab_size: Number of tokens; decided by the data, and overrides the config.
@@ -50,16 +51,16 @@ class PretrainedSeq2Seq(PretrainedLanguageModel):
 
     @classmethod
     def read_config(cls, config: str | dict[str, Any], name: str = "config") -> PretrainedConfig:
-        """As `Pretrained.read_config`; where the config does not say what a decoder starts with, it is the padding."""
+        """As `Pretrained.read_config`; the decoder's start token defaults to the padding token."""
         made = super().read_config(config, name)
         if getattr(made, "decoder_start_token_id", None) is None:
             made.decoder_start_token_id = made.pad_token_id
         return made
 
     def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Has fresh weights made anew where the tokeniser's padding or end is another token than the config's.
+        """Rebuilds fresh weights if the tokeniser's padding or end token is not the config's.
 
-        A decoder starts with the padding, as T5's, or with the end where that is what the config has, as BART's.
+        The decoder starts with the padding token if the config says so, as T5's does, else with the end token (BART).
         """
         config = self.config
         starts_with_the_end = config.decoder_start_token_id != config.pad_token_id
@@ -74,7 +75,7 @@ class PretrainedSeq2Seq(PretrainedLanguageModel):
             self._build()
 
     def recall_tokens(self, config: Mapping[str, Any]) -> None:
-        """As `Pretrained.recall_tokens`: what a decoder starts with, its end and its padding."""
+        """As `Pretrained.recall_tokens`, for the padding, end and start tokens."""
         self.config.update({name: config[name] for name in TOKENS if config.get(name) is not None})
 
     def forward(
@@ -83,12 +84,12 @@ class PretrainedSeq2Seq(PretrainedLanguageModel):
         labels: Int[Tensor, "batch new"],
         attention_mask: Int[Tensor, "batch seq"] | None = None,
     ) -> Float[Tensor, "batch new vocab"]:
-        """Logits of each token of a text, from another text and the tokens before it.
+        """Logits of each token of the target, given the source and the target tokens before it.
 
         Args:
-            input_ids: Tokens of the text to read.
-            labels: Tokens of the text to write; less than 0 for padding, which comes last.
-            attention_mask: 1 on tokens of the text to read, 0 on padding.
+            input_ids: Tokens of the source.
+            labels: Tokens of the target; less than 0 on padding, which comes last.
+            attention_mask: 1 on tokens of the source, 0 on padding.
         """
         before = labels.roll(1, dims=1).clamp(min=0)
         before[:, 0] = self.config.decoder_start_token_id
@@ -102,16 +103,16 @@ class PretrainedSeq2Seq(PretrainedLanguageModel):
         max_new_tokens: int = 64,
         num_beams: int = 1,
     ) -> Int[Tensor, "batch new"]:
-        """Writes a text for each: the most probable token each time, or the best of so many beams.
+        """Generates a text for each source by greedy decoding or beam search.
 
         Args:
-            input_ids: Tokens of the text to read.
+            input_ids: Tokens of the source.
             attention_mask: As in `forward`.
-            max_new_tokens: Tokens after which a text is cut.
-            num_beams: Texts that are followed side by side.
+            max_new_tokens: Maximum number of generated tokens.
+            num_beams: Number of beams; 1 is greedy decoding.
 
         Returns:
-            Tokens, the end included; padding after it.
+            The generated tokens including the end token, then padding.
         """
         from transformers import GenerationConfig
 
@@ -125,6 +126,6 @@ class PretrainedSeq2Seq(PretrainedLanguageModel):
         )
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        self.model.generation_config = how  # else what came with a checkpoint would be mixed in
+        self.model.generation_config = how  # else the checkpoint's would be merged in
         with evaluating(self.model):
             return self.model.generate(input_ids, attention_mask=attention_mask)[:, 1:]

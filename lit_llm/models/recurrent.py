@@ -1,4 +1,4 @@
-"""Recurrent language models: RNN, LSTM, GRU. Transformers has no class for them, so they are not exported."""
+"""Recurrent language models (RNN, LSTM, GRU). Transformers has no such classes, so they have no model directory."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from lit_llm.blocks import Block
 from lit_llm.models.flops import training_flops
 
 State = tuple[Float[Tensor, "1 _ d_model"], ...]
-"""What one layer remembers of each sequence: its output and, with an LSTM, its cell."""
+"""Recurrent state of one layer for each sequence: its last output and, for an LSTM, its cell."""
 
 
 class StateCache:
-    """What each layer remembers of the tokens already read: of the same size however many those were."""
+    """Recurrent state of each layer after the tokens already read; its size does not depend on their number."""
 
     def __init__(self) -> None:
         self.layers: dict[int, State] = {}
 
 
 class Pieces:
-    """Rows cut where a document begins, so that each is read from an empty memory, all of them at once.
+    """Cuts rows at document starts, so that all documents are read in one call, each from an empty state.
 
     Args:
-        document_ids: Which document of its row a position belongs to.
+        document_ids: Document of each position; an id that differs from the one before begins a piece.
     """
 
     def __init__(self, document_ids: Int[Tensor, "batch seq"]) -> None:
@@ -36,7 +36,7 @@ class Pieces:
         self.shape = document_ids.shape
         starts = begins.flatten().nonzero()[:, 0]
         lengths = torch.diff(starts, append=starts.new_tensor([begins.numel()]))
-        # A packed sequence holds the first tokens of all pieces, longest piece first, then the second ones, …
+        # A packed sequence holds the first tokens of all pieces, longest piece first, then the second tokens, …
         order = lengths.argsort(descending=True, stable=True)
         rank = order.argsort()
         piece = begins.flatten().cumsum(0) - 1
@@ -47,20 +47,20 @@ class Pieces:
         self.count = len(starts)
 
     def pack(self, x: Float[Tensor, "batch seq d_model"]) -> PackedSequence:
-        """The pieces of rows."""
+        """Packs rows into pieces."""
         return PackedSequence(x.flatten(0, 1)[self.places], self.batch_sizes)
 
     def unpack(self, pieces: PackedSequence) -> Float[Tensor, "batch seq d_model"]:
-        """The rows of pieces."""
+        """Restores rows from pieces."""
         flat = torch.empty_like(pieces.data).index_copy(0, self.places, pieces.data)
         return flat.unflatten(0, self.shape)
 
     def begin(self, state: State) -> State:
-        """The memory before each piece: that of its row for a row's first, empty for the others."""
+        """The state before each piece: the row's state for the first piece of a row, empty for the others."""
         return tuple(part.new_zeros(1, self.count, part.shape[2]).index_copy(1, self.first, part) for part in state)
 
     def end(self, state: State) -> State:
-        """The memory after each row's last piece."""
+        """The state after each row's last piece."""
         return tuple(part[:, self.last] for part in state)
 
 
@@ -68,7 +68,7 @@ class RecurrentBlock(Block):
     """One recurrent layer.
 
     Args:
-        cell: A layer of torch's, of one level.
+        cell: A recurrent module of torch with one layer.
     """
 
     def __init__(self, cell: nn.RNNBase) -> None:
@@ -78,15 +78,15 @@ class RecurrentBlock(Block):
     def forward(
         self, x: Float[Tensor, "batch new d_model"], state: State | None = None, pieces: Pieces | None = None
     ) -> tuple[Float[Tensor, "batch new d_model"], State]:
-        """Reads on.
+        """Reads the new positions.
 
         Args:
             x: The new positions.
-            state: The memory before them; `None` is empty.
-            pieces: Where in the rows the memory is emptied.
+            state: The state before them; `None` is empty.
+            pieces: Where in the rows the state is reset.
 
         Returns:
-            The output at each position, and the memory after the last.
+            The output at each position, and the state after the last.
         """
         before = pieces.begin(state) if pieces and state else state
         given = before[0] if before and not isinstance(self.cell, nn.LSTM) else before
@@ -96,13 +96,13 @@ class RecurrentBlock(Block):
 
 
 class Recurrent(nn.Module, ABC):
-    """What the recurrent language models share: embeddings, a stack of layers, a head.
+    """Base class of the recurrent language models: embeddings, a stack of layers, a head.
 
     Args:
         vocab_size: Number of tokens; decided by the data.
-        d_model: Width of embeddings and memories.
+        d_model: Width of embeddings and recurrent states.
         num_layers: Number of recurrent layers.
-        dropout: Dropout probability of the inputs of each layer and of the head, in [0, 1).
+        dropout: Dropout probability of the input of each layer and of the head, in [0, 1).
         tie_embeddings: Share one matrix between input and output embeddings.
     """
 
@@ -130,12 +130,12 @@ class Recurrent(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def cell(d_model: int) -> nn.RNNBase:
-        """One layer, rows first."""
+        """One recurrent layer, batch first."""
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Draws initial weights: uniform within ±0.1 where tokens are read and predicted, torch's own in between."""
-        if self.tie_embeddings:  # here, since leaving the meta device unties
+        """Draws initial weights: uniform within ±0.1 for embeddings and head, torch's defaults for the layers."""
+        if self.tie_embeddings:  # not in the constructor: moving off the meta device unties them
             self.lm_head.weight = self.embed_tokens.weight
         for layer in self.layers:
             layer.cell.reset_parameters()
@@ -150,7 +150,7 @@ class Recurrent(nn.Module, ABC):
         mask: Bool[Tensor, "#batch 1 new seq"] | None = None,
         cache: StateCache | None = None,
     ) -> Float[Tensor, "batch new d_model"]:
-        """What the head reads: the last layer's output. Arguments as in `forward`."""
+        """The input of the head: the last layer's output after dropout. Arguments as in `forward`."""
         if document_ids is None and mask is not None:
             document_ids = mask[:, 0, -1, -input_ids.shape[1] :].long().expand_as(input_ids)
         pieces = Pieces(document_ids) if document_ids is not None else None
@@ -172,19 +172,20 @@ class Recurrent(nn.Module, ABC):
 
         Args:
             input_ids: Tokens.
-            document_ids: Where given, the memory is emptied wherever a new one begins.
-            positions: Of no effect: the order of the tokens is all that is read.
-            mask: What the last position may not look at is padding on the left, and leaves no trace in the memory.
-            cache: The memory of earlier tokens; it is replaced by that after the new ones.
+            document_ids: Document of each token; the state is reset where a new document begins.
+            positions: Ignored: only the order of the tokens matters.
+            mask: Tokens that the last position may not attend to are left padding, and do not affect the state. Not
+                used with `document_ids`.
+            cache: The state after earlier tokens; replaced by the state after the new ones.
         """
         return self.lm_head(self.hidden(input_ids, document_ids, positions, mask, cache))
 
     def new_cache(self, batch_size: int, max_seq_len: int) -> StateCache:
-        """An empty memory for `forward`, which needs to know neither size."""
+        """An empty cache for `forward`; neither size matters."""
         return StateCache()
 
     def flops_per_token(self, seq_len: int) -> int:
-        """Floating-point operations of one training step per token of a row, as `training_flops` counts them."""
+        """Floating-point operations of one training step per token, for any `seq_len`; see `training_flops`."""
         return training_flops(self)
 
 
@@ -193,7 +194,7 @@ class RNN(Recurrent):
 
     Source:
         Elman, 1990, "Finding Structure in Time"; as a language model: Mikolov et al., 2010, "Recurrent neural network
-        based language model", eq. 1 to 3. Differs in the tanh, and in dropout, which is that of `LSTM`.
+        based language model", eq. 1 to 3. Differs in the tanh and in dropout, which is as in `LSTM`.
 
     Example:
         >>> RNN(vocab_size=10, d_model=16)(torch.zeros(1, 3, dtype=torch.long)).shape
@@ -202,17 +203,17 @@ class RNN(Recurrent):
 
     @staticmethod
     def cell(d_model: int) -> nn.RNN:
-        """One layer, rows first."""
+        """One recurrent layer, batch first."""
         return nn.RNN(d_model, d_model, batch_first=True)
 
 
 class LSTM(Recurrent):
-    """A language model with long short-term memory; arguments as in `Recurrent`.
+    """A language model with long short-term memory (LSTM) layers; arguments as in `Recurrent`.
 
     Source:
-        Hochreiter & Schmidhuber, 1997, "Long Short-Term Memory", with forget gates (Gers et al., 2000), whose biases
+        Hochreiter & Schmidhuber, 1997, "Long Short-Term Memory", with forget gates (Gers et al., 2000) whose biases
         start at one (Jozefowicz et al., 2015, "An Empirical Exploration of Recurrent Network Architectures", section
-        2.2); dropout on what is not recurrent: Zaremba et al., 2014, arXiv:1409.2329, section 3.2.
+        2.2); dropout on non-recurrent connections: Zaremba et al., 2014, arXiv:1409.2329, section 3.2.
 
     Example:
         >>> LSTM(vocab_size=10, d_model=16)(torch.zeros(1, 3, dtype=torch.long)).shape
@@ -221,25 +222,25 @@ class LSTM(Recurrent):
 
     @staticmethod
     def cell(d_model: int) -> nn.LSTM:
-        """One layer, rows first."""
+        """One recurrent layer, batch first."""
         return nn.LSTM(d_model, d_model, batch_first=True)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """As in `Recurrent`, and the biases of the forget gates start at one."""
+        """As in `Recurrent`, but the biases of the forget gates start at one."""
         super().reset_parameters()
         for layer in self.layers:
             _, forget, _, _ = layer.cell.bias_ih_l0.chunk(4)
             forget.fill_(1.0)
-            layer.cell.bias_hh_l0.chunk(4)[1].zero_()  # torch adds the two
+            layer.cell.bias_hh_l0.chunk(4)[1].zero_()  # torch adds both biases
 
 
 class GRU(Recurrent):
     """A language model with gated recurrent units; arguments as in `Recurrent`.
 
     Source:
-        Cho et al., 2014, arXiv:1406.1078, section 2.3; the reset gate acts after the product with the memory, as in
-        torch and cuDNN. Dropout is that of `LSTM`.
+        Cho et al., 2014, arXiv:1406.1078, section 2.3; the reset gate is applied after the product with the state, as
+        in torch and cuDNN. Dropout is as in `LSTM`.
 
     Example:
         >>> GRU(vocab_size=10, d_model=16)(torch.zeros(1, 3, dtype=torch.long)).shape
@@ -248,5 +249,5 @@ class GRU(Recurrent):
 
     @staticmethod
     def cell(d_model: int) -> nn.GRU:
-        """One layer, rows first."""
+        """One recurrent layer, batch first."""
         return nn.GRU(d_model, d_model, batch_first=True)

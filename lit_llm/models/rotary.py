@@ -1,4 +1,4 @@
-"""Rotary position embedding, and its scaling to sequences longer than those trained on."""
+"""Rotary position embeddings (RoPE), and their scaling to sequences longer than in training."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ Rotation = tuple[Float[Tensor, "#batch 1 _ half"], Float[Tensor, "#batch 1 _ hal
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling(ABC):
-    """How the rotary frequencies are changed for sequences longer than those trained on.
+    """A change of the rotary frequencies for sequences longer than in training.
 
     Args:
-        factor: How many times longer the sequences become; at least 1.
+        factor: Ratio of the new length to that in training; at least 1.
 
     Raises:
         ValueError: When `factor` is less than 1.
@@ -37,11 +37,11 @@ class RopeScaling(ABC):
 
     @abstractmethod
     def scaled(self, frequencies: Float[Tensor, " half"], base: float) -> Float[Tensor, " half"]:
-        """The new frequencies, in radians a token, of each pair; `base` as in `rotation`."""
+        """The new frequency of each pair, in radians per token; `base` as in `rotation`."""
 
     @property
     def length(self) -> float:
-        """What the turned queries and keys are multiplied by, each."""
+        """Factor on rotated queries and on rotated keys."""
         return 1.0
 
     def to_hf(self) -> dict[str, Any]:
@@ -64,19 +64,19 @@ class PositionInterpolation(RopeScaling):
     rope_type: ClassVar[str] = "linear"
 
     def scaled(self, frequencies: Float[Tensor, " half"], base: float) -> Float[Tensor, " half"]:
-        """All of them slower alike."""
+        """The frequencies divided by `factor`."""
         return frequencies / self.factor
 
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling(RopeScaling):
-    """Divides by the factor what turns slowly, leaves what turns fast, and goes from one to the other in between.
+    """Divides low frequencies by the factor, keeps high ones, and interpolates in between.
 
     Args:
         factor: As in `RopeScaling`.
-        low_freq_factor: Pairs with fewer turns than this, within `original_max_seq_len` tokens, are slowed down.
-        high_freq_factor: Pairs with more turns than this are left as they are.
-        original_max_seq_len: Length of the sequences trained on before.
+        low_freq_factor: The frequency of pairs with fewer turns than this in `original_max_seq_len` tokens is divided.
+        high_freq_factor: The frequency of pairs with more turns than this is kept.
+        original_max_seq_len: Length of the sequences in the original training.
 
     Raises:
         ValueError: When `high_freq_factor` is not greater than `low_freq_factor`.
@@ -101,7 +101,7 @@ class Llama3Scaling(RopeScaling):
             )
 
     def scaled(self, frequencies: Float[Tensor, " half"], base: float) -> Float[Tensor, " half"]:
-        """A mixture by the number of turns."""
+        """Interpolates linearly in the number of turns."""
         turns = frequencies * (self.original_max_seq_len / (2 * math.pi))
         kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
         kept = kept.clamp(0, 1)
@@ -110,17 +110,17 @@ class Llama3Scaling(RopeScaling):
 
 @dataclasses.dataclass(frozen=True)
 class YaRN(RopeScaling):
-    """As `Llama3Scaling`, but mixed along the pairs' index, and with queries and keys lengthened a little.
+    """Like `Llama3Scaling`, but interpolates in the pair's index, and scales queries and keys up slightly.
 
     Args:
         factor: As in `RopeScaling`.
-        original_max_seq_len: Length of the sequences trained on before.
-        beta_fast: Pairs with more turns than this, within `original_max_seq_len` tokens, are left as they are.
-        beta_slow: Pairs with fewer turns than this are slowed down.
+        original_max_seq_len: Length of the sequences in the original training.
+        beta_fast: The frequency of pairs with more turns than this in `original_max_seq_len` tokens is kept.
+        beta_slow: The frequency of pairs with fewer turns than this is divided.
         attention_factor: Factor on both queries and keys; `None` is `0.1 log(factor) + 1`.
 
     Source:
-        Peng et al., 2023, "YaRN", arXiv:2309.00071, eq. 17, 21 and 22; the ends of the mixture are rounded to whole
+        Peng et al., 2023, "YaRN", arXiv:2309.00071, eq. 17, 21 and 22; the ends of the ramp are rounded to whole
         pairs, as in the authors' code and transformers.
     """
 
@@ -133,11 +133,11 @@ class YaRN(RopeScaling):
 
     @property
     def length(self) -> float:
-        """What the turned queries and keys are multiplied by, each."""
+        """Factor on rotated queries and on rotated keys."""
         return 0.1 * math.log(self.factor) + 1 if self.attention_factor is None else self.attention_factor
 
     def scaled(self, frequencies: Float[Tensor, " half"], base: float) -> Float[Tensor, " half"]:
-        """A mixture by the pair's index."""
+        """Interpolates linearly in the pair's index."""
         half = len(frequencies)
 
         def pair_with(turns: float) -> float:
@@ -152,14 +152,14 @@ class YaRN(RopeScaling):
 
 SCALINGS: tuple[type[RopeScaling], ...] = (PositionInterpolation, Llama3Scaling, YaRN)
 AS_DEFAULT = {"partial_rotary_factor": 1.0, "truncate": True}
-"""Values that transformers' config may state and that change nothing."""
+"""Entries of transformers' config that have no effect with these values."""
 
 
 def rope_from_hf(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     """The base and the scaling that a `config.json` of transformers describes, in its newer or older form.
 
     Raises:
-        ValueError: When there is no such scaling here, or it has a parameter that is not known.
+        ValueError: When the scaling or one of its parameters is unknown, or the factor is missing.
     """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     given = {name: value for name, value in rope.items() if value is not None and AS_DEFAULT.get(name) != value}
@@ -189,20 +189,20 @@ def rope_from_hf(config: dict[str, Any]) -> tuple[float, RopeScaling | None]:
 def rotation(
     positions: Int[Tensor, "batch seq"], d_head: int, base: float, scaling: RopeScaling | None = None
 ) -> Rotation:
-    """Cosines and sines of the angles by which each position turns its pairs.
+    """Cosines and sines of the angles by which each position rotates its pairs.
 
-    Computed from the positions each time rather than kept as a buffer: once per forward pass for all layers it costs
-    next to nothing, and nothing has to survive the meta device, a cast to bfloat16 or a longer sequence.
+    Computed once per forward pass for all layers, which costs next to nothing. A buffer would have to survive the meta
+    device, a cast to bfloat16 and longer sequences.
 
     Args:
         positions: Index of each token in its sequence, from 0.
         d_head: Width of a head; must be even.
         base: Wavelengths grow geometrically from 2π to 2π·base tokens.
-        scaling: What is done to the frequencies, and to the lengths of what is turned.
+        scaling: Changes the frequencies, and scales the cosines and sines.
 
     Source:
-        Su et al., 2021, "RoFormer", arXiv:2104.09864, eq. 15. Differs in the pairing: component `i` turns with
-        `i + d_head / 2`, not with its neighbour, as in Hugging Face's Llama, so that weights are exchanged unchanged.
+        Su et al., 2021, "RoFormer", arXiv:2104.09864, eq. 15. Differs in the pairing: component `i` is rotated
+        with `i + d_head / 2`, not with its neighbour, as in Hugging Face's Llama, so weights need no permutation.
     """
     half = torch.arange(0, d_head, 2, device=positions.device, dtype=torch.float32)
     frequencies = base ** (-half / d_head)
@@ -214,11 +214,11 @@ def rotation(
 
 
 class _CPURotate(torch.autograd.Function):
-    """The plain formula of `rotate` in half the passes over memory, into a contiguous output, undone by its inverse."""
+    """The formula of `rotate` with half the passes over memory and a contiguous output."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """Turns by the angle."""
+        """Rotates by the angle."""
         ctx.save_for_backward(cos, sin)
         out = torch.empty(x.shape, dtype=x.dtype)
         (first, second), (out_first, out_second) = x.chunk(2, dim=-1), out.chunk(2, dim=-1)
@@ -228,13 +228,13 @@ class _CPURotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Turns back."""
+        """Rotates the gradient by the negative angle."""
         cos, sin = ctx.saved_tensors
         return _CPURotate.apply(grad, cos, -sin), None, None
 
 
 def rotate(x: Float[Tensor, "batch heads seq d_head"], by: Rotation) -> Float[Tensor, "batch heads seq d_head"]:
-    """Turns the pairs of each head, and lengthens them where the rotation says so; keeps the dtype of `x`.
+    """Rotates the pairs of each head, and scales them if the rotation does; keeps the dtype of `x`.
 
     Example:
         >>> x = torch.randn(1, 1, 1, 4)

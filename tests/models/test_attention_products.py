@@ -39,7 +39,7 @@ def test_gradients_of_many_keys_are_summed_in_32_bits() -> None:
     (attend_by_products(q, k, v, None, True, 0.25) * weights).sum().backward()
     (F.scaled_dot_product_attention(*exact, is_causal=True) * weights).sum().backward()
     for t, e in zip((k, v), exact[1:], strict=True):
-        assert (t.grad - e.grad).norm() / e.grad.norm() < 6.5e-3  # 8e-3 where they are summed in 16 bits
+        assert (t.grad - e.grad).norm() / e.grad.norm() < 6.5e-3  # 8e-3 with sums in 16 bits
 
 
 @pytest.mark.parametrize(("seq", "kept"), [(256, True), (257, False)])
@@ -48,7 +48,7 @@ def test_memory_grows_with_the_square_of_few_queries_alone(seq: int, kept: bool)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
         attend_by_products(*tensors(1, 2, seq, 4, dtype=torch.bfloat16), None, True, 0.5)
     shares = sum(saved) - 3 * 2 * seq * 4
-    assert shares == (2 * (128 * 128 + 128 * 256) if kept else 0)  # without the quarter that is ahead
+    assert shares == (2 * (128 * 128 + 128 * 256) if kept else 0)  # without the quarter of keys ahead
 
 
 def test_shares_that_were_kept_and_such_that_are_made_again_give_the_same(monkeypatch) -> None:
@@ -73,7 +73,7 @@ def test_under_autocast_products_are_taken_in_its_dtype() -> None:
 
 def test_dropout_drops_probabilities() -> None:
     q, k = (torch.randn(1, 2, 8, 4).bfloat16() for _ in range(2))
-    v = torch.eye(8).expand(1, 2, 8, 8).bfloat16()  # so that the output is the probabilities
+    v = torch.eye(8).expand(1, 2, 8, 8).bfloat16()  # so that the output is the attention weights
     kept = attend_by_products(q, k, v, None, False, 0.5, 0.0)
     some = attend_by_products(q, k, v, None, False, 0.5, 0.5)
     dropped = some == 0
@@ -87,8 +87,8 @@ def test_dropout_drops_probabilities() -> None:
         (torch.bfloat16, 4096, False, 0.0, True),
         (torch.bfloat16, 4097, False, 0.0, False),
         (torch.bfloat16, 512, True, 0.1, True),
-        (torch.bfloat16, 513, True, 0.1, False),  # all of them would be kept
-        (torch.float32, 1, False, 0.0, False),  # MKL multiplies
+        (torch.bfloat16, 513, True, 0.1, False),  # all weights would be kept
+        (torch.float32, 1, False, 0.0, False),  # matmuls by MKL
         (torch.float16, 1, False, 0.0, False),
     ],
 )

@@ -38,7 +38,7 @@ def test_what_an_activation_gives_is_not_kept_and_the_gradients_are_the_same(row
     weighed = torch.randn(*rows, 3)
 
     def gradients(way: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        hidden = x * 2  # kept by what is before
+        hidden = x * 2  # kept by the layer before
         made = way(linear, nn.GELU(approximate="tanh"), hidden)
         first = torch.autograd.grad((made * weighed).sum(), (x, *linear.parameters()), create_graph=True)
         return made, *first, *torch.autograd.grad(first[0].square().sum(), (x, linear.weight))

@@ -31,5 +31,5 @@ def test_what_is_frozen_is_counted_as_far_as_gradients_go(
     # The counter does not know the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(torch.zeros(2, seq, dtype=torch.long)).sum().backward()
-    # The rule counts vectors as if they were matrices, and in the first block gradients that nothing before it needs.
+    # The rule counts vectors as matrices, and in the first block an input gradient that is not computed.
     assert network.flops_per_token(seq) == pytest.approx(counter.get_total_flops() / (2 * seq), rel=0.04)

@@ -165,7 +165,7 @@ def test_flops_per_token_are_those_counted(tied: bool) -> None:
     # The counter does not know the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(tokens(seq=seq)).sum().backward()
-    # The formula counts the vectors as if they were matrices; nothing else differs.
+    # The formula counts vectors as matrices; nothing else differs.
     assert network.flops_per_token(seq) == pytest.approx(counter.get_total_flops() / (2 * seq), rel=0.02)
 
 

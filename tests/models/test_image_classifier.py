@@ -1,4 +1,4 @@
-"""This package's own classifiers of images: one form in memory, one in a directory, one shape of image."""
+"""This package's own image classifiers: memory format, model directory, image shape."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BLOCKS = {CNN: 3, LeNet: 3, MLP: 2}
 
 
 def stirred(network: nn.Module) -> nn.Module:
-    """Weights and statistics everywhere that are far from where they start, in evaluation mode."""
+    """Sets all weights and statistics far from their initial values, in evaluation mode."""
     with torch.no_grad():
         for tensor in filter(torch.is_floating_point, network.state_dict().values()):
             tensor.add_(0.2 * torch.rand_like(tensor))
@@ -93,7 +93,7 @@ class TestImageClassifier:
 
 
 def seeds_own(state: dict[str, torch.Tensor]) -> nn.Module:
-    """The network of the script that the package began with, word by word."""
+    """The network of PyTorch's MNIST example, word by word."""
 
     class Model(nn.Module):
         def __init__(self) -> None:

@@ -185,7 +185,7 @@ def test_flops_per_token_are_those_counted(tied: bool) -> None:
     # The counter does not know the CPU's fused attention.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         network(ids).sum().backward()
-    # The formula counts the gains of the norms as if they were matrices; nothing else differs.
+    # The formula counts the gains of norms as matrices; nothing else differs.
     assert network.flops_per_token(seq) == pytest.approx(counter.get_total_flops() / ids.numel(), rel=0.005)
 
 

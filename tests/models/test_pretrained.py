@@ -31,8 +31,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "granite": SIZE | {"logits_scaling": 3.0},
     "mixtral": SIZE | {"num_local_experts": 4},
     "gptj": {"n_embd": 16, "n_layer": 2, "n_head": 2, "rotary_dim": 4, "n_positions": 64},  # a head with biases
-    "modernbert-decoder": SIZE | {"local_attention": 8},  # must have a padding token
-    "roberta": SIZE | {"is_decoder": True},  # counts positions from it
+    "modernbert-decoder": SIZE | {"local_attention": 8},  # its config must have a padding token
+    "roberta": SIZE | {"is_decoder": True},  # counts positions from the padding token
 }
 SCALED = {"gemma2", "granite"}
 BIASED = {"gptj", "modernbert-decoder", "roberta"}

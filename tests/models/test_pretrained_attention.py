@@ -22,7 +22,7 @@ KINDS = {
 
 
 def pair(kind: str) -> list[torch.nn.Module]:
-    """The same network as transformers makes it, and as it is trained here."""
+    """The same network with transformers' attention, and with this package's."""
     torch.manual_seed(0)
     made = [AutoModel.from_config(AutoConfig.for_model(**KINDS[kind])) for _ in range(2)]
     made[1].load_state_dict(made[0].state_dict())
@@ -35,7 +35,7 @@ def inputs(kind: str) -> dict[str, Any]:
     if kind == "vit":
         return {"pixel_values": torch.randn(2, 1, 8, 8)}
     mask = torch.ones(2, 16, dtype=torch.long)
-    mask[1, 5:] = 0  # with a window of four the last ones see nothing at all
+    mask[1, 5:] = 0  # with a window of four, the last queries may attend to nothing
     return {"input_ids": torch.randint(2, 37, (2, 16)), "attention_mask": mask}
 
 
@@ -57,7 +57,7 @@ def test_outputs_and_gradients_are_those_of_transformers_own_attention(kind: str
         y.pow(2).mean().backward()
         grads = torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None])
         found.append((y, grads))
-    assert len(taken) == 2  # layers
+    assert len(taken) == 2  # one call per layer
     (y, grads), (expected, expected_grads) = found[1], found[0]
     torch.testing.assert_close(y, expected, atol=5e-2, rtol=5e-2)
     assert torch.cosine_similarity(grads, expected_grads, dim=0) > 0.999

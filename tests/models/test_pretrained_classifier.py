@@ -44,7 +44,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "albert": SIZE | {"embedding_size": 8, "num_hidden_groups": 2, "inner_group_num": 1},
     "modernbert": SIZE | {"classifier_pooling": "mean", "global_attn_every_n_layers": 2, "local_attention": 8},
     "distilbert": {"vocab_size": 37, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "pad_token_id": 0},
-    "llama": SIZE | {"num_key_value_heads": 1},  # reads the last token that is no padding
+    "llama": SIZE | {"num_key_value_heads": 1},  # reads the last token that is not padding
     "vit": {**SIZE, "image_size": 8, "patch_size": 4, "num_channels": 1},
     "resnet": ATTENTION_FREE,
 }
@@ -63,7 +63,7 @@ def config(kind: str, **changes: Any) -> dict[str, Any]:
 
 
 def stirred(network: nn.Module) -> nn.Module:
-    """Weights everywhere that are far from where they start, in evaluation mode."""
+    """Sets all weights far from their initial values, in evaluation mode."""
     with torch.no_grad():
         for tensor in filter(torch.is_floating_point, network.state_dict().values()):
             noise = torch.randn_like(tensor)

@@ -1,4 +1,4 @@
-"""Classifiers of images from transformers: their layers, their features, the images they were made for."""
+"""Image classifiers of transformers: blocks, features, image shape."""
 
 from __future__ import annotations
 

@@ -23,11 +23,11 @@ SIZE = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "bert": SIZE,
-    "roberta": SIZE | {"pad_token_id": 2},  # its positions count from 3
+    "roberta": SIZE | {"pad_token_id": 2},  # its positions start at 3
     "electra": SIZE | {"embedding_size": 8},
     "ernie": SIZE,
     "modernbert": SIZE | {"global_attn_every_n_layers": 2, "local_attention": 4},  # two kinds of layers
-    "convbert": SIZE,  # its layers look at neighbours, whatever the mask says
+    "convbert": SIZE,  # its convolutions read neighbours, whatever the mask is
 }
 KEEPS_NOTHING_APART = {"convbert"}
 kinds = pytest.mark.parametrize("kind", CONFIGS)
@@ -84,7 +84,7 @@ def test_logits_of_some_positions_are_those_of_all_and_so_are_their_gradients(ki
 
 def test_the_head_reads_only_the_positions_that_are_asked_for() -> None:
     network, ids, seen = awake("bert"), tokens(), []
-    network.logits_at(torch.rand(ids.shape) < 0.3, ids)  # tries what the head may do
+    network.logits_at(torch.rand(ids.shape) < 0.3, ids)  # the first call tests the head
     network.model.cls.register_forward_hook(lambda module, args, out: seen.append(out.shape[-2]))
     selected = torch.zeros_like(ids, dtype=torch.bool)
     selected[0, 3] = selected[1, 7] = selected[1, 8] = True
