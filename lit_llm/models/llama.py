@@ -67,7 +67,8 @@ class Llama(nn.Module):
         d_ff: Hidden width of the feed-forward layers; `None` is 8/3 of `d_model`, rounded up to a multiple of 64.
         max_seq_len: Longest sequence the model is meant for; written into the exported config.
         rope_base: Base of the rotary wavelengths.
-        rope_scaling: How rotary positions are extended beyond the training length (`models.rotary`); `None`: not.
+        rope_scaling: How rotary positions are extended beyond the training length (`models.rotary`); `None` for no
+            extension.
         norm_eps: Epsilon of every RMSNorm.
         qk_norm: Normalise queries and keys, which makes it Qwen3's network rather than Llama's.
         tie_embeddings: Share one matrix between input and output embeddings.

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PretrainedMaskedLM(PretrainedLanguageModel):
-    """An encoder of transformers that predicts masked tokens (BERT, RoBERTa, ELECTRA's generator, ModernBERT, …).
+    """An encoder of transformers that predicts masked tokens (BERT, RoBERTa, ELECTRA generator, ERNIE, ModernBERT, …).
 
     It is made from its config with fresh weights; trained weights are loaded by `checkpoints.load_model` or an
     objective's `weights`. Its model directory can be the `path` of a `PretrainedClassifier`, which takes over the

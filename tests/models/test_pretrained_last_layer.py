@@ -14,7 +14,7 @@ from tests.models.test_pretrained_classifier import SIZE, config, inputs, stirre
 
 
 def sizes(network: nn.Module) -> list[int]:
-    """Number of positions that each feed-forward layer computed, in order."""
+    """A list that collects the number of positions that each feed-forward layer computes, in order."""
     seen: list[int] = []
 
     def see(module: nn.Module, args: tuple[Tensor, ...]) -> None:
