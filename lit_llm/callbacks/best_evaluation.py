@@ -53,13 +53,7 @@ class BestEvaluation(Callback, ABC):
         """
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Adds a batch."""
         if isinstance(outputs, dict) and "predicted" in outputs:

@@ -26,13 +26,7 @@ class ConfidenceIntervals(Callback):
         self._names: tuple[str, ...] = ()
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Keeps a few numbers of each example, without waiting for the device."""
         if trainer.state.fn == "fit" or not isinstance(outputs, dict):

@@ -49,13 +49,7 @@ class DocumentScores(PredictionTable):
         self._tokens: dict[int, int] = {}
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Adds a batch to the sums."""
         if not isinstance(outputs, dict) or "documents" not in outputs:
@@ -99,13 +93,7 @@ class ExamplePredictions(PredictionTable):
         self._of_classes = False
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Keeps what was said of a batch."""
         if not isinstance(outputs, dict) or not {"probabilities", "values"} & outputs.keys():
@@ -163,13 +151,7 @@ class GeneratedTexts(PredictionTable):
         self._written: dict[int, str] = {}
 
     def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
         """Keeps what was written for a batch."""
         if isinstance(outputs, dict) and "texts" in outputs:

@@ -95,13 +95,7 @@ class Progress(ProgressBar):
         self._show("testing", float(sum(trainer.num_test_batches)))
 
     def on_test_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Moves it."""
         self._move(batch_idx + 1)
@@ -123,13 +117,7 @@ class Progress(ProgressBar):
             self._show("validating", float(sum(trainer.num_val_batches)))
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
         """Moves it; while training, says how far the validation is."""
         if trainer.state.fn != "fit":

@@ -84,7 +84,7 @@ def mask_n_of_m(scores: Float[Tensor, "rows ..."], n: int, m: int) -> Bool[Tenso
 
 def masked_layers(network: nn.Module) -> dict[str, nn.Module]:
     """The layers that have a mask, by name."""
-    return {name: layer for name, layer in network.named_modules() if MASK in layer._buffers}
+    return {name: layer for name, layer in network.named_modules() if hasattr(layer, MASK)}
 
 
 @torch.no_grad()
@@ -92,9 +92,9 @@ def add_masks(network: nn.Module, names: list[str], scores: bool = False) -> Non
     """Gives layers masks that keep everything, and zeros to add scores to, where they have none yet."""
     for name in names:
         layer = network.get_submodule(name)
-        if MASK not in layer._buffers:
+        if not hasattr(layer, MASK):
             layer.register_buffer(MASK, torch.ones_like(layer.weight, dtype=torch.bool))
-        if scores and SCORES not in layer._buffers:
+        if scores and not hasattr(layer, SCORES):
             layer.register_buffer(SCORES, torch.zeros_like(layer.weight, dtype=torch.float32))
 
 
@@ -116,7 +116,7 @@ def remove_masks(network: nn.Module) -> None:
     apply_masks(network)
     for layer in masked.values():
         for name in (MASK, SCORES):
-            if name in layer._buffers:
+            if hasattr(layer, name):
                 delattr(layer, name)
     records = records_of(network)
     for index, record in enumerate(records):
@@ -322,7 +322,7 @@ class Movement(Sparsity):
             ValueError: Outside a run.
         """
         for name, layer in layers.items():
-            if SCORES not in layer._buffers:
+            if not hasattr(layer, SCORES):
                 raise ValueError(
                     f"Movement must be applied during a run, by callbacks.pruning, but {name} has no scores of one"
                 )

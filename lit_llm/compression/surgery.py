@@ -104,7 +104,7 @@ def require_described(network: nn.Module, batches: Sequence[Batch] = ()) -> None
     again.load_state_dict(network.state_dict(), assign=True)
     for name, buffer in network.named_buffers():  # those too that are in no checkpoint
         place, _, own = name.rpartition(".")
-        again.get_submodule(place)._buffers[own] = buffer
+        setattr(again.get_submodule(place), own, buffer)
     with evaluating(network), evaluating(again):
         said, expected = (answer(made, batches[0]).float() for made in (network, again))
     apart, most = float((said - expected).abs().max()), float(said.abs().max())
