@@ -1,1 +1,1 @@
-"""When, during a run: progress, checkpoints, reports."""
+"""Lightning callbacks and loggers: progress, checkpoints, reports, changes of the network during training."""

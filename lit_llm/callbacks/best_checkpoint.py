@@ -1,4 +1,4 @@
-"""The checkpoint of the best validation, wherever its run folder lies."""
+"""The checkpoint of the best validation, also in a run folder that was moved or copied."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
 
 def keeps_best(trainer: Trainer, checkpoints: Path) -> bool:
-    """Whether a run goes on from a checkpoint of its own folder, in which the best so far is, too."""
+    """Whether a run resumes from a checkpoint in its own folder, which also holds `best.ckpt`."""
     best, own = checkpoints / "best.ckpt", trainer.ckpt_path
     return best.exists() and own is not None and Path(own).parent.resolve() == checkpoints.resolve()
 
 
 class BestCheckpoint(ModelCheckpoint):
-    """Lightning's, writing `best.ckpt`; what was best so far stays so where the run folder has been moved or copied.
+    """Lightning's `ModelCheckpoint`, writing `best.ckpt`; keeps the best so far if the run folder is moved or copied.
 
     Args:
         dirpath: The folder of checkpoints.
@@ -26,7 +26,7 @@ class BestCheckpoint(ModelCheckpoint):
         mode: Whether its `min` or its `max` is best.
     """
 
-    on_train_batch_end = Callback.on_train_batch_end  # it saves after validations alone: nothing to ask at each step
+    on_train_batch_end = Callback.on_train_batch_end  # saves only after validations: skips the check at each step
 
     def __init__(self, dirpath: Path, monitor: str, mode: str) -> None:
         super().__init__(
@@ -39,20 +39,20 @@ class BestCheckpoint(ModelCheckpoint):
         )
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Remembers who will know from which checkpoint the run goes on."""
+        """Keeps the trainer, which knows the checkpoint that the run resumes from."""
         super().setup(trainer, pl_module, stage)
         self._trainer = trainer
 
     def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
-        """Has what was logged up to it written, too: who goes on from it goes on from there."""
+        """Writes pending log entries before the checkpoint, since a run may resume from it."""
         for logger in trainer.loggers:
             logger.save()
         super()._save_checkpoint(trainer, filepath)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Judges what was best by the metric that decides now, where another one did: as `RunReport`, which knows all.
+        """If the monitored metric or its mode has changed, takes the new score of the best checkpoint from `RunReport`.
 
-        Where the new one was not measured, the next validation is best.
+        If the new metric was not measured then, the next validation becomes the best.
         """
         states = checkpoint["callbacks"]
         before = next((key for key in states if key.startswith(f"{type(self).__qualname__}{{")), self.state_key)
@@ -65,7 +65,7 @@ class BestCheckpoint(ModelCheckpoint):
             states[self.state_key] = state | scores | {"best_k_models": dict.fromkeys(state["best_k_models"], score)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there, if what was best is in this folder: a run that goes on in another one begins anew."""
+        """Restores the best so far if it is in this folder; a run that resumes in another folder starts without one."""
         if not keeps_best(self._trainer, Path(self.dirpath)):
             return
         here = Path(self.dirpath) / "best.ckpt"

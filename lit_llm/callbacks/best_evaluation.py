@@ -1,4 +1,4 @@
-"""When something is shown of an evaluation: of a fit that of the best validation, of a test what was found."""
+"""Base class of callbacks that show an evaluation in the run folder: the best validation of a fit, or a test."""
 
 from __future__ import annotations
 
@@ -17,39 +17,39 @@ from lit_llm.data.sampling import data_parallel_rank
 
 
 def gather(pl_module: LightningModule, tensor: Tensor) -> Tensor:
-    """A tensor of each process that read rows of its own, along a new first axis."""
+    """The tensors of all data-parallel processes, stacked along a new first axis."""
     world_size = pl_module.trainer.world_size
     found = pl_module.all_gather(tensor) if world_size > 1 else tensor[None]
-    # Ranks that share products read the same rows, and are next to each other.
+    # Tensor-parallel ranks read the same rows and are adjacent.
     return found[:: world_size // data_parallel_rank(pl_module.trainer)[1]]
 
 
 class BestEvaluation(Callback, ABC):
-    """Adds up over a split what a classifier said of it, and shows it in the run folder.
+    """Accumulates a classifier's predictions over a split and shows them in the run folder.
 
-    Of a fit the best validation is shown, when it ends; a test, or a validation by itself, is shown over it. Acts on
-    objectives whose steps give `predicted`, `labels` and `nats`, as `Classification`'s do; leaves others alone.
+    At the end of a fit, shows the best validation; a later test, or a validation by itself, overwrites it. Acts on
+    objectives whose steps return `predicted`, `labels` and `nats`, as those of `Classification`; ignores others.
     """
 
     files: ClassVar[tuple[str, ...]] = ()
-    """What `show` may write: pictures and tables, which Weights & Biases is given too."""
+    """Pictures and tables that `show` may write; they are also logged to Weights & Biases."""
 
     def __init__(self) -> None:
         self.best: tuple[Any, str, str] | None = None
 
     @abstractmethod
     def add(self, pl_module: LightningModule, said: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
-        """Adds a batch, without waiting for the device."""
+        """Adds a batch, without synchronising with the device."""
 
     @abstractmethod
     def collect(self, pl_module: LightningModule) -> Any:
-        """What was added, over all processes, and begins anew; `None` where that is nothing."""
+        """Returns what was added, over all processes, and resets it; `None` if nothing was."""
 
     @abstractmethod
     def show(self, folder: Path, data: Any, found: Any, split: str, title: str, network: Any = None) -> None:
-        """Writes into `folder` what was found in a split of the data; `title` says which and when.
+        """Writes `found`, the result on a split of the data, into `folder`; `title` names the split and the step.
 
-        The network knows what classes are called of data that do not say.
+        The network supplies class names if the data has none.
         """
 
     def on_validation_batch_end(
@@ -62,7 +62,7 @@ class BestEvaluation(Callback, ABC):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Of a fit keeps the best; of another evaluation shows what was found."""
+        """Keeps the best validation of a fit; shows any other evaluation at once."""
         found = self.collect(pl_module)
         if found is None or trainer.sanity_checking:
             return
@@ -82,15 +82,15 @@ class BestEvaluation(Callback, ABC):
         self._show(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Shows the best so far, when a run is cut short."""
+        """Shows the best so far when a run is interrupted."""
         self._show(trainer)
 
     def state_dict(self) -> dict[str, Any]:
-        """The best so far, which a run that goes on may not better."""
+        """The best so far, which a resumed run may not improve on."""
         return {"best": self.best}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores the best so far."""
         self.best = state_dict["best"]
 
     @rank_zero_only
@@ -106,7 +106,7 @@ class BestEvaluation(Callback, ABC):
 
 
 def _pass_on(logger: Any, paths: list[Path]) -> None:
-    """Gives pictures and tables to a logger that shows them."""
+    """Logs pictures and tables to a logger that can show them."""
     for path in paths:
         if path.suffix == ".png":
             logger.log_image(path.stem, [str(path)])
@@ -117,7 +117,7 @@ def _pass_on(logger: Any, paths: list[Path]) -> None:
 
 
 def _value(cell: str) -> float | str:
-    """A number where a cell is one."""
+    """The cell as a number if it is one."""
     try:
         return float(cell)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Batches on which a callback looks at what flows through the network."""
+"""Calibration batches for callbacks that need activations of the network."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from lightning.pytorch import Trainer
 
 
 def calibration_batches(trainer: Trainer, num_batches: int) -> list[Any]:
-    """The first batches of the first epoch, on the device, whatever the step: a resumed run sees the same.
+    """The first batches of the first epoch, on the device, whatever the step, so that a resumed run sees the same.
 
-    They come from a loader of their own, so that the run's keeps its place.
+    They come from a separate loader, so that the run's own loader keeps its position.
 
     Raises:
-        ValueError: When the data gives none.
+        ValueError: When there are none.
     """
     loader = trainer.datamodule.train_dataloader()
     batches = [trainer.strategy.batch_to_device(batch) for batch in islice(iter(loader), num_batches)]

@@ -1,4 +1,4 @@
-"""What a callback that changes the network asks of a run, and what that leaves behind, which is of another one."""
+"""Checks and resets for callbacks that change the network during a run."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from lit_llm.callbacks.spike_recovery import SpikeRecovery
 
 
 def require_one_network(pl_module: LightningModule, changed: str) -> None:
-    """Sees that what learns is what is evaluated and exported.
+    """Requires that the network that is trained is the one that is evaluated and exported.
 
     Args:
         pl_module: The objective.
-        changed: What is done to its network, as in "pruned".
+        changed: What is done to its network, for example "pruned".
 
     Raises:
-        ValueError: When another network than the one that learns is evaluated, or adapters stand beside weights.
+        ValueError: When another network than the trained one is evaluated, or adapters are trained beside the weights.
     """
     if pl_module.evaluated is not pl_module.network:
         raise ValueError(
@@ -34,7 +34,7 @@ def require_one_network(pl_module: LightningModule, changed: str) -> None:
 
 
 def look_anew(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Forgets features of a frozen backbone, and has early stopping compare with what comes: for a change of many."""
+    """Drops cached features of a frozen backbone and resets early stopping: for one of several changes."""
     pl_module.forget_features()
     for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping):
@@ -43,9 +43,9 @@ def look_anew(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def begin_anew(trainer: Trainer, pl_module: LightningModule) -> None:
-    """As `look_anew`; what was best so far gives way to the next validation, and nothing goes back to before.
+    """Like `look_anew`; also forgets the best validation so far and the state that `SpikeRecovery` rolls back to.
 
-    For a callback after which the network is another one for good.
+    For the last change that a callback makes to the network.
     """
     look_anew(trainer, pl_module)
     for callback in trainer.callbacks:

@@ -1,4 +1,4 @@
-"""Trains blocks as torch.compile makes them."""
+"""Training with blocks compiled by torch.compile."""
 
 from __future__ import annotations
 
@@ -13,10 +13,9 @@ from lit_llm.blocks import blocks_of
 class Compile(Callback):
     """Compiles the network's blocks with torch.compile for training steps.
 
-    Each block is compiled by itself, and those of one kind share what comes of it, so that the time to compile does not
-    grow with the depth. A network without blocks is compiled whole. Losses are those without this up to rounding;
-    checkpoints and exported models are the same. Validations, samples and tests, whose shapes vary, run as if nothing
-    were compiled.
+    Each block is compiled separately, and blocks of one kind share the compiled code, so that compile time does not
+    grow with depth. A network without blocks is compiled as a whole. Losses are the same up to rounding; the format of
+    checkpoints and exported models does not change. Validations, samples and tests, whose shapes vary, run uncompiled.
 
     Args:
         mode: As in torch.compile: `default`; `reduce-overhead`, which uses CUDA graphs and more memory; `max-autotune`,
@@ -24,7 +23,8 @@ class Compile(Callback):
         dynamic: Compile for dynamic sequence lengths and batch sizes; `None` makes a size dynamic once it changes.
 
     Raises:
-        ValueError: When the objective looks into blocks (distillation of hidden states).
+        ValueError: When the objective reads hidden states or attention of blocks (distillation), or the strategy has
+            sequence parallelism.
 
     Source:
         Ansel et al., 2024, "PyTorch 2", ASPLOS; one block at a time as in Liang et al., 2024, "TorchTitan",
@@ -38,11 +38,10 @@ class Compile(Callback):
         self._compiled: dict[nn.Module, Any] = {}
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes what is to be compiled; the first step that reads it compiles.
+        """Marks the blocks for compilation, which happens in the first training step.
 
         Raises:
-            ValueError: When the objective looks into blocks by hooks, which come and go, or the strategy has some there
-                that share sequences out.
+            ValueError: When the objective adds and removes hooks on blocks, or the strategy shards sequences by hooks.
         """
         if getattr(trainer.strategy, "sequence_parallel", False):
             raise ValueError("sequence_parallel must be false where blocks are compiled, but is true")
@@ -54,36 +53,36 @@ class Compile(Callback):
         self._use(False)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on what is compiled is used."""
+        """Uses the compiled blocks."""
         self._use(True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """A validation does without."""
+        """Runs the validation uncompiled."""
         self._use(False)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training goes on."""
+        """Uses the compiled blocks again if training continues."""
         self._use(trainer.training)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """What comes after does without."""
+        """Runs uncompiled from here on."""
         self._use(False)
         self._compiled = {}
 
     def _use(self, compiled: bool) -> None:
         for module, call in self._compiled.items():
-            module._compiled_call_impl = call if compiled else None  # of which torch says nothing but `compile`
+            module._compiled_call_impl = call if compiled else None  # private: torch has no public switch
 
 
 def compile_blocks(network: nn.Module, **options: Any) -> list[nn.Module]:
-    """Has each block of a network, or without blocks the network, be compiled when it is first called, in place.
+    """Marks each block of a network (or the network, if it has none), in place, to be compiled at its first call.
 
     Args:
-        network: What is read in training.
-        options: Of torch.compile.
+        network: The network to train.
+        options: Options of torch.compile.
 
     Returns:
-        What will be compiled.
+        The modules that will be compiled.
     """
     modules = blocks_of(network) or [network]
     for module in modules:

@@ -1,4 +1,4 @@
-"""Which classes a classifier takes for which others, and how well it knows each."""
+"""Confusion matrix and per-class metrics of a classifier."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from lit_llm.data.sampling import data_parallel_rank
 from lit_llm.files import replacing, write_table
 
 READABLE = 20
-"""Classes up to which counts and names have room in the picture."""
+"""Largest number of classes for which the picture shows counts and names."""
 
 
 class ConfusionMatrix(BestEvaluation):
-    """Draws `confusion_matrix.png`, and writes `classes.csv`.
+    """Draws `confusion_matrix.png` and writes `classes.csv`.
 
-    The picture has a row for each true class, shaded by the share of it that each class was given; the table says of
-    each class how many examples it has, and precision, recall and F1 (0 where there is nothing to divide by).
+    The picture has true classes as rows and predicted classes as columns, shaded by the share of the row. The table
+    has the number of examples, precision, recall and F1 of each class (0 instead of a division by zero).
     """
 
     files = ("confusion_matrix.png", "classes.csv")
@@ -40,11 +40,11 @@ class ConfusionMatrix(BestEvaluation):
         self._counts.update(said["predicted"], said["labels"])
 
     def collect(self, pl_module: LightningModule) -> Int[Tensor, "classes classes"] | None:
-        """How often each class (a row) was taken for each (a column)."""
+        """Counts of examples by true class (row) and predicted class (column)."""
         counts, self._counts = self._counts, None
         if counts is None:
             return None
-        trainer = pl_module.trainer  # devices that share products count the same rows
+        trainer = pl_module.trainer  # tensor-parallel ranks count the same rows
         return counts.compute().cpu() // (trainer.world_size // data_parallel_rank(trainer)[1])
 
     def show(
@@ -56,7 +56,7 @@ class ConfusionMatrix(BestEvaluation):
         title: str,
         network: Any = None,
     ) -> None:
-        """Draws and writes."""
+        """Draws the matrix and writes the table."""
         names = list(getattr(data, "class_names", None) or getattr(network, "class_names", None) or [])
         names += [str(index) for index in range(len(names), len(found))]
         draw_confusion_matrix(folder / "confusion_matrix.png", found, names, title)
@@ -66,7 +66,7 @@ class ConfusionMatrix(BestEvaluation):
 
 
 def of_classes(counts: Int[Tensor, "classes classes"], names: list[str]) -> list[list[Any]]:
-    """Of each class its name, how many examples it has, precision, recall and F1.
+    """Name, number of examples, precision, recall and F1 of each class.
 
     Example:
         >>> of_classes(Tensor([[3, 1], [0, 0]]).long(), ["cat", "dog"])
@@ -79,7 +79,7 @@ def of_classes(counts: Int[Tensor, "classes classes"], names: list[str]) -> list
 
 
 def draw_confusion_matrix(path: Path, counts: Int[Tensor, "classes classes"], names: list[str], title: str) -> None:
-    """Draws how often each class (a row) was taken for each (a column); shades are shares of a row."""
+    """Draws counts of examples by true class (row) and predicted class (column), shaded by the share of the row."""
     from matplotlib.figure import Figure
 
     size = len(counts)

@@ -1,4 +1,4 @@
-"""Stops a training that gets no better."""
+"""Early stopping on the metric that selects the best checkpoint."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 class EarlyStopping(LightningEarlyStopping):
     """Lightning's early stopping on the metric that selects the best checkpoint.
 
-    That is `checkpoint.monitor` where it is given, or else the data's, or the objective's; where no checkpoints are
-    written, it is one of the latter two.
+    That is `checkpoint.monitor` if given, else the metric of the data module, else that of the objective. Without
+    checkpoints, it is one of the latter two.
 
     Args:
         patience: Number of consecutive validations without improvement before the run stops.
@@ -26,7 +26,7 @@ class EarlyStopping(LightningEarlyStopping):
         mode: Whether `min` or `max` of `monitor` is best; must be given together with it.
 
     Raises:
-        ValueError: When only one of `monitor` and `mode` is given, or nothing of that name is measured.
+        ValueError: When only one of `monitor` and `mode` is given, or the validation measures no such metric.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class EarlyStopping(LightningEarlyStopping):
 
     def _watch(self, monitor: str, mode: str) -> None:
         patience, min_delta = self._options
-        # At an epoch's end a checkpoint of the validation before it would not know of what it found.
+        # Checked at an epoch's end, the result would be missing from a checkpoint saved after the validation.
         super().__init__(monitor, min_delta, patience, mode=mode, check_on_train_epoch_end=False)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Finds out what to watch, before what a checkpoint knows of it is read."""
+        """Chooses the metric, before the state in a checkpoint is loaded."""
         if not self._decides:
             best = next((c for c in trainer.callbacks if isinstance(c, BestCheckpoint)), None)
             headline = getattr(trainer.datamodule, "monitor", None) or pl_module.monitor
@@ -55,15 +55,15 @@ class EarlyStopping(LightningEarlyStopping):
         super().setup(trainer, pl_module, stage)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been seen, without what one is told."""
+        """The state without `patience`, which is configuration."""
         return {name: value for name, value in super().state_dict().items() if name != "patience"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there, as patient as it is told to be now."""
+        """Restores the state, with the current `patience`."""
         super().load_state_dict(state_dict | {"patience": self.patience})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves a run that it has stopped before as it is."""
+        """Stops at once if the resumed run had been stopped early and `patience` is not larger now."""
         if self.wait_count >= self.patience:
             trainer.should_stop = True
             log.info(f"{self.monitor} was no better {self.wait_count} times in a row; to go on, be more patient")

@@ -1,4 +1,4 @@
-"""How much was measured, and how far what was measured can be trusted."""
+"""Number of examples and confidence intervals of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from lit_llm.metrics import bootstrap_interval
 
 
 class ConfidenceIntervals(Callback):
-    """Reports of a validation or test by itself how many examples it counted, and an interval for each mean.
+    """Reports the number of examples and a 95 % bootstrap interval of each mean, for a test or a separate validation.
 
-    `test/count` is the number of examples (rows, of a language model), each counted once whatever the number of
-    processes; `test/accuracy_low` and `test/accuracy_high` hold the metric in 95 of 100 resamplings of those examples.
-    Of classifiers that is said of `accuracy` and `loss`, of language models of `loss` and `bits_per_byte`, with the
-    number of `tokens`. Validations within a fit are left alone.
+    `test/count` is the number of examples (rows, for a language model), each counted once whatever the number of
+    processes. `test/accuracy_low` and `test/accuracy_high` enclose the metric in 95 of 100 resamplings of the examples.
+    Classifiers get intervals of `accuracy` and `loss`; language models of `loss` and `bits_per_byte`, and the number
+    of `tokens`. Does nothing in validations within a fit.
     """
 
     def __init__(self) -> None:
@@ -28,7 +28,7 @@ class ConfidenceIntervals(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Keeps a few numbers of each example, without waiting for the device."""
+        """Keeps a few numbers per example, without synchronising with the device."""
         if trainer.state.fn == "fit" or not isinstance(outputs, dict):
             return
         if "predicted" in outputs:
@@ -46,7 +46,7 @@ class ConfidenceIntervals(Callback):
     on_test_batch_end = on_validation_batch_end
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reports."""
+        """Reports the counts and intervals."""
         split = "test" if trainer.testing else "val"
         if trainer.state.fn != "fit" and (found := self._collected(pl_module)):
             pl_module.report({f"{split}/{name}": torch.tensor(value) for name, value in found.items()})
@@ -54,9 +54,9 @@ class ConfidenceIntervals(Callback):
     on_test_epoch_end = on_validation_epoch_end
 
     def _collected(self, pl_module: LightningModule) -> dict[str, float]:
-        """The metrics of what all processes kept, which is forgotten."""
+        """Computes the metrics from what all processes kept, and forgets it."""
         sizes = gather(pl_module, torch.tensor(sum(map(len, self._values)), device=pl_module.device))
-        if not sizes.min():  # nothing to say of such examples, or fewer of them than processes
+        if not sizes.min():  # the objective returns no such outputs, or there are fewer examples than processes
             self._values = []
             return {}
         mine = torch.cat(self._values)

@@ -1,4 +1,4 @@
-"""The checkpoint that a run goes on from."""
+"""The checkpoint that a run resumes from."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ log = logging.getLogger(__name__)
 
 
 def settle(trainer: Trainer) -> None:
-    """Waits until each process has written its checkpoints: then any of them may read them.
+    """Waits until all processes have written their checkpoints, so that any of them can read them.
 
     Raises:
-        OSError: When one could not be written here.
+        OSError: When this process could not write one.
     """
     trainer.strategy.checkpoint_io.teardown()
     trainer.strategy.barrier("lit_llm.settle")
 
 
 class LastCheckpoint(Checkpoint):
-    """Keeps `checkpoints/last.ckpt` of the run folder fresh, and turns Ctrl-C into a place to go on from.
+    """Keeps `checkpoints/last.ckpt` in the run folder up to date, and saves it on Ctrl-C.
 
-    Saves after whole optimiser steps only: every so many, at the end, and when interrupted. A second Ctrl-C stops at
-    once. What a cluster sends before it takes a machine away, SIGTERM, is as Ctrl-C. A run that is asked to stop within
-    a step, by the clock or by a validation, stops after it.
+    Saves only after complete optimiser steps: every `every_n_steps`, at the end, and when interrupted. A second Ctrl-C
+    stops at once. SIGTERM, which clusters send before they take a machine away, is treated like Ctrl-C. If a time
+    limit or a validation asks the run to stop within a step (gradient accumulation), it stops after that step.
 
     Args:
         every_n_steps: Steps between two saves.
@@ -48,14 +48,14 @@ class LastCheckpoint(Checkpoint):
         self._previous_handlers: dict[signal.Signals, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listens for Ctrl-C, and removes what a killed process had begun to write."""
+        """Installs the signal handlers, and removes files that a killed process left half-written."""
         self._saved_step, self._stopped = trainer.global_step, False
         folder = Path(trainer.default_root_dir)
         if trainer.is_global_zero:
             for half in itertools.chain.from_iterable(map(folder.glob, HALF_WRITTEN)):
-                if not (half / "old").exists():  # all there may be of the model that was to be replaced
+                if not (half / "old").exists():  # may be the only copy of the model that was being replaced
                     shutil.rmtree(half, ignore_errors=True)
-        with contextlib.suppress(ValueError):  # not the main thread: a notebook's server, say, has its own way
+        with contextlib.suppress(ValueError):  # not the main thread, as in a notebook's server
             for number in INTERRUPTIONS:
                 self._previous_handlers[number] = signal.signal(number, self._on_interrupt)
 
@@ -67,7 +67,7 @@ class LastCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves where it is time.
+        """Saves if it is due.
 
         Raises:
             KeyboardInterrupt: After saving, when the run was interrupted.
@@ -76,16 +76,16 @@ class LastCheckpoint(Checkpoint):
         self._agree(trainer)
         if not self._is_due(trainer) or trainer.global_step == self._saved_step:
             return
-        # Where a validation follows, the step is not done before it: who went on from here would pass it over.
+        # If a validation follows, it saves: a run resumed from here would skip that validation.
         loop, data = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if loop.val_loop.skip or not loop._should_check_val_fx(data):
             self._save_and_stop(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves where it is time, with what the validation found.
+        """Saves if it is due, with the results of the validation.
 
         Raises:
-            KeyboardInterrupt: As after a step that none follows.
+            KeyboardInterrupt: After saving, when the run was interrupted.
         """
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._put_off(trainer)
@@ -94,7 +94,7 @@ class LastCheckpoint(Checkpoint):
                 self._save_and_stop(trainer)
 
     def _put_off(self, trainer: Trainer) -> None:
-        """Has who asks to stop within a step wait for its end: no checkpoint holds the gradient so far."""
+        """Postpones a stop request to the end of the step: checkpoints do not hold accumulated gradients."""
         if trainer.should_stop or self._stopped:
             self._stopped = True
             trainer.should_stop = not trainer.fit_loop.epoch_loop._should_accumulate()
@@ -104,33 +104,33 @@ class LastCheckpoint(Checkpoint):
             self._interrupted = trainer.strategy.reduce_boolean_decision(self._interrupted, all=False)
 
     def _is_due(self, trainer: Trainer) -> bool:
-        """Whether it is time to save, at the end of a whole step."""
-        # Not left to on_train_end: by then Lightning counts the epoch as read to its end.
+        """Whether to save now: only at the end of a complete step."""
+        # on_train_end would be too late: by then Lightning counts the epoch as complete.
         ends = (trainer.should_stop and trainer.fit_loop._can_stop_early) or trainer.global_step == trainer.max_steps
         is_time = self._interrupted or ends or trainer.global_step % self.every_n_steps == 0
         return is_time and not trainer.fit_loop.epoch_loop._should_accumulate()
 
     def _save_and_stop(self, trainer: Trainer) -> None:
-        """Saves; where the run was interrupted, that is all."""
+        """Saves, and raises KeyboardInterrupt if the run was interrupted."""
         self._save(trainer)
         if self._interrupted:
             raise KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves the end; what follows, such as the export of the best, finds all checkpoints written."""
+        """Saves the last step and waits, so that what follows, such as the export, finds all checkpoints written."""
         self._restore_handler()
         if trainer.global_step != self._saved_step:
             self._save(trainer)
         settle(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives Ctrl-C back, and waits for what this process is writing, but for no other one: it may be gone."""
+        """Restores the signal handlers, and waits for this process's writes but not for others, which may be gone."""
         self._restore_handler()
         trainer.strategy.checkpoint_io.teardown()
 
     def _restore_handler(self) -> None:
         for number, handler in self._previous_handlers.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not of Python's making
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not installed from Python
         self._previous_handlers = {}
 
     def _save(self, trainer: Trainer) -> None:

@@ -1,4 +1,4 @@
-"""A range test: how the loss changes while the learning rates rise from step to step."""
+"""Learning-rate range test: the loss while the learning rates rise from step to step."""
 
 from __future__ import annotations
 
@@ -15,37 +15,37 @@ from lit_llm.files import replacing, write_table
 
 STEPS = 100
 LOWEST, HIGHEST = 1e-3, 1e2
-"""Factors on the configured rates, at the first step and at the last."""
+"""Factors on the configured rates at the first and at the last step."""
 
 DIVERGED = 4.0
-"""How many times the lowest running mean of the losses the running mean is that ends the test."""
+"""The test ends once the running mean of the losses exceeds this many times its lowest value."""
 
 REMEMBERED = 0.98
-"""Share of the running mean that is kept at each step."""
+"""Decay of the running mean of the losses."""
 
 FEWEST_LOSSES = 8
 
 
 class LearningRateFinder(Callback):
-    """Multiplies all learning rates by a factor that rises from step to step, and notes the loss of each step.
+    """Multiplies all learning rates by a factor that rises from step to step, and records the loss of each step.
 
-    Parameter groups keep the proportions of the config, those of Muon's four rates and of layer-wise ones: what is
-    searched is one factor. The training ends after `steps` steps or where the running mean of the losses diverges (one
-    batch that is harder than others does not end it), and its network is of no use. `lr_find.csv` has the rates of the
-    first group, the factors and the losses; `lr_find.png` draws them.
+    Parameter groups keep their configured proportions (Muon's four rates, layer-wise rates): a single factor is
+    searched. Training ends after `steps` steps, or once the running mean of the losses diverges (a single hard batch
+    does not end it); the resulting network is of no use. `lr_find.csv` has the rates of the first group, the factors
+    and the losses; `lr_find.png` plots them.
 
-    Lightning's own finder gives all parameter groups one rate, and leaves the random numbers that it drew.
+    Lightning's own finder gives all parameter groups the same rate, and does not restore the random state.
 
     Args:
-        steps: Optimiser steps to take, from a thousandth of the configured rates to a hundred times those.
+        steps: Optimiser steps, from a thousandth of the configured rates to a hundred times these.
 
     Attributes:
-        rates: Of the first parameter group, at each step.
-        factors: On the configured rates, at each step.
-        losses: Mean loss of each step, before it was taken.
+        rates: Learning rate of the first parameter group at each step.
+        factors: Factor on the configured rates at each step.
+        losses: Mean loss of each step, before its update.
 
     Raises:
-        ValueError: When there are too few steps to tell a slope.
+        ValueError: When there are too few steps to estimate a slope.
 
     Source:
         Smith, 2015, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186, section 3.3, with the
@@ -53,7 +53,7 @@ class LearningRateFinder(Callback):
     """
 
     needs_plain_weights = True
-    """Not for a strategy whose engine keeps weights or gradients of its own."""
+    """Not for a strategy whose engine holds the weights or gradients itself (DeepSpeed)."""
 
     def __init__(self, steps: int = STEPS) -> None:
         if steps < FEWEST_LOSSES:
@@ -66,11 +66,11 @@ class LearningRateFinder(Callback):
 
     @property
     def suggestion(self) -> float | None:
-        """The factor on the configured rates that is suggested; `None` where none is."""
+        """The suggested factor on the configured rates; `None` if there is none."""
         return steepest(self.factors[: len(self.losses)], self.losses)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Sets the rates of the step, in place of the schedule's."""
+        """Sets the learning rates of the step, overriding the schedule."""
         step = len(self.losses)
         factor = LOWEST * (HIGHEST / LOWEST) ** (step / (self.steps - 1))
         groups = trainer.optimizers[0].param_groups
@@ -83,7 +83,7 @@ class LearningRateFinder(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Notes the loss, once the step's last batch is there; ends the test after the last step, or a divergence."""
+        """Records the loss after each optimiser step; ends the test after the last step or on divergence."""
         if trainer.global_step == len(self.losses):
             return
         try:
@@ -94,7 +94,7 @@ class LearningRateFinder(Callback):
         trainer.should_stop |= len(self.losses) == self.steps or self._diverges(self.losses[-1])
 
     def _diverges(self, loss: float) -> bool:
-        """Whether the running mean, which begins with the first loss and not at 0, has risen far above its lowest."""
+        """Whether the running mean (bias-corrected) has risen far above its lowest value."""
         self._sum = REMEMBERED * self._sum + (1 - REMEMBERED) * loss
         mean = self._sum / (1 - REMEMBERED ** len(self.losses))
         self._lowest = min(self._lowest, mean)
@@ -102,7 +102,7 @@ class LearningRateFinder(Callback):
 
     @rank_zero_only
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the table and the picture into the run folder."""
+        """Writes the table and the plot into the run folder."""
         folder = Path(trainer.default_root_dir)
         rows = list(zip(self.rates, self.factors, self.losses, strict=False))
         write_table(folder / "lr_find.csv", ["learning_rate", "factor", "loss"], rows)
@@ -122,7 +122,7 @@ class LearningRateFinder(Callback):
             axes.axvline(rate, color="tab:green", label=f"suggested: {rate:.3g}")
             axes.legend()
             fall = self.losses[0] - min(self.losses)
-            axes.set_ylim(min(self.losses) - 0.1 * fall, self.losses[0] + fall)  # what diverged would hide the rest
+            axes.set_ylim(min(self.losses) - 0.1 * fall, self.losses[0] + fall)  # diverged losses would hide the rest
         axes.set(xscale="log", xlabel=label, ylabel="loss")
         axes.grid(alpha=0.3)
         with replacing(path) as new:
@@ -130,22 +130,22 @@ class LearningRateFinder(Callback):
 
 
 def smoothed(losses: Sequence[float]) -> np.ndarray:
-    """Each loss as the line through its neighbours has it, a twelfth of all on either side."""
+    """Losses smoothed by local linear regression over a twelfth of all points on either side."""
     return _lines(losses)[0]
 
 
 def steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
-    """The rate at which the loss falls fastest, against the logarithm of the rate, before its minimum.
+    """The rate at which the loss falls fastest with the logarithm of the rate, before its minimum.
 
-    Losses are smoothed by lines through neighbours on both sides. (fast.ai's running mean lags behind by half of its
-    window, and so moves the steepest place to higher rates.)
+    Losses are smoothed by local linear regression. (fast.ai's running mean lags by half of its window, which moves the
+    steepest point to higher rates.)
 
     Args:
-        rates: Rising geometrically.
-        losses: At each.
+        rates: Rates in a rising geometric sequence.
+        losses: Loss at each rate.
 
     Returns:
-        One of the rates; `None` where there are fewer than eight, or the loss never falls.
+        One of the rates; `None` if there are fewer than eight losses, or the loss never falls.
 
     Source:
         fast.ai's `lr_find`, suggestion "steep".
@@ -164,7 +164,7 @@ def steepest(rates: Sequence[float], losses: Sequence[float]) -> float | None:
 
 
 def _lines(losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """Value and slope, at each place, of the least-squares line through its neighbours."""
+    """Value and slope of the least-squares line through the neighbours of each point."""
     reach, values, slopes = max(2, len(losses) // 12), [], []
     for place in range(len(losses)):
         first = max(0, place - reach)

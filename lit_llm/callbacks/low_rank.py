@@ -1,4 +1,4 @@
-"""When matrices are factorised during a run; `compression.low_rank` says how."""
+"""Low-rank factorisation during a run, by the methods of `compression.low_rank`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ log = logging.getLogger(__name__)
 class LowRank(Callback):
     """Factorises matrices once, at a given step, and continues training: the rest of the run is the recovery.
 
-    A checkpoint says what was factorised, so a resumed run goes on as if never cut. Validations from before do not
-    count as the best. What the optimiser remembers of the other parameters stays; the factors begin anew, and those of
-    layers that learn nothing learn nothing.
+    Checkpoints record what was factorised, so a resumed run continues exactly. Earlier validations do not count as the
+    best. The optimiser keeps its state for the other parameters; the factors start without state, and factors of
+    frozen layers are frozen.
 
     Args:
-        method: How matrices are factorised.
-        start: Fraction of the run after which they are factorised, in [0, 1]; 0 is before the first step.
+        method: Factorisation method.
+        start: Fraction of the run after which matrices are factorised, in [0, 1]; 0 is before the first step.
         num_batches: Batches of training data for methods that need activations.
 
     Raises:
@@ -33,7 +33,7 @@ class LowRank(Callback):
     """
 
     needs_plain_weights = True
-    """Not for a strategy whose engine keeps weights or gradients of its own."""
+    """Not for a strategy whose engine holds the weights or gradients itself (DeepSpeed)."""
 
     def __init__(self, method: SVD = SVD(), start: float = 0.0, num_batches: int = 8) -> None:  # noqa: B008 (frozen)
         if not 0 <= start <= 1:
@@ -44,24 +44,24 @@ class LowRank(Callback):
         self.finished = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Sees that it can be done.
+        """Checks that the run can be factorised.
 
         Raises:
-            ValueError: When several processes train, another network than the one that learns is evaluated, or
-                adapters stand beside weights.
+            ValueError: When several processes train, another network than the trained one is evaluated, or adapters
+                are trained beside the weights.
         """
         if trainer.world_size > 1:
             raise ValueError(f"trainer.devices must be 1 where matrices are factorised, but is {trainer.world_size}")
         require_one_network(pl_module, "factorised")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Factorises, where it is to be before the first step."""
+        """Factorises before the first step if `start` is 0."""
         self._factorize(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Factorises, where it is time."""
+        """Factorises if it is due."""
         self._factorize(trainer, pl_module)
 
     def _factorize(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -71,7 +71,7 @@ class LowRank(Callback):
         before = sum(p.numel() for p in pl_module.network.parameters())
         groups = trainer.optimizers[0].param_groups
         waiting = [group for group in groups if not any(p.requires_grad for p in group["params"])]
-        _let_learn(waiting, True)  # factors are to be in the groups whose turn comes later, too
+        _let_learn(waiting, True)  # factors must also join groups that are unfrozen later
         self.method.apply(pl_module.network, batches)
         after = sum(p.numel() for p in pl_module.network.parameters())
         give_new_parameters(trainer.optimizers[0], pl_module.configure_optimizers()["optimizer"])
@@ -81,11 +81,11 @@ class LowRank(Callback):
         log.info(f"Factorised: {after:,} parameters instead of {before:,}")
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether it is done; how is in the network."""
+        """Whether the factorisation is done; its form is recorded in the network."""
         return {"finished": self.finished}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores whether it is done."""
         self.finished = state_dict["finished"]
 
 
@@ -96,7 +96,7 @@ def _let_learn(groups: list[dict[str, Any]], learn: bool) -> None:
 
 
 def give_new_parameters(optimizer: Optimizer, fresh: Optimizer) -> None:
-    """Has an optimiser go on with the parameters of a fresh one, remembering what it knows of those that it had."""
+    """Gives an optimiser the parameters of a fresh one, and drops its state for parameters that are gone."""
     for group, new in zip(optimizer.param_groups, fresh.param_groups, strict=True):
         group["params"] = new["params"]
     learnt = {p for group in optimizer.param_groups for p in group["params"]}

@@ -1,4 +1,4 @@
-"""What training adds to the memory of its process."""
+"""The memory that training adds to its process."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class MemoryRise(Callback):
-    """Measures the most bytes that training holds at once, over what the process held when the data were ready.
+    """Measures the peak memory of training, in bytes above what the process held once the data was set up.
 
-    Counted are the weights, since the network is built after that, the optimiser's state, gradients and activations,
-    and what libraries set aside when they are first used. Not counted are pages of files, as of the libraries' code or
-    of tokens that are read in place: the kernel lends them, and takes them back. Where there is no `/proc`, they are
-    counted; where the peak cannot begin anew, only what lies above an earlier one is.
+    Counts the weights (the network is built after that point), optimiser state, gradients, activations, and what
+    libraries allocate on first use. Does not count file pages, such as library code or memory-mapped tokens, because
+    the kernel can reclaim them. Without `/proc` they are counted; if the peak cannot be reset, only memory above an
+    earlier peak is counted.
 
     On an accelerator it is the allocator's peak.
     """
@@ -31,28 +31,28 @@ class MemoryRise(Callback):
         self._trainer: Trainer | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Notes what is there: Lightning has set the data up, and builds the network next."""
+        """Records the memory before training: Lightning has set up the data and builds the network next."""
         if self._trainer is None:
             with contextlib.suppress(OSError):
-                CLEAR.write_text("5")  # the peak begins anew
+                CLEAR.write_text("5")  # resets the peak
             self._trainer, self._before = trainer, peak_and_files()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Looks again: of files there may be more later than there were at the peak."""
+        """Measures after every batch: file pages mapped after the peak would be subtracted from it later."""
         (peak, files), (peak_before, files_before) = peak_and_files(), self._before
         self._most = max(self._most, peak - peak_before - (files - files_before))
 
     @property
     def bytes(self) -> int:
-        """The most after any step."""
+        """The peak so far."""
         device = self._trainer.strategy.root_device
         return self._most if device.type == "cpu" else peak_memory(device)
 
 
 def peak_and_files() -> tuple[int, int]:
-    """Most bytes that this process has held since its peak last began, and how many it holds now of files."""
+    """Peak resident bytes of this process since the last reset, and resident bytes of file pages now."""
     try:
         lines = STATUS.read_text().splitlines()
         found = {name: value for name, _, value in (line.partition(":") for line in lines)}

@@ -16,8 +16,8 @@ from lit_llm.files import replacing
 class MetricsCSV(Logger):
     """Writes `metrics.csv`: a row for each step at which something was logged, a column for each metric.
 
-    A resumed run goes on in the same file: what an earlier run logged after the step that it goes on from goes, and all
-    of it where a run begins anew. (Lightning's own CSV logger deletes the file.)
+    A resumed run appends to the same file, after dropping rows of steps after the one it resumes from; a run that
+    starts over drops all. (Lightning's own CSV logger deletes the file.)
 
     Args:
         folder: The run folder.
@@ -33,24 +33,24 @@ class MetricsCSV(Logger):
 
     @property
     def name(self) -> str:
-        """Nothing to add to the run folder's name."""
+        """Empty, so that Lightning adds no subfolder to the run folder."""
         return ""
 
     @property
     def version(self) -> str:
-        """Nothing to add to the run folder's name."""
+        """Empty, like `name`."""
         return ""
 
     def begin(self, step: int) -> None:
-        """Knows from which step a training goes on; what is logged without one is added to what there is."""
+        """Sets the step at which training starts or resumes; without a call, as in a test, existing rows are kept."""
         self._began = step
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Does nothing: `config.yaml` has them."""
+        """Does nothing: `config.yaml` has the hyperparameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        """Adds metrics of a step; what comes for the same step shares its row."""
+        """Adds metrics of a step; metrics of the same step share a row."""
         metrics = {name: float(value) for name, value in metrics.items() if name != "epoch"}
         if not metrics:
             return
@@ -61,7 +61,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def save(self) -> None:
-        """Writes what is pending."""
+        """Writes the pending row."""
         if not self._pending:
             return
         row, self._pending = self._pending, {}
@@ -73,7 +73,7 @@ class MetricsCSV(Logger):
         self._last_step = row["step"]
 
     def _rewrite_with(self, row: dict[str, Any]) -> None:
-        """For a new column, a step that already has a row, and the first row of a resumed run."""
+        """Rewrites the file: for a new column, a step that already has a row, or the first row of a process."""
         rows = read_metrics(self.path)
         if self._last_step is None:
             rows = [r for r in rows if r["step"] <= min(self._began, row["step"])]
@@ -92,7 +92,7 @@ class MetricsCSV(Logger):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `metrics.csv`, each with the metrics that it has; none where there is no file."""
+    """The rows of a `metrics.csv`, each with the metrics it has; empty if there is no file."""
     if not path.exists():
         return []
     with path.open(newline="", encoding="utf-8") as file:

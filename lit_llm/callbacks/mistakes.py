@@ -1,4 +1,4 @@
-"""What a classifier is most surely wrong about."""
+"""The most confident mistakes of a classifier."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lit_llm.files import replacing, write_table
 
 
 class WorstMistakes(BestEvaluation):
-    """Writes `mistakes.csv`, and of images draws `mistakes.png`: of the examples taken for another class the worst.
+    """Writes the worst misclassified examples to `mistakes.csv`, and draws them as `mistakes.png` if they are images.
 
-    Those are the ones whose true class was given the least probability. Often it is their label that is wrong. Only so
-    many as are shown are kept while a split is read.
+    The worst are those whose true class got the lowest probability; often their label is wrong. Only `count` examples
+    are kept in memory.
 
     Args:
         count: Number of examples.
@@ -38,7 +38,7 @@ class WorstMistakes(BestEvaluation):
         self._facts: Tensor | None = None
 
     def add(self, pl_module: LightningModule, said: Mapping[str, Tensor], batch: Mapping[str, Tensor]) -> None:
-        """Keeps the worst of those so far and a batch."""
+        """Merges a batch into the worst examples so far."""
         if "rows" not in batch:
             return
         wrong = said["predicted"] != said["labels"]
@@ -52,7 +52,7 @@ class WorstMistakes(BestEvaluation):
         self._facts = facts[worst]
 
     def collect(self, pl_module: LightningModule) -> list[tuple[int, int, int, float]] | None:
-        """Of each the row, the class, the predicted class, and the probability given to the class; the worst first."""
+        """Row, true class, predicted class and probability of the true class of each example, the worst first."""
         if self._nats is None:
             return None
         if pl_module.trainer.world_size > 1:
@@ -75,7 +75,7 @@ class WorstMistakes(BestEvaluation):
         title: str,
         network: Any = None,
     ) -> None:
-        """Writes and draws; where nothing was mistaken, a table without rows."""
+        """Writes the table and draws the picture; without mistakes, writes a table without rows."""
         name = namer(data, network)
         rows = [row for row, *_ in found]
         table = columns_of(data, split, rows, ["label", "predicted", "p(label)"])
@@ -94,7 +94,7 @@ class WorstMistakes(BestEvaluation):
 
 
 def draw_images(path: Path, images: UInt8[Tensor, "n channels height width"], says: list[str], title: str) -> None:
-    """Draws images side by side, eight in a row, with words above each."""
+    """Draws images in rows of eight, each with a caption above it."""
     from matplotlib.figure import Figure
 
     across = min(8, len(images))

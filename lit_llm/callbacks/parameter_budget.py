@@ -1,4 +1,4 @@
-"""A bound on the size of the network."""
+"""An upper bound on the number of parameters."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ class ParameterBudget(Callback):
         max_parameters: Maximum number of parameters; tied parameters count once.
 
     Raises:
-        ValueError: When `max_parameters` is less than 1; and when training starts, where the network has more.
+        ValueError: When `max_parameters` is less than 1, or, at the start of training, the network has more parameters.
     """
 
     def __init__(self, max_parameters: int) -> None:
@@ -23,7 +23,7 @@ class ParameterBudget(Callback):
         self.max_parameters = max_parameters
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts."""
+        """Counts the parameters and refuses a network that has too many."""
         count = sum(whole_shape(p).numel() for p in pl_module.network.parameters())
         if count > self.max_parameters:
             raise ValueError(f"network must have at most {self.max_parameters:,} parameters, but has {count:,}")

@@ -1,4 +1,4 @@
-"""What `predict` found, as tables."""
+"""Tables of what `predict` returns."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ log = logging.getLogger(__name__)
 
 
 class PredictionTable(Callback):
-    """Writes `predictions.csv` from what `predict` gives batch by batch."""
+    """Writes `predictions.csv` from the predictions of all batches."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses several processes, of which none would see all there is to write.
+        """Refuses several processes, since none of them would see all predictions.
 
         Raises:
             ValueError: When there are several.
@@ -31,17 +31,17 @@ class PredictionTable(Callback):
             raise ValueError(f"trainer.devices must be 1 to predict, but there are {trainer.world_size} processes")
 
     def write(self, trainer: Trainer, columns: list[str], rows: list[list[Any]], what: str) -> None:
-        """Writes the table, and says so; `what` its rows are."""
+        """Writes the table and logs its path; `what` names its rows."""
         path = Path(trainer.default_root_dir) / "predictions.csv"
         write_table(path, columns, rows)
         log.info(f"Scored {len(rows)} {what}: {path}")
 
 
 class DocumentScores(PredictionTable):
-    """How well each document of the split was predicted, the worst first.
+    """Writes the bits per byte of each document of the split, the worst first.
 
     Which documents surprise a language model is a question of data quality as much as of the model. Acts on
-    predictions that carry `nats` and `documents`; leaves others alone.
+    predictions that carry `nats` and `documents`; ignores others.
     """
 
     def __init__(self) -> None:
@@ -71,20 +71,20 @@ class DocumentScores(PredictionTable):
         for document, nats in self._nats.items():
             size = float(sizes[document])
             bits = nats / math.log(2) / (size or 1)
-            written = int(size) if size.is_integer() else round(size, 2)  # of what is cut a share
+            written = int(size) if size.is_integer() else round(size, 2)  # a fraction for documents that are cut
             rows.append([ids[document], written, self._tokens[document], round(bits, 4)])
         rows.sort(key=lambda row: -row[-1])
         self.write(trainer, ["document", "bytes", "tokens", "bits_per_byte"], rows, "documents")
 
 
 class ExamplePredictions(PredictionTable):
-    """What each example of the split was taken for, beside all the source says of it.
+    """Writes the prediction for each example of the split, next to the example's columns in the source.
 
-    A row for each example in the order of the split: the source's columns or an image's name (see `source_of`), `label`
-    where it is known (the source's own where none is), `predicted`, and of classes the probability of each under
-    `p(<class>)`; a column of the source with one of these names is called `<name> (source)`. For a GLUE task the file
-    that its board takes is written too, under the name it must have. Acts on predictions that carry `probabilities` or
-    `values`, and `rows`, without which they are numbered as they come; leaves others alone.
+    One row per example, in the order of the split: the source's columns or an image's name (see `source_of`), `label`
+    if it is known (if no label is, the source's own column stays), `predicted`, and for classes the probability of
+    each as `p(<class>)`. A source column with one of these names becomes `<name> (source)`. For a GLUE task, also
+    writes the submission file under the name that the leaderboard requires. Acts on predictions that carry
+    `probabilities` or `values`, and `rows` (without them examples are numbered in order); ignores others.
     """
 
     def __init__(self) -> None:
@@ -95,7 +95,7 @@ class ExamplePredictions(PredictionTable):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Keeps what was said of a batch."""
+        """Keeps the predictions of a batch."""
         if not isinstance(outputs, dict) or not {"probabilities", "values"} & outputs.keys():
             return
         self._of_classes = "probabilities" in outputs
@@ -111,13 +111,13 @@ class ExamplePredictions(PredictionTable):
             }
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the table and the board's file."""
+        """Writes the table and the submission file."""
         if not self._said:
             return
         data, rows = trainer.datamodule, sorted(self._said)
         said, split = [self._said[row] for row in rows], getattr(data, "predict_split", None)
         name = namer(data, pl_module.network) if self._of_classes else lambda x: float(str(np.float32(x)))  # 0.1 as 0.1
-        # The first of those that are most probable, as `argmax` has it.
+        # Of equal probabilities the first, as `argmax` does.
         best = [p.index(max(p)) for p in said] if self._of_classes else [value for [value] in said]
         added = ["label"] * bool(self._labels) + ["predicted"]
         added += [f"p({name(index)})" for index in range(len(said[0]))] if self._of_classes else []
@@ -141,10 +141,10 @@ class ExamplePredictions(PredictionTable):
 
 
 class GeneratedTexts(PredictionTable):
-    """What was written for each example of the split, beside all the source says of it.
+    """Writes the text generated for each example of the split, next to the example's columns in the source.
 
-    A row for each example in the order of the split: the source's columns and `predicted`. Acts on predictions that
-    carry `rows` and `texts`; leaves others alone.
+    One row per example, in the order of the split: the source's columns and `predicted`. Acts on predictions that
+    carry `rows` and `texts`; ignores others.
     """
 
     def __init__(self) -> None:
@@ -153,7 +153,7 @@ class GeneratedTexts(PredictionTable):
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
     ) -> None:
-        """Keeps what was written for a batch."""
+        """Keeps the generated texts of a batch."""
         if isinstance(outputs, dict) and "texts" in outputs:
             self._written |= zip(outputs["rows"].tolist(), outputs["texts"], strict=True)
 
@@ -168,7 +168,7 @@ class GeneratedTexts(PredictionTable):
 
 
 def namer(data: Any, network: Any = None) -> Callable[[int], str]:
-    """What tells a class's name: the data, or the network, which knows it of data without labels, or else its index."""
+    """A function from class index to name: by the data, or, if it has no names, the network, or else the index."""
     if hasattr(data, "label_name") and getattr(data, "class_names", True):
         return data.label_name
     names = getattr(data, "class_names", None) or getattr(network, "class_names", None) or ()
@@ -176,30 +176,29 @@ def namer(data: Any, network: Any = None) -> Callable[[int], str]:
 
 
 def source_of(data: Any, split: str | None, rows: list[int]) -> list[dict[str, Any]]:
-    """What the source says of some examples; of data that have no `texts` which row each is."""
+    """The source's columns of some examples; if the data has no `texts`, only their row numbers."""
     return data.texts(split, rows) if hasattr(data, "texts") else [{"row": row} for row in rows]
 
 
 def columns_of(data: Any, split: str | None, rows: list[int], added: list[str]) -> list[dict[str, Any]]:
-    """What the source says of some examples, but a label that another is written for or that says nothing.
-
-    Of images their names.
+    """The source's columns of some examples (names, for images), without a label that is replaced or empty.
 
     Args:
         data: The data module.
-        split: Which split of it.
-        rows: Which examples.
-        added: Columns that will stand beside these; see `set_apart`.
+        split: The split.
+        rows: Row numbers of the examples in the split.
+        added: Names of columns that will be added; see `set_apart`.
     """
     lines = source_of(data, split, rows)
-    is_label = getattr(getattr(data, "columns", None), "label", "label") == "label"  # else it is something else
+    # Unless the source's labels are in another column.
+    is_label = getattr(getattr(data, "columns", None), "label", "label") == "label"
     if is_label and ("label" in added or say_nothing(line.get("label") for line in lines)):
         lines = [{name: value for name, value in line.items() if name != "label"} for line in lines]
     return set_apart(lines, added)
 
 
 def set_apart(lines: list[dict[str, Any]], added: list[str]) -> list[dict[str, Any]]:
-    """Rows whose columns have other names than those which are to be added."""
+    """Renames columns that clash with columns to be added: `<name> (source)`."""
     names = {name: f"{name} (source)" for name in (lines[0] if lines else ()) if name in added}
     if names:
         log.info(f"Renamed columns of the source that clash with predictions: {', '.join(names.values())}")

@@ -18,13 +18,13 @@ from lit_llm.callbacks.throughput import Throughput
 SECONDS_BETWEEN_MOVES = 0.5
 
 STEP_OF_TOTAL = re.compile(r"^step +(\d+)/(\d+)", re.MULTILINE)
-"""How a line about a training begins, for who watches one in another process."""
+"""Start of a progress line of training, for a program that follows a run in another process."""
 
 
 class Progress(ProgressBar):
-    """One bar for the whole run, with loss, tokens a second, share of peak and time left; a line at each validation.
+    """Shows one bar for the whole run with loss, tokens per second, MFU and time left, and a line per validation.
 
-    Where the output is not a terminal the bar becomes a line at the start, and then one every so often.
+    If the output is not a terminal, prints a line at the start and then at intervals instead of the bar.
 
     Args:
         seconds_between_lines: Seconds between two lines if the output is not a terminal.
@@ -39,11 +39,11 @@ class Progress(ProgressBar):
         self._first_step = 0
 
     def disable(self) -> None:
-        """Says nothing (Lightning calls this on all processes but the first)."""
+        """Disables all output (Lightning calls this on all processes but the first)."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Speaks again."""
+        """Enables output again."""
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -62,7 +62,7 @@ class Progress(ProgressBar):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the bar; what it says changes with each report."""
+        """Moves the bar; its text changes with each report."""
         now = time.perf_counter()
         if now - self._last_line < (SECONDS_BETWEEN_MOVES if self._bar is not None else self.seconds_between_lines):
             return
@@ -73,7 +73,7 @@ class Progress(ProgressBar):
             self.print(self._status(trainer))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says what was found."""
+        """Prints the validation metrics."""
         if trainer.sanity_checking:
             return
         if trainer.state.fn != "fit":
@@ -83,11 +83,11 @@ class Progress(ProgressBar):
         self.print(f"step {trainer.global_step:>6}  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self._stop()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self._stop()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,11 +97,11 @@ class Progress(ProgressBar):
     def on_test_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Moves it."""
+        """Moves the bar."""
         self._move(batch_idx + 1)
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the bar away."""
+        """Removes the bar."""
         self._stop()
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,14 +112,14 @@ class Progress(ProgressBar):
     on_predict_end = on_test_end
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Shows a bar of batches, where validating is all there is to do."""
+        """Shows a bar of batches, unless the validation is part of a fit."""
         if trainer.state.fn != "fit":
             self._show("validating", float(sum(trainer.num_val_batches)))
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int, *_: Any
     ) -> None:
-        """Moves it; while training, says how far the validation is."""
+        """Moves the bar; in a fit, shows the progress of the validation as its text."""
         if trainer.state.fn != "fit":
             self._move(batch_idx + 1)
         elif not trainer.sanity_checking:

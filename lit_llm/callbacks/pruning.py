@@ -1,4 +1,4 @@
-"""When weights become zero during a run, and how they stay so; `compression.sparsity` says which."""
+"""Pruning during a run, by the scores of `compression.sparsity`, and training that keeps pruned weights zero."""
 
 from __future__ import annotations
 
@@ -32,50 +32,51 @@ log = logging.getLogger(__name__)
 
 
 class KeepZeros(Callback):
-    """Continues training from a pruned model and keeps its zeros, whatever optimiser, momentum and weight decay do.
+    """Continues training from a pruned model and keeps its zeros, whatever the optimiser does (momentum, weight decay).
 
-    The masks are buffers of the network, beside the weights, in the checkpoint; an exported model has none. Logs
-    `train/sparsity`, counted, whenever the trainer logs.
+    The masks are buffers next to the weights, saved in checkpoints; an exported model has none. Logs `train/sparsity`,
+    the counted fraction of zeros, whenever the trainer logs.
 
     Args:
         layers: Patterns of layer names; `None` is all matrices inside blocks (`compression.patterns`).
     """
 
     needs_plain_weights = True
-    """Not for a strategy whose engine keeps weights or gradients of its own."""
+    """Not for a strategy whose engine holds the weights or gradients itself (DeepSpeed)."""
 
     def __init__(self, layers: list[str] | None = None) -> None:
         self.layers = layers
         self._logged_step = -1
 
     def prepare(self, network: nn.Module) -> None:
-        """Gives the network its masks; where it comes from a checkpoint it has them."""
+        """Adds the masks; a network loaded from a checkpoint already has them."""
         Zeros(self.layers).apply(network)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Prepares.
+        """Prepares the network.
 
         Raises:
-            ValueError: When another network than the one that learns is evaluated, or adapters stand beside weights.
+            ValueError: When another network than the trained one is evaluated, or adapters are trained beside the
+                weights.
         """
         require_one_network(pl_module, "pruned")
         if not masked_layers(pl_module.network):
             self.prepare(pl_module.network)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Has each optimiser leave zeros behind whenever it has stepped."""
+        """Applies the masks after each step of each optimiser."""
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(lambda *_: apply_masks(pl_module.network))
         self._logged_step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Leaves out the gradients of what is pruned: they would count when others are clipped or orthogonalised."""
+        """Masks the gradients of pruned weights, which would affect gradient clipping and Muon's orthogonalisation."""
         apply_masks(pl_module.network, gradients=True)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Logs."""
+        """Logs the sparsity."""
         step = trainer.global_step
         if step != self._logged_step and (step % trainer.log_every_n_steps == 0 or step == trainer.max_steps):
             self._logged_step = step
@@ -84,25 +85,25 @@ class KeepZeros(Callback):
 
 
 def masked_sparsity(network: nn.Module) -> float:
-    """The counted part of zeros among the weights that have masks."""
+    """The fraction of zeros among the weights that have masks, counted."""
     return sparsity_of(network, list(masked_layers(network)))
 
 
 class Pruning(KeepZeros):
     """Prunes gradually during training: the sparsity rises along a cubic curve, and the remaining weights adapt.
 
-    How much is pruned is a function of the step alone; masks, and scores that add up, are buffers of the network, so a
-    resumed run goes on as if never cut. What is pruned stays so. Validations from before the end of the pruning do not
-    count as the best; a run that stops earlier warns.
+    The sparsity depends only on the step, and masks and accumulated scores are buffers of the network, so a resumed run
+    continues exactly. Pruned weights stay pruned. Validations before the end of pruning do not count as the best; a run
+    that stops before that warns.
 
-    Suggested: begin once the learning rate is warm and leave the last third to recover. One step (`start` and `end` the
-    same) prunes at once.
+    Suggested: begin after the learning-rate warm-up and leave the last third of the run to recover. With `start` equal
+    to `end`, everything is pruned in one step.
 
     Args:
-        method: How weights are scored, and how sparse the layers become.
+        method: Pruning method: how weights are scored, and the final sparsity.
         start: Fraction of the run after which pruning begins, in [0, 1].
         end: Fraction of the run after which the full sparsity is reached, in [`start`, 1].
-        every_n_steps: Steps between two prunings.
+        every_n_steps: Steps between two pruning updates.
         num_batches: Batches of training data for methods that need activations.
 
     Raises:
@@ -132,7 +133,7 @@ class Pruning(KeepZeros):
         self._pruned_step = -1
 
     def prepare(self, network: nn.Module) -> None:
-        """Gives the network masks that keep everything yet."""
+        """Adds masks that keep everything at first."""
         form = {"names": list(self.method.chosen(network)), "scores": isinstance(self.method, Movement)}
         add_masks(network, **form)
         network.compression = [*records_of(network), self.method.described() | {"form": form}]
@@ -143,7 +144,7 @@ class Pruning(KeepZeros):
         self._pruned_step = trainer.global_step
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """As in `KeepZeros`; and adds up movements, where that is the score."""
+        """As in `KeepZeros`; also accumulates the scores of `Movement`."""
         super().on_before_optimizer_step(trainer, pl_module, optimizer)
         if isinstance(self.method, Movement) and not self.finished:
             self.method.watch(masked_layers(pl_module.network))
@@ -151,7 +152,7 @@ class Pruning(KeepZeros):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Prunes, where it is time."""
+        """Prunes if it is due."""
         step, total = trainer.global_step, trainer.estimated_stepping_batches
         if step != self._pruned_step and not self.finished:
             self._pruned_step = step
@@ -173,20 +174,20 @@ class Pruning(KeepZeros):
         masks = {name: getattr(layer, MASK) for name, layer in layers.items()}
         kept = {name: whole(mask) for name, mask in masks.items()}
         for name, mask in self.method.masks(self.method.scores(network, layers, batches), sparsity, kept).items():
-            # Each process has seen other batches; one decides.
+            # Processes calibrate on different batches, so the first one's mask is used by all.
             mask = trainer.strategy.broadcast(mask) if trainer.world_size > 1 else mask
             local([masks[name]])[0].copy_(part(mask, masks[name]))
         apply_masks(network)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Says so where the run was over before the pruning."""
+        """Warns if the run ended before pruning was complete."""
         if not self.finished:
             log.warning(f"The run stopped at step {trainer.global_step}, before pruning was complete")
 
     def state_dict(self) -> dict[str, Any]:
-        """Whether the pruning is over; what is pruned is in the network."""
+        """Whether pruning is complete; the masks are in the network."""
         return {"finished": self.finished}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores whether pruning is complete."""
         self.finished = state_dict["finished"]

@@ -1,4 +1,4 @@
-"""When a run begins to feel that weights will be rounded; `compression.quantization` says how they are."""
+"""Quantisation-aware training, by the methods of `compression.quantization`."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 class QuantizationAwareTraining(Callback):
     """Trains with quantised weights from a given step on; the exported model stores them as integers.
 
-    The delay lets weights come near to where they will be; freezing the scales lets them settle. Both are functions of
-    the step, and what they made is in the network and its record, so that a resumed run goes on as if never cut.
-    Validations without rounding do not count as the best.
+    The delay lets the weights nearly converge first; frozen scales let them settle. Both depend only on the step, and
+    their results are in the network and its record, so a resumed run continues exactly. Validations without
+    quantisation do not count as the best.
 
     Suggested: begin with trained weights and a tenth of their learning rate, `delay` 0 to 0.2, `freeze` 0.8.
 
@@ -31,14 +31,14 @@ class QuantizationAwareTraining(Callback):
         freeze: Fraction of the run after which scales are frozen, in [`delay`, 1]; 1 for never.
 
     Raises:
-        ValueError: When a value is out of range, or the method cannot be trained with.
+        ValueError: When a value is out of range, or the method does not support quantisation-aware training.
 
     Source:
         Jacob et al., 2017, arXiv:1712.05877, section 3.1 (delay); Krishnamoorthi, 2018, arXiv:1806.08342, section 3.2.
     """
 
     needs_plain_weights = True
-    """Not for a strategy whose engine keeps weights or gradients of its own."""
+    """Not for a strategy whose engine holds the weights or gradients itself (DeepSpeed)."""
 
     def __init__(
         self,
@@ -52,11 +52,11 @@ class QuantizationAwareTraining(Callback):
         _ = self.fake.method
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses what the exported model would not have.
+        """Checks that the run can be quantised.
 
         Raises:
-            ValueError: When another network is evaluated than learns, adapters stand beside weights, or these are
-                shared out.
+            ValueError: When another network than the trained one is evaluated, adapters are trained beside the
+                weights, or the weights are sharded.
         """
         require_one_network(pl_module, "quantised")
         if is_shared_out(pl_module.parameters()):
@@ -66,13 +66,13 @@ class QuantizationAwareTraining(Callback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begins at once where there is no delay."""
+        """Starts quantisation at once if there is no delay."""
         self._follow(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Begins, or freezes, where it is time."""
+        """Starts quantisation or freezes the scales if it is due."""
         self._follow(trainer, pl_module)
 
     def _follow(self, trainer: Trainer, pl_module: LightningModule) -> None:

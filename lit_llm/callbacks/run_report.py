@@ -1,4 +1,4 @@
-"""What a run leaves behind: results, a picture of its learning curve, a model directory."""
+"""The output of a run: results, a plot of the learning curve, a model directory."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 class RunReport(Callback):
     """Writes `results.json`, `learning_curve.png` and `model/` into the run folder.
 
-    `results.json` holds the metrics of the last validation (`val/…`), of the best one (`best/val/…`, `best/step`), of
-    the test (`test/…`), what decides which is best (`monitor`, `mode`), whether the run is `finished` rather than cut
-    short, and what it took (`step`, `tokens`, `seconds` of training, `commit`, `command`). `model/` holds the weights
-    of the best validation.
+    `results.json` holds the metrics of the last validation (`val/…`), of the best one (`best/val/…`, `best/step`) and
+    of the test (`test/…`), the criterion for the best (`monitor`, `mode`), whether the run is `finished` (false if it
+    was interrupted), its cost (`step`, `tokens`, `seconds` of training) and its origin (`commit`, `command`). `model/`
+    holds the weights of the best validation.
 
     Args:
         monitor: Metric that decides which validation is best.
@@ -49,16 +49,16 @@ class RunReport(Callback):
         self._began, self._stepped = 0, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Knows of no step yet: until one is taken, what there is in the folder is of the command before."""
+        """Notes that no step was taken: until then, the files in the folder are those of the previous command."""
         self._stepped = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Forgets what was best in another folder, whose `best.ckpt` is not here."""
+        """Forgets the best validation of another folder, whose `best.ckpt` is not here."""
         if not keeps_best(trainer, Path(trainer.default_root_dir) / "checkpoints"):
             self.results = {name: v for name, v in self.results.items() if not name.startswith("best/")}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes from which step the run goes on."""
+        """Notes the step at which training starts or resumes."""
         self._began = trainer.global_step
         for logger in trainer.loggers:
             if isinstance(logger, MetricsCSV):
@@ -67,9 +67,9 @@ class RunReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Has the last of `max_steps` or `max_epochs` followed by a validation, wherever `val_check_interval` falls.
+        """Requests a validation after the last step of `max_steps` or `max_epochs`, whatever `val_check_interval`.
 
-        With the first step a run that had come to its end is not finished any more, should it be killed.
+        At the first step, marks a run that had finished as unfinished, in case it is killed.
         """
         if not self._stepped and trainer.global_step > self._began:
             self._stepped = True
@@ -81,7 +81,7 @@ class RunReport(Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Remembers the metrics."""
+        """Records the metrics."""
         if trainer.state.fn == "validate":
             self._add(trainer, "val/")
         if trainer.sanity_checking or trainer.state.fn != "fit":
@@ -98,7 +98,10 @@ class RunReport(Callback):
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes all of it; where weights are shared out, from the last checkpoint, if there is no best."""
+        """Writes the report and exports the model of the best checkpoint.
+
+        Without a best checkpoint, exports the network in memory, or, if the weights are sharded, the last checkpoint.
+        """
         if trainer.fast_dev_run:
             return
         self._write(trainer, finished=True)
@@ -106,7 +109,7 @@ class RunReport(Callback):
 
     @rank_zero_only
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes what there is when a run is cut short after a step; one that is refused changes nothing."""
+        """Writes the report so far if a run fails or is interrupted after its first step; before, changes nothing."""
         if trainer.state.fn == "fit" and self._stepped and not trainer.fast_dev_run:
             self._write(trainer, finished=False)
 
@@ -116,14 +119,14 @@ class RunReport(Callback):
         self._add(trainer, "test/")
 
     def _add(self, trainer: Trainer, split: str) -> None:
-        """Adds what an evaluation found; where that is not a run's report, also what made it.
+        """Adds the metrics of an evaluation to `results.json`; without a training run's report, also their origin.
 
-        Figures of rows that may have been trained on do not take the place of the run's own.
+        In a training run's report, metrics on rows that may have been trained on do not replace its own.
         """
         found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith(split)}
         if "monitor" not in self._read(trainer):
             self._merge(trainer, {**found, "commit": commit(), "command": command()})
-        elif split == "test/" and not getattr(trainer.datamodule, "doubt", None):  # of validations the best's are there
+        elif split == "test/" and not getattr(trainer.datamodule, "doubt", None):  # validations are reported already
             self._merge(trainer, found)
 
     def _write(self, trainer: Trainer, finished: bool) -> None:
@@ -135,7 +138,7 @@ class RunReport(Callback):
         cost = {"tokens": took["tokens"], "seconds": round(took["seconds"], 2)} if took else {}
         made = {"step": trainer.global_step, **cost, "commit": commit(), "command": command()}
         kept = {name: value for name, value in self._read(trainer).items() if not name.startswith("test/")}
-        write_json(self._path(trainer), kept | self.results | judged | made)  # what was tested were other weights
+        write_json(self._path(trainer), kept | self.results | judged | made)  # test metrics are of earlier weights
         draw_learning_curve(Path(trainer.default_root_dir), self.monitor, self.mode)
 
     def _merge(self, trainer: Trainer, news: dict[str, Any]) -> None:
@@ -161,7 +164,7 @@ class RunReport(Callback):
         else:
             changes = adaptation is not None or records_of(pl_module.evaluated)
             network = copy.deepcopy(pl_module.evaluated) if changes else pl_module.evaluated
-            if changes:  # an average learns nothing: what is an adapter's is told by the network
+            if changes:  # the average requires no gradients, which tell adapter weights apart
                 for mine, theirs in zip(network.parameters(), pl_module.network.parameters(), strict=True):
                     mine.requires_grad_(theirs.requires_grad)
         if adaptation is not None and adaptation.adds:
@@ -177,20 +180,20 @@ class RunReport(Callback):
         data = trainer.datamodule
         processor, tokenizer = (getattr(data, name, None) for name in ("image_processor", "tokenizer"))
         if tokenizer is not None and (longest := getattr(data, "max_seq_len", None)):
-            tokenizer.model_max_length = longest  # who reads texts later cuts them where training did
+            tokenizer.model_max_length = longest  # texts are later truncated as in training
         save_model(folder / "model", network, tokenizer, card, processor)
 
     def state_dict(self) -> dict[str, Any]:
-        """The metrics so far, so that the best of a resumed run is the best of all of it."""
+        """The metrics so far, so that the best of a resumed run covers all of it."""
         return {"results": self.results}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there."""
+        """Restores the metrics so far."""
         self.results = state_dict["results"]
 
 
 def commit() -> str | None:
-    """The commit of this package's source, with a mark where files differ from it; `None` outside a repository."""
+    """The commit of this package's source, marked if files differ from it; `None` outside a repository."""
 
     def git(*words: str) -> str:
         done = subprocess.run(
@@ -199,31 +202,31 @@ def commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # not installed into somebody else's repository
+        git("ls-files", "--error-unmatch", "__init__.py")  # fails if installed inside another repository
         return git("describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None
 
 
 OURS = ("lit-llm", "__main__.py", "ipykernel_launcher.py")
-"""What starts a command: the shell, `python -m lit_llm`, a notebook, where its words are those of `lit-llm` too."""
+"""Program names whose arguments are those of `lit-llm`: the shell command, `python -m lit_llm`, a notebook kernel."""
 
 
 def command() -> str:
-    """The command line that started this process, or what a notebook runs in its place."""
+    """The command line that started this process, or its equivalent in a notebook."""
     name = "lit-llm" if Path(sys.argv[0]).name in OURS else sys.argv[0]
     return shlex.join([name, *sys.argv[1:]])
 
 
 def known_to_transformers(network: Any) -> bool:
-    """Whether transformers has a class of the name that a network is exported under."""
+    """Whether transformers has the class that a network is exported as."""
     import transformers
 
     return hasattr(transformers, network.to_hf_config()["architectures"][0])
 
 
 def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> str:
-    """What a model is, what it was made from and by, and what it reaches, as Markdown."""
+    """Model card in Markdown: the network, the command, the metrics and the data."""
     figures = {k: v for k, v in results.items() if isinstance(v, float) and k.startswith(("val/", "best/", "test/"))}
     manifest = {k: v for k, v in getattr(data, "manifest", {}).items() if k != "files"}
     parameters, reformed = sum(p.numel() for p in network.parameters()), is_reformed(network)
@@ -261,7 +264,7 @@ def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> s
 
 
 def draw_learning_curve(folder: Path, monitor: str = "val/loss", mode: str = "min") -> None:
-    """Draws `learning_curve.png` from `metrics.csv`: loss on both splits, and the metric that says most at its best."""
+    """Draws `learning_curve.png` from `metrics.csv`: both losses, and the headline metric with its best value."""
     rows = read_metrics(folder / "metrics.csv")
     if not rows:
         return

@@ -1,4 +1,4 @@
-"""What the model writes, while it learns."""
+"""Texts that the model generates during training."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Samples(Callback):
         max_new_tokens: Maximum number of new tokens; fewer if the context is full.
         temperature: As in `generation.sample`.
         top_p: As in `generation.sample`.
-        seed: Seed of the sampling, so that samples of two steps differ only by what was learnt.
+        seed: Random seed, the same at each step, so that samples differ only by what the model has learnt.
     """
 
     def __init__(
@@ -43,12 +43,12 @@ class Samples(Callback):
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes away what a run that was cut wrote after the step from which it goes on."""
+        """On resuming, removes samples of steps after the one that the run resumes from."""
         if trainer.is_global_zero:
             self._cut(trainer, trainer.global_step + 1)
 
     def _cut(self, trainer: Trainer, first: int) -> None:
-        """Takes away what was written from a step on."""
+        """Removes the samples of step `first` and later."""
         path = Path(trainer.default_root_dir) / "samples.txt"
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
         if later := next((m for m in STEP.finditer(text) if int(m[1]) >= first), None):
@@ -56,7 +56,7 @@ class Samples(Callback):
                 new.write_text(text[: later.start()], encoding="utf-8")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the samples."""
+        """Generates and writes the samples."""
         if not self.prompts or trainer.sanity_checking or trainer.fast_dev_run or trainer.state.fn != "fit":
             return
         if reason := _cannot_write(pl_module.evaluated):
@@ -77,7 +77,7 @@ class Samples(Callback):
             stop=boundary_id(tokenizer),
             device=pl_module.device,
         )
-        if not trainer.is_global_zero:  # they took part, as those must that share weights
+        if not trainer.is_global_zero:  # all ranks generate, since weights may be sharded
             return
         lines = [f"--- step {trainer.global_step}"]
         lines += [tokenizer.decode(prompt[1:] + text) + "\n" for prompt, text in zip(ids, texts, strict=True)]
@@ -85,18 +85,18 @@ class Samples(Callback):
         for logger in trainer.loggers:
             if hasattr(logger, "log_text"):  # Weights & Biases shows it as a table
                 logger.log_text("samples", ["step", "prompt", "text"], rows, step=trainer.global_step)
-        self._cut(trainer, trainer.global_step)  # where a step that was begun is done again, so is its validation
+        self._cut(trainer, trainer.global_step)  # a repeated step repeats its validation
         with (Path(trainer.default_root_dir) / "samples.txt").open("a", encoding="utf-8") as file:
             file.write("\n".join(lines) + "\n")
         log.info("\n".join("  | " + line for line in lines[1].rstrip().splitlines()))
 
 
 def _cannot_write(network: nn.Module) -> str | None:
-    """Why a network writes no texts, where it does not."""
+    """Why a network cannot generate texts; `None` if it can."""
     if not hasattr(network, "new_cache"):
         return f"a {type(network).__name__} has no new_cache to write texts with"
     try:
         network.new_cache(1, 1)
-    except ValueError as error:  # one of transformers that decodes in another way, if at all
+    except ValueError as error:  # a transformers model without this way of decoding
         return str(error)
     return None

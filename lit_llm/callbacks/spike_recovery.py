@@ -1,4 +1,4 @@
-"""Steps that would spoil a run are not taken; where the loss does not come back, the run goes back to a good state."""
+"""Recovery from loss spikes: bad steps are undone, and a run that does not recover returns to an earlier state."""
 
 from __future__ import annotations
 
@@ -25,42 +25,42 @@ KEPT = (*ON_DEVICE, "rollbacks", "looked_at", "skipped_before", "good_at", "good
 class SpikeRecovery(Callback):
     """Undoes steps whose loss or gradient norm is not finite or far above the recent ones, and rolls back if needed.
 
-    The device decides and undoes: before each step it copies the weights, running statistics and the optimiser's state
-    (which takes their memory once more) and restores them after a bad step, without synchronisation. It does so as soon
-    as the optimiser has stepped, so that what other callbacks make of the weights, and an average of them, is made of
-    good ones, whatever the order of the callbacks.
-    The count of bad steps is read only when the run reports anyway, every `log_every_n_steps` steps. After `patience`
-    bad steps in a row, weights and optimiser are restored from `checkpoints/good.ckpt`; data and schedule continue from
-    where they are, so what was read since then is not read again. That file is written every half `window` of good
-    steps, if none since the last report was bad. A run without bad steps is bit for bit the same as without this
-    callback. (Counters that an optimiser keeps outside of tensors are not undone.)
+    The decision and the undo happen on the device without synchronisation: weights, running statistics and optimiser
+    state are copied before each step (which takes their memory once more) and restored after a bad one. This happens
+    right after the optimiser step, so that other callbacks and weight averages only see good weights, whatever the
+    order of the callbacks.
+    The count of bad steps is read only every `log_every_n_steps` steps, or every `patience` steps if these are fewer.
+    After `patience` bad steps in a row, weights and optimiser state are restored from `checkpoints/good.ckpt`; data and
+    schedule continue from the current step, so batches read since then are not read again. That file is written every
+    `window / 2` good steps, at a reading without new bad steps. A run without bad steps is bit for bit the same as
+    without this callback. (Counters that an optimiser keeps outside of tensors are not undone.)
 
-    A run that goes on from a checkpoint does as one never stopped, but where the `good.ckpt` of that moment is gone, as
-    it is once a later one took its place. A later one is removed, and the next report without bad steps has another
-    written: until the one never stopped writes its next, the run goes back to that, and before there is one it fails.
+    A resumed run behaves like an uninterrupted one, except if a later `good.ckpt` has replaced that of the checkpoint.
+    The later one is then removed, and a new one is written at the next reading without new bad steps. A roll-back uses
+    that one until the uninterrupted run would write its next, and fails before there is one.
 
     Args:
-        threshold: Number of standard deviations above the mean of the last `window` steps that makes an outlier.
-        window: Number of steps to compare with; the first half of them accept any finite value.
-        patience: Consecutive bad steps before the run rolls back; more than there are between two reports.
+        threshold: A step is bad if its value is more than this many standard deviations above the mean of the window.
+        window: Number of good steps to compare with; until half of them are seen, any finite value is accepted.
+        patience: Consecutive bad steps before the run rolls back.
         max_rollbacks: Maximum number of roll-backs; then the run fails.
 
     Attributes:
-        skipped: Bad steps so far.
-        rollbacks: How often the run has gone back.
+        skipped: Number of bad steps so far.
+        rollbacks: Number of roll-backs so far.
 
     Raises:
         ValueError: When a value is out of range.
-        FloatingPointError: When the run has gone back often enough.
+        FloatingPointError: When a roll-back is due but `max_rollbacks` is reached or there is no `good.ckpt`.
 
     Source:
         Skipped steps: Groeneveld et al., 2024, "OLMo", arXiv:2402.00838, and its `SkipStepOptimizer` (6 deviations, 128
-        steps; there the optimiser does it). Going back and skipping data: Chowdhery et al., 2022, "PaLM",
+        steps; implemented in the optimiser there). Roll-back and skipped data: Chowdhery et al., 2022, "PaLM",
         arXiv:2204.02311, section 5.1.
     """
 
     needs_plain_weights = True
-    """Not for a strategy whose engine keeps weights or gradients of its own."""
+    """Not for a strategy whose engine holds the weights or gradients itself (DeepSpeed)."""
 
     def __init__(self, threshold: float = 6.0, window: int = 128, patience: int = 20, max_rollbacks: int = 3) -> None:
         if threshold <= 0:
@@ -86,7 +86,7 @@ class SpikeRecovery(Callback):
         self._good_is_gone = False
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Has what was seen where the network is."""
+        """Moves the statistics to the network's device, and checks which `good.ckpt` there is."""
         for name in ON_DEVICE:
             setattr(self, name, getattr(self, name).to(pl_module.device, copy=True))
         self.looked_at = min(self.looked_at, trainer.global_step)
@@ -96,21 +96,21 @@ class SpikeRecovery(Callback):
             optimizer.register_step_post_hook(lambda optimizer, *_: self._undo(pl_module, optimizer))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Notes what the loss was summed up to before this step, and what forward passes change, as batch norm's."""
+        """Notes the loss sums before the step, and copies buffers that forward passes change, such as batch norm's."""
         if self._sums is None:
             self._sums = pl_module.loss_sums
             counted = [t for t in pl_module.buffers() if t.is_floating_point() or t.dim() == 0]
             self._backup = [(t, t.clone()) for t in counted]
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Decides, on the device, and copies what the step will change."""
+        """Decides on the device whether the step is good, and copies what it will change."""
         before, now = self._sums, pl_module.loss_sums
         targets = (now[1] - before[1]).clamp(min=1)
         loss = ((now[0] - before[0]) / targets).detach().float()
         members = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = total_norm(p.grad for p in members).float()
         if trainer.accumulate_grad_batches > 1 or trainer.world_size > 1:
-            norm = norm / targets  # the gradient is still that of the sum
+            norm = norm / targets  # the gradient is still of the summed loss
         fine = self._is_usual(loss, self.losses) & self._is_usual(norm, self.norms)
         if trainer.world_size > 1:  # all processes step, or none
             fine = trainer.strategy.reduce(fine.float(), reduce_op="sum") == trainer.world_size
@@ -134,7 +134,7 @@ class SpikeRecovery(Callback):
 
     @torch.no_grad()
     def _undo(self, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        """Takes the step back, if it was a bad one."""
+        """Undoes the step if it is bad."""
         fine = self._fine
         for new, old in self._backup:
             new.copy_(torch.where(fine.to(new.device), new, old.to(new.device)))
@@ -150,14 +150,14 @@ class SpikeRecovery(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After a step, where the run reports, looks at how many bad ones there were.
+        """Reads the number of bad steps every few steps, and rolls back if needed.
 
         Raises:
-            FloatingPointError: When the run has gone back often enough.
+            FloatingPointError: When a roll-back is due but `max_rollbacks` is reached or there is no `good.ckpt`.
         """
         if self._fine is None:
             return
-        if self._sums is not None:  # 16-mixed leaves a step out whose gradient is infinite
+        if self._sums is not None:  # 16-mixed skips a step with an infinite gradient
             self._undo(pl_module, trainer.optimizers[0])
         self._fine = None
         step = trainer.global_step
@@ -204,9 +204,9 @@ class SpikeRecovery(Callback):
         log.info(f"Step {step}: the loss did not recover; returning to step {checkpoint['global_step']}")
 
     def forget(self, trainer: Trainer) -> None:
-        """Compares with what comes, and never goes back to before: for a callback that makes another network of it.
+        """Resets the statistics and removes `good.ckpt`: for a callback that changes the network.
 
-        The next good step that is looked at is one to go back to.
+        The next reading without new bad steps writes a new one.
         """
         settle(trainer)
         trainer.strategy.remove_checkpoint(self._good(trainer))
@@ -214,7 +214,7 @@ class SpikeRecovery(Callback):
         self.good_at, self.good_step, self._good_is_gone = 1 - self.window // 2, 0, False
 
     def _has_good(self, trainer: Trainer) -> bool:
-        """Whether there is the state that was good, if any was; removes another, as of steps yet to be taken."""
+        """Whether `good.ckpt` is the one the run wrote last, if any; removes another, such as that of a later step."""
         good, step = self._good(trainer), 0
         if trainer.is_global_zero and good.exists():
             try:
@@ -223,7 +223,7 @@ class SpikeRecovery(Callback):
                 log.warning(f"There is no state to go back to until the next is written: {first_line(error)}")
                 step = -1
         step = trainer.strategy.broadcast(step)
-        if self.good_step is None:  # the checkpoint, an older one, does not say it
+        if self.good_step is None:  # a checkpoint of an older version lacks it
             self.good_step = step if 0 < step <= trainer.global_step else 0
         if step not in (0, self.good_step):
             trainer.strategy.remove_checkpoint(good)
@@ -234,11 +234,11 @@ class SpikeRecovery(Callback):
         return Path(trainer.default_root_dir) / "checkpoints" / "good.ckpt"
 
     def state_dict(self) -> dict[str, Any]:
-        """What was seen, how often steps were skipped, and which state was good."""
+        """The statistics of recent steps, the counts, and the step of the last `good.ckpt`."""
         return {name: getattr(self, name) for name in KEPT}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on from there; where the window is another one now, with the newest that it holds."""
+        """Restores the state; if `window` has changed, keeps the newest values that fit."""
         older = {"looked_at": 0, "skipped_before": int(state_dict["skipped"]), "good_at": 0, "good_step": None}
         for name in KEPT:
             setattr(self, name, (older | state_dict)[name])

@@ -1,4 +1,4 @@
-"""TensorBoard's log of a run, written as one event a report."""
+"""A TensorBoard logger that writes one event per report."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 
 
 class TensorBoard(TensorBoardLogger):
-    """Lightning's, but a step's metrics are one event of several values, not an event each.
+    """Lightning's `TensorBoardLogger`, except that the metrics of a step are one event, not one event each.
 
-    Each event wakes a thread that computes its checksum in Python and holds the interpreter meanwhile: with seven of
-    them a report takes more than twice the time from the training loop.
+    Each event wakes a thread that computes a checksum in Python while holding the GIL: with seven events, a report
+    delays the training loop more than twice as long.
     """
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
-        """Adds metrics of a step: numbers, or tensors of one."""
+        """Adds metrics of a step: numbers or single-element tensors."""
         values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in metrics.items()]
         self.experiment._get_file_writer().add_summary(Summary(value=values), step)

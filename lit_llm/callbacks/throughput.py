@@ -1,4 +1,4 @@
-"""What a training step reaches: loss, tokens a second, share of the machine's peak, memory."""
+"""Training metrics: loss, tokens per second, model FLOPs utilisation (MFU), memory."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lit_llm.shards import whole_shape
 
 
 class Throughput(Callback):
-    """Logs a run's vital signs every `log_every_n_steps` steps, straight to the loggers.
+    """Logs loss, learning rate, throughput, MFU, memory and gradient norm every `log_every_n_steps` steps.
 
-    Between those it adds two numbers a step and never waits for the device. `train/loss` is the mean since the last
-    report. Time spent validating does not count.
+    Between reports it only counts tokens and never synchronises with the device. `train/loss` is the mean since the
+    last report. Time spent in validation does not count.
 
     Attributes:
         latest: The last report.
-        tokens: Tokens trained on so far (rows' items where the data has no tokens), over all processes and resumes.
-        seconds: Time spent training, likewise.
-        unit: What is counted, in short: `tok`, or `rows` of data that have no tokens.
+        tokens: Tokens trained on so far (rows, for data without tokens), over all processes and resumed runs.
+        seconds: Time spent training so far, over all resumed runs.
+        unit: Unit of the counts: `tok`, or `rows` for data without tokens.
     """
 
     def __init__(self) -> None:
@@ -52,13 +52,13 @@ class Throughput(Callback):
         self._paused_at = time.perf_counter()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Goes on with the clock."""
+        """Restarts the clock."""
         self._since += time.perf_counter() - self._paused_at
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts, and reports where it is time."""
+        """Counts tokens, and reports if it is due."""
         count = count_items(batch) * data_parallel_rank(trainer)[1]
         self._new_tokens += count
         self._begun_tokens = self._begun_tokens + count if trainer.fit_loop.epoch_loop._should_accumulate() else 0
@@ -78,7 +78,7 @@ class Throughput(Callback):
     def _report(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         has_tokens = isinstance(batch, dict) and "input_ids" in batch
         self.unit = "tok" if has_tokens else "rows"
-        loss = pl_module.take_train_loss()  # waits for the device, so the clock below is right
+        loss = pl_module.take_train_loss()  # synchronises with the device, so the time below is right
         now = time.perf_counter()
         elapsed, self._since = now - self._since, now
         self.tokens += self._new_tokens
@@ -97,7 +97,7 @@ class Throughput(Callback):
         if pl_module.grad_norm is not None:
             report["train/grad_norm"] = float(pl_module.grad_norm)
         flops = getattr(pl_module.network, "flops_per_token", None) if has_tokens else None
-        # (They count the network's parameters, which DeepSpeed's third stage leaves empty.)
+        # Not with DeepSpeed's stage 3, which leaves parameters empty: FLOPs are counted from their shapes.
         if flops is not None and self._peak and all(p.shape == whole_shape(p) for p in pl_module.parameters()):
             report["train/mfu"] = rate * flops(batch["input_ids"].shape[1]) / (self._peak * trainer.world_size)
         self.latest = report
@@ -105,20 +105,20 @@ class Throughput(Callback):
             logger.log_metrics(report, step=trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
-        """What has been counted, the part not yet reported included, but no step that was begun: it is done again."""
+        """The counts, including what is not yet reported, but not an incomplete step, which is repeated on resuming."""
         since = time.perf_counter() - self._since if self._new_tokens else 0.0
         return {"tokens": self.tokens + self._new_tokens - self._begun_tokens, "seconds": self.seconds + since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes on counting."""
+        """Restores the counts."""
         self.tokens, self.seconds = state_dict["tokens"], state_dict["seconds"]
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Floating-point operations a second that matrix products can reach on a device.
+    """Peak floating-point operations per second of matrix products on a device.
 
-    Of an accelerator the maker's figure; of a CPU what a product of 1,024³ reaches here, since no table knows its
-    cores, instructions and clock. `None` where neither is known.
+    For an accelerator, the manufacturer's figure, or `None` if it is unknown. For a CPU, measured here with a product
+    of 1,024 × 1,024 matrices, since no table covers its cores, instruction sets and clock.
     """
     if device.type != "cpu":
         flops = get_available_flops(device, dtype)
@@ -133,7 +133,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Most bytes used so far: of the accelerator's memory, or of this process's."""
+    """Peak bytes so far: allocated on the accelerator, or resident in this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if sys.platform == "darwin" else 1024

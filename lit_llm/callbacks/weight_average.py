@@ -1,4 +1,4 @@
-"""An average of the weights that a run had, in place of the last ones."""
+"""An exponential moving average of the weights, evaluated in place of the last weights."""
 
 from __future__ import annotations
 
@@ -10,26 +10,25 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 class WeightAverage(Callback):
     """Validates, tests and exports an exponential moving average of the weights, without affecting the training.
 
-    The average lies beside the network, in each checkpoint, cut among devices as the network is. It begins with the
-    weights that the run begins with, and forgets those soon: after step t it keeps at most `(1 + t) / (10 + t)` of
-    itself. What is no parameter, as running statistics are, is copied. It takes the memory of the weights once more,
-    of frozen ones as well. Not together with pruning, quantisation or low rank during training, DeepSpeed, or weights
-    in 16 bits.
+    The average is stored next to the network in each checkpoint, and sharded like the network. It starts from the
+    initial weights, with a warm-up that forgets them soon: the decay at step t is at most `(1 + t) / (10 + t)`.
+    Buffers, such as running statistics, are copied. It takes as much memory as the weights, frozen ones included.
+    Cannot be combined with pruning, quantisation or low rank during training, DeepSpeed, or weights in 16 bits.
 
     Args:
         decay: Share of the average kept at each step, in [0, 1); it covers about the last `1 / (1 - decay)` steps.
 
     Raises:
-        ValueError: When the decay is out of range, or the objective has an average of its own.
+        ValueError: When the decay is out of range, or the objective has its own average.
 
     Source:
-        Polyak & Juditsky, 1992, doi:10.1137/0330046, averaged all steps; exponentially, with this warm-up:
+        Polyak & Juditsky, 1992, doi:10.1137/0330046, average all steps; the exponential average with this warm-up is
         TensorFlow's `ExponentialMovingAverage(num_updates=…)`. Lightning's `EMAWeightAveraging` builds the network
-        before the data has said its size, and knows no sharding.
+        before its size is known from the data, and does not support sharding.
     """
 
     needs_plain_weights = True
-    """Not for a strategy whose engine keeps weights or gradients of its own."""
+    """Not for a strategy whose engine holds the weights or gradients itself (DeepSpeed)."""
 
     def __init__(self, decay: float = 0.999) -> None:
         if not 0 <= decay < 1:
@@ -38,7 +37,7 @@ class WeightAverage(Callback):
         self._moved_step = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Asks the objective to keep an average, before it builds its network."""
+        """Requests an average from the objective, before it builds its network."""
         if type(pl_module).averages:
             raise ValueError(
                 f"trainer.callbacks must leave the average to {type(pl_module).__name__}, which evaluates its own, but "
@@ -47,11 +46,11 @@ class WeightAverage(Callback):
         pl_module.averages = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """The next run of this objective asks for itself; what was averaged stays."""
+        """Withdraws the request, so that the objective's next run starts without; the average itself stays."""
         pl_module.averages = type(pl_module).averages
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The average begins as the network, whatever that was given since it was built."""
+        """Sets the average to the network's weights, which may have been loaded after it was built."""
         self._moved_step = trainer.global_step
         if trainer.global_step == 0:
             pl_module.move_average(0.0)
@@ -59,7 +58,7 @@ class WeightAverage(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Moves the average, after each optimiser step."""
+        """Updates the average after each optimiser step."""
         step = trainer.global_step
         if step != self._moved_step:
             self._moved_step = step

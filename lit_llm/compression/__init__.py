@@ -1,1 +1,1 @@
-"""Mathematics on a network, plain torch, that makes it smaller. Callbacks say when, commands in what order."""
+"""Compression methods, in plain torch: pruning, low rank, quantisation. Callbacks apply them during training."""

@@ -1,4 +1,4 @@
-"""What flows through a network on calibration batches: its answers, and statistics of what its layers read."""
+"""Outputs of a network on calibration batches, and statistics of its layers' inputs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_llm.modes import evaluating
 
 
 def answer(network: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """What a network says of a batch: it is called, by name, with those fields that it reads."""
+    """The network's output on a batch, called with those fields of the batch that its `forward` accepts."""
     asked = inspect.signature(network.forward).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in asked):
         return network(**inputs(batch))
@@ -28,7 +28,7 @@ def answer(network: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 def watching(
     layers: Mapping[str, nn.Module], see: Callable[[str, Tensor], None], outputs: bool = False
 ) -> Iterator[None]:
-    """Shows what each layer reads, or gives, while the network runs."""
+    """Calls `see` with each layer's name and its first input (or its output) while the network runs."""
 
     def before(name: str) -> Callable[..., None]:
         return lambda module, args: see(name, args[0])
@@ -48,22 +48,22 @@ def watching(
 
 
 def vectors(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Float[Tensor, "n inputs"]:
-    """What a layer multiplies by its weight, as a matrix: positions of a text, or the patches that a kernel reads.
+    """The vectors that a layer multiplies by its weight, as a matrix: a text's tokens, or a convolution's patches.
 
     Args:
-        layer: A linear layer, a convolution without groups, or a block, of what goes through it.
+        layer: A linear layer, a convolution without groups, or a block (for its inputs or outputs).
         x: Its input.
-        mask: 1 on tokens and 0 on padding, whose positions are left out; of other inputs than texts it says nothing.
+        mask: 1 on tokens and 0 on padding, which is left out; ignored unless `x` is `batch seq inputs` like the mask.
 
     Raises:
-        ValueError: For a convolution with groups.
+        ValueError: For a convolution with groups, or with padding other than a number of zeros.
     """
     if isinstance(layer, nn.Conv1d | nn.Conv2d):
         if layer.groups != 1 or layer.padding_mode != "zeros" or isinstance(layer.padding, str):
             raise ValueError(
                 f"layers must be convolutions without groups and padded by a number of zeros, but one is {layer}"
             )
-        flat = isinstance(layer, nn.Conv1d)  # a picture one row high
+        flat = isinstance(layer, nn.Conv1d)  # as an image one pixel high
         lead, still = ((1,), (0,)) if flat else ((), ())
         options = {
             "kernel_size": lead + layer.kernel_size,
@@ -78,7 +78,7 @@ def vectors(layer: nn.Module, x: Tensor, mask: Tensor | None = None) -> Float[Te
 
 
 def mask_of(batch: Mapping[str, Any]) -> Tensor | None:
-    """What `vectors` takes of a batch: 1 on tokens and 0 on padding; `None` where it does not say."""
+    """The batch's mask for `vectors`: 1 on tokens and 0 on padding; `None` if there is none."""
     mask = batch.get("attention_mask")
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
@@ -90,10 +90,10 @@ def gather(
     batches: Iterable[Mapping[str, Any]],
     statistic: Callable[[Float[Tensor, "n inputs"]], Tensor],
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Sums a statistic of what each layer reads over all batches, in float64, and counts the vectors read.
+    """Sums a statistic of each layer's inputs over all batches, in float64, and counts the input vectors.
 
     Raises:
-        ValueError: When a layer reads nothing.
+        ValueError: When a layer gets no input.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -115,7 +115,7 @@ def gather(
 def input_norms(
     network: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, Float[Tensor, " inputs"]]:
-    """The root mean square of each input of each layer over all that it reads."""
+    """The root mean square of each layer's inputs, per input feature."""
     sums, counts = gather(network, layers, batches, lambda read: read.square().sum(0))
     return {name: (total / counts[name]).sqrt().float() for name, total in sums.items()}
 
@@ -123,7 +123,7 @@ def input_norms(
 def input_covariances(
     network: nn.Module, layers: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Any]]
 ) -> dict[str, Float[Tensor, "inputs inputs"]]:
-    """The mean of `x xᵀ` over all that each layer reads (not centred), in float64."""
-    # In float32 directions that are hardly read would come out as of negative variance.
+    """The mean of `x xᵀ` over each layer's inputs (not centred), in float64."""
+    # In float32, directions with hardly any variance would get a negative one.
     sums, counts = gather(network, layers, batches, lambda read: read.double().T @ read.double())
     return {name: total / counts[name] for name, total in sums.items()}

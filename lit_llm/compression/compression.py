@@ -1,4 +1,4 @@
-"""The one face of all methods, and what a network remembers of what was done to it."""
+"""The common interface of compression methods, and the records of what was done to a network."""
 
 from __future__ import annotations
 
@@ -12,42 +12,42 @@ from typing import Any, ClassVar
 from torch import nn
 
 Batch = Mapping[str, Any]
-"""What a data module yields: tensors by name. The network is called with those that it reads (see `calibration`)."""
+"""A batch of a data module: tensors by name. The network is called with those it accepts (see `calibration`)."""
 
 Record = dict[str, Any]
-"""What one method did, as plain values: its `class_path` and `init_args`, what it found and left, and as `form`, only
-where the network is no longer made as its config says, all that is needed to make it so."""
+"""What one method did, as plain values: its `class_path` and `init_args`, its results, and, only if the network's
+structure no longer follows from its config, `form`: all that is needed to recreate the structure."""
 
 
 class Compression(ABC):
-    """A way to make a network smaller or faster; a subclass is a frozen dataclass of its arguments.
+    """A method that makes a network smaller or faster; a subclass is a frozen dataclass of its arguments.
 
-    The face is two calls. `apply` works on a network in place, once, and returns its record, which it also appends to
-    `network.compression`: so that `checkpoints` can write it beside the weights (`compression.json`) and an objective
-    into its checkpoints. `reform` gives a network that was only just made, and has no weights worth keeping, the form
-    that the record tells of; then the weights are loaded. A method that leaves the network as its config describes it
-    (weights set to zero, uniformly fewer neurons) has no `form` in its record, and no `reform`.
+    The interface is two calls. `apply` compresses a network in place, once, and returns a record, which it also appends
+    to `network.compression`; `checkpoints` saves it next to the weights (`compression.json`), and objectives in their
+    checkpoints. `reform` gives a newly built network the structure in the record, before the weights are loaded. A
+    method after which the config still describes the network (weights set to zero, uniformly fewer neurons) has no
+    `form` in its record and no `reform`.
 
-    A subclass writes `compress`, and `reform` where it changes the form. Methods compose: one network may be compressed
-    by several, or by one several times.
+    A subclass implements `compress`, and `reform` if it changes the structure. Methods compose: a network may be
+    compressed by several methods, or several times by one.
     """
 
     needs_batches: ClassVar[bool] = False
-    """Whether it looks at what flows through the network, and so wants calibration batches."""
+    """Whether the method looks at activations or gradients, and so needs calibration batches."""
 
     def apply(self, network: nn.Module, batches: Iterable[Batch] = ()) -> Record:
         """Compresses a network in place.
 
         Args:
             network: Any network; it keeps its mode (training or evaluation) and device.
-            batches: Calibration batches as a data module yields them, on the network's device; read several times.
+            batches: Calibration batches as a data module yields them, on the network's device.
 
         Returns:
             The record.
 
         Raises:
-            ValueError: When a pattern matches no layer, batches are wanted but there are none, or the method has no
-                meaning for such a network.
+            ValueError: When a pattern matches no layer, batches are needed but there are none, or the method does not
+                apply to such a network.
         """
         batches = list(batches)
         if self.needs_batches and not batches:
@@ -57,7 +57,7 @@ class Compression(ABC):
         return record
 
     def chosen(self, network: nn.Module) -> dict[str, nn.Module]:
-        """The layers that it acts on, by name, where it chooses some: so that a mistake shows beforehand.
+        """The layers that the method acts on, by name; empty if it does not choose layers. Checks them beforehand.
 
         Raises:
             ValueError: When there are none, or they do not suit the method.
@@ -66,14 +66,14 @@ class Compression(ABC):
 
     @abstractmethod
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
-        """Does the work of `apply`, in place; what it returns goes into the record (and must be plain values)."""
+        """Compresses in place, for `apply`; returns what goes into the record, as plain values."""
 
     @classmethod
     def reform(cls, network: nn.Module, form: Any) -> None:
-        """Gives a fresh network the form that `compress` left it; to do it again changes nothing.
+        """Gives a new network the structure that `compress` created; idempotent.
 
         Raises:
-            NotImplementedError: For a method that leaves the form as it was.
+            NotImplementedError: For a method that does not change the structure.
         """
         raise NotImplementedError(f"form must be of a method that changes one, but {cls.__name__} does not")
 
@@ -85,23 +85,22 @@ class Compression(ABC):
 
 
 def records_of(network: nn.Module) -> list[Record]:
-    """What has been done to a network, first to last."""
+    """The records of what was done to a network, in order."""
     return list(getattr(network, "compression", []))
 
 
 def is_reformed(network: nn.Module) -> bool:
-    """Whether a network is no longer made as its config says."""
+    """Whether a network's structure no longer follows from its config."""
     return any("form" in record for record in records_of(network))
 
 
 def replay(network: nn.Module, records: Iterable[Record]) -> nn.Module:
-    """Gives a network the form that records tell of, before weights of that form are loaded; and the records.
+    """Recreates the structure in records, before weights are loaded, and attaches the records to the network.
 
-    What the network remembers already, first to last, is not done again: layers that it was done to may have gone
-    since, or have become smaller still.
+    Leading records that the network already has are skipped: their layers may have been removed or made smaller since.
 
     Raises:
-        ValueError: When a record names no method of compression, or does not fit the network.
+        ValueError: When a record names no compression method, or does not fit the network.
     """
     records = list(records)
     done = takewhile(lambda pair: pair[0] == pair[1], zip(records, records_of(network)))
@@ -120,10 +119,10 @@ def replay(network: nn.Module, records: Iterable[Record]) -> nn.Module:
 
 
 def method_of(record: Any) -> type[Compression]:
-    """The class that a record names; nothing else is ever imported by name.
+    """The class that a record names.
 
     Raises:
-        ValueError: When there is no such class, or it is no method of compression.
+        ValueError: When there is no such class, or it is not a subclass of `Compression`.
     """
     path = record.get("class_path") if isinstance(record, dict) else None
     module, _, name = str(path).rpartition(".")
@@ -137,7 +136,7 @@ def method_of(record: Any) -> type[Compression]:
 
 
 def require_fraction(name: str, value: float) -> None:
-    """Refuses what is no part of a whole that leaves something.
+    """Requires a fraction below 1.
 
     Raises:
         ValueError: When `value` is not in [0, 1).

@@ -1,4 +1,4 @@
-"""How much the units of a network matter, by what they do on calibration batches."""
+"""Importance of a network's units, measured on calibration batches."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lit_llm.modes import evaluating
 def column_squares(
     network: nn.Module, layers: Mapping[str, nn.Linear], width: int, batches: list[Batch]
 ) -> dict[str, Tensor]:
-    """For each unit, `width` inputs of a layer, how much it gives the output: `Σ E[x²] ‖column‖²` over its inputs."""
+    """Contribution of each unit (`width` inputs of a layer) to the output: `Σ E[x²] ‖column‖²` over its inputs."""
     sums, counts = gather(network, layers, batches, lambda read: read.square().sum(0))
     return {
         name: (sums[name].float() / counts[name] * layer.weight.detach().float().square().sum(0))
@@ -27,7 +27,7 @@ def column_squares(
 
 
 def cross_entropy(network: nn.Module, batch: Batch) -> Tensor:
-    """The cross-entropy, in nats summed over targets, of a batch's `labels`; without them of what is most likely."""
+    """Cross-entropy in nats, summed over targets, with the batch's `labels`, or else with the most likely class."""
     logits = answer(network, batch)
     labels = batch.get("labels")
     if labels is None or labels.is_floating_point() or labels.shape != logits.shape[:-1]:
@@ -42,14 +42,14 @@ def taylor(
     units: Callable[[Tensor], Tensor],
     outputs: bool = False,
 ) -> dict[str, Tensor]:
-    """How much the loss would change, to first order, if a unit gave nothing: `|Σ a · ∂L/∂a|`, summed over examples.
+    """First-order change of the loss if a unit's activation `a` were 0: `|Σ a · ∂L/∂a|`, summed over examples.
 
     Args:
         network: Any network.
-        layers: Whose inputs, or outputs, are looked at.
-        batches: With labels, where there are any.
-        units: Sums the products of an example into one number a unit: from (batch, …) to (batch, units).
-        outputs: Look at outputs.
+        layers: Layers whose inputs (or outputs) are the activations.
+        batches: Calibration batches, with labels if there are any.
+        units: Sums the products of an example to one number per unit: from (batch, …) to (batch, units).
+        outputs: Use the layers' outputs instead of their inputs.
 
     Source:
         Molchanov et al., 2017, "Pruning Convolutional Neural Networks for Resource Efficient Inference",
@@ -60,7 +60,7 @@ def taylor(
         seen: dict[str, Tensor] = {}
         learning = {p: p.requires_grad for p in network.parameters()}
         try:
-            for p in network.parameters():  # what is looked at must be on the way of a gradient
+            for p in network.parameters():  # gradients must reach the activations in a frozen network too
                 p.requires_grad_(True)
             with evaluating(network), watching(layers, seen.__setitem__, outputs), torch.enable_grad():
                 loss = cross_entropy(network, batch)
@@ -74,5 +74,5 @@ def taylor(
 
 
 def per_example(x: Tensor) -> Tensor:
-    """Summed over positions: (batch, …, inputs) to (batch, inputs)."""
+    """Sums over positions: (batch, …, inputs) to (batch, inputs)."""
     return x.flatten(1, -2).sum(1) if x.ndim > 2 else x

@@ -1,4 +1,4 @@
-"""A small network that begins as parts of a large one: some of its blocks, some of its width."""
+"""Initialisation of a student from its teacher: some of the blocks, and part of the width."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from torch import Tensor, nn
 from lit_llm.blocks import blocks_of
 
 FUSED = {"Wqkv": 3, "qkv": 3, "c_attn": 3, "Wi": 2, "gate_up_proj": 2}
-"""Matrices whose outputs are several layers' side by side, by the last part of their names, and of how many."""
+"""Matrices that fuse the outputs of several layers: part of their name, and the number of layers."""
 
 
 JOINED = {"pooled_head.compare": 4, "pooled_head.aggregate": 2}
-"""Matrices whose inputs are several vectors side by side, in the same way."""
+"""Matrices whose input is a concatenation of vectors: part of their name, and the number of vectors."""
 
 
 def layer_map(student: nn.Module, teacher: nn.Module, layers: list[int] | None = None) -> list[int]:
-    """Which block of a teacher each block of a student goes with.
+    """For each block of a student, the index of the matching block of the teacher.
 
     Args:
         student: The smaller network.
-        teacher: The larger one.
-        layers: Said outright, from 0; `None` is every k-th, the last block with the last.
+        teacher: The larger network.
+        layers: The indices themselves, from 0; `None` is every k-th block, ending with the last.
 
     Raises:
         ValueError: When there are no blocks, the student has more, or `layers` does not name one for each.
@@ -44,24 +44,24 @@ def layer_map(student: nn.Module, teacher: nn.Module, layers: list[int] | None =
 
 @torch.no_grad()
 def inherit(student: nn.Module, teacher: nn.Module, layers: list[int] | None = None) -> None:
-    """Gives a student, in place, the weights of its teacher: of some blocks, of each matrix its first rows and columns.
+    """Copies a teacher's weights into a student, in place: those of some blocks, and of each matrix the first entries.
 
-    What is as large as the teacher's is copied whole, so that a student of the teacher's width is the teacher without
-    some blocks. Of layers that lie side by side in one matrix (queries, keys and values, a gate and what it lets
-    through), and of vectors side by side that a matrix reads, each is cut by itself. Heads have to be as wide as the
-    teacher's: a narrower student has its first ones.
+    A tensor of the teacher's size is copied whole, so that a student of the teacher's width is the teacher without some
+    blocks. Of a smaller matrix, the student gets the first rows and columns. Layers fused in one matrix (queries, keys
+    and values; a gate and its value) are cut separately, as are concatenated input vectors. Attention heads must be as
+    wide as the teacher's: a narrower student gets the first heads.
 
     Args:
         student: The smaller network, of the same architecture.
-        teacher: The larger one.
+        teacher: The larger network.
         layers: As in `layer_map`.
 
     Raises:
-        ValueError: When a student's tensor has no counterpart, or is larger than it; or its heads are of another width.
+        ValueError: When a student's tensor has no counterpart or is larger than it, or its heads have another width.
 
     Source:
-        Sanh et al., 2019, "DistilBERT", arXiv:1910.01108, section 2 (blocks). The cut by width is the plainest there
-        is; what is cut away is not chosen by importance, as it is in `structured`.
+        Sanh et al., 2019, "DistilBERT", arXiv:1910.01108, section 2 (blocks). The width is simply truncated, without
+        choosing by importance as in `structured`.
 
     Example:
         >>> class Layer(nn.Linear, __import__("lit_llm.blocks", fromlist=["Block"]).Block): pass
@@ -85,13 +85,13 @@ def inherit(student: nn.Module, teacher: nn.Module, layers: list[int] | None = N
         theirs_name = within[mine] + name.removeprefix(mine) if mine else name
         if theirs_name not in source:
             raise ValueError(f"student must be of its teacher's architecture, but the teacher has no {theirs_name}")
-        # GPT-2's matrices in transformers have their outputs as columns.
+        # GPT-2's Conv1D in transformers stores its weight transposed: outputs are columns.
         turned = type(student.get_submodule(name.rpartition(".")[0])).__name__ == "Conv1D" and tensor.ndim == 2
         tensor.copy_(_cut(source[theirs_name], tensor, name, outputs=int(turned)))
 
 
 def _cut(source: Tensor, target: Tensor, name: str, outputs: int) -> Tensor:
-    """The first of everything, as much as the target holds; `outputs` is the dimension of a matrix that they are."""
+    """The first entries of `source` in the target's shape; `outputs` is the dimension of a matrix's outputs."""
     small = source.ndim == target.ndim and all(a <= b for a, b in zip(target.shape, source.shape))
     if not small:
         raise ValueError(
@@ -106,13 +106,13 @@ def _cut(source: Tensor, target: Tensor, name: str, outputs: int) -> Tensor:
 
 
 def _parts(table: dict[str, int], name: str, source: Tensor, target: Tensor, dim: int) -> int:
-    """Of how many pieces, each to be cut by itself, a dimension is made."""
+    """Number of pieces in a dimension that are cut separately."""
     found = next((count for part, count in table.items() if f".{part}." in f".{name}."), 1)
     return found if not source.shape[dim] % found and not target.shape[dim] % found else 1
 
 
 def _head_width(network: nn.Module) -> int | None:
-    """Width of an attention head, where it can be known."""
+    """Width of an attention head; `None` if it is unknown."""
     if hasattr(network, "d_head"):
         return network.d_head
     config = getattr(network, "config", None)

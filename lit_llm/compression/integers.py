@@ -1,4 +1,4 @@
-"""Layers whose weights are small integers and scales, in their state too."""
+"""Layers that store their weights as integers and scales."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def pack(values: Int[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows half"]:
-    """Two integers from -8 to 7 a byte: the even one of each pair in its low half; of an odd number one is added.
+    """Packs integers from -8 to 7, two per byte, the first in the low half; an odd number is padded with one more.
 
     Example:
         >>> pack(torch.tensor([[-8, 7, 0]], dtype=torch.int8)).tolist()
@@ -22,19 +22,18 @@ def pack(values: Int[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows half"]:
 
 
 def unpack(packed: UInt8[Tensor, "*rows half"], n: int) -> Int[Tensor, "*rows n"]:
-    """What `pack` was given, of which there were `n`."""
-    wide = packed.int()  # bytes without a sign are not shifted right by ONNX's exporter
+    """The `n` integers per row that `pack` was given."""
+    wide = packed.int()  # the ONNX exporter cannot right-shift unsigned bytes
     pairs = torch.stack([wide & 15, wide >> 4], dim=-1).flatten(-2)
     return pairs[..., :n].to(torch.int8) - 8
 
 
 class Quantized(nn.Module):
-    """A layer whose weight is kept as integers and scales, in its state too: `weight_qdata`, of 4 bits two a byte, and
-    `weight_scale`.
+    """A layer that stores its weight as integers `weight_qdata` (4-bit ones two per byte) and scales `weight_scale`.
 
     Args:
-        layer: What it takes the place of.
-        weight: torchao's form of its weight as a matrix, symmetric.
+        layer: The layer that it replaces.
+        weight: torchao's tensor of the weight as a matrix, quantised symmetrically.
     """
 
     def __init__(self, layer: nn.Module, weight: Tensor) -> None:
@@ -54,7 +53,7 @@ class Quantized(nn.Module):
 
     @property
     def matrix(self) -> Tensor:
-        """torchao's form of the weight, made once: torch.compile could not see through the making."""
+        """torchao's tensor of the weight, built once, since torch.compile cannot trace its construction."""
         if self._made is None:
             parts = {"qdata": self.qdata, "scale": self.weight_scale}
             parts["zero_point"] = torch.zeros_like(self.weight_scale, dtype=torch.int8)
@@ -63,12 +62,12 @@ class Quantized(nn.Module):
 
     @property
     def weight(self) -> Float[Tensor, "outputs ..."]:
-        """The weight as real numbers."""
+        """The dequantised weight."""
         return (self.qdata * self.weight_scale.repeat_interleave(self.group_size, dim=1)).view(self.shape)
 
     @property
     def group_size(self) -> int:
-        """How many inputs of an output share a scale."""
+        """Number of inputs that share a scale."""
         return self.num_inputs // self.weight_scale.shape[1]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Quantized:
@@ -80,12 +79,12 @@ class Quantized(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        """Bits and shape."""
+        """Shape, bits and group size."""
         return f"{self.shape}, {4 if self.packed else 8} bits, {self.group_size} a scale"
 
 
 class QuantizedLinear(Quantized):
-    """A linear layer; computes as torchao does, in full precision around the integers whatever the run's precision."""
+    """A linear layer, computed by torchao; autocast is disabled, so that it computes in the precision of the scales."""
 
     def forward(self, x: Float[Tensor, "*rows inputs"]) -> Float[Tensor, "*rows outputs"]:
         """`x Wᵀ + b`."""
@@ -94,17 +93,17 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedEmbedding(Quantized):
-    """An embedding, of which only the rows that are read become real numbers."""
+    """An embedding that dequantises only the rows it looks up."""
 
     def forward(self, ids: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape d"]:
-        """The rows of some tokens."""
+        """The embeddings of token ids."""
         values, scale = self.weight_qdata[ids], self.weight_scale[ids]
         values = unpack(values, self.num_inputs) if self.packed else values
         return (values.unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]).flatten(-2)
 
 
 class QuantizedConvolution(Quantized):
-    """A convolution whose kernels become real numbers to compute with, at each call."""
+    """A convolution that dequantises its weight at each call."""
 
     def __init__(self, layer: nn.Module, weight: Tensor) -> None:
         super().__init__(layer, weight)
@@ -116,6 +115,6 @@ class QuantizedConvolution(Quantized):
         self._options = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "groups")}
 
     def forward(self, x: Tensor) -> Tensor:
-        """Convolves."""
+        """The convolution of `x` with the dequantised weight."""
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return self._convolve(x, self.weight.to(x.dtype), bias, **self._options)

@@ -1,4 +1,4 @@
-"""Matrices as products of two thin ones: fewer parameters and less work, in ordinary layers."""
+"""Low-rank factorisation: a matrix becomes the product of two thin ones, in ordinary layers."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ Allocation = Literal["uniform", "energy", "sensitivity"]
 
 
 class Factors(NamedTuple):
-    """A matrix as `left · right`, of any rank up to the full one: the first so many columns, and rows.
+    """A matrix as `left · right`; at rank r, the first r columns of `left` and rows of `right`.
 
     Attributes:
-        left: Singular vectors of outputs.
-        right: Those of inputs, times the singular values.
-        singular_values: Falling; the square of one is what its rank adds to the squared norm, or, where inputs were
-            looked at, to the mean squared norm of the output.
+        left: Left singular vectors (outputs).
+        right: Right singular vectors (inputs), multiplied by the singular values.
+        singular_values: In descending order. Each one's square is its share of the weight's squared norm, or, for
+            `activation_svd`, of the mean squared norm of the output.
     """
 
     left: Float[Tensor, "outputs full"]
@@ -38,7 +38,7 @@ class Factors(NamedTuple):
 
 
 def svd(weight: Float[Tensor, "outputs inputs"]) -> Factors:
-    """The factors that lose least of the weight, in the Frobenius norm, at each rank.
+    """The factors with the smallest error of the weight at each rank, in the Frobenius norm.
 
     Source:
         Eckart & Young, 1936, "The approximation of one matrix by another of lower rank".
@@ -50,16 +50,16 @@ def svd(weight: Float[Tensor, "outputs inputs"]) -> Factors:
 def activation_svd(
     weight: Float[Tensor, "outputs inputs"], covariance: Float[Tensor, "inputs inputs"], ridge: float = 1e-6
 ) -> Factors:
-    """The factors that lose least of the output, in mean square over the inputs seen, at each rank.
+    """The factors with the smallest error of the output at each rank, in mean square over the calibration inputs.
 
     Args:
         weight: Outputs by inputs.
         covariance: The mean of `x xᵀ`.
-        ridge: Part of the mean variance that each input has beside what was seen, so that a few rows are enough.
+        ridge: Added to the covariance's diagonal, as a fraction of the mean variance, so that few rows are enough.
 
     Source:
         Wang et al., 2024, "SVD-LLM", arXiv:2403.07378, section 3.1: with `L Lᵀ` the covariance (Cholesky), the
-        singular values of `W L` are the losses of output.
+        singular values of `W L` are the output errors of dropping them.
     """
     covariance = covariance.double()
     floor = ridge * covariance.diagonal().mean().clamp(min=1e-30)
@@ -71,18 +71,18 @@ def activation_svd(
 
 
 def matrix(layer: nn.Module) -> Float[Tensor, "outputs inputs"]:
-    """A layer's weight, of a convolution with its places as inputs."""
+    """A layer's weight as a matrix; a convolution's inputs are channels × kernel positions."""
     return layer.weight.detach().flatten(1)
 
 
 def factorized(layer: nn.Module, rank: int) -> nn.Sequential:
-    """Two layers of a layer's kind that go through `rank` numbers; their weights are yet to be filled in.
+    """Two layers of the layer's class with `rank` features between them; their weights are not initialised.
 
-    Of a convolution the first keeps the kernel and where it looks; the second is a convolution of 1 × 1. They learn
-    where the layer does.
+    For a convolution, the first keeps kernel size, stride, padding and dilation; the second is 1 × 1. Parameters
+    require gradients if those of the layer do.
     """
 
-    def make(*sizes: Any, **options: Any) -> nn.Module:  # without a draw, which would shift what a run draws next
+    def make(*sizes: Any, **options: Any) -> nn.Module:  # draws no random numbers, so that a run's stay the same
         kind = next(kind for kind in MATRICES if isinstance(layer, kind))
         return skip_init(kind, *sizes, device=layer.weight.device, dtype=layer.weight.dtype, **options)
 
@@ -101,7 +101,7 @@ def factorized(layer: nn.Module, rank: int) -> nn.Sequential:
 
 @torch.no_grad()
 def factorize(layer: nn.Module, factors: Factors, rank: int) -> nn.Sequential:
-    """The layer at a rank, its weights balanced between both parts, its bias in the second."""
+    """The layer at a rank, with the singular values split evenly between both factors and the bias in the second."""
     made = factorized(layer, rank)
     scale = factors.singular_values[:rank].clamp(min=1e-30).sqrt()
     made[0].weight.copy_((factors.right[:rank] / scale[:, None]).view_as(made[0].weight))
@@ -114,16 +114,16 @@ def factorize(layer: nn.Module, factors: Factors, rank: int) -> nn.Sequential:
 def allocate(
     energies: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, int]], budget: int, weights: Mapping[str, float]
 ) -> dict[str, int | None]:
-    """Ranks for all layers that together keep most, greedily: the next rank is where a parameter buys most.
+    """Distributes ranks over layers greedily: the next rank goes where it keeps the most energy per parameter.
 
     Args:
-        energies: Of each layer what each rank keeps, falling.
+        energies: Energy that each rank of a layer keeps, in descending order.
         shapes: Outputs and inputs of each layer.
-        budget: Parameters for all layers together.
-        weights: What a unit of energy counts for in each layer.
+        budget: Number of parameters for all layers together.
+        weights: Weight of each layer's energy.
 
     Returns:
-        The rank of each layer, at least 1; `None` where the whole layer costs no more than its factors.
+        The rank of each layer, at least 1; `None` if the whole layer costs no more than its factors.
 
     Example:
         >>> flat, steep = torch.tensor([1.0, 1.0, 1.0, 1.0]), torch.tensor([8.0, 0.1, 0.1, 0.1])
@@ -137,7 +137,7 @@ def allocate(
     queue: list[tuple[float, int, str]] = []
 
     def offer(name: str) -> None:
-        """Puts the next step of a layer up: one rank more, or, where that costs as much, the whole layer."""
+        """Queues the next step of a layer: one more rank, or the whole layer if the factors would cost as much."""
         rank, (outputs, inputs) = ranks[name], shapes[name]
         last = rank + 1 >= full[name]
         gain = energies[name][rank:].sum() if last else energies[name][rank]
@@ -163,24 +163,26 @@ def allocate(
 class SVD(Compression):
     """Replaces each matrix by the closest product of two thin matrices.
 
-    Idea: a matrix whose singular values fall fast needs few of them. Suggested: keep half of the parameters or more,
-    then a recovery run (`callbacks.low_rank`, or training on from the directory): without one much is lost.
+    Idea: a matrix whose singular values fall fast needs few of them. Suggested: keep at least half of the parameters,
+    followed by a recovery run (`callbacks.low_rank`, or training on from the directory); without one, quality suffers
+    much.
 
     Args:
         parameters: Fraction of the layers' parameters to keep, in (0, 1), over all layers together.
-        allocation: How they are distributed. `uniform` keeps the same fraction of each layer. `energy` gives the next
-            rank to the layer where a parameter keeps the largest share of the squared singular values. `sensitivity`
-            does the same, but weights each layer by how much the network's answers on calibration batches suffer.
-        rank: One rank for all layers that it makes smaller, instead of the two arguments above.
+        allocation: Distribution of the parameters. `uniform` keeps the same fraction of each layer. `energy` gives the
+            next rank to the layer where a parameter keeps the largest share of the squared singular values.
+            `sensitivity` does the same, with each layer weighted by how much its factorisation changes the network's
+            output on calibration batches.
+        rank: The same rank for all layers that it makes smaller, instead of the two arguments above.
         layers: Patterns of layer names; `None` is all matrices inside blocks (`compression.patterns`).
 
     Raises:
-        ValueError: When a value is out of range, a rank above what a layer has, or no layer would be smaller.
+        ValueError: When a value is out of range, a rank exceeds a layer's, or no layer would become smaller.
 
     Source:
         Denton et al., 2014, arXiv:1404.0736; budgets by singular values as in Yang et al., 2020, arXiv:2004.09031;
-        sensitivity after Yuan et al., 2023, "ASVD", arXiv:2312.05821, section 3.3, with the divergence of answers in
-        place of perplexity and one measurement a layer. Convolutions become one of the same kernel and a 1 × 1.
+        sensitivity after Yuan et al., 2023, "ASVD", arXiv:2312.05821, section 3.3, with the KL divergence of outputs
+        instead of perplexity and one measurement per layer. A convolution becomes one of the same kernel and a 1 × 1.
     """
 
     parameters: float = 0.5
@@ -196,18 +198,18 @@ class SVD(Compression):
 
     @property
     def needs_batches(self) -> bool:
-        """Where sensitivity is measured."""
+        """Whether sensitivity is measured."""
         return self.allocation == "sensitivity" and self.rank is None
 
     def factors(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> dict[str, Factors]:
-        """Of each layer, at all ranks."""
+        """The factors of each layer, at full rank."""
         return {name: svd(matrix(layer)) for name, layer in layers.items()}
 
     def chosen(self, network: nn.Module) -> dict[str, nn.Module]:
         """The layers.
 
         Raises:
-            ValueError: When there are none, one has groups, or the rank is above one's.
+            ValueError: When there are none, one has groups, or `rank` exceeds that of one.
         """
         layers = chosen_layers(network, self.layers)
         for name, layer in layers.items():
@@ -220,9 +222,9 @@ class SVD(Compression):
         return layers
 
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
-        """Puts two layers in the place of each that it pays for."""
+        """Replaces each layer by two if these are smaller."""
         layers = self.chosen(network)
-        own = dict(network.named_parameters())  # a tied matrix is there under its first name
+        own = dict(network.named_parameters())  # lists tied matrices once, under their first name
         if tied := [name for name in layers if f"{name}.weight" not in own]:
             raise ValueError(f"layers must have weights of their own, but {tied[0]} shares another's")
         factors = self.factors(network, layers, batches)
@@ -271,7 +273,7 @@ class SVD(Compression):
         ranks: Mapping[str, int],
         batches: list[Batch],
     ) -> dict[str, float]:
-        """How far the network's answers move, in nats each, when one layer alone is cut to its rank."""
+        """Mean KL divergence of the network's output, in nats, if one layer alone is reduced to its rank."""
         with evaluating(network):
             whole = [answer(network, batch).float().log_softmax(-1) for batch in batches]
             harm = {}
@@ -288,7 +290,7 @@ class SVD(Compression):
 
     @classmethod
     def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
-        """Puts two layers in the place of each that is factorised."""
+        """Replaces each factorised layer by two."""
         for name, rank in form.items():
             layer = network.get_submodule(name)
             if not isinstance(layer, nn.Sequential):
@@ -299,8 +301,8 @@ class SVD(Compression):
 class ActivationSVD(SVD):
     """Replaces each matrix by the product of two thin ones with the closest output on calibration batches.
 
-    Idea: what a layer reads lies in few directions; what the matrix does in the others need not be kept. Suggested: as
-    `SVD`, on 64 rows of training text or more.
+    Idea: a layer's inputs lie in few directions, so the matrix can be inexact in the others. Suggested: as for `SVD`,
+    on at least 64 rows of training text.
 
     Arguments are those of `SVD`; energies are those of the outputs.
 
@@ -311,6 +313,6 @@ class ActivationSVD(SVD):
     needs_batches = True
 
     def factors(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> dict[str, Factors]:
-        """Of each layer, at all ranks, for what it reads."""
+        """The factors of each layer, at full rank, for its inputs on the batches."""
         covariances = input_covariances(network, layers, batches)
         return {name: activation_svd(matrix(layer), covariances[name]) for name, layer in layers.items()}

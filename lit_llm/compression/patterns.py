@@ -1,4 +1,4 @@
-"""Which layers of a network a method acts on."""
+"""Selection of the layers that a method acts on."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from lit_llm.blocks import Block
 from lit_llm.compression.integers import Quantized
 
 MATRICES = (nn.Linear, nn.Conv1d, nn.Conv2d)
-"""Layers whose weight is a matrix, of outputs by inputs (by places)."""
+"""Layers whose weight is a matrix: outputs by inputs (by kernel positions)."""
 
 
 def chosen_layers(
     network: nn.Module, patterns: list[str] | None = None, kinds: tuple[type[nn.Module], ...] = MATRICES
 ) -> dict[str, nn.Module]:
-    """The layers of some kinds whose names match a pattern, by name and in the network's order.
+    """The layers of some classes whose names match a pattern, by name and in the network's order.
 
     Args:
         network: Any network.
-        patterns: Shell patterns on whole names, `*` over dots too: `*.mlp.*`, `layers.0.self_attn.q_proj`. `None` is
-            all inside blocks, so neither embeddings nor head; in a network without blocks all but the last, its head.
-        kinds: What counts as a layer.
+        patterns: Shell patterns on whole names; `*` also matches dots: `*.mlp.*`, `layers.0.self_attn.q_proj`. `None`
+            is all layers inside blocks, without embeddings and head, or, in a network without blocks, all but the
+            last layer (its head).
+        kinds: Classes of layers.
 
     Raises:
-        ValueError: When a pattern matches none, or there are none, or only such as are quantised already.
+        ValueError: When a pattern matches no layer, or there are none, or they are already quantised.
 
     Example:
         >>> network = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))

@@ -1,4 +1,4 @@
-"""Weights as small integers: after training, or with a training that already feels it. The arithmetic is torchao's."""
+"""Quantisation of weights to integers, after training or by quantisation-aware training, with torchao."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d)
 
 
 class Quantization(Compression):
-    """A way to keep weights as integers. A subclass names its layers' kinds, and torchao's config.
+    """Stores weights as integers. A subclass defines the classes of layers and torchao's config.
 
-    A network that was quantised is saved as plain tensors, and made again from its record; transformers does not read
-    it. What has been quantised is no layer to compress any more: with further methods this one comes last.
+    A quantised network is saved as plain tensors and rebuilt from its record; transformers cannot read it. Quantised
+    layers cannot be compressed further, so in a chain of methods quantisation comes last.
     """
 
     kinds: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
-    """What it can be done to."""
+    """Classes of layers that the method supports."""
 
     layers: list[str] | None
 
@@ -40,10 +40,10 @@ class Quantization(Compression):
         """The layers.
 
         Raises:
-            ValueError: When there are none, or their inputs do not go into groups.
+            ValueError: When there are none, or their inputs do not divide into groups.
         """
         layers = chosen_layers(network, self.layers, self.kinds)
-        size = getattr(self, "group_size", None)  # `None`: one scale for all of an output
+        size = getattr(self, "group_size", None)  # `None`: one scale per output
         for name, layer in layers.items():
             inputs = layer.weight.shape[1:].numel()
             if size is not None and inputs % size:
@@ -51,8 +51,8 @@ class Quantization(Compression):
         return layers
 
     def quantized(self, layer: nn.Module) -> Quantized:
-        """What takes a layer's place."""
-        stand_in = nn.Sequential(nn.Linear(1, 1, bias=False, device="meta"))  # what torchao acts on
+        """The quantised replacement of a layer."""
+        stand_in = nn.Sequential(nn.Linear(1, 1, bias=False, device="meta"))  # torchao quantises linear layers
         stand_in[0].weight = nn.Parameter(layer.weight.detach().flatten(1), requires_grad=False)
         _torchao().quantize_(stand_in, self.config())
         return _in_place_of(layer, stand_in[0].weight)
@@ -65,13 +65,13 @@ class Quantization(Compression):
         return {"form": self.form(layers)}
 
     def form(self, names: Iterable[str]) -> dict[str, Any]:
-        """What makes the layers again."""
+        """What is needed to recreate the layers."""
         arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return {"names": list(names), "init_args": arguments}
 
     @classmethod
     def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
-        """Replaces the layers; their values are to be loaded."""
+        """Replaces the layers; their values are loaded afterwards."""
         method = cls(**form["init_args"])
         for name in form["names"]:
             layer = network.get_submodule(name)
@@ -87,9 +87,9 @@ def _in_place_of(layer: nn.Module, weight: Tensor) -> Quantized:
 
 @dataclass(frozen=True)
 class Int8WeightOnly(Quantization):
-    """8-bit weights with one scale per output; computation uses real numbers.
+    """8-bit weights with one scale per output; computation is in floating point.
 
-    A quarter of the bytes. Of convolutions and embeddings too.
+    A quarter of the bytes. Also supports convolutions and embeddings.
 
     Args:
         layers: Patterns of layer names; `None` is all matrices inside blocks. `*` is all, embeddings and head included.
@@ -120,7 +120,7 @@ class Int8WeightOnly(Quantization):
 class Int8Dynamic(Quantization):
     """8-bit weights, and inputs of linear layers quantised to 8 bits on the fly with one scale per row.
 
-    A quarter of the bytes; products are of integers.
+    A quarter of the bytes; matrix products are of integers.
 
     Args:
         layers: As in `Int8WeightOnly`, for linear layers.
@@ -139,9 +139,9 @@ class Int8Dynamic(Quantization):
 
 @dataclass(frozen=True)
 class Int4WeightOnly(Quantization):
-    """4-bit weights with one scale per group of inputs; two per byte on disk, computation uses real numbers.
+    """4-bit weights with one scale per group of inputs, stored two per byte; computation is in floating point.
 
-    About a seventh of the bytes. `QuantizationAwareTraining` has a network learn with it.
+    About a seventh of the bytes. `QuantizationAwareTraining` trains for this format.
 
     Args:
         layers: As in `Int8WeightOnly`, for linear layers and embeddings.
@@ -204,22 +204,22 @@ def _require_groups(size: int) -> None:
         raise ValueError(f"group_size must be even and at least 2, but is {size}")
 
 
-# Training with rounded weights.
+# Quantisation-aware training.
 
 
 @dataclass(frozen=True)
 class FakeQuantized(Compression):
-    """Real weights that a network computes with as if they were rounded: how quantisation-aware training begins.
+    """Fake quantisation for quantisation-aware training: floating-point weights that are rounded in the forward pass.
 
-    Gradients pass the rounding as if it were not there. Scales are buffers beside the weights, made anew at each step
-    until they are frozen. `convert` makes integers of it.
+    Gradients pass the rounding unchanged. Scales are buffers next to the weights, recomputed at each step until they
+    are frozen. `convert` turns the weights into integers.
 
     Args:
-        class_path: Of the method, which is `Int4WeightOnly` or `Int8DynamicInt4`.
-        init_args: Of the method.
+        class_path: Class path of the method: `Int4WeightOnly` or `Int8DynamicInt4`.
+        init_args: Arguments of the method.
 
     Raises:
-        ValueError: For a method that torchao cannot train with.
+        ValueError: For a method without quantisation-aware training in torchao.
 
     Source:
         Jacob et al., 2017, arXiv:1712.05877, section 3; Bengio et al., 2013, arXiv:1308.3432 (straight through). By
@@ -231,12 +231,12 @@ class FakeQuantized(Compression):
 
     @classmethod
     def by(cls, method: Quantization) -> FakeQuantized:
-        """With the method itself."""
+        """Creates it from the method itself."""
         return cls(method.described()["class_path"], method.described()["init_args"])
 
     @property
     def method(self) -> Quantization:
-        """What the network is trained for."""
+        """The method that the network is trained for."""
         kinds = {f"{kind.__module__}.{kind.__qualname__}": kind for kind in (Int4WeightOnly, Int8DynamicInt4)}
         if self.class_path not in kinds:
             raise ValueError(
@@ -245,27 +245,27 @@ class FakeQuantized(Compression):
         return kinds[self.class_path](**(self.init_args or {}))
 
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
-        """Puts rounding layers in place of the chosen ones, with the same parameters and buffers, such as masks."""
+        """Replaces the chosen layers by fake-quantised ones with the same parameters and buffers, such as masks."""
         form = self.method.form(self.method.chosen(network)) | {"class_path": self.class_path, "frozen": False}
         self.reform(network, form)
         return {"form": form}
 
     @classmethod
     def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
-        """Puts the layers in."""
+        """Replaces the layers if they are not fake-quantised yet, and freezes or unfreezes their scales."""
         method = cls(form["class_path"], form["init_args"]).method
         step = _torchao().qat.QATConfig(method.config(), step="prepare")
         for name in form["names"]:
             layer = network.get_submodule(name)
             if not hasattr(layer, "weight_fake_quantizer"):
                 buffers = dict(layer.named_buffers(recurse=False))
-                with torch.random.fork_rng(devices=[]):  # the layers are first made with weights of their own
+                with torch.random.fork_rng(devices=[]):  # torchao first initialises the layers at random
                     _torchao().quantize_(network, step, filter_fn=lambda _, fqn, name=name: fqn == name)
                 layer, device = network.get_submodule(name).train(layer.training), layer.weight.device
                 for buffer, value in buffers.items():
                     layer.register_buffer(buffer, value)
                 quantizer = layer.weight_fake_quantizer
-                quantizer(layer.weight.detach())  # which makes the scales
+                quantizer(layer.weight.detach())  # computes the scales
                 for part in ("scale", "zero_point"):
                     value = getattr(quantizer, part).to(device)
                     delattr(quantizer, part)
@@ -275,7 +275,7 @@ class FakeQuantized(Compression):
 
 
 def _keep_ordinary(quantizer: nn.Module, args: Any, output: Tensor) -> None:
-    """Has scales that an evaluation made be tensors that a checkpoint can be loaded into."""
+    """Turns scales computed in inference mode into ordinary tensors, into which a checkpoint can be loaded."""
     for part in ("scale", "zero_point"):
         if getattr(quantizer, part).is_inference():
             with torch.inference_mode(False):
@@ -283,7 +283,7 @@ def _keep_ordinary(quantizer: nn.Module, args: Any, output: Tensor) -> None:
 
 
 def freeze_scales(network: nn.Module) -> None:
-    """Has the scales of a network that trains with rounded weights stay as they are, in what is recorded of it too."""
+    """Freezes the scales of a fake-quantised network, in its record too."""
     for record in records_of(network):
         if record["class_path"].endswith(".FakeQuantized"):
             record["form"]["frozen"] = True
@@ -292,7 +292,7 @@ def freeze_scales(network: nn.Module) -> None:
 
 @torch.no_grad()
 def convert(network: nn.Module) -> None:
-    """Makes integers, in place, of weights that were trained as if they were rounded; nothing of other networks."""
+    """Quantises the fake-quantised layers of a network, in place; leaves other networks unchanged."""
     records = records_of(network)
     for number, record in enumerate(records):
         if not record["class_path"].endswith(".FakeQuantized"):
@@ -315,9 +315,9 @@ def convert(network: nn.Module) -> None:
 
 
 def _torchao() -> ModuleType:
-    """torchao's module of quantisation, imported where it is first used."""
+    """torchao's quantisation module, imported on first use."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # it names, at each import, kernels for GPUs that it did not find
+    logging.disable(logging.WARNING)  # it warns of missing GPU kernels at import
     try:
         import torchao.quantization.qat
     except ImportError as error:

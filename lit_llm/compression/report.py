@@ -1,4 +1,4 @@
-"""What a network costs: parameters, bytes on disk, memory, time. All counted or measured, nothing assumed."""
+"""Cost of a network, counted or measured: parameters, bytes on disk, memory, latency."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BATCH_SIZES = (1, 32)
 
 
 def count_parameters(network: nn.Module) -> int:
-    """Weights that a network has, tied ones once; a weight of 4 bits is one too.
+    """Number of weights of a network, quantised ones included; tied weights count once.
 
     Example:
         >>> count_parameters(nn.Linear(3, 2))
@@ -34,7 +34,7 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def count_nonzero(network: nn.Module) -> int:
-    """Those of the weights that are not zero.
+    """Number of weights that are not zero.
 
     Example:
         >>> layer = nn.Linear(3, 2, bias=False)
@@ -52,7 +52,7 @@ def bytes_on_disk(folder: Path) -> int:
 
 
 class _Live(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are alive, beside some that are there all the time."""
+    """Tracks the bytes of live tensors and their peak, without those of the given tensors."""
 
     def __init__(self, there: Iterable[Tensor]) -> None:
         super().__init__()
@@ -82,10 +82,10 @@ class _Live(TorchDispatchMode):
 
 @torch.no_grad()
 def peak_memory(network: nn.Module, batch: Batch) -> int:
-    """The most bytes of tensors that are alive at once while a network answers: its state, and what flows.
+    """Peak bytes of live tensors in a forward pass: parameters, buffers and activations.
 
-    On an accelerator all that was allocated; on a CPU what operations gave, without their own scratch space, which does
-    not depend on the machine.
+    On CUDA, the peak of the allocator. Elsewhere, the outputs of operations without their scratch space, which makes
+    the number independent of the machine.
     """
     state = [*network.parameters(), *network.buffers()]
     device = next(iter(network.state_dict().values())).device
@@ -100,7 +100,7 @@ def peak_memory(network: nn.Module, batch: Batch) -> int:
 
 
 def rows_of(batch: Batch, num_rows: int) -> dict[str, Any]:
-    """A batch of as many rows as are wanted, some of them more than once where there are too few."""
+    """A batch of `num_rows` rows; rows are repeated if there are too few."""
     size = len(next(value for value in batch.values() if isinstance(value, Tensor)))
     rows = torch.arange(num_rows) % size
     return {
@@ -114,19 +114,19 @@ def rows_of(batch: Batch, num_rows: int) -> dict[str, Any]:
 def latencies(
     networks: Mapping[str, nn.Module], batch: Batch, repeats: int = 30, compiled: bool = False
 ) -> dict[str, np.ndarray]:
-    """Milliseconds that each network takes to answer, many times: in turns, so that all see the same of the machine.
+    """Milliseconds of each forward pass of each network, measured in turns so that all see the same machine load.
 
     Args:
-        networks: By name; each answers three times before it is timed.
-        batch: What they read.
-        repeats: Times that each is timed.
-        compiled: Have torch.compile make each faster first.
+        networks: Networks by name; each gets three warm-up passes.
+        batch: Their input.
+        repeats: Number of timed passes per network.
+        compiled: Compile each with torch.compile first.
     """
     device = next(iter(next(iter(networks.values())).state_dict().values())).device
     asked: dict[str, Callable[[], Any]] = {}
     for name, network in networks.items():
         network.eval()
-        answer(network, batch)  # before it is compiled, which could not see how some weights are made
+        answer(network, batch)  # builds torchao's weights, which torch.compile cannot trace
         if compiled:
             network.compile()
         asked[name] = lambda network=network: answer(network, batch)
@@ -151,7 +151,7 @@ def _wait(device: torch.device) -> None:
 def speeds(
     networks: Mapping[str, nn.Module], batch: Batch, repeats: int = 30, compiled: bool = False
 ) -> dict[str, dict[str, float]]:
-    """How fast networks are: milliseconds for one row and for 32 (`_b32`), and rows a second."""
+    """Latency of networks in milliseconds, for one row and for 32 (`_b32`), and throughput in rows per second."""
     found: dict[str, dict[str, float]] = {name: {} for name in networks}
     for size in BATCH_SIZES:
         end = "" if size == 1 else f"_b{size}"

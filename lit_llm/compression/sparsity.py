@@ -1,4 +1,4 @@
-"""Weights that are zero: by which score, which of them, and how they stay so."""
+"""Unstructured pruning: scores, masks, and methods that set weights to zero."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ from lit_llm.compression.patterns import chosen_layers
 from lit_llm.shards import local, whole
 
 MASK = "weight_mask"
-"""The buffer beside a layer's weight that is true on what is kept."""
+"""Buffer next to a layer's weight that is true on kept weights."""
 
 SCORES = "weight_scores"
-"""The buffer beside a layer's weight in which a score adds up over steps."""
+"""Buffer next to a layer's weight that accumulates scores over steps."""
 
 Scope = Literal["row", "layer", "global"]
 Scores = dict[str, Tensor]
 
 
 def cubic(progress: float, final: float) -> float:
-    """The sparsity at a point of a gradual pruning: fast while there is much to spare, slowly towards the end.
+    """The sparsity during gradual pruning, which rises fast at first and slowly towards the end.
 
     Args:
-        progress: How much of the pruning is over; held in [0, 1].
-        final: The sparsity it ends at.
+        progress: Fraction of the pruning that is done; clamped to [0, 1].
+        final: The sparsity at the end.
 
     Source:
-        Zhu & Gupta, 2017, "To prune, or not to prune", arXiv:1710.01878, eq. 1, from no sparsity on.
+        Zhu & Gupta, 2017, "To prune, or not to prune", arXiv:1710.01878, eq. 1, with initial sparsity 0.
 
     Example:
         >>> [round(cubic(step / 4, final=0.8), 4) for step in range(5)]
@@ -47,23 +47,23 @@ def cubic(progress: float, final: float) -> float:
     return final - final * left**3
 
 
-# Masks: plain functions of scores.
+# Masks as functions of scores.
 
 
 def lowest(scores: Float[Tensor, "groups n"], num: int) -> Bool[Tensor, "groups n"]:
-    """True on the `num` lowest of each row, exactly so many: of equal ones the first."""
+    """True on exactly the `num` lowest scores of each row; of equal scores, the first."""
     found = torch.zeros_like(scores, dtype=torch.bool)
     return found.scatter_(1, scores.argsort(dim=1, stable=True)[:, :num], True) if num else found
 
 
 def mask_by_row(scores: Float[Tensor, "rows ..."], sparsity: float) -> Bool[Tensor, "rows ..."]:
-    """True on what each output keeps: of its inputs, all but the given part (rounded) with the lowest scores."""
+    """True on kept weights: each output drops the fraction `sparsity` (rounded) of its inputs, the lowest scores."""
     flat = scores.flatten(1)
     return ~lowest(flat, round(sparsity * flat.shape[1])).view_as(scores)
 
 
 def mask_together(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Tensor]:
-    """True on what layers keep: of all their weights, all but the given part (rounded) with the lowest scores."""
+    """True on kept weights: all layers together drop the fraction `sparsity` (rounded), the lowest scores."""
     flat = torch.cat([score.flatten() for score in scores.values()])
     kept = ~lowest(flat[None], round(sparsity * len(flat)))[0]
     pieces = kept.split([score.numel() for score in scores.values()])
@@ -71,7 +71,7 @@ def mask_together(scores: Mapping[str, Tensor], sparsity: float) -> dict[str, Te
 
 
 def mask_n_of_m(scores: Float[Tensor, "rows ..."], n: int, m: int) -> Bool[Tensor, "rows ..."]:
-    """True on the `n` highest scores of each `m` inputs in a row of one output.
+    """True on the `n` highest scores of each `m` consecutive inputs of an output.
 
     Source:
         Mishra et al., 2021, "Accelerating Sparse Deep Neural Networks", arXiv:2104.08378, section 3 (2:4).
@@ -89,7 +89,7 @@ def masked_layers(network: nn.Module) -> dict[str, nn.Module]:
 
 @torch.no_grad()
 def add_masks(network: nn.Module, names: list[str], scores: bool = False) -> None:
-    """Gives layers masks that keep everything, and zeros to add scores to, where they have none yet."""
+    """Adds masks that keep everything, and optionally scores of 0, to layers that have none yet."""
     for name in names:
         layer = network.get_submodule(name)
         if not hasattr(layer, MASK):
@@ -100,7 +100,7 @@ def add_masks(network: nn.Module, names: list[str], scores: bool = False) -> Non
 
 @torch.no_grad()
 def apply_masks(network: nn.Module, gradients: bool = False) -> None:
-    """Sets to zero what the masks do not keep: weights, or their gradients."""
+    """Sets pruned weights, or their gradients, to zero."""
     for layer in masked_layers(network).values():
         tensor = layer.weight.grad if gradients else layer.weight
         if tensor is not None:
@@ -109,7 +109,7 @@ def apply_masks(network: nn.Module, gradients: bool = False) -> None:
 
 
 def remove_masks(network: nn.Module) -> None:
-    """Leaves plain weights, with zeros where masks keep nothing; what is remembered of it is how sparse they are."""
+    """Applies and removes all masks and scores; the records keep only the sparsity."""
     masked = masked_layers(network)
     if not masked:
         return
@@ -128,7 +128,7 @@ def remove_masks(network: nn.Module) -> None:
 
 
 def sparsity_of(network: nn.Module, names: list[str] | None = None) -> float:
-    """The counted part of zeros among the weights of some layers, in [0, 1]; `None` is `chosen_layers` by default."""
+    """The fraction of zeros among the weights of some layers, counted; `None` is the default of `chosen_layers`."""
     chosen = chosen_layers(network) if names is None else {name: network.get_submodule(name) for name in names}
     zeros = sum(int(whole((layer.weight.detach() == 0).sum())) for layer in chosen.values())
     return zeros / sum(layer.weight.numel() for layer in chosen.values())
@@ -136,16 +136,16 @@ def sparsity_of(network: nn.Module, names: list[str] | None = None) -> float:
 
 @dataclass(frozen=True)
 class Sparsity(Compression):
-    """Sets the weights with the lowest scores to zero. A subclass says what the score is.
+    """Sets the weights with the lowest scores to zero. A subclass defines the score.
 
-    Applied once it leaves plain weights; `callbacks.pruning` applies it little by little during a run.
+    Applied once, it leaves plain weights; `callbacks.pruning` applies it gradually during a run.
 
     Args:
         sparsity: Fraction of the weights set to zero, in [0, 1).
         layers: Patterns of layer names; `None` is all matrices inside blocks (`compression.patterns`).
         scope: Which weights compete: those of one output (`row`), of one `layer`, or of all layers (`global`).
         pattern: `N:M` keeps N of every M consecutive inputs of an output, for example `2:4`, which hardware supports;
-            it overrides sparsity and scope.
+            it overrides `sparsity` and `scope`.
 
     Raises:
         ValueError: When a value is out of range.
@@ -158,7 +158,7 @@ class Sparsity(Compression):
 
     def __post_init__(self) -> None:
         require_fraction("sparsity", self.sparsity)
-        if isinstance(self.pattern, int):  # YAML reads 2:4 as minutes and seconds, which are 124
+        if isinstance(self.pattern, int):  # YAML 1.1 reads 2:4 as sexagesimal, 124
             object.__setattr__(self, "pattern", "{}:{}".format(*divmod(self.pattern, 60)))
         if self.pattern is not None:
             n, m = self._n_of_m
@@ -174,7 +174,7 @@ class Sparsity(Compression):
 
     @property
     def final(self) -> float:
-        """The sparsity it comes to."""
+        """The sparsity at the end."""
         if self.pattern is None:
             return self.sparsity
         n, m = self._n_of_m
@@ -182,13 +182,13 @@ class Sparsity(Compression):
 
     @abstractmethod
     def scores(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> Scores:
-        """How much each weight matters, in the shape of the weight."""
+        """The importance of each weight, in the shape of the weight."""
 
     def chosen(self, network: nn.Module) -> dict[str, nn.Module]:
-        """The layers it acts on.
+        """The layers that the method acts on.
 
         Raises:
-            ValueError: When there are none, or one does not divide into the pattern.
+            ValueError: When there are none, or the inputs of one are not a multiple of the pattern's M.
         """
         chosen = chosen_layers(network, self.layers)
         if self.pattern is not None:
@@ -201,12 +201,12 @@ class Sparsity(Compression):
         return chosen
 
     def masks(self, scores: Scores, sparsity: float, kept: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """What is kept at a sparsity.
+        """The masks at a sparsity, true on kept weights.
 
         Args:
-            scores: Of each layer's weights.
-            sparsity: What is wanted now, of `final` at the end. With a pattern the zeros of each M go up one by one.
-            kept: Earlier masks: what they do not keep stays out.
+            scores: Scores of each layer's weights.
+            sparsity: The current sparsity, at most `final`. With a pattern, the zeros of each M rise one by one.
+            kept: Earlier masks; weights that they drop stay dropped.
         """
         before = kept or {}
         scores = {
@@ -227,7 +227,10 @@ class Sparsity(Compression):
 
     @torch.no_grad()
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
-        """Prunes at once; a method that looks at what flows goes block by block, each reading what the pruned give."""
+        """Prunes at once; with batches, block by block, each on the outputs of the pruned blocks before it.
+
+        With `scope` `global`, all blocks are scored before any is pruned.
+        """
         chosen = self.chosen(network)
         for layers in self._one_after_another(network, chosen):
             for name, mask in self.masks(self.scores(network, layers, batches), self.final).items():
@@ -244,7 +247,7 @@ class Sparsity(Compression):
 
     @classmethod
     def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
-        """Adds the masks of a pruning that is under way; one that is over has left plain weights."""
+        """Adds the masks of pruning in progress; completed pruning leaves plain weights and no `form`."""
         add_masks(network, **form)
 
 
@@ -252,8 +255,8 @@ class Sparsity(Compression):
 class Magnitude(Sparsity):
     """Removes the smallest weights; needs no data.
 
-    Idea: what is nearly zero already changes least. Suggested: 50 % at once, up to 90 % little by little in training,
-    `global` for convolutional networks, whose layers differ most in what they can spare.
+    Idea: weights near zero change the output least. Suggested: 50 % at once, up to 90 % gradually during training;
+    `global` for convolutional networks, whose layers differ most in how much can be pruned.
 
     Arguments are those of `Sparsity`.
 
@@ -277,15 +280,15 @@ class Magnitude(Sparsity):
 class Wanda(Sparsity):
     """Removes weights that are small *and* have small inputs: `|w|` times the norm of the weight's input.
 
-    Idea: a few inputs of a transformer's layers are far larger than the others, and their weights matter though they
-    are small. No training. Suggested: 50 %, compared within each output, on 128 rows of training text.
+    Idea: a few inputs of a transformer's layers are far larger than the others, so their weights matter even if they
+    are small. Needs no training. Suggested: 50 %, compared within each output, on 128 rows of training text.
 
     Arguments are those of `Sparsity`; `scope` is `row`, as in the paper, unless given.
 
     Source:
         Sun et al., 2023, "A Simple and Effective Pruning Approach for Large Language Models", arXiv:2306.11695,
-        eq. 1. Blocks are pruned one after another, each seeing what the pruned ones before it give, as there; a
-        norm is a root mean square here, which orders weights alike.
+        eq. 1. As in the paper, blocks are pruned one after another, each on the outputs of the pruned ones before it.
+        Norms are root mean squares here, which gives the same order.
     """
 
     needs_batches = True
@@ -302,21 +305,21 @@ class Wanda(Sparsity):
 
 @dataclass(frozen=True)
 class Movement(Sparsity):
-    """Weights go that training moves towards zero: only during a run (`callbacks.pruning`).
+    """Removes weights that training moves towards zero; only during a run (`callbacks.pruning`).
 
-    Idea: in fine-tuning what counts is where a weight is going, not where pre-training left it. Suggested: 85 to 97 %
-    of an encoder's blocks while it is fine-tuned, over most of the run.
+    Idea: in fine-tuning, the direction in which a weight moves matters, not the size that pre-training gave it.
+    Suggested: 85 to 97 % of an encoder's blocks during fine-tuning, over most of the run.
 
     Arguments are those of `Sparsity`.
 
     Source:
         Sanh et al., 2020, "Movement Pruning", arXiv:2005.07683, eq. 3: a score is the sum of `-w · ∂L/∂w` over the
-        steps. Here what is pruned is zero at once and stays pruned, where the paper keeps its value beside the mask
-        and lets it come back; scores grow by each step's gradient, before clipping and without a rate of their own.
+        steps. Differences: pruned weights become zero at once and stay pruned, while the paper keeps their values
+        behind the mask and lets them return; scores use gradients before clipping and no separate learning rate.
     """
 
     def scores(self, network: nn.Module, layers: Mapping[str, nn.Module], batches: list[Batch]) -> Scores:
-        """What `watch` has added up.
+        """The scores that `watch` has accumulated.
 
         Raises:
             ValueError: Outside a run.
@@ -330,7 +333,7 @@ class Movement(Sparsity):
 
     @torch.no_grad()
     def watch(self, layers: Mapping[str, nn.Module]) -> None:
-        """Adds a step's movement: to be called where the gradients are there."""
+        """Adds a step's movement to the scores; to be called after the backward pass."""
         for layer in layers.values():
             if layer.weight.grad is not None:
                 scores, weight, grad = local((getattr(layer, SCORES), layer.weight, layer.weight.grad))
@@ -339,13 +342,13 @@ class Movement(Sparsity):
 
 @dataclass(frozen=True)
 class Zeros(Compression):
-    """What is zero stays zero: masks for training on from a pruned model (`callbacks.pruning.KeepZeros`).
+    """Adds masks that keep zero weights at zero, to continue training a pruned model (`callbacks.pruning.KeepZeros`).
 
     Args:
         layers: As in `Sparsity`.
 
     Raises:
-        ValueError: When nothing is zero.
+        ValueError: When no weight is zero.
     """
 
     layers: list[str] | None = None
@@ -364,5 +367,5 @@ class Zeros(Compression):
 
     @classmethod
     def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
-        """Adds the masks, of a run that is under way."""
+        """Adds the masks of a run in progress."""
         add_masks(network, **form)

@@ -1,4 +1,4 @@
-"""Heads, neurons, channels and blocks taken out for real: a network with smaller matrices that does less work."""
+"""Structured pruning: removes heads, neurons, channels or blocks, which leaves a network with smaller matrices."""
 
 from __future__ import annotations
 
@@ -36,16 +36,16 @@ from lit_llm.modes import evaluating
 Importance = Literal["magnitude", "activation", "taylor"]
 
 FEED_FORWARD = (
-    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),  # Llama and its kin
+    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),  # Llama and similar
     (("mlp.c_fc",), "mlp.c_proj"),  # GPT-2
-    (("intermediate.dense",), "output.dense"),  # BERT and its kin, ViT
-    (("mlp.Wi",), "mlp.Wo"),  # ModernBERT, whose gate is the second half of one matrix
+    (("intermediate.dense",), "output.dense"),  # BERT and similar, ViT
+    (("mlp.Wi",), "mlp.Wo"),  # ModernBERT, whose gate is the second half of `Wi`
     (("ffn.lin1",), "ffn.lin2"),  # DistilBERT
 )
-"""Names, in a block, of the layers that write a feed-forward layer's neurons and of the one that reads them."""
+"""Names, within a block, of the layers that compute a feed-forward layer's neurons and of the one that reads them."""
 
 WIDTHS = ("d_ff", "intermediate_size", "hidden_dim")
-"""What networks and configs call the number of those neurons."""
+"""Names of the number of these neurons in networks and configs."""
 
 HEADS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.o_proj"
 NUM_HEADS = (("num_heads", "num_kv_heads"), ("num_attention_heads", "num_key_value_heads"))
@@ -55,11 +55,11 @@ NUM_BLOCKS = ("num_layers", "num_hidden_layers", "n_layers")
 
 @dataclass(frozen=True)
 class Structured(Compression):
-    """Takes out the least important units of a kind. A subclass says what the units are.
+    """Removes the least important units. A subclass defines the units.
 
-    As many go from each layer, so that the network stays one of its architecture: its config says its new size, and
-    model directories open in transformers as before. What is left computes what the whole network would with those
-    units silent.
+    Each layer loses the same number, so the network keeps its architecture: its config states the new size, and
+    transformers reads model directories as before. The result computes what the original network would compute with
+    those units set to zero.
 
     Args:
         sparsity: Fraction of the units of each layer to remove, in [0, 1), rounded to whole units; at least one stays.
@@ -79,30 +79,30 @@ class Structured(Compression):
 
     @property
     def needs_batches(self) -> bool:
-        """Where importance is not in the weights."""
+        """Whether importance depends on more than the weights."""
         return self.importance != "magnitude"
 
     def kept(self, importance: Tensor) -> Tensor:
-        """The places, in order, of the units that stay."""
+        """The indices of the units to keep, in ascending order."""
         num = max(1, len(importance) - round(self.sparsity * len(importance)))
         return importance.argsort(descending=True, stable=True)[:num].sort().values
 
 
 class _OfBlocks(Structured):
-    """Units that are written by some linear layers of each block and read, side by side, by another."""
+    """Units of each block that some linear layers (writers) compute and another one (the reader) takes as its input."""
 
     what: ClassVar[str]
 
     @abstractmethod
     def places(self, network: nn.Module, block: nn.Module) -> tuple[str, int, dict[str, int]] | None:
-        """Name of the reader, its inputs a unit, and rows a unit of each writer, by their names."""
+        """Name of the reader, its inputs per unit, and the rows per unit of each writer by name; `None` if absent."""
 
     @abstractmethod
     def resize(self, network: nn.Module, num: int) -> None:
-        """Has the network say its new size."""
+        """Sets the new size in the network and its config."""
 
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
-        """Takes the units out of each block."""
+        """Removes the units from each block."""
         list_name, blocks = list_of_blocks(network)
         found = [self.places(network, block) for block in blocks]
         if not all(found) or not hasattr(network, "to_hf_config"):
@@ -124,7 +124,7 @@ class _OfBlocks(Structured):
             kept.append(stay.tolist())
             for writer, num in rows.items():
                 layer = linear_of(block, writer)
-                halves = layer.out_features // (num * len(score))  # two where a gate is in the same matrix
+                halves = layer.out_features // (num * len(score))  # two if a gate is in the same matrix
                 places = [_spread(stay, num) + half * num * len(score) for half in range(halves)]
                 keep_units(layer, rows=torch.cat(places))
             keep_units(linear_of(block, reader), columns=_spread(stay, width))
@@ -133,7 +133,7 @@ class _OfBlocks(Structured):
         return {"kept": kept, "of": len(score)}
 
     def _squares(self, block: nn.Module, place: tuple[str, int, dict[str, int]]) -> Tensor:
-        """Sums of the squares of all weights of each unit."""
+        """Sum of squares of all weights of each unit."""
         reader, width, rows = place
         total = linear_of(block, reader).weight.detach().square().sum(0).unflatten(0, (-1, width)).sum(1)
         for writer, num in rows.items():
@@ -143,7 +143,7 @@ class _OfBlocks(Structured):
 
 
 def _spread(units: Tensor, width: int) -> Tensor:
-    """The places of all parts of units that lie side by side."""
+    """The indices of all `width` parts of each unit, for units that are stored contiguously."""
     return (units[:, None] * width + torch.arange(width, device=units.device)).flatten()
 
 
@@ -151,14 +151,16 @@ def _spread(units: Tensor, width: int) -> Tensor:
 class Neurons(_OfBlocks):
     """Removes neurons of the feed-forward layers.
 
-    Idea: two thirds of a transformer's blocks are feed-forward, and many neurons seldom say anything. Suggested: half
-    of them by `activation`, then a recovery run; the first thing to take from a decoder or an encoder.
+    Idea: two thirds of the parameters of a transformer's blocks are in feed-forward layers, and many neurons are seldom
+    active. Suggested: half of them by `activation`, then a recovery run; the first method to try on a decoder or an
+    encoder.
 
     Arguments are those of `Structured`.
 
     Source:
         Groups of coupled weights: Ma et al., 2023, "LLM-Pruner", arXiv:2305.11627, section 3.1; uniform widths: Xia et
-        al., 2023, "Sheared LLaMA", arXiv:2310.06694. `activation` is Wanda's score (arXiv:2306.11695) of whole columns.
+        al., 2023, "Sheared LLaMA", arXiv:2310.06694. `activation` is Wanda's score (arXiv:2306.11695) for whole
+        columns.
     """
 
     what = "feed-forward layers of a known form"
@@ -171,16 +173,16 @@ class Neurons(_OfBlocks):
         return None
 
     def resize(self, network: nn.Module, num: int) -> None:
-        """The width inside."""
+        """Sets the width of the feed-forward layers."""
         set_size(network, WIDTHS, num)
 
 
 @dataclass(frozen=True)
 class Heads(_OfBlocks):
-    """Removes attention heads; key-value heads are removed together with all the queries that share them.
+    """Removes attention heads; a key-value head is removed together with all query heads that share it.
 
-    For networks whose config has a head's width of its own: Llama, Qwen3 and their kin. Where it is the width of the
-    network over the number of heads (GPT-2, BERT, ModernBERT) no config describes what would be left.
+    For networks whose config states the head width separately: Llama, Qwen3 and similar. If it is the network's width
+    divided by the number of heads (GPT-2, BERT, ModernBERT), no config could describe the result.
 
     Suggested: up to half of the heads, by `activation`, together with `Neurons`.
 
@@ -193,7 +195,7 @@ class Heads(_OfBlocks):
     what = "attention heads whose width its config states"
 
     def places(self, network: nn.Module, block: nn.Module) -> tuple[str, int, dict[str, int]] | None:
-        """A head of keys and of values, and as many of queries as share it."""
+        """One key-value head, and all query heads that share it."""
         writers, reader = HEADS
         width = size_of(network, HEAD_WIDTHS)
         if width is None or any(linear_of(block, name) is None for name in (*writers, reader)):
@@ -203,7 +205,7 @@ class Heads(_OfBlocks):
         return reader, group * width, rows
 
     def resize(self, network: nn.Module, num: int) -> None:
-        """Heads of queries, and of keys and values."""
+        """Sets the numbers of query heads and key-value heads."""
         for queries, keys in NUM_HEADS:
             heads, groups = size_of(network, (queries,)), size_of(network, (keys,))
             if heads is not None and groups is not None:
@@ -215,14 +217,14 @@ class Heads(_OfBlocks):
 class Blocks(Structured):
     """Removes whole blocks: those that change their input least.
 
-    Idea: in the upper half of a deep network a block is nearly the identity. It saves time as it saves parameters, on
+    Idea: in the upper half of a deep network, blocks are nearly the identity. This saves as much time as parameters, on
     any hardware. Suggested: up to a third, by `activation`, then a recovery run. The first block always stays.
 
     Args:
         sparsity: Fraction of the blocks to remove, in [0, 1), rounded to whole blocks.
-        importance: `activation` is one minus the cosine between what goes into a block and what comes out, of tokens
-            and not of padding; `magnitude` is the mean square of its weights, `taylor` what the loss would be if the
-            block added nothing.
+        importance: `activation` is one minus the cosine similarity of a block's input and output, over tokens without
+            padding; `magnitude` is the mean square of its weights; `taylor` is the first-order change of the loss if
+            the block added nothing.
 
     Source:
         Men et al., 2024, "ShortGPT", arXiv:2403.03853, eq. 1.
@@ -231,7 +233,7 @@ class Blocks(Structured):
     importance: Importance = "activation"
 
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
-        """Takes the blocks out."""
+        """Removes the blocks."""
         name, blocks = list_of_blocks(network)
         if not hasattr(network, "to_hf_config") or size_of(network, NUM_BLOCKS) is None:
             raise ValueError(
@@ -289,14 +291,15 @@ class Blocks(Structured):
 
 @dataclass(frozen=True)
 class Channels(Structured):
-    """Removes channels of convolutions and everything that reads them: the next layer's inputs, norms, shortcuts.
+    """Removes channels of convolutions and everything that depends on them: inputs of the next layer, norms, shortcuts.
 
-    Idea: a filter whose output hardly varies is not missed. Suggested: half of the channels, by `taylor` or
-    `activation`, then a recovery run. What depends on what is found by torch-pruning from one calibration batch.
+    Idea: filters with weak outputs can be removed. Suggested: half of the channels, by `taylor` or `activation`, then a
+    recovery run. Torch-pruning finds the dependencies from one calibration batch.
 
     Args:
         sparsity: Fraction of the channels of each convolution to remove, in [0, 1), rounded; at least one stays.
-        importance: As in `Structured`; `magnitude` is the sum of the filter's squares.
+        importance: As in `Structured`; `magnitude` is the sum of squares of the filter's weights, `activation` the mean
+            square of the positive part of its output.
         layers: Patterns of the names of convolutions; `None` is all of them.
 
     Source:
@@ -323,7 +326,7 @@ class Channels(Structured):
         return chosen_layers(network, self.layers or ["*"], kinds)
 
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
-        """Takes the channels out."""
+        """Removes the channels."""
         try:
             import torch_pruning
         except ImportError as error:
@@ -343,7 +346,7 @@ class Channels(Structured):
                 if layer in done:
                     continue
                 group = graph.get_pruning_group(layer, out, [0])
-                together = {d.target.module for d, _ in group if d.handler == out}  # what is added up is as wide
+                together = {d.target.module for d, _ in group if d.handler == out}  # outputs that are added
                 done |= together
                 score = sum(score for name, score in scores.items() if convolutions[name] in together)
                 gone = sorted(set(range(layer.out_channels)) - set(self.kept(score).tolist()))
@@ -374,7 +377,7 @@ class Channels(Structured):
 
     @classmethod
     def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
-        """Gives layers the shapes that are left."""
+        """Gives layers their reduced shapes."""
         for name, shape in form.items():
             layer = network.get_submodule(name)
             for attribute, value in shape["attributes"].items():
@@ -390,7 +393,7 @@ WIDTHS_OF_LAYERS = ("in_channels", "out_channels", "groups", "in_features", "out
 
 
 def _shapes(network: nn.Module) -> dict[str, Any]:
-    """The shapes of all layers, and what they say of them, as plain values."""
+    """The tensor shapes and size attributes of all modules, as plain values."""
     return {
         name: {
             "attributes": {a: getattr(module, a) for a in WIDTHS_OF_LAYERS if isinstance(getattr(module, a, None), int)}

@@ -1,4 +1,4 @@
-"""The blocks of a network and the sizes that it says of itself, to be read and cut."""
+"""Access to a network's blocks and to the sizes in its config, to read and to reduce them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from lit_llm.compression.compression import Batch, records_of, replay
 from lit_llm.modes import evaluating
 
 NOT_OF_BLOCKS = ("architectures", "eos_token_id", "image_size", "patch_size")
-"""Lists of a config that say nothing of each block, however long they are."""
+"""Lists in a config that have no entry per block, even if their length matches."""
 
 
 def list_of_blocks(network: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The one list of blocks that a network has, and its name.
+    """The name of a network's only list of blocks, and the list.
 
     Raises:
         ValueError: When it has none, or several.
@@ -37,26 +37,26 @@ def list_of_blocks(network: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def linear_of(block: nn.Module, name: str) -> nn.Linear | None:
-    """A linear layer of a block, by its dotted name; `None` where there is none."""
+    """A linear layer of a block, by its dotted name; `None` if there is none."""
     for part in name.split("."):
         block = getattr(block, part, None)
     return block if isinstance(block, nn.Linear) else None
 
 
 def owners(network: nn.Module) -> list[Any]:
-    """The network and the configs that say how large it is."""
+    """The network and the configs that hold its sizes."""
     configs = [getattr(network, "config", None), getattr(getattr(network, "model", None), "config", None)]
     return [network, *(config.get_text_config() for config in configs if config is not None)]
 
 
 def size_of(network: nn.Module, names: tuple[str, ...]) -> int | None:
-    """What a network calls one of its sizes, by the first of some names that it has."""
+    """A size of the network, under the first of the names that it or its config has; `None` if there is none."""
     found = (getattr(owner, name, None) for owner in owners(network) for name in names)
     return next((value for value in found if isinstance(value, int)), None)
 
 
 def set_size(network: nn.Module, names: tuple[str, ...], size: int) -> None:
-    """Sets a size wherever a network, or its config, says it."""
+    """Sets a size under each of the names that the network or its config has."""
     for owner in owners(network):
         for name in names:
             if isinstance(vars(owner).get(name), int):
@@ -64,7 +64,7 @@ def set_size(network: nn.Module, names: tuple[str, ...], size: int) -> None:
 
 
 def keep_listed(network: nn.Module, stay: list[int], num: int) -> None:
-    """Keeps the entries of some of `num` blocks in each list of its config that has one for each."""
+    """Keeps the entries of the blocks `stay` in each list of the config that has an entry for each of `num` blocks."""
     for owner in owners(network)[1:]:
         for name, value in list(vars(owner).items()):
             if isinstance(value, list) and len(value) == num and name not in NOT_OF_BLOCKS:
@@ -73,7 +73,7 @@ def keep_listed(network: nn.Module, stay: list[int], num: int) -> None:
 
 @torch.no_grad()
 def keep_units(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | None = None) -> None:
-    """Keeps some outputs, or inputs, of a layer."""
+    """Keeps only the given outputs or inputs of a layer."""
     weight, bias = layer.weight, layer.bias
     if rows is not None:
         weight, layer.out_features = weight[rows], len(rows)
@@ -86,9 +86,13 @@ def keep_units(layer: nn.Linear, rows: Tensor | None = None, columns: Tensor | N
 
 @torch.no_grad()
 def require_described(network: nn.Module, batches: Sequence[Batch] = ()) -> None:
-    """Sees that the network is what its config now describes: else no directory of it could be read.
+    """Requires that the network's config still describes it, so that its model directory can be read.
 
-    Where there are batches, that one with the same weights has to answer the first of them alike too.
+    With batches, a network built from the config with the same weights must also give the same output on the first
+    batch, up to 1 % of its largest absolute value.
+
+    Raises:
+        ValueError: When it does not.
     """
     with torch.device("meta"):
         again = replay(type(network).from_hf_config(network.to_hf_config()), records_of(network))
@@ -102,7 +106,7 @@ def require_described(network: nn.Module, batches: Sequence[Batch] = ()) -> None
     if not batches:
         return
     again.load_state_dict(network.state_dict(), assign=True)
-    for name, buffer in network.named_buffers():  # those too that are in no checkpoint
+    for name, buffer in network.named_buffers():  # including non-persistent ones
         place, _, own = name.rpartition(".")
         setattr(again.get_submodule(place), own, buffer)
     with evaluating(network), evaluating(again):

@@ -1,4 +1,4 @@
-"""What goes on inside a network: what its blocks give, and the scores of the attention in them."""
+"""Hidden states and attention scores of a network's blocks, recorded by hooks."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from torch.overrides import TorchFunctionMode
 from lit_llm.blocks import blocks_of
 
 UNSEEN = -1e4
-"""Scores below it are of what may not be looked at."""
+"""Scores below this value are of masked positions."""
 
 
 @dataclass
 class Tapped:
-    """What a network did between two moments.
+    """The recorded values of a forward pass.
 
     Attributes:
-        hidden: What each block gave: of a text `batch seq d_model`, of an image maybe `batch channels height width`.
-        attention: The scores of each block's attention before the softmax, `batch heads queries keys`; far below zero
-            where a query may not look. Empty unless asked for.
+        hidden: Output of each block: `batch seq d_model` for texts, possibly `batch channels height width` for images.
+        attention: Attention scores of each block before the softmax, `batch heads queries keys`; below `UNSEEN` at
+            masked positions. Empty unless requested.
     """
 
     hidden: dict[int, Tensor] = field(default_factory=dict)
@@ -36,11 +36,11 @@ class Tapped:
 
 @contextmanager
 def tapping(network: nn.Module, attention: bool = False) -> Iterator[Tapped]:
-    """Notes what the blocks give while the network runs, with gradients where they are on.
+    """Records the outputs of the blocks while the network runs, with gradients if they are enabled.
 
     Args:
         network: Any network of blocks.
-        attention: Note scores of attention too, whichever way it is computed.
+        attention: Also record attention scores, whichever way attention is computed.
     """
     tapped, handles, now = Tapped(), [], _Now()
 
@@ -72,14 +72,14 @@ def tapping(network: nn.Module, attention: bool = False) -> Iterator[Tapped]:
 
 @dataclass
 class _Now:
-    """Which block is running, on how many rows."""
+    """The block that is running, and its batch size."""
 
     block: int | None = None
     batch: int = 0
 
 
 class _Scores(TorchFunctionMode):
-    """Looks at each call of torch for those that are attention: the fused one, or a softmax over pairs of positions."""
+    """Intercepts torch functions that compute attention: the fused one, or a softmax of a 3D or 4D tensor."""
 
     def __init__(self, tapped: Tapped, now: _Now) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def _scores(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Float[Tensor, "batch heads queries keys"]:
-    """What `torch.nn.functional.scaled_dot_product_attention` takes the softmax of."""
+    """The scores of which `torch.nn.functional.scaled_dot_product_attention` takes the softmax."""
     if query.shape[1] != key.shape[1]:
         key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
