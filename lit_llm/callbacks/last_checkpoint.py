@@ -76,7 +76,7 @@ class LastCheckpoint(Checkpoint):
         self._agree(trainer)
         if not self._is_due(trainer) or trainer.global_step == self._saved_step:
             return
-        # If a validation follows, it saves: a run resumed from here would skip that validation.
+        # Before a validation, leave it to on_validation_end: a run resumed from here would skip the validation.
         loop, data = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher
         if loop.val_loop.skip or not loop._should_check_val_fx(data):
             self._save_and_stop(trainer)

@@ -64,7 +64,7 @@ class KeepZeros(Callback):
             self.prepare(pl_module.network)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Applies the masks after each step of each optimiser."""
+        """Registers hooks that apply the masks after each optimiser step."""
         for optimizer in trainer.optimizers:
             optimizer.register_step_post_hook(lambda *_: apply_masks(pl_module.network))
         self._logged_step = trainer.global_step

@@ -36,13 +36,14 @@ class SpikeRecovery(Callback):
     without this callback. (Counters that an optimiser keeps outside of tensors are not undone.)
 
     A resumed run behaves like an uninterrupted one, except if a later `good.ckpt` has replaced that of the checkpoint.
-    The later one is then removed, and a new one is written at the next reading without new bad steps. A roll-back uses
-    that one until the uninterrupted run would write its next, and fails before there is one.
+    The later one is then removed, and a new one is written at the next reading without new bad steps. Roll-backs use
+    that one until the uninterrupted run would write its next; a roll-back before it is written fails the run.
 
     Args:
-        threshold: A step is bad if its value is more than this many standard deviations above the mean of the window.
+        threshold: A step is bad if its loss or gradient norm is more than this many standard deviations above the mean
+            of the window.
         window: Number of good steps to compare with; until half of them are seen, any finite value is accepted.
-        patience: Consecutive bad steps before the run rolls back.
+        patience: Number of consecutive bad steps after which the run rolls back.
         max_rollbacks: Maximum number of roll-backs; then the run fails.
 
     Attributes:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def pack(values: Int[Tensor, "*rows n"]) -> UInt8[Tensor, "*rows half"]:
-    """Packs integers from -8 to 7, two per byte, the first in the low half; an odd number is padded with one more.
+    """Packs integers from -8 to 7, two per byte, the first in the low half; rows of odd length are padded by one.
 
     Example:
         >>> pack(torch.tensor([[-8, 7, 0]], dtype=torch.int8)).tolist()

@@ -112,7 +112,7 @@ class Int8WeightOnly(Quantization):
     kinds: ClassVar = (nn.Linear, *CONVOLUTIONS, nn.Embedding)
 
     def config(self) -> Any:
-        """torchao's."""
+        """torchao's config."""
         return _torchao().Int8WeightOnlyConfig()
 
 
@@ -133,7 +133,7 @@ class Int8Dynamic(Quantization):
     layers: list[str] | None = None
 
     def config(self) -> Any:
-        """torchao's."""
+        """torchao's config."""
         return _torchao().Int8DynamicActivationInt8WeightConfig()
 
 
@@ -164,7 +164,7 @@ class Int4WeightOnly(Quantization):
         _require_groups(self.group_size)
 
     def config(self) -> Any:
-        """torchao's."""
+        """torchao's config."""
         ao = _torchao()
         return ao.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=ao.PerGroup(self.group_size))
 
@@ -192,7 +192,7 @@ class Int8DynamicInt4(Quantization):
         _require_groups(self.group_size)
 
     def config(self) -> Any:
-        """torchao's."""
+        """torchao's config."""
         ao = _torchao()
         return ao.Int8DynamicActivationIntxWeightConfig(
             weight_dtype=torch.int4, weight_granularity=ao.PerGroup(self.group_size)

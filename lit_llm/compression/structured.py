@@ -346,7 +346,8 @@ class Channels(Structured):
                 if layer in done:
                     continue
                 group = graph.get_pruning_group(layer, out, [0])
-                together = {d.target.module for d, _ in group if d.handler == out}  # outputs that are added
+                # Layers whose outputs are added, as by shortcuts, must keep the same channels.
+                together = {d.target.module for d, _ in group if d.handler == out}
                 done |= together
                 score = sum(score for name, score in scores.items() if convolutions[name] in together)
                 gone = sorted(set(range(layer.out_channels)) - set(self.kept(score).tolist()))
