@@ -28,6 +28,11 @@ def settle(trainer: Trainer) -> None:
     trainer.strategy.barrier("lit_llm.settle")
 
 
+def ends_last_epoch(trainer: Trainer) -> bool:
+    """Whether the current batch is the last of `max_epochs`."""
+    return trainer.current_epoch + 1 == trainer.max_epochs and trainer.is_last_batch
+
+
 class LastCheckpoint(Checkpoint):
     """Keeps `checkpoints/last.ckpt` in the run folder up to date, and saves it on Ctrl-C.
 
@@ -105,9 +110,11 @@ class LastCheckpoint(Checkpoint):
 
     def _is_due(self, trainer: Trainer) -> bool:
         """Whether to save now: only at the end of a complete step."""
-        # on_train_end would be too late: by then Lightning counts the epoch as complete.
+        # Within an epoch, on_train_end would be too late: by then Lightning counts the epoch as complete. At the end of
+        # the last epoch, it is the right place: a run resumed from a checkpoint before it would train one batch more.
         ends = (trainer.should_stop and trainer.fit_loop._can_stop_early) or trainer.global_step == trainer.max_steps
-        is_time = self._interrupted or ends or trainer.global_step % self.every_n_steps == 0
+        comes = ends or trainer.global_step % self.every_n_steps == 0
+        is_time = self._interrupted or (comes and not ends_last_epoch(trainer))
         return is_time and not trainer.fit_loop.epoch_loop._should_accumulate()
 
     def _save_and_stop(self, trainer: Trainer) -> None:

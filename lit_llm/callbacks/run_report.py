@@ -17,6 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 import lit_llm
 from lit_llm.callbacks.best_checkpoint import keeps_best
+from lit_llm.callbacks.last_checkpoint import ends_last_epoch
 from lit_llm.callbacks.metrics_csv import MetricsCSV, read_metrics
 from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoint_files import own_checkpoint
@@ -75,8 +76,7 @@ class RunReport(Callback):
             self._stepped = True
             if trainer.is_global_zero and self._read(trainer).get("finished"):
                 self._merge(trainer, {"finished": False})
-        in_last_epoch = trainer.current_epoch + 1 == trainer.max_epochs
-        if trainer.global_step == trainer.max_steps or (in_last_epoch and trainer.is_last_batch):
+        if trainer.global_step == trainer.max_steps or ends_last_epoch(trainer):
             trainer.should_stop = True
 
     @rank_zero_only

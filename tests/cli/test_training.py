@@ -403,9 +403,27 @@ def test_a_run_without_validation_still_ends_with_a_model(lit_llm, tiny, tmp_pat
 def test_the_last_step_is_validated_wherever_the_interval_falls(lit_llm, tiny, tmp_path, words, steps):
     outcome = lit_llm("fit", *tiny, *words.split(), "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
-    validated = [row["step"] for row in read_metrics(tmp_path / "run/metrics.csv") if "val/loss" in row]
-    assert validated == steps
+    assert validated(tmp_path / "run") == steps
     assert json.loads((tmp_path / "run/results.json").read_text())["finished"]
+
+
+def validated(run: Path) -> list[int]:
+    return [row["step"] for row in read_metrics(run / "metrics.csv") if "val/loss" in row]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [5, 100])
+def test_a_run_by_epochs_that_ended_between_two_validations_is_resumed_at_its_end(lit_llm, tiny, tmp_path, every):
+    words = f"--checkpoint.every_n_steps {every} --trainer.max_steps -1 --trainer.max_epochs 2 --trainer.limit_train_batches 5"
+    words += " --trainer.check_val_every_n_epoch 1 --trainer.val_check_interval 3"
+    assert lit_llm("fit", *tiny, *words.split(), "--run_dir", tmp_path / "run").code == 0
+    again = ("fit", "--run_dir", tmp_path / "run", "--ckpt_path", "last")
+    assert lit_llm(*again).code == 0
+    assert validated(tmp_path / "run") == [3, 8, 10]
+    assert lit_llm(*again, "--trainer.max_epochs", "3").code == 0
+    assert validated(tmp_path / "run") == [3, 8, 10, 13, 15]
+    rows = read_metrics(tmp_path / "run/metrics.csv")
+    assert max(row["step"] for row in rows) == 15
 
 
 def test_fast_dev_run_writes_nothing_but_an_empty_folder(lit_llm, tiny, tmp_path):
