@@ -1,4 +1,4 @@
-"""Checkpoints that are written while training goes on."""
+"""Checkpoints that are written while training continues."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from lit_llm.checkpoint_files import AtomicCheckpointIO
 
 
 class AsyncCheckpointIO(AtomicCheckpointIO):
-    """Has training go on while a checkpoint is written, by a thread, from a copy in the CPU's memory.
+    """Writes checkpoints in a background thread, from a copy in CPU memory, while training continues.
 
-    The next save waits until the last one is written, as do loading, removing and `teardown`: there is one copy at a
-    time. What went wrong while writing is raised by the first of them. The process does not end before the thread.
+    The next save waits until the last one is written, as do loading, removing and `teardown`: there is at most one copy
+    at a time. An error while writing is raised by the first of these calls. The process does not end before the thread.
 
-    Lightning's class of this name is not enough: saves queue up, with a copy each, which stays on the device; nobody
-    who loads waits; and an error of the last write comes after a run has said what it reached, from its tear-down.
+    Lightning's class of the same name is not enough: saves queue up, each with a copy on the device; loading does not
+    wait; and an error of the last write is raised in tear-down, after the run has reported its results.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class AsyncCheckpointIO(AtomicCheckpointIO):
         self._error: BaseException | None = None
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        """Copies, and starts to write."""
+        """Copies the checkpoint and starts writing it."""
         self.teardown()
         checkpoint, shares = snapshot(checkpoint), storage_options
         if shares is not None:
@@ -40,16 +40,16 @@ class AsyncCheckpointIO(AtomicCheckpointIO):
     def _write(self, *saved: Any) -> None:
         try:
             super().save_checkpoint(*saved)
-        except BaseException as error:  # raised where somebody listens
+        except BaseException as error:  # raised by the next call
             self._error = error
 
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = None) -> Any:
-        """Loads, once all is written."""
+        """Loads a checkpoint once the last write is finished."""
         self.teardown()
         return super().load_checkpoint(path, map_location, weights_only)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes, once all is written."""
+        """Removes a checkpoint once the last write is finished."""
         self.teardown()
         super().remove_checkpoint(path)
 
@@ -57,7 +57,7 @@ class AsyncCheckpointIO(AtomicCheckpointIO):
         """Waits until the last checkpoint is written.
 
         Raises:
-            OSError: When it could not be.
+            OSError: When it could not be written.
         """
         if self._writer is not None:
             self._writer.join()
@@ -68,7 +68,9 @@ class AsyncCheckpointIO(AtomicCheckpointIO):
 
 
 def snapshot(checkpoint: Any) -> Any:
-    """A copy, in the CPU's memory, that shares nothing with what training changes; a tensor that is there twice is so.
+    """A copy in CPU memory that training cannot change.
+
+    Tensors that share memory (tied weights) share it in the copy too.
 
     Example:
         >>> weight = torch.zeros(2)
@@ -85,7 +87,7 @@ def snapshot(checkpoint: Any) -> Any:
         key = (t.data_ptr(), t.device, t.dtype, t.shape, t.stride()) if t.numel() else id(t)
         if key not in copies and t.device.type == "cpu":
             copies[key] = t.detach().clone()
-        elif key not in copies:  # pinned memory is faster to copy to, and torch keeps it for the next time
+        elif key not in copies:  # copying to pinned memory is faster, and torch caches it for the next save
             copies[key] = torch.empty_like(t, device="cpu", pin_memory=True).copy_(t.detach(), non_blocking=True)
             on_devices.add(t.device)
         memo[id(t)] = copies[key]

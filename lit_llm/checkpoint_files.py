@@ -26,18 +26,18 @@ from lit_llm.shards import Pieces, is_shared_out, share_to_keep, whole
 from lit_llm.wording import first_line
 
 SEAL = b"lit-llm sha256:"
-"""Stands, before a hash of all that precedes it, at the end of our checkpoints; torch reads over it."""
+"""Marks the trailer of our checkpoint files: this, then a SHA-256 of all bytes before it. torch ignores the trailer."""
 
 
 def own_checkpoint(run: Path) -> Path:
-    """The checkpoint that stands for a run: its best, or its last where nothing was validated."""
+    """The checkpoint that represents a run: its best, or its last if there is no best."""
     best, last = (run / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
     return last if last.exists() and not best.exists() else best
 
 
 @contextmanager
 def plain_errors(path: Path) -> Iterator[None]:
-    """A disk that is full says so here: it reaches us through the writers' own C++ and Rust as anything but that."""
+    """Raises a plain `OSError` for a failed write, where the writers in C++ and Rust obscure that the disk is full."""
     try:
         yield
     except (RuntimeError, SafetensorError) as error:
@@ -48,12 +48,13 @@ def plain_errors(path: Path) -> Iterator[None]:
 
 
 class Shares(NamedTuple):
-    """What one of several processes writes of a checkpoint.
+    """The shards that one of several processes writes of a checkpoint.
 
     Attributes:
-        tensors: By where in the checkpoint a tensor is: where in that this share of it begins, and the share.
-        name: Of this save, the same in all processes: that of a folder of files, one a process.
-        group: The processes, for nothing else: they wait here for one another, maybe beside a training.
+        tensors: Offsets at which a shard begins in its tensor, and the shard, by the tensor's key path in the
+            checkpoint.
+        name: Name of the folder of this save, with one file per process; the same in all processes.
+        group: Process group used for nothing else: the processes wait for one another, maybe while training continues.
     """
 
     tensors: dict[str, tuple[list[int], Tensor]]
@@ -61,10 +62,10 @@ class Shares(NamedTuple):
     group: Any
 
     def write(self, path: Path) -> None:
-        """Writes them beside a checkpoint, and waits until all processes have.
+        """Writes the shards beside a checkpoint, and waits until all processes have written theirs.
 
         Raises:
-            OSError: When one of them could not.
+            OSError: When a process could not write.
         """
         shares = {name: [start, _alone(share)] for name, (start, share) in self.tensors.items()}
         folder = path.with_suffix(FOLDER) / self.name
@@ -73,10 +74,10 @@ class Shares(NamedTuple):
 
 
 def write_together(write: Callable[[], None], folder: Path, group: Any) -> None:
-    """Has each process of a group write its part of a folder, and waits until all have.
+    """Writes this process's part of a folder, and waits until all processes of a group have written theirs.
 
     Raises:
-        OSError: In all of them, when one of them could not; the folder is gone then.
+        OSError: In all processes, when one of them could not write; the folder is removed then.
     """
     failed = None
     try:
@@ -95,7 +96,7 @@ def write_together(write: Callable[[], None], folder: Path, group: Any) -> None:
 
 
 FOLDER = ".shares"
-"""Instead of `.ckpt`: where the shares of a checkpoint are, in a folder of their own for each save."""
+"""Suffix, instead of `.ckpt`, of the folder with a checkpoint's shards; each save has its own folder in it."""
 
 
 def _file_name(rank: int, count: int) -> str:
@@ -103,13 +104,13 @@ def _file_name(rank: int, count: int) -> str:
 
 
 def _alone(share: Tensor) -> Tensor:
-    """A share in the CPU's memory, without the rest of the memory that it may be a view of: that would be saved too."""
+    """A shard in CPU memory with a storage of its own: `torch.save` would write the whole storage of a view."""
     share = share.cpu()
     return share if share.untyped_storage().nbytes() == share.nbytes else share.clone()
 
 
 def cut(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[list[int], Tensor]]]:
-    """A checkpoint with an empty tensor for each that is shared out, and the shares that this device keeps of those."""
+    """Splits a checkpoint into one with a meta tensor for each sharded tensor, and this device's shards of those."""
     shares = {}
 
     def emptied(path: Any, value: Any) -> Any:
@@ -123,19 +124,22 @@ def cut(checkpoint: dict[str, Any]) -> tuple[dict[str, Any], dict[str, tuple[lis
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint beside its place and renames it; reads one without executing anything in it.
+    """Writes a checkpoint to a temporary file and renames it; reads one without executing anything in it.
 
-    Of one that several processes write, `NAME.ckpt` holds what they have in common, and says which folder in
-    `NAME.shares/` holds the rest: it is replaced when all is there, in one step, which a folder could not be.
+    If several processes write a checkpoint, `NAME.ckpt` holds what they have in common and names the folder in
+    `NAME.shares/` that holds their shards. It is replaced once all shards are written, in one atomic step, which is not
+    possible for a folder.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Saves, so that at every moment `path` is either the old checkpoint or the new one.
 
         Args:
-            checkpoint: All of it, or, where several processes write, what is not in shares; the first one's counts.
-            path: Where.
-            storage_options: What of it this process writes, where there are several: `Shares`, or what writes as they.
+            checkpoint: The whole checkpoint; if several processes write, all but the shards, as the first process has
+                it.
+            path: The checkpoint file.
+            storage_options: If several processes write, the shards of this one: `Shares`, or an object with the same
+                `name`, `group` and `write`.
         """
         path, shares = Path(path), storage_options
         if shares is not None:
@@ -151,13 +155,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path), map_location)
 
     def remove_checkpoint(self, path: str | Path) -> None:
-        """Removes it, with its shares."""
+        """Removes a checkpoint with its shards."""
         super().remove_checkpoint(path)
         _discard_shares(Path(path))
 
 
 def write_sealed(values: dict[str, Any], path: Path) -> None:
-    """Writes plain values and tensors, and a hash of the file at its end."""
+    """Writes plain values and tensors, followed by a hash of the file."""
     with replacing(path) as new:
         with plain_errors(path):
             torch.save(values, new)
@@ -165,14 +169,14 @@ def write_sealed(values: dict[str, Any], path: Path) -> None:
 
 
 def seal(path: Path) -> None:
-    """Adds to a file a hash of it."""
+    """Appends to a file a hash of its content."""
     digest = _digest(path)
     with path.open("ab") as file:
         file.write(SEAL + digest)
 
 
 def _discard_shares(path: Path, but: str | None = None) -> None:
-    """Removes the shares of earlier saves of a checkpoint, and of saves that were cut short."""
+    """Removes the shards of a checkpoint's earlier or interrupted saves, or of all saves if `but` is `None`."""
     folder = path.with_suffix(FOLDER)
     for save in folder.iterdir() if folder.is_dir() else ():
         if save.name != but:
@@ -185,14 +189,14 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", in_pieces: bool = Fal
     """Reads a checkpoint file after checking that it is whole.
 
     Args:
-        path: Where.
-        map_location: As of `torch.load`; what several processes have written comes to the CPU.
-        in_pieces: Leave what several processes have written where it is, as `shards.Pieces`, for one who wants a part.
+        path: The checkpoint file.
+        map_location: As in `torch.load`; shards that several processes wrote are always loaded to the CPU.
+        in_pieces: Return tensors that several processes wrote as `shards.Pieces`, which read only the parts asked for.
 
     Raises:
-        FileNotFoundError: When there is none.
-        ValueError: When it is truncated, damaged, lacks a share, holds more than plain values and tensors, or is no
-            checkpoint.
+        FileNotFoundError: When there is no such file.
+        ValueError: When it is truncated or damaged, lacks a shard, holds more than plain values and tensors, or is not
+            a checkpoint.
     """
     if not path.is_file():
         lacks = "is a folder; name a file in it, last or best" if path.is_dir() else "does not exist"
@@ -211,7 +215,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", in_pieces: bool = Fal
 
 
 def _with_pieces(path: Path, checkpoint: dict[str, Any], remedy: str) -> dict[str, Any]:
-    """Puts in a checkpoint, for its empty tensors, the pieces that are in the files of shares, mapped into memory."""
+    """Replaces a checkpoint's meta tensors by `Pieces` of the memory-mapped shard files."""
     name, count = _named_shares(path, checkpoint.pop("shares"))
     folder, stage = path.with_suffix(FOLDER) / Path(name).name, checkpoint.get("zero")
     files = (
@@ -230,7 +234,7 @@ def _with_pieces(path: Path, checkpoint: dict[str, Any], remedy: str) -> dict[st
         return {**checkpoint, "state_dict": converted, "zero": zero}
     check_once, found = functools.cache(require_whole), {}
     for file in files:
-        check = functools.partial(check_once, file, remedy)  # a file that nothing is read of is not read to check it
+        check = functools.partial(check_once, file, remedy)  # a file is checked only before data of it is read
         for key, (start, share) in _load(file, remedy, map_location="cpu", mmap=True).items():
             found.setdefault(key, []).append((start, share, check))
 
@@ -243,9 +247,9 @@ def _with_pieces(path: Path, checkpoint: dict[str, Any], remedy: str) -> dict[st
 
 
 def _named_shares(path: Path, shares: Any) -> tuple[str, int]:
-    """The folder that a checkpoint says its shares are in, and of how many processes."""
+    """Name of the folder with a checkpoint's shards, and number of processes that wrote them."""
     match shares:
-        case [str(name), int(count)] if 0 < count < 10**5:  # as many as a file's name counts to
+        case [str(name), int(count)] if 0 < count < 10**5:  # file names have five digits for it
             return name, count
     raise ValueError(
         f"shares must be a folder's name and a number of processes, but in {path} they are {str(shares)[:100]}"
@@ -253,7 +257,11 @@ def _named_shares(path: Path, shares: Any) -> tuple[str, int]:
 
 
 def zero_files(folder: Path, stage: int, count: int) -> list[Path]:
-    """What DeepSpeed writes of a network in float32 that so many processes share out: two files a process, or one."""
+    """The files that DeepSpeed writes for a float32 network on `count` processes.
+
+    Each process writes its optimiser state. In stage 3 each also writes its part of the model, otherwise only the first
+    one writes the model.
+    """
     ranks = [f"zero_pp_rank_{rank}_" for rank in range(count)]
     names = [f"{rank}mp_rank_00_optim_states.pt" for rank in ranks]
     names += [f"{rank}mp_rank_00_model_states.pt" for rank in (ranks if stage == 3 else [""])]
@@ -261,7 +269,7 @@ def zero_files(folder: Path, stage: int, count: int) -> list[Path]:
 
 
 def _fill_from_zero(state: dict[str, Tensor], folder: Path, files: list[Path], remedy: str) -> None:
-    """Has DeepSpeed's own conversion give the weights."""
+    """Fills the tensors of `state` with the weights of a DeepSpeed checkpoint, by DeepSpeed's own conversion."""
     for file in files:
         require_whole(file, remedy)
     try:
@@ -278,7 +286,7 @@ def _fill_from_zero(state: dict[str, Tensor], folder: Path, files: list[Path], r
 
 @contextmanager
 def without_pickles() -> Iterator[None]:
-    """DeepSpeed reads its files as pickles, which execute what they like; here only its own plain classes are made."""
+    """Makes DeepSpeed's `torch.load` read weights only: as plain pickles its files could execute arbitrary code."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address
@@ -299,16 +307,16 @@ def require_whole(path: Path, remedy: str = "") -> None:
     """Refuses a file that is cut short or damaged.
 
     Raises:
-        ValueError: Saying how; `remedy` is added.
+        ValueError: With what is wrong, followed by `remedy`.
     """
     if damage := _damage(path):
         raise ValueError(f"ckpt_path must be a whole checkpoint, but {path} {damage}{remedy}")
 
 
 def _load(path: Path, remedy: str, **options: Any) -> Any:
-    """What is in a file, of plain values and tensors."""
+    """Reads a file of plain values and tensors."""
     try:
-        with unset_fake_temporarily():  # where a network is only planned, what a file holds has content still
+        with unset_fake_temporarily():  # a file's tensors are real also under `FakeTensorMode`
             return torch.load(path, weights_only=True, **options)
     except Exception as error:
         require_whole(path, remedy)
@@ -318,7 +326,7 @@ def _load(path: Path, remedy: str, **options: Any) -> Any:
 
 
 def _digest(path: Path, without: int = 0) -> bytes:
-    """A hash of a file up to its last bytes."""
+    """SHA-256 of a file except its last `without` bytes."""
     digest, left = hashlib.sha256(), path.stat().st_size - without
     with path.open("rb") as file:
         while left > 0 and (block := file.read(min(left, 1 << 20))):
@@ -328,18 +336,18 @@ def _digest(path: Path, without: int = 0) -> bytes:
 
 
 def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint file; `None` for a whole one."""
+    """What is wrong with a checkpoint file; `None` if it is whole."""
     length = len(SEAL) + hashlib.sha256().digest_size
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - length))
         end = file.read()
     if end.startswith(SEAL):
         return None if end == SEAL + _digest(path, without=length) else "is damaged"
-    try:  # not one of ours: an archive has checksums of its own
+    try:  # not written here: a zip archive has its own checksums
         with zipfile.ZipFile(path) as archive:
             part = archive.testzip()
     except Exception as error:  # damage shows in many ways
         return f"is not: {error}"
     if part:
         return f"is damaged in {part}"
-    return None if end[-22:].startswith(b"PK\x05\x06") else "is cut short"  # that begins an archive's last record
+    return None if end[-22:].startswith(b"PK\x05\x06") else "is cut short"  # the archive's end record

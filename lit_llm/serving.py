@@ -1,4 +1,4 @@
-"""Models behind an HTTP endpoint: what LitServe asks of them, request by request.
+"""HTTP endpoints for models, on LitServe: completions, chat, and classification of texts and images.
 
 The server checks a request against a schema, which `/docs` shows, and hands it to a process that holds the model.
 """
@@ -32,20 +32,20 @@ from lit_llm.data.tokenizer import boundary_id, first_id, require_utf_8
 from lit_llm.generation import IncrementalDetokenizer, stream_tokens, until
 
 NEW_TOKENS = 128
-"""Most of them where a request says nothing."""
+"""Most tokens of a reply if the request sets no limit."""
 
 MAX_TOKENS, MAX_PROMPTS = 65_536, 64
-"""What one request may ask for, so that it cannot hold up all others for good."""
+"""Limits of one request, so that it cannot block all others indefinitely."""
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
-"""Of images. (Pillow knows others, of which some are programs.)"""
+"""Image formats that are accepted. (Pillow knows others, some of which are programs.)"""
 
 MAX_PIXELS, MAX_SKEW = 50_000_000, 50
-"""Of an image: pixels, and how many times as long as wide: it is scaled to cover a square before it is cut."""
+"""Limits of an image: pixels, and aspect ratio, since an image is scaled to cover a square before it is cropped."""
 
 
 class Request(BaseModel):
-    """What may be asked; a field that is not there is refused."""
+    """Base of the request schemas; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -54,7 +54,7 @@ NotEmpty = Annotated[str, Field(min_length=1)]
 
 
 class CompletionRequest(Request):
-    """As OpenAI's, with `top_k`; several prompts are continued together."""
+    """OpenAI's completion request, with `top_k`; several prompts are continued together."""
 
     prompt: str | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)] = Field(examples=["def read_file("])
     max_tokens: int | None = Field(None, ge=0, le=MAX_TOKENS, description="128, or what the context allows")
@@ -69,12 +69,12 @@ class CompletionRequest(Request):
     @field_validator("temperature", "top_p", "stop", "stream", mode="before")
     @classmethod
     def _or_default(cls, value: Any, info: Any) -> Any:
-        """As in OpenAI's form, `null` is as good as nothing."""
+        """Replaces `null` by the default, as OpenAI's API does."""
         return cls.model_fields[info.field_name].get_default() if value is None else value
 
 
 class TextRequest(Request):
-    """A text to be classed, or two of which something is asked."""
+    """A text to classify, or a pair of texts."""
 
     text: str
     text_pair: str | None = None
@@ -82,13 +82,13 @@ class TextRequest(Request):
     @field_validator("text", "text_pair")
     @classmethod
     def _is_utf_8(cls, value: str | None, info: Any) -> str | None:
-        with _refusing():  # the answer to an error of the schema quotes the text, which no answer holds
+        with _refusing():  # a schema error would quote the text, which no response can encode
             require_utf_8(value or "", info.field_name)
         return value
 
 
 class ImageRequest(Request):
-    """An image to be classed."""
+    """An image to classify."""
 
     image: str = Field(description=f"An image file ({', '.join(FORMATS)}) in base64")
 
@@ -100,8 +100,8 @@ class ImageRequest(Request):
                 short, long = sorted(image.size)
                 if short * long > MAX_PIXELS or long > MAX_SKEW * short:
                     raise OSError(f"it has {image.width} × {image.height} pixels")
-                decoded(image, 3, 1, 1)  # what fails later fails for a whole batch
-        except Exception as error:  # each format's reader raises its own kinds
+                decoded(image, 3, 1, 1)  # failing later would fail the whole batch
+        except Exception as error:  # each format's decoder raises its own types
             raise ValueError(f"image must be an image file in base64, but is not: {error}") from error
         return value
 
@@ -111,10 +111,10 @@ class Endpoint(litserve.LitAPI, ABC):
 
     Args:
         model: A model directory, a run folder or a checkpoint file.
-        max_batch_size: Requests that are answered together, where several wait.
+        max_batch_size: Largest number of waiting requests that are answered together.
 
     Attributes:
-        path: Where it is asked.
+        path: Path of the endpoint's URL.
     """
 
     path: str
@@ -132,16 +132,16 @@ class Endpoint(litserve.LitAPI, ABC):
 
     @abstractmethod
     def predict(self, request: Any) -> Any:
-        """The answer; of a list, where requests are answered together, a list of answers."""
+        """Answers a request, or a list of requests with a list of answers."""
 
 
 class Completions(Endpoint):
-    """A language model that continues prompts, in OpenAI's form of them."""
+    """A language model that continues prompts, through OpenAI's completions API."""
 
     path = "/v1/completions"
 
     def decode_request(self, request: CompletionRequest) -> CompletionRequest:
-        """As it is: its type is the schema."""
+        """Returns the request unchanged; its type is the schema."""
         return request
 
     def predict(self, request: CompletionRequest) -> dict[str, Any]:
@@ -155,7 +155,7 @@ class Completions(Endpoint):
             ids = [[first, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
             room = _room(self.network, ids, request.max_tokens)
             how = request.temperature, request.top_k, request.top_p, request.seed
-            writings = [IncrementalDetokenizer(self.tokenizer, prompt[1:]) for prompt in ids]  # a space in front counts
+            writings = [IncrementalDetokenizer(self.tokenizer, prompt[1:]) for prompt in ids]  # keeps a leading space
             made: list[list[int]] = [[] for _ in ids]
             ends, longest = [""] * len(ids), max(map(len, stops), default=0)
             for new in stream_tokens(self.network, ids, room, *how, {boundary_id(self.tokenizer)}):
@@ -184,13 +184,14 @@ class Completions(Endpoint):
 
 
 class ChatForm(OpenAISpec):
-    """OpenAI's form of a chat, as LitServe has it, but of several replies (`n`), for which it asks one by one.
+    """LitServe's chat API of OpenAI's form, corrected for several replies (`n`).
 
-    It would count their prompt with each of them, and end all that are streamed where the first one ends.
+    LitServe generates replies one by one: it would count the prompt's tokens for each of them, and end all streamed
+    replies when the first one ends.
     """
 
     async def chat_completion(self, request: ChatCompletionRequest, background_tasks: BackgroundTasks) -> Any:
-        """The answer to a request, or its pieces."""
+        """Answers a request, whole or as a stream of pieces."""
         request.n = 1 if request.n is None else request.n
         with _refusing():
             if not 1 <= request.n <= MAX_PROMPTS:
@@ -202,7 +203,7 @@ class ChatForm(OpenAISpec):
     async def non_streaming_completion(
         self, request: ChatCompletionRequest, generator_list: list[Any]
     ) -> ChatCompletionResponse:
-        """The answer, whose usage has the tokens of the prompt once."""
+        """Answers a request, and counts the prompt's tokens once in its usage."""
         answer = await super().non_streaming_completion(request, generator_list)
         prompt = answer.usage.prompt_tokens // request.n
         answer.usage = UsageInfo(**_usage(prompt, answer.usage.completion_tokens))
@@ -210,10 +211,10 @@ class ChatForm(OpenAISpec):
 
 
 class Chat(Endpoint):
-    """A language model that converses by the chat template of its tokeniser, as OpenAI's chat does, also streamed.
+    """A language model that chats through OpenAI's API, with its tokeniser's chat template; replies can be streamed.
 
-    LitServe reads the request: it passes over fields that it does not know, `seed` among them, and calls every end of a
-    reply a `stop`.
+    LitServe parses the request: it ignores fields that it does not know, `seed` among them, and reports every reply's
+    `finish_reason` as `stop`.
     """
 
     path = "/v1/chat/completions"
@@ -222,7 +223,7 @@ class Chat(Endpoint):
         super().__init__(model, spec=ChatForm())
 
     def predict(self, request: ChatCompletionRequest) -> Iterator[dict[str, Any]]:
-        """The pieces of a reply, and last how many tokens there were."""
+        """Yields the pieces of a reply, and last the numbers of tokens."""
         with _refusing():
             _require_known(request)
             messages = [{"role": m.role, "content": _text(m.content)} for m in request.messages]
@@ -230,7 +231,7 @@ class Chat(Endpoint):
             wanted = request.max_completion_tokens or request.max_tokens
             room = _room(self.network, [ids], wanted)
             stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
-            temperature = 0.7 if request.temperature is None else request.temperature  # OpenAI's own defaults
+            temperature = 0.7 if request.temperature is None else request.temperature  # LitServe's own defaults
             top_p = 1.0 if request.top_p is None else request.top_p
             writing = IncrementalDetokenizer(self.tokenizer)
             new = stream_tokens(self.network, [ids], room, temperature, None, top_p, stop=turn_ends(self.tokenizer))
@@ -241,14 +242,14 @@ class Chat(Endpoint):
 
 
 class Classes(Endpoint):
-    """A classifier, or a regression: each class with its probability, or a value."""
+    """A classifier, which gives the probability of each class, or a regression model, which gives a value."""
 
     path = "/classify"
 
     def predict(self, request: Any) -> Any:
-        """For each request `label`, the likeliest class, and `probabilities`, or `value`.
+        """Gives for each request `label`, the likeliest class, and `probabilities`; for a regression `value`.
 
-        Of classes that do not exclude each other (a network's `multi_label`) each has a probability of its own.
+        In multi-label classification (a network's `multi_label`) the probabilities of the classes are independent.
         """
         together = isinstance(request, list)
         requests = request if together else [request]
@@ -259,7 +260,7 @@ class Classes(Endpoint):
 
     @abstractmethod
     def logits(self, requests: list[Any]) -> torch.Tensor:
-        """Of several requests at once."""
+        """Computes the logits of several requests at once, one row each."""
 
     def _answer(self, logits: torch.Tensor) -> dict[str, Any]:
         if len(logits) == 1:
@@ -270,19 +271,19 @@ class Classes(Endpoint):
 
 
 class TextClasses(Classes):
-    """A classifier of texts, or of pairs of them."""
+    """A classifier of texts or pairs of texts."""
 
     def decode_request(self, request: TextRequest) -> TextRequest:
-        """As it is: its type is the schema."""
+        """Returns the request unchanged; its type is the schema."""
         return request
 
     def logits(self, requests: list[TextRequest]) -> torch.Tensor:
-        """As a data module makes them: cut where training did, or to what the network reads, padded to the longest."""
+        """Computes logits; texts are truncated as in training, or to the network's limit, and padded to the longest."""
         paired = [request.text_pair is not None for request in requests]
         longest = min(getattr(self.network, "max_seq_len", None) or MAX_TOKENS, self.tokenizer.model_max_length)
         device = next(self.network.parameters()).device
         found: dict[int, torch.Tensor] = {}
-        for with_pair in set(paired):  # a second text, where only some have one
+        for with_pair in set(paired):  # single texts and pairs are separate batches
             places = [place for place, it in enumerate(paired) if it == with_pair]
             texts = [requests[place].text for place in places]
             pairs = [requests[place].text_pair for place in places] if with_pair else None
@@ -297,16 +298,16 @@ class ImageClasses(Classes):
     """A classifier of images."""
 
     def setup(self, device: str) -> None:
-        """Loads the model, and how it wants its images."""
+        """Loads the model and its image preprocessing."""
         super().setup(device)
         self.processor = ImageProcessor.from_hf(read_image_processor(self.model))
 
     def decode_request(self, request: ImageRequest) -> ImageRequest:
-        """As it is: its type is the schema."""
+        """Returns the request unchanged; its type is the schema."""
         return request
 
     def logits(self, requests: list[ImageRequest]) -> torch.Tensor:
-        """As a data module makes them: of the network's size and channels, normalised."""
+        """Computes logits; images get the network's size and channels and are normalised, as in the data modules."""
         files = [{"bytes": base64.b64decode(request.image)} for request in requests]
         pixels = np.stack([read_image(file, *self.processor.shape) for file in files]).astype(np.float32) / 255
         mean, std = (np.array(each, np.float32)[:, None, None] for each in (self.processor.mean, self.processor.std))
@@ -315,14 +316,14 @@ class ImageClasses(Classes):
 
 
 def endpoint_of(model: str, max_batch_size: int = 1) -> Endpoint:
-    """The endpoint that a model answers at.
+    """The endpoint for a model: chat, completions, or classification of texts or images.
 
     Args:
         model: A model directory, a run folder or a checkpoint file.
         max_batch_size: As in `Endpoint`; a language model answers one request at a time.
 
     Raises:
-        ValueError: When it is of another kind than those, or lacks what it is asked with.
+        ValueError: When the model is of another kind, or lacks its tokeniser or image preprocessing.
     """
     network, tokenizer = load_model(model)
     if hasattr(network, "new_cache"):
@@ -347,7 +348,7 @@ def _require(tokenizer: PreTrainedTokenizerBase | None, model: str) -> None:
 
 @contextmanager
 def _refusing() -> Iterator[None]:
-    """What a request has wrong becomes an answer of status 400 that says so."""
+    """Turns an error in a request into a response with status 400 and the error's message."""
     try:
         yield
     except (ValueError, TypeError) as error:
@@ -355,7 +356,7 @@ def _refusing() -> Iterator[None]:
 
 
 def _room(network: nn.Module, prompts: list[list[int]], wanted: int | None) -> int:
-    """How many tokens to write where so many are wanted; `steps` refuses what there is no room for."""
+    """Number of tokens to generate; `stream_tokens` refuses a `wanted` that the network has no room for."""
     if wanted is not None and wanted > MAX_TOKENS:
         raise ValueError(f"max_tokens must be at most {MAX_TOKENS}, but is {wanted}")
     if wanted is not None:
@@ -369,7 +370,7 @@ def _usage(prompt: int, completion: int) -> dict[str, int]:
 
 
 def _require_known(request: ChatCompletionRequest) -> None:
-    """Refuses what OpenAI's form has and this endpoint would pass over."""
+    """Refuses fields of OpenAI's API that this endpoint would ignore."""
     given = {name: getattr(request, name) for name in ("tools", "response_format", "reasoning_effort")}
     given |= {name: getattr(request, name) or None for name in ("presence_penalty", "frequency_penalty")}
     for name, value in given.items():
@@ -378,7 +379,7 @@ def _require_known(request: ChatCompletionRequest) -> None:
 
 
 def _text(content: Any) -> str:
-    """What a message says, where it is text."""
+    """The text of a message; other content is refused."""
     parts = content if isinstance(content, list) else [content]
     texts = [part if isinstance(part, str) else getattr(part, "text", None) for part in parts]
     if None in texts:

@@ -1,4 +1,4 @@
-"""What Lightning lacks to share one network out over devices: where to cut it, and checkpoints that any strategy reads.
+"""FSDP2 and tensor parallelism as one Lightning strategy, with checkpoints that any strategy reads.
 
 DDP itself is a line of YAML (`configs/strategy/ddp.yaml`).
 """
@@ -31,28 +31,29 @@ from lit_llm.shards import Pieces, part, shared_as, whole
 from lit_llm.tensor_parallel import cut_products
 
 READING = ("hidden", "logits_at", "classify", "features", "generate")
-"""Methods besides `forward` by which an objective has a network read: they need its weights too."""
+"""Methods besides `forward` through which objectives call a network: FSDP must gather the weights for them too."""
 
 
 class Sharded(ModelParallelStrategy):
     """Shards weights, gradients and optimiser state over all devices, and matrix products over some of them.
 
-    With `tensor_parallel_size` 1 that is fully sharded data parallelism: each device keeps a part of every block, the
-    whole block is gathered where it is read, and its gradients are scattered again (FSDP2). With more, devices next to
-    each other share the products of each block, and read the same rows; embeddings, norms and the head they have in
-    common. A network says by its blocks' `tensor_parallel` which matrices are cut by columns and which by rows. Of N
-    devices, `N / tensor_parallel_size` read different rows: that many times `data.batch_size` is the global batch.
+    With `tensor_parallel_size` 1 this is fully sharded data parallelism (FSDP2): each device keeps a shard of every
+    block, the whole block is all-gathered where it is used, and its gradients are reduce-scattered. With a larger size,
+    neighbouring devices split the matrix products of each block and read the same rows; embeddings, norms and the head
+    are replicated on them. The attribute `tensor_parallel` of a network's blocks says which matrices are cut by columns
+    and which by rows. Of N devices, `N / tensor_parallel_size` read different rows: the global batch is
+    `data.batch_size` times that number.
 
-    Between those products each device computes the same, and keeps it for the backward pass. With `sequence_parallel`
-    it does that for its part of each sequence: what the rows' products give is added up and shared out in one go, and
-    gathered where a block's `whole_sequence` wants all positions. With `loss_parallel` it makes the logits of its part
-    of the vocabulary, and the loss is put together from those. Both act where gradients are made; evaluation keeps
-    nothing, and has prompts of any length.
+    Between these products each device computes the same activations, and stores them for the backward pass. With
+    `sequence_parallel` it does so only for its part of each sequence: row-parallel outputs are reduce-scattered along
+    the sequence, and all-gathered where layers in a block's `whole_sequence` need all positions. With `loss_parallel`
+    it computes the logits of its part of the vocabulary, and the loss is combined from these. Both apply only where
+    gradients are recorded; evaluation stores no activations, and its prompts may have any length.
 
-    Losses are those of one process with the same global batch, up to rounding, but for batch normalisation, as in
-    `ExactSteps`. Checkpoints are gathered on the first process, or each process writes its share; either form all
-    strategies and any number of devices read. A fresh network of a class with `defers_init` is made without memory, and
-    each device draws the shares that it keeps.
+    Losses are those of one process with the same global batch, up to rounding, except with batch normalisation (see
+    `ExactSteps`). Checkpoints are gathered on the first process, or each process writes its shards; all strategies read
+    both forms, on any number of devices. A new network of a class with `defers_init` is built on the meta device, and
+    each device allocates only the shards that it keeps, and one whole parameter at a time.
 
     Args:
         tensor_parallel_size: Number of devices that split each matrix product; must divide the number of devices.
@@ -68,17 +69,18 @@ class Sharded(ModelParallelStrategy):
         timeout_minutes: Minutes after which a process stops waiting for another one.
 
     Raises:
-        ValueError: When a size is below 1, or does not divide what it has to, or there are no products to share.
+        ValueError: When a size is out of range or does not divide what it has to, or an option needs a
+            `tensor_parallel_size` above 1.
 
     Source:
         Zhao et al., 2023, "PyTorch FSDP", arXiv:2304.11277; Shoeybi et al., 2019, "Megatron-LM", arXiv:1909.08053,
-        section 3, the loss there too; Korthikanti et al., 2022, arXiv:2205.05198, section 4.2, for sequences, where
-        embeddings and the last norm are shared out besides, and what is gathered is gathered again for the backward
-        pass instead of kept.
+        section 3, also for the loss; Korthikanti et al., 2022, arXiv:2205.05198, section 4.2, for sequence parallelism
+        (there, embeddings and the last norm are split too, and inputs are gathered again for the backward pass instead
+        of stored).
     """
 
     defers_init = True
-    """Networks may come without weights (`deferred_init`)."""
+    """Networks may be on the meta device until `setup` (`deferred_init`)."""
 
     def __init__(
         self,
@@ -108,10 +110,10 @@ class Sharded(ModelParallelStrategy):
         self.sequence_parallel, self.loss_parallel = sequence_parallel, loss_parallel
 
     def setup_environment(self) -> None:
-        """Arranges the devices in a mesh.
+        """Connects the processes and arranges the devices in a mesh.
 
         Raises:
-            ValueError: When they cannot be.
+            ValueError: When the number of devices does not fit `tensor_parallel_size` or `cpu_offload`.
         """
         devices = self.num_processes * self.num_nodes
         if devices % self.tensor_parallel_size:
@@ -130,15 +132,15 @@ class Sharded(ModelParallelStrategy):
 
     def _get_process_group_backend(self) -> str:
         backend = super()._get_process_group_backend()
-        # Norms of gradients that lie in the CPU's memory are added up there.
+        # Norms of gradients in CPU memory are reduced there, which needs gloo.
         return f"cpu:gloo,cuda:{backend}" if self.cpu_offload and backend == "nccl" else backend
 
     def setup(self, trainer: Trainer) -> None:
-        """Shares out what has been built, before an optimiser is made of it.
+        """Shards the networks before the optimiser is created.
 
         Raises:
-            ValueError: When `loss_parallel` is for an objective that wants all logits at once, or products are shared
-                where hidden states are compared, or batch normalisation is to be of the rows of all devices.
+            ValueError: When `loss_parallel` is set for an objective that needs all logits at once, hidden states are
+                compared under tensor parallelism, or batch normalisation is to be synchronised over devices.
         """
         if self._layer_sync is not None:
             raise ValueError(
@@ -163,7 +165,7 @@ class Sharded(ModelParallelStrategy):
         for child in self.lightning_module.children():
             for module in child if isinstance(child, nn.ModuleList) else [child]:
                 plain = [not isinstance(p, DTensor) for p in module.parameters()]
-                if plain and all(plain):  # a test after a fit finds it shared out already
+                if plain and all(plain):  # in a test after a fit it is sharded already
                     share_out(module, self.device_mesh, self.sequence_parallel, **options)
                 if hasattr(module, "fills"):
                     materialize(module, torch.device("cpu") if self.cpu_offload else self.root_device)
@@ -173,7 +175,7 @@ class Sharded(ModelParallelStrategy):
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Brings to the device what is not shared out; the rest is where it belongs, and computes on the device."""
+        """Moves to the device what is not sharded; shards are in place, and are used on the device wherever kept."""
         _update_properties(self.lightning_module, self.root_device)
         for module in self.lightning_module.modules():
             if isinstance(module, Metric):
@@ -186,30 +188,30 @@ class Sharded(ModelParallelStrategy):
                         p.data = p.data.to(self.root_device)
 
     def on_validation_start(self) -> None:
-        """Has all evaluate with the first process's statistics of batch normalisation, which a checkpoint holds."""
+        """Makes all processes evaluate with the first one's batch-normalisation statistics, as in checkpoints."""
         take_statistics_of_first(self.lightning_module)
 
     def teardown(self) -> None:
-        """As Lightning's, which forgets to wait for checkpoints that are being written."""
+        """Like Lightning's, and also waits for a checkpoint that is still being written."""
         if self.loss_parallel and self.lightning_module is not None:
             self.lightning_module.vocabulary_group = None
         super().teardown()
         self.checkpoint_io.teardown()
 
-    # Checkpoints: whole, on the first process, or in shares.
+    # Checkpoints: whole, on the first process, or sharded.
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """All that learns: gathered, and on other processes nothing; or in shares."""
+        """The module's state: gathered on the first process and empty on others, or sharded."""
         state = self.lightning_module.state_dict()
         return dict(state) if self.sharded_checkpoints else self._gathered(state)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """As the weights."""
+        """The optimiser's state, in the same form."""
         state = getattr(optimizer, "_optimizer", optimizer).state_dict()
         return dict(state) if self.sharded_checkpoints else self._gathered(state)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Has the first process write, or each its share."""
+        """Writes a checkpoint in the first process, or each process's shards of it."""
         if not self.sharded_checkpoints:
             super().save_checkpoint(checkpoint, filepath, storage_options)
             return
@@ -219,7 +221,7 @@ class Sharded(ModelParallelStrategy):
         self.checkpoint_io.save_checkpoint(rest if self.is_global_zero else {}, path, storage_options=shares)
 
     def _gathered(self, state: Mapping[str, Any]) -> dict[str, Any]:
-        """The tensors of a state one after the other, so that a device holds no more than one whole."""
+        """Gathers the tensors of a state one at a time, so that a device holds at most one whole tensor."""
 
         def gather(tensor: Tensor) -> Tensor | None:
             tensor = whole(tensor.detach())
@@ -229,12 +231,12 @@ class Sharded(ModelParallelStrategy):
         return gathered if self.is_global_zero else {}
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint of any strategy; of shares what belongs here is taken later."""
+        """Reads a checkpoint of any strategy; of a sharded one, this process's parts are read later."""
         self.checkpoint_io.teardown()  # it may still be written
         return read_checkpoint(Path(checkpoint_path), in_pieces=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Takes of each whole tensor the share that belongs here."""
+        """Loads this process's shard of each whole tensor."""
         own = self.lightning_module.state_dict()
         shares = {
             name: shared_as(part(t, own[name]).to(own[name].device), own[name]) if name in own else t
@@ -244,15 +246,15 @@ class Sharded(ModelParallelStrategy):
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning asks for it as for any strategy."""
+        """True: Lightning restores the optimiser as with other strategies."""
         return True
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """As the weights."""
+        """Loads this process's shards of the optimiser's state."""
         for optimizer, stored in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             members = [p for group in optimizer.param_groups for p in group["params"]]
             numbers = [number for group in stored["param_groups"] for number in group["params"]]
-            owner = dict(zip(numbers, members, strict=False))  # the optimiser refuses a state of others
+            owner = dict(zip(numbers, members, strict=False))  # the optimiser refuses a state of other parameters
             shares = {
                 number: {name: _share_of(value, owner[number]) for name, value in values.items()}
                 for number, values in stored["state"].items()
@@ -262,14 +264,14 @@ class Sharded(ModelParallelStrategy):
 
 
 def _share_of(value: Any, p: Tensor) -> Any:
-    """What belongs here of an optimiser's value for a parameter: of one in its shape a share, of others all."""
+    """This process's part of an optimiser's value: a shard if it has the parameter's shape, otherwise all of it."""
     if isinstance(value, Tensor | Pieces) and value.shape == p.shape:
         return shared_as(part(value, p).to(p.device), p)
     return whole(value) if isinstance(value, Pieces) else value
 
 
 def take_statistics_of_first(network: nn.Module) -> None:
-    """Gives all processes the first one's running statistics of batch normalisation, in place."""
+    """Broadcasts the first process's running statistics of batch normalisation, in place."""
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
             for statistic in (module.running_mean, module.running_var):
@@ -277,29 +279,27 @@ def take_statistics_of_first(network: nn.Module) -> None:
 
 
 def share_out(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = False, **options: Any) -> None:
-    """Cuts a network, in place, over a mesh of the dimensions `data_parallel` and `tensor_parallel`.
+    """Shards a network in place over a mesh with the dimensions `data_parallel` and `tensor_parallel`.
 
     Args:
-        network: Each of its `Block`s is gathered by itself.
+        network: The network; each of its `Block`s is gathered separately.
         mesh: The devices.
         sequence_parallel: As in `Sharded`.
-        options: Of `fully_shard`, for all of it.
+        options: Arguments of all calls of `fully_shard`.
     """
     data, tensor = mesh["data_parallel"], mesh["tensor_parallel"]
     if tensor.size() > 1:
         cut_products(network, tensor, sequence_parallel)
     if data.size() == 1:
         return
-    for p in network.parameters():  # FSDP cuts no kernels with channels last
+    for p in network.parameters():  # FSDP cannot shard kernels in channels-last format
         p.data = p.data.contiguous()
-    for module in reversed(list(network.modules())):  # a block within a block comes first
+    for module in reversed(list(network.modules())):  # a block within a block first
         if isinstance(module, Block):
             fully_shard(module, mesh=data, **options)
     fully_shard(network, mesh=data, **options)
     for module in network.modules():
-        if hasattr(
-            module, "generate"
-        ):  # of transformers: who has written all writes on for as long as another one does
+        if hasattr(module, "generate"):  # makes transformers generate on all ranks until the last one has finished
             module._is_fsdp_managed_module = True
     for name in READING:
         if hasattr(network, name):

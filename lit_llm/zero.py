@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO as a strategy: its engine steps, and the gradient is that of the mean over a step's targets."""
+"""DeepSpeed's ZeRO as a Lightning strategy; gradients are those of the mean loss over all targets of a step."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ from lit_llm.shards import whole, whole_shape
 from lit_llm.strategies import take_statistics_of_first
 
 ELEMENTWISE = (Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, SGD)
-"""Optimisers that treat each value by itself, so that it does not matter in which shape they get them."""
+"""Optimisers that update each value independently of the others, so that they work on flattened shards."""
 
 BUCKET = 50_000_000
-"""Values that are sent at once: in float32 a buffer of 0.2 GB, where DeepSpeed's default is one of 2 GB."""
+"""Values per communication bucket: a buffer of 0.2 GB in float32; DeepSpeed's default takes 2 GB."""
 
 
 class Parts(NamedTuple):
-    """What DeepSpeed writes of a checkpoint, for `AtomicCheckpointIO`.
+    """The part of a checkpoint that DeepSpeed writes, as the `storage_options` of `AtomicCheckpointIO`.
 
     Attributes:
-        engine: Writes it.
-        name: Of this save, the same in all processes: that of a folder.
-        group: The processes: all.
+        engine: DeepSpeed's engine, which writes it.
+        name: Name of the folder of this save; the same in all processes.
+        group: Process group; `None` is all processes.
     """
 
     engine: Any
@@ -56,10 +56,10 @@ class Parts(NamedTuple):
     group: None = None
 
     def write(self, path: Path) -> None:
-        """Writes its folder beside a checkpoint, and waits until all processes have.
+        """Writes the folder beside a checkpoint, and waits until all processes have written their files.
 
         Raises:
-            OSError: When one of them could not.
+            OSError: When a process could not write.
         """
         shares = path.with_suffix(FOLDER)
 
@@ -73,7 +73,7 @@ class Parts(NamedTuple):
 
 
 def _own(folder: Path) -> list[Path]:
-    """The files of a folder of DeepSpeed's that this process writes."""
+    """The files in a folder of DeepSpeed's checkpoints that this process writes."""
     ranks = {file: re.search(r"zero_pp_rank_(\d+)_", file.name) for file in sorted(folder.glob("*.pt"))}
     return [file for file, found in ranks.items() if int(found[1] if found else 0) == dist.get_rank()]
 
@@ -81,19 +81,19 @@ def _own(folder: Path) -> list[Path]:
 class DeepSpeed(DDPStrategy):
     """Shards the optimiser state over all devices, from stage 2 on also the gradients, and in stage 3 the weights.
 
-    DeepSpeed's engine owns gradients: it reduces, clips and applies them, in flat parts that have no parameter's shape.
-    So the optimiser has to treat each value by itself, all parameters learn from the first step on, and callbacks that
-    change weights or read gradients are refused. The weights are kept in float32; what is computed in bfloat16 is as
-    under other strategies. Each process makes the whole network in the CPU's memory first.
+    DeepSpeed's engine owns the gradients: it reduces, clips and applies them as flat shards without the parameters'
+    shapes. Therefore the optimiser must be elementwise, all parameters are trained from the first step on, and
+    callbacks that change weights or read gradients are refused. Weights are kept in float32; with `bf16-mixed` the same
+    operations run in bfloat16 as under other strategies. Each process first builds the whole network in CPU memory.
 
-    A step's gradient is one of a sum until its targets are counted over processes and micro-batches; the engine then
-    divides by them as it would by the scale of a loss in half precision: before it takes the norm that it clips by.
-    Losses are those of one process with the same global batch, up to rounding, but for batch normalisation, as in
-    `ExactSteps`.
+    Gradients are those of summed losses until the targets of a step are counted over processes and micro-batches. The
+    engine then divides by their number through its loss scale, so that the norm for clipping is that of the mean.
+    Losses are those of one process with the same global batch, up to rounding, except with batch normalisation (see
+    `ExactSteps`).
 
-    A checkpoint is in DeepSpeed's own form: `NAME.ckpt` belongs together with the folder `NAME.shares/`, which all
-    processes have to see. Training goes on from it in the same stage on as many devices; to evaluate or export, its
-    weights are read everywhere, by DeepSpeed's own conversion.
+    Checkpoints are in DeepSpeed's own format: `NAME.ckpt` belongs together with the folder `NAME.shares/`, which must
+    be visible to all processes. Training resumes only in the same stage and on the same number of devices. For
+    evaluation and export the weights can be read anywhere, by DeepSpeed's own conversion.
 
     Args:
         stage: Stage of ZeRO.
@@ -103,7 +103,8 @@ class DeepSpeed(DDPStrategy):
 
     Raises:
         ImportError: Without the package deepspeed.
-        ValueError: When the machine, or something else in the run, is not for it.
+        ValueError: When an argument is out of range, or the accelerator or another part of the run does not fit
+            DeepSpeed.
 
     Source:
         Rajbhandari et al., 2020, "ZeRO", arXiv:1910.02054, section 5; Ren et al., 2021, "ZeRO-Offload",
@@ -111,7 +112,7 @@ class DeepSpeed(DDPStrategy):
     """
 
     owns_gradients = True
-    """Gradients are scaled, clipped and let go of here, and nowhere else."""
+    """The strategy scales, clips and frees gradients; nothing else does."""
 
     def __init__(
         self,
@@ -140,7 +141,7 @@ class DeepSpeed(DDPStrategy):
         """Connects the processes.
 
         Raises:
-            ValueError: When the machine or the precision is not for it.
+            ValueError: When the accelerator or the precision does not fit DeepSpeed.
         """
         self._require_machine()
         if (precision := self.precision_plugin.precision) not in ("32-true", "bf16-mixed"):
@@ -151,7 +152,7 @@ class DeepSpeed(DDPStrategy):
             "MASTER_ADDR": self.cluster_environment.main_address,
             "MASTER_PORT": self.cluster_environment.main_port,
         }
-        os.environ.update({name: str(value) for name, value in places.items()})  # it reads them
+        os.environ.update({name: str(value) for name, value in places.items()})  # DeepSpeed reads them
         import deepspeed
 
         deepspeed.init_distributed(self._process_group_backend, timeout=self._timeout)
@@ -165,10 +166,10 @@ class DeepSpeed(DDPStrategy):
             )
 
     def setup(self, trainer: Trainer) -> None:
-        """Makes the engine; to evaluate, only where no device has all weights.
+        """Creates the engine; for evaluation only in stage 3, where no device holds all weights.
 
         Raises:
-            ValueError: When a callback or an option of the run is not for it.
+            ValueError: When a callback or an option of the run does not fit DeepSpeed.
         """
         if isinstance(self.checkpoint_io, AsyncCheckpointIO):
             raise ValueError(
@@ -190,12 +191,12 @@ class DeepSpeed(DDPStrategy):
             self.setup_precision_plugin()
 
     def model_to_device(self) -> None:
-        """Brings the network to the device, but for one that no device has whole: parameter groups go by its shapes."""
+        """Moves the network to the device; in stage 3 later, since parameter groups depend on whole shapes."""
         if self.stage < 3:
             super().model_to_device()
 
     def _share_out(self) -> None:
-        """Has each device keep its part of each parameter, one after the other."""
+        """Partitions the parameters over the devices, one at a time (stage 3)."""
         import deepspeed
 
         module = self.lightning_module
@@ -205,18 +206,18 @@ class DeepSpeed(DDPStrategy):
                     f"stage must be 1 or 2 for a {type(module).__name__}, which keeps a second network, but is 3; take "
                     f"configs/strategy/deepspeed_zero2.yaml"
                 )
-        if not any(hasattr(p, "ds_id") for p in module.parameters()):  # a test after a fit finds it shared out already
+        if not any(hasattr(p, "ds_id") for p in module.parameters()):  # in a test after a fit it is partitioned already
             deepspeed.zero.Init(module=module, config_dict_or_path=self._config)
         super().model_to_device()
 
     def configure_ddp(self) -> None:
-        """Nothing: the engine, which takes its place, wants the optimiser."""
+        """Does nothing: DeepSpeed's engine replaces the DDP wrapper, and is created once there is an optimiser."""
 
     def setup_optimizers(self, trainer: Trainer) -> None:
-        """Has the engine take the optimiser over.
+        """Creates the engine with the optimiser.
 
         Raises:
-            ValueError: When its steps need more than single values, or some parameters wait.
+            ValueError: When the optimiser is not elementwise, or some parameters start training later.
         """
         super().setup_optimizers(trainer)
         [optimizer] = self.optimizers
@@ -253,7 +254,7 @@ class DeepSpeed(DDPStrategy):
             kept = {"device": "cpu", "pin_memory": self.root_device.type == "cuda"}
             zero |= {"offload_optimizer": kept} | ({"offload_param": kept} if self.stage == 3 else {})
         config = {
-            "train_micro_batch_size_per_gpu": 1,  # only for its own reports
+            "train_micro_batch_size_per_gpu": 1,  # used only in DeepSpeed's reports
             "gradient_accumulation_steps": trainer.accumulate_grad_batches,
             "gradient_clipping": trainer.gradient_clip_val or 0.0,
             "zero_allow_untested_optimizer": True,
@@ -261,16 +262,16 @@ class DeepSpeed(DDPStrategy):
             "zero_optimization": zero,
         }
         if self.precision_plugin.precision == "bf16-mixed":
-            # No kind of layer has its weights and gradients sent in bfloat16.
+            # No layer type is listed, so that weights and gradients are not communicated in bfloat16.
             config["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
         return config
 
     def on_validation_start(self) -> None:
-        """As `Sharded`: all evaluate with the first process's statistics of batch normalisation."""
+        """Makes all processes evaluate with the first one's batch-normalisation statistics, as `Sharded` does."""
         take_statistics_of_first(self.lightning_module)
 
     def teardown(self) -> None:
-        """Lets go of the engine."""
+        """Destroys the engine."""
         if self._engine is not None:
             self._engine.destroy()
             self._engine, self.optimizers = None, []
@@ -280,29 +281,29 @@ class DeepSpeed(DDPStrategy):
 
     @contextmanager
     def block_backward_sync(self) -> Iterator[None]:
-        """A micro-batch that is not a step's last."""
+        """Marks a micro-batch that is not the last of its step."""
         self._engine.set_gradient_accumulation_boundary(False)
         yield
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        """Has the engine do it; Lightning has divided by the micro-batches."""
+        """Runs the backward pass in the engine; the loss is divided by the number of micro-batches already."""
         closure_loss = self.precision_plugin.pre_backward(closure_loss, self.lightning_module)
         self._engine.backward(closure_loss, scale_wrt_gas=False)
         return self.precision_plugin.post_backward(closure_loss, self.lightning_module)
 
     def scale_gradients(self, factor: Tensor) -> None:
-        """Has the gradients of the step that comes next multiplied by a factor, before they are clipped."""
+        """Makes the engine multiply the gradients of the next step by `factor` before it clips them."""
         self._scale = 1.0 / float(factor)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        """Has the engine take the step, after the last micro-batch, and says the norm of the gradient."""
+        """Runs the last micro-batch and the engine's step, and stores the gradient's norm as `grad_norm`."""
         self._engine.set_gradient_accumulation_boundary(True)
         loss = self.precision_plugin._wrap_closure(self.lightning_module, optimizer, closure)
         self._engine.optimizer.loss_scale = self._scale
         self._engine.step()
         self._engine.optimizer.loss_scale = self._scale = 1.0
         self.lightning_module.grad_norm = self._engine.get_global_grad_norm()
-        if getattr(self._engine.optimizer, "overflow", False):  # it has left the step out
+        if getattr(self._engine.optimizer, "overflow", False):  # the engine has skipped the step
             self.lightning_module.require_finite("train/grad_norm", math.inf)
         return loss
 
@@ -310,30 +311,30 @@ class DeepSpeed(DDPStrategy):
 
     @property
     def zero(self) -> dict[str, int]:
-        """What has to be the same to go on from a checkpoint."""
+        """What must be the same to resume from a checkpoint."""
         return {"stage": self.stage, "devices": self.world_size}
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """The shapes of what learns: the values DeepSpeed writes."""
+        """The module's state as meta tensors, which have only shapes: DeepSpeed writes the values."""
         state = self.lightning_module.state_dict(keep_vars=True)
         return {name: torch.empty(whole_shape(t), dtype=t.dtype, device="meta") for name, t in state.items()}
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Nothing: DeepSpeed writes it."""
+        """An empty state: DeepSpeed writes it."""
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Has DeepSpeed write its files, and the first process the rest, when all are there."""
+        """Lets DeepSpeed write its files; once all are written, the first process writes the rest."""
         path, name = self.broadcast((str(filepath), secrets.token_hex(8)))
         parts = Parts(self._engine, name)
         self.checkpoint_io.save_checkpoint({**checkpoint, "zero": self.stage}, path, storage_options=parts)
 
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        """Reads a checkpoint of any strategy; weights and the optimiser's state are taken later."""
+        """Reads a checkpoint of any strategy; weights and optimiser state are loaded later."""
         return read_checkpoint(Path(checkpoint_path), in_pieces=True)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """To train, has DeepSpeed take its own, with the optimiser's state; else takes weights, whoever wrote them."""
+        """Loads DeepSpeed's own weights and optimiser state for training; otherwise weights of any strategy."""
         if self.lightning_module.trainer.state.fn == "fit":
             self._go_on(Path(checkpoint["zero"]["folder"]), strict)
         elif self.stage < 3:
@@ -365,10 +366,10 @@ class DeepSpeed(DDPStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        """The engine reads it."""
+        """True: the engine, which setup creates, reads the checkpoint."""
         return True
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """The engine has."""
+        """False: the engine restores the optimiser."""
         return False
