@@ -1,8 +1,9 @@
-"""Build large models from zero on PyTorch Lightning.
+"""Build large models from scratch on PyTorch Lightning.
 
-Four things vary on their own and have a folder each, none of which knows another's names: `data` (what comes in),
-`models` (the network, plain torch), `objectives` (what is minimised) and, once a network is trained, what is done to
-it. `callbacks` say when during a run. Nothing is re-exported here: a class's dotted path is its name in a config.
+Four parts vary independently and have a folder each: `data` (the batches), `models` (the network, plain torch),
+`objectives` (the loss) and `compression` (of a trained network). `data`, `models` and `compression` do not import one
+another, and no objective imports a network. `callbacks` act during a run. Nothing is re-exported here: a config names a
+class by its dotted path.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Models as they are kept: directories in Hugging Face's form, out and in; checkpoints, in."""
+"""Saves models as directories in Hugging Face's form, and loads them from such directories and from checkpoints."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 IMAGE_PROCESSOR = "preprocessor_config.json"
 GENERATION_CONFIG = "generation_config.json"
 COMPRESSION = "compression.json"
-"""In a model directory: what was done to the network to compress it (`compression.compression`)."""
+"""File in a model directory with the records of the network's compression (`compression.compression`)."""
 
 ON_THE_HUB = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -51,15 +51,15 @@ def save_model(
 ) -> None:
     """Writes a directory that transformers opens, with `AutoModelForCausalLM`, say, and `AutoTokenizer`.
 
-    Of a network that transformers has no class for only this package opens it, with `load_model`.
+    If transformers has no class for the network, only this package opens the directory, with `load_model`.
 
     Args:
-        folder: Where; an earlier one is replaced only once the new one is whole.
-        network: A network with `to_hf_config` and `hf_name`, and, where its parameters differ from transformers' by
-            more than their names, `hf_view` or `hf_zeros` (see `models.gpt2`); or with `save_weights`.
-        tokenizer: Goes beside the weights.
+        folder: The directory; an earlier one is replaced only once the new one is complete.
+        network: A network with `to_hf_config` and `hf_name`, and, if its parameters differ from transformers' by more
+            than their names, `hf_view` or `hf_zeros` (see `models.gpt2`); or with `save_weights`.
+        tokenizer: Saved beside the weights.
         card: Markdown about the model; becomes its `README.md`.
-        image_processor: How a network of images wants them; becomes its `preprocessor_config.json`.
+        image_processor: Preprocessing of the network's images; becomes `preprocessor_config.json`.
 
     Raises:
         TypeError: When transformers has no class for such a network.
@@ -72,9 +72,9 @@ def save_model(
         tokens = {"bos": tokenizer.bos_token_id, "eos": tokenizer.eos_token_id, "pad": tokenizer.pad_token_id}
         tokens = {f"{name}_token_id": token for name, token in tokens.items()}
         if not hasattr(network, "new_cache") and hasattr(network, "read_tokens_of"):
-            # Where it finds padding is its own affair.
+            # The network's config says how it finds padding.
             tokens |= {name: config[name] for name in tokens if config.get(name) is not None}
-        elif getattr(network, "first_position", 0):  # of its weights
+        elif getattr(network, "first_position", 0):  # its positions depend on this id
             tokens["pad_token_id"] = config["pad_token_id"]
         if isinstance(network, Pretrained):
             lacking = [name for name, token in tokens.items() if token is None]
@@ -98,21 +98,21 @@ def save_model(
 
 
 def _write_ends(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int | None], file: Path) -> None:
-    """Tells transformers' `generate` of all tokens that end a text or a turn.
+    """Writes all tokens that end a text or a turn to the `generation_config.json` that transformers' `generate` reads.
 
-    `config.json` has only the end of text. A file that came with the weights, which is read before it, may know of
-    more: of its ends those stay that stand for no text, but not what begins one or stands for a word. One that
-    transformers made of the config has the architecture's default, a number that the tokeniser has for anything.
-    Padding may be an end, as Qwen's is.
+    `config.json` has only the end-of-text token. A file that came with the weights takes precedence over it and may
+    list more: its end tokens are kept if they are special tokens other than the beginning-of-text, unknown and mask
+    tokens. In a file that transformers derived from the config, they are the architecture's default ids, which may be
+    any tokens of this tokeniser, and are dropped. The padding token may be an end token, as in Qwen.
     """
-    from lit_llm.data.chat import special_tokens, turn_ends  # of few models, so not at every start
+    from lit_llm.data.chat import special_tokens, turn_ends  # needed for few models only
 
     written = json.loads(file.read_text()) if file.is_file() else {}
     told = None if written.pop("_from_model_config", None) else written.get("eos_token_id")
     ends = set(told if isinstance(told, list) else [told]) & special_tokens(tokenizer).keys()
     ends -= {tokenizer.bos_token_id, tokenizer.unk_token_id, tokenizer.mask_token_id}
     if tokenizer.chat_template:
-        with contextlib.suppress(ValueError, TypeError):  # it renders no conversation of which its end could be told
+        with contextlib.suppress(ValueError, TypeError):  # the template renders no conversation
             ends |= turn_ends(tokenizer)
     end_of_text = {tokenizer.eos_token_id} - {None}
     if ends or file.is_file():
@@ -121,12 +121,12 @@ def _write_ends(tokenizer: PreTrainedTokenizerBase, tokens: dict[str, int | None
 
 
 class Model(NamedTuple):
-    """What is read of a model.
+    """A model that has been loaded.
 
     Attributes:
-        network: In evaluation mode.
-        tokenizer: Where one comes with it.
-        recipe: `class_path` and `init_args` of the network and, as `size`, its first argument: plain values.
+        network: The network, in evaluation mode.
+        tokenizer: Its tokeniser, if one comes with it.
+        recipe: `class_path` and `init_args` of the network and, as `size`, its first argument, as plain values.
         folder: The directory it is in; `None` for a checkpoint file.
     """
 
@@ -145,17 +145,17 @@ def load_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase | N
 
     Raises:
         FileNotFoundError: When there is no model at `path`.
-        ValueError: When weights and config do not belong together, or the architecture is not known.
+        ValueError: When weights and config do not fit each other, or the architecture is not known.
     """
     return read_model(path)[:2]
 
 
 def load_language_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenizerBase]:
-    """As `load_model`, of a network that continues texts.
+    """Reads a causal language model and its tokeniser, as `load_model` does.
 
     Raises:
-        FileNotFoundError: As `load_model`.
-        ValueError: Also when it is of another kind, or no tokeniser comes with it.
+        FileNotFoundError: As in `load_model`.
+        ValueError: Also when the model is of another kind or has no tokeniser.
     """
     network, tokenizer = load_model(path)
     if not hasattr(network, "new_cache"):
@@ -166,11 +166,12 @@ def load_language_model(path: str | Path) -> tuple[nn.Module, PreTrainedTokenize
 
 
 def read_model(path: str | Path, unrounded: bool = False) -> Model:
-    """As `load_model`, with how the network is made.
+    """Reads a model as `load_model` does, and returns also how the network is built.
 
     Args:
-        path: As of `load_model`.
-        unrounded: Leave weights real that are trained as if they were rounded, for a run's checkpoint to be read into.
+        path: As in `load_model`.
+        unrounded: Keep the real-valued weights of quantisation-aware training, so that a run's checkpoint can be
+            loaded into them.
     """
     path = _place(path)
     if path.is_file():
@@ -189,10 +190,10 @@ def read_model(path: str | Path, unrounded: bool = False) -> Model:
 
 
 def read_image_processor(path: str | Path) -> dict[str, Any] | None:
-    """How a model wants its images, as its `preprocessor_config.json` says; `None` where nothing says it.
+    """A model's image preprocessing, in the form of `preprocessor_config.json`; `None` if it has none.
 
     Args:
-        path: As of `load_model`.
+        path: As in `load_model`.
     """
     path = _place(path)
     if path.is_file():
@@ -203,12 +204,12 @@ def read_image_processor(path: str | Path) -> dict[str, Any] | None:
 
 
 def _place(path: str | Path) -> Path:
-    """The model directory or checkpoint file that a path, a run folder or a name on the hub stands for."""
+    """The model directory or checkpoint file for a path, a run folder or a name on the hub."""
     name, path = str(path), Path(path).expanduser()
     if not path.exists() and ON_THE_HUB.fullmatch(name):
         path = _download(name)
     if not (path / "model").is_dir() and (checkpoint := own_checkpoint(path)).is_file():
-        return checkpoint  # of a run of a network that transformers has no class for
+        return checkpoint  # the run's network has no class in transformers
     return model_folder(path)
 
 
@@ -249,12 +250,12 @@ def _from_directory(folder: Path) -> Model:
 
 
 def _number(value: dict[str, Any]) -> Any:
-    """What JSON has no number for, such as infinity, in the form in which transformers writes it."""
+    """Decodes numbers that JSON lacks, such as infinity, from the form in which transformers writes them."""
     return float(value["__float__"]) if value.keys() == {"__float__"} else value
 
 
 def _tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
-    """The tokeniser of a model directory; of an older form, of two files, where transformers can make one of them."""
+    """The tokeniser of a model directory, also in the older form of two files if transformers can convert them."""
     if (folder / "tokenizer.json").is_file():
         return open_tokenizer(folder)
     if not all((folder / name).is_file() for name in ("vocab.json", "merges.txt")):
@@ -267,7 +268,7 @@ def _tokenizer_in(folder: Path) -> PreTrainedTokenizerBase | None:
 
 
 def _read_records(folder: Path) -> list[dict[str, Any]]:
-    """What was done to a network to compress it."""
+    """Reads the records of a network's compression."""
     path = folder / COMPRESSION
     try:
         records = json.loads(path.read_text()) if path.is_file() else []
@@ -279,9 +280,10 @@ def _read_records(folder: Path) -> list[dict[str, Any]]:
 
 
 def _described(config: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The class of ours for a directory of transformers, and its arguments.
+    """The network class of this package for a config of transformers, and its arguments.
 
-    It is one written here, or else, also where that lacks what the config asks for, one that wraps transformers' own.
+    It is our own implementation of the architecture or, if there is none or it lacks what the config asks for, a
+    wrapper of transformers' network.
     """
     wanted = (config.get("architectures") or [""])[0]
     written: dict[str, Any] = {}
@@ -310,12 +312,12 @@ def _described(config: dict[str, Any], folder: Path) -> tuple[Any, dict[str, Any
 
 
 def finish(network: nn.Module, adaptation: Adaptation | None, unrounded: bool = False) -> None:
-    """Makes of a network as it was trained, in place, the one to use: plain weights, or integers.
+    """Turns a network as it was trained into its final form, in place: with plain weights, or quantised.
 
     Args:
-        network: As it was trained.
-        adaptation: How.
-        unrounded: As of `read_model`.
+        network: The network as it was trained.
+        adaptation: The adaptation it was trained with.
+        unrounded: As in `read_model`.
     """
     if adaptation is not None:
         adaptation.finish(network)
@@ -325,7 +327,7 @@ def finish(network: nn.Module, adaptation: Adaptation | None, unrounded: bool = 
 
 
 def read_adapted(path: Path) -> tuple[nn.Module, Adaptation | None]:
-    """The network of a checkpoint as it was trained, with what its adaptation had made of it, and with its masks."""
+    """The network of a checkpoint as it was trained, with the changes of its adaptation and with pruning masks."""
     return _as_trained(path, read_checkpoint(path, in_pieces=True))
 
 
@@ -353,7 +355,7 @@ def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adap
 
 
 def unpacked_tokenizer(path: str | Path) -> str | None:
-    """A folder of the cache with the tokeniser that a checkpoint file holds; `None` where it holds none."""
+    """Unpacks a checkpoint's tokeniser into a folder of the cache, and returns that; `None` if it has none."""
     files = _tokenizer_files(read_checkpoint(Path(path), in_pieces=True))
     if not files:
         return None
@@ -361,7 +363,7 @@ def unpacked_tokenizer(path: str | Path) -> str | None:
 
 
 def unpacked(files: dict[str, str]) -> Path:
-    """A folder of the cache with such a tokeniser, of whose files a checkpoint holds the texts."""
+    """Writes a tokeniser's files, given as texts by name, into a folder of the cache, and returns that."""
     folder = cache_folder() / "tokenizers" / cache_name(files=files)
     if read_manifest(folder) is None:
         with new_cache(folder) as (new, _):

@@ -1,4 +1,4 @@
-"""Networks without weights, for as long as nobody knows where those will be; then the same weights, one at a time."""
+"""Networks on the meta device, whose weights are initialised once it is known which device keeps which shards."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch.overrides import TorchFunctionMode
 from lit_llm.shards import part, shared_as
 
 FILLS = (Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_)
-"""What gives a tensor all its values, besides the functions of `torch.nn.init`."""
+"""Methods that fill a whole tensor, besides the functions of `torch.nn.init`."""
 
 
 class Fill(NamedTuple):
-    """What has given a parameter its values.
+    """The call that initialised a parameter.
 
     Attributes:
-        state: Of torch's generator, before.
+        state: State of torch's generator before the call.
         function: One of `FILLS` or of `torch.nn.init`.
-        arguments: After the tensor.
-        options: By name.
+        arguments: Positional arguments after the tensor.
+        options: Keyword arguments.
     """
 
     state: Tensor
@@ -31,7 +31,7 @@ class Fill(NamedTuple):
     options: dict[str, Any]
 
     def values(self, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """The values, in the CPU's memory; torch's generator stands behind them then."""
+        """The values, in CPU memory; leaves torch's generator in the state after the call."""
         torch.set_rng_state(self.state)
         values = torch.empty(shape, dtype=dtype, device="cpu")
         with torch.no_grad():
@@ -40,14 +40,14 @@ class Fill(NamedTuple):
 
 
 class _Noted(TorchFunctionMode):
-    """Notes what fills a tensor without memory; the generator goes on as if there were some."""
+    """Records the calls that fill meta tensors, and advances torch's generator as if they were real."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.last: dict[int, tuple[Tensor, Fill]] = {}  # a tensor that is kept keeps its number
+        self.last: dict[int, tuple[Tensor, Fill]] = {}  # holds the tensor, so that its id stays unique
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Calls what was called; instead of what fills a tensor without memory, one with memory is filled, and lost."""
+        """Calls the function; instead of a meta tensor, a real one is filled and discarded."""
         options = dict(kwargs or {})
         if func in FILLS or getattr(func, "__module__", None) == "torch.nn.init":
             tensor = options.pop("tensor", None)
@@ -62,14 +62,14 @@ class _Noted(TorchFunctionMode):
 
 
 def deferred(make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
-    """A network on the meta device, which `materialize` gives the weights that it would have had.
+    """Builds a network on the meta device, which `materialize` later gives the weights it would have had.
 
-    torch's generator is left as if they had been drawn. At any time there is memory for one parameter.
+    torch's generator is left as if they had been drawn. At most one parameter is in memory at a time.
 
     Args:
-        make: Makes a network of a class with `defers_init`: one without buffers, each parameter of which is filled at
-            once in the end, by one of `FILLS` or of `torch.nn.init`.
-        arguments: Of `make`.
+        make: Builds a network of a class with `defers_init`: it has no buffers, and the last initialisation of each
+            parameter fills all of it, by one of `FILLS` or of `torch.nn.init`.
+        arguments: Arguments of `make`.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -86,11 +86,11 @@ def deferred(make: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
 
 
 def materialize(network: nn.Module, device: torch.device) -> nn.Module:
-    """Gives what `deferred` has made its weights, in place; where they are shared out, each device its shares.
+    """Initialises the weights of a network from `deferred`, in place; each device keeps only its shards.
 
     Args:
-        network: Maybe shared out since then.
-        device: Where to.
+        network: The network, which may have been sharded in the meantime.
+        device: Device for the weights.
     """
     state, places = torch.get_rng_state(), {}
     for module in network.modules():
@@ -98,7 +98,7 @@ def materialize(network: nn.Module, device: torch.device) -> nn.Module:
             places.setdefault(p, []).append((module, name))
     for name, p in list(network.named_parameters()):
         values = network.fills[name].values(p.shape, p.dtype)
-        own = part(values, p).to(device, copy=True)  # not a view of all
+        own = part(values, p).to(device, copy=True)  # not a view of the whole
         weight = nn.Parameter(shared_as(own, p), requires_grad=p.requires_grad)
         for module, key in places[p]:  # tied matrices stay tied
             module._parameters[key] = weight

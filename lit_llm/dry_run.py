@@ -1,7 +1,7 @@
-"""What a training step takes, found on tensors without data: memory and operations.
+"""Memory and operations of a training step, measured on fake tensors, which have shapes but no data.
 
-The step is taken for real, by the objective's own code, on tensors that have shapes and no content; what is alive is
-added up as it comes and goes. So there is no formula of an architecture here that could be wrong about it.
+The objective's own code runs the step, and the bytes of all live tensors are counted throughout. So there are no
+formulas for particular architectures, which could be wrong.
 """
 
 from __future__ import annotations
@@ -37,40 +37,40 @@ UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
     ),
     torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * math.prod(a) * b[-1],
 }
-"""Operations that torch's counter leaves out, and theirs."""
+"""FLOPs, from shapes, of operations that torch's counter leaves out."""
 
 FLOPS = {**flop_registry, **{operation: shape_wrapper(count) for operation, count in UNKNOWN_TO_TORCH.items()}}
 
 
 class NeedsContent(ValueError):
-    """Shapes alone do not tell what a step takes."""
+    """A step cannot be measured, since it depends on the content of tensors."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One training step on one device, all of it there.
+    """One training step on one device, with nothing sharded.
 
     Attributes:
-        parameters: Numbers that the network holds.
-        embeddings: Those of them that are only looked up (a tied matrix is multiplied with too, and is not counted).
-        trained: Those that learn.
+        parameters: Number of parameters.
+        embeddings: Number of parameters that are only looked up (not those tied to the head, which are multiplied).
+        trained: Number of trainable parameters.
         weights: Bytes of the parameters and buffers.
         gradients: Bytes of the gradients.
         optimizer: Bytes of the optimiser's state.
-        activations: Bytes that the forward pass leaves for the backward pass, casts of weights left out.
-        casts: Bytes of the weights' copies in a lower precision, which autocast keeps through the forward pass.
-        passes: Bytes above weights and optimiser at the worst moment of the forward and backward pass.
-        passes_without_gradients: The same, where each gradient leaves the device as soon as it is there.
-        passes_without_weights: The same, where casts of weights are not counted either.
-        stepping: Bytes above weights and optimiser while the optimiser steps.
-        block: Bytes of the largest block's parameters, with their copies in the precision of products under autocast.
-        outside: The same of the parameters that are in no block, as embeddings and head are.
-        moved: Bytes that operations read and write, each counted by itself.
-        operations: How many operations were called.
-        flops: Floating-point operations of matrix products and attention, forward and backward, over the batch.
-        tokens: Tokens of the batch, or its rows where the data has no tokens.
-        average: Bytes of an average of the weights that is kept beside them.
-        parts: Batches, each as the one that is measured, whose gradients are added up to one step.
+        activations: Bytes that the forward pass stores for the backward pass, without casts of weights.
+        casts: Bytes of the weights' low-precision copies, which autocast caches through the forward pass.
+        passes: Peak bytes of the forward and backward pass, beyond weights and optimiser state.
+        passes_without_gradients: The same if each gradient leaves the device as soon as it is complete.
+        passes_without_weights: The same without gradients and without casts of weights.
+        stepping: Peak bytes of the optimiser's step, beyond weights and optimiser state.
+        block: Bytes of the largest block's parameters, with their low-precision copies under autocast.
+        outside: The same for all parameters outside blocks, such as embeddings and head.
+        moved: Bytes that operations read and write, summed over all operations.
+        operations: Number of operations called.
+        flops: Floating-point operations of matrix products and attention, forward and backward, for the batch.
+        tokens: Tokens in the batch, or rows if the data has no tokens.
+        average: Bytes of a moving average of the weights, if one is kept.
+        parts: Number of batches like the measured one whose gradients are accumulated in one step.
     """
 
     parameters: int
@@ -96,26 +96,26 @@ class Step:
 
     @property
     def peak(self) -> int:
-        """Most bytes at once, in a step after the first."""
+        """Peak bytes of a step after the first."""
         return self.weights + self.average + self.optimizer + max(self.passes, self.stepping)
 
 
 class Ledger(TorchDispatchMode):
-    """Adds up the bytes of the tensors that are alive, and what operations move and compute.
+    """Counts the bytes of live tensors, and the operations with the bytes they move and their FLOPs.
 
-    Torch's own counter of operations is not used: it follows modules by hooks, which hold what checkpointing computes
-    again until Python's garbage collector happens to come.
+    torch's `FlopCounterMode` is not used: its module hooks keep recomputed activations alive until Python's garbage
+    collector runs.
 
     Attributes:
-        live: Bytes now.
-        peak: Most bytes so far.
-        apart: Bytes of the gradients, as far as they are there.
-        peak_without_gradients: Most bytes so far without those.
-        casts: Bytes of the parameters' copies in another precision, now.
-        peak_without_weights: Most bytes so far without gradients and casts.
+        live: Bytes of live tensors.
+        peak: Maximum of `live`.
+        apart: Bytes of the gradients that are complete.
+        peak_without_gradients: Maximum of `live` without those.
+        casts: Bytes of the parameters' live copies in another precision.
+        peak_without_weights: Maximum of `live` without gradients and casts.
         moved: Bytes read and written.
-        operations: Operations called.
-        flops: Floating-point operations of those that `FLOPS` has.
+        operations: Number of operations called.
+        flops: Floating-point operations of those in `FLOPS`.
     """
 
     def __init__(self) -> None:
@@ -125,13 +125,13 @@ class Ledger(TorchDispatchMode):
         self._seen: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def begin(self) -> None:
-        """Counts from here: what is alive now is what there was before."""
+        """Restarts the counts and peaks; `live` is kept."""
         self.peak = self.live
         self.peak_without_gradients = self.peak_without_weights = self.live - self.apart
         self.moved = self.operations = self.flops = 0
 
     def add(self, tensor: Tensor, is_cast: bool) -> None:
-        """Counts a tensor's storage, once, until nothing holds it."""
+        """Counts a tensor's storage, once, until it is freed."""
         storage = tensor.untyped_storage()
         if storage not in self._seen:
             self._seen.add(storage)
@@ -146,7 +146,7 @@ class Ledger(TorchDispatchMode):
             weakref.finalize(storage, self._leave, size, cast)
 
     def set_apart(self, p: nn.Parameter) -> None:
-        """Notes that a parameter has its gradient."""
+        """Counts a parameter's gradient as complete."""
         self.apart += p.grad.nbytes
 
     def _leave(self, size: int, cast: int) -> None:
@@ -172,17 +172,17 @@ class Ledger(TorchDispatchMode):
 
 
 def _grouped_mm(a: Tensor, b: Tensor, offs: Tensor, *_: Any, **__: Any) -> Tensor:
-    """Room for the products of experts, each with its rows, or their gradients: torch has it in bfloat16 alone."""
+    """The output of a grouped matmul of experts or of its gradient; torch's fake one supports only bfloat16."""
     return a.new_empty(*([len(offs)] if b.ndim == 2 else []), a.shape[-2], b.shape[-1])
 
 
 class _Believe(TorchFunctionMode):
-    """Answers every question about a content that is not there with yes: labels are all there, norms finite."""
+    """Answers every condition on missing content with true: labels are present, norms finite."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__:
             return True
-        if func is Tensor.__deepcopy__:  # by its storage, which is nowhere; metrics and averages copy
+        if func is Tensor.__deepcopy__:  # would copy the storage, which fake tensors lack
             made, p = args[0].detach().clone(), args[0]
             return nn.Parameter(made, p.requires_grad) if isinstance(p, nn.Parameter) else made
         return func(*args, **(kwargs or {}))
@@ -190,17 +190,17 @@ class _Believe(TorchFunctionMode):
 
 @contextmanager
 def _accepting() -> Iterator[None]:
-    """Has torch do without content what it does not.
+    """Patches two functions of torch that fail on fake tensors.
 
-    The first draw of a truncated normal is taken, which would be rejected for ever; and a module that is moved or cast
-    gets new parameters, since tensors that others know of cannot be swapped.
+    Truncated-normal initialisation skips its rejection loop, which would never end. A module that is moved or cast gets
+    new parameters, since tensors with other references cannot be swapped.
     """
     drawing, applying = nn.init._no_grad_trunc_normal_, nn.Module._apply
     changed: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
 
     @torch.no_grad()
     def apply(module: nn.Module, change: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """As torch's, before there are gradients; what does not change stays the tensor that it is."""
+        """As torch's, but ignores gradients; a parameter that `change` returns as it is stays the same tensor."""
         for child in module.children() if recurse else ():
             child._apply(change)
         for name, p in module._parameters.items():
@@ -231,23 +231,23 @@ def measure_step(
     activation_checkpointing: bool | None = None,
     parts: int = 1,
 ) -> Step:
-    """Takes two steps on tensors without content and says what the second one took.
+    """Measures a training step on fake tensors, with the optimiser's state present.
 
-    Rows are taken as full: nothing in a batch is padding. The step is a CPU's: an accelerator's loss over a large
-    vocabulary may hold a quarter of a GiB more (`losses.FP32_LOGITS`).
+    No token of a batch counts as padding. The step is that of a CPU: on an accelerator, the loss over a large
+    vocabulary may take a quarter of a GiB more (`losses.FP32_LOGITS`).
 
     Args:
-        build: Makes the network.
-        make_optimizer: Makes its optimiser.
-        loss: The loss of a batch.
+        build: Builds the network.
+        make_optimizer: Creates its optimiser.
+        loss: Computes the loss of a batch.
         batch: Tensors, of which only shapes and types matter.
-        precision: As the trainer names it.
-        activation_checkpointing: Has the network compute its blocks again in the backward pass; `None` is as built.
-        parts: Batches of a step; where there are several, the pass is one beside the gradients of those before.
+        precision: The trainer's name of the precision.
+        activation_checkpointing: Recompute the network's blocks in the backward pass; `None` leaves it as built.
+        parts: Batches per step; if several, the measured pass adds to existing gradients.
 
     Raises:
         NeedsContent: When the loss needs the content of a batch.
-        ValueError: When the network cannot compute its blocks again.
+        ValueError: When the network has no activation checkpointing.
     """
     low = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else None
     tokens = count_items(batch)
@@ -280,7 +280,7 @@ def measure_step(
                     kept, casts = ledger.live - base - ledger.apart, ledger.casts
                 value.backward()
                 del value
-                for handle in noting:  # what a second pass adds to gradients is no gradient more
+                for handle in noting:  # a second pass adds to the same gradients
                     handle.remove()
             passes, flops = ledger.peak - base, ledger.flops
             without_gradients, without_weights = (
@@ -293,7 +293,7 @@ def measure_step(
             )
             moved, operations = ledger.moved, ledger.operations
             ledger.peak = ledger.live
-            optimizer.step()  # the first one made its state
+            optimizer.step()  # the first step created its state
             stepping = ledger.peak - base - state
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise NeedsContent(

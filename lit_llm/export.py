@@ -29,13 +29,13 @@ from lit_llm.files import replacing
 from lit_llm.wording import first_line
 
 FILES = {"onnx": "model.onnx", "torch": "model.pt2"}
-"""What the file of each format is called."""
+"""File name of each format."""
 
 TOLERANCE = 1e-3
-"""How far a logit of the file may be from the network's, in standard deviations of the logits."""
+"""Largest difference of a logit of the file from the network's, in standard deviations of the logits."""
 
 MAX_PROTOBUF = 1_800_000_000
-"""Bytes of weights up to which they are in the ONNX file itself; beyond it holds no more than the graph."""
+"""Bytes of weights up to which they are inside the ONNX file; larger ones are in a file beside it."""
 
 REPEATS = 20
 Answer = Callable[[dict[str, Tensor]], Tensor]
@@ -43,15 +43,15 @@ Answer = Callable[[dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written, and how it compares with the network.
+    """The exported file, and how it compares with the network.
 
     Attributes:
         file: The network's file.
-        num_bytes: Of it, with what lies beside it for weights.
-        difference: The largest between a logit of the file and the network's, over inputs of several shapes.
+        num_bytes: Size of it, with that of a file of weights beside it.
+        difference: Largest difference of a logit of the file from the network's, over inputs of several shapes.
         spread: Standard deviation of the network's logits.
-        milliseconds: Median of what the file takes for one row, on this CPU.
-        network_milliseconds: The same of the network in torch.
+        milliseconds: Median time of the file for one row, on this CPU.
+        network_milliseconds: Median time of the network in torch for the same row.
     """
 
     file: Path
@@ -63,20 +63,20 @@ class Exported:
 
 
 def export(source: str | Path, folder: str | Path, form: str = "onnx") -> Exported:
-    """Writes a network as one file, with what a server needs beside it, and holds the file against the network.
+    """Writes a network as one file, with what a server needs beside it, and checks the file against the network.
 
-    The file takes any number of rows, and texts up to the network's longest.
+    The file takes any number of rows, and texts up to the network's maximum length.
 
     Args:
-        source: As of `checkpoints.load_model`.
-        folder: A new or empty folder; it is there only once the file has been run and answers as the network does.
+        source: The model, as in `checkpoints.load_model`.
+        folder: A new or empty folder; it is created only once the file has been run and gives the network's logits.
         form: `onnx` or `torch`.
 
     Raises:
         FileNotFoundError: When there is no model.
         ModuleNotFoundError: When a package that writes or runs the format is not installed.
-        ValueError: When the folder is not empty, the network writes a text in several steps or cannot be exported, or
-            the file's logits are not the network's.
+        ValueError: When the folder is not empty, the network is an encoder-decoder or cannot be exported, or the file's
+            logits differ from the network's.
     """
     folder = Path(folder)
     _require_room(folder, form)
@@ -96,14 +96,14 @@ def export_model(
     processor: dict[str, Any] | None = None,
     name: str = "a network",
 ) -> Exported:
-    """As `export`, of a model that has been read; its network becomes one of full precision without gradients.
+    """Exports a loaded model as `export` does; moves its network to the CPU in float32, without gradients, in place.
 
     Args:
-        model: What `checkpoints.read_model` gave.
+        model: The model, from `checkpoints.read_model`.
         folder: As in `export`.
         form: As in `export`.
-        processor: How the network wants images.
-        name: What the model is called in its README.
+        processor: The network's image preprocessing.
+        name: Name of the model in its README.
 
     Raises:
         ModuleNotFoundError: As in `export`.
@@ -155,17 +155,17 @@ def _require_form(network: nn.Module) -> None:
         )
 
 
-# Out, and in again.
+# Writing and checking the file.
 
 
 def _programmed(served: Served, read: Callable[[int, int], dict[str, Tensor]]) -> tuple[Served, ExportedProgram]:
-    """The exported program, of those inputs that the network turns out to read."""
+    """Exports the network; without the input `token_type_ids` if the network does not use it."""
     kind = getattr(served.network, "model", served.network)
     example = {name: tensor for name, tensor in read(3, 11).items() if name in served.names}
     try:
         with exportable(served.network):
             program = torch.export.export(served, (), example, dynamic_shapes=dynamic_shapes(served))
-    except Exception as error:  # of dozens of kinds
+    except Exception as error:  # of dozens of types
         raise ValueError(
             f"network must be one that torch.export takes with any number of rows and tokens, but a "
             f"{type(kind).__name__} is not: {_reason(error)}; serve its model directory instead"
@@ -180,8 +180,8 @@ def _write(program: ExportedProgram, file: Path, form: str, dynamic: dict[str, d
     if form == "torch":
         for graph in program.graph_module.modules():
             for node in graph.graph.nodes if isinstance(graph, GraphModule) else ():
-                node.meta.pop("stack_trace", None)  # each line of code that it comes from, with its place here
-        torch.export.save(program, whole := io.BytesIO())  # to a full disk it would end the process
+                node.meta.pop("stack_trace", None)  # source lines with local paths
+        torch.export.save(program, whole := io.BytesIO())  # saving straight to a full disk would abort the process
         file.write_bytes(whole.getbuffer())
         return
     size = sum(tensor.nbytes for tensor in program.state_dict.values())
@@ -192,15 +192,15 @@ def _write(program: ExportedProgram, file: Path, form: str, dynamic: dict[str, d
             dynamo=True,
             dynamic_shapes=dynamic,
             output_names=["logits"],
-            optimize=not any("weight_qdata" in name for name in program.state_dict),  # which would write out the reals
+            optimize=not any("weight_qdata" in name for name in program.state_dict),  # would store float weights
             verbose=False,
         )
         for node in found.model.graph.all_nodes():
-            node.metadata_props.clear()  # each line of code that it comes from, with its place on this machine
+            node.metadata_props.clear()  # source lines with local paths
         found.save(file, external_data=size > MAX_PROTOBUF)
-    except OSError:  # of the disk
+    except OSError:  # from the disk
         raise
-    except Exception as error:  # of as many kinds as there are operations
+    except Exception as error:  # of a type that depends on the operation
         raise ValueError(
             f"network must be made of operations that ONNX has, but is not: {_reason(error)}; give --format torch"
         ) from error
@@ -216,7 +216,7 @@ def _open(file: Path, form: str, names: tuple[str, ...]) -> Answer:
     options.intra_op_num_threads, options.log_severity_level = torch.get_num_threads(), 3
     try:
         session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # of its own, which share no base
+    except Exception as error:  # its own types share no base class
         raise ValueError(
             f"network must be made of operations that ONNX Runtime runs, but is not: {_reason(error)}; give "
             f"--format torch"
@@ -232,7 +232,7 @@ def _compared(answer: Answer, served: Served, read: Callable[[int, int], dict[st
     """The largest difference of logits, and the standard deviation of the network's; padding is left out.
 
     Raises:
-        ValueError: When the difference is not small.
+        ValueError: When the file cannot be run, its logits have another shape, or they differ by more than `TOLERANCE`.
     """
     differences, logits = [], []
     for shape in ((1, 1), (1, 7), (2, 5), (5, 33)):
@@ -269,7 +269,7 @@ def _answer(served: Served, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def _medians(answer: Answer, served: Served, inputs: dict[str, Tensor]) -> tuple[float, float]:
-    """Milliseconds of the file and of the network, asked in turns."""
+    """Median milliseconds of the file and of the network, run alternately."""
     taken: list[list[float]] = [[], []]
     asked = (answer, lambda inputs: _answer(served, inputs))
     for _ in range(REPEATS + 2):
@@ -282,7 +282,7 @@ def _medians(answer: Answer, served: Served, inputs: dict[str, Tensor]) -> tuple
 
 
 def _write_surroundings(model: Model, processor: dict[str, Any] | None, folder: Path) -> None:
-    """What a model directory has but weights: config, which names the classes; tokeniser; how images are read."""
+    """Writes a model directory's other files: config, which names the classes, tokeniser and image preprocessing."""
     if model.folder is not None:
         shutil.copyfile(model.folder / "config.json", folder / "config.json")
     elif hasattr(model.network, "to_hf_config"):
@@ -295,7 +295,7 @@ def _write_surroundings(model: Model, processor: dict[str, Any] | None, folder: 
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Without the exporters' warnings about what this module knows, or has checked by running the file."""
+    """Suppresses the exporters' warnings: what they warn about is known here, or checked by running the file."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -307,7 +307,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """What the first of the errors that led to one says, in short."""
+    """The first line of an error's root cause, at most 200 characters."""
     while error.__cause__ is not None:
         error = error.__cause__
     return first_line(error)[:200]

@@ -1,4 +1,4 @@
-"""The README beside an exported network: what it reads, and a program that uses it."""
+"""The README of an exported network: its inputs and outputs, and a program that uses it."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def card(
     Args:
         exported: What was written.
         form: `onnx` or `torch`.
-        names: Of the inputs.
-        network: What was exported.
-        tokenizer: The network's, where there is one.
-        processor: How its images are read, where something says it.
-        source: Where the network is from.
+        names: Names of the inputs.
+        network: The exported network.
+        tokenizer: The network's tokeniser, if it has one.
+        processor: The network's image preprocessing, if it is known.
+        source: Name or path of the model.
     """
     inputs = [f"- `{name}`: {MEANINGS[name]}" for name in names]
     longest = getattr(network, "max_seq_len", None)
@@ -133,7 +133,7 @@ def _program(
 
 
 def _cut(network: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
-    """How texts are cut, as `predict` and `serve` do: where training did, or to what the network reads."""
+    """The tokeniser's truncation arguments, as in `predict` and `serve`: as in training, or to the network's limit."""
     longest = min(getattr(network, "max_seq_len", None) or sys.maxsize, tokenizer.model_max_length)
     return f", truncation=True, max_length={longest}" if longest < sys.maxsize else ""
 
@@ -172,7 +172,7 @@ def _quoted(names: Iterable[str]) -> str:
 
 
 def _asked(form: str, inputs: str) -> str:
-    """The call of a model with what `dict(…)` takes."""
+    """Source code that calls the model; `inputs` are keyword arguments as source code."""
     if inputs.startswith("**"):
         given = inputs[2:]
         if form == "onnx":

@@ -1,4 +1,4 @@
-"""What the file of an exported network reads: which inputs, of which shapes, and some to try it with."""
+"""Inputs of exported networks: their names, their dynamic shapes, and random examples."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 
 class Served(nn.Module):
-    """A network as the file has it: named inputs in, logits out.
+    """A network as it is exported: with named inputs, and logits as its output.
 
     Args:
-        network: In evaluation mode.
+        network: The network, in evaluation mode.
     """
 
     names: ClassVar[tuple[str, ...]]
-    """Of the inputs."""
+    """Names of the inputs."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -32,12 +32,12 @@ class ServedTokens(Served):
     names = ("input_ids",)
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        """Gives logits; padding on the right changes none before it."""
+        """Gives logits of each position; padding on the right does not change those before it."""
         return self.network(input_ids=input_ids)
 
 
 class ServedWords(Served):
-    """A masked language model, which reads rows with padding when it serves."""
+    """A masked language model, whose rows may be padded."""
 
     names = ("input_ids", "attention_mask")
 
@@ -57,7 +57,7 @@ class ServedTexts(Served):
 
 
 class ServedPairs(Served):
-    """A classifier that tells the first of two texts from the second by more than what stands between them."""
+    """A classifier of texts or pairs that also reads which of two texts each token belongs to."""
 
     names = ("input_ids", "attention_mask", "token_type_ids")
 
@@ -77,7 +77,7 @@ class ServedImages(Served):
 
 
 def served_of(network: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> Served:
-    """A network with the inputs of its kind."""
+    """Wraps a network with the inputs of its kind."""
     if hasattr(network, "image_shape"):
         return ServedImages(network).eval()
     if hasattr(network, "logits_at"):
@@ -89,7 +89,7 @@ def served_of(network: nn.Module, tokenizer: PreTrainedTokenizerBase | None) -> 
 
 
 def _longest(network: nn.Module) -> int | None:
-    """Most tokens of a text; `None` where nothing limits them."""
+    """Maximum number of tokens of a text; `None` if unlimited."""
     longest = getattr(network, "max_seq_len", None)
     return longest if longest is not None and longest > 0 else None
 
@@ -97,7 +97,7 @@ def _longest(network: nn.Module) -> int | None:
 def reader(
     network: nn.Module, tokenizer: PreTrainedTokenizerBase | None, processor: dict[str, Any] | None
 ) -> Callable[[int, int], dict[str, Tensor]]:
-    """Makes inputs of so many rows, of at most so many tokens, the later rows padded; other ones at each call."""
+    """A function from numbers of rows and tokens to random inputs, new at each call; later rows are padded more."""
     generator = torch.Generator().manual_seed(0)
     if hasattr(network, "image_shape"):
         shape = _image_shape(network, processor)
@@ -140,7 +140,7 @@ def _image_shape(network: nn.Module, processor: dict[str, Any] | None) -> tuple[
 
 
 def dynamic_shapes(served: Served) -> dict[str, dict[int, Any]]:
-    """The axes of each input that are any number: rows, and tokens up to the network's longest."""
+    """The dynamic axes of each input: rows, and tokens up to the network's maximum length."""
     rows = {0: Dim("batch", min=1)}
     if "pixel_values" not in served.names:
         rows[1] = Dim("seq", min=1, max=_longest(served.network))

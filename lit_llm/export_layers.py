@@ -1,4 +1,4 @@
-"""Layers that torch.export takes only in another form, with any number of rows and tokens."""
+"""Replacements of layers that torch.export cannot export with dynamic numbers of rows and tokens."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from lit_llm.compression.compression import records_of
 from lit_llm.compression.integers import QuantizedLinear
 
 ROUNDS_INPUTS = (".Int8Dynamic", ".Int8DynamicInt4")
-"""Ends of the class paths of methods that round what a layer reads, too, by operations that only torchao has."""
+"""Suffixes of the class paths of methods that quantise activations too, with operations that only torchao has."""
 
 
 def rounding_inputs(network: nn.Module) -> list[str]:
-    """The methods of `ROUNDS_INPUTS` that a network was compressed by."""
+    """The methods of `ROUNDS_INPUTS` with which a network was compressed."""
     paths = [record["class_path"] for record in records_of(network)]
     return [method for method in ROUNDS_INPUTS if any(path.endswith(method) for path in paths)]
 
 
 @contextmanager
 def exportable(network: nn.Module) -> Iterator[None]:
-    """Has layers compute the same by operations that can be exported with any number of rows and tokens."""
+    """Makes layers compute the same with operations that can be exported with dynamic numbers of rows and tokens."""
     changed: list[nn.Module] = []
     for module in network.modules():
         if isinstance(module, nn.RNNBase) and _is_simple(module):
@@ -43,7 +43,7 @@ def exportable(network: nn.Module) -> Iterator[None]:
 
 
 def _weighing(layer: QuantizedLinear) -> Callable[[Tensor], Tensor]:
-    """Integers stay what the file keeps, and become real numbers as they are read."""
+    """A forward that dequantises the weights at each call, so that the file keeps integers."""
 
     def forward(x: Tensor) -> Tensor:
         groups = layer.qdata.unflatten(-1, (layer.weight_scale.shape[-1], -1))
@@ -57,13 +57,13 @@ def _is_simple(cell: nn.RNNBase) -> bool:
 
 
 def _scanning(cell: nn.RNNBase) -> Callable[..., tuple[Tensor, Any]]:
-    """A recurrent layer, from an empty memory, as a loop that is part of the program: torch would unroll its own."""
+    """A recurrent layer, from a zero state, as a `scan` in the program: torch would unroll the layer's own loop."""
     from torch._higher_order_ops.scan import scan  # not yet under a public name
 
     is_lstm, is_gru = isinstance(cell, nn.LSTM), isinstance(cell, nn.GRU)
 
     def forward(x: Tensor, state: None = None) -> tuple[Tensor, Any]:
-        weight, bias = cell.weight_hh_l0, getattr(cell, "bias_hh_l0", None)  # here, where they are the program's
+        weight, bias = cell.weight_hh_l0, getattr(cell, "bias_hh_l0", None)  # here, to be parameters of the program
 
         def lstm(state: tuple[Tensor, ...], given: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
             enter, forget, new, leave = (given + F.linear(state[0], weight, bias)).chunk(4, dim=-1)
@@ -85,7 +85,7 @@ def _scanning(cell: nn.RNNBase) -> Callable[..., tuple[Tensor, Any]]:
 
         given = F.linear(x, cell.weight_ih_l0, getattr(cell, "bias_ih_l0", None)).transpose(0, 1)
         empty = tuple(x.new_zeros(x.shape[0], cell.hidden_size) for _ in range(2 if is_lstm else 1))
-        step = inspect.unwrap(lstm if is_lstm else gru if is_gru else rnn)  # a loop's body has no room for type checks
+        step = inspect.unwrap(lstm if is_lstm else gru if is_gru else rnn)  # `scan` cannot trace type checks
         last, out = scan(step, empty, given, dim=0)
         after = tuple(part[None] for part in last)
         return out.transpose(0, 1), after if is_lstm else after[0]

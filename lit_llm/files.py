@@ -1,4 +1,4 @@
-"""Files that are never half-written, and where those of a model are."""
+"""Files that are never half-written, and the folder of a model's files."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import Any
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary neighbour of `path` to write to, which takes its place once whole.
+    """Yields a temporary path beside `path` to write to, which replaces `path` once it is complete.
 
-    Works for a file and for a folder. On an error, and where nothing was written, `path` stays as it is. A file is
-    replaced in one step, a folder in two: a process killed between those leaves the earlier one as `old` in a neighbour
-    whose name begins with a dot and that of `path`.
+    Works for files and folders. On an error, or if nothing was written, `path` stays unchanged. A file is replaced
+    atomically, a folder in two steps: a process killed between those leaves the earlier folder as `old` in a folder
+    beside `path` whose name begins with a dot and the name of `path`.
 
     Example:
         >>> folder = Path(tempfile.mkdtemp())
@@ -46,7 +46,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _took_its_place(new: Path, path: Path, old: Path) -> bool:
-    """Moves a folder to `path`, what is there to `old`; false where another process was faster in between."""
+    """Moves `path`, if it exists, to `old`, and `new` to `path`; false if another process wrote `path` in between."""
     with suppress(FileNotFoundError):
         os.replace(path, old)
     try:
@@ -61,7 +61,7 @@ def _took_its_place(new: Path, path: Path, old: Path) -> bool:
 
 
 def model_folder(folder: Path, file: str = "config.json") -> Path:
-    """The folder of a model's file: a run folder stands for its `model/`, any other folder for itself.
+    """The folder that holds a model's files: `model/` in a run folder, otherwise the folder itself.
 
     Example:
         >>> run = Path(tempfile.mkdtemp())
@@ -75,13 +75,13 @@ def model_folder(folder: Path, file: str = "config.json") -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Writes plain values, for people to read too."""
+    """Writes plain values as indented JSON."""
     with replacing(path) as new:
         new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 def write_table(path: Path, columns: list[str], rows: Iterable[Iterable[Any]], delimiter: str = ",") -> None:
-    """Writes a table with a line of column names."""
+    """Writes a table as delimited text with a header line."""
     with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, delimiter=delimiter, lineterminator="\n" if delimiter == "\t" else "\r\n")
         writer.writerow(columns)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_HELD = 16
-"""Tokens of which no character became, after which they are given out: one has four bytes at most."""
+"""Number of held-back tokens at which they are output though incomplete; a character has at most four bytes."""
 
 
 def sample(
@@ -30,11 +30,11 @@ def sample(
 
     Args:
         logits: Unnormalised log-probabilities.
-        temperature: Divides the logits; 0, or what is 0 in fp32, takes the likeliest token.
+        temperature: Divides the logits; 0, or a value that rounds to 0 in fp32, takes the likeliest token.
         top_k: Keep only the likeliest tokens, this many.
         top_p: Keep only the likeliest tokens that together have this probability (Holtzman et al., 2019,
             arXiv:1904.09751); at least one stays.
-        generator: Source of chance.
+        generator: Random number generator; `None` is torch's global one.
 
     Example:
         >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0.0).tolist()
@@ -49,7 +49,7 @@ def sample(
     if top_p is not None and top_p < 1:
         ordered, order = logits.sort(descending=True)
         before = ordered.softmax(dim=-1).cumsum(dim=-1) - ordered.softmax(dim=-1)
-        beyond = (before >= top_p) & (before > 0)  # a `top_p` may be 0 in fp32
+        beyond = (before >= top_p) & (before > 0)  # `top_p` may round to 0 in fp32
         dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(1, order, beyond)
         logits = logits.masked_fill(dropped, -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator)[:, 0]
@@ -66,7 +66,7 @@ def generate(
     stop: int | Collection[int] = (),
     device: torch.device | None = None,
 ) -> list[list[int]]:
-    """Continues each prompt; arguments and errors are those of `steps`.
+    """Continues each prompt; arguments and errors are those of `stream_tokens`.
 
     Returns:
         The new tokens of each prompt.
@@ -93,9 +93,9 @@ def stream_tokens(
 ) -> Iterator[list[int | None]]:
     """Continues each prompt, a token at a time.
 
-    Prompts of unequal length are padded on the left, and the padding is never looked at; the mask that says so, which
-    grows with the square of the longest, is made for them alone. A network that has its output layer apart, as `hidden`
-    and `lm_head`, makes logits of the last position alone.
+    Prompts of unequal length are padded on the left, and the padding is masked; only then is there a mask for the
+    prompts, whose size is quadratic in the longest one. A network with a separate output layer (`hidden` and `lm_head`)
+    computes logits of the last position only.
 
     Args:
         network: A causal language model with `new_cache`, that takes `positions`, `cache` and `mask` (`None`: causal).
@@ -104,7 +104,7 @@ def stream_tokens(
         temperature: As in `sample`.
         top_k: As in `sample`.
         top_p: As in `sample`.
-        seed: Of the draws; the same seed gives the same text.
+        seed: Seed of the sampling; the same seed gives the same text. `None` draws from torch's global generator.
         stop: Token, or any of several, that ends a text; it is not part of the result.
         device: Where the network computes; `None` is where its weights are.
 
@@ -112,7 +112,8 @@ def stream_tokens(
         The new token of each prompt, `None` for those that have ended.
 
     Raises:
-        ValueError: When a value is out of range, a prompt is empty, or prompt and new tokens outgrow the network.
+        ValueError: When a value is out of range, a prompt is empty, or prompt and new tokens exceed the network's
+            maximum length.
     """
     require_possible(network, prompts, max_new_tokens, temperature, top_k, top_p, seed)
     longest = max(map(len, prompts))
@@ -130,7 +131,7 @@ def stream_tokens(
         mask = None
         if len(set(map(len, prompts))) > 1:
             causal = places[:longest] <= places[:longest, None]
-            # A padding position may look at itself: a row of a softmax must have something in it.
+            # A padding position attends to itself: a softmax over no positions is not a number.
             mask = (written[..., :longest] & causal) | torch.eye(longest, dtype=torch.bool, device=device)
         logits = _last(network, ids, positions=positions, mask=mask, cache=cache)
         ended = [False] * len(prompts)
@@ -164,7 +165,7 @@ def require_possible(
     top_p: float | None,
     seed: int | None,
 ) -> None:
-    """Refuses what `steps` cannot do; arguments and errors are its own."""
+    """Refuses arguments of `stream_tokens` that are impossible; the errors are those listed there."""
     if not 0 <= temperature < math.inf:
         raise ValueError(f"temperature must be finite and at least 0, but is {temperature}")
     if seed is not None and not -(2**63) <= seed < 2**63:
@@ -195,17 +196,17 @@ def require_possible(
 
 
 class IncrementalDetokenizer:
-    """A text whose tokens come one by one: what each adds, without the bytes of a character that is not whole yet.
+    """Decodes tokens one by one, and holds back the bytes of a character that is not complete yet.
 
-    Only the last tokens are decoded again, so that a text takes time with its length, not with the square of it.
-    (`tokenizers.decoders.DecodeStream` fails on bytes that are no character where a tokeniser falls back on bytes.)
+    Only the last tokens are decoded again, so that the time is linear in the length of a text, not quadratic.
+    (`tokenizers.decoders.DecodeStream` fails on invalid bytes from tokenisers with byte fallback.)
 
     Args:
-        tokenizer: Of the tokens.
-        tokens: Those that are there before.
+        tokenizer: The tokeniser.
+        tokens: Preceding tokens, whose text is not output.
 
     Attributes:
-        tokens: All there are.
+        tokens: All tokens so far.
 
     Example:
         >>> from lit_llm.data.tokenizer import byte_tokenizer
@@ -217,29 +218,29 @@ class IncrementalDetokenizer:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int] = ()) -> None:
         self.tokenizer, self.tokens = tokenizer, list(tokens)
-        # The last tokens whose text was given out: decoders leave out the space of a first one.
+        # Range of the tokens whose text was output last. They are decoded again, since decoders strip a leading space.
         self._start, self._end = 0, len(self.tokens)
 
     def add(self, token: int) -> str:
-        """The text that the token adds, with what was held back before."""
+        """Adds a token, and returns the text that it completes, with what was held back before."""
         self.tokens.append(token)
         unfinished = self.tokenizer.decode(self.tokens[self._start :]).endswith("\ufffd")
         return "" if unfinished and len(self.tokens) - self._end < MAX_HELD else self.rest()
 
     def rest(self) -> str:
-        """What was held back, though it may not be followed by the rest of its character."""
+        """Returns what was held back, even if its last character is incomplete."""
         before, text = (self.tokenizer.decode(self.tokens[self._start : end]) for end in (self._end, None))
         self._start, self._end = self._end, len(self.tokens)
         return text[len(before) :]
 
 
 def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
-    """The pieces of a text, up to the first place at which any of some words begins.
+    """Yields the pieces of a text up to the first occurrence of any stop word.
 
-    What may be the beginning of such a word is held back until it is clear.
+    What may be the beginning of a stop word is held back until that is decided.
 
     Raises:
-        ValueError: When a word is empty.
+        ValueError: When a stop word is empty.
 
     Example:
         >>> "".join(until(["one t", "w", "o three"], ["two", "three"]))

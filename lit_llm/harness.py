@@ -1,4 +1,4 @@
-"""A language model as lm-eval, the field's harness, asks of one."""
+"""Adapter from this package's language models to lm-eval (Language Model Evaluation Harness)."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lit_llm.generation import stream_tokens
 from lit_llm.wording import first_line
 
 NEW_TOKENS = 256
-"""Most tokens of an answer where its task says nothing, as in lm-eval's own models."""
+"""Maximum number of tokens of an answer if its task sets none, as in lm-eval's own models."""
 
 
 class LiveModel(TemplateLM):
-    """What lm-eval asks, answered by the live network itself: no copy, no transformers class between.
+    """Answers lm-eval's requests with the network itself, without a copy or a class of transformers.
 
     Args:
-        network: A causal language model, with `new_cache` where tasks have it write.
+        network: A causal language model, with `new_cache` if tasks generate text.
         tokenizer: Its tokeniser.
-        batch_size: Rows read at once.
+        batch_size: Rows per forward pass.
 
     Source:
         Gao et al., 2021, "A Framework for Few-shot Language Model Evaluation", doi:10.5281/zenodo.5371628.
@@ -39,7 +39,7 @@ class LiveModel(TemplateLM):
         self.longest = getattr(network, "max_seq_len", None) or 2048
         self.opening = opening_ids(tokenizer)
         self._device = next(network.parameters()).device
-        # Where the head is apart, there are logits only of what is asked.
+        # With a separate head, logits are computed only at the positions that are asked for.
         apart = hasattr(network, "hidden")
         self._read, self._head = (network.hidden, network.lm_head) if apart else (network, nn.Identity())
 
@@ -54,7 +54,7 @@ class LiveModel(TemplateLM):
         return first_id(self.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Tokens of a text, after what opens one, unless it is there or not wanted; no mark is added at the end."""
+        """Encodes a text; the opening token is prepended unless it is there or not wanted, and nothing is appended."""
         ids = self.tokenizer.encode(string, add_special_tokens=False)
         return ids if add_special_tokens is False or ids[:1] == self.opening else [*self.opening, *ids]
 
@@ -66,7 +66,7 @@ class LiveModel(TemplateLM):
         for first in range(0, len(order), self.batch_size):
             batch = order[first : first + self.batch_size]
             width = len(rows[batch[0]][0]) - 1
-            # Padding stands on the right, where a causal network does not look.
+            # Padding is on the right, so that causal attention never sees it.
             ids = torch.tensor([[*rows[i][0][:-1], *[0] * (width - len(rows[i][0]) + 1)] for i in batch])
             for i, row in zip(batch, self._read(ids.to(self.device)), strict=True):
                 tokens, count = rows[i]
@@ -90,11 +90,11 @@ class LiveModel(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """The continuations, the likeliest where a task does not want them drawn, up to a stop."""
+        """Generates continuations up to a stop word; greedily unless a task asks for sampling."""
         ways: dict[tuple[Any, ...], list[int]] = {}
         for index, request in enumerate(requests):
             options = normalize_gen_kwargs(request.args[1], NEW_TOKENS)
-            new = min(options["max_gen_toks"], self.longest - 1)  # the context gives way, as in lm-eval's own
+            new = min(options["max_gen_toks"], self.longest - 1)  # the context is truncated, as in lm-eval's own
             temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
             until = options.get("until") or []
             stops = filter(None, [until] if isinstance(until, str) else until)
@@ -113,7 +113,7 @@ class LiveModel(TemplateLM):
         return [texts[index] for index in range(len(requests))]
 
     def _written(self, prompts: list[list[int]], new: int, stops: tuple[str, ...], *drawn: Any, seed: int) -> list[str]:
-        """What is written after each prompt, up to the first stop in it."""
+        """Generates a continuation of each prompt up to the first stop word in it."""
         ends = re.compile("|".join(map(re.escape, stops)) or "(?!)").search
         said: list[list[int]] = [[] for _ in prompts]
         made = stream_tokens(self.network, prompts, new, *drawn, seed=seed, stop=self.eot_token_id)
@@ -124,21 +124,21 @@ class LiveModel(TemplateLM):
                 token is None or ends(self.tokenizer.decode(text)) for text, token in zip(said, tokens, strict=True)
             )
             if count % 8 == 0 and all(over):
-                break  # all that comes would be cut
+                break  # the rest would be cut off
         texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
         return [text[: found.start()] if (found := ends(text)) else text for text in texts]
 
 
 class GivenTasks(TaskManager):
-    """lm-eval's tasks, of which one that cannot be loaded is refused by the name that the user gave it.
+    """lm-eval's task manager, which refuses a task that cannot be loaded under the name that the user gave it.
 
-    Loading reads a task's data and renders its first example. What fails later may be the network's fault.
+    Loading reads a task's data and renders its first example. Later failures may be the network's fault.
 
     Args:
-        include_defaults: Know the harness's own tasks: thousands of files, which take seconds to read.
+        include_defaults: Include lm-eval's own tasks: thousands of files, which take seconds to read.
 
     Attributes:
-        files: What was read from files, by their names.
+        files: Task definitions read from files, by the files' names.
     """
 
     def __init__(self, include_defaults: bool) -> None:
@@ -148,7 +148,7 @@ class GivenTasks(TaskManager):
     def _load_spec(self, spec: Any) -> Any:
         try:
             return super()._load_spec(spec)
-        except Exception as error:  # a task holds functions, and its data are read by others
+        except Exception as error:  # from a task's functions or the readers of its data
             name = next((file for file, read in self.files.items() if read is spec), spec)
             reason = f"{type(error).__name__}: {first_line(error)}"
             raise ValueError(f"--tasks must be tasks that lm-eval can read, but {name} is none: {reason}") from error

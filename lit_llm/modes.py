@@ -1,4 +1,4 @@
-"""The mode that each module of a network is in: in training, or as it is evaluated."""
+"""Temporary evaluation mode of a network."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Without dropout; each module has its own mode again afterwards."""
+    """Sets a network to evaluation mode (no dropout); afterwards each module has its own mode again."""
     modes = {module: module.training for module in network.modules()}
     network.eval()
     try:

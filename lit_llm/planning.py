@@ -1,4 +1,4 @@
-"""What a training will take, worked out from what a step takes on one device: memory, time, energy, cost."""
+"""Predicts a training's memory, time, energy and cost from a step measured on one device."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ OPTIMAL_TOKENS_PER_PARAMETER = 20.0
 """Hoffmann et al., 2022, "Training Compute-Optimal Large Language Models", arXiv:2203.15556, table 3: 20.0 to 22.9."""
 
 STRATEGIES = ("ddp", "zero1", "zero2", "fsdp", "tensor_parallel", "fsdp_tensor_parallel")
-"""`zero3` shards what `fsdp` does."""
+"""`zero3` is left out, since it shards the same as `fsdp`."""
 
 PAIR = 2
-"""Devices that share products under `fsdp_tensor_parallel`, as its overlay has it."""
+"""Tensor-parallel size of `fsdp_tensor_parallel`, as in its config overlay."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each device under a strategy; `peak` is the most at once, the others are what it is made of.
+    """Bytes on each device under a strategy; `peak` is the maximum at any time, the others are its components.
 
-    `weights` are those and, where one is kept, their average.
+    `weights` includes a moving average of the weights, if one is kept.
     """
 
     weights: int | float
@@ -32,20 +32,20 @@ class Memory:
 
 
 def memory(step: Step, strategy: str, devices: int) -> Memory:
-    """What a strategy leaves on each device, for the same batch on each.
+    """Predicts the memory on each device under a strategy, for the measured batch.
 
-    `ddp` holds everything, and the gradients once more in the buckets that it exchanges. `zero1` shares out the
-    optimiser's state, `zero2` the gradients too, `fsdp` (ZeRO's third stage) the weights too, of which two blocks are
-    gathered at a time, and cast there; what is in no block is gathered throughout, and so are its gradients.
-    `tensor_parallel` divides each matrix, and by sequence parallelism what flows between them, among the devices that
-    work on one batch: the least that there can be, as `strategies.Sharded` keeps what it gathers, embeddings and head
-    on each. `fsdp_tensor_parallel` does that in pairs, among which the pairs' rows and all weights are shared out as by
-    `fsdp`. An average of the weights is shared out as they are.
+    `ddp` holds everything, and a second copy of the gradients in its communication buckets. `zero1` shards the
+    optimiser state, `zero2` also the gradients, `fsdp` (ZeRO stage 3) also the weights: two blocks are gathered at a
+    time, and cast; parameters outside blocks, and their gradients, stay gathered. `tensor_parallel` divides each matrix
+    and, with sequence parallelism, the activations between them, among devices that work on the same batch. This is a
+    lower bound, since in `strategies.Sharded` each device stores gathered inputs, embeddings and head in full.
+    `fsdp_tensor_parallel` does so in pairs of devices, and the pairs read different batches and shard as `fsdp`. A
+    moving average of the weights is sharded as the weights are.
 
     Args:
-        step: What the step takes on one device.
+        step: The step as measured on one device.
         strategy: One of `STRATEGIES`.
-        devices: Devices that share.
+        devices: Number of devices.
 
     Raises:
         ValueError: When there is no such strategy.
@@ -83,12 +83,12 @@ class Machine:
     """The devices that a run is planned for.
 
     Attributes:
-        memory: Bytes of one.
-        peak_flops: Floating-point operations a second that one's matrix products can reach.
-        mfu: Part of that which training reaches, in (0, 1].
-        watts: Power of one at work.
-        bandwidth: Bytes a second that one exchanges with the others.
-        price: Of one for an hour; `None` where it is not known.
+        memory: Memory of one device in bytes.
+        peak_flops: Peak floating-point operations per second of one device's matrix products.
+        mfu: Model FLOPs utilisation: the fraction of `peak_flops` that training reaches, in (0, 1].
+        watts: Power of one device under load.
+        bandwidth: Bytes per second that one device exchanges with the others.
+        price: Price of one device per hour; `None` if it is not known.
     """
 
     memory: int | float
@@ -115,13 +115,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Bill:
-    """What a training takes.
+    """Time, energy and cost of a training.
 
     Attributes:
-        seconds: Of wall clock.
-        kilowatt_hours: Of the devices alone, at their power.
-        cost: In the price's currency; `None` where there is no price.
-        efficiency: Part of the time that the devices compute; they exchange in the rest of it.
+        seconds: Wall-clock time.
+        kilowatt_hours: Energy of the devices alone, at `Machine.watts` throughout.
+        cost: Cost in the price's currency; `None` without a price.
+        efficiency: Fraction of the time that the devices compute; in the rest they wait for communication.
     """
 
     seconds: float
@@ -138,18 +138,18 @@ def bill(
     machine: Machine,
     devices: int,
 ) -> Bill:
-    """Time, energy and cost of a training.
+    """Predicts time, energy and cost of a training.
 
-    Computing and exchanging overlap, so a step takes as long as the longer of the two. Waiting for data, checkpoints
-    and failures are not in it.
+    Computation and communication overlap, so a step takes as long as the longer of the two. Waiting for data,
+    checkpoints and failures are not included.
 
     Args:
-        flops_per_token: Forward and backward.
-        tokens_per_step: Of one device.
-        traffic: Bytes that each device sends in a step, as `traffic` says.
-        tokens: Of the whole training.
+        flops_per_token: Floating-point operations per token, forward and backward.
+        tokens_per_step: Tokens per step on one device.
+        traffic: Bytes that each device sends per step, as from `traffic`.
+        tokens: Tokens of the whole training.
         machine: The devices.
-        devices: How many.
+        devices: Number of devices.
     """
     computing = flops_per_token * tokens_per_step / (machine.peak_flops * machine.mfu)
     step = max(computing, traffic / machine.bandwidth)
@@ -160,10 +160,10 @@ def bill(
 
 
 def traffic(step: Step, strategy: str, devices: int) -> int | float:
-    """Bytes that each device sends in a step.
+    """Bytes that each device sends per step.
 
-    A ring's all-reduce of the gradients sends them about twice, and so do `zero1` and `zero2` in two halves; `fsdp`
-    gathers the weights for both passes and scatters the gradients once, of each batch of the step again.
+    A ring all-reduce sends the gradients about twice, and so do `zero1` and `zero2` in two halves. `fsdp` all-gathers
+    the weights for both passes and reduce-scatters the gradients once, for each batch of the step.
 
     Source:
         Rajbhandari et al., 2020, arXiv:1910.02054, section 7.

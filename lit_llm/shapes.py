@@ -1,4 +1,4 @@
-"""Tensors that have a shape and no content, of which networks are made that are only planned."""
+"""Detects fake tensors, which have shapes but no data and are used to plan a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch._guards import detect_fake_mode
 
 
 def shapes_only() -> bool:
-    """Whether tensors made now have no content: then there is nothing to read weights into.
+    """Whether new tensors are fake, so that there is nothing to read weights into.
 
     Example:
         >>> from torch._subclasses.fake_tensor import FakeTensorMode

@@ -1,4 +1,4 @@
-"""Tensors that are shared out, over devices or files: what of one is here, all of it, and another's share of it."""
+"""Tensors that are sharded over devices or files: their local shards, whole values, and arbitrary parts."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 Box = list[tuple[int, int]]
-"""A part of a tensor: where it begins along each dimension, and how long it is."""
+"""A part of a tensor: its offset and length along each dimension."""
 
 
 @dataclass(frozen=True)
 class Pieces:
-    """A tensor that lies in pieces, such as several files hold, and is read where it is asked for.
+    """A tensor that is stored in pieces, in several files for example, and read part by part on demand.
 
     Attributes:
-        name: To speak of it.
-        shape: Of the whole.
-        dtype: Of the whole.
-        pieces: Of each where it begins along each dimension, itself, and what to call before it is read.
+        name: Name for error messages.
+        shape: Shape of the whole tensor.
+        dtype: Data type of the whole tensor.
+        pieces: Of each piece its offset along each dimension, its tensor, and a function to call before it is read.
     """
 
     name: str
@@ -31,10 +31,10 @@ class Pieces:
     pieces: list[tuple[list[int], Tensor, Callable[[], None]]]
 
     def part(self, box: Box) -> Tensor:
-        """A part of it.
+        """Reads a part of the tensor.
 
         Raises:
-            ValueError: When the pieces do not have all of that.
+            ValueError: When the pieces do not cover the part.
         """
         part, filled = torch.empty([length for _, length in box], dtype=self.dtype), 0
         for starts, piece, before in self.pieces:
@@ -56,39 +56,39 @@ class Pieces:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    """Whether a tensor is torch's `DTensor`, of which there is none before a second has gone into importing it."""
+    """Whether a tensor is torch's `DTensor`; does not import that class, which would take a second."""
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """What of each tensor is on this device, to be changed in place; of a plain one all."""
+    """The local shard of each tensor, for changes in place; a plain tensor itself."""
     with torch.no_grad():
         return [t.to_local() if _is_dtensor(t) else t for t in tensors]
 
 
 def is_shared_out(tensors: Iterable[Tensor]) -> bool:
-    """Whether some are in parts on several devices."""
+    """Whether any of the tensors is sharded over devices."""
     return any(_is_dtensor(t) or hasattr(t, "ds_id") for t in tensors)
 
 
 def whole_shape(tensor: Tensor) -> torch.Size:
-    """The shape of all of a tensor; DeepSpeed's third stage leaves that of a parameter empty."""
+    """The shape of the whole tensor; in DeepSpeed's stage 3 a parameter's own `shape` is empty."""
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
 def whole(tensor: Tensor | Pieces) -> Tensor:
-    """All of a tensor; for one that is shared out over devices, all processes have to ask at once."""
+    """The whole tensor; for a tensor sharded over devices this is a collective call."""
     if isinstance(tensor, Pieces):
         return tensor.part([(0, length) for length in tensor.shape])
     return tensor.full_tensor() if _is_dtensor(tensor) else tensor
 
 
 def box_of(tensor: Tensor) -> Box:
-    """Which part of a tensor is here; of one that is not shared out all.
+    """The part of a tensor that this device holds; all of it if it is not sharded.
 
-    Any number of devices may share it: dimensions of the mesh are taken from the last to the first, as FSDP2 cuts what
-    tensor parallelism has left.
+    The mesh may have several dimensions: they are applied from the last to the first, as FSDP2 shards what tensor
+    parallelism leaves.
     """
     box = [(0, length) for length in tensor.shape]
     if not _is_dtensor(tensor):
@@ -99,14 +99,14 @@ def box_of(tensor: Tensor) -> Box:
         if placement.is_replicate():
             continue
         start, length = box[placement.dim]
-        each = -(-length // mesh.size(axis))  # as `Tensor.chunk`: the last ones get less, or nothing
+        each = -(-length // mesh.size(axis))  # as in `Tensor.chunk`: the last shards are shorter, or empty
         first = min(mesh.get_local_rank(axis) * each, length)
         box[placement.dim] = start + first, min(each, length - first)
     return box
 
 
 def part(tensor: Tensor | Pieces, like: Tensor) -> Tensor:
-    """This device's share of a whole tensor, where that is shared out as `like` is; else the tensor."""
+    """This device's shard of a whole tensor if `like` is sharded; otherwise the whole tensor."""
     if isinstance(tensor, Pieces):
         return tensor.part(box_of(like))
     if not _is_dtensor(like):
@@ -117,10 +117,10 @@ def part(tensor: Tensor | Pieces, like: Tensor) -> Tensor:
 
 
 def share_to_keep(tensor: Tensor) -> tuple[list[int], Tensor] | None:
-    """Where the share that is here begins, and itself; `None` where it is empty, or another device keeps the same.
+    """This device's shard to save, after its offsets; `None` if it is empty or another device saves the same.
 
     Args:
-        tensor: One that is shared out.
+        tensor: A sharded tensor.
     """
     mesh, share = tensor.device_mesh, tensor.to_local()
     copies = [axis for axis, placement in enumerate(tensor.placements) if placement.is_replicate()]
@@ -130,7 +130,7 @@ def share_to_keep(tensor: Tensor) -> tuple[list[int], Tensor] | None:
 
 
 def shared_as(tensor: Tensor, like: Tensor) -> Tensor:
-    """A share, such as `part` gives, as the tensor that all shares are, in the form of `like`."""
+    """Makes of each device's shard, such as `part` returns, a DTensor with the layout of `like`."""
     if not _is_dtensor(like):
         return tensor
     return type(like).from_local(
@@ -139,9 +139,9 @@ def shared_as(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def total_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """The 2-norm of all tensors together, each shared out over some mesh or none."""
+    """The 2-norm of all tensors together; each may be sharded over a mesh of its own."""
     groups: dict[Any, list[Tensor]] = {}
     for t in tensors:
         groups.setdefault(t.device_mesh if _is_dtensor(t) else None, []).append(t)
     norms = [whole(torch.nn.utils.get_total_norm(members)) for members in groups.values()]
-    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)  # of none 0
+    return norms[0] if len(norms) == 1 else torch.nn.utils.get_total_norm(norms)  # 0 for no tensors

@@ -1,4 +1,4 @@
-"""Matrix products that devices share, and what lies between them: each has some of the columns, rows or heads."""
+"""Tensor and sequence parallelism: devices split matrices by columns, rows or heads, and sequences between them."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ STYLES = {
     "columns, gathered": lambda **options: ColwiseParallel(output_layouts=Replicate(), **options),
     "rows, cut": lambda **options: RowwiseParallel(input_layouts=Replicate(), **options),
 }
-"""How a matrix of a block is shared out; `heads` besides are weights that each device applies to its own heads."""
+"""How a matrix of a block is split; the further style `heads` marks weights that each device applies to its heads."""
 
 SUMMANDS = {"output_layouts": Partial(), "use_local_output": False}
-"""Has a matrix that is cut by rows give what is still to be added up over devices."""
+"""Options of a row-parallel matrix that leave its output as partial sums, to be reduced later."""
 
 
 def cut_products(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool = False) -> None:
-    """Has the devices of a mesh share each product of a network's blocks, in place.
+    """Splits the matrix products of a network's blocks over the devices of a mesh, in place.
 
     Args:
-        network: One whose blocks have `tensor_parallel`, by the names of their layers how each is cut.
-        mesh: Of one dimension.
+        network: A network whose blocks have `tensor_parallel`, a dict from names of layers to styles.
+        mesh: A mesh of one dimension.
         sequence_parallel: As in `strategies.Sharded`.
 
     Raises:
-        ValueError: When the network does not say how it is cut, cannot be cut in so many, has adapters, or with
-            `sequence_parallel` does not say what reads whole sequences, or would drop alike in all parts of one.
+        ValueError: When the blocks have no `tensor_parallel`, a size is not divisible by the number of devices, a layer
+            has an adapter, or with `sequence_parallel` the blocks have no `whole_sequence`, or the network has dropout,
+            whose masks would be the same in all parts of a sequence.
     """
     size, kind = mesh.size(), type(network).__name__
     blocks = [module for module in network.modules() if isinstance(module, Block)]
@@ -70,7 +71,7 @@ def cut_products(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool =
             if type(block.get_submodule(name)) is not nn.Linear:
                 raise ValueError(f"tensor_parallel_size must be 1 where {name} has an adapter, but is {size}")
             cut.add(block.get_submodule(name))
-        parallelize_module(block, mesh, styles, src_data_rank=None)  # each process has made the same weights
+        parallelize_module(block, mesh, styles, src_data_rank=None)  # all processes have the same weights
     shared: dict[nn.Parameter, nn.Parameter] = {}
     apart = set(_on_heads(blocks))
     if sequence_parallel:
@@ -82,10 +83,11 @@ def cut_products(network: nn.Module, mesh: DeviceMesh, sequence_parallel: bool =
 
 
 def share_sequences(blocks: list[Block], mesh: DeviceMesh) -> None:
-    """Has each device compute what lies between the products of blocks for its part of each sequence.
+    """Makes each device compute what lies between the blocks' products for its part of each sequence.
 
     Args:
-        blocks: In their order. What `whole_sequence` names begins with products by columns and ends with one by rows.
+        blocks: The blocks, in order. Layers in `whole_sequence` begin with column-parallel products and end with a
+            row-parallel one.
         mesh: The devices.
     """
 
@@ -104,11 +106,11 @@ def share_sequences(blocks: list[Block], mesh: DeviceMesh) -> None:
         return placed(x, Replicate(), Shard(1)).to_local(), *args[1:]
 
     def gather(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # (A product by columns takes it as it is, and gives back a gradient that is still to be added up.)
+        # (A column-parallel product takes the DTensor; its gradient is a partial sum, which is reduce-scattered.)
         return (placed(args[0], Shard(1), Replicate()), *args[1:]) if torch.is_grad_enabled() else args
 
     def add_up(layer: nn.Module, args: tuple[Any, ...], y: DTensor) -> Tensor:
-        # (Its last product gave summands.)
+        # (The last product gave partial sums.)
         return y.redistribute(placements=[Shard(1) if torch.is_grad_enabled() else Replicate()]).to_local()
 
     def put_together(block: nn.Module, args: tuple[Any, ...], x: Tensor) -> Tensor:
@@ -123,7 +125,7 @@ def share_sequences(blocks: list[Block], mesh: DeviceMesh) -> None:
 
 
 def _on_heads(blocks: list[Block]) -> Iterator[nn.Module]:
-    """Layers of which each device applies all weights to its own heads."""
+    """Layers whose weights each device applies, whole, to its own heads."""
     for block in blocks:
         for name, style in block.tensor_parallel.items():
             layer = block.get_submodule(name.rpartition(".")[0])
@@ -132,16 +134,16 @@ def _on_heads(blocks: list[Block]) -> Iterator[nn.Module]:
 
 
 def _have_in_common(module: nn.Module, mesh: DeviceMesh, shared: dict[nn.Parameter, nn.Parameter], apart: bool) -> None:
-    """Gives each device of a mesh all of a layer's weights: as all weights are then, they are tensors of the mesh.
+    """Replicates a layer's weights over a mesh, so that all parameters of the network are DTensors.
 
-    The layer computes with plain ones. Where each device applies them to other heads or positions, gradients are added
-    up.
+    The layer computes with the local tensors. If devices apply the weights to different heads or positions (`apart`),
+    gradients are summed over devices.
     """
 
     def reading(name: str) -> property:
         def read(layer: nn.Module) -> Tensor | None:
             p = layer._parameters[name]
-            if not isinstance(p, DTensor) or p.device_mesh.ndim > 1:  # cut further, until it is gathered
+            if not isinstance(p, DTensor) or p.device_mesh.ndim > 1:  # sharded by FSDP too, and not gathered now
                 return p
             weight = p.to_local()
             return _SummedGradient.apply(weight, mesh.get_group()) if apart else weight
@@ -160,18 +162,18 @@ def _have_in_common(module: nn.Module, mesh: DeviceMesh, shared: dict[nn.Paramet
 
 
 class _SummedGradient(torch.autograd.Function):
-    """Passes weights on, and adds their gradients up over devices."""
+    """Returns weights unchanged; their gradients are summed over devices."""
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, group: dist.ProcessGroup) -> Tensor:
-        """As it is."""
+        """Returns the weight unchanged."""
         ctx.group = group
         return weight.view_as(weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        """The sum."""
+        """Sums the gradient over devices."""
         grad = grad.clone()
         dist.all_reduce(grad, group=ctx.group)
         return grad, None

@@ -1,4 +1,4 @@
-"""Weights of a network: in files, by transformers' names and in its shapes, out and in; and from network to network."""
+"""Writes and reads weights in transformers' names and shapes, and copies them between networks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from lit_llm.shapes import shapes_only
 
 
 def write_weights(network: nn.Module, folder: Path) -> None:
-    """Writes a network's weights as transformers keeps them, real numbers in 32 bits."""
+    """Writes a network's weights in transformers' form; floating-point ones as float32."""
     if hasattr(network, "save_weights") and not is_reformed(network):
         network.save_weights(folder)
         return
@@ -34,12 +34,12 @@ def _plain_tensor(tensor: Tensor) -> Tensor:
 
 
 def read_weights(network: nn.Module, folder: Path) -> None:
-    """Copies the weights of a directory of transformers, or one in its form, into a network that has any.
+    """Copies the weights of a directory in transformers' form into a network; under `FakeTensorMode` does nothing.
 
     Raises:
-        FileNotFoundError: When there are none, or one of several files is missing.
-        ValueError: When a file is cut off, or a parameter is missing, left over, of another shape, or tied here and two
-            different ones there.
+        FileNotFoundError: When there are no weights, or one of several files is missing.
+        ValueError: When a file is truncated, or a parameter is missing, left over, of another shape, or tied in the
+            network but stored with two different values.
     """
     if shapes_only():
         return
@@ -63,24 +63,25 @@ def copy_weights(
     sizes: tuple[int, int] | None = None,
     head: Collection[str] = (),
 ) -> list[str]:
-    """Copies all parameters of one network into another of the same form, or into transformers' own of that form.
+    """Copies all parameters of one network into another of the same architecture, also into transformers' own.
 
     Args:
-        source: From which.
-        target: Into which.
-        where: What errors call the source.
-        sizes: How many classes the two have, where those are not the same: heads of so many rows are passed over.
-        head: What is passed over besides, by name.
+        source: Network to copy from.
+        target: Network to copy into.
+        where: Name of the source in error messages.
+        sizes: Numbers of classes of source and target if they differ: heads with these numbers of rows are skipped.
+        head: Names of further parameters to skip.
 
     Returns:
-        The names of the parameters that were passed over.
+        The names of the skipped parameters.
 
     Raises:
-        ValueError: When a parameter is missing, left over, of another shape, or tied here and two different ones there,
-            or the source is transformers' own network, with what the target, which is written here, lacks.
+        ValueError: When a parameter is missing, left over, of another shape, or tied in the target but with two
+            different values in the source, or the source is transformers' own network with a feature that our
+            implementation as target lacks.
     """
     _require_form(source, target, where)
-    if hasattr(target, "load_weights") and hasattr(source, "hf_name"):  # a network written here, into transformers'
+    if hasattr(target, "load_weights") and hasattr(source, "hf_name"):  # from our implementation into transformers' own
         stored = _as_transformers(source) | {name: torch.zeros(shape) for name, shape in _zeros(source).items()}
         _copy_as_transformers(target, stored, Path(where))
         return []
@@ -97,7 +98,7 @@ def copy_weights(
 
 
 def _require_form(source: nn.Module, target: nn.Module, where: Path | str) -> None:
-    """Refuses transformers' own network where one of that architecture written here lacks what it has."""
+    """Refuses transformers' own network as source if our implementation as target lacks a feature of it."""
     config = source.to_hf_config() if hasattr(source, "load_weights") else {"architectures": [None]}
     if config["architectures"][0] in getattr(target, "hf_architectures", ()):
         try:
@@ -110,37 +111,37 @@ def _require_form(source: nn.Module, target: nn.Module, where: Path | str) -> No
 
 
 def fill(network: nn.Module, stored: dict[str, Tensor], where: Path | str) -> None:
-    """Copies weights into a network by the names that it has for them.
+    """Copies weights into a network by its own names for them.
 
     Raises:
-        ValueError: When a parameter is missing, left over, of another shape, or tied here and two different ones
-            there; `where` names the source.
+        ValueError: When a parameter is missing, left over, of another shape, or tied in the network but stored with two
+            different values; `where` names the source.
     """
     _copy(_own(network), stored, Path(where), _tied(network))
 
 
 def _own(network: nn.Module) -> dict[str, Tensor]:
-    """What a network has to be given: its parameters, a tied one once, and what else is in its state."""
+    """All tensors of a network's state; a tied parameter only under its first name."""
     once, all_names = (dict(network.named_parameters(remove_duplicate=remove)) for remove in (True, False))
     others = {name: tensor for name, tensor in network.state_dict().items() if name not in all_names}
     return once | others
 
 
 def _tied(network: nn.Module) -> dict[str, str]:
-    """The further names of tied parameters, and the first name of each."""
+    """The first name of each tied parameter, by its further names."""
     first: dict[nn.Parameter, str] = {}
     names = ((name, first.setdefault(p, name)) for name, p in network.named_parameters(remove_duplicate=False))
     return {name: of_first for name, of_first in names if name != of_first}
 
 
 def _copy(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied: dict[str, str]) -> None:
-    """Copies weights by name; every one must be there, fit, and be used.
+    """Copies weights by name; names and shapes must match exactly.
 
     Args:
-        own: The network's.
-        stored: What is copied into them.
-        source: Where that is from.
-        tied: Names under which a matrix may be there once more, and its own.
+        own: The network's tensors.
+        stored: The tensors to copy into them.
+        source: Name of their source in error messages.
+        tied: First names of tied matrices, by further names under which they may be stored again.
     """
     missing, extra = sorted(own.keys() - stored.keys()), sorted(stored.keys() - own.keys() - tied.keys())
     for what, names in (("lacks", missing), ("also has", extra)):
@@ -166,25 +167,25 @@ def _copy(own: dict[str, Tensor], stored: dict[str, Tensor], source: Path, tied:
 
 
 def _copy_as_transformers(network: nn.Module, stored: dict[str, Tensor], source: Path) -> None:
-    """As `_copy`, by the names, and in the shapes, that transformers gives what is in the network."""
+    """Copies weights as `_copy` does, in transformers' names and shapes."""
     name_of = hf_names(network)
     tied = {name_of(name): name_of(first) for name, first in _tied(network).items()}
     _copy(_as_transformers(network), stored, source, tied)
 
 
 def _as_transformers(network: nn.Module) -> dict[str, Tensor]:
-    """What a network has to be given, by the names, and in the shapes, that transformers gives it."""
+    """All tensors of a network's state in transformers' names and shapes."""
     view, name_of = getattr(network, "hf_view", lambda name, parameter: parameter), hf_names(network)
     return {name_of(name): view(name, tensor) for name, tensor in _own(network).items()}
 
 
 def hf_names(network: nn.Module) -> Callable[[str], str]:
-    """How transformers calls what is in a network; one of its own is one level further in here."""
+    """The function from a network's names to transformers'; transformers' own networks are wrapped in `model` here."""
     return getattr(network, "hf_name", lambda name: name.removeprefix("model."))
 
 
 def _zeros(network: nn.Module) -> dict[str, tuple[int, ...]]:
-    """What transformers' network has and this one does without."""
+    """Names and shapes of tensors that transformers' network has and this one lacks, which must be zero."""
     return dict(network.hf_zeros()) if hasattr(network, "hf_zeros") else {}
 
 
@@ -196,11 +197,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def require_whole_weights(folder: Path) -> None:
-    """Refuses files of weights that are not whole.
+    """Checks that all files of weights are present and complete.
 
     Raises:
         FileNotFoundError: When there are none, or one of several is missing.
-        ValueError: When one is cut off.
+        ValueError: When one is truncated.
     """
     for file in _weight_files(folder):
         with _whole(file):
@@ -217,7 +218,7 @@ def _whole(file: Path) -> Iterator[Any]:
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    """The files of weights, in transformers' order of preference; a folder may hold copies in another form."""
+    """The files of weights: one whole file if there is one, as transformers prefers, otherwise those of the index."""
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.is_file():
         return [whole]

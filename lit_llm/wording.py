@@ -1,4 +1,4 @@
-"""Values as errors and logs name them."""
+"""Formatting of values and errors for error messages and logs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def listed(values: Iterable[Any]) -> str:
-    """Values in words, the first ten of many.
+    """Lists values; of more than ten only the first ten, and their number.
 
     Example:
         >>> listed("ab")
@@ -21,7 +21,7 @@ def listed(values: Iterable[Any]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of a library says, without the rest of it; its kind, where it says nothing.
+    """The first line of an error's message, or its type if the message is empty.
 
     Example:
         >>> first_line(OSError("no such place\\nTry another.")), first_line(ConnectionError())
@@ -32,7 +32,7 @@ def first_line(error: BaseException) -> str:
 
 
 def conversion(wrong: UnicodeDecodeError) -> str:
-    """What to do with a file that is not UTF-8: UTF-16 begins with a mark, and else Latin-1 is likely.
+    """How to convert a file that is not UTF-8: from UTF-16 if it has a byte order mark, otherwise from Latin-1.
 
     Example:
         >>> conversion(UnicodeDecodeError("utf-8", b"caf\\xe9", 3, 4, "unexpected end of data"))
