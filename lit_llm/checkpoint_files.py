@@ -286,7 +286,7 @@ def _fill_from_zero(state: dict[str, Tensor], folder: Path, files: list[Path], r
 
 @contextmanager
 def without_pickles() -> Iterator[None]:
-    """Makes DeepSpeed's `torch.load` read weights only: as plain pickles its files could execute arbitrary code."""
+    """Limits DeepSpeed's `torch.load` to tensors and its own plain classes: other pickles could execute any code."""
     from deepspeed.runtime.fp16.loss_scaler import LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
     from deepspeed.utils.tensor_fragment import fragment_address

@@ -58,7 +58,7 @@ def memory(step: Step, strategy: str, devices: int) -> Memory:
         raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, but is {strategy}")
     w, g, o, a = step.weights + step.average, step.gradients, step.optimizer, step.activations + step.casts
     passes, stepping = step.passes, step.stepping
-    rest = stepping - g  # what the optimiser makes while it steps
+    rest = stepping - g  # temporaries of the optimiser's step
     if devices == 1:
         return Memory(w, g, o, a, step.peak)
     n = devices
@@ -99,7 +99,7 @@ class Machine:
     price: int | float | None = None
 
     def __post_init__(self) -> None:
-        """Checks.
+        """Checks the values.
 
         Raises:
             ValueError: When a value is out of range.

@@ -145,7 +145,7 @@ class Completions(Endpoint):
         return request
 
     def predict(self, request: CompletionRequest) -> dict[str, Any]:
-        """The continuations of one request."""
+        """Generates the continuations of one request."""
         prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         stops = [request.stop] if isinstance(request.stop, str) else request.stop
         with _refusing():
