@@ -1,6 +1,6 @@
-"""The command `lit-llm`: finds the sub-command, and turns a user's mistake into one line.
+"""The command `lit-llm`: runs the sub-command and reports a user's mistake in one line.
 
-Nothing heavy is imported before a sub-command is known, so `--help` and `--version` answer at once.
+Nothing heavy is imported before the sub-command is known, so `--help` and `--version` answer at once.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ def main(args: list[str] | None = None) -> None:
     """Runs a command line.
 
     Args:
-        args: The words after `lit-llm`; `None` takes the process's own.
+        args: The arguments after `lit-llm`; `None` uses those of the process.
 
     Raises:
-        SystemExit: With code 2 after a user's mistake, which is said in one line; 130 after Ctrl-C.
+        SystemExit: With code 2 after a user's mistake, which is reported in one line; with 130 after Ctrl-C.
     """
     if args is not None:
         sys.argv = [sys.argv[0], *args]
@@ -81,7 +81,7 @@ def main(args: list[str] | None = None) -> None:
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the working directory can be named in configs
     try:
-        import_torchmetrics()  # takes seconds, in which Ctrl-C may come, too
+        import_torchmetrics()  # takes seconds: inside the try, so that Ctrl-C is handled
         quieten()
         module = importlib.import_module(COMMANDS[words[0]][0])
         with _speaking():
@@ -100,7 +100,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def fail(line: str) -> NoReturn:
-    """Ends the process over a user's mistake."""
+    """Prints a user's mistake and exits with code 2."""
     print(f"lit-llm: error: {line}", file=sys.stderr)
     sys.exit(2)
 
@@ -112,7 +112,7 @@ class _Lines(logging.Handler):
 
 @contextlib.contextmanager
 def _speaking() -> Iterator[None]:
-    """Shows what the package itself has to say, once per group of processes, until the command ends."""
+    """Prints the package's own log lines to standard error while the command runs, in local rank 0 only."""
     logger, lines = logging.getLogger("lit_llm"), _Lines()
     if logger.handlers or os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) != "0":
         yield

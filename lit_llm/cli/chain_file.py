@@ -1,4 +1,4 @@
-"""Chains of compression: what is done to a model, in which order, and what it is measured by."""
+"""Config files of compression chains: the stages that a model goes through, and how it is evaluated."""
 
 from __future__ import annotations
 
@@ -20,19 +20,20 @@ VALUES = {
     "repeats": (lambda value: type(value) is int and value >= 1, "a whole number of at least 1"),
     "compiled": (lambda value: isinstance(value, bool), "true or false"),
 }
-"""Which values of a chain are right, and what is said of the others."""
+"""For each key of a chain, a check of its value, and the description of a valid value for the error message."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One step of a chain: a method of compression, or a training.
+    """One stage of a chain: a compression method or a training run.
 
     Attributes:
-        name: What it is called.
-        method: `class_path` and `init_args` of a `Compression`; `None` for a training.
-        fit: Run files of a training, later ones laid over earlier ones.
-        options: What is set beside them, by dotted flag; `{previous}` and `{original}` are those models' folders.
-        floor: Part of the original's score that must be left after it.
+        name: Name of the stage.
+        method: `class_path` and `init_args` of a `Compression`; `None` for a training run.
+        fit: Run files of a training run; later ones override earlier ones.
+        options: Further options of the training run, by dotted flag. `{previous}` and `{original}` stand for the
+            folders of the previous stage's and the original model.
+        floor: Fraction of the original's score that the stage must keep.
     """
 
     name: str
@@ -44,16 +45,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class Chain:
-    """What a chain's config says.
+    """Content of a chain's config.
 
     Attributes:
-        evaluate: Run files that name objective and data to measure by.
+        evaluate: Run files that name the objective and the data for the evaluation of each stage.
+        stages: The stages, in order.
         split: `validate` or `test`.
-        metric: What is measured; `None` is the data's headline metric, or the objective's.
-        stages: The steps, in their order.
-        calibration_batches: Training batches that methods look at which want to see what flows.
-        repeats: How many times each model is timed.
-        compiled: Time models as torch.compile makes them.
+        metric: Metric that decides; `None` uses the headline metric of the data, or otherwise the objective's.
+        calibration_batches: Number of training batches for methods that need calibration data.
+        repeats: Number of timed forward passes of each model.
+        compiled: Whether models are compiled with `torch.compile` before they are timed.
+        content: The config as it was read.
     """
 
     evaluate: list[str]
@@ -67,11 +69,11 @@ class Chain:
 
 
 def read_chain(path: Path) -> Chain:
-    """Reads a chain's config; the files it names are relative to it.
+    """Reads a chain's config. Paths in it are relative to its folder.
 
     Raises:
-        FileNotFoundError: When there is none, or it names a run file that is not there.
-        ValueError: When it has a key that means nothing, lacks one, or a value that cannot be.
+        FileNotFoundError: When the config, or a run file that it names, does not exist.
+        ValueError: When a key is unknown or missing, or a value is invalid.
     """
     import yaml
 

@@ -1,4 +1,4 @@
-"""`lit-llm compare`: runs side by side, those that differ by seed only taken together."""
+"""`lit-llm compare`: compares runs; those that differ only in their seed are one setting."""
 
 from __future__ import annotations
 
@@ -33,10 +33,11 @@ TASK = (
 )
 LIMITS = ("trainer.limit_val_batches", "trainer.limit_test_batches")
 OF_TOKENS = ("data.tokenizer",)
-"""What runs must share to be compared: the data, how much of it was read, and for a metric that counts tokens those."""
+"""Options that compared runs must share: the data, how much of it is evaluated, and, for metrics per token, the
+tokeniser."""
 
 LOSSES = ("loss", "perplexity", "bits_per_byte")
-"""Metrics that mean what the objective minimises."""
+"""Metrics that are the objective's loss, so that only runs of related objectives can be compared by them."""
 
 OTHER_SEEDS = "Of a trial that has other seeds, those alone count: the seed that chose it flatters the best."
 
@@ -44,7 +45,7 @@ MOST_CURVES = 10
 MOST_DIFFERENCES = 5
 LABEL_WIDTH, LABEL_LINES = 60, 3
 ROOM_FOR_LABELS = 30
-"""Letters of a label with which a legend still leaves room for curves beside it."""
+"""Longest label, in characters, with which the legend still fits inside the plot."""
 
 
 def run(words: list[str]) -> None:
@@ -73,17 +74,17 @@ def _parser() -> argparse.ArgumentParser:
 
 @dataclass
 class Group:
-    """Runs of one setting, by their seeds."""
+    """Runs of one setting, by seed."""
 
     runs: dict[tuple[Any, ...], Finished] = field(default_factory=dict)
     name: str = ""
 
     def in_order(self) -> list[tuple[tuple[Any, ...], Finished]]:
-        """Seeds and runs, by seed."""
+        """Pairs of seed and run, sorted by seed."""
         return sorted(self.runs.items(), key=lambda pair: [(part is not None, part) for part in pair[0]])
 
     def figures(self, metric: str) -> dict[tuple[Any, ...], float]:
-        """What each seed reached."""
+        """The value of a metric for each seed that has it."""
         found = {seed: run.figure(metric) for seed, run in self.in_order()}
         return {seed: value for seed, value in found.items() if value is not None}
 
@@ -120,7 +121,7 @@ def _is_sweep(folder: Path) -> bool:
 
 
 def _metric_of_sweeps(runs: list[Path]) -> str | None:
-    """What all of some sweeps were judged by; `None` where they were not by one, or not all are sweeps."""
+    """The metric of all given sweeps; `None` if they have different ones, or a folder is not a sweep."""
     found = set()
     for folder in runs:
         lines = (folder / "trials.csv").read_text(encoding="utf-8").splitlines() if _is_sweep(folder) else []
@@ -129,31 +130,39 @@ def _metric_of_sweeps(runs: list[Path]) -> str | None:
 
 
 def _folders(runs: list[Path]) -> Iterator[Path]:
-    """The run folders; of a sweep those of the trials that came to their end, or instead of one its other seeds."""
+    """Yields the run folders. Of a sweep: its complete trials, or, for a trial trained with further seeds, only those.
+
+    Raises:
+        ValueError: When a sweep has no complete trial.
+    """
     for folder in runs:
         if not _is_sweep(folder) and not (folder / "study.db").is_file():
             yield folder
             continue
         complete = []
-        if _is_sweep(folder):  # and a trial of it has ended
+        if _is_sweep(folder):  # `trials.csv` exists once a trial has ended
             with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
                 complete = [row["trial"] for row in csv.DictReader(file) if row["state"] == "complete"]
         if not complete:
             raise ValueError(f"RUN must hold trials that came to their end, but {folder} has none")
         for number in complete:
             seeds = sorted((folder / "seeds").glob(f"{int(number):03d}_seed*"))
-            ended = [one for one in seeds if came_to_its_end(read_results(one))]  # the sweep goes on with others
+            ended = [one for one in seeds if came_to_its_end(read_results(one))]  # the sweep may still train others
             yield from ended or [folder / "trials" / f"{int(number):03d}"]
 
 
 def less_is_better(metric: str, runs: list[Finished]) -> bool:
-    """Whether it is of a metric, as the run says that was judged by it, or as its name has it."""
+    """Whether lower is better: by the first run's mode if it monitors the metric, else by the metric's name."""
     mode = runs[0].results.get("mode") if runs[0].results.get("monitor") == metric else None
     return mode == "min" if mode else falls(metric)
 
 
 def _shared_metric(runs: list[Finished]) -> str:
-    """Bits per byte, which compare over tokenisers, or what decided which validation was best."""
+    """Bits per byte, which are comparable across tokenisers, if all runs have them; else the monitored metric.
+
+    Raises:
+        ValueError: When the runs monitor different metrics.
+    """
     if all(run.figure("val/bits_per_byte") is not None for run in runs):
         return "val/bits_per_byte"
     monitors = {run.results.get("monitor", "val/loss"): run for run in runs}
@@ -170,7 +179,7 @@ def _require_one_task(runs: list[Finished], metric: str) -> None:
     loses_text = any(str(run.settings.get(name)).startswith("bert-uncased-") for run in runs for name in OF_TOKENS)
     shared = [*TASK, *LIMITS, *(() if metric.endswith("bits_per_byte") and not loses_text else OF_TOKENS)]
     shared += dict.fromkeys(name for run in runs for name in run.settings if name.startswith("data.cleaning."))
-    if any(isinstance(run.settings.get(name), int) for run in runs for name in LIMITS):  # so many batches
+    if any(isinstance(run.settings.get(name), int) for run in runs for name in LIMITS):  # a number of batches
         shared.append("data.batch_size")
     for other in runs:
         if other.figure(metric) is None:
@@ -189,14 +198,18 @@ def _require_one_task(runs: list[Finished], metric: str) -> None:
 
 
 def _evaluated(name: str, value: Any) -> Any:
-    """What a setting means for an evaluation: of a mixture of corpora the sources, of which all is read."""
-    if name in LIMITS:  # 1 is one batch, 1.0 all of them
+    """What a setting means for an evaluation: a mixture of corpora counts by its sources, not by their weights."""
+    if name in LIMITS:  # 1 is one batch, 1.0 is all of them
         return "all batches" if value is None or (isinstance(value, float) and value == 1) else value
     return corpus_name(value) if isinstance(value, dict) else value
 
 
 def _require_one_objective(one: Finished, other: Finished) -> None:
-    """Refuses losses that mean different things: of objectives that extend no common one."""
+    """Refuses to compare losses of objectives that do not extend a common concrete one.
+
+    Raises:
+        ValueError: When they do not.
+    """
     paths = [run.settings.get("model") for run in (one, other)]
     if paths[0] == paths[1]:
         return
@@ -209,7 +222,7 @@ def _require_one_objective(one: Finished, other: Finished) -> None:
 
 
 def _concrete(path: str | None) -> set[type]:
-    """An objective and those it extends, by the path of its class, which is imported; none where it cannot be found."""
+    """The concrete objectives among a class and its bases; empty if the class path cannot be imported."""
     from lightning.pytorch import LightningModule
 
     module, _, name = (path or "").rpartition(".")
@@ -224,7 +237,7 @@ def _concrete(path: str | None) -> set[type]:
 
 
 def grouped(runs: Iterable[Finished]) -> list[Group]:
-    """The runs by their settings, in the order in which those come, each named by what sets it apart."""
+    """Groups runs by setting, in order of first occurrence, and names each group by the options that differ."""
     groups: dict[str, Group] = {}
     for run in runs:
         group = groups.setdefault(run.setting, Group())
@@ -243,7 +256,7 @@ def grouped(runs: Iterable[Finished]) -> list[Group]:
     chosen = [name for name in differ if not _follows(name, settings)]
     for group, each in zip(found, settings, strict=True):
         own = [name for name in differ if name in each]
-        if len(own) > MOST_DIFFERENCES:  # what a class brings along is said by its name
+        if len(own) > MOST_DIFFERENCES:  # leave out options that follow from a class that is named
             own = [name for name in chosen if name in each]
         own = [f"{name.rpartition('.')[2]}={_cut(_short(each[name]))}" for name in own]
         more = "" if len(own) <= MOST_DIFFERENCES else f" and {len(own) - MOST_DIFFERENCES} more"
@@ -256,9 +269,9 @@ def grouped(runs: Iterable[Finished]) -> list[Group]:
 
 
 def _with_differing_classes(settings: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The settings, where of a list of classes, such as callbacks, is said only what not all of them have.
+    """The settings, with lists of classes, such as callbacks, reduced to the classes that not all settings have.
 
-    A class is its name; where it comes with various options, those that vary are said too.
+    A class is given by its name, followed by those of its options that vary.
     """
     settings = [dict(each) for each in settings]
     for name in dict.fromkeys(name for each in settings for name in each):
@@ -273,7 +286,7 @@ def _with_differing_classes(settings: list[dict[str, Any]]) -> list[dict[str, An
 
 
 def _apart(item: dict[str, Any], all_items: list[dict[str, Any]]) -> str:
-    """A class among others, with those of its options that differ where it is there with several."""
+    """Name of a class, with those of its options that differ between its occurrences in `all_items`."""
     own = dict(dotted(item))
     others = [dict(dotted(one)) for one in all_items if one["class_path"] == item["class_path"]]
     varied = (option for option in own if any(one.get(option, "") != own[option] for one in others))
@@ -282,7 +295,7 @@ def _apart(item: dict[str, Any], all_items: list[dict[str, Any]]) -> str:
 
 
 def _follows(name: str, settings: list[dict[str, Any]]) -> bool:
-    """Whether a setting is one of a class, and the same wherever that class is."""
+    """Whether an option belongs to a class that varies, and its value is determined by that class."""
     parents = [name[: place.start()] for place in re.finditer(r"\.", name)]
     return any(
         len({str(each[parent]) for each in settings if parent in each}) > 1
@@ -302,7 +315,7 @@ def _short(value: Any) -> str:
         return ", ".join(f"{name}: {_short(given)}" for name, given in value.items())
     if isinstance(value, float):
         return f"{value:.4g}"
-    # Of a class path the class is enough; a file's name stays.
+    # A class path is shortened to the class; file names are kept.
     return re.sub(r"^(?:[a-z_]\w*\.)+(?=[A-Z]\w*$)", "", str(value))
 
 
@@ -317,7 +330,7 @@ def _spread(values: list[float]) -> str:
 
 
 def table(groups: list[Group], metric: str) -> str:
-    """The settings as a table in Markdown, with what each is away from the first by the seeds that both have."""
+    """The settings as a Markdown table, with each one's mean difference from the first over the seeds of both."""
     tested = metric.replace("val/", "test/")
     columns = [metric, *([tested] if tested != metric and any(g.figures(tested) for g in groups) else []), "seconds"]
     first = groups[0].figures(metric)
@@ -352,7 +365,7 @@ def _write(out: Path, groups: list[Group], metric: str, text: str) -> None:
 
 
 def curves(group: Group, metric: str) -> list[tuple[int, float, float]]:
-    """Step, mean and standard deviation over the seeds that have the metric there."""
+    """For each step: step, mean and standard deviation over the seeds that have the metric at that step."""
     from lit_llm.callbacks.metrics_csv import read_metrics
 
     found: dict[int, list[float]] = {}
@@ -364,7 +377,7 @@ def curves(group: Group, metric: str) -> list[tuple[int, float, float]]:
 
 
 def draw_curves(path: Path, groups: list[Group], metric: str) -> None:
-    """Draws the mean of each setting by step, in a band of one standard deviation; of many settings the first ten."""
+    """Plots each setting's mean by step with a band of ± one standard deviation; at most the first ten settings."""
     from matplotlib.figure import Figure
 
     if len(groups) > MOST_CURVES:
@@ -391,6 +404,6 @@ def draw_curves(path: Path, groups: list[Group], metric: str) -> None:
 
 
 def _label(group: Group) -> str:
-    """A setting and its number of seeds, in a few short lines."""
+    """Legend label of a setting: its name, wrapped and cut to a few lines, and its number of seeds."""
     lines = textwrap.wrap(group.name, LABEL_WIDTH, max_lines=LABEL_LINES, placeholder=" …")
     return "\n".join(lines) + f" ({len(group.runs)})"

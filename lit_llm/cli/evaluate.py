@@ -1,4 +1,4 @@
-"""`lit-llm evaluate`: a language model's scores at the tasks of lm-eval, the field's harness."""
+"""`lit-llm evaluate`: scores a language model on tasks of lm-eval (EleutherAI's evaluation harness)."""
 
 from __future__ import annotations
 
@@ -63,8 +63,9 @@ def evaluate(
 
     Raises:
         ModuleNotFoundError: When lm-eval is not installed.
-        ValueError: When the model continues no texts or has no tokeniser, or a task is neither known nor a file, or
-            cannot be loaded.
+        FileNotFoundError: When a task file does not exist.
+        ValueError: When the model is not a causal language model or has no tokeniser, or a task is neither known nor a
+            file, or cannot be loaded.
     """
     try:
         import lm_eval
@@ -100,7 +101,7 @@ def evaluate(
 
 
 def _read_task(path: str) -> dict[str, Any]:
-    """A task's file, with what it includes, and its functions, as lm-eval reads one."""
+    """Reads a task file with lm-eval's own loader, which resolves includes and `!function` tags."""
     import yaml
 
     try:

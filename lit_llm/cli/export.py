@@ -1,4 +1,4 @@
-"""`lit-llm export`: a trained network as one file for serving, with what a server needs beside it."""
+"""`lit-llm export`: exports a trained network to one file for serving, with the files a server needs beside it."""
 
 from __future__ import annotations
 

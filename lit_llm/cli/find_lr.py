@@ -1,4 +1,4 @@
-"""`lit-llm fit --find_lr true`: instead of a training, a range test of its learning rates."""
+"""`lit-llm fit --find_lr true`: a learning-rate range test instead of a training run."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ HELP = (
 
 
 def prepare(config: Any) -> None:
-    """Has a fit's config do no more than the test: no validation, no checkpoints, nothing that its callbacks do.
+    """Reduces a fit's config to the test, in place: no validation, checkpoints, loggers or callbacks.
 
     Raises:
-        ValueError: When a run is to be gone on from a checkpoint.
+        ValueError: When `ckpt_path` is given.
     """
     if config.get("ckpt_path"):
         raise ValueError(
@@ -35,7 +35,7 @@ def prepare(config: Any) -> None:
 
 
 def say(config: Any, trainer: Trainer) -> None:
-    """Prints where the picture is, and the flags of a training with the rates that the test suggests."""
+    """Prints the path of the plot, and the flags that train with the suggested rates."""
     finder = next(c for c in trainer.callbacks if isinstance(c, LearningRateFinder))
     print(f"{'picture':<24}{trainer.default_root_dir}/lr_find.png")
     factor = finder.suggestion
@@ -47,9 +47,10 @@ def say(config: Any, trainer: Trainer) -> None:
 
 
 def flags(config: Any, optimizer: Optimizer, factor: float) -> list[str]:
-    """The options that multiply all learning rates of a config by a factor.
+    """Flags that multiply all learning rates of a config by a factor.
 
-    Where the config names no optimiser, the objective's own, since a rate has to come with the rest of it.
+    If the config names no optimiser, the flags spell out the objective's default one in full, because its learning
+    rate cannot be set alone.
     """
     options = config["model"]["init_args"].get("optimizer")
     if options is None:

@@ -1,4 +1,4 @@
-"""What a finished run was asked for and reached, read from its folder."""
+"""Settings and results of a finished run, read from its folder."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 SEEDS = ("seed_everything", "data.seed")
-"""What randomness comes from: that of the run, and that of which data are read in which order."""
+"""Options that set the random seeds: of the run, and of the selection and order of the data."""
 
 NOT_OF_THE_SETTING = (
     *SEEDS,
     *("trainer.logger", "trainer.enable_progress_bar", "trainer.default_root_dir", "trainer.log_every_n_steps"),
     "checkpoint.every_n_steps",
 )
-"""What two runs of one setting may differ in."""
+"""Options in which two runs of one setting may differ."""
 
 FALLING = ("loss", "perplexity", "bits_per_byte", "nll", "error", "error_rate", "mse", "rmse", "mae", "seconds")
-"""Names of metrics of which less is better, or the last words of such."""
+"""Metrics for which lower is better, by the whole name or by its last words."""
 
 
 def falls(metric: str) -> bool:
-    """Whether less of a metric is better, as its name has it.
+    """Whether lower is better for a metric, judging by its name.
 
     Example:
         >>> falls("val/loss"), falls("val/hinge_loss"), falls("val/accuracy"), falls("val/gloss")
@@ -35,12 +35,12 @@ def falls(metric: str) -> bool:
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that came to its end.
+    """A run that has finished.
 
     Attributes:
-        folder: Its folder.
-        settings: Its config by dotted names, a class under the name of what it is.
-        results: What `results.json` holds.
+        folder: The run folder.
+        settings: The config by dotted names, as `dotted` gives them.
+        results: Content of `results.json`.
     """
 
     folder: Path
@@ -49,17 +49,17 @@ class Finished:
 
     @property
     def seed(self) -> tuple[Any, ...]:
-        """What its randomness came from; see `SEEDS`."""
+        """The seeds, in the order of `SEEDS`."""
         return tuple(self.settings.get(name) for name in SEEDS)
 
     @property
     def setting(self) -> str:
-        """All of its config that is not the seed, as text."""
+        """The config without `NOT_OF_THE_SETTING`, as JSON: equal for runs of one setting."""
         kept = {k: v for k, v in self.settings.items() if not k.startswith(NOT_OF_THE_SETTING)}
         return json.dumps(kept, sort_keys=True, default=str)
 
     def figure(self, metric: str) -> float | None:
-        """What it reached at its best validation, or at its end."""
+        """The metric at the best validation, or otherwise at the end; `None` if there is neither."""
         found = self.results.get(f"best/{metric}", self.results.get(metric))
         return None if found is None else float(found)
 
@@ -69,7 +69,7 @@ def read_run(folder: Path) -> Finished:
 
     Raises:
         FileNotFoundError: When it holds no finished run.
-        ValueError: When the run, or what the folder holds, was cut off.
+        ValueError: When the run was interrupted, or a file is truncated.
     """
     import yaml
 
@@ -90,18 +90,18 @@ def read_run(folder: Path) -> Finished:
 
 
 def came_to_its_end(results: dict[str, Any]) -> bool:
-    """Whether a run did, by its `results.json`, of which older ones do not say it."""
+    """Whether a run finished, by its `results.json`; those of older versions do not say and count as finished."""
     return bool(results) and results.get("finished", True)
 
 
 def dotted(content: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """A config by the names that its options have on the command line.
+    """Flattens a config into pairs of an option's dotted name on the command line and its value.
 
     Example:
         >>> dict(dotted({"data": {"class_path": "x.Text", "init_args": {"path": "a/"}}, "seed": 1}))
         {'data': 'x.Text', 'data.path': 'a/', 'seed': 1}
 
-    The weights of a mixture of corpora are one value.
+    A mixture of corpora (`data.path`) is kept as one value.
     """
     for name, value in content.items():
         if name == "class_path":

@@ -1,4 +1,4 @@
-"""`lit-llm generate`: continue prompts with a trained language model, or converse with one."""
+"""`lit-llm generate`: continues prompts with a trained language model, or chats with one."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def generate(
     """Prints each prompt with its continuation, or the replies; arguments as in `lit-llm generate --help`.
 
     Raises:
-        ValueError: When the model continues no texts, has no tokeniser, one that is not its own or, to chat, no
-            template, a prompt is not UTF-8, or an option is out of range.
+        ValueError: When the model is not a causal language model, has no tokeniser, another model's tokeniser or, for
+            `--chat`, no chat template, when a prompt is not UTF-8, or an option is out of range.
     """
     from lit_llm import generation
     from lit_llm.checkpoints import load_language_model
@@ -102,7 +102,7 @@ def generate(
         return network, prompts, new, temperature, top_k, top_p, seed
 
     def write(prompts: list[list[int]], streamed_after: list[int] | None) -> list[list[int]]:
-        """The new tokens of each prompt; of one, printed as they come after those that are shown of it."""
+        """The new tokens of each prompt; a single prompt can be streamed, after the text of `streamed_after`."""
         if streamed_after is None:
             return generation.generate(*how(prompts), stop)
         writing = generation.IncrementalDetokenizer(tokenizer, streamed_after)
@@ -117,7 +117,7 @@ def generate(
     if not prompt:
         wanted = min(128, limit // 4) if max_new_tokens is None else max_new_tokens
         shortest = prompt_ids(tokenizer, [*told, {"role": "user", "content": "x"}])
-        generation.require_possible(*how([shortest]))  # what no message could be answered with, before any is read
+        generation.require_possible(*how([shortest]))  # fail on invalid options before a message is read
         _converse(tokenizer, told, limit - wanted, lambda ids: write([ids], [])[0])
         return
     if chat:
@@ -146,9 +146,10 @@ def generate(
 def _converse(
     tokenizer: Any, messages: list[dict[str, str]], max_prompt: int, reply: Callable[[list[int]], list[int]]
 ) -> None:
-    """Answers each line of the input, with what was said before it, as far back as the network reads.
+    """Answers each line of the standard input, given as much of the conversation as fits into the context.
 
-    A line that cannot be answered is refused and forgotten, and the conversation goes on.
+    The oldest question and answer are dropped when the prompt exceeds `max_prompt` tokens. A line that cannot be
+    answered is reported and left out of the conversation, which continues.
     """
     from lit_llm.cli.errors import one_line
     from lit_llm.data.chat import prompt_ids

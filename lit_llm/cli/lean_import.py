@@ -1,4 +1,4 @@
-"""Imports torchmetrics, which Lightning needs, without the packages that only some of its metrics need."""
+"""Imports torchmetrics, which Lightning needs, without the heavy packages that only some of its metrics need."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from collections.abc import Iterator
 
 PICTURES = "matplotlib"
 UNUSED = ("scipy", "transformers", PICTURES)
-"""For audio, metrics of text that run a network, and `plot`: a second or two, and some 100 MB, at every start."""
+"""Needed only for audio, text metrics that run a network, and `plot`. Importing them takes a second or two and some
+100 MB."""
 
 
 def import_torchmetrics() -> None:
-    """To be called before Lightning is imported.
+    """Imports torchmetrics as if the packages of `UNUSED` were not installed. Call it before Lightning is imported.
 
-    A callback that wants one of those metrics imports it from its own module, `torchmetrics.text.bert`, and gets it;
-    `plot` of any metric imports what it draws with when it is called.
+    The metrics that need them can still be imported from their own modules, such as `torchmetrics.text.bert`; `plot`
+    of any metric imports matplotlib when it is called.
     """
     if "torchmetrics" in sys.modules:
         return
@@ -26,13 +27,13 @@ def import_torchmetrics() -> None:
             import torchmetrics  # noqa: F401
         from torchmetrics.utilities import plot
 
-        # Its functions call this first, and then find in the module what it imports.
+        # The plotting functions call this check first: reloading the module then imports matplotlib into it.
         plot._error_on_missing_matplotlib = functools.partial(importlib.reload, plot)
 
 
 @contextlib.contextmanager
 def _passing_over(names: tuple[str, ...]) -> Iterator[None]:
-    """Has `lightning_utilities` say of these packages that they are not there."""
+    """Makes `lightning_utilities` report these packages as not installed."""
     from lightning_utilities.core import imports
 
     cache, asked = imports.RequirementCache, []
@@ -52,9 +53,10 @@ def _passing_over(names: tuple[str, ...]) -> Iterator[None]:
         yield
     finally:
         imports.package_available, cache._check_available = available, check
-        for requirement in asked:  # to be looked at anew by whoever asks next
+        for requirement in asked:  # drop the cached answer, so that the next use checks again
             del requirement.available
-        without = [a for a in asked if a.requirement != PICTURES]  # which each would import where it draws
+        # Modules imported without such a package are dropped, to be imported anew (`plot` handles matplotlib itself).
+        without = [a for a in asked if a.requirement != PICTURES]
         for name, module in list(sys.modules.items()):
             leaf = name.startswith("torchmetrics.") and not hasattr(module, "__path__")
             if (

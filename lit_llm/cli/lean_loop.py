@@ -1,4 +1,4 @@
-"""What Lightning does at each step, left out where it does nothing."""
+"""Removes per-step overhead of Lightning: empty hooks and the no-op profiler."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ HOOKS_OF_A_STEP = (
 
 
 class NoProfiler(PassThroughProfiler):
-    """Lightning's profiler of nothing, without the generator that it makes some seventy times a step."""
+    """Lightning's no-op profiler without the generator that it creates about seventy times per step."""
 
     _nothing = contextlib.nullcontext()
 
     def profile(self, action_name: str) -> contextlib.AbstractContextManager[Any]:
-        """A context that does nothing."""
+        """A shared context manager that does nothing."""
         return self._nothing
 
 
 def skip_empty_hooks(owner: Any, base: type) -> None:
-    """Has Lightning pass over the hooks of a step that `owner` leaves as they are: it calls all but `None`."""
+    """Sets per-step hooks that `owner` does not override to `None`: Lightning skips hooks that are `None`."""
     for name in HOOKS_OF_A_STEP:
         if name not in vars(owner) and getattr(type(owner), name) is getattr(base, name):
             setattr(owner, name, None)

@@ -1,4 +1,4 @@
-"""What commands share whose options are plain: a parser whose errors are one line, a file to write, a device."""
+"""Shared parts of the commands that use argparse: a parser with one-line errors, checks of `--json` and `--device`."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class OneLineArguments(argparse.ArgumentParser):
-    """The standard library's parser, for commands that should answer before torch is imported.
+    """`argparse.ArgumentParser` with one-line errors, for commands that must parse options before torch is imported.
 
-    Paths may begin with `~`, which the shell leaves as it is after a `=`.
+    Expands `~` at the start of paths, because the shell does not after a `=`.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -24,12 +24,12 @@ class OneLineArguments(argparse.ArgumentParser):
         self.register("type", Path, lambda text: Path(os.path.expanduser(text)))
 
     def error(self, message: str) -> NoReturn:
-        """Prints the line, with where help is, and exits with code 2."""
+        """Prints the message with a hint at `--help`, and exits with code 2."""
         fail(f"{message}; see {self.prog} --help")
 
 
 def require_writable(json: Path | None) -> None:
-    """Ends the command before its work where the file for its figures could not be written after it."""
+    """Ends the command before its work if the `--json` file could not be written afterwards."""
     if json is None:
         return
     folder = next(parent for parent in json.absolute().parents if parent.exists())
@@ -38,10 +38,10 @@ def require_writable(json: Path | None) -> None:
 
 
 def moved(network: nn.Module, device: str) -> nn.Module:
-    """A network on a device by name, `auto` being the accelerator, where there is one.
+    """Moves a network to a device by name; `auto` is the accelerator if there is one, else the CPU.
 
     Raises:
-        ValueError: When torch does not find such a device here.
+        ValueError: When torch does not find such a device.
     """
     import torch
 
