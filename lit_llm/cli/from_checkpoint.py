@@ -1,4 +1,4 @@
-"""What a command's options owe to the checkpoint that it reads."""
+"""Completes and checks a command's options by the checkpoint that it reads."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from lit_llm.checkpoints import unpacked
 from lit_llm.data.tokenizer import training_of
 
 NOT_OF_TEXTS = {"batch_size", "seq_len", "mask_documents"}
-"""What of data has no part in the texts that a tokeniser is learnt from."""
+"""Options of data modules that do not change the texts on which a tokeniser is trained."""
 
 
 def starts_from_weights(config: Any) -> bool:
-    """Whether an evaluation means no checkpoint: where a model directory outside of a run is evaluated.
+    """Whether an evaluation without `ckpt_path` evaluates `model.weights` rather than the run's checkpoint.
 
-    A run has a config even where its checkpoints are gone: what it began with is not what it came to, but its own
-    model is.
+    That is so if weights are given and the run folder has no checkpoint. If the folder has a `config.yaml`, its
+    checkpoints were deleted: then only weights within the folder (its exported model) are evaluated, because others
+    are what the run started from, not its result.
     """
     weights = (config["model"].get("init_args") or {}).get("weights")
     folder = config.get("run_dir") or config["trainer"].get("default_root_dir")
@@ -36,18 +37,21 @@ def starts_from_weights(config: Any) -> bool:
 
 @contextmanager
 def completed(config: Any, run: Path | None, fits: bool) -> Iterator[tuple[dict[str, Any], bool]]:
-    """Completes a command's options from its checkpoint, in place, for what is made of them.
+    """Completes a command's options from its checkpoint, in place, while the classes are instantiated.
+
+    On exit, options that `config.yaml` must state as the user gave them are restored.
 
     Args:
         config: All options of the command.
         run: The folder of the run that is evaluated.
-        fits: Whether training goes on.
+        fits: Whether the command trains.
 
     Yields:
-        The checkpoint, empty where none is read, and whether what the model starts from gives way to it.
+        The checkpoint (empty if none is read), and whether it replaces the weights or the path from which the model
+        would start.
 
     Raises:
-        ValueError: When it cannot be read for this command, or is of another network.
+        ValueError: When the checkpoint is not usable for this command, or is of another network.
     """
     options = config["model"].get("init_args") or {}
     network = getattr(options.get("network"), "init_args", None) or {}
@@ -73,10 +77,10 @@ def completed(config: Any, run: Path | None, fits: bool) -> Iterator[tuple[dict[
 
 
 def require_written_by_trainer(checkpoint: dict[str, Any], path: Path, fits: bool) -> None:
-    """Refuses a file of weights that no trainer has written; to train on, also one without the optimiser's state.
+    """Refuses a checkpoint that no trainer has written or, to resume training, one without the optimiser's state.
 
     Raises:
-        ValueError: When it is one.
+        ValueError: When it is such a checkpoint.
     """
     if "pytorch-lightning_version" not in checkpoint:
         raise ValueError(
@@ -90,10 +94,10 @@ def require_written_by_trainer(checkpoint: dict[str, Any], path: Path, fits: boo
 
 
 def require_later(max_steps: int | None, checkpoint: dict[str, Any]) -> None:
-    """Refuses to go on to a step that is past: the run's config would say it ended there.
+    """Refuses to resume with `max_steps` below the checkpoint's step: `config.yaml` would state a wrong last step.
 
     Raises:
-        ValueError: When it is.
+        ValueError: When it is below.
     """
     done = checkpoint.get("global_step", 0)
     if max_steps not in (None, -1) and max_steps < done:
@@ -103,17 +107,17 @@ def require_later(max_steps: int | None, checkpoint: dict[str, Any]) -> None:
 
 
 def require_own_start(model: Any, run: Path, checkpoint: Path, words: list[str], fits: bool) -> None:
-    """Refuses to read a run's checkpoint where the command line names another model.
+    """Refuses to read a run's checkpoint if the command line names other weights or another pretrained network.
 
     Args:
-        model: What the model is told.
-        run: The folder of the run, whose config says what it started from.
-        checkpoint: What is evaluated or gone on from.
+        model: Options of the model.
+        run: The run folder, whose config states what the run started from.
+        checkpoint: The checkpoint that is evaluated or resumed from.
         words: The command line.
-        fits: Whether training goes on.
+        fits: Whether the command trains.
 
     Raises:
-        ValueError: When it does.
+        ValueError: When the command line names another model.
     """
     config = run / "config.yaml"
     if not config.is_file():
@@ -142,26 +146,26 @@ def require_own_start(model: Any, run: Path, checkpoint: Path, words: list[str],
 
 
 def _is_same(path: Any, other: Any) -> bool:
-    """Whether a path is another one, however it is spelt."""
+    """Whether two paths are the same once resolved."""
     return isinstance(other, str | Path) and Path(path).resolve() == Path(other).resolve()
 
 
 def _argument(of: Any, names: tuple[str, ...]) -> Any:
-    """An argument of a class, or of one among its arguments."""
+    """The value at a path of nested `init_args`; `None` if there is none."""
     for name in names:
         of = ((of or {}).get("init_args") or {}).get(name)
     return of
 
 
 def require_same_network(class_path: str | None, checkpoint: dict[str, Any]) -> None:
-    """Refuses a checkpoint of another class of network, wherever it may be imported from.
+    """Refuses a checkpoint of another class of network; only class names are compared, not modules.
 
     Args:
-        class_path: Of the network that is told; `None` where none is.
-        checkpoint: What is read; empty where nothing is.
+        class_path: Class path of the configured network; `None` if none is configured.
+        checkpoint: The checkpoint; empty if none is read.
 
     Raises:
-        ValueError: When it is of another.
+        ValueError: When the classes differ.
     """
     there = (checkpoint.get("network") or {}).get("class_path")
     if None not in (class_path, there) and class_path.rpartition(".")[2] != there.rpartition(".")[2]:
@@ -169,12 +173,14 @@ def require_same_network(class_path: str | None, checkpoint: dict[str, Any]) -> 
 
 
 def complete_network(options: Any, checkpoint: dict[str, Any], fits: bool) -> None:
-    """Gives a network the form that data had given it when a checkpoint was made, in place.
+    """Sets arguments of a network, in place, to those with which the checkpoint's network was built.
+
+    These are the config of a pretrained network and, in evaluations, the channels and image size taken from the data.
 
     Args:
         options: The network's arguments.
-        checkpoint: What is read; empty where nothing is.
-        fits: Whether training goes on, which looks at what the network was made from again.
+        checkpoint: The checkpoint; empty if none is read.
+        fits: Whether the command trains: then the network's `path` is kept.
     """
     stored = (checkpoint.get("network") or {}).get("init_args", {})
     if stored.get("config") is not None and options.get("path") is not None and not fits:
@@ -187,7 +193,7 @@ def complete_network(options: Any, checkpoint: dict[str, Any], fits: bool) -> No
 
 
 def complete_images(options: Any, checkpoint: dict[str, Any]) -> None:
-    """Has images to evaluate read as the network wants them, where the data's options do not say how, in place."""
+    """Sets, in place, channels and image size of the data to the checkpoint's where the options leave them open."""
     channels, height, width = checkpoint.get("image_shape") or (None, None, None)
     for name, value in {"channels": channels, "image_size": height if height == width else None}.items():
         if name in options and options[name] is None:
@@ -195,14 +201,15 @@ def complete_images(options: Any, checkpoint: dict[str, Any]) -> None:
 
 
 def complete_tokenizer(options: Any, run: Path, checkpoint: dict[str, Any]) -> None:
-    """Has data that are evaluated read with the run's tokeniser, instead of one learnt from them, in place.
+    """Makes evaluated data use the checkpoint's tokeniser instead of training one on them, in place.
 
-    The run's own table may have changed since; a corpus of its own, whose tokens are cached, stays as it is.
+    This applies to other data than the run's, and to the run's own table, which may have changed. The run's own corpus,
+    whose tokens are cached, keeps its options; so does a tokeniser that differs from the run's or is loaded.
 
     Args:
-        options: The data's arguments.
-        run: The folder of the run, whose config says what its own are.
-        checkpoint: What is read.
+        options: Arguments of the data module.
+        run: The run folder, whose config states the run's own arguments.
+        checkpoint: The checkpoint.
     """
     states = (of for of in checkpoint.values() if isinstance(of, dict) and isinstance(of.get("tokenizer"), dict))
     state = next((of for of in states if "tokenizer.json" in of["tokenizer"]), {})

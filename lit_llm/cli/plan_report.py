@@ -1,4 +1,4 @@
-"""A plan in words."""
+"""Text output of `lit-llm plan`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def report(found: dict[str, Any]) -> list[str]:
-    """A plan as lines of text."""
+    """Formats a plan as lines of text."""
     if "steps" not in found:
         p = found["probe"]
         return [
@@ -74,7 +74,7 @@ def report(found: dict[str, Any]) -> list[str]:
 
 
 def exchange(bill: dict[str, Any], devices: int, mfu: int | float) -> str:
-    """How much of a bill's time the devices compute, where they are several and so have to exchange."""
+    """Text on whether communication between devices limits a bill's time; empty for one device."""
     if devices == 1:
         return ""
     if bill["efficiency"] == 1:
@@ -87,17 +87,17 @@ def exchange(bill: dict[str, Any], devices: int, mfu: int | float) -> str:
 
 
 def cost(bill: dict[str, Any]) -> str:
-    """What a bill comes to, where a price is known."""
+    """Text of a bill's cost; empty if the price is unknown."""
     return "" if bill["cost"] is None else f", cost {bill['cost']:,.4g}"
 
 
 def gib(count: int | float) -> str:
-    """Bytes in words."""
+    """Formats a number of bytes in MiB or GiB."""
     return f"{count / 2**30:,.2f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
 
 
 def duration(seconds: int | float) -> str:
-    """Seconds in words.
+    """Formats seconds in the largest unit that fits, up to days.
 
     Example:
         >>> duration(90), duration(200_000)

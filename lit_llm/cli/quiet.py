@@ -1,4 +1,4 @@
-"""What the libraries say at every start and nobody can act on."""
+"""Silences log lines and warnings of libraries that appear at every start and that no user can act on."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import warnings
 
 
 def quieten() -> None:
-    """Leaves it out."""
+    """Raises log levels of the libraries and filters their warnings."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # what torchao registers when it is imported
-    logging.getLogger("torchao").setLevel(logging.ERROR)  # that it was built for other accelerators too
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # how a checkpoint is gathered
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # torchao registers types on import
+    logging.getLogger("torchao").setLevel(logging.ERROR)  # notes that kernels are for other accelerators
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)  # gathering a checkpoint
     for text in (
         ".*does not have many workers.*",
         ".*smaller than the logging interval.*",
         ".*Checkpoint directory.*",
-        r".*module\(s\) in eval mode.*",  # what is frozen is so on purpose
+        r".*module\(s\) in eval mode.*",  # frozen modules are in eval mode on purpose
         ".*You are using `torch.load`.*",
         ".*LightningCLI's args parameter.*",
         ".*isinstance.treespec.*",
@@ -26,8 +26,8 @@ def quieten() -> None:
         ".*across ranks is zero.*",
         ".*was deprecated in.*",
         ".*No positional arguments.*",
-        ".*was called before the ``update``.*",  # of a process that had none of the rows
-        ".*SpearmanCorrcoef` will save all.*",  # a value an example, which is little
+        ".*was called before the ``update``.*",  # in a process that got no rows
+        ".*SpearmanCorrcoef` will save all.*",  # one value per example is little
     ):
         warnings.filterwarnings("ignore", message=text)
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")

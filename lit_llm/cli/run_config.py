@@ -1,4 +1,4 @@
-"""The file that repeats a run, and what processes of one run have to agree on."""
+"""`config.yaml`, which repeats a run, and the check that all processes of a run have the same options and data."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ from lit_llm.cli import run_folder
 from lit_llm.files import replacing
 
 ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config", "find_lr"}
+"""Options left out of `config.yaml`, because a repetition of the run must not inherit them."""
 
 
 class RunConfig(SaveConfigCallback):
-    """Writes the resolved config into the run folder: `lit-llm fit --config` of it repeats the run.
+    """Writes the resolved config into the run folder; `lit-llm fit --config` with that file repeats the run.
 
-    One that goes on writes it anew once its checkpoint was read, so that what is refused leaves the file as it was.
+    A resumed run rewrites the file only after its checkpoint was loaded: if that is refused, the file is unchanged.
     """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes `config.yaml` when a fit starts.
+        """Writes `config.yaml` when a new fit starts.
 
         Raises:
-            ValueError: When processes were told different things, or read different data.
+            ValueError: When processes have different options, or read different data.
         """
         if stage != "fit":
             return
@@ -42,7 +43,7 @@ class RunConfig(SaveConfigCallback):
             self._write(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes `config.yaml` when a fit goes on."""
+        """Writes `config.yaml` when a fit is resumed."""
         if self.config.get("ckpt_path") is not None:
             self._write(trainer)
 
@@ -55,40 +56,43 @@ class RunConfig(SaveConfigCallback):
         with replacing(Path(trainer.default_root_dir) / "config.yaml") as new:
             new.write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
         for logger in trainer.loggers:
-            if hasattr(logger, "log_table"):  # Weights & Biases compares runs by it
+            if hasattr(logger, "log_table"):  # a W&B logger: W&B compares runs by their config
                 logger.log_hyperparams(config)
 
     def _about_the_run(self) -> dict[str, Any]:
-        """All that was told but what is of one run only."""
+        """The resolved options without those of `ABOUT_ONE_RUN`."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
         return {key: value for key, value in config.items() if key not in ABOUT_ONE_RUN}
 
 
 def log_into(loggers: Any, folder: Path) -> None:
-    """Points at a run's folder, in place, the loggers of a trainer's options that are told no other."""
+    """Completes the options of loggers, in place: they save to the run folder if no other is given, and W&B gets an id.
+
+    The id is stored in the run folder, so that a resumed run continues the same W&B run.
+    """
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         options = getattr(logger, "init_args", None)
         if options is not None and "save_dir" in options and options["save_dir"] in (None, "."):
             options["save_dir"] = str(folder)
         if options is not None and {"id", "resume"} <= vars(options).keys() and options["id"] is None:
             options["id"], options["resume"] = run_folder.wandb_id(folder), "allow"
-            os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # else it is silent for a minute and a half
+            os.environ.setdefault("WANDB_INIT_TIMEOUT", "30")  # the default waits silently for 90 s
 
 
 def log_into_any(loggers: Any, folder: Path) -> None:
-    """Undoes that, in options as a YAML file has them."""
+    """Undoes `log_into`, in place, in options in the form of a YAML file."""
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         options = logger.get("init_args", {}) if isinstance(logger, dict) else {}
         if options.get("save_dir") == str(folder):
-            options["save_dir"] = "."  # its run folder: a run that repeats this one logs into its own folder
+            options["save_dir"] = "."  # stands for the run folder: a repetition of the run logs into its own
             options |= {"id": None, "resume": None} if "id" in options else {}
 
 
 def require_same(said: dict[str, Any]) -> None:
-    """Sees that all processes say the same.
+    """Checks that nested values are the same in all processes.
 
     Raises:
-        ValueError: Naming the first thing that differs.
+        ValueError: Naming the first value that differs.
     """
     every: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(every, dict(_leaves(said)))
@@ -103,7 +107,7 @@ def require_same(said: dict[str, Any]) -> None:
 
 
 def _leaves(said: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """What nested values say, by dotted names."""
+    """Flattens nested values into pairs of dotted name and value."""
     for name, value in said.items():
         if isinstance(value, dict):
             yield from _leaves(value, f"{prefix}{name}.")

@@ -1,4 +1,4 @@
-"""`lit-llm serve`: a trained model behind an HTTP endpoint."""
+"""`lit-llm serve`: serves a trained model over HTTP."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def serve(model: str, host: str, port: int, device: str, max_batch_size: int, ti
     """Answers requests until Ctrl-C; arguments as in `lit-llm serve --help`.
 
     Raises:
-        ValueError: When an option is out of range, the port is taken, LitServe is not installed, the device is
-            not there, or the model is none that can be served.
+        ValueError: When an option is out of range, the port is in use, LitServe is not installed, the device does not
+            exist, or the model is of a kind that cannot be served.
     """
     try:
         import litserve
@@ -95,10 +95,10 @@ def serve(model: str, host: str, port: int, device: str, max_batch_size: int, ti
     own = os.getpid()
 
     def end(number: int, frame: Any) -> None:
-        """Ends the server as Ctrl-C does, once; its process that listens, a fork of this one, without a traceback."""
+        """Ends the server once, as Ctrl-C does; in its forked processes, exits without a traceback."""
         for further in (signal.SIGINT, signal.SIGTERM):
             signal.signal(further, signal.SIG_IGN)
-        logging.getLogger("litserve").setLevel(logging.CRITICAL)  # its thread that watches the others sees them go
+        logging.getLogger("litserve").setLevel(logging.CRITICAL)  # its monitor reports that processes ended
         raise KeyboardInterrupt if os.getpid() == own else SystemExit(0)
 
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -1,4 +1,4 @@
-"""Whether runs differ by more than their seeds do."""
+"""Significance tests: whether settings differ by more than the spread over seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from statistics import mean, stdev
 
 
 def paired_p(one: list[float], other: list[float]) -> float | None:
-    """p of the two-sided paired t-test; `None` where less than two pairs, or pairs that all differ alike, tell nothing.
+    """p-value of the two-sided paired t-test; `None` if undefined: fewer than two pairs, or no pair that differs.
 
     Source: Student, "The probable error of a mean", Biometrika 6 (1908); `scipy.stats.ttest_rel`.
 
@@ -22,19 +22,19 @@ def paired_p(one: list[float], other: list[float]) -> float | None:
     if len(one) < 2:
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that all pairs differ alike
+        warnings.simplefilter("ignore")  # a warning if all differences are equal
         p = float(ttest_rel(one, other).pvalue)
     return p if math.isfinite(p) else None
 
 
 def verdict(best: list[float], other: list[float], name: str, other_name: str, mode: str) -> str:
-    """Whether two settings differ by more than seeds do, as one line.
+    """One line that says whether two settings differ significantly (p < 0.05) over seeds.
 
     Args:
-        best: What the better one reached with each seed.
-        other: What the other reached with the same seeds.
-        name: What to call the better one.
-        other_name: What to call the other.
+        best: Metric of the setting that was chosen as better, for each seed.
+        other: Metric of the other setting for the same seeds.
+        name: Name of the better setting.
+        other_name: Name of the other setting.
         mode: Whether `min` or `max` is best.
 
     Example:

@@ -1,4 +1,4 @@
-"""What every run has beside what its config names: callbacks, loggers, checkpoints that are whole."""
+"""Parts that every run has besides those that its config names: callbacks, loggers, atomic checkpoints."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from lit_llm.cli.lean_loop import NoProfiler
 log = logging.getLogger(__name__)
 
 PROFILERS = {"simple": SimpleProfiler, "advanced": AdvancedProfiler, "pytorch": PyTorchProfiler}
-"""By Lightning's words for them."""
+"""Lightning's profilers by the names that `trainer.profiler` accepts."""
 
 
 class CheckpointOptions:
@@ -38,8 +38,8 @@ class CheckpointOptions:
 
     Args:
         monitor: Metric that decides which validation is best; `best.ckpt` and the exported model are from that step.
-            `None` uses the headline metric of the data's task, or otherwise the objective's. A run that goes on with
-            another metric judges by it also what was best before.
+            `None` uses the headline metric of the data's task, or otherwise the objective's. A run that is resumed with
+            another metric also compares with the earlier best step by that metric.
         mode: Whether `min` or `max` of the metric is best; `None` is `min` for losses and errors, otherwise `max`.
         every_n_steps: Steps between writes of `last.ckpt`, which is also written at the end and on Ctrl-C.
     """
@@ -50,29 +50,29 @@ class CheckpointOptions:
         self.monitor, self.mode, self.every_n_steps = monitor, mode, every_n_steps
 
     def decided(self, headline: tuple[str, str]) -> CheckpointOptions:
-        """What is left open taken from the headline metric and its mode."""
+        """These options with `monitor` and `mode` filled in from the headline metric and its mode where `None`."""
         monitor = self.monitor or headline[0]
         mode = self.mode or (headline[1] if monitor == headline[0] else "min" if falls(monitor) else "max")
         return CheckpointOptions(monitor, mode, self.every_n_steps)
 
 
 def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, command: str) -> dict[str, Any]:
-    """What the trainer is made of: what its options name, and what every run has.
+    """The trainer's callbacks, loggers, plugins and profiler: those of its options and those that every run has.
 
     Args:
-        options: The trainer's, their classes instantiated.
-        checkpoint: When checkpoints are written, all of it decided.
-        run_dir: Where the run writes.
+        options: Options of the trainer, with their classes instantiated.
+        checkpoint: When checkpoints are written, with no field left `None`.
+        run_dir: The run folder.
         command: The sub-command.
 
     Raises:
-        ValueError: When a callback of this package is there twice, or one whose state could then not be told apart.
+        ValueError: When a callback of this package, or one that saves state under the same key, occurs twice.
     """
     callbacks, loggers, plugins = _listed(options["callbacks"]), options["logger"], _listed(options["plugins"])
     if not options["fast_dev_run"]:
         callbacks += _standard_callbacks(options, checkpoint, run_dir, predicts=command == "predict")
         standard = [MetricsCSV(run_dir)]
-        if loggers is not False and command == "fit":  # an evaluation finds no curve, maybe of a folder only to read
+        if loggers is not False and command == "fit":  # an evaluation has no curve, and its folder may be read-only
             standard.append(TensorBoard(run_dir, name="", version="tensorboard"))
         loggers = [*([] if isinstance(loggers, bool) else _listed(loggers)), *standard]
     _require_one_of_each(callbacks)
@@ -83,7 +83,7 @@ def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, c
 
 
 def _profiler(given: Profiler | str | None, run_dir: Path) -> Profiler | str:
-    """One that is named by a word reports to the run folder: by itself it would to Lightning's log, which is quiet."""
+    """The profiler; one given by name reports to the run folder, since Lightning's log, its default, is silenced."""
     if not (isinstance(given, str) and given.lower() in PROFILERS):
         return given or NoProfiler()
     log.info(f"When it ends, the profiler says where the time went: {run_dir}/*-profile*.txt")
@@ -91,7 +91,11 @@ def _profiler(given: Profiler | str | None, run_dir: Path) -> Profiler | str:
 
 
 def _require_one_of_each(callbacks: list[Callback]) -> None:
-    """None of this package's own twice, which would do its work twice a step; of others none twice that has a state."""
+    """Refuses duplicates of callbacks of this package, and of others that have a state, under the same state key.
+
+    Raises:
+        ValueError: When there are any.
+    """
     single = Counter(
         callback.state_key
         for callback in callbacks
@@ -106,7 +110,7 @@ def _require_one_of_each(callbacks: list[Callback]) -> None:
 
 
 def _listed(given: Any) -> list[Any]:
-    """One, several or none as a list of its own."""
+    """A new list of what is given: one value, a list, or nothing."""
     return [*given] if isinstance(given, list) else [] if given is None else [given]
 
 

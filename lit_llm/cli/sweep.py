@@ -1,4 +1,4 @@
-"""`lit-llm sweep`: what a W&B sweep file asks for, on this machine, without an account."""
+"""`lit-llm sweep`: runs a W&B sweep file on this machine, without a W&B account."""
 
 from __future__ import annotations
 
@@ -59,10 +59,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def sweep(config: Path, trials: int | None, out: Path, workers: int, seeds: int, more: list[str]) -> None:
-    """Runs a sweep, or goes on with it; arguments as in `lit-llm sweep --help`.
+    """Runs or resumes a sweep; arguments as in `lit-llm sweep --help`.
 
     Raises:
-        ValueError: When the file or an option is not as it must be, no run logs the metric, or all trials failed.
+        ValueError: When the file or an option is invalid, no run logs the metric, or no trial finishes.
     """
     plan = read_sweep(config)
     size = sum(1 for _ in plan.grid()) if plan.method == "grid" else None
@@ -90,7 +90,7 @@ def sweep(config: Path, trials: int | None, out: Path, workers: int, seeds: int,
 
 
 class _Search:
-    """A study and the trials of it that run."""
+    """A study and its running trials."""
 
     def __init__(self, plan: Sweep, study: Any, out: Path, more: list[str], workers: int) -> None:
         self.plan, self.study, self.out, self.more, self.workers = plan, study, out, more, workers
@@ -100,7 +100,7 @@ class _Search:
         self.progress = SweepProgress(plan.metric, 0)
 
     def trials(self, *states: str) -> list[Any]:
-        """The trials in one of these states, by their numbers; all of them where none is named."""
+        """The trials in any of these states, by number; all trials if no state is given."""
         return [t for t in self.study.get_trials(deepcopy=False) if not states or t.state.name in states]
 
     def folder(self, number: int) -> Path:
@@ -110,14 +110,14 @@ class _Search:
     # Searching.
 
     def go_on(self, number: int) -> None:
-        """Takes up the trials that were running, and adds new ones until there are so many in all."""
+        """Resumes interrupted trials and starts new ones until there are `number` trials or the target is reached."""
         from optuna.trial import Trial, TrialState
 
         if self.plan.method == "grid":
             number = self._queue_the_grid(number)
         cut = []
         for trial in (Trial(self.study, trial._trial_id) for trial in self.trials("RUNNING")):
-            if "stopped" in trial.user_attrs:  # it fell behind, and the sweep ended before it did
+            if "stopped" in trial.user_attrs:  # it was being pruned when the sweep ended
                 self.study.tell(trial, state=TrialState.PRUNED)
             else:
                 cut.append(trial)
@@ -139,14 +139,14 @@ class _Search:
                     self.progress.look()
         except BaseException:
             for trial, process in self.running.values():
-                if "stopped" not in trial.user_attrs:  # it has been told; once more, and it would not save
+                if "stopped" not in trial.user_attrs:  # already interrupted; a second signal would prevent the save
                     process.interrupt()
             for _, process in self.running.values():
                 process.wait()
             raise
 
     def _reached(self) -> bool:
-        """Whether the best is as good as the file wants it."""
+        """Whether the best trial has reached the target of the sweep file."""
         best, target = self._best(), self.plan.target
         return (
             bool(best) and target is not None and (best[0].value - target) * (1 if self.plan.mode == "max" else -1) >= 0
@@ -156,11 +156,15 @@ class _Search:
         return len(self.trials()) - len(self.trials("WAITING"))
 
     def _drawn(self) -> set[str]:
-        """The keys that are not the same in all trials."""
+        """The keys of parameters that are not constant."""
         return {parameter.key for parameter in self.plan.parameters if not isinstance(parameter, Constant)}
 
     def _queue_the_grid(self, number: int) -> int:
-        """Queues points that no trial has, until so many have one; gives how many trials that makes with all others."""
+        """Queues points of the grid that have no trial, until `number` points have one.
+
+        Returns:
+            The number of trials in all, including those that are not on the grid or repeat a point.
+        """
         drawn, others = self._drawn(), 0
 
         def labels(settings: dict[str, Any]) -> dict[str, Any]:
@@ -168,7 +172,7 @@ class _Search:
 
         points = [labels(point) for point in self.plan.grid()]
         left = list(points)
-        for trial in self.trials():  # another method may have drawn some of them, and some twice
+        for trial in self.trials():  # another method may have drawn some of the points, some of them twice
             point = labels(trial.user_attrs.get("settings") or trial.system_attrs.get("fixed_params", {}))
             if point in left:
                 left.remove(point)
@@ -179,7 +183,7 @@ class _Search:
         return number + others
 
     def _next(self) -> Any:
-        """A new trial. Its sampler's seed is its number: what is drawn after an interruption is drawn for once."""
+        """A new trial. Its number seeds the sampler, so that a resumed sweep does not repeat its first draws."""
         import optuna
 
         seed = SEED + len(self.trials())
@@ -198,7 +202,7 @@ class _Search:
         self.progress.begin(f"trial {trial.number}", process)
 
     def _look_at(self, trial: Any, process: TrialRun) -> None:
-        """Passes on what a trial has reported; ends it where it falls behind, and writes down how it ended."""
+        """Reports a trial's new metric values to the study, interrupts it if it is pruned, and records its end."""
         from lit_llm.callbacks.metrics_csv import read_metrics
 
         ended, kind = process.exit_code, trial.study.get_trials(deepcopy=False)[trial.number].user_attrs.get("stopped")
@@ -214,7 +218,7 @@ class _Search:
         if ended is not None:
             del self.running[trial.number]
             self.progress.end(f"trial {trial.number}")
-            # (One that came to its end before it heard that it was to stop has come to its end.)
+            # (A trial that finished before the interrupt reached it counts as complete.)
             self._finish(trial, process, stopped=kind is not None and ended != 0)
 
     def _finish(self, trial: Any, process: TrialRun, stopped: bool) -> None:
@@ -246,7 +250,7 @@ class _Search:
         self._write_tables()
 
     def _say(self, number: int, seconds: float) -> None:
-        """One line about a trial that has ended, and how many have."""
+        """Prints one line about a trial that has ended, with the number of ended trials."""
         varied = self._drawn()
         trial = self.trials()[number]
         state = {"COMPLETE": "done", "PRUNED": "stopped", "FAIL": "failed"}[trial.state.name]
@@ -263,15 +267,15 @@ class _Search:
         line = f"{ended} of {wanted}: trial {number:>3}  {state:<8}{found}{best}  {seconds:.0f} s  {what}"
         self.progress.say(line, style)
 
-    # What came out.
+    # Results.
 
     def _best(self) -> list[Any]:
-        """The trials that came to their end, best first."""
+        """The complete trials, best first."""
         sign = 1 if self.plan.mode == "min" else -1
         return sorted(self.trials("COMPLETE"), key=lambda trial: sign * trial.value)
 
     def _write_tables(self) -> None:
-        """Writes `trials.csv`, a row a trial, and `best.yaml`, the best one as a run file."""
+        """Writes `trials.csv`, one row per ended trial, and `best.yaml`, the best trial's config as a run file."""
         keys = [parameter.key for parameter in self.plan.parameters]
         rows = []
         for trial in self.trials("COMPLETE", "PRUNED", "FAIL"):
@@ -281,16 +285,16 @@ class _Search:
             rows.append([trial.number, trial.state.name.lower(), value, *(written(settings.get(key)) for key in keys)])
         write_table(self.out / "trials.csv", ["trial", "state", self.plan.metric, *keys], rows)
         best = self._best()
-        if best and (config := self.folder(best[0].number) / "config.yaml").is_file():  # nobody has removed it
+        if best and (config := self.folder(best[0].number) / "config.yaml").is_file():  # else the user has deleted it
             head = f"# Trial {best[0].number} of {self.plan.path.name}: {self.plan.metric} {best[0].value:.4f}.\n"
             with replacing(self.out / "best.yaml") as new:
                 new.write_text(head + config.read_text(encoding="utf-8"), encoding="utf-8")
 
     def report(self) -> None:
-        """Writes the tables and draws the pictures.
+        """Writes the tables, draws the plots and prints the best trial.
 
         Raises:
-            ValueError: When no trial came to its end.
+            ValueError: When no trial has finished.
         """
         self._write_tables()
         best = self._best()
@@ -310,7 +314,7 @@ class _Search:
             print(f"{'its run file':<22}{self.out / 'best.yaml'}")
 
     def say_whether_seeds_matter(self, seeds: int) -> None:
-        """Says in one line whether the best differs from the runner-up by more than seeds do."""
+        """Prints one line that says whether the best trial differs from the runner-up by more than seeds do."""
         first, second = (*self._best(), None)[:2]
         if second is None:
             print("Only one trial finished: there is nothing to compare the best with.")
@@ -322,7 +326,7 @@ class _Search:
                 f"tell whether that is chance: --seeds 5 trains both with five more."
             )
             return
-        # Not with the seed that chose them, which flatters the best.
+        # New seeds only: the seed by which the best trial was chosen favours it.
         with SweepProgress(self.plan.metric, 2 * seeds) as self.progress:
             values = [[self._with_seed(trial, SEED + 1 + n) for n in range(seeds)] for trial in (first, second)]
         line = verdict(*values, *names, self.plan.mode)
@@ -330,7 +334,7 @@ class _Search:
         print(line)
 
     def _with_seed(self, trial: Any, seed: int) -> float:
-        """What a trial's settings reach with another seed; trained once."""
+        """The metric that a trial's settings reach with another seed; trained once, then read from the study."""
         folder, done = self.out / "seeds" / f"{trial.number:03d}_seed{seed}", f"{trial.number}/{seed} of all"
         if done in self.study.user_attrs:
             self.progress.ended += 1
@@ -366,7 +370,7 @@ class _Search:
 
 
 def _short(value: Any) -> str:
-    """A value for one line among others."""
+    """A value in short form, for a line with several."""
     if isinstance(value, float):
         return f"{value:.4g}"
     return written(value).rpartition("/")[2] if isinstance(value, str) else json.dumps(value)

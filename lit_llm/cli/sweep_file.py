@@ -1,4 +1,4 @@
-"""Sweep files of Weights & Biases: what is varied, how, by which command, and what the runs are judged by."""
+"""Sweep files of Weights & Biases: parameters and their distributions, command, metric and early termination."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ STOPPING_KEYS = ("type", "min_iter", "max_iter", "s", "eta", "strict")
 
 RANGES = ("int_uniform", "uniform", "log_uniform", "log_uniform_values", "inv_log_uniform", "inv_log_uniform_values")
 MULTIPLES = ("uniform", "log_uniform", "log_uniform_values", "normal", "log_normal", "beta")
-"""What may be rounded to multiples of `q`: then `q_` stands before its name."""
+"""Distributions with a variant `q_<name>`, which is rounded to multiples of `q`."""
 
 DISTRIBUTIONS = {
     "constant": ("value",),
@@ -39,35 +39,35 @@ DISTRIBUTIONS = {
     "beta": ("a", "b"),
 }
 DISTRIBUTIONS |= {f"q_{kind}": (*DISTRIBUTIONS[kind], "q") for kind in MULTIPLES}
-"""W&B's distributions, and what each is told by."""
+"""W&B's distributions and the keys of each."""
 
 PARAMETER_KEYS = ("distribution", "parameters", *dict.fromkeys(itertools.chain.from_iterable(DISTRIBUTIONS.values())))
 
 ARGS = "${args}"
-"""Where the parameters come in a command."""
+"""Placeholder for the parameters in a command."""
 
 OF_ENVIRONMENT = re.compile(r"\$\{envvar:([A-Z0-9_]+)\}")
-"""A variable of the environment in a command, as W&B's agent knows it."""
+"""An environment variable in a command, in the syntax of W&B's agent."""
 
 LARGEST_EXPONENT = 700.0
-"""Of a number that is still finite."""
+"""Bound on exponents whose `math.exp` is still finite."""
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What a sweep file says.
+    """Content of a sweep file.
 
     Attributes:
         path: The file.
         method: `grid`, `random` or `bayes`.
-        metric: What the runs are judged by.
-        mode: Whether its `min` or its `max` is best.
-        target: What the best has to reach for the search to end, if the file says it.
-        parameters: What is varied, a class before its arguments.
-        space: The same as it is written in the file.
-        command: The words of `lit-llm fit` before the parameters and after them.
-        early_terminate: `min_iter` and `eta` of the stopping of trials that fall behind; `None` lets all finish.
-        run_cap: How many trials the file asks for, if it does.
+        metric: Metric by which trials are compared.
+        mode: Whether `min` or `max` of the metric is best.
+        parameters: The parameters, sorted by key, so that a class comes before its arguments.
+        space: The parameters as written in the file.
+        command: The arguments of `lit-llm fit` before the parameters and after them.
+        early_terminate: `min_iter` and `eta` of Hyperband's early termination; `None` lets all trials finish.
+        run_cap: Number of trials; `None` if the file gives none.
+        target: Value of the metric that ends the search once a trial reaches it; `None` if the file gives none.
     """
 
     path: Path
@@ -82,18 +82,18 @@ class Sweep:
     target: int | float | None = None
 
     def words(self, settings: dict[str, Any]) -> list[str]:
-        """The words of `lit-llm fit` for some values of the parameters."""
+        """The arguments of `lit-llm fit` for given values of the parameters."""
         before, after = self.command
         return [*before, *(f"--{key}={written(value)}" for key, value in sorted(settings.items())), *after]
 
     def grid(self) -> Iterator[dict[str, Any]]:
-        """All combinations, the last parameter's values fastest."""
+        """All combinations of values; the last parameter varies fastest."""
         keys = [parameter.key for parameter in self.parameters]
         return (dict(zip(keys, each)) for each in itertools.product(*(p.listed() for p in self.parameters)))
 
 
 def written(value: Any) -> str:
-    """A value as a word of the command line.
+    """Writes a value as a command-line argument.
 
     Example:
         >>> written(None), written(True), written(1e-05), written("x"), written({"lr": 1})
@@ -106,8 +106,8 @@ def read_sweep(path: Path) -> Sweep:
     """Reads a sweep file.
 
     Raises:
-        FileNotFoundError: When there is none.
-        ValueError: When W&B would not take it, or it asks for what cannot be done here.
+        FileNotFoundError: When it does not exist.
+        ValueError: When the file is invalid for W&B, or asks for something that is not supported here.
     """
     import yaml
 
@@ -149,10 +149,10 @@ def read_sweep(path: Path) -> Sweep:
 
 
 def read_parameters(content: Any, prefix: str = "") -> Iterator[Parameter]:
-    """Those of a sweep file, nested ones by their dotted names.
+    """Reads the parameters of a sweep file; nested ones get dotted names.
 
     Raises:
-        ValueError: When W&B would not take one.
+        ValueError: When one is invalid for W&B.
     """
     if not isinstance(content, dict) or not content:
         raise ValueError(f"parameters of {prefix.removesuffix('.')} must have names, but are {content}")
@@ -169,10 +169,10 @@ def read_parameters(content: Any, prefix: str = "") -> Iterator[Parameter]:
 
 
 def _require_keys(content: dict[str, Any], known: tuple[str, ...], what: str) -> None:
-    """Refuses a key that is not known.
+    """Refuses unknown keys.
 
     Raises:
-        ValueError: Naming it.
+        ValueError: Naming the first of them.
     """
     for key in (key for key in content if key not in known):
         close = difflib.get_close_matches(str(key), known, n=1)
@@ -181,10 +181,10 @@ def _require_keys(content: dict[str, Any], known: tuple[str, ...], what: str) ->
 
 
 def _number(key: str, name: str, value: Any) -> float | int:
-    """A number, also where YAML took it for text, as it does with `1e-4`.
+    """Reads a number, also one such as `1e-4`, which YAML takes for a string.
 
     Raises:
-        ValueError: When it is none.
+        ValueError: When it is not a finite number.
     """
     if isinstance(value, str):
         try:
@@ -200,7 +200,7 @@ def _number(key: str, name: str, value: Any) -> float | int:
 
 
 def _with_point(number: str) -> str:
-    """A number so that YAML reads it as one.
+    """Rewrites a number so that YAML reads it as one.
 
     Example:
         >>> _with_point("1e-4"), _with_point("2.5e3")
@@ -238,7 +238,7 @@ def _parameter(key: str, options: dict[str, Any]) -> Parameter:
 
 
 def _usual(options: dict[str, Any]) -> str:
-    """The distribution of a parameter that does not name one."""
+    """The default distribution of a parameter that does not name one."""
     if "value" in options:
         return "constant"
     if "values" in options:
@@ -279,7 +279,7 @@ def _range(key: str, kind: str, options: dict[str, Any], q: int | float | None) 
                 f"min and max of {key} must be logarithms, but are {low} and {high}; for the values themselves the "
                 f"distribution is {kind}_values"
             )
-        # Of the second the logarithm of 1 divided by the value is drawn.
+        # The bounds of `inv_log_uniform` are those of log(1 / value).
         low, high = (math.exp(low), math.exp(high)) if kind == "log_uniform" else (math.exp(-high), math.exp(-low))
     if "log" in kind and low <= 0:
         raise ValueError(f"min of {key} must be positive, but is {low}")
@@ -307,10 +307,10 @@ def _command(command: Any, path: Path) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _filled_in(word: str, path: Path) -> str:
-    """A word with variables of the environment filled in, as by W&B's agent.
+    """Replaces environment variables in a word of a command, as W&B's agent does.
 
     Raises:
-        ValueError: When one is not set, or a variable is of another kind.
+        ValueError: When an environment variable is not set, or the word has another kind of variable.
     """
     if word != ARGS and re.search(r"\$\{[^}]*\}", OF_ENVIRONMENT.sub("", word)):
         raise ValueError(
@@ -323,7 +323,11 @@ def _filled_in(word: str, path: Path) -> str:
 
 
 def _stopping(options: Any, path: Path) -> tuple[int, int] | None:
-    """How many reports of the metric come before the first look, and by what factor more before each further one."""
+    """`min_iter` and `eta` of `early_terminate`: a trial is judged after `min_iter · eta^k` reports of the metric.
+
+    Raises:
+        ValueError: When the type is not `hyperband`, or the options are invalid.
+    """
     if options is None:
         return None
     if not isinstance(options, dict) or options.get("type") != "hyperband":

@@ -1,4 +1,4 @@
-"""Whether the runs of a sweep take what it varies, asked before anything is trained."""
+"""Checks, before anything is trained, that the runs of a sweep accept the parameters that it varies."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from lit_llm.cli.sweep_file import Sweep, written
 
 
 def require_options(plan: Sweep, more: list[str]) -> None:
-    """Refuses a key that no run config has, a value that it does not take, and a key that is set for all runs, too.
+    """Refuses parameters that are no options of the runs, invalid values, and parameters that later options override.
 
     Args:
         plan: The sweep.
-        more: Further words of each run.
+        more: Further arguments of each run.
 
     Raises:
         ValueError: Naming the key and the value.
     """
     values = {parameter.key: parameter.extremes() for parameter in plan.parameters}
-    # All together, which is quick; where that fails one by one, which names what is wrong.
+    # All parameters together first, which is fast; if that fails, one by one, to find which one is wrong.
     count = max(map(len, values.values()))
     together = [{key: each[:n][-1] for key, each in values.items()} for n in range(1, 1 + count)]
     configs, lines = zip(*(_parsed([*plan.words(settings), *more]) for settings in together), strict=True)
@@ -35,7 +35,7 @@ def require_options(plan: Sweep, more: list[str]) -> None:
     base, line = _parsed([*plan.words({}), *more])
     if line:
         raise ValueError(f"command of {plan.path} must be one that lit-llm fit takes, but is not: {line}")
-    # A key on its own may lack the class that it is an argument of: each is tried with those before it.
+    # Each key is tried together with those before it, since it may be an argument of a class that one of them sets.
     for number, key in enumerate(first, 1):
         settings = {name: first[name] for name in list(first)[:number]}
         for value in values[key]:
@@ -56,13 +56,16 @@ def require_options(plan: Sweep, more: list[str]) -> None:
 
 
 def _require_effect(plan: Sweep, values: dict[str, tuple[Any, ...]], config: Any, more: list[str]) -> None:
-    """Sees that what comes after the settings leaves each its effect: runs and tables would say different things.
+    """Refuses parameters that later options override: the tables would report values that the runs did not have.
 
     Args:
         plan: The sweep.
-        values: What each key may be, its first and last value far apart.
-        config: What the first values come to.
-        more: As of `require_options`.
+        values: Values of each key; its first and last value are compared.
+        config: The config that results from the first values.
+        more: As in `require_options`.
+
+    Raises:
+        ValueError: Naming the parameter.
     """
     if not plan.command[1] and not more:
         return
@@ -79,7 +82,7 @@ def _require_effect(plan: Sweep, values: dict[str, tuple[Any, ...]], config: Any
 
 
 def _parsed(words: list[str]) -> tuple[Any, str]:
-    """The config that the words of `lit-llm fit` come to, or what is wrong with them."""
+    """The config that arguments of `lit-llm fit` result in, and the error, if any (then without a config)."""
     import yaml
 
     out, err, before = io.StringIO(), io.StringIO(), sys.argv

@@ -1,4 +1,4 @@
-"""What an option of a sweep's runs may be, and how it is drawn."""
+"""Parameters of a sweep: their values or distributions, and how values are drawn with Optuna."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from statistics import NormalDist
 from typing import Any
 
 QUANTILE = " (quantile)"
-"""What Optuna's name of an option ends with, of which it draws the quantile."""
+"""Suffix of the name, in Optuna, of a parameter whose quantile is drawn instead of its value."""
 
 
 @dataclass(frozen=True)
 class Parameter(ABC):
-    """What one option of the runs may be.
+    """A parameter: an option of the runs and the values that it may have.
 
     Attributes:
         key: The option's dotted name.
@@ -27,17 +27,17 @@ class Parameter(ABC):
 
     @abstractmethod
     def suggest(self, trial: Any) -> Any:
-        """Draws a value by an Optuna trial, which gives the same one again for a trial that is taken up again."""
+        """Draws a value with an Optuna trial; a resumed trial gets the same value again."""
 
     @abstractmethod
     def extremes(self) -> tuple[Any, ...]:
-        """All values that are listed, or the ends of the range, of the type that is drawn."""
+        """All values of a list, or the two ends of a range, in the type that is drawn."""
 
     def listed(self) -> tuple[Any, ...]:
         """All values, for a grid.
 
         Raises:
-            ValueError: When they cannot be counted.
+            ValueError: When they cannot be enumerated.
         """
         raise ValueError(
             f"{self.key} must have values that can be counted in a grid, but has a range; "
@@ -47,10 +47,10 @@ class Parameter(ABC):
 
 @dataclass(frozen=True)
 class Constant(Parameter):
-    """What is the same in all runs.
+    """A parameter with the same value in all runs.
 
     Attributes:
-        value: What it is.
+        value: The value.
     """
 
     value: Any
@@ -70,18 +70,18 @@ class Constant(Parameter):
 
 @dataclass(frozen=True)
 class Categorical(Parameter):
-    """One of some values.
+    """One of a list of values.
 
     Attributes:
-        values: What it may be.
-        probabilities: How often each is drawn, if not all alike.
+        values: The values.
+        probabilities: Probability of each value; `None` draws them uniformly.
     """
 
     values: tuple[Any, ...]
     probabilities: tuple[int | float, ...] | None = None
 
     def suggest(self, trial: Any) -> Any:
-        """One of them."""
+        """One of the values."""
         if self.probabilities is not None:
             upper = list(itertools.accumulate(self.probabilities))
             return self.values[bisect.bisect_right(upper, drawn_quantile(self.key, trial) * upper[-1])]
@@ -89,11 +89,15 @@ class Categorical(Parameter):
         return self.values[labels.index(trial.suggest_categorical(self.key, labels))]
 
     def extremes(self) -> tuple[Any, ...]:
-        """All."""
+        """All values."""
         return self.values
 
     def listed(self) -> tuple[Any, ...]:
-        """All."""
+        """All values.
+
+        Raises:
+            ValueError: When there are probabilities, which a grid cannot respect.
+        """
         if self.probabilities is not None:
             raise ValueError(f"{self.key} must have no probabilities in a grid, but has; take the method random")
         return self.values
@@ -101,14 +105,14 @@ class Categorical(Parameter):
 
 @dataclass(frozen=True)
 class Range(Parameter):
-    """A number between two others.
+    """A number in a closed range.
 
     Attributes:
-        low: The smallest.
-        high: The largest.
+        low: Lower bound.
+        high: Upper bound.
         is_whole: Whether only whole numbers are drawn.
-        is_log: Whether its logarithm is drawn evenly, not the number.
-        q: What all values are multiples of, for `q_…`.
+        is_log: Whether the distribution is log-uniform rather than uniform.
+        q: Values are rounded to multiples of `q` (distributions `q_…`); `None` does not round.
     """
 
     low: int | float
@@ -130,22 +134,22 @@ class Range(Parameter):
 
     @property
     def multiples(self) -> tuple[int, int]:
-        """The smallest and the largest multiple of `q` in the range, in units of it."""
-        return math.ceil(self.low / self.q - 1e-9), math.floor(self.high / self.q + 1e-9)  # 0.3 / 0.1 is below 3
+        """The smallest and the largest multiple of `q` in the range, in units of `q`."""
+        return math.ceil(self.low / self.q - 1e-9), math.floor(self.high / self.q + 1e-9)  # in floats, 0.3 / 0.1 < 3
 
     def _rounded(self, drawn: int | float) -> int | float:
-        """The multiple of `q` that is next to a value, within the range."""
+        """The multiple of `q` within the range that is nearest to a value."""
         first, last = self.multiples
         return times(min(max(round(drawn / self.q), first), last), self.q)
 
     def extremes(self) -> tuple[Any, ...]:
-        """Both ends."""
+        """Both ends of the range; with `q`, the smallest and largest multiple in it."""
         if self.q is not None:
             return self._rounded(self.low), self._rounded(self.high)
         return (self.low, self.high) if self.is_whole else (float(self.low), float(self.high))
 
     def listed(self) -> tuple[Any, ...]:
-        """All whole numbers, or all multiples."""
+        """All whole numbers, or all multiples of `q`."""
         if self.is_whole:
             return tuple(range(self.low, self.high + 1))
         if self.q is not None and not self.is_log:
@@ -156,17 +160,17 @@ class Range(Parameter):
 
 @dataclass(frozen=True)
 class ByQuantile(Parameter):
-    """A number with a distribution that Optuna lacks: its quantile is drawn, evenly.
+    """A number from a distribution that Optuna lacks, drawn by inverse transform: its quantile is uniform in (0, 1).
 
     Attributes:
-        q: What all values are multiples of, for `q_…`.
+        q: Values are rounded to multiples of `q` (distributions `q_…`); `None` does not round.
     """
 
     q: int | float | None
 
     @abstractmethod
     def at(self, quantile: float) -> float:
-        """The value below which that share of the draws lies."""
+        """The inverse of the cumulative distribution function."""
 
     def suggest(self, trial: Any) -> Any:
         """A number of the distribution."""
@@ -177,18 +181,18 @@ class ByQuantile(Parameter):
         return value if self.q is None else times(round(value / self.q), self.q)
 
     def extremes(self) -> tuple[Any, ...]:
-        """What lies below and above all but one draw of a thousand."""
+        """The quantiles 0.001 and 0.999."""
         return self._of(0.001), self._of(0.999)
 
 
 @dataclass(frozen=True)
 class Normal(ByQuantile):
-    """Normally distributed, or its logarithm.
+    """Normal or log-normal distribution.
 
     Attributes:
-        mu: The mean.
-        sigma: The standard deviation.
-        is_log: Whether both are the logarithm's.
+        mu: Mean; of the logarithm if `is_log`.
+        sigma: Standard deviation; of the logarithm if `is_log`.
+        is_log: Whether the distribution is log-normal.
     """
 
     mu: int | float
@@ -203,11 +207,11 @@ class Normal(ByQuantile):
 
 @dataclass(frozen=True)
 class Beta(ByQuantile):
-    """Between 0 and 1.
+    """Beta distribution, on [0, 1].
 
     Attributes:
-        a: The higher, the nearer to 1.
-        b: The higher, the nearer to 0.
+        a: First shape parameter; higher values shift the distribution towards 1.
+        b: Second shape parameter; higher values shift it towards 0.
     """
 
     a: int | float
@@ -221,12 +225,12 @@ class Beta(ByQuantile):
 
 
 def drawn_quantile(key: str, trial: Any) -> float:
-    """A number between 0 and 1, but neither, which Optuna keeps under a name that says so."""
+    """Draws a uniform number in the open interval (0, 1), stored by Optuna under the key with the suffix `QUANTILE`."""
     return trial.suggest_float(f"{key}{QUANTILE}", 1e-6, 1 - 1e-6)
 
 
 def times(number: int, q: int | float) -> int | float:
-    """A multiple.
+    """`number · q`, rounded to 12 significant digits if `q` is a float.
 
     Example:
         >>> times(3, 2), times(3, 0.1)  # not 0.30000000000000004
@@ -236,7 +240,7 @@ def times(number: int, q: int | float) -> int | float:
 
 
 def label(value: Any) -> Any:
-    """What stands for a value where only numbers and text can.
+    """A value as Optuna can store it: lists and dicts become JSON text.
 
     Example:
         >>> label(0.1), label([0.8, 0.95])

@@ -1,4 +1,4 @@
-"""The pictures of a sweep."""
+"""The plots of a sweep."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from lit_llm.files import replacing
 
 
 def draw(study: Any, plan: Sweep, out: Path, seed: int) -> None:
-    """Draws the history, the parallel coordinates and the importance of the parameters, where there is enough.
+    """Plots the optimisation history, parallel coordinates and the importance of the parameters (fANOVA).
+
+    Parallel coordinates need a parameter that varies; importance also needs trials with different results.
 
     Args:
         study: The sweep's trials, an Optuna study.
-        plan: What is varied, and what they are judged by.
-        out: The folder for the pictures.
-        seed: Of the forest that tells the importance.
+        plan: The sweep.
+        out: Folder for the plots.
+        seed: Seed of the random forest that estimates the importance.
     """
     import matplotlib
     import optuna
 
-    if matplotlib.get_backend(auto_select=False) is None:  # a notebook has chosen
+    if matplotlib.get_backend(auto_select=False) is None:  # a notebook has set its own
         matplotlib.use("Agg")
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as pictures
@@ -39,8 +41,8 @@ def draw(study: Any, plan: Sweep, out: Path, seed: int) -> None:
             shown, evaluator=optuna.importance.FanovaImportanceEvaluator(seed=seed), target_name=metric
         )
     for name, make in drawn.items():
-        with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna changes the style of all that follows
-            warnings.simplefilter("ignore")  # that these pictures are experimental
+        with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna changes the global style
+            warnings.simplefilter("ignore")  # Optuna marks these plots as experimental
             axes = make()
         with replacing(out / f"{name}.png") as new:
             axes.figure.savefig(new, dpi=120, bbox_inches="tight")
@@ -48,7 +50,7 @@ def draw(study: Any, plan: Sweep, out: Path, seed: int) -> None:
 
 
 def with_values(study: Any, plan: Sweep) -> Any:
-    """The complete trials, with values for parameters of which the quantile was drawn."""
+    """The study, or, if quantiles were drawn, a copy of its complete trials with values in place of quantiles."""
     import optuna
 
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state.name == "COMPLETE"]
@@ -71,7 +73,7 @@ def with_values(study: Any, plan: Sweep) -> Any:
 
 
 def _space(parameter: Parameter, values: list[Any]) -> Any:
-    """What Optuna calls a distribution, around the values that there are."""
+    """An Optuna distribution that covers the given values of a parameter."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution
 
     if isinstance(parameter, ByQuantile):

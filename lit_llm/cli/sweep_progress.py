@@ -1,4 +1,4 @@
-"""What a sweep shows of the trials that are under way."""
+"""Progress display of a sweep and its running trials."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ SECONDS_BETWEEN_LINES = 15.0
 
 @dataclass
 class _UnderWay:
-    """What a trial has come to, by what it has written.
+    """Progress of a running trial, read from the files that it writes.
 
     Attributes:
         process: The trial.
-        bar: What shows it on a terminal.
-        first: Optimiser steps that had been taken before: not none where it goes on from a checkpoint.
-        step: Those that have been taken.
-        total: How many are to be, once it has said so.
-        values: The latest of the metrics that are shown.
+        bar: Its progress bar; `None` without a terminal.
+        first: Optimiser step at which the process started; above 0 if it resumed from a checkpoint.
+        step: Optimiser steps done so far.
+        total: Total number of steps; `None` until the trial has reported it.
+        values: Latest values of the displayed metrics.
     """
 
     process: TrialRun
@@ -45,7 +45,7 @@ class _UnderWay:
     values: dict[str, float] = field(default_factory=dict)
 
     def read(self, metric: str) -> None:
-        """Takes up what is new; a file that is just being written waits for the next look."""
+        """Reads new output of the trial; skips files that cannot be parsed because they are being written."""
         with contextlib.suppress(OSError, ValueError):
             if said := STEP_OF_TOTAL.findall(self.process.said()):
                 self.first, (self.step, self.total) = int(said[0][0]), map(int, said[-1])
@@ -56,7 +56,7 @@ class _UnderWay:
                     self.values[name] = found[-1]
 
     def part(self, step: int) -> float:
-        """What part of all its steps some are; nothing as long as nobody knows."""
+        """A number of steps as a fraction of the total; 0 while the total is unknown."""
         return min(1.0, step / self.total) if self.total else 0.0
 
     def __str__(self) -> str:
@@ -67,14 +67,14 @@ class _UnderWay:
 
 
 class _Console(Console):
-    """Says no more where nobody listens; rich would end the process."""
+    """A console that goes quiet on a broken pipe, where rich would end the process."""
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
 
 
 def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """Has a display that fails say no more, where the sweep goes on."""
+    """Turns the display off when a method of it raises, so that the sweep continues."""
 
     @functools.wraps(method)
     def guarded(self: SweepProgress, *args: Any) -> None:
@@ -92,14 +92,14 @@ def _harmless(method: Callable[..., None]) -> Callable[..., None]:
 
 
 class SweepProgress:
-    """A bar for each trial that is under way, and one for the sweep; a line every so often where no terminal is.
+    """A progress bar for each running trial and one for the sweep; without a terminal, a line at intervals.
 
-    It reads what trials write and takes no part in them: where it fails, the sweep goes on without.
+    It only reads files that trials write. If it fails, the sweep continues without a display.
 
     Args:
-        metric: What the sweep judges by; shown beside the training loss.
-        wanted: How many trials are to be ended in all.
-        ended: How many had ended before.
+        metric: Metric of the sweep; shown beside the training loss.
+        wanted: Total number of trials.
+        ended: Number of trials that had ended before.
     """
 
     def __init__(self, metric: str, wanted: int, ended: int = 0) -> None:
@@ -137,14 +137,14 @@ class SweepProgress:
 
     @_harmless
     def begin(self, name: str, process: TrialRun) -> None:
-        """Shows a trial that has been started."""
+        """Adds a trial that has been started."""
         bar = self._bars.add_task(name, total=None, status="starts") if self._bars is not None else None
         self._under_way[name] = _UnderWay(process, bar)
         self._draw()
 
     @_harmless
     def end(self, name: str) -> None:
-        """Takes a trial's bar away."""
+        """Removes a trial that has ended."""
         run = self._under_way.pop(name)
         self.ended += 1
         self._done += 1 - run.part(run.first)
@@ -154,7 +154,7 @@ class SweepProgress:
 
     @_harmless
     def look(self) -> None:
-        """Says how far the trials are, unless it has just been said."""
+        """Updates the display, unless the last update was too recent."""
         now = time.perf_counter()
         if now - self._looked < (SECONDS_BETWEEN_LINES if self._bars is None else SECONDS_BETWEEN_MOVES):
             return
@@ -167,7 +167,7 @@ class SweepProgress:
             self._print(f"{self}: " + "; ".join(f"{name}  {run}" for name, run in self._under_way.items()))
 
     def say(self, line: str, style: str | None = None) -> None:
-        """Writes a line that stays, above the bars."""
+        """Prints a permanent line above the bars."""
         with contextlib.suppress(Exception):
             self._print(line, style)
         if self._bars is None:
@@ -188,7 +188,7 @@ class SweepProgress:
         return sum((run.part(run.step) for run in self._under_way.values()), 0.0)
 
     def __str__(self) -> str:
-        """How many trials have ended, and how long the others take at the pace so far."""
+        """Number of trials that have ended, and the time left for the others at the current rate."""
         done = self._done + self._parts() - sum(run.part(run.first) for run in self._under_way.values())
         left = ""
         if done > 0:

@@ -1,4 +1,4 @@
-"""`lit-llm tokenizer`: train a tokeniser on a corpus."""
+"""`lit-llm tokenizer`: trains a tokeniser on a corpus."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def _parser() -> argparse.ArgumentParser:
 def train(
     path: str, subset: str | None, column: str, max_documents: int | None, kind: str, vocab_size: int, out: Path
 ) -> None:
-    """Trains a tokeniser and says what it reaches; arguments as in `lit-llm tokenizer --help`.
+    """Trains a tokeniser and prints its bytes per token; arguments as in `lit-llm tokenizer --help`.
 
     Raises:
-        ValueError: When `out` exists, or the corpus is empty.
+        ValueError: When `out` already exists, or the corpus is empty.
     """
     from lit_llm.data.cleaning import Cleaning
     from lit_llm.data.pretokenization import DocumentEncoder
