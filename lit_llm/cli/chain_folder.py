@@ -1,4 +1,4 @@
-"""Whose a chain's folder is: what its stages were made of, so that none is taken for another."""
+"""Record of what the stages in a chain's folder were made from, so that no stage is reused for another chain."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from lit_llm.cli.chain_file import Chain
 from lit_llm.files import write_json
 
 MEASURES = ("evaluate", "split", "metric", "calibration_batches")
-"""What of a chain, beside its stages, decides what it makes and finds; floors and how models are timed do not."""
+"""Keys of a chain, besides its stages, that change models and scores; floors and options of timing do not."""
 
 WRITTEN = ("model", "stages", "report.json", "config.yaml", "checkpoints", "config.json")
-"""What there would be in a folder that a chain must not write to: others' models, runs, reports."""
+"""Names that show that a folder without `chain.json` belongs to something else: a model, a run, a report."""
 
 
 def claim(out: Path, chain: Chain, model: str, folder: Path, options: list[str]) -> None:
-    """Notes in `out` what is made there of what, and clears it of what an earlier chain measured, or began, otherwise.
+    """Records in `out` what the chain's stages are made from, and deletes outdated stages without model or checkpoint.
+
+    A chain may have more or fewer stages than the earlier one in the folder. Files that run files refer to are not
+    compared.
 
     Args:
         out: The chain's folder.
-        chain: What is to be done.
-        model: What it is done to, as it was named.
-        folder: Where that lies.
-        options: What goes to each training and evaluation.
+        chain: The chain.
+        model: The model to compress, as the user named it.
+        folder: The model's directory.
+        options: Arguments that are passed to each training run and evaluation.
 
     Raises:
-        ValueError: When that would lose something: a stage that was made otherwise, or what is no chain's. A chain that
-            ends later or sooner than the earlier one loses none. Files that a run file names are not looked into.
+        ValueError: When an outdated stage has a model or checkpoints, or the folder holds something that is no chain's.
     """
     made_of = {"chain": chain.content, "model": model, "options": options}
     made_of |= {"weights": _fingerprint(folder), "files": _files(chain)}
@@ -40,7 +42,7 @@ def claim(out: Path, chain: Chain, model: str, folder: Path, options: list[str])
         earlier = json.loads(settings.read_text())
         common, stale = _stages_in_common(earlier, made_of, chain), []
         if common == len(chain.stages):
-            made_of["chain"] = earlier["chain"]  # which may go on
+            made_of["chain"] = earlier["chain"]  # it may have further stages
             made_of["files"] = earlier.get("files", {}) | made_of["files"]
         else:
             stale = [place for place in places if common is None or int(place.name.partition("-")[0]) > common]
@@ -59,9 +61,9 @@ def claim(out: Path, chain: Chain, model: str, folder: Path, options: list[str])
 
 
 def _stages_in_common(earlier: dict[str, Any], now: dict[str, Any], chain: Chain) -> int | None:
-    """How many stages two chains begin with alike; `None` where they start from, or measure by, something else.
+    """Number of leading stages that two chains share; `None` if their models, options or evaluations differ.
 
-    What a folder of an older version does not say is taken to be the same.
+    Facts that a folder of an older version does not record are taken to be the same.
     """
     before = earlier.get("files", now["files"])
     edited = {name for name, content in now["files"].items() if before.get(name) != content}
@@ -82,7 +84,7 @@ def _named(files: str | list[str]) -> list[str]:
 
 
 def _files(chain: Chain) -> dict[str, str]:
-    """What the run files say that a chain names, by those names; comments and order of keys left out."""
+    """Hashes of the run files' contents, by the names in the chain; comments and the order of keys do not count."""
     import yaml
 
     stages = zip(chain.content["stages"], chain.stages, strict=True)
@@ -95,7 +97,7 @@ def _files(chain: Chain) -> dict[str, str]:
 
 
 def _fingerprint(folder: Path) -> str:
-    """Of a model directory's weights and config."""
+    """Hash of a model directory's weights and config."""
     digest = hashlib.sha256()
     for path in sorted([*folder.glob("*.safetensors"), folder / "config.json"]):
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""The words of a training command: completed by the run's own config, parsed, refused in one line, explained."""
+"""Arguments of a training command: completion by the run's own config, checks of run files, the parser, help."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def _options(words: list[str], name: str) -> list[str]:
 
 
 def _option(words: list[str], name: str) -> str | None:
-    """The first of them; `None` where there is none."""
+    """The first value of an option on the command line; `None` if it is not given."""
     return next(iter(_options(words, name)), None)
 
 
 def _from_home(words: list[str]) -> list[str]:
-    """Reads the `~` before a run folder or a checkpoint, which the shell leaves as it is after a `=`."""
+    """Expands `~` in `--run_dir` and `--ckpt_path`, because the shell does not after a `=`."""
     paths, read = ("--run_dir", "--ckpt_path"), []
     for before, word in itertools.pairwise(["", *words]):
         name, equals, value = word.partition("=")
@@ -41,20 +41,21 @@ def _from_home(words: list[str]) -> list[str]:
 
 
 def _is_overlay(file: str) -> bool:
-    """Whether a run file leaves open which model and data are meant, and so is laid over another."""
+    """Whether a run file is an overlay: it names neither the class of the model nor that of the data."""
     try:
         content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError):
-        return False  # to be said where it is read
+        return False  # reported where the parser reads it
     kinds = [content.get(name) for name in ("model", "data")] if isinstance(content, dict) else [""]
     return not any(isinstance(kind, str) or (isinstance(kind, dict) and "class_path" in kind) for kind in kinds)
 
 
 def _require_options(file: str) -> None:
-    """Refuses a run file that cannot be read as options, or names a YAML file that is not there.
+    """Refuses a run file that does not hold options, or that names a YAML file that does not exist.
 
     Raises:
-        ValueError: Naming the file, which the parser would not.
+        FileNotFoundError: When a YAML file that it names does not exist.
+        ValueError: Naming the run file, which the parser would not.
     """
     try:
         content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
@@ -64,7 +65,7 @@ def _require_options(file: str) -> None:
             f"{error.start}; {conversion(error)}"
         ) from error
     except (OSError, ValueError, yaml.YAMLError):
-        return  # to be said where it is read
+        return  # reported where the parser reads it
     if not isinstance(content, dict):
         found = "none" if content is None else f"a {type(content).__name__}"
         raise ValueError(f"config must hold options by their names, but {file} holds {found}")
@@ -74,7 +75,11 @@ def _require_options(file: str) -> None:
 
 
 def _require_yaml(name: str, value: Any, folder: Path) -> None:
-    """Sees that the YAML files are there that a run file in a folder names for its data, or its model and its parts."""
+    """Checks that YAML files exist that a run file in `folder` names for its data, its model or parts of the model.
+
+    Raises:
+        FileNotFoundError: When one does not.
+    """
     if isinstance(value, dict):
         for key, nested in value.items():
             _require_yaml(name if key == "init_args" else f"{name}.{key}", nested, folder)
@@ -85,7 +90,14 @@ def _require_yaml(name: str, value: Any, folder: Path) -> None:
 
 
 def with_the_runs_config(words: list[str]) -> list[str]:
-    """Where a run folder is named, and no config or only overlays are, the run's own config comes first."""
+    """Puts the run's own config first if a run folder is named, and no config is given or only overlays are.
+
+    Overlays count only where a run is resumed or evaluated. The folder may be named by the path of a checkpoint in it.
+
+    Raises:
+        FileNotFoundError: When the run to resume or evaluate has no config, and no other options say what it is.
+        ValueError: When a run file does not hold options.
+    """
     words = _from_home(words)
     run_dir, ckpt_path = _option(words, "--run_dir"), Path(_option(words, "--ckpt_path") or "")
     if run_dir is None and ckpt_path.parent.name == "checkpoints":
@@ -110,7 +122,7 @@ def with_the_runs_config(words: list[str]) -> list[str]:
 
 
 class OneLineParser(LightningArgumentParser):
-    """Says what is wrong with a command line in one line."""
+    """A parser that reports errors of the command line in one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the line and exits with code 2."""
@@ -118,14 +130,14 @@ class OneLineParser(LightningArgumentParser):
 
 
 class ParagraphHelp(DefaultHelpFormatter):
-    """Leaves the lines of a description as they are."""
+    """A help formatter that keeps the line breaks of a description."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return "".join(indent + line for line in text.splitlines(keepends=True))
 
 
 def restore_nulls(config: Namespace) -> None:
-    """Makes of the text `None` nothing again, in place: jsonargparse gives it for a flag's `null` inside a class."""
+    """Replaces the text `None` by null, in place: jsonargparse makes that text of a flag's `null` inside a class."""
     for name, value in vars(config).items():
         if isinstance(value, Namespace):
             restore_nulls(value)

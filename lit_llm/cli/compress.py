@@ -1,4 +1,4 @@
-"""`lit-llm compress`: make a model smaller in stages, each measured, none done twice."""
+"""`lit-llm compress`: compresses a model in stages; each is evaluated, and finished ones are not repeated."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
     """Runs a chain; arguments as in `lit-llm compress --help`.
 
     Raises:
-        ValueError: When `out` is of another chain, or a stage has no meaning for its network; that of the stages before
-            it is reported first.
+        ValueError: When `out` is of another chain, or a stage cannot be applied to its network; the report on the
+            stages before it is written first.
     """
     from lit_llm.callbacks.run_report import command
     from lit_llm.checkpoints import read_model
@@ -110,7 +110,11 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
 
 
 def _methods(chain: Chain) -> list[Compression | None]:
-    """The stages' methods, `None` for a training: made first, so that a mistake shows before anything is done."""
+    """The stages' methods, `None` for a training run; instantiated before any work, so that mistakes show at once.
+
+    Raises:
+        ValueError: When a method cannot be instantiated, or needs calibration batches and the chain has none.
+    """
     made = [None if stage.method is None else _made(stage.method) for stage in chain.stages]
     for method in made:
         if method is not None and method.needs_batches and not chain.calibration_batches:
@@ -156,7 +160,11 @@ def _apply(name: str, method: Compression, source: Path, target: Path, chief: _E
 
 
 def _fit(stage: Stage, folder: Path, places: dict[str, str], more: list[str]) -> None:
-    """Trains, or goes on training, in a run folder that is the stage's."""
+    """Trains, or resumes training, in the stage's run folder.
+
+    Raises:
+        ValueError: When the run exports no model.
+    """
     if (folder / "done.json").is_file():
         return
     words = [word for file in stage.fit for word in ("--config", file)]
@@ -175,7 +183,7 @@ def _fit(stage: Stage, folder: Path, places: dict[str, str], more: list[str]) ->
 
 
 def _command(name: str, words: list[str]) -> Any:
-    """Runs a training command in this process; gives its LightningCLI."""
+    """Runs a training command in this process and returns its LightningCLI."""
     from lit_llm.cli import training
 
     before = list(sys.argv)
@@ -186,7 +194,7 @@ def _command(name: str, words: list[str]) -> Any:
 
 
 class _Evaluator:
-    """Measures the stages of a chain; what it found is kept beside them."""
+    """Evaluates the stages of a chain; results are stored in the stages' folders."""
 
     def __init__(self, chain: Chain, folder: Path, original: Path, more: list[str]) -> None:
         self.chain, self.folder, self.original, self.more = chain, folder, original, more
@@ -199,7 +207,7 @@ class _Evaluator:
         return self._cli
 
     def try_metric(self, model: Path) -> None:
-        """Sees by one batch that the metric is measured.
+        """Evaluates one batch to check that the chain's metric is logged.
 
         Raises:
             ValueError: When it is not.
@@ -207,12 +215,12 @@ class _Evaluator:
         first = self.folder / "00-original"
         if not (first / "measured.json").is_file():
             limit = "val" if self.chain.split == "validate" else "test"
-            with contextlib.redirect_stdout(io.StringIO()):  # what one batch says is no result
+            with contextlib.redirect_stdout(io.StringIO()):  # figures of one batch are no result
                 cli = self._evaluate(model, first / "evaluation", f"--trainer.limit_{limit}_batches=1")
             self._headline(dict.fromkeys(cli.trainer.callback_metrics, 0.0))
 
     def measured(self, name: str, model: Path, started: float) -> dict[str, Any]:
-        """A row of the report, without how fast the model is; the stage began at `started` of the clock."""
+        """A stage's row of the report, without its speed; `started` is the `perf_counter` at the stage's start."""
         from lit_llm.checkpoints import load_model
         from lit_llm.compression.report import bytes_on_disk, count_nonzero, count_parameters, peak_memory, rows_of
 
@@ -253,7 +261,7 @@ class _Evaluator:
         return name, headline[1] if last == chief else "min" if falls(name) else "max"
 
     def _ready(self) -> Any:
-        if self._cli is None:  # all was measured before: only the data are wanted
+        if self._cli is None:  # all stages were evaluated before: run one evaluation to get the data
             self._evaluate(self.original, self.folder / "00-original" / "evaluation")
         return self._cli.datamodule
 
@@ -262,11 +270,11 @@ class _Evaluator:
         return data.val_dataloader() if self.chain.split == "validate" else data.test_dataloader()
 
     def calibration(self) -> list[Any]:
-        """The first training batches of the first epoch, as a training would have them."""
+        """The first batches of the first training epoch."""
         return list(islice(iter(self._ready().train_dataloader()), self.chain.calibration_batches))
 
     def time(self, rows: list[dict[str, Any]]) -> None:
-        """Adds how fast the stages are, all timed in turns."""
+        """Adds the speed of all stages, timed in turns."""
         from lit_llm.checkpoints import load_model
         from lit_llm.compression.report import speeds
 
@@ -325,7 +333,7 @@ def _report(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> Non
 
 
 def _draw(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Quality against size and against time; the line joins what nothing beats in both."""
+    """Plots quality against size and against time, with a line through the Pareto front."""
     from matplotlib.figure import Figure
 
     sign = 1 if rows[0]["mode"] == "max" else -1

@@ -1,4 +1,4 @@
-"""Which errors are a user's mistake, and how each is said in one line."""
+"""Decides which errors are a user's mistake, and words them in one line."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 MAIN_CONFIG = "configs/pretraining/llama_stdlib.yaml"
 GRAMMAR = re.compile(r"\bmust\b.*\bbut\b")
-"""What every error raised on purpose in this package says: `<name> must <rule>, but is <value>[; <remedy>]`."""
+"""Form of every error raised on purpose in this package: `<name> must <rule>, but is <value>[; <remedy>]`."""
 
 OF_STRATEGIES = {
     r"strategy `(\w+)` requires a GPU": "trainer.strategy must be one that this machine can run, but is {}, which "
@@ -29,14 +29,14 @@ OF_STRATEGIES = {
     r"invalid strategy name: `strategy=(\S+)`": "trainer.strategy must be a class path or a name of Lightning, but "
     "is {}; see configs/strategy",
 }
-"""What Lightning says of a strategy, by our own words for it."""
+"""Lightning's messages about strategies, as patterns, and the lines that replace them."""
 
 LACKING = re.compile(r"Requirement '(([\w-]+)[^']*)' not met")
-"""What Lightning says of a package that it needs, wherever: its error does not name it as Python's does."""
+"""Lightning's message about a missing package: its errors do not carry the package's name as Python's do."""
 
 
 def one_line(error: BaseException) -> str | None:
-    """What to tell the user; `None` for an error that is ours, whose traceback should be seen."""
+    """The line to show to the user; `None` for an error of this package, whose traceback should be shown."""
     if type(error).__name__ == "OutOfMemoryError":
         return "device memory must hold a step, but is full; lower data.batch_size or set activation_checkpointing"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -68,13 +68,13 @@ def one_line(error: BaseException) -> str | None:
 def parser_line(
     message: str, known: Iterable[str] = (), words: Iterable[str] = (), error: BaseException | None = None
 ) -> str:
-    """Says in our grammar, in one line, what jsonargparse found wrong.
+    """Rewords an error message of jsonargparse in one line of the form of `GRAMMAR`.
 
     Args:
-        message: Its message, of any length.
-        known: All keys that the command has, to guess what a misspelt one was meant to be.
+        message: The message, of any length.
+        known: All keys of the command, to suggest one for a misspelt key.
         words: The command line, to name a nested key as the user did.
-        error: What it raised, to tell what stopped the import of a class's module.
+        error: The exception, to find what stopped the import of a class's module.
 
     Example:
         >>> parser_line("unrecognized arguments: --trainr.max_steps 3", known=["trainer.max_steps"])
@@ -119,19 +119,19 @@ def parser_line(
 
 
 def _fault(path: str) -> str:
-    """What is wrong with the class path of a class that cannot be made."""
+    """What is wrong with a class path that jsonargparse refuses."""
     module, _, name = path.rpartition(".")
     try:
         unwritten = getattr(getattr(importlib.import_module(module), name), "__abstractmethods__", ())
-    except Exception:  # of whatever kind the module raises
+    except Exception:  # a module can raise anything
         return "is neither"
     return f"does not write {', '.join(sorted(unwritten))}" if unwritten else "is of another kind"
 
 
 def _broken_import(error: BaseException | None) -> str | None:
-    """Which module of a class path is there but cannot be imported, and what stopped it; `None` where none is.
+    """The module of a class path whose own code raised when it was imported, and its error; `None` if there is none.
 
-    However deep jsonargparse has wrapped it: its `import_object` imported the module, whose own code raised.
+    Searches the chain of causes for a traceback that passes through jsonargparse's `import_object` into a module.
     """
     while error is not None:
         steps = list(walk_tb(error.__traceback__))
@@ -147,7 +147,7 @@ def _broken_import(error: BaseException | None) -> str | None:
 
 
 def _with_place(error: BaseException, places: list[tuple[str, int]]) -> str:
-    """An error with the last of the places it came through that is in no library, or that it names itself."""
+    """An error's text with the last place of its traceback outside of libraries, or the place of a syntax error."""
     said = str(error)
     if isinstance(error, SyntaxError):
         said, places = error.msg, [(error.filename, error.lineno)]
@@ -162,14 +162,14 @@ def _flat(text: str) -> str:
 
 
 def _is_of_a_library(error: BaseException) -> bool:
-    """Whether a library made an error, which may sound like ours: NumPy, of shapes that "must match … but"."""
+    """Whether a library raised an error: its text may match `GRAMMAR` by chance, such as NumPy's on shapes."""
     traceback = error.__traceback__
     if traceback is None or error.__cause__ or error.__context__ or "\n" in str(error):
-        return False  # not raised, or ours in a library's words
+        return False  # not raised, or raised on purpose from a library's error
     while traceback.tb_next:
         traceback = traceback.tb_next
     code = traceback.tb_frame.f_code
-    said_on_purpose = dis.opname[code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"  # C code raises without
+    said_on_purpose = dis.opname[code.co_code[traceback.tb_lasti]] == "RAISE_VARARGS"  # not so if C code raised
     return not said_on_purpose or _in_libraries(Path(code.co_filename))
 
 
@@ -180,7 +180,7 @@ def _in_libraries(path: Path) -> bool:
 
 
 def _in_grammar(message: str) -> str | None:
-    """The line of a message that one of our own errors is, however deep a library has wrapped it."""
+    """The line of a message that matches `GRAMMAR`, however deeply a library has wrapped it; `None` if none does."""
     for line in message.splitlines():
         if GRAMMAR.search(line):
             return re.sub(r"^\s*- ", "", line).strip()
@@ -188,13 +188,13 @@ def _in_grammar(message: str) -> str | None:
 
 
 def _as_written(key: str, words: Iterable[str]) -> str:
-    """A nested key by the name that the user gave it, where it came from the command line."""
+    """A nested key as written on the command line, or unchanged if it does not come from there."""
     names = [word.split("=", 1)[0].lstrip("-") for word in words if word.startswith("--")]
     return next((name for name in names if name == key or name.endswith("." + key)), key)
 
 
 def _kinds(text: str) -> str:
-    """What jsonargparse expected, as words."""
+    """The types that jsonargparse expected, in words."""
     names = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text"}
     found = re.findall(r"Expected an? <class '([\w.]+)'>", text)
     choices = ", ".join(re.findall(r"Expected a typing\.Literal\[(.+?)\]", text)).replace("'", "")

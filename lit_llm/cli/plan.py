@@ -1,4 +1,4 @@
-"""`lit-llm plan`: what a run will need, from its config alone."""
+"""`lit-llm plan`: estimates what a run will need from its config alone."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def run(words: list[str]) -> None:
 
 
 def size(text: str) -> float:
-    """Bytes, from a number with a unit: 80GiB, 24GB.
+    """Parses a number of bytes with a unit, such as 80GiB or 24GB.
 
     Example:
         >>> size("1.5KiB")
@@ -93,14 +93,14 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
-    """Works the plan out; where shapes alone do not tell what a step takes, only what a probe measures.
+    """Computes the plan; if a step depends on the contents of tensors, not only on shapes, only what a probe measures.
 
     Args:
         options: As in `lit-llm plan --help`.
-        words: Options of `lit-llm fit`.
+        words: Arguments of `lit-llm fit`.
 
     Raises:
-        ValueError: When a value is out of range, or the config cannot be planned from shapes alone and none is probed.
+        ValueError: When a value is out of range, or a step depends on contents and `--probe` is not given.
     """
     from lit_llm.dry_run import NeedsContent
     from lit_llm.planning import OPTIMAL_TOKENS_PER_PARAMETER, PAIR, STRATEGIES, Machine, bill, memory, traffic
@@ -157,13 +157,13 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
 
 
 def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The step that a config takes, as it is and, where the network can, with activation checkpointing.
+    """Measures a config's training step: as configured and, if the network can, with activation checkpointing.
 
     Args:
-        words: Options of `lit-llm fit`.
+        words: Arguments of `lit-llm fit`.
 
     Returns:
-        The steps by name, and what else the config says.
+        The steps by name, and further facts of the config.
     """
     import torch
 
@@ -179,11 +179,11 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     averages = objective.averages or any(isinstance(c, WeightAverage) for c in callbacks)
     batch, parts = example_batch(objective, data), trainer["accumulate_grad_batches"] or 1
 
-    weights = objective.hparams.get("weights")  # forgotten once they have been started from
+    weights = objective.hparams.get("weights")  # the objective drops them after loading
 
     def build() -> Any:
         objective.network, objective.hparams["weights"] = None, weights
-        for name, own in objective.named_buffers(recurse=False):  # made before, with content
+        for name, own in objective.named_buffers(recurse=False):  # were allocated outside of the dry run
             setattr(objective, name, torch.empty(own.shape, dtype=own.dtype))
         objective.configure_model()
         return objective.network.train()
@@ -232,16 +232,16 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def configured_length(trainer: Any, data: Any) -> tuple[int | float, int | float]:
-    """Steps, and batches of one device, after which a config ends a run; infinite where it does not, or is not known.
+    """Steps, and batches per device, after which a config ends a run; infinite if unlimited or unknown.
 
     Args:
-        trainer: Its options.
-        data: What has been read, of which the batches of an epoch can be counted; `None` where nothing has been.
+        trainer: The trainer's options.
+        data: The data module, set up, so that the batches of an epoch can be counted; `None` if it is not.
     """
     steps, epochs = trainer["max_steps"], trainer["max_epochs"]
     batches, limit = math.inf, trainer.get("limit_train_batches")
     if data is not None and epochs not in (None, -1):
-        with contextlib.suppress(TypeError):  # a stream
+        with contextlib.suppress(TypeError):  # a stream has no length
             batches = len(data.train_dataloader())
         if limit is not None:
             batches = min(batches, limit) if isinstance(limit, int) else batches * limit
@@ -250,9 +250,13 @@ def configured_length(trainer: Any, data: Any) -> tuple[int | float, int | float
 
 
 def example_batch(objective: Any, data: Any) -> dict[str, Any]:
-    """A batch of a config's shapes: for language models made up, so that no text is read; else the data's first.
+    """A batch in the shapes of a config: zeros for a language model, so that no text is read; else the first batch.
 
-    Tells the objective what sizes its network, too, for which characters have to be counted in the texts.
+    Also sets the size of the network (vocabulary, classes) in the objective; with a tokeniser of characters this needs
+    a pass over the texts.
+
+    Raises:
+        ValueError: When the configured size is below 1.
     """
     import torch
 
@@ -268,7 +272,7 @@ def example_batch(objective: Any, data: Any) -> dict[str, Any]:
             objective.hparams[name] = getattr(data, name)
         objective.planned_for = data
         return next(iter(data.train_dataloader()))
-    if objective.hparams.get(name) is None and not objective.hparams.get("weights"):  # which say it themselves
+    if objective.hparams.get(name) is None and not objective.hparams.get("weights"):  # the weights know it
         spec = data.tokenizer_spec
         sized = TRAINED.fullmatch(spec)
         objective.hparams[name] = (
@@ -282,16 +286,16 @@ def example_batch(objective: Any, data: Any) -> dict[str, Any]:
 
 
 def probe(words: list[str], details: dict[str, Any] | None, steps: int) -> dict[str, Any]:
-    """Takes real steps on this machine, in a run folder that is thrown away.
+    """Runs real training steps on this machine, in a temporary run folder.
 
     Args:
-        words: Options of `lit-llm fit`.
-        details: As `measured_steps` gives them; `None` where it cannot.
-        steps: How many.
+        words: Arguments of `lit-llm fit`.
+        details: As returned by `measured_steps`; `None` if that failed.
+        steps: Number of steps.
 
     Returns:
-        Seconds of a step, tokens a second, what that is in operations a second, where a token's are known, the peak's
-        bytes, as `callbacks.memory_rise` counts them, and what is called a token here.
+        Seconds per step; tokens per second and device; FLOP/s per device, `None` without `details`; peak memory in
+        bytes, as measured by `callbacks.memory_rise`; and the unit (`token` or `example`).
     """
     from lit_llm.callbacks.memory_rise import MemoryRise
     from lit_llm.callbacks.throughput import Throughput
@@ -305,7 +309,7 @@ def probe(words: list[str], details: dict[str, Any] | None, steps: int) -> dict[
         "trainer.max_epochs": -1,
         "trainer.limit_val_batches": 0,
         "trainer.num_sanity_val_steps": 0,
-        "trainer.log_every_n_steps": steps // 2,  # the report of the second half is that of a warm machine
+        "trainer.log_every_n_steps": steps // 2,  # the last report is of the second half, after the warm-up
         "trainer.enable_checkpointing": False,
         "trainer.enable_progress_bar": False,
         "trainer.callbacks+": "lit_llm.callbacks.memory_rise.MemoryRise",

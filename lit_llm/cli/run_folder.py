@@ -1,4 +1,4 @@
-"""The one folder that a run writes to: where it is, and which checkpoint of it is meant."""
+"""The run folder: its path, its creation, and the choice of a checkpoint in it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import yaml
 from lit_llm.checkpoint_files import own_checkpoint
 
 VARIABLE = "LIT_LLM_RUN_DIR"
-"""Tells the processes that a strategy starts where the first one writes."""
+"""Environment variable that passes the run folder to the processes that a strategy starts."""
 
 
 def choose(command: str, given: str | None, config: Path | None, ckpt_path: str | None) -> Path:
@@ -25,12 +25,12 @@ def choose(command: str, given: str | None, config: Path | None, ckpt_path: str 
 
     Args:
         command: The sub-command.
-        given: What `--run_dir` says.
-        config: The first run file; gives the default folder its name.
-        ckpt_path: What `--ckpt_path` says: `last` and `best` without a folder mean the newest run of that name.
+        given: Value of `--run_dir`.
+        config: The first run file; the default folder is named after it.
+        ckpt_path: Value of `--ckpt_path`; `last` and `best` without `given` mean the newest run of that name.
 
     Raises:
-        FileNotFoundError: When there is no such run.
+        FileNotFoundError: When `last` or `best` is asked for and no run of that name has it.
     """
     if VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         return Path(os.environ[VARIABLE])
@@ -50,7 +50,7 @@ def choose(command: str, given: str | None, config: Path | None, ckpt_path: str 
     if job and job != "none":
         return family / job
     now = time.strftime("%Y-%m-%d_%H-%M-%S")
-    names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))  # of one second's runs
+    names = itertools.chain([now], (f"{now}-{number}" for number in itertools.count(2)))  # runs of one second
     return next(family / name for name in names if not (family / name).exists())
 
 
@@ -62,7 +62,10 @@ def _name(command: str, config: Path | None) -> str:
 
 
 def wandb_id(folder: Path) -> str | None:
-    """The name by which Weights & Biases knows the run, its agent's where one started it: the same when it goes on."""
+    """The run's id at Weights & Biases, stored in its folder so that it stays the same when the run is resumed.
+
+    It is that of W&B's agent (`WANDB_RUN_ID`) if one started the run.
+    """
     path = folder / "wandb_id.txt"
     if not path.exists() and os.environ.get("LOCAL_RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         path.write_text(os.environ.get("WANDB_RUN_ID") or secrets.token_hex(4), encoding="utf-8")
@@ -89,16 +92,16 @@ def find_checkpoint(folder: Path, ckpt_path: str) -> Path:
 
 
 def of_evaluation(folder: Path, command: str, options: dict[str, Any], checkpoint: Path) -> Path:
-    """Where what an evaluation finds is written: in the run folder, if it is the run's own.
+    """The folder for the results of an evaluation: the run folder, or a subfolder of it.
 
-    Another one's figures would stand among those of the run, and pass for them, so it has a folder within: where the
-    data, how many batches of them are read, the model's options or the checkpoint are others.
+    It is a subfolder if the data, the number of batches, the model's options or the checkpoint differ from the run's
+    own, because the results would otherwise be taken for those of the run.
 
     Args:
         folder: The run folder.
         command: `validate` or `test`.
-        options: All that is told, as `config.yaml` has it.
-        checkpoint: What is evaluated.
+        options: All options, in the form of `config.yaml`.
+        checkpoint: The checkpoint that is evaluated.
     """
     if not (folder / "config.yaml").is_file():
         return folder
@@ -112,7 +115,7 @@ def of_evaluation(folder: Path, command: str, options: dict[str, Any], checkpoin
 
 
 def _evaluated(options: dict[str, Any], limit: str) -> dict[str, Any]:
-    """What decides about figures; where all is read, in batches of any size."""
+    """The options that decide the results; the batch size is not one of them if all batches are read."""
     batches = options["trainer"].get(limit)
     batches = None if isinstance(batches, float) and batches == 1 else batches
     data = dict(options["data"])
@@ -122,7 +125,7 @@ def _evaluated(options: dict[str, Any], limit: str) -> dict[str, Any]:
 
 
 def leave(folder: Path) -> None:
-    """Takes a folder away again in which nothing was written; also the one that holds those of evaluations."""
+    """Removes a run folder in which nothing was written, and `evaluations` if that becomes empty."""
     with contextlib.suppress(OSError):
         if [path.name for path in folder.iterdir()] == ["wandb_id.txt"]:
             (folder / "wandb_id.txt").unlink()
@@ -132,15 +135,15 @@ def leave(folder: Path) -> None:
 
 
 def make(folder: Path, starts_anew: bool, trains: bool) -> None:
-    """Makes the folder.
+    """Creates the folder.
 
     Args:
         folder: The run folder.
-        starts_anew: Whether a run begins in it, rather than goes on or is looked at.
-        trains: Whether that run is a training, which leaves a model.
+        starts_anew: Whether a new run starts in it, rather than that one is resumed or evaluated.
+        trains: Whether the command trains, and so exports a model.
 
     Raises:
-        ValueError: When it cannot be written to, or a new run would overwrite another's checkpoints or model.
+        ValueError: When it cannot be created, or a new run would overwrite another's checkpoints or model.
     """
     there = {path.stem for path in (folder / "checkpoints").glob("*.ckpt")}
     if starts_anew and there:

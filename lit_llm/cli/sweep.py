@@ -139,7 +139,7 @@ class _Search:
                     self.progress.look()
         except BaseException:
             for trial, process in self.running.values():
-                if "stopped" not in trial.user_attrs:  # already interrupted; a second signal would prevent the save
+                if "stopped" not in trial.user_attrs:  # else already interrupted: a second signal prevents the save
                     process.interrupt()
             for _, process in self.running.values():
                 process.wait()

@@ -25,7 +25,7 @@ def draw(study: Any, plan: Sweep, out: Path, seed: int) -> None:
     import matplotlib
     import optuna
 
-    if matplotlib.get_backend(auto_select=False) is None:  # a notebook has set its own
+    if matplotlib.get_backend(auto_select=False) is None:  # else a notebook has set one
         matplotlib.use("Agg")
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as pictures

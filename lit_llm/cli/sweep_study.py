@@ -1,4 +1,4 @@
-"""The study of a sweep: what is kept of its trials between one command and the next."""
+"""The Optuna study of a sweep: the database that keeps its trials between commands."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from lit_llm.cli.sweep_file import Sweep
 
 @contextlib.contextmanager
 def alone_in(out: Path) -> Iterator[None]:
-    """Makes the folder, and holds it: two sweeps in one would take up each other's trials."""
+    """Creates the folder and locks it: two sweeps in one folder would resume each other's trials.
+
+    Raises:
+        ValueError: When another sweep has locked it.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as file:
         try:
@@ -30,10 +34,10 @@ def alone_in(out: Path) -> Iterator[None]:
 
 
 def open_study(plan: Sweep, out: Path, more: list[str]) -> Any:
-    """Makes a sweep's study in its folder, or opens the one that is there.
+    """Creates a sweep's study in its folder, or opens the existing one.
 
     Raises:
-        ValueError: When that cannot be read, or is of another sweep.
+        ValueError: When the existing study cannot be read, or is of another sweep.
     """
     import optuna
     from sqlalchemy.exc import DatabaseError
@@ -63,7 +67,7 @@ def open_study(plan: Sweep, out: Path, more: list[str]) -> Any:
         "command": [*plan.words({}), *more],
     }
     trials = study.get_trials(deepcopy=False)
-    free = {  # while there is nothing that it would be wrong of
+    free = {  # may still change, because no trial depends on it yet
         "metric": all(trial.value is None for trial in trials),
         "command": all(trial.state.name in ("FAIL", "WAITING") for trial in trials),
     }

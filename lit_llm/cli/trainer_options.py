@@ -1,4 +1,4 @@
-"""What the trainer's options must be, said before anything is built: Lightning says it late, or divides by zero."""
+"""Checks of the trainer's options before anything is built: Lightning fails later, or divides by zero."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ LEAST = {
 
 
 def require_sound(trainer: Mapping[str, Any], seed: bool | int | None) -> None:
-    """Refuses options that no run can have.
+    """Refuses options that are invalid in every run.
 
     Args:
         trainer: The trainer's options.
-        seed: What `seed_everything` is.
+        seed: Value of `seed_everything`.
 
     Raises:
-        ValueError: Naming the first of them.
+        ValueError: Naming the first invalid option.
     """
     for name, least in LEAST.items():
         value = trainer.get(name)
@@ -53,12 +53,12 @@ def require_sound(trainer: Mapping[str, Any], seed: bool | int | None) -> None:
         raise ValueError("trainer.barebones must be false, but is true; a run logs, and keeps checkpoints")
     if trainer.get("devices") in (0, "0"):
         raise ValueError("trainer.devices must be at least 1, auto or a list, but is 0")
-    if trainer.get("overfit_batches"):  # a loader that goes on where it was would read others each epoch
+    if trainer.get("overfit_batches"):  # a resumable loader would read other batches each epoch
         raise ValueError(
             f"trainer.overfit_batches must be 0, but is {trainer['overfit_batches']}; give data of a few rows, as with "
             f"data.max_examples or data.max_documents"
         )
-    if reload := trainer.get("reload_dataloaders_every_n_epochs"):  # a new loader begins with the first epoch's order
+    if reload := trainer.get("reload_dataloaders_every_n_epochs"):  # a new loader would repeat the first epoch's order
         raise ValueError(
             f"trainer.reload_dataloaders_every_n_epochs must be 0, but is {reload}; each epoch has an order of its own "
             f"without it"
@@ -68,23 +68,23 @@ def require_sound(trainer: Mapping[str, Any], seed: bool | int | None) -> None:
 
 
 def require_end(trainer: Mapping[str, Any]) -> None:
-    """Refuses to train on a stream by its epochs, as it has none that end.
+    """Refuses options by which a run on a stream would never end, since an epoch of a stream has no end.
 
-    What ends a run beside steps and time is a number of epochs of so many batches, `Timer` and `EarlyStopping`, or a
-    subclass of them; another callback that would end it is not known.
+    A run ends by `max_steps`, by `max_time`, by `max_epochs` together with `limit_train_batches` as a number of
+    batches, or by `Timer`, `EarlyStopping` or a subclass; other callbacks that would end a run are not recognised.
 
     Args:
         trainer: The trainer's options.
 
     Raises:
-        ValueError: When none of these is given, or validations come after a part of an epoch that has no end.
+        ValueError: When nothing ends the run, or `val_check_interval` is a fraction of an endless epoch.
     """
     batches, interval, max_steps = (trainer.get(n) for n in ("limit_train_batches", "val_check_interval", "max_steps"))
     epochs_end = isinstance(batches, int) and batches > 0
     if trainer.get("fast_dev_run"):
         return
     ends = max_steps not in (None, -1) or trainer.get("max_time") or (epochs_end and trainer.get("max_epochs") != -1)
-    enders = (Timer, EarlyStopping) if epochs_end or isinstance(interval, int) else (Timer,)  # without validation none
+    enders = (Timer, EarlyStopping) if epochs_end or isinstance(interval, int) else (Timer,)  # it needs validations
     if not ends and not any(issubclass(locate(c.class_path), enders) for c in trainer.get("callbacks") or ()):
         raise ValueError(
             f"trainer.max_steps must be given where data.streaming is true, since a stream's epoch has no end, but is "

@@ -1,4 +1,4 @@
-"""`lit-llm fit|validate|test|predict`: LightningCLI, with a run folder."""
+"""`lit-llm fit|validate|test|predict`: LightningCLI with a run folder."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def run(words: list[str], summary: bool = True) -> TrainingCLI:
 
     Args:
         words: The command line.
-        summary: Say where the run writes and what came out. Without, a notebook asks what is returned: `run_dir`,
-            `results`, `model`, `datamodule`, `trainer`.
+        summary: Whether to print the run folder and the results. A caller without it, such as a notebook, reads
+            `run_dir`, `results`, `model`, `datamodule` and `trainer` of the returned object.
     """
     keep_freed_memory()
     cli = TrainingCLI if summary else SilentCLI
@@ -67,14 +67,14 @@ def run(words: list[str], summary: bool = True) -> TrainingCLI:
 
 
 def read_run(words: list[str]) -> ConfigCLI:
-    """The model and data module that the options `words` of `lit-llm fit` describe, and no more than those."""
+    """Instantiates only the model and the data module that the arguments `words` of `lit-llm fit` describe."""
     return _parsed(ConfigCLI, ["fit", *words])
 
 
 def _parsed(cli: type[TrainingCLI], words: list[str]) -> Any:
     quieten()
     multiply_by_onednn()
-    # W&B's agent writes a sweep's values as Python does.
+    # W&B's agent writes a sweep's values in Python syntax: `None` for null.
     words = [re.sub(r"^(--[^=]+=)None$", r"\1null", word) for word in with_the_runs_config(words)]
     sys.argv = [sys.argv[0], *words]
     return cli(
@@ -91,16 +91,16 @@ def _parsed(cli: type[TrainingCLI], words: list[str]) -> Any:
 
 
 class TrainingCLI(LightningCLI):
-    """LightningCLI, with a folder that is all a run writes to."""
+    """LightningCLI with a run folder that holds everything a run writes."""
 
     run_dir: Path | None = None
-    """Where this command writes."""
+    """The folder to which this command writes."""
 
     of_run: Path | None = None
-    """The folder of the run that it makes or evaluates."""
+    """The folder of the run that is trained or evaluated; differs from `run_dir` for some evaluations."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds the options that are about the run as a whole."""
+        """Adds options of the run as a whole."""
         parser.add_argument(
             "--run_dir",
             type=str | None,
@@ -128,7 +128,7 @@ class TrainingCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The one that is asked for, since each costs time to prepare, without the options that are decided here."""
+        """Only the requested sub-command, since each takes time to set up, without arguments that this class fixes."""
         decided, asked = {"weights_only", "verbose", "return_predictions"}, sys.argv[1]
         return {asked: LightningCLI.subcommands()[asked] | decided}
 
@@ -141,10 +141,14 @@ class TrainingCLI(LightningCLI):
         return super()._prepare_subcommand_kwargs(subcommand) | decided
 
     def _parse_ckpt_path(self) -> None:
-        """Does nothing: Lightning would let the checkpoint's stored values beat an explicit flag."""
+        """Does nothing: in Lightning, values stored in the checkpoint would override explicit flags."""
 
     def _set_seed(self) -> None:
-        """Seeds all sources of chance, once what the trainer is told has been looked at."""
+        """Checks the trainer's options, then seeds all random number generators.
+
+        Raises:
+            ValueError: When an option is invalid.
+        """
         config = self.config[self.subcommand]
         for name in ("trainer", "checkpoint"):
             if config[name] is None:
@@ -158,12 +162,12 @@ class TrainingCLI(LightningCLI):
         super()._set_seed()
 
     def before_instantiate_classes(self) -> None:
-        """Decides on the run folder, finds the checkpoint in it, and points all that writes there."""
+        """Decides on the run folder, finds the checkpoint, and sets the folder as the output of trainer and loggers."""
         config, fits = self.config[self.subcommand], self.subcommand == "fit"
         restore_nulls(config)
         if config.get("find_lr"):
             find_lr.prepare(config)
-            self.save_config_callback = None  # what is done here is no run to be repeated
+            self.save_config_callback = None  # a range test is no run to repeat
         configs = [Path(str(getattr(path, "relative", path))) for path in config.get("config") or []]
         asked = config.get("ckpt_path")
         ckpt_path = asked or (None if fits or from_checkpoint.starts_from_weights(config) else "best")
@@ -187,9 +191,9 @@ class TrainingCLI(LightningCLI):
         log_into(config["trainer"].get("logger"), self.run_dir)
 
     def instantiate_classes(self) -> None:
-        """Instantiates; what a run started from gives way to the checkpoint that is read.
+        """Instantiates the classes; a checkpoint that is read replaces the weights that the run started from.
 
-        So its weights need not be there any more, nor, in an evaluation, its network's path; a tokeniser that the data
+        So these weights, and in an evaluation the network's `path`, need not exist any more; a tokeniser that the data
         name must.
         """
         config, fits = self.config[self.subcommand], self.subcommand == "fit"
@@ -203,7 +207,7 @@ class TrainingCLI(LightningCLI):
                 self.datamodule.expect(checkpoint.get(type(self.datamodule).__qualname__, {}))
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """The trainer, with what every run of this package has."""
+        """The trainer, with the standard parts of every run."""
         if self._get(self.config, "find_lr"):
             return super().instantiate_trainer(callbacks=[LearningRateFinder()], **kwargs)
         options = self._get(self.config_init, "trainer")
@@ -233,12 +237,12 @@ class TrainingCLI(LightningCLI):
                 sys.exit(130)
             raise
         finally:
-            if "wandb" in sys.modules:  # its run is global: the next command of this process would log into it
+            if "wandb" in sys.modules:  # its run is global: the next command of this process would log to it
                 sys.modules["wandb"].finish(exit_code=int(sys.exc_info()[0] is not None))
 
     @contextlib.contextmanager
     def _leaving_nothing(self) -> Iterator[None]:
-        """Takes the run folder away again where an error comes before anything is in it."""
+        """Removes the run folder if an error occurs before anything is written to it."""
         try:
             yield
         except Exception:
@@ -247,7 +251,7 @@ class TrainingCLI(LightningCLI):
             raise
 
     def _stopped(self) -> str:
-        """What an interrupted run is told: a training goes on where it stopped, an evaluation begins anew."""
+        """The message after an interrupt, with the command that resumes a training run or repeats an evaluation."""
         of_run = ["--run_dir", str(self.run_dir)]
         if self.trainer.state.fn == "fit":
             saved = (self.run_dir / "checkpoints" / "last.ckpt").exists()
@@ -257,7 +261,7 @@ class TrainingCLI(LightningCLI):
         return f"Stopped before the end of {self.trainer.state.fn.value}. To start it again: {again}"
 
     def before_fit(self) -> None:
-        """Leaves out hooks that do nothing, and says where the run writes."""
+        """Removes empty hooks, and logs the run folder."""
         for callback in self.trainer.callbacks:
             skip_empty_hooks(callback, Callback)
         skip_empty_hooks(self.model, LightningModule)
@@ -267,7 +271,7 @@ class TrainingCLI(LightningCLI):
         log.info(f"Run folder {self.run_dir}")
 
     def after_fit(self) -> None:
-        """Tests the run's checkpoint, and says what came out and what can be done with it."""
+        """Tests the run's checkpoint and prints the results, or the suggestion of a learning-rate range test."""
         if self._get(self.config, "find_lr"):
             if self.trainer.is_global_zero:
                 find_lr.say(self.config["fit"], self.trainer)
@@ -281,28 +285,28 @@ class TrainingCLI(LightningCLI):
             self._summary()
 
     def after_validate(self) -> None:
-        """Says what was found."""
+        """Prints the metrics."""
         self._require_some()
         self._print_metrics(self.trainer.callback_metrics)
 
     after_test = after_validate
 
     def after_predict(self) -> None:
-        """Sees that something was read."""
+        """Checks that there were batches."""
         self._require_some()
 
     def _require_some(self) -> None:
-        """Refuses to have evaluated nothing.
+        """Checks that the evaluation had batches.
 
         Raises:
-            ValueError: When there was nothing to read.
+            ValueError: When there were none.
         """
         batches, split = {
             "validate": (self.trainer.num_val_batches, "validation"),
             "test": (self.trainer.num_test_batches, "test"),
             "predict": (self.trainer.num_predict_batches, "test"),
         }[self.subcommand]
-        if self.trainer.is_global_zero and not sum(batches):  # another process may have none of a few rows
+        if self.trainer.is_global_zero and not sum(batches):  # with few rows, other processes may have none
             raise ValueError(
                 f"data must have a {split} split for lit-llm {self.subcommand}, but have none to read; set "
                 f"data.{split}_fraction"
@@ -317,11 +321,11 @@ class TrainingCLI(LightningCLI):
         if not is_overridden("test_dataloader", self.datamodule, LightningDataModule):
             return False
         loader = self.datamodule.test_dataloader()
-        return loader is not None and sized_len(loader) != 0  # `None` where it has no length
+        return loader is not None and sized_len(loader) != 0  # `None`: a loader without a length
 
     @property
     def results(self) -> dict[str, Any]:
-        """What the run has come to, as `results.json` says it (see `RunReport`); nothing before its end."""
+        """Content of `results.json` (see `RunReport`); empty before it is written."""
         return read_results(self.run_dir)
 
     def _summary(self) -> None:
@@ -333,7 +337,7 @@ class TrainingCLI(LightningCLI):
 
 
 class SilentCLI(TrainingCLI):
-    """A training that is part of another command, or of a notebook, which does the talking."""
+    """A training command that prints nothing, for other commands and notebooks."""
 
     def _announce(self) -> None:
         pass
@@ -345,13 +349,13 @@ class SilentCLI(TrainingCLI):
 
 
 class ConfigCLI(TrainingCLI):
-    """Reads a config, and leaves it at that: no folder, no trainer, no run."""
+    """Instantiates the model and data module of a config, without run folder, trainer or run."""
 
     def before_instantiate_classes(self) -> None:
-        """Makes no run folder."""
+        """Creates no run folder."""
 
     def instantiate_trainer(self, **kwargs: Any) -> None:
-        """Makes no trainer."""
+        """Creates no trainer."""
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass

@@ -1,4 +1,4 @@
-"""One training in a process of its own, watched through the run folder that it writes."""
+"""A training run in a process of its own, monitored through the run folder that it writes."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ import lit_llm
 PR_SET_PDEATHSIG = 1
 SECONDS_TO_SAVE = 120
 INTERRUPTED = 130
-"""What a training ends with that saved and ended because it was told to."""
+"""Exit code of a training run that was interrupted and saved a checkpoint."""
 
 
 class TrialRun:
-    """A `lit-llm fit` that has been started; what it says goes to `output.txt` in its run folder.
+    """Starts a `lit-llm fit` process whose output goes to `output.txt` in its run folder.
 
-    A folder that holds a checkpoint is gone on from it; one without begins anew.
+    It resumes from the last checkpoint in the folder; a folder without one is emptied, and the run starts anew.
 
     Args:
-        words: The words after `fit`.
+        words: The arguments of `lit-llm fit`.
         folder: The run folder.
-        threads: How many CPU threads it may take, where the environment does not say it.
+        threads: Number of CPU threads, unless `OMP_NUM_THREADS` is set.
     """
 
     def __init__(self, words: list[str], folder: Path, threads: int) -> None:
@@ -54,21 +54,21 @@ class TrialRun:
 
     @property
     def exit_code(self) -> int | None:
-        """What it ended with; `None` while it runs."""
+        """Exit code of the process; `None` while it runs."""
         return self.process.poll()
 
     @property
     def seconds(self) -> float:
-        """How long ago it was started."""
+        """Seconds since the process was started."""
         return time.perf_counter() - self.started
 
     def interrupt(self) -> None:
-        """Has it save and end, as Ctrl-C does."""
+        """Asks the process to save and end, as Ctrl-C does."""
         if self.exit_code is None:
             self.process.send_signal(signal.SIGINT)
 
     def wait(self) -> None:
-        """Waits for its end, and forces it where that takes too long."""
+        """Waits for the process to end, and kills it after `SECONDS_TO_SAVE`."""
         try:
             self.process.wait(SECONDS_TO_SAVE)
         except subprocess.TimeoutExpired:
@@ -76,11 +76,11 @@ class TrialRun:
             self.process.wait()
 
     def said(self) -> str:
-        """What it has said since it was started or gone on with."""
+        """The output since this process was started."""
         return (self.folder / "output.txt").read_bytes()[self._said_before :].decode("utf-8", errors="replace")
 
     def last_line(self) -> str:
-        """What killed it, or the last thing it said, since it was started or gone on with."""
+        """The signal that killed the process, or its last line of output."""
         if (self.exit_code or 0) < 0:
             name, number = signal.strsignal(-self.exit_code), -self.exit_code
             return f"it was ended by signal {number}, {name}{'; out of memory?' if number == signal.SIGKILL else ''}"
@@ -89,12 +89,12 @@ class TrialRun:
 
 
 def _die_with_the_sweep() -> None:
-    """Has the kernel end a training whose sweep was killed: it is taken up again, and two would write to its folder."""
+    """Makes the kernel kill the trial if its sweep dies: a resumed sweep starts it again, in the same folder."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """The sweep's own, where trials find the same package, share the cores and need no account."""
+    """The sweep's environment, changed so that trials import the same package, share the cores and need no account."""
     environment = dict(os.environ)
     for name in ("LIT_LLM_RUN_DIR", "LOCAL_RANK"):
         environment.pop(name, None)
@@ -107,13 +107,13 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The `results.json` of a run folder; nothing where there is none."""
+    """Content of a run folder's `results.json`; empty if there is none."""
     path = folder / "results.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def figure_of(folder: Path, metric: str) -> float | None:
-    """What a run reached: the metric at its best validation, or at its end; `None` where it never logged it."""
+    """A run's metric at its best validation, or otherwise at its end; `None` if it was never logged."""
     from lit_llm.callbacks.metrics_csv import read_metrics
 
     results = read_results(folder)
@@ -125,7 +125,7 @@ def figure_of(folder: Path, metric: str) -> float | None:
 
 
 def metrics_of(folder: Path) -> list[str]:
-    """The names of all that a run logged."""
+    """The names of all metrics that a run logged, sorted."""
     from lit_llm.callbacks.metrics_csv import read_metrics
 
     rows = read_metrics(folder / "metrics.csv")
