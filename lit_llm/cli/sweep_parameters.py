@@ -200,7 +200,7 @@ class Normal(ByQuantile):
     is_log: bool
 
     def at(self, quantile: float) -> float:
-        """As `ByQuantile`."""
+        """The inverse of the cumulative distribution function."""
         value = NormalDist(self.mu, self.sigma).inv_cdf(quantile)
         return math.exp(value) if self.is_log else value
 
@@ -218,7 +218,7 @@ class Beta(ByQuantile):
     b: int | float
 
     def at(self, quantile: float) -> float:
-        """As `ByQuantile`."""
+        """The inverse of the cumulative distribution function."""
         from scipy.special import betaincinv
 
         return float(betaincinv(self.a, self.b, quantile))

@@ -285,7 +285,7 @@ class TrainingCLI(LightningCLI):
             self._summary()
 
     def after_validate(self) -> None:
-        """Prints the metrics."""
+        """Prints the metrics, after a check that there were batches."""
         self._require_some()
         self._print_metrics(self.trainer.callback_metrics)
 
@@ -337,7 +337,7 @@ class TrainingCLI(LightningCLI):
 
 
 class SilentCLI(TrainingCLI):
-    """A training command that prints nothing, for other commands and notebooks."""
+    """A training command without printed run folder, metrics and summary, for other commands and notebooks."""
 
     def _announce(self) -> None:
         pass
