@@ -17,31 +17,27 @@ from lit_llm.batch import inputs
 from lit_llm.metrics import MeanLoss
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.features import FeatureCache, features_of
-from lit_llm.objectives.resumed import Resumed
+from lit_llm.objectives.network import Built
 from lit_llm.recipes import described
 from lit_llm.schedulers import Schedule
 
 
-class Objective(Resumed):
+class Objective(Built):
     """What is minimised. A subclass writes `loss(batch)`, and names the fact about the data that sizes its network.
 
     What it measures over a split is the mean of that loss, until it writes `measure` and makes metrics of its own.
 
-    The network is built in `configure_model`, from a recipe rather than an object, so that the same config serves
-    construction on a GPU, on the meta device and from a checkpoint. Its first argument is decided by the data.
-
     Its steps are those of `ExactSteps`: the mean over all targets, over micro-batches and processes.
 
     Args:
-        network: Makes the network from its first argument; `None` is the network of `weights`.
-        optimizer: Makes the optimiser from parameter groups (`lit_llm.optimizers`); `None` is AdamW with a learning
-            rate of 1e-3, betas 0.9 and 0.95, weight decay 0.1.
-        schedule: Factor on the learning rates at each step; `None` is constant.
-        decay_embeddings: Apply weight decay to embeddings (it is never applied to norms and biases).
+        network: As in `Built`.
+        optimizer: As in `Scheduled`.
+        schedule: As in `Scheduled`.
+        decay_embeddings: As in `Scheduled`.
         weights: What to start from instead of random weights: a model directory (ours or transformers'), a run folder,
             a checkpoint file or a name on the hub. Read only once, before the first step; resuming does not need it. A
             classifier's head has the data's classes by their names; training gives it a new one for others, or values.
-        adaptation: Which parameters are trained, from when on and how fast; `None` trains all of them alike.
+        adaptation: As in `Scheduled`.
 
     Raises:
         ValueError: When there is neither a network nor weights.

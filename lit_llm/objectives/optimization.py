@@ -1,12 +1,14 @@
-"""Which of a network's parameters learn, from when on and how fast."""
+"""How an objective's network is optimised: parameter groups, learning rates and an average of the weights."""
 
 from __future__ import annotations
 
+import copy
 import functools
 import logging
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from lightning.pytorch.cli import OptimizerCallable
 from torch import nn
 from torch.optim import AdamW, Optimizer, SparseAdam
@@ -14,24 +16,36 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lit_llm.adaptation import Adaptation
 from lit_llm.data.sampling import resume_epoch
-from lit_llm.objectives.averaged import Averaged
+from lit_llm.objectives.exact_steps import ExactSteps
 from lit_llm.optimizers import parameter_groups
 from lit_llm.schedulers import Constant, Schedule, step_at
+from lit_llm.shards import local
 
 log = logging.getLogger(__name__)
 
 
-class Scheduled(Averaged):
-    """An optimiser over groups of the network's parameters, each at a rate of its own and from a step of its own on.
+class Scheduled(ExactSteps):
+    """Optimises groups of the network's parameters, each with its own learning rate and first step.
 
-    All of it is derived from the step and from what the config says, so a run that goes on does as one never stopped.
+    Learning rates and first steps depend only on the config and the step, so a resumed run continues exactly.
+    Optionally, an average of the weights is kept beside the network: a callback or a subclass sets `averages` and
+    calls `move_average`.
 
     Args:
-        optimizer: As in `Objective`, and so are the others.
-        schedule: Factor on the learning rates at each step.
-        decay_embeddings: Whether weight decay is applied to embeddings.
-        adaptation: Which parameters are trained.
+        optimizer: Makes the optimiser from parameter groups (`lit_llm.optimizers`); `None` is AdamW with a learning
+            rate of 1e-3, betas 0.9 and 0.95, weight decay 0.1.
+        schedule: Factor on the learning rates at each step; `None` is constant.
+        decay_embeddings: Apply weight decay to embeddings (it is never applied to norms and biases).
+        adaptation: Which parameters are trained, from which step on and with which learning rate; `None` trains all of
+            them alike.
+
+    Attributes:
+        network: The network that is trained; `None` until it is built.
+        average: A network with the average of its weights; `None` if none is kept.
     """
+
+    averages: bool = False
+    """Whether an average of the weights is kept beside the network, to be evaluated and exported in its place."""
 
     def __init__(
         self,
@@ -41,6 +55,8 @@ class Scheduled(Averaged):
         adaptation: Adaptation | None,
     ) -> None:
         super().__init__()
+        self.network: nn.Module | None = None
+        self.average: nn.Module | None = None
         self.make_optimizer = optimizer
         self.schedule = schedule or Constant()
         self.decay_embeddings = decay_embeddings
@@ -172,6 +188,75 @@ class Scheduled(Averaged):
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         if self._waiting:
             self._wake(optimizer, self.trainer.global_step + 1)
+
+    # The average of the weights.
+
+    @property
+    def _fits(self) -> bool:
+        return self._trainer is not None and self.trainer.state.fn == "fit"
+
+    def keep_average(self) -> None:
+        """Makes the average, where one is wanted, and leaves one behind that nobody moves any more.
+
+        Raises:
+            ValueError: When the weights are too coarse for an average's small steps.
+        """
+        if self._fits and self.averages and "16-true" in str(self.trainer.precision):
+            raise ValueError(
+                f"trainer.precision must leave weights in 32 bits where they are averaged, but is "
+                f"{self.trainer.precision}; take bf16-mixed"
+            )
+        if self.averages and self.average is None:
+            self.average = copy.deepcopy(self.network).requires_grad_(False)
+        elif self._fits and not self.averages:  # of an earlier fit: nobody moves it
+            self.average = None
+
+    @property
+    def reading(self) -> nn.Module:
+        """The network that reads batches now: in training the one that learns, else the one that is evaluated."""
+        return self.network if self.training else self.evaluated
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """The network that is evaluated and exported: the average of the one that learns, where there is one."""
+        return self.network if self.average is None else self.average
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """The one that learns, and its average."""
+        return [network for network in (self.network, self.average) if network is not None]
+
+    @torch.no_grad()
+    def move_average(self, decay: float) -> None:
+        """Moves the average towards the weights; what is none, as running statistics are, is copied.
+
+        Args:
+            decay: What remains of the average.
+        """
+        for network in self.networks:
+            if hasattr(network, "reshard"):  # by FSDP2: what it was read with is no longer needed whole
+                network.reshard()
+        pairs = (local(network.parameters()) for network in (self.average, self.network))
+        torch._foreach_lerp_(*pairs, 1 - decay)
+        for mine, theirs in zip(self.average.buffers(), self.network.buffers(), strict=True):
+            mine.copy_(theirs)
+
+    def agree_on_average(self, checkpoint: dict[str, Any]) -> None:
+        """Has a checkpoint's weights and average be those that there are here.
+
+        An average begins as the weights of a checkpoint without one. Where there is none here, the network takes a
+        checkpoint's average to be evaluated, and leaves it out to learn on.
+        """
+        stored = checkpoint["state_dict"]
+        weights = [name for name in stored if name.startswith("network.")]
+        if self.average is not None and checkpoint.get("evaluated") != "average":
+            stored.update({name.replace("network.", "average.", 1): stored[name] for name in weights})
+        elif self.average is None and checkpoint.get("evaluated") == "average":
+            if self._fits:
+                log.info("Ignoring the checkpoint's weight average: the run has no WeightAverage")
+            for name in weights:
+                average = stored.pop(name.replace("network.", "average.", 1))
+                stored[name] = stored[name] if self._fits else average
 
 
 def groups_table(optimizer: Optimizer) -> str:
