@@ -20,25 +20,26 @@ from lit_llm.schedulers import Schedule
 class CausalLM(Objective):
     """Minimises the cross-entropy of each next token.
 
-    Logs `val/loss` (nats per token), `val/perplexity` and `val/bits_per_byte`, over the whole split; the same under
-    `test/`. Of a mixture also each source's `val/<source>/loss` and `val/<source>/bits_per_byte`. `predict` gives the
+    Logs `val/loss` (nats per token), `val/perplexity` and `val/bits_per_byte` over the whole split; for a mixture of
+    sources also `val/<source>/loss` and `val/<source>/bits_per_byte`; and the same under `test/`. `predict` returns the
     nats of each label.
 
     Args:
         network: Makes a language model from the number of tokens. Called with `input_ids`, `document_ids` and
             `positions`, it returns logits; its `hidden`, if it has one, returns the input of its `lm_head`. `None` is
             the network of `weights`.
-        optimizer: As in `Objective`.
-        schedule: As in `Objective`.
-        decay_embeddings: As in `Objective`.
-        weights: As in `Objective`.
-        adaptation: As in `Objective`.
-        vocab_size: Tokens of the network; `None` is as many as the tokeniser. More leave room for growth or alignment.
-        label_smoothing: Probability spread over all tokens, in [0, 1).
-        z_loss: Weight of the squared log-normaliser; 0 for none, 1e-4 is usual.
+        optimizer: Makes the optimiser from parameter groups; `None` is AdamW with a learning rate of 1e-3.
+        schedule: Factor on the learning rates at each step; `None` is constant.
+        decay_embeddings: Apply weight decay to embeddings too.
+        weights: Weights to start from: a model directory, a run folder, a checkpoint file or a name on the hub.
+        adaptation: Which parameters are trained, from when on and how fast; `None` trains all of them alike.
+        vocab_size: Number of tokens of the network; `None` is that of the tokeniser. A larger number leaves room for
+            new tokens or for a size that is faster.
+        label_smoothing: Probability spread evenly over all tokens, in [0, 1).
+        z_loss: Weight of the squared log of the softmax's denominator; 0 for none, 1e-4 is usual.
 
     Raises:
-        ValueError: When a value is out of range, or rows are longer than the network reads.
+        ValueError: When a value is out of range, or rows are longer than the network's `max_seq_len`.
 
     Source:
         Bengio et al., 2003, "A Neural Probabilistic Language Model", eq. 1.
@@ -47,10 +48,10 @@ class CausalLM(Objective):
     size_name: ClassVar[str] = "vocab_size"
 
     shares_vocabulary: ClassVar[bool] = True
-    """Whether its loss is put together by the devices of `vocabulary_group`, where a strategy says so."""
+    """Whether a strategy may set `vocabulary_group`, so that its devices compute the loss together."""
 
     vocabulary_group: Any = None
-    """Devices that have the same batch and share its logits by tokens of the vocabulary."""
+    """Process group whose devices read the same batch and each compute the logits of a part of the vocabulary."""
 
     def __init__(
         self,
@@ -74,19 +75,19 @@ class CausalLM(Objective):
         self.val_metric, self.test_metric = LanguageModeling(), LanguageModeling()
 
     def setup(self, stage: str) -> None:
-        """Takes from the data what sizes the network, and which sources there are to tell apart."""
+        """Takes the network's size from the data, and the names of its sources, each of which is measured by itself."""
         super().setup(stage)
         if sources := getattr(self.trainer.datamodule, "sources", None):
             self.val_metric, self.test_metric = LanguageModeling(sources), LanguageModeling(sources)
 
     def logits(self, batch: TokenBatch) -> Any:
-        """What the network says of each next token."""
+        """The network's logits of each next token."""
         return self.reading(**_inputs(batch))
 
     def loss(self, batch: TokenBatch) -> Loss:
-        """Cross-entropy in nats with its regularisers, summed over the labels.
+        """Cross-entropy in nats with smoothing and z-loss, summed over the labels, and their number.
 
-        A network that has its output layer apart, as `hidden` and `lm_head`, never holds all its logits.
+        If the network has `hidden` and `lm_head`, the logits are computed in chunks and never held all at once.
         """
         labels = batch["labels"]
         targets = (labels != IGNORE_INDEX).sum().float()
@@ -98,7 +99,7 @@ class CausalLM(Objective):
         return cross_entropy_sum(self.logits(batch), labels, self.label_smoothing, self.z_loss), targets
 
     def measure(self, metric: LanguageModeling, batch: TokenBatch) -> dict[str, Tensor]:
-        """Adds the nats of each label, and the bytes that its row stands for."""
+        """Adds the nats of each label and the number of bytes of each row."""
         nats = token_nats(self.logits(batch), batch["labels"])
         metric.update(nats, batch["labels"], batch.get("num_bytes"), batch.get("sources"))
         return {"row_nats": nats.sum(dim=1), "row_tokens": (batch["labels"] != IGNORE_INDEX).sum(dim=1)}

@@ -1,4 +1,4 @@
-"""Classification: which of a few classes an example is of."""
+"""Classification: predict the class of each example."""
 
 from __future__ import annotations
 
@@ -20,28 +20,29 @@ from lit_llm.schedulers import Schedule
 
 
 class Classification(Objective):
-    """Minimises the cross-entropy of each example's class: of texts, of images, of whatever the network reads.
+    """Minimises the cross-entropy of each example's class; examples are texts, images or whatever the network reads.
 
     Logs `val/accuracy`, `val/precision`, `val/recall`, `val/f1`, `val/mcc` and `val/loss` (nats per example, neither
-    weighted nor smoothed) over the whole split; the same under `test/`. `predict` gives each example's probabilities.
+    weighted nor smoothed) over the whole split, and the same under `test/`. `predict` returns the probabilities of each
+    example.
 
     Args:
         network: Makes a classifier from the number of classes. Called with everything in a batch except `labels` and
             `rows` as keyword arguments, it returns logits. `None` is the network of `weights`.
-        optimizer: As in `Objective`.
-        schedule: As in `Objective`.
-        decay_embeddings: As in `Objective`.
-        weights: As in `Objective`.
-        adaptation: As in `Objective`.
-        num_classes: Number of classes of the network; `None` is that of the data.
-        label_smoothing: Probability spread over all classes, in [0, 1); 0.1 is usual.
-        class_weights: `balanced` weights each example by the inverse of its class's share of the training split, so
-            that all classes count equally; the loss, smoothed or not, is the weighted sum over the sum of weights. Not
-            beside the data's `balance_classes`, which does the same by drawing.
+        optimizer: Makes the optimiser from parameter groups; `None` is AdamW with a learning rate of 1e-3.
+        schedule: Factor on the learning rates at each step; `None` is constant.
+        decay_embeddings: Apply weight decay to embeddings too.
+        weights: Weights to start from: a model directory, a run folder, a checkpoint file or a name on the hub.
+        adaptation: Which parameters are trained, from when on and how fast; `None` trains all of them alike.
+        num_classes: Number of classes of the network, at least that of the data; `None` is that of the data.
+        label_smoothing: Probability spread evenly over all classes, in [0, 1); 0.1 is usual.
+        class_weights: `balanced` weights each example by the inverse frequency of its class in the training split, so
+            that all classes count equally; the loss is the weighted mean, with label smoothing too. Cannot be combined
+            with the data's `balance_classes`, which does the same by sampling.
 
     Raises:
-        ValueError: When a value is out of range, labels are real numbers, nothing says how often classes occur, or the
-            data balance them already.
+        ValueError: When a value is out of range, labels are real numbers, the data has no class counts for the weights,
+            or it balances the classes already.
 
     Source:
         Szegedy et al., 2015, arXiv:1512.00567, section 7 (smoothing); King & Zeng, 2001, "Logistic Regression in Rare
@@ -70,7 +71,7 @@ class Classification(Objective):
         self.label_smoothing, self.class_weights = label_smoothing, class_weights
 
     def setup(self, stage: str) -> None:
-        """Takes the number of classes from the data."""
+        """Takes the number of classes from the data, whose labels must be classes."""
         data = self.trainer.datamodule
         if getattr(data, "num_classes", None) is None and getattr(data, "num_targets", None) is not None:
             raise ValueError(
@@ -80,9 +81,9 @@ class Classification(Objective):
         super().setup(stage)
 
     def build(self) -> None:
-        """Makes the network, and tells it, to be trained or of `weights`, the classes' names.
+        """Makes the network, as one whose classes exclude each other, and the metrics and class weights.
 
-        They exclude each other, which it is told, too.
+        Also sets the network's class names, if it is trained or comes from `weights`.
         """
         reads_weights = self.hparams.get("weights") is not None
         super().build()
@@ -91,13 +92,13 @@ class Classification(Objective):
         if self._fits or reads_weights:
             self._name_classes()
         self.val_metric, self.test_metric = (classification_metrics(self.hparams["num_classes"]) for _ in range(2))
-        # Whole numbers: others would be rounded to the precision of the network.
+        # Counts rather than weights: casting the module to 16 bits does not round integers.
         self.register_buffer("count_of_class", self._count_of_class(self._data), persistent=False)
 
     def on_validation_start(self) -> None:
-        """Tells the network the classes' names, now that a checkpoint has said in which order the data have them.
+        """Sets the network's class names in the data's order, which a checkpoint may have changed.
 
-        A trained network that is evaluated as it stands keeps its own: those of other data may be in another order.
+        A network evaluated without a checkpoint keeps its own names, because other data may have another order.
         """
         if self._fits or self.trainer.ckpt_path:
             self._name_classes()
@@ -124,20 +125,20 @@ class Classification(Objective):
 
     @property
     def weight_of_class(self) -> Float[Tensor, " classes"] | None:
-        """What an example of each class counts, in fp32; `None` where all count alike."""
+        """Weight of an example of each class, in fp32; `None` without weights."""
         if self.count_of_class is None:
             return None
         counts = self.count_of_class.float()
-        return counts.max() / counts  # 1 at least, so that a sum of weights is never taken for none
+        return counts.max() / counts  # at least 1, so that clamping the sum of weights to 1 never changes it
 
     def logits(self, batch: Mapping[str, Tensor]) -> Float[Tensor, "batch classes"]:
-        """What the network says of each example, in fp32."""
+        """The network's logits of each example, in fp32."""
         return self.read(batch).float()
 
     def loss(self, batch: Mapping[str, Tensor]) -> Loss:
-        """Cross-entropy in nats, summed over the examples with their weights, and the sum of those.
+        """Weighted sum of the cross-entropy in nats over the examples, and the sum of the weights (1 each by default).
 
-        Labels are classes, or of each example a probability of each class (`batch classes`), as mixed images have.
+        Labels are class indices, or probabilities of each class (`batch classes`), as for mixed images.
         """
         logits, labels, smoothing = self.logits(batch), batch["labels"], self.label_smoothing
         if self.count_of_class is None:
@@ -145,19 +146,19 @@ class Classification(Objective):
             return total, total.new_tensor(len(labels))
         weights = self.weights_of(batch)
         total = F.cross_entropy(logits, labels, weight=self.weight_of_class, reduction="sum")
-        if smoothing:  # (torch's own gives each other class's part that class's weight, and so a rare one all of it.)
+        if smoothing:  # (torch's own weights the smoothed part of each class by that class, so rare ones dominate it.)
             total = torch.lerp(total, -(weights * logits.log_softmax(dim=-1).mean(dim=-1)).sum(), smoothing)
         return total, weights.sum()
 
     def weights_of(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
-        """What each example counts; of mixed images the mean weight of what they are mixed of."""
+        """Weight of each example; for mixed images the mean weight of the classes mixed."""
         labels, weight = batch["labels"], self.weight_of_class
         if weight is None:
             return torch.ones(len(labels), device=labels.device)
-        return (labels * weight).sum(dim=-1) if labels.is_floating_point() else weight[labels]  # (`@` would be rounded)
+        return (labels * weight).sum(dim=-1) if labels.is_floating_point() else weight[labels]  # (autocast rounds `@`)
 
     def measure(self, metric: MetricCollection, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Adds each example's class, predicted class and nats."""
+        """Adds the label, the predicted class and the nats of each example."""
         logits, labels = self.logits(batch), batch["labels"]
         predicted, nats = logits.argmax(dim=-1), F.cross_entropy(logits, labels, reduction="none")
         metric.update(preds=predicted, target=labels, value=nats)

@@ -1,4 +1,4 @@
-"""Distillation: a small network learns from what a large one says, beside what the data say."""
+"""Distillation: a student network learns from a teacher's predictions as well as from the labels."""
 
 from __future__ import annotations
 
@@ -28,42 +28,45 @@ from lit_llm.objectives.teacher import Teacher, TeacherCache
 
 
 class Distillation(Objective):
-    """Mixed into an objective: its loss, and how far the student is from a teacher that reads the same batch.
+    """A mixin that adds to an objective's loss the divergence from a teacher that reads the same batch.
 
-    The loss is `(1 - teacher_weight)` of the objective's own and `teacher_weight` of the divergence of the two answers,
-    both softened by `temperature`, times its square; to which distances inside the networks may be added.
+    The loss is `1 - teacher_weight` times the objective's own loss, plus `teacher_weight` times the divergence between
+    the teacher's and the student's distributions, both softened by `temperature`, times `temperature` squared. Losses
+    between hidden states and between attention scores can be added.
 
-    The teacher is in evaluation mode and learns nothing; it is neither in checkpoints nor in the exported model, and is
-    read only to train. A run that goes on from a checkpoint needs it again.
+    The teacher is frozen and in evaluation mode. It is neither in checkpoints nor in the exported model, and is loaded
+    only for training; a resumed run needs it again.
 
     Args:
         args: As in the objective.
-        teacher: A model directory, a run folder, a checkpoint file or a name on the hub; of the same task, tokeniser
-            and classes.
+        teacher: A model directory, a run folder, a checkpoint file or a name on the hub, with the student's task,
+            tokeniser and classes.
         temperature: Divisor of both sets of logits, above 0; 2 to 5 is usual for classes, 1 to 2 for tokens.
-        teacher_weight: Share of the teacher in the loss, in [0, 1].
-        divergence: Distance between the two answers; `None` is `ForwardKL`.
+        teacher_weight: Weight of the divergence in the loss, in [0, 1]; the rest is the objective's own loss.
+        divergence: Divergence between the two distributions; `None` is `ForwardKL`.
         hidden_weight: Weight of the mean squared difference between the outputs of blocks, after a learned projection
             of the student's to the teacher's width; 0 for none.
-        attention_weight: The same for attention scores, if both have the same number of heads; 0 for none.
+        attention_weight: Weight of the mean squared difference between attention scores before the softmax; needs
+            equally many heads. 0 for none.
         layers: For each block of the student, the index of the teacher's block it learns from; `None` is every k-th.
         inherit: Start with the weights of those blocks, cut to the student's width.
         teacher_precision: Precision of the teacher's computation.
-        cache_top_k: Cache this many of the teacher's most likely tokens or classes per row on disk, so that it does not
-            read the row again in this run or the next. Only for rows that are always the same.
+        cache_top_k: Cache this many of the teacher's most likely classes per row, or tokens per position, on disk, so
+            that it does not read the row again in this run or the next. Only for rows that are the same in each epoch.
         kwargs: As in the objective.
 
     Raises:
-        ValueError: When a value is out of range, or the teacher does not fit student or data.
+        ValueError: When a value is out of range, or the teacher does not fit the student or the data.
 
     Source:
-        Hinton et al., 2015, arXiv:1503.02531, section 2 (answers); Jiao et al., 2019, "TinyBERT", arXiv:1909.10351, eq.
-        7 and 8 (attention and hidden states, here together with the answers, and each mean over positions and
-        components, so that the weights do not depend on a network's size); Sanh et al., 2019, arXiv:1910.01108 (start).
+        Hinton et al., 2015, arXiv:1503.02531, section 2 (predictions); Jiao et al., 2019, "TinyBERT", arXiv:1909.10351,
+        eq. 7 and 8 (attention and hidden states; here trained together with the predictions, and means over positions
+        and components, so that the weights do not depend on a network's size); Sanh et al., 2019, arXiv:1910.01108
+        (initialisation).
     """
 
     rows_come_again: ClassVar[bool] = True
-    """Whether the networks read the same of a row in each epoch, so that what was said of it can be kept."""
+    """Whether the networks read a row unchanged in each epoch, so that predictions can be cached."""
 
     def __init__(
         self,
@@ -109,13 +112,13 @@ class Distillation(Objective):
         self.layers, self.inherits, self.cache_top_k = layers, inherit, cache_top_k
         self.teacher_precision, self.teacher_path = teacher_precision, teacher
         self.projections = nn.ModuleList()
-        self._held: list[Teacher] = []  # in a list, so that it is no submodule
+        self._held: list[Teacher] = []
         self._cache: TeacherCache | None = None
         self._map: list[int] = []
 
     @property
     def teacher(self) -> Teacher:
-        """Who is learnt from; there while training."""
+        """The teacher; available only in a fit."""
         if not self._held:
             plain = next(kind for kind in type(self).__mro__[1:] if not issubclass(kind, Distillation))
             raise ValueError(
@@ -126,14 +129,14 @@ class Distillation(Objective):
 
     @property
     def beside(self) -> nn.Module:
-        """The projections of hidden states."""
+        """The projections of the student's hidden states."""
         return self.projections
 
     # Building.
 
     def configure_model(self) -> None:
-        """Builds the student, and to train reads the teacher."""
-        super().configure_model()  # (an average begins as the network at the first step, whatever that takes over here)
+        """Builds the student, and in a fit loads the teacher."""
+        super().configure_model()  # (an average copies the weights inherited below at the first step)
         if self._held or not self._fits:
             return
         if self.attention_weight and getattr(self.network, "activation_checkpointing", None):
@@ -165,7 +168,7 @@ class Distillation(Objective):
 
     @torch.no_grad()
     def _make_projections(self) -> None:
-        """One for each block of the student, as wide as the two turn out to be on a batch; they begin by passing on."""
+        """One for each block of the student, initialised to the identity; the widths are found by reading a batch."""
         source: TRAIN_DATALOADERS = self.trainer.fit_loop._data_source.dataloader()
         batch = self.trainer.precision_plugin.convert_input(next(iter(source)))
         with evaluating(self.network), tapping(self.network) as student, tapping(self.teacher.network) as taught:
@@ -177,11 +180,11 @@ class Distillation(Objective):
             nn.init.eye_(projection.weight)
 
     def on_fit_start(self) -> None:
-        """Brings the teacher to where the student is."""
+        """Moves the teacher to the student's device."""
         self.teacher.network.to(self.device)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """As the objective's; what only training needs is left out elsewhere."""
+        """Loads as in the objective, without the projections if there are none here, as outside a fit."""
         if not len(self.projections):
             state = checkpoint["state_dict"]
             checkpoint["state_dict"] = {n: v for n, v in state.items() if not n.startswith("projections.")}
@@ -191,16 +194,21 @@ class Distillation(Objective):
 
     @abstractmethod
     def position_weights(self, batch: Any, num_positions: int) -> Float[Tensor, "batch positions"]:
-        """How much each position of each row counts inside the networks; in all as much as the batch has targets."""
+        """Weights of positions in the losses of hidden states and attention; they sum to the number of targets."""
 
     def tapped(self, network: nn.Module) -> Any:
-        """Notes what goes on inside a network, as far as the loss asks for it."""
+        """A context that records a network's hidden states and attention scores, if the loss needs them."""
         if self.hidden_weight or self.attention_weight:
             return tapping(network, attention=self.attention_weight > 0)
         return tapping(nn.Module())
 
     def say(self, batch: Any, ask: Callable[[nn.Module], SoftTargets]) -> SoftTargets:
-        """What the teacher says of a batch: as it is kept on disk, or as it says when asked."""
+        """The teacher's predictions for a batch, from the cache if they are in it.
+
+        Args:
+            batch: The batch.
+            ask: Computes the predictions with the teacher's network.
+        """
         taught = self._cache.read(batch) if self._cache is not None else None
         if taught is None:
             with self.teacher.asked() as network:
@@ -210,13 +218,13 @@ class Distillation(Objective):
         return SoftTargets(taught.log_p.to(self.device), None if taught.index is None else taught.index.to(self.device))
 
     def mixed(self, hard: Tensor, soft: Tensor) -> Tensor:
-        """The objective's own loss and the divergence."""
+        """The weighted sum of the objective's own loss and the divergence."""
         return (1 - self.teacher_weight) * hard + self.teacher_weight * soft
 
     def inside(self, batch: Any, student: Tapped, teacher: Tapped) -> Tensor | float:
-        """The distances inside the networks, summed over the batch's targets."""
+        """The losses of hidden states and attention, averaged over blocks and summed over the batch's targets."""
         total: Tensor | float = 0.0
-        weights = functools.cache(lambda count: self.position_weights(batch, count))  # the same for every block
+        weights = functools.cache(lambda count: self.position_weights(batch, count))  # cached across blocks
         for index, layer in enumerate(self._map):
             if self.hidden_weight:
                 mine, theirs = _positions(student.hidden[index]), _positions(teacher.hidden[layer])
@@ -249,23 +257,23 @@ class Distillation(Objective):
 
 
 def _positions(hidden: Tensor) -> Float[Tensor, "batch positions width"]:
-    """What a block gives at each position, of a text or of an image."""
+    """The output of a block with one axis of positions: tokens of a text, places in an image, or a single one."""
     if hidden.ndim == 4:
         return hidden.flatten(2).mT
     return hidden if hidden.ndim == 3 else hidden[:, None]
 
 
 class ClassificationDistillation(Distillation, Classification):
-    """Classification that learns from a teacher too: of texts, of images.
+    """Classification of texts or images that also learns from a teacher; class weights apply to the divergence too.
 
     Arguments are those of `Distillation` and `Classification`.
 
     Source:
-        As `Distillation`. Class weights weigh an example's divergence too.
+        As `Distillation`.
     """
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
-        """The mixed loss, summed over the examples with their weights, and the sum of those."""
+        """The mixed loss, as a weighted sum over the examples, and the sum of the weights."""
         said: list[Tensor] = []
         with (
             self.tapped(self.network) as student,
@@ -278,7 +286,7 @@ class ClassificationDistillation(Distillation, Classification):
         return self.mixed(hard, (apart * self.weights_of(batch)).sum()) + self.inside(batch, student, taught), targets
 
     def position_weights(self, batch: Mapping[str, Any], num_positions: int) -> Float[Tensor, "batch positions"]:
-        """An example's, spread evenly over what is not padding."""
+        """The weight of an example, spread evenly over its positions without padding."""
         weights, mask = self.weights_of(batch)[:, None], batch.get("attention_mask")
         if mask is None or mask.shape[1] != num_positions:
             return (weights / num_positions).expand(-1, num_positions)
@@ -286,9 +294,9 @@ class ClassificationDistillation(Distillation, Classification):
 
 
 class CausalLMDistillation(Distillation, CausalLM):
-    """Causal language modelling that learns from a teacher too.
+    """Causal language modelling that also learns from a teacher.
 
-    Where networks have their output layer apart, logits of a few tokens at a time are made, compared and forgotten.
+    If a network has `hidden` and `lm_head`, its logits are computed for a chunk of tokens at a time.
 
     Arguments are those of `Distillation` and `CausalLM`.
 
@@ -297,7 +305,7 @@ class CausalLMDistillation(Distillation, CausalLM):
     """
 
     shares_vocabulary: ClassVar[bool] = False
-    """Divergences are of all logits of a token."""
+    """A divergence needs all logits of a token on one device."""
 
     def loss(self, batch: TokenBatch) -> Loss:
         """The mixed loss, summed over the labels, and their number."""
@@ -317,14 +325,14 @@ class CausalLMDistillation(Distillation, CausalLM):
         return total + self.inside(batch, student, taught), kept.sum().float()
 
     def _read(self, network: nn.Module, batch: TokenBatch) -> tuple[Tensor, Tensor | None]:
-        """What a network's output layer reads, and its matrix; or all logits."""
+        """The input of a network's output layer and its weight; or all logits and `None`."""
         about = {name: batch[name] for name in ("input_ids", "document_ids", "positions") if name in batch}
         if hasattr(network, "hidden") and isinstance(getattr(network.lm_head, "weight", None), Tensor):
             return network.hidden(**about), network.lm_head.weight
         return network(**about), None
 
     def _asked(self, batch: TokenBatch, kept: Tensor) -> Callable[[slice], SoftTargets]:
-        """What gives of some of the kept labels what the teacher says."""
+        """A function that returns the teacher's predictions for a slice of the kept labels."""
         if self._cache is not None:
             said = self.say(batch, lambda network: self._likeliest(network, batch))
             flat = SoftTargets(said.log_p.flatten(0, 1), said.index.flatten(0, 1))[kept]
@@ -348,12 +356,12 @@ class CausalLMDistillation(Distillation, CausalLM):
         return SoftTargets(torch.stack([top.log_p for top in tops]), torch.stack([top.index for top in tops]))
 
     def position_weights(self, batch: TokenBatch, num_positions: int) -> Float[Tensor, "batch positions"]:
-        """1 where there is something to predict."""
+        """1 where there is a label."""
         return (batch["labels"] != IGNORE_INDEX).float()
 
 
 class MaskedLMDistillation(Distillation, MaskedLM):
-    """Masked language modelling that learns from a teacher too, which fills in the same gaps.
+    """Masked language modelling that also learns from a teacher, which predicts the same masked tokens.
 
     Arguments are those of `Distillation` and `MaskedLM`.
 
@@ -364,7 +372,7 @@ class MaskedLMDistillation(Distillation, MaskedLM):
     rows_come_again: ClassVar[bool] = False
 
     def loss(self, batch: TokenBatch) -> Loss:
-        """The mixed loss, summed over the hidden tokens, and their number."""
+        """The mixed loss, summed over the chosen tokens, and their number."""
         read, ids, chosen = self.hide(batch, self.trainer.global_step)
         about = {name: batch[name] for name in ("document_ids", "positions") if name in batch}
         with self.tapped(self.network) as student:
@@ -378,5 +386,5 @@ class MaskedLMDistillation(Distillation, MaskedLM):
         return self.mixed(hard, soft) + self.inside(batch, student, taught), chosen.sum().float()
 
     def position_weights(self, batch: TokenBatch, num_positions: int) -> Float[Tensor, "batch positions"]:
-        """1 where a token is hidden."""
+        """1 where a token is chosen."""
         return self.hide(batch, self.trainer.global_step)[2].float()

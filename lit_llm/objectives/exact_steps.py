@@ -1,4 +1,4 @@
-"""Steps whose gradient is that of the mean loss over all targets of the step, however it is taken apart."""
+"""Training steps whose gradient is that of the mean loss over all targets, however the step is split into batches."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from lit_llm.data.sampling import data_parallel_rank
 from lit_llm.shards import local, total_norm
 
 Loss = tuple[Float[Tensor, ""], Float[Tensor, ""]]
-"""A loss summed over a batch's targets, and how many those were."""
+"""A loss summed over a batch's targets, and the number of targets (or the sum of their weights)."""
 
 PART_SCALE = 1024.0
-"""What summed losses are divided by until the step's targets are counted: a size that half precision can hold."""
+"""Divisor of summed losses until the targets of the step are counted; it keeps gradients in the range of fp16."""
 
 SET_OFTEN = frozenset(
     {"_current_fx_name", "_loss_sum", "_target_sum", "_sums_before", "_step_targets", "_parts_read", "grad_norm"}
@@ -31,13 +31,13 @@ SET_OFTEN = frozenset(
 class ExactSteps(LightningModule, ABC):
     """A LightningModule whose losses are summed and divided by the number of targets in the whole step.
 
-    A step may be of several micro-batches, on several processes: eight batches of one give the gradient of one batch of
-    eight, whatever the rows' lengths, where Lightning would average averages. Gradients are clipped by the norm of that
-    one, and let go of as soon as the step is done. What the steps lost adds up on the device, until it is asked for.
-    Only batch normalisation tells them apart: it is of each micro-batch, on each process, by itself.
+    A step may consist of several micro-batches on several processes: eight batches of one row give the gradient of one
+    batch of eight, whatever the rows' lengths, whereas Lightning averages the means of the micro-batches. The only
+    exception is batch normalisation, whose statistics are of one micro-batch on one process. The gradient of the whole
+    step is clipped, and freed as soon as the step is done. Losses accumulate on the device until they are read.
 
-    What a step draws by chance (dropout, noise) depends on the run's seed, the step, the micro-batch and the share of
-    the rows that a process reads, and on nothing before: a run that goes on draws what one never stopped draws.
+    Random numbers in a step (dropout, noise) depend only on the run's seed, the step, the micro-batch and the
+    data-parallel rank, so a resumed run draws the same ones as an uninterrupted run.
     """
 
     def __init__(self) -> None:
@@ -52,12 +52,12 @@ class ExactSteps(LightningModule, ABC):
 
     @abstractmethod
     def loss(self, batch: Any) -> Loss:
-        """The loss to be minimised, summed over the batch's targets, and their number."""
+        """The loss to minimise, summed over the batch's targets, and the number of targets."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """As torch's, but for what is set many times a step: that never is a parameter, which torch takes time to see.
+        """Like torch's, but bypasses its slow check for parameters for the names in `SET_OFTEN`.
 
-        Lightning notes at every hook which one it is in.
+        One of them, `_current_fx_name`, is set by Lightning at every hook.
         """
         if name in SET_OFTEN:
             self.__dict__[name] = value
@@ -67,7 +67,10 @@ class ExactSteps(LightningModule, ABC):
     # A step.
 
     def training_step(self, batch: Any, batch_idx: int) -> Float[Tensor, ""]:
-        """The mean loss of this batch, or, where a step has several, their share of the step's: see below."""
+        """The mean loss of this batch; if the step has several parts, the summed loss over `PART_SCALE`.
+
+        `on_before_optimizer_step` then divides the gradient by the number of targets of the whole step.
+        """
         if self._step_has_parts and batch_idx % self.trainer.accumulate_grad_batches == 0:
             self._begin_step()
         if self._parts_read == 0:
@@ -82,14 +85,14 @@ class ExactSteps(LightningModule, ABC):
         return total / PART_SCALE
 
     def _begin_step(self) -> None:
-        """Forgets micro-batches that never came to a step, whose gradients Lightning lets go of."""
+        """Discards the counts of micro-batches that never completed a step; Lightning discards their gradients."""
         if not self._gradients_are_elsewhere:
             self._step_targets, self._parts_read = 0.0, 0
 
     def _seed_chance(self) -> None:
-        if self._seed is None:  # Lightning keeps there what `seed_everything` was given
+        if self._seed is None:  # `seed_everything` stores its argument in this variable
             self._seed = int(os.environ.get("PL_GLOBAL_SEED", torch.initial_seed()))
-        # Large odd factors, so that neighbours have nothing in common; torch's generator on a CPU reads 32 bits.
+        # Large odd factors decorrelate neighbouring steps and ranks; torch's CPU generator uses 32 bits of the seed.
         rank, _ = data_parallel_rank(self.trainer)
         where = self.trainer.global_step * 0x9E3779B1 + self._parts_read * 0x85EBCA77 + rank * 0xC2B2AE3D
         seed = (self._seed + where) % 2**32
@@ -98,7 +101,7 @@ class ExactSteps(LightningModule, ABC):
             torch.get_device_module(self.device).manual_seed(seed)
         self._parts_read += 1
 
-    training_step.__signature__ = inspect.signature(training_step)  # Lightning asks for it at every step
+    training_step.__signature__ = inspect.signature(training_step)  # cached: Lightning inspects it at every step
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Turns the gradient of the scaled sum into the gradient of the mean over all targets of the step."""
@@ -106,25 +109,25 @@ class ExactSteps(LightningModule, ABC):
             return
         targets = self.trainer.strategy.reduce(self._step_targets, reduce_op="sum")
         self._step_targets = 0.0
-        # Lightning has divided by the micro-batches, and data-parallel strategies average over processes.
+        # Lightning has divided by the number of micro-batches, and data-parallel strategies average over processes.
         parts = self.trainer.accumulate_grad_batches * self.trainer.world_size
-        # (Devices that share products count the same targets, as often as they are counted among the processes.)
+        # (Tensor-parallel ranks read the same rows; repeating them in `targets` and in `world_size` cancels.)
         factor = PART_SCALE * parts / targets.clamp(min=1)
         if self._gradients_are_elsewhere:
             self.trainer.strategy.scale_gradients(factor)
             return
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        if gradients := local(gradients):  # which may lie in the CPU's memory
+        if gradients := local(gradients):  # may be offloaded to the CPU
             torch._foreach_mul_(gradients, factor.to(gradients[0].device))
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Steps, and lets go of the gradients at once: Lightning would hold them through the next forward pass."""
+        """Steps and frees the gradients at once: Lightning would keep them during the next forward pass."""
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         self._parts_read = 0
         self.optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
-        """Lets go of all gradients; as torch's, without the profiler's mark that costs more than the work."""
+        """Sets all gradients to `None`, like torch's, but without its profiler annotation, which costs more time."""
         if self._gradients_are_elsewhere:
             return
         for group in optimizer.param_groups:
@@ -133,7 +136,7 @@ class ExactSteps(LightningModule, ABC):
 
     @property
     def _gradients_are_elsewhere(self) -> bool:
-        """Whether the strategy scales, clips and lets go of gradients, in a place of its own (`zero`)."""
+        """Whether the strategy keeps the gradients itself, and scales, clips and frees them (`zero`)."""
         return getattr(self.trainer.strategy, "owns_gradients", False)
 
     @property
@@ -146,12 +149,12 @@ class ExactSteps(LightningModule, ABC):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips by the global norm, and keeps that norm for the logs.
+        """Clips by the global norm, which it keeps for the logs, or by value.
 
-        Lightning's own refuses a fused optimiser under bf16-mixed, which needs no unscaling.
+        Lightning's own clipping refuses fused optimisers under bf16-mixed too, where no gradient is unscaled.
 
         Raises:
-            ValueError: With a fused optimiser under 16-mixed, which unscales gradients only after they were clipped.
+            ValueError: With a fused optimiser under 16-mixed, because it unscales gradients only after clipping.
         """
         if self._gradients_are_elsewhere:
             return
@@ -170,11 +173,11 @@ class ExactSteps(LightningModule, ABC):
             self.grad_norm = total_norm(gradients)
             torch._foreach_mul_(local(gradients), (gradient_clip_val / (self.grad_norm + 1e-6)).clamp(max=1.0))
 
-    # What the steps lost.
+    # The training loss since the last report.
 
     @property
     def loss_sums(self) -> tuple[Tensor | float, Tensor | float]:
-        """The loss summed since it was last taken, and its targets: for a callback that takes a step back."""
+        """Sum of the loss since the last report, and number of targets; settable, for a callback that undoes a step."""
         return self._loss_sum, self._target_sum
 
     @loss_sums.setter
@@ -183,16 +186,16 @@ class ExactSteps(LightningModule, ABC):
 
     @property
     def whole_loss_sums(self) -> tuple[Tensor | float, Tensor | float]:
-        """Those of whole steps: the batches of one that was begun are read again by a run that goes on."""
+        """The same without the micro-batches of an unfinished step, because a resumed run reads them again."""
         return self._sums_before if self._parts_read else self.loss_sums
 
     def take_train_loss(self) -> float:
-        """The mean loss over the targets since the last call: the one place that waits for the device.
+        """The mean loss over the targets since the last call; reading it waits for the device.
 
-        NaN where there were none, as where all steps were taken back.
+        NaN if there were no targets, for example because all steps were undone.
 
         Raises:
-            FloatingPointError: When it is not finite.
+            FloatingPointError: When the loss is not finite.
         """
         loss_sum, target_sum = self._added(self.loss_sums)
         self.require_finite("train/loss", loss_sum / max(target_sum, 1.0))
@@ -200,19 +203,19 @@ class ExactSteps(LightningModule, ABC):
         return loss_sum / target_sum if target_sum else math.nan
 
     def take_train_metrics(self) -> dict[str, float]:
-        """What else there is to say of the steps since the last call, by name; asked for after the loss."""
+        """Further metrics of the steps since the last call, by name; called after `take_train_loss`."""
         return {}
 
     def _added(self, sums: tuple[Tensor | float, Tensor | float]) -> list[float]:
-        """A summed loss and its targets, added up over all processes."""
+        """A summed loss and its number of targets, each summed over all processes."""
         tensors = (torch.as_tensor(x, device=self.device).clone() for x in sums)
         return [float(self.trainer.strategy.reduce(x, reduce_op="sum")) for x in tensors]
 
     def require_finite(self, name: str, value: float) -> None:
-        """Refuses to go on with what is no number.
+        """Checks that a value is finite.
 
         Raises:
-            FloatingPointError: Saying at which step.
+            FloatingPointError: When it is not; the message names the value and the step.
         """
         if not math.isfinite(value):
             raise FloatingPointError(
@@ -221,10 +224,10 @@ class ExactSteps(LightningModule, ABC):
             )
 
     def require_numbers(self, predictions: Tensor) -> None:
-        """Refuses predictions that say nothing.
+        """Checks that predictions are finite.
 
         Raises:
-            FloatingPointError: When one is not finite.
+            FloatingPointError: When one is not.
         """
         if not predictions.isfinite().all():
             raise FloatingPointError("predictions must be finite, but are not; take a checkpoint from before")

@@ -1,4 +1,4 @@
-"""Masked language modelling: fill in the words that are hidden."""
+"""Masked language modelling: predict masked tokens."""
 
 from __future__ import annotations
 
@@ -22,29 +22,31 @@ from lit_llm.schedulers import Schedule
 
 
 class MaskedLM(Objective):
-    """Minimises the cross-entropy of tokens that were hidden, from what stands before and after them.
+    """Minimises the cross-entropy of masked tokens, given the tokens before and after them.
 
-    Of each row about `mask_ratio` of the tokens are chosen: 80 % of these become the mask token, 10 % another one, 10 %
-    stay. Special tokens are never chosen. Which are chosen is a function of the seed, the step and the row: each
-    epoch hides others, and a run that goes on from a checkpoint hides what it would have hidden. In an evaluation it is
-    a function of the seed and the row. A row's first and last token become the tokeniser's `[CLS]` and `[SEP]`, where
-    it has them: so the network will find them around any text that it reads later.
+    About `mask_ratio` of the tokens of each row are chosen: 80 % of these become the mask token, 10 % a random token,
+    and 10 % are unchanged. Special tokens are never chosen. The choice is a function of the seed, the step and the row,
+    so it differs in each epoch, and a resumed run makes the same choices. In an evaluation it is a function of the seed
+    and the row. The first and last token of a row become the tokeniser's `[CLS]` and `[SEP]`, if it has them, because
+    the network will find them around any text that it reads later.
 
-    Logs `val/loss` (nats per hidden token), `val/accuracy` (fraction of them that is most probable) and
-    `val/perplexity`; the same under `test/`.
+    Logs `val/loss` (nats per chosen token), `val/accuracy` (fraction of chosen tokens that are the most probable) and
+    `val/perplexity`, and the same under `test/`.
 
     Args:
-        network: Makes a masked language model from the number of tokens. Its `logits_at`, called with positions,
-            `input_ids`, `document_ids` and `positions`, returns logits. `None` is the network of `weights`.
-        optimizer: As in `Objective`.
-        schedule: As in `Objective`.
-        decay_embeddings: As in `Objective`.
-        weights: As in `Objective`.
-        adaptation: As in `Objective`.
-        vocab_size: Tokens of the network; `None` is as many as the tokeniser. More leave room for growth or alignment.
-        mask_ratio: Fraction of masked tokens, in (0, 1); 0.15 in BERT, 0.3 in ModernBERT.
-        whole_words: Mask either all tokens of a word or none.
-        mask_seed: Seed of the masks.
+        network: Makes a masked language model from the number of tokens. Its `logits_at`, called with a mask of the
+            chosen tokens, `input_ids`, `document_ids` and `positions`, returns their logits. `None` is the network of
+            `weights`.
+        optimizer: Makes the optimiser from parameter groups; `None` is AdamW with a learning rate of 1e-3.
+        schedule: Factor on the learning rates at each step; `None` is constant.
+        decay_embeddings: Apply weight decay to embeddings too.
+        weights: Weights to start from: a model directory, a run folder, a checkpoint file or a name on the hub.
+        adaptation: Which parameters are trained, from when on and how fast; `None` trains all of them alike.
+        vocab_size: Number of tokens of the network; `None` is that of the tokeniser. A larger number leaves room for
+            new tokens or for a size that is faster.
+        mask_ratio: Probability that a token is chosen, in (0, 1); 0.15 in BERT, 0.3 in ModernBERT.
+        whole_words: Choose either all tokens of a word or none.
+        mask_seed: Seed of the choice.
 
     Raises:
         ValueError: When a value is out of range, or the tokeniser has no mask token.
@@ -53,8 +55,8 @@ class MaskedLM(Objective):
     Source:
         Devlin et al., 2018, "BERT", arXiv:1810.04805, section 3.1; dynamic masking: Liu et al., 2019, "RoBERTa",
         arXiv:1907.11692, section 4.1; whole words: Cui et al., 2019, arXiv:1906.08101, section 2. Each token (word) is
-        chosen by itself, as transformers' collator does, where BERT hides a set number in each row; and what takes a
-        token's place at random is never a special token.
+        chosen independently, as in transformers' collator, whereas BERT masks a fixed number in each row. A random
+        token is never a special one.
     """
 
     size_name: ClassVar[str] = "vocab_size"
@@ -80,7 +82,7 @@ class MaskedLM(Objective):
         self.val_metric, self.test_metric = TokenPrediction(), TokenPrediction()
 
     def setup(self, stage: str) -> None:
-        """Takes from the data what sizes the network, and what its tokens are."""
+        """Takes the network's size and the special tokens from the data."""
         super().setup(stage)
         data = self.trainer.datamodule
         if (tokenizer := getattr(data, "tokenizer", None)) is not None:
@@ -93,7 +95,7 @@ class MaskedLM(Objective):
             self.read_tokens_of(tokenizer)
 
     def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Learns which tokens may be hidden, and by what."""
+        """Takes from the tokeniser which tokens may be chosen, and what replaces them."""
         self.mask_token = tokenizer.mask_token_id
         self.edge_tokens = tokenizer.cls_token_id, tokenizer.sep_token_id
         ordinary = ordinary_tokens(tokenizer)
@@ -103,7 +105,7 @@ class MaskedLM(Objective):
         self.register_buffer("word_edges", edges, persistent=False)
 
     def build(self) -> None:
-        """Makes the network, and sees that it fills in words."""
+        """Makes the network, and checks that it is a masked language model."""
         super().build()
         if not hasattr(self.network, "logits_at"):
             raise TypeError(
@@ -113,11 +115,11 @@ class MaskedLM(Objective):
     def hide(
         self, batch: TokenBatch, step: int | None = None
     ) -> tuple[Int[Tensor, "batch seq"], Int[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-        """What the network reads, what stands there, and which positions it is asked for.
+        """The masked tokens that the network reads, the original tokens, and which of them are chosen.
 
         Args:
             batch: Rows of tokens.
-            step: Of the training; `None` in an evaluation, which hides the same each time.
+            step: Training step; `None` in an evaluation, which masks the same tokens each time.
         """
         ids = batch["input_ids"].clone()
         for place, token in zip((0, -1), self.edge_tokens, strict=True):
@@ -133,17 +135,17 @@ class MaskedLM(Objective):
         return torch.where(chosen, read, ids), ids, chosen
 
     def _nats(self, batch: TokenBatch, read: Tensor, ids: Tensor, chosen: Any) -> tuple[Tensor, Tensor]:
-        """The cross-entropy of each hidden token, and whether it is the most probable one."""
+        """The cross-entropy of each chosen token, and whether it is the most probable one."""
         about = {name: batch[name] for name in ("document_ids", "positions") if name in batch}
         logits, labels = self.reading.logits_at(chosen, read, **about).float(), ids[chosen]
         return F.cross_entropy(logits, labels, reduction="none"), logits.argmax(dim=-1) == labels
 
     def loss(self, batch: TokenBatch) -> Loss:
-        """Cross-entropy in nats, summed over the hidden tokens, and their number."""
+        """Cross-entropy in nats, summed over the chosen tokens, and their number."""
         return self._loss_of(batch, *self.hide(batch, self.trainer.global_step))
 
     def planned_loss(self, batch: TokenBatch) -> Loss:
-        """The same of as many tokens as are hidden on average."""
+        """The loss of as many tokens as are chosen on average."""
         ids = batch["input_ids"]
         places = torch.arange(max(1, round(self.mask_ratio * ids.numel())), device=ids.device)
         return self._loss_of(batch, ids, ids, (places // ids.shape[1], places % ids.shape[1]))
@@ -153,11 +155,11 @@ class MaskedLM(Objective):
         return nats.sum(), nats.new_tensor(len(nats))
 
     def measure(self, metric: TokenPrediction, batch: TokenBatch) -> None:
-        """Adds the nats of each hidden token."""
+        """Adds the nats of each chosen token."""
         metric.update(*self._nats(batch, *self.hide(batch)))
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> NoReturn:
-        """Refuses.
+        """Refuses, because a masked language model predicts nothing of a whole row.
 
         Raises:
             ValueError: Always.

@@ -47,16 +47,16 @@ class Built(Scheduled):
     """
 
     size_name: ClassVar[str]
-    """The argument, and the data module's attribute, that becomes the network's first argument."""
+    """Name of the network's first argument (such as `vocab_size`), and of the data's attribute that gives it."""
 
     stored_size: int | None = None
-    """The size in the checkpoint that is to be read, for data to evaluate that cannot say it."""
+    """Size in the checkpoint to be evaluated, for data that does not determine it."""
 
     starts_from_checkpoint: bool = False
-    """Whether `weights` are the checkpoint that is to be read, to which what the run started from gave way."""
+    """Whether `weights` is the checkpoint that is loaded later, instead of what its run once started from."""
 
     planned_for: LightningDataModule | None = None
-    """Data that the network is made for where no trainer has them, as in a plan."""
+    """Data that the network is built for if no trainer holds any, for example in a plan."""
 
     def __init__(
         self,
@@ -71,14 +71,15 @@ class Built(Scheduled):
 
     @property
     def _data(self) -> LightningDataModule | None:
-        """The trainer's data; `None` where there are none, as where a checkpoint is read without a trainer."""
+        """The trainer's data; `None` without data or trainer, for example when only a checkpoint is read."""
         return getattr(self._trainer, "datamodule", None)
 
     def setup(self, stage: str) -> None:
-        """Takes from the data what sizes the network.
+        """Takes the network's size from the data.
 
         Raises:
-            ValueError: When the data needs more than the config allows, or the strategy would average averages.
+            ValueError: When the config's size is too small for the data, or the strategy accumulates gradients itself
+                and would average the means of micro-batches.
         """
         if getattr(self.trainer.strategy, "handles_gradient_accumulation", False):  # Lightning's own for DeepSpeed
             raise ValueError(
@@ -94,22 +95,22 @@ class Built(Scheduled):
             raise ValueError(f"model.{name} must be at least what the data has, {needed}, but is {given}")
 
     def configure_model(self) -> None:
-        """Builds the network, once, and where one is wanted the average of its weights."""
+        """Builds the network, unless that is done already, and the average of its weights if one is kept."""
         if self.network is None:
             self.build()
         self.keep_average()
 
     def build(self) -> None:
-        """Makes the network, and gives it the weights to start from.
+        """Makes the network and loads the weights to start from.
 
         Raises:
-            ValueError: When nothing says how large it is, or the weights are not for this data or this network.
+            ValueError: When the network's size is unknown, or the weights do not fit the data or the network.
         """
         name, source, other_classes = self.size_name, None, False
         if self.hparams.get("weights"):
             source = read_model(self.hparams["weights"], unrounded=self.starts_from_checkpoint)
             if getattr(self._trainer, "ckpt_path", "no trainer") is None:
-                getattr(self._data, "splits", None)  # found now: no checkpoint will say what the classes are
+                getattr(self._data, "splits", None)  # finds the classes now, as no checkpoint will name them
             other_classes = self._has_other_classes(source)
             self._require_same_data(source, other_classes)
             if not other_classes:
@@ -137,7 +138,7 @@ class Built(Scheduled):
             self.adaptation.prepare(self.network)
 
     def _make_network(self, fresh: bool) -> nn.Module:
-        """The network; without weights, where nobody needs them before the strategy, which gives it them."""
+        """Makes the network, without allocating its weights if they are new and the strategy initialises them later."""
         size, own = self.hparams[self.size_name], type(self)
         untouched = own.build is Built.build and own.configure_model is Built.configure_model
         defers = getattr(getattr(self._trainer, "strategy", None), "defers_init", False)
@@ -148,9 +149,9 @@ class Built(Scheduled):
         return self.make_network(size)
 
     def _require_sized_first(self) -> None:
-        """Refuses a network whose first argument, which the size has become, is another than the one of that name."""
+        """Refuses a network that has an argument `size_name`, but not as the first, which is the one that got it."""
         make, kind = self.make_network, type(self.network)
-        called = make if getattr(make, "func", None) is kind else kind  # a notebook's partial may give the first ones
+        called = make if getattr(make, "func", None) is kind else kind  # a partial may bind the first arguments
         if self.size_name in [*inspect.signature(called).parameters][1:]:
             raise ValueError(
                 f"model.network must take {self.size_name} as its first argument, but is {kind.__name__}, whose first "
@@ -159,7 +160,7 @@ class Built(Scheduled):
 
     @property
     def _image_shape(self) -> tuple[int, int, int] | None:
-        """Channels, height and width of the data's images; `None` where it has none, or takes them of a checkpoint."""
+        """Channels, height and width of the data's images; `None` without images, or if a checkpoint gives them."""
         if self.planned_for is not None:
             return getattr(self.planned_for, "image_shape", None)
         if self._trainer is None or (self.trainer.state.fn != "fit" and self.trainer.ckpt_path):
@@ -167,7 +168,7 @@ class Built(Scheduled):
         return getattr(self.trainer.datamodule, "image_shape", None)
 
     def _require_room(self) -> None:
-        """Sees that the network reads rows as long as the data's."""
+        """Checks that the data's rows are not longer than the network's `max_seq_len`."""
         longest, data = getattr(self.network, "max_seq_len", None), self._data
         for name in ("seq_len", "max_seq_len"):
             length = getattr(data, name, None)
@@ -175,7 +176,7 @@ class Built(Scheduled):
                 raise ValueError(f"data.{name} must be at most the network's max_seq_len, {longest}, but is {length}")
 
     def _require_same_data(self, source: Model, other_classes: bool) -> None:
-        """Refuses data that means something else by its numbers than what the weights were trained on."""
+        """Checks that task, tokeniser, image shape and classes of the weights are those of the data."""
         data, weights, name = self._data, self.hparams["weights"], self.size_name
         sized_by = first_argument(type(source.network))
         if (sized_by == "vocab_size") != (name == "vocab_size"):
@@ -197,7 +198,7 @@ class Built(Scheduled):
         if other_classes:
             return
         size, needed, given = source.recipe["size"], getattr(data, name, None), self.hparams.get(name)
-        more = "" if name == "num_targets" else "at least "  # a class may be without examples
+        more = "" if name == "num_targets" else "at least "  # some classes may have no examples
         if needed is not None and (size < needed or (size > needed and not more)):
             raise ValueError(
                 f"model.weights must have {more}the {name} of the data, {needed}, but {weights} has {size}"
@@ -212,12 +213,12 @@ class Built(Scheduled):
             )
 
     def _order_of_classes(self, source: Model) -> list[int] | None:
-        """In which order the head of weights is of the data's classes; `None` where it is of others."""
+        """Order in which the classes of the weights' head are those of the data; `None` if they are others."""
         sides = self._data, source.network
         return heads.order_of(*(getattr(side, "class_names", None) for side in sides))
 
     def _has_other_classes(self, source: Model) -> bool:
-        """Whether other classes, or values, are to be learnt than the weights are of, and so a new head is wanted."""
+        """Whether training is on other classes or values than those of the weights, so that it needs a new head."""
         needed = getattr(self._data, self.size_name, None)
         own = needed is None or source.recipe["size"] in (needed, self.hparams.get(self.size_name))
         own = own and self._order_of_classes(source) is not None
@@ -241,39 +242,43 @@ class Built(Scheduled):
                 say = log.warning if head else log.info
                 say(f"The head is new, since {where} has one of {what}: {', '.join(new)}")
         log.info(f"Starting from the weights of {where}")
-        self.hparams["weights"] = None  # a checkpoint has weights of its own
+        self.hparams["weights"] = None  # a resumed run takes its weights from the checkpoint
 
     @functools.cached_property
     def tokenizer_path(self) -> str | None:
-        """Where the tokeniser of what the network starts from is: for data that names none."""
+        """Path of the tokeniser of the model that the network starts from, for data that names none."""
         place = self._start
         return unpacked_tokenizer(place) if str(place).endswith(".ckpt") else place
 
     @functools.cached_property
     def image_processor(self) -> dict[str, Any] | None:
-        """How images are read for what the network starts from: for data that do not say it themselves."""
+        """Image preprocessing of the model that the network starts from, for data that specifies none."""
         return read_image_processor(self._start) if self._start else None
 
     @property
     def _start(self) -> str | None:
-        """What the network starts from: a model directory, a run, a checkpoint or a name on the hub."""
+        """The model that the network starts from: a model directory, a run, a checkpoint or a name on the hub."""
         options = (self.hparams.get("network") or {}).get("init_args") or {}
         return options.get("path") or self.hparams.get("weights")
 
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds how to build the network; refuses to write weights that are spoilt over good ones."""
+        """Adds the network's recipe and the unreported loss to the checkpoint.
+
+        Raises:
+            FloatingPointError: When the loss or the weights are not finite, so that no good checkpoint is overwritten.
+        """
         if self.trainer.state.fn == "fit":
             loss_sum, target_sum = checkpoint["unreported_loss"] = self._added(self.whole_loss_sums)
             self.require_finite("train/loss", loss_sum / max(target_sum, 1.0))
             members = [p for network in self.networks for p in network.parameters()]
-            own = [getattr(p, "ds_tensor", p).detach() for p in members]  # DeepSpeed's of its part
+            own = [getattr(p, "ds_tensor", p).detach() for p in members]  # DeepSpeed's shard of a parameter
             norm = torch.stack(torch._foreach_norm(local(own))).sum().to(self.device)
             norm = self.trainer.strategy.reduce(norm, reduce_op="sum")
             self.require_finite("the norm of the weights", float(norm))
         checkpoint["network"] = {**self.hparams["network"], "size": self.hparams[self.size_name]}
-        if hasattr(self.network, "arguments"):  # they say what a path or a name stood for
+        if hasattr(self.network, "arguments"):  # resolved ones, so that a path or a name is no longer needed
             checkpoint["network"]["init_args"] = {n: described(n, v) for n, v in self.network.arguments.items()}
             network = {key: checkpoint["network"][key] for key in ("class_path", "init_args")}
             checkpoint["hyper_parameters"] = {**checkpoint["hyper_parameters"], "network": network}
@@ -287,17 +292,17 @@ class Built(Scheduled):
             checkpoint["evaluated"] = "average"
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Gives the network the form that compression had given it; refuses weights of another network in one line.
+        """Repeats the compression recorded in a checkpoint, and checks that its weights fit the network.
 
         Raises:
-            ValueError: Naming the first parameter that differs, or the number of classes or tokens; before these, to
-                train on, when the data have changed, which may be why.
+            ValueError: When the number of classes or tokens, or a parameter, differs; the message names the first. In
+                a fit changed data is reported before these, because it may be their cause.
         """
         both = checkpoint.get("hyper_parameters", {}), self.hparams
         self.expect_optimizer(*((options.get("optimizer") or {}).get("class_path") for options in both))
         if self.hparams["network"] is None:
             self.hparams.update(checkpoint["hyper_parameters"])
-        first = self._trainer is None or self.trainer.is_global_zero  # the sum of all processes counts once
+        first = self._trainer is None or self.trainer.is_global_zero  # the stored sum is over all processes
         self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0)) if first else (0.0, 0.0)
         self._require_images_of(checkpoint.get("image_shape"))
         data = self._data
@@ -326,7 +331,10 @@ class Built(Scheduled):
                 )
 
     def _require_same_zero(self, there: dict[str, Any] | None) -> None:
-        """Refuses to train on where the optimiser's state is in another form: DeepSpeed converts weights only."""
+        """Refuses to resume training with a different ZeRO stage or number of devices.
+
+        DeepSpeed converts weights between them, but not the optimiser's state.
+        """
         if not self._fits:
             return
         own = getattr(self.trainer.strategy, "zero", None)
@@ -341,7 +349,7 @@ class Built(Scheduled):
             )
 
     def _require_images_of(self, there: list[int] | None) -> None:
-        """Refuses to go on with images of other channels or size than a checkpoint's; elsewhere takes those of it."""
+        """Checks that image channels and size are those of the checkpoint; takes the checkpoint's if none are known."""
         here = self._image_shape
         if there and here and list(here) != there:
             raise ValueError(

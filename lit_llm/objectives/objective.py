@@ -1,4 +1,4 @@
-"""The one base of all objectives: keeps its arguments, measures what a subclass minimises over a split, and logs it."""
+"""The base class of all objectives: saves their arguments, evaluates the loss over a split, and logs metrics."""
 
 from __future__ import annotations
 
@@ -23,32 +23,31 @@ from lit_llm.schedulers import Schedule
 
 
 class Objective(Built):
-    """What is minimised. A subclass writes `loss(batch)`, and names the fact about the data that sizes its network.
+    """What is minimised: a subclass defines `loss(batch)` and `size_name`, the data's property that sizes the network.
 
-    What it measures over a split is the mean of that loss, until it writes `measure` and makes metrics of its own.
-
-    Its steps are those of `ExactSteps`: the mean over all targets, over micro-batches and processes.
+    The metric of a split is the mean of that loss, unless a subclass overrides `measure` and makes its own metrics.
+    A training step minimises the mean over all targets of all micro-batches and processes (`ExactSteps`).
 
     Args:
         network: As in `Built`.
         optimizer: As in `Scheduled`.
         schedule: As in `Scheduled`.
         decay_embeddings: As in `Scheduled`.
-        weights: What to start from instead of random weights: a model directory (ours or transformers'), a run folder,
+        weights: Weights to start from instead of random ones: a model directory (ours or transformers'), a run folder,
             a checkpoint file or a name on the hub. Read only once, before the first step; resuming does not need it. A
-            classifier's head has the data's classes by their names; training gives it a new one for others, or values.
+            classifier's head is kept if it has the data's classes, matched by name; otherwise training makes a new one.
         adaptation: As in `Scheduled`.
 
     Raises:
-        ValueError: When there is neither a network nor weights.
+        ValueError: When neither a network nor weights are given.
     """
 
     monitor: ClassVar[tuple[str, str]] = ("val/loss", "min")
-    """The metric that says which validation is best, where the data names none, and whether its `min` or `max` is."""
+    """Metric that selects the best validation unless the data names one, and whether its `min` or `max` is best."""
 
     val_metric: Metric | MetricCollection
     test_metric: Metric | MetricCollection
-    """What adds up over a split: the mean loss, or what a subclass makes, at the latest with the network."""
+    """Metrics accumulated over a split: the mean loss, or those that a subclass makes, at the latest in `build`."""
 
     def __init__(
         self,
@@ -67,19 +66,22 @@ class Objective(Built):
         self._features: dict[RunningStage, FeatureCache] = {}
 
     def measure(self, metric: Any, batch: Any) -> dict[str, Tensor] | None:
-        """Adds a batch to `val_metric` or `test_metric`; what it gives is for callbacks. By default the mean loss."""
+        """Adds a batch to `val_metric` or `test_metric`: its loss by default. The value returned is for callbacks."""
         metric.update(*self.loss(batch))
         return None
 
     def planned_loss(self, batch: Any) -> Loss:
-        """The loss of a batch without content, for a plan; a subclass overrides it that asks its trainer or content."""
+        """The loss of a batch without content, for a plan.
+
+        A subclass whose loss needs the trainer or the values in the batch overrides it.
+        """
         return self.loss(batch)
 
     def save_arguments(self) -> None:
-        """Keeps the constructor's arguments in the checkpoint, as plain values that are safe to load.
+        """Saves the constructor's arguments in the checkpoint, as plain values that are safe to load.
 
-        To be called again by the constructor of a subclass with arguments of its own. The command line has plain values
-        already; objects given in a notebook are written down as class paths and arguments.
+        A subclass with arguments of its own calls it again in its constructor. The command line passes plain values;
+        objects passed in a notebook are saved as class paths and arguments.
         """
         self.save_hyperparameters(frame=inspect.currentframe().f_back)
         for name, value in self.hparams.items():
@@ -90,20 +92,23 @@ class Objective(Built):
     # Features of a frozen backbone.
 
     def on_train_start(self) -> None:
-        """As `Scheduled`; makes the features of a backbone that learns nothing."""
+        """Starts as in `Scheduled`, then computes the features of a frozen backbone if the adaptation caches them."""
         super().on_train_start()
         if self.adaptation is not None and self.adaptation.cache_features:
             forward_context = self.trainer.precision_plugin.forward_context
             self._features = features_of(self.network, self.trainer.datamodule, forward_context)
 
     def forget_features(self) -> None:
-        """Has the network read whole examples from here on: other data are evaluated, or its backbone is another."""
+        """Discards cached features: from here on the network reads the examples themselves.
+
+        To be called when the data or the backbone change.
+        """
         self._features = {}
 
     on_train_end = forget_features
 
     def read(self, batch: Mapping[str, Tensor]) -> Tensor:
-        """What the network says of a batch; where its backbone is frozen, of features made before."""
+        """The network's output for a batch, computed from cached features if there are any."""
         features = self._features.get(self.trainer.state.stage) if self._features else None
         network = self.reading
         return network(**inputs(batch)) if features is None else network.classify(features(batch["rows"]))
@@ -111,11 +116,11 @@ class Objective(Built):
     # Measuring.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objective:
-        """Moves and casts what learns. Metrics only move: in 16 bits a sum soon grows no more, or is infinite."""
+        """Moves and casts the network; metrics are moved and kept in 32 bits, as sums in 16 bits stall or overflow."""
 
         def moved(state: Tensor) -> Tensor:
             state = state.to(fn(state).device)
-            # One made within the network's 16 bits has them.
+            # A metric created while the default dtype is 16 bits has 16-bit states.
             return state.float() if state.is_floating_point() and state.itemsize < 4 else state
 
         super()._apply(fn, recurse=False)
@@ -124,11 +129,11 @@ class Objective(Built):
         return self
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        """Adds a batch to the metrics of the validation."""
+        """Adds a batch to the validation metrics."""
         return self.measure(self.val_metric, batch)
 
     def test_step(self, batch: Any, batch_idx: int) -> dict[str, Tensor] | None:
-        """Adds a batch to the metrics of the test."""
+        """Adds a batch to the test metrics."""
         return self.measure(self.test_metric, batch)
 
     def on_validation_epoch_end(self) -> None:
@@ -141,20 +146,20 @@ class Objective(Built):
 
     def _report_split(self, split: str, metric: Metric | MetricCollection) -> None:
         found = metric.compute()
-        if not isinstance(found, Mapping):  # one of torchmetrics is called by its class: `mean_squared_error`
+        if not isinstance(found, Mapping):  # a single metric is named after its class: `mean_squared_error`
             found = {re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(metric).__name__).lower(): found}
         self.report({f"{split}/{name}": value for name, value in found.items()})
         metric.reset()
 
     def report(self, metrics: dict[str, Tensor]) -> None:
-        """Logs the metrics of a whole evaluation: for callbacks, and at the step they were taken for the loggers.
+        """Logs the metrics of a whole evaluation, for callbacks and, with the current step, for the loggers.
 
-        (Lightning would log those of a validation one step too early.)
+        Lightning itself would log those of a validation one step too early.
         """
         for name in {"val/loss", "test/loss"} & metrics.keys():
             self.require_finite(name, float(metrics[name]))
         self.log_dict(metrics, logger=False, sync_dist=True)
-        # Outside a fit there is no step that a row could stand at.
+        # Outside a fit there is no step to log at.
         if self.trainer.global_step and not self.trainer.sanity_checking:
             for logger in self.trainer.loggers:
                 logger.log_metrics({name: float(v) for name, v in metrics.items()}, step=self.trainer.global_step)

@@ -45,7 +45,7 @@ class Scheduled(ExactSteps):
     """
 
     averages: bool = False
-    """Whether an average of the weights is kept beside the network, to be evaluated and exported in its place."""
+    """Whether an average of the weights is kept, and evaluated and exported instead of the trained weights."""
 
     def __init__(
         self,
@@ -65,11 +65,10 @@ class Scheduled(ExactSteps):
         self._other_optimizer: str | None = None
 
     def new_optimizer(self) -> Optimizer:
-        """The optimiser over the groups that `optimizers.parameter_groups` makes.
+        """Makes the optimiser from the groups of `optimizers.parameter_groups`, the adaptation and `beside`.
 
         Raises:
-            ValueError: When it does not take an option's value or these groups, or a parameter of the objective's own
-                is in none.
+            ValueError: When it rejects an option or a group, or a parameter of the objective itself is in no group.
         """
         groups = parameter_groups(self.network, self.decay_embeddings)
         if self.adaptation is not None:
@@ -89,7 +88,7 @@ class Scheduled(ExactSteps):
         return optimizer
 
     def _require_grouped(self, groups: list[dict[str, Any]]) -> None:
-        """Sees that all learn that would be given gradients, but for what of the network is left out on purpose."""
+        """Checks that each trainable parameter outside the networks is in a group; an adaptation may omit others."""
         known = {id(p) for group in groups for p in group["params"]}
         known |= {id(p) for network in self.networks for p in network.parameters()}
         for name, p in self.named_parameters():
@@ -100,11 +99,11 @@ class Scheduled(ExactSteps):
                 )
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """The optimiser, and its schedule by the step."""
+        """The optimiser and its learning-rate schedule, updated at each step."""
         optimizer = self.new_optimizer()
         optimizer.register_load_state_dict_pre_hook(self._require_same_form)
         scheduler = LambdaLR(optimizer, [self._factor_of(group) for group in optimizer.param_groups])
-        # What the config says, before a checkpoint's own values are loaded over it.
+        # The config's values, kept because loading a checkpoint overwrites the groups with its own.
         self._configured = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         log.info(groups_table(optimizer))
         total, warmup = self.trainer.estimated_stepping_batches, self.schedule.warmup_steps
@@ -114,16 +113,16 @@ class Scheduled(ExactSteps):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def expect_optimizer(self, there: str | None, here: str | None) -> None:
-        """Takes note of the optimiser whose state is to be loaded, where it is not the one that the config names.
+        """Records the class of the checkpoint's optimiser if the config names another one.
 
         Args:
-            there: Class path of the checkpoint's; `None` is the default.
-            here: Class path of the config's.
+            there: Class path in the checkpoint; `None` is the default.
+            here: Class path in the config; `None` is the default.
         """
         self._other_optimizer = (there or "torch.optim.AdamW") if there != here else None
 
     def _require_same_form(self, optimizer: Optimizer, stored: dict[str, Any]) -> None:
-        """Refuses the state of an optimiser of other parameters or of another kind, of which it could make nothing."""
+        """Checks that the state to load is of an optimiser of the same class with the same groups of parameters."""
         remedy = "a new run takes its weights with --model.weights"
         here, there = (
             [len(g["params"]) for g in groups] for groups in (optimizer.param_groups, stored["param_groups"])
@@ -140,13 +139,13 @@ class Scheduled(ExactSteps):
             )
 
     def _factor_of(self, group: dict[str, Any]) -> Callable[[int], float]:
-        """Factor on a group's learning rate at each step: the schedule's, slower in some layers, 0 until they learn."""
+        """Factor on a group's learning rate at each step: 0 before the group's first step, then schedule times rate."""
         total = self.trainer.estimated_stepping_batches
         rate, first = group.get("rate", 1.0), step_at(group.get("start", 0.0), total)
         return lambda step: rate * self.schedule.factor(step, total) if step >= first else 0.0
 
     def on_train_start(self) -> None:
-        """After a checkpoint was loaded: state comes from the checkpoint, hyper-parameters from the config."""
+        """Restores the config's hyper-parameters, which loading a checkpoint has overwritten; its state is kept."""
         optimizer, scheduler = self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler
         for group, configured in zip(optimizer.param_groups, self._configured, strict=True):
             group.update(configured)
@@ -158,13 +157,14 @@ class Scheduled(ExactSteps):
 
     @property
     def beside(self) -> nn.Module:
-        """What learns beside the network and is left behind when that is exported: mostly nothing."""
+        """Modules that are trained with the network but not exported; none by default."""
         return nn.ModuleList()
 
     def _wake(self, optimizer: Optimizer, step: int) -> None:
-        """Has the groups learn whose turn it is at a step; those that wait cost no backward pass.
+        """Unfreezes the groups that are trained from this step on; groups that wait get no backward pass.
 
-        Data-parallel processes agree beforehand on which gradients they exchange, so there it costs one, for nothing.
+        With several processes they do get one, because the gradients to be exchanged are fixed beforehand;
+        `on_before_optimizer_step` discards the result.
         """
         total = self.trainer.estimated_stepping_batches
         self._waiting = [group for group in self._waiting if step < step_at(group.get("start", 0.0), total)]
@@ -177,14 +177,14 @@ class Scheduled(ExactSteps):
                     p.requires_grad_(id(group) not in asleep)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """As `ExactSteps`; groups whose turn has not come get no gradient."""
+        """Discards the gradients of groups that are not trained yet, then scales as in `ExactSteps`."""
         for group in self._waiting:
             for p in group["params"]:
                 p.grad = None
         super().on_before_optimizer_step(optimizer)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """As `ExactSteps`; has the groups learn whose turn comes with the next step."""
+        """Steps as in `ExactSteps`, then unfreezes the groups that are trained from the next step on."""
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
         if self._waiting:
             self._wake(optimizer, self.trainer.global_step + 1)
@@ -196,10 +196,10 @@ class Scheduled(ExactSteps):
         return self._trainer is not None and self.trainer.state.fn == "fit"
 
     def keep_average(self) -> None:
-        """Makes the average, where one is wanted, and leaves one behind that nobody moves any more.
+        """Makes the average if `averages` is set; otherwise a fit drops the average of an earlier one.
 
         Raises:
-            ValueError: When the weights are too coarse for an average's small steps.
+            ValueError: When weights are in 16 bits, too coarse for an average's small steps.
         """
         if self._fits and self.averages and "16-true" in str(self.trainer.precision):
             raise ValueError(
@@ -208,33 +208,33 @@ class Scheduled(ExactSteps):
             )
         if self.averages and self.average is None:
             self.average = copy.deepcopy(self.network).requires_grad_(False)
-        elif self._fits and not self.averages:  # of an earlier fit: nobody moves it
+        elif self._fits and not self.averages:
             self.average = None
 
     @property
     def reading(self) -> nn.Module:
-        """The network that reads batches now: in training the one that learns, else the one that is evaluated."""
+        """The network that reads batches now: the trained one in training mode, else `evaluated`."""
         return self.network if self.training else self.evaluated
 
     @property
     def evaluated(self) -> nn.Module:
-        """The network that is evaluated and exported: the average of the one that learns, where there is one."""
+        """The network that is evaluated and exported: the average if there is one, else the trained network."""
         return self.network if self.average is None else self.average
 
     @property
     def networks(self) -> list[nn.Module]:
-        """The one that learns, and its average."""
+        """The trained network and, if there is one, the average."""
         return [network for network in (self.network, self.average) if network is not None]
 
     @torch.no_grad()
     def move_average(self, decay: float) -> None:
-        """Moves the average towards the weights; what is none, as running statistics are, is copied.
+        """Moves the average towards the weights; buffers, such as running statistics, are copied.
 
         Args:
-            decay: What remains of the average.
+            decay: Factor on the old average; the weights get `1 - decay`.
         """
         for network in self.networks:
-            if hasattr(network, "reshard"):  # by FSDP2: what it was read with is no longer needed whole
+            if hasattr(network, "reshard"):  # FSDP2: frees the gathered parameters, so that shards are averaged
                 network.reshard()
         pairs = (local(network.parameters()) for network in (self.average, self.network))
         torch._foreach_lerp_(*pairs, 1 - decay)
@@ -242,10 +242,10 @@ class Scheduled(ExactSteps):
             mine.copy_(theirs)
 
     def agree_on_average(self, checkpoint: dict[str, Any]) -> None:
-        """Has a checkpoint's weights and average be those that there are here.
+        """Adapts, in place, a checkpoint with an average to an objective without one, and the reverse.
 
-        An average begins as the weights of a checkpoint without one. Where there is none here, the network takes a
-        checkpoint's average to be evaluated, and leaves it out to learn on.
+        If only the objective has an average, it starts from the checkpoint's weights. If only the checkpoint has one,
+        an evaluation loads it into the network, and a fit ignores it.
         """
         stored = checkpoint["state_dict"]
         weights = [name for name in stored if name.startswith("network.")]
@@ -260,7 +260,7 @@ class Scheduled(ExactSteps):
 
 
 def groups_table(optimizer: Optimizer) -> str:
-    """What each parameter group holds and how it is optimised, as lines of text."""
+    """A table for the log: size, learning rate and weight decay of each parameter group."""
     lines = [f"{type(optimizer).__name__}      tensors  parameters  learning rate  weight decay"]
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])

@@ -1,4 +1,4 @@
-"""Regression: which value an example has."""
+"""Regression: predict a value for each example."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ from lit_llm.schedulers import Schedule
 class Regression(Objective):
     """Minimises the squared error of each example's value.
 
-    A new head starts at the mean of the training labels, where it has a bias: values may be far from 0.
+    The bias of a new head starts at the mean of the training labels, because values may be far from 0.
 
-    Logs `val/rmse`, `val/mae`, `val/pearson`, `val/spearman` and `val/loss` (mean squared error) over the whole split;
-    the same under `test/`. `predict` gives each example's value.
+    Logs `val/rmse`, `val/mae`, `val/pearson`, `val/spearman` and `val/loss` (mean squared error) over the whole split,
+    and the same under `test/`. `predict` returns the value of each example.
 
     Args:
-        network: Makes a network from the number of values, which is one: a classifier of one class. Called with
-            everything in a batch except `labels` and `rows`, it returns the values. `None` is the network of `weights`.
-        optimizer: As in `Objective`.
-        schedule: As in `Objective`.
-        decay_embeddings: As in `Objective`.
-        weights: As in `Objective`.
-        adaptation: As in `Objective`.
+        network: Makes a network from the number of values per example, 1; a classifier with one class will do. Called
+            with everything in a batch except `labels` and `rows` as keyword arguments, it returns the values. `None` is
+            the network of `weights`.
+        optimizer: Makes the optimiser from parameter groups; `None` is AdamW with a learning rate of 1e-3.
+        schedule: Factor on the learning rates at each step; `None` is constant.
+        decay_embeddings: Apply weight decay to embeddings too.
+        weights: Weights to start from: a model directory, a run folder, a checkpoint file or a name on the hub.
+        adaptation: Which parameters are trained, from when on and how fast; `None` trains all of them alike.
         num_targets: Values per example; must be 1.
 
     Raises:
         ValueError: When labels are classes, or `num_targets` is not 1.
 
     Source:
-        Cer et al., 2017, "SemEval-2017 Task 1", arXiv:1708.00055, for correlation as the measure of such values.
+        Cer et al., 2017, "SemEval-2017 Task 1", arXiv:1708.00055, for correlation as the metric.
     """
 
     size_name: ClassVar[str] = "num_targets"
@@ -62,7 +63,7 @@ class Regression(Objective):
         self.val_metric, self.test_metric = RegressionMetrics(), RegressionMetrics()
 
     def setup(self, stage: str) -> None:
-        """Sees that the labels are values."""
+        """Checks that the labels are values."""
         data = self.trainer.datamodule
         if getattr(data, "num_targets", None) is None and getattr(data, "num_classes", None) is not None:
             raise ValueError(
@@ -72,14 +73,14 @@ class Regression(Objective):
         super().setup(stage)
 
     def build(self) -> None:
-        """Makes the network; a new head starts at the mean of what it is to learn."""
+        """Makes the network; a new head starts at the mean of the training labels."""
         super().build()
         mean = getattr(self.trainer.datamodule, "mean_label", None) if self._fits else None
         if mean is not None:
             heads.start_at(self.network, mean)
 
     def values(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
-        """What the network says of each example, in fp32."""
+        """The network's value of each example, in fp32."""
         return self.read(batch).float().squeeze(-1)
 
     def loss(self, batch: Mapping[str, Tensor]) -> Loss:
@@ -88,11 +89,11 @@ class Regression(Objective):
         return error.square().sum(), error.new_tensor(len(error))
 
     def measure(self, metric: RegressionMetrics, batch: Mapping[str, Tensor]) -> None:
-        """Adds each example's value and predicted value."""
+        """Adds the label and the predicted value of each example."""
         metric.update(preds=self.values(batch), target=batch["labels"])
 
     def predict_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> dict[str, Tensor | None]:
-        """The value of each row; see `callbacks.predictions`."""
+        """The predicted value of each row; see `callbacks.predictions`."""
         values = self.values(batch)
         self.require_numbers(values)
         return {"rows": batch.get("rows"), "values": values}

@@ -1,4 +1,4 @@
-"""Semi-supervised classification: a few examples with labels, and many without."""
+"""Semi-supervised classification: FixMatch and mean teacher, for few labelled and many unlabelled examples."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ from lit_llm.objectives.exact_steps import Loss
 
 
 class SemiSupervised(Classification):
-    """Adds to the cross-entropy of labelled examples that unlabelled ones are to be classed alike in two views.
+    """Adds a consistency loss on unlabelled examples to the cross-entropy of labelled ones.
 
-    A *teacher* says what classes an unlabelled example has as it is (`batch["unlabelled"]`); the network that learns is
-    to say the same of it strongly augmented (`batch["unlabelled_strong"]`). Only examples count of which the teacher is
-    confident, but the loss is the mean over all. Their labels, where the data has any, are counted and not learnt from.
+    A *teacher* predicts the class probabilities of an unlabelled example as it is (`batch["unlabelled"]`), in
+    evaluation mode. The trained network is to predict the same for its strongly augmented version
+    (`batch["unlabelled_strong"]`). Examples for which the teacher's confidence is below `threshold` have zero loss, and
+    the mean is over all. Labels of these examples, if known, only serve to measure the teacher's accuracy.
 
-    Beside the network goes an exponential moving average of its weights, from the first step on. It is what validation,
-    test, predictions and the exported model use; a checkpoint has both, and a resumed run goes on exactly.
+    An exponential moving average of the weights is kept from the first step on. Validation, test, predictions and the
+    exported model use it; a checkpoint has both, and a resumed run continues exactly.
 
-    Logs of the training also `train/confident` (share of unlabelled examples that count) and, where labels are known,
-    `train/pseudo_label_accuracy` (share of those that the teacher classes rightly).
-
-    A teacher answers without dropout and with the running statistics of batch normalisation, as in validation.
+    During training also logs `train/confident` (fraction of unlabelled examples above the threshold) and, if their
+    labels are known, `train/pseudo_label_accuracy` (fraction of confident examples that the teacher classifies
+    correctly).
 
     Args:
         args: As in `Classification`.
-        threshold: Minimum probability of the most likely class for an unlabelled example to count, in [0, 1].
+        threshold: Minimum probability of the teacher's most likely class for an unlabelled example to count, in [0, 1].
         unlabelled_weight: Factor on the loss of the unlabelled examples, at least 0.
-        ramp_up_steps: Steps over which that factor rises to `unlabelled_weight`, as `exp(-5 (1 - x)²)`.
-        decay: Share of the average kept at each step, in [0, 1); it covers about the last `1 / (1 - decay)` steps, or
-            all steps while there are fewer.
+        ramp_up_steps: Steps over which that factor rises to `unlabelled_weight`, as `exp(-5 (1 - x)²)` of the fraction
+            `x` of them.
+        decay: Decay of the weight average, in [0, 1); it covers about the last `1 / (1 - decay)` steps, or all steps as
+            long as there are fewer.
         distribution_alignment: Scale the teacher's probabilities, class by class, by the ratio of the class's frequency
             among labelled examples to that of the teacher's recent answers (a mean with `decay`), before comparing them
             with `threshold`. This keeps the teacher from assigning everything to one class. Use it if classes are as
@@ -48,11 +49,11 @@ class SemiSupervised(Classification):
         kwargs: As in `Classification`; smoothing and weights apply to the labelled examples.
 
     Raises:
-        ValueError: When a value is not in its range, or a batch has no unlabelled examples.
+        ValueError: When a value is out of range, or a batch has no unlabelled examples.
 
     Source:
-        Of the alignment: Berthelot et al., 2020, "ReMixMatch", arXiv:1911.09785, section 3.1, where both shares are
-        plain means, that of the teacher over 128 batches.
+        Distribution alignment: Berthelot et al., 2020, "ReMixMatch", arXiv:1911.09785, section 3.1, which takes plain
+        means for both frequencies, the teacher's over 128 batches.
     """
 
     averages = True
@@ -78,30 +79,31 @@ class SemiSupervised(Classification):
         self.save_arguments()
         self.threshold, self.unlabelled_weight, self.ramp_up_steps = threshold, unlabelled_weight, ramp_up_steps
         self.decay, self.distribution_alignment = decay, distribution_alignment
-        # Confident examples, all; right ones among the confident of known label, all those. Since the last report.
+        # Since the last report: confident examples, all examples, correct ones among the confident ones with a label,
+        # all confident ones with a label.
         self.register_buffer("counts", torch.zeros(4))
-        self._ddp_params_and_buffers_to_ignore = ["counts"]  # each process has its own
+        self._ddp_params_and_buffers_to_ignore = ["counts"]  # each process counts its own examples
 
     @property
     @abstractmethod
     def teacher(self) -> nn.Module:
-        """Which network says what classes an unlabelled example has."""
+        """The network that predicts the classes of unlabelled examples."""
 
     @abstractmethod
     def disagreement(
         self, taught: Float[Tensor, "batch classes"], logits: Float[Tensor, "batch classes"]
     ) -> Float[Tensor, " batch"]:
-        """How far what the network says of each strongly augmented example is from the teacher's probabilities."""
+        """Loss between the teacher's probabilities and the network's logits of each strongly augmented example."""
 
     def build(self) -> None:
-        """Makes the network, and what is noted of the classes."""
+        """Makes the network, and the running class frequencies for distribution alignment."""
         super().build()
-        if self.distribution_alignment:  # of each class among labelled examples, and in what the teacher says
+        if self.distribution_alignment:  # one row for the labels, one for the teacher's probabilities
             num_classes = self.hparams[self.size_name]
             self.register_buffer("shares", torch.full((2, num_classes), 1 / num_classes))
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
-        """That of the labelled examples, and for each of them its share of the mean over the unlabelled ones."""
+        """The loss of the labelled examples plus the mean over the unlabelled ones, times the number of targets."""
         if "unlabelled" not in batch:
             raise ValueError(
                 f"data must give unlabelled examples for {type(self).__name__}, but gives none; set "
@@ -134,11 +136,11 @@ class SemiSupervised(Classification):
         taught: Float[Tensor, "batch classes"],
         labels: Int[Tensor, " labelled"] | Float[Tensor, "labelled classes"],
     ) -> Float[Tensor, "batch classes"]:
-        """The same probabilities, their mean lately that of the labels; notes this batch first."""
+        """Rescales the teacher's probabilities to the labels' class frequencies, updated with this batch first."""
         if labels.ndim == 1:
             labels = F.one_hot(labels, taught.shape[-1]).float()
         now = torch.stack([labels.mean(dim=0), taught.mean(dim=0)])
-        if self._trainer is not None and self.trainer.world_size > 1:  # all align alike
+        if self._trainer is not None and self.trainer.world_size > 1:  # the same frequencies on all processes
             now = self.trainer.strategy.reduce(now, reduce_op="mean")
         self.shares.lerp_(now.to(self.shares.dtype), 1 - self.decay)
         known, said = self.shares.float()
@@ -146,12 +148,12 @@ class SemiSupervised(Classification):
         return scaled / scaled.sum(dim=-1, keepdim=True)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Optimizer, *args: Any, **kwargs: Any) -> None:
-        """Steps, and moves the average."""
+        """Steps, and moves the average of the weights."""
         super().optimizer_step(epoch, batch_idx, optimizer, *args, **kwargs)
-        step = self.trainer.global_step + 1  # Lightning counts it after this hook
+        step = self.trainer.global_step + 1  # Lightning increments it after this hook
         self.move_average(min(self.decay, step / (step + 1)))
 
-    # What is said of the unlabelled examples.
+    # Training metrics of the unlabelled examples.
 
     @torch.no_grad()
     def _count(self, taught: Tensor, confident: Tensor, labels: Tensor | None) -> None:
@@ -162,7 +164,7 @@ class SemiSupervised(Classification):
         )
 
     def take_train_metrics(self) -> dict[str, float]:
-        """Share of unlabelled examples that counted since the last call, and of right ones among those."""
+        """Fraction of confident examples since the last call, and of correct ones among those with a label."""
         counts = self.trainer.strategy.reduce(self.counts.clone(), reduce_op="sum").tolist()
         self.counts.zero_()
         found = {"train/confident": counts[0] / max(counts[1], 1.0)}
@@ -170,13 +172,13 @@ class SemiSupervised(Classification):
 
 
 class FixMatch(SemiSupervised):
-    """The network teaches itself: where it is sure of an example's class, it is to be so of the example augmented.
+    """The network is its own teacher: its confident predictions are hard labels for the augmented examples.
 
     Arguments are those of `SemiSupervised`.
 
     Source:
-        Sohn et al., 2020, "FixMatch", arXiv:2001.07685, eq. 3 and 4, with the threshold and weight of its table 4. The
-        pseudo-labels are made without dropout, in a pass of their own; the decay is one for hundreds of steps rather
+        Sohn et al., 2020, "FixMatch", arXiv:2001.07685, eq. 3 and 4, with the threshold and weight of its table 4. Here
+        pseudo-labels are made without dropout, in a separate forward pass, and the decay suits hundreds of steps rather
         than a million.
 
     Example:
@@ -193,20 +195,20 @@ class FixMatch(SemiSupervised):
     def disagreement(
         self, taught: Float[Tensor, "batch classes"], logits: Float[Tensor, "batch classes"]
     ) -> Float[Tensor, " batch"]:
-        """Cross-entropy of the teacher's likeliest class, in nats."""
+        """Cross-entropy of the teacher's most likely class, in nats."""
         return F.cross_entropy(logits, taught.argmax(dim=-1), reduction="none")
 
 
 class MeanTeacher(SemiSupervised):
-    """The average teaches the network: it is to give the same probabilities.
+    """The average of the weights is the teacher: the network is to predict the same probabilities.
 
-    Arguments are those of `SemiSupervised`; without a threshold, as in the paper, the weight has to rise slowly.
+    Arguments are those of `SemiSupervised`. Without a threshold, as in the paper, `ramp_up_steps` has to be long.
 
     Source:
         Tarvainen & Valpola, 2017, "Mean teachers are better role models", arXiv:1703.01780, section 2, with the ramp-up
-        of its section 3. Here the consistency is that of unlabelled examples alone, only the student sees noise, and
-        squares are summed over classes. A threshold in place of a ramp-up: French et al., 2017, "Self-ensembling for
-        visual domain adaptation", arXiv:1706.05208, section 3.2.
+        of its section 3. Here the consistency loss is on unlabelled examples only, only the student's input is
+        augmented, and squares are summed over classes. A threshold instead of a ramp-up: French et al., 2017,
+        "Self-ensembling for visual domain adaptation", arXiv:1706.05208, section 3.2.
 
     Example:
         >>> model = MeanTeacher(torch.nn.Identity)
@@ -228,11 +230,11 @@ class MeanTeacher(SemiSupervised):
 
     @property
     def teacher(self) -> nn.Module:
-        """The average."""
+        """The average of the weights."""
         return self.average
 
     def disagreement(
         self, taught: Float[Tensor, "batch classes"], logits: Float[Tensor, "batch classes"]
     ) -> Float[Tensor, " batch"]:
-        """Squared distance of the probabilities, from 0 to 2."""
+        """Squared difference of the probabilities, summed over classes; from 0 to 2."""
         return (logits.softmax(dim=-1) - taught).square().sum(dim=-1)

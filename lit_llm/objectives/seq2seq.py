@@ -1,4 +1,4 @@
-"""Sequence to sequence: write a text from another."""
+"""Sequence to sequence: generate a target text from a source text."""
 
 from __future__ import annotations
 
@@ -21,9 +21,18 @@ from lit_llm.schedulers import Schedule
 
 
 class TeacherForcing(Objective):
-    """Minimises the cross-entropy of each token of a text to be written, from the text read and the tokens before it.
+    """Minimises the cross-entropy of each target token, given the source and the target tokens before it.
 
-    A subclass says what is read and written of a batch. Arguments are explained where it names them.
+    A subclass makes source and target from a batch in `texts`.
+
+    Args:
+        network: Makes an encoder-decoder from the number of tokens; see `Built`.
+        optimizer: As in `Objective`.
+        schedule: As in `Objective`.
+        decay_embeddings: As in `Objective`.
+        weights: As in `Objective`.
+        adaptation: As in `Objective`.
+        label_smoothing: Probability spread evenly over all tokens, in [0, 1).
 
     Raises:
         ValueError: When a value is out of range.
@@ -49,30 +58,30 @@ class TeacherForcing(Objective):
 
     @abstractmethod
     def texts(self, batch: Any, step: int | None = None) -> dict[str, Tensor]:
-        """What is read and written of a batch, as the network takes it: `input_ids`, `labels`, `attention_mask`.
+        """Source and target of a batch, as arguments of the network: `input_ids`, `labels`, maybe `attention_mask`.
 
         Args:
-            batch: What the data gives.
-            step: Of the training; `None` in an evaluation.
+            batch: A batch of the data module.
+            step: Training step; `None` in an evaluation.
         """
 
     def build(self) -> None:
-        """Makes the network, and sees that it is an encoder-decoder."""
+        """Makes the network, and checks that it is an encoder-decoder."""
         super().build()
         if not hasattr(self.network, "generate"):
             kind, name = type(self).__name__, type(self.network).__name__
             raise TypeError(f"model.network must be an encoder-decoder for {kind}, but is a {name}")
 
     def loss(self, batch: Any) -> Loss:
-        """Cross-entropy in nats, smoothed where wanted, summed over the tokens to be written, and their number."""
+        """Cross-entropy in nats with label smoothing, summed over the target tokens, and their number."""
         return self._loss_of(self.texts(batch, self.trainer.global_step))
 
     def planned_loss(self, batch: Any) -> Loss:
-        """The same of texts without content."""
+        """The loss of texts without content."""
         return self._loss_of(self.planned_texts(batch))
 
     def planned_texts(self, batch: Any) -> dict[str, Tensor]:
-        """Texts of the shapes that `texts` gives; a subclass overrides it whose texts depend on what they hold."""
+        """Texts of the same shapes as `texts`; overridden if `texts` needs the values in the batch."""
         return self.texts(batch)
 
     def _loss_of(self, texts: dict[str, Tensor]) -> Loss:
@@ -83,7 +92,7 @@ class TeacherForcing(Objective):
         return total, (labels != IGNORE_INDEX).sum().float()
 
     def tell(self, metric: TokenPrediction, batch: Any) -> None:
-        """Adds the nats of each token to be written."""
+        """Adds the nats of each target token, and whether it is the most probable one."""
         texts = self.texts(batch)
         wanted = texts["labels"] != IGNORE_INDEX
         logits, labels = self.reading(**texts)[wanted].float(), texts["labels"][wanted]
@@ -91,24 +100,25 @@ class TeacherForcing(Objective):
 
 
 class Seq2Seq(TeacherForcing):
-    """Minimises the cross-entropy of each token of an example's target, from its source and the tokens before it.
+    """Minimises the cross-entropy of each token of an example's target, given its source and the tokens before it.
 
-    Logs `val/loss` (nats per token of the targets, not smoothed), `val/perplexity`, `val/accuracy` (fraction of these
-    tokens that is most probable, the ones before being given), and of the texts that the network writes by itself for
-    the first examples of the split, held against their whole targets, `val/exact_match`, `val/rouge_l`, `val/bleu` and
-    `val/chrf`; the same under `test/`. `predict` writes a text for each example.
+    Logs `val/loss` (nats per target token, not smoothed), `val/perplexity` and `val/accuracy` (fraction of target
+    tokens that are the most probable, given those before them). Also generates texts for the first examples of the
+    split and logs `val/exact_match`, `val/rouge_l`, `val/bleu` and `val/chrf` against the whole targets. The same under
+    `test/`. `predict` generates a text for each example.
 
     Args:
         network: Makes an encoder-decoder from the number of tokens. Called with `input_ids`, `labels` and
-            `attention_mask`, it returns logits of the labels; its `generate` writes text. `None` is the network of
+            `attention_mask`, it returns logits of the labels; its `generate` generates tokens. `None` is the network of
             `weights`.
-        optimizer: As in `Objective`.
-        schedule: As in `Objective`.
-        decay_embeddings: As in `Objective`.
-        weights: As in `Objective`.
-        adaptation: As in `Objective`.
-        vocab_size: Tokens of the network; `None` is as many as the tokeniser. More leave room for growth or alignment.
-        label_smoothing: Probability spread over all tokens, in [0, 1); 0.1 is usual.
+        optimizer: Makes the optimiser from parameter groups; `None` is AdamW with a learning rate of 1e-3.
+        schedule: Factor on the learning rates at each step; `None` is constant.
+        decay_embeddings: Apply weight decay to embeddings too.
+        weights: Weights to start from: a model directory, a run folder, a checkpoint file or a name on the hub.
+        adaptation: Which parameters are trained, from when on and how fast; `None` trains all of them alike.
+        vocab_size: Number of tokens of the network; `None` is that of the tokeniser. A larger number leaves room for
+            new tokens or for a size that is faster.
+        label_smoothing: Probability spread evenly over all tokens, in [0, 1); 0.1 is usual.
         num_generated: Number of examples of a split for which text is generated in validation and test.
         max_new_tokens: Maximum number of generated tokens.
         num_beams: Number of beams; 1 is greedy decoding.
@@ -148,35 +158,36 @@ class Seq2Seq(TeacherForcing):
         self.val_metric, self.test_metric = GeneratedText(), GeneratedText()
 
     def texts(self, batch: Seq2SeqBatch, step: int | None = None) -> dict[str, Tensor]:
-        """Source and target, as they are."""
+        """Source and target of the batch, unchanged."""
         return {name: batch[name] for name in ("input_ids", "labels", "attention_mask")}
 
     def measure(self, metric: GeneratedText, batch: Seq2SeqBatch) -> None:
-        """Adds the nats of each token of the targets, and the first examples' texts."""
+        """Adds the nats of each target token, and the texts generated for the first examples."""
         self.tell(metric.tokens, batch)
         first = batch["rows"] < self.num_generated
         own = bool(first.any())
         if not self.trainer.strategy.reduce_boolean_decision(own, all=False):
             return
-        if not own:  # writes with the others all the same: a network may be in pieces
+        if not own:  # generates with the other processes all the same, because the network may be sharded
             first[0] = True
         written = self.write({name: tensor[first] for name, tensor in batch.items()})
         if own:
             metric.update(written, self._wanted(batch, first, "test" if metric is self.test_metric else "validation"))
 
     def _wanted(self, batch: Seq2SeqBatch, first: Tensor, split: str) -> list[str]:
-        """The targets of some examples, whole where the data gives them; else as far as they are labels.
+        """The targets of some examples: the whole texts if the data gives them, else the labels, which may be cut off.
 
-        They are as the tokeniser reads them: no network writes two spaces where it makes one of them.
+        Texts are encoded and decoded, because a network cannot generate what the tokeniser normalises, such as two
+        spaces.
         """
         whole = getattr(self.trainer.datamodule, "targets", None)
         if whole is None:
             return self._decoded(batch["labels"][first])
-        tokenizer = copy.deepcopy(self.trainer.datamodule.tokenizer)  # that it does not cut becomes a state of it
+        tokenizer = copy.deepcopy(self.trainer.datamodule.tokenizer)  # encoding changes its truncation setting
         return self._texts(encode_documents(tokenizer, whole(split, batch["rows"][first].tolist())))
 
     def write(self, batch: Seq2SeqBatch) -> list[str]:
-        """What the network writes for each source."""
+        """The text that the network generates for each source."""
         made = self.reading.generate(batch["input_ids"], batch["attention_mask"], self.max_new_tokens, self.num_beams)
         return self._decoded(made)
 
@@ -188,5 +199,5 @@ class Seq2Seq(TeacherForcing):
         return [text.strip() for text in decoded]
 
     def predict_step(self, batch: Seq2SeqBatch, batch_idx: int) -> dict[str, Any]:
-        """The text written for each row; see `callbacks.predictions`."""
+        """The text generated for each row; see `callbacks.predictions`."""
         return {"rows": batch["rows"], "texts": self.write(batch)}

@@ -1,4 +1,4 @@
-"""Span corruption: write what was left out of a text."""
+"""Span corruption: generate the spans that were removed from a text."""
 
 from __future__ import annotations
 
@@ -19,36 +19,38 @@ from lit_llm.schedulers import Schedule
 
 
 class SpanCorruption(TeacherForcing):
-    """Minimises the cross-entropy of spans that were left out of a row, each named by a sentinel in its place.
+    """Minimises the cross-entropy of spans that were removed from a row, each replaced by a sentinel.
 
-    Of each row the encoder reads what is kept, with `<extra_id_0>`, `<extra_id_1>`, … where a span is missing, and the
-    decoder writes each sentinel and what it stands for; both end with the end token. All rows of a length become
-    sources of one length and targets of one length, so nothing is padded. What is left out is a function of the seed,
-    the step and the row, as in `MaskedLM`; in an evaluation of the seed and the row.
+    The encoder reads the rest of the row, with `<extra_id_0>`, `<extra_id_1>`, … in place of the spans. The decoder
+    predicts each sentinel followed by its span. Both end with the end token. Rows of equal length give sources of equal
+    length and targets of equal length, so nothing is padded. The spans are a function of the seed, the step and the
+    row, as in `MaskedLM`; in an evaluation they are a function of the seed and the row.
 
-    Logs `val/loss` (nats per token of the targets), `val/perplexity` and `val/accuracy` (fraction of these tokens that
-    is most probable, the ones before being given); the same under `test/`.
+    Logs `val/loss` (nats per target token), `val/perplexity` and `val/accuracy` (fraction of target tokens that are the
+    most probable, given those before them), and the same under `test/`.
 
     Args:
         network: Makes an encoder-decoder from the number of tokens; called with `input_ids` and `labels`, it returns
             logits of the labels. `None` is the network of `weights`.
-        optimizer: As in `Objective`.
-        schedule: As in `Objective`.
-        decay_embeddings: As in `Objective`.
-        weights: As in `Objective`.
-        adaptation: As in `Objective`.
-        vocab_size: Tokens of the network; `None` is as many as the tokeniser. More leave room for growth or alignment.
-        mask_ratio: Fraction of masked tokens, in (0, 1).
-        mean_span: Mean length of a span, at least 1.
-        mask_seed: Seed of the masks.
+        optimizer: Makes the optimiser from parameter groups; `None` is AdamW with a learning rate of 1e-3.
+        schedule: Factor on the learning rates at each step; `None` is constant.
+        decay_embeddings: Apply weight decay to embeddings too.
+        weights: Weights to start from: a model directory, a run folder, a checkpoint file or a name on the hub.
+        adaptation: Which parameters are trained, from when on and how fast; `None` trains all of them alike.
+        vocab_size: Number of tokens of the network; `None` is that of the tokeniser. A larger number leaves room for
+            new tokens or for a size that is faster.
+        mask_ratio: Fraction of removed tokens, in (0, 1).
+        mean_span: Mean number of tokens of a span, at least 1.
+        mask_seed: Seed of the spans.
 
     Raises:
-        ValueError: When a value is out of range, or the tokeniser has no end or too few sentinels.
+        ValueError: When a value is out of range, or the tokeniser has no end token or too few sentinels.
         TypeError: When the network is of another kind.
 
     Source:
         Raffel et al., 2020, "T5", arXiv:1910.10683, section 3.1.4 and figure 2, with its 15 % and spans of 3 tokens. As
-        in their code a row ends with a span, so there is no last sentinel, and rows are not made longer beforehand.
+        in their code, a row ends with a span, so the target has no final sentinel. Unlike in T5, rows are not
+        lengthened beforehand to fill the encoder's length.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class SpanCorruption(TeacherForcing):
         self.val_metric, self.test_metric = TokenPrediction(), TokenPrediction()
 
     def setup(self, stage: str) -> None:
-        """Takes from the data what sizes the network, and what its tokens are."""
+        """Takes the network's size and the sentinels from the data."""
         super().setup(stage)
         data = self.trainer.datamodule
         if (tokenizer := getattr(data, "tokenizer", None)) is not None:
@@ -87,7 +89,7 @@ class SpanCorruption(TeacherForcing):
             self.read_tokens_of(tokenizer)
 
     def read_tokens_of(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Learns which tokens are sentinels, in their order."""
+        """Takes the sentinels, in their order, and the end token from the tokeniser."""
         vocab, sentinels = tokenizer.get_vocab(), []
         while (token := vocab.get(f"<extra_id_{len(sentinels)}>")) is not None:
             sentinels.append(token)
@@ -95,10 +97,10 @@ class SpanCorruption(TeacherForcing):
         self.end_token = tokenizer.eos_token_id
 
     def texts(self, batch: TokenBatch, step: int | None = None) -> dict[str, Tensor]:
-        """What is kept of each row and what is left out, with sentinels in each for the other.
+        """Source and target of each row, with sentinels in each in place of the tokens of the other.
 
         Raises:
-            ValueError: When a row needs more sentinels than there are, or has too few tokens.
+            ValueError: When a row needs more sentinels than there are.
         """
         ids = batch["input_ids"]
         seq = ids.shape[1]
@@ -111,7 +113,7 @@ class SpanCorruption(TeacherForcing):
         chance = chances(ids, (self.mask_seed,) if step is None else (self.mask_seed, step), count=2)
         hidden, first = noise_spans(chance, num_hidden, num_spans)
         named = self.sentinels[(first.cumsum(dim=1) - 1).clamp(min=0)]
-        # What a row was filled up with is nothing to be written.
+        # Padding is no target.
         beyond = torch.zeros_like(hidden)
         beyond[:, 1:] = batch["labels"][:, :-1] == IGNORE_INDEX
         read = torch.where(first, named, ids)[~hidden | first].view(len(ids), -1)
@@ -129,16 +131,16 @@ class SpanCorruption(TeacherForcing):
         return {name: ids.new_zeros(rows, length) for name, length in lengths.items()}
 
     def _numbers(self, seq: int) -> tuple[int, int]:
-        """How many tokens of a row are left out, in how many spans."""
+        """Number of tokens removed from a row, and number of spans."""
         num_hidden = min(max(round(seq * self.mask_ratio), 1), seq - 1)
         return num_hidden, max(min(round(num_hidden / self.mean_span), seq - num_hidden), 1)
 
     def measure(self, metric: TokenPrediction, batch: TokenBatch) -> None:
-        """Adds the nats of each token that was left out, and of the sentinels."""
+        """Adds the nats of each target token."""
         self.tell(metric, batch)
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> NoReturn:
-        """Refuses.
+        """Refuses, because this objective predicts nothing of a whole row.
 
         Raises:
             ValueError: Always.
