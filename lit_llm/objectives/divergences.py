@@ -1,4 +1,4 @@
-"""How far what a student says is from what its teacher says: divergences, and their sum over many tokens."""
+"""Divergences between a teacher's and a student's distributions, and their sum over many tokens in chunks."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lit_llm.products import product_dtype
 
 
 class Divergence(ABC):
-    """How far two distributions are apart, in nats; 0 where they are the same, never less."""
+    """A divergence between two distributions in nats: at least 0, and 0 if they are equal."""
 
     @abstractmethod
     def between(self, log_p: Float[Tensor, "*n k"], log_q: Float[Tensor, "*n k"]) -> Float[Tensor, "*n"]:
-        """Of the teacher's log-probabilities `log_p` and the student's `log_q`."""
+        """The divergence of the teacher's log-probabilities `log_p` and the student's `log_q`."""
 
 
 @dataclass(frozen=True)
 class ForwardKL(Divergence):
-    """The student is to cover all that the teacher holds possible: `KL(p ‖ q)`, cross-entropy but for a constant.
+    """`KL(p ‖ q)`, the cross-entropy up to a constant: the student is to cover all that the teacher deems possible.
 
     Source:
         Hinton et al., 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2.
@@ -45,10 +45,10 @@ class ForwardKL(Divergence):
 
 @dataclass(frozen=True)
 class ReverseKL(Divergence):
-    """The student is to say only what the teacher holds likely: `KL(q ‖ p)`, which seeks one mode of several.
+    """`KL(q ‖ p)`, which is mode-seeking: the student is to predict only what the teacher deems likely.
 
     Source:
-        Gu et al., 2023, "MiniLLM", arXiv:2306.08543, eq. 1; here over tokens of the data, not of the student's texts.
+        Gu et al., 2023, "MiniLLM", arXiv:2306.08543, eq. 1; here on tokens of the data instead of the student's texts.
     """
 
     def between(self, log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class ReverseKL(Divergence):
 
 @dataclass(frozen=True)
 class JensenShannon(Divergence):
-    """Between the two: both against their mean, from 0 to log 2.
+    """The mean of the KL divergences of both distributions from their mean, from 0 to log 2.
 
     Source:
         Agarwal et al., 2023, "On-Policy Distillation of Language Models", arXiv:2306.13649, eq. 1, with beta 1/2.
@@ -75,11 +75,11 @@ class JensenShannon(Divergence):
 
 @dataclass(frozen=True)
 class SoftTargets:
-    """What a teacher says of some tokens or examples, softened by a temperature.
+    """A teacher's distributions for some tokens or examples, softened by a temperature.
 
     Attributes:
-        log_p: Its log-probabilities: of everything, or of the likeliest.
-        index: What those are of, where they are of the likeliest alone.
+        log_p: Log-probabilities of all tokens or classes, or of the `k` most likely.
+        index: The `k` most likely ones; `None` if `log_p` is of all.
     """
 
     log_p: Float[Tensor, "*n k"]
@@ -87,11 +87,11 @@ class SoftTargets:
 
     @classmethod
     def of(cls, logits: Float[Tensor, "*n vocab"], temperature: float) -> SoftTargets:
-        """From a teacher's logits of everything."""
+        """Makes them from a teacher's logits."""
         return cls(F.log_softmax(logits.float() / temperature, dim=-1))
 
     def top(self, k: int) -> SoftTargets:
-        """The likeliest alone."""
+        """The same for the `k` most likely tokens or classes only."""
         log_p, index = self.log_p.topk(min(k, self.log_p.shape[-1]), dim=-1)
         return SoftTargets(log_p, index)
 
@@ -101,9 +101,9 @@ class SoftTargets:
     def against(
         self, logits: Float[Tensor, "*n vocab"], temperature: float, divergence: Divergence
     ) -> Float[Tensor, "*n"]:
-        """How far a student is from it, times the temperature squared, which keeps its gradients' size.
+        """The divergence of a student's logits, times the temperature squared, which keeps the size of its gradients.
 
-        Where only the likeliest are known, all others count as one: their probability is to be right together.
+        If only the `k` most likely are known, all others count as one, with the sum of their probabilities.
 
         Source:
             Hinton et al., 2015, arXiv:1503.02531, section 2.
@@ -114,18 +114,18 @@ class SoftTargets:
             log_q = log_q.gather(-1, self.index.long())
             if some:
                 log_p, log_q = (_with_rest(x) for x in (log_p, log_q))
-            log_p = log_p.log_softmax(dim=-1)  # stored in half precision they do not quite add up
+            log_p = log_p.log_softmax(dim=-1)  # stored in fp16, the probabilities do not quite sum to 1
         return temperature**2 * divergence.between(log_p, log_q)
 
 
 def _with_rest(log_p: Tensor) -> Tensor:
-    """With the log-probability of all others together."""
+    """Appends the log of the remaining probability."""
     rest = (1 - log_p.exp().sum(dim=-1, keepdim=True)).clamp(min=1e-7)
     return torch.cat([log_p, rest.log()], dim=-1)
 
 
 class _LinearLoss(torch.autograd.Function):
-    """Makes the gradients of a chunk while its logits are at hand, as `losses._LinearCrossEntropy`."""
+    """Computes the gradients of a chunk in the forward pass, with its logits, as `losses._LinearCrossEntropy` does."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, loss_of: Callable[[Tensor, slice], Tensor]) -> Tensor:
@@ -150,14 +150,14 @@ class _LinearLoss(torch.autograd.Function):
                 if wants_weight:
                     grad_weight += grad.T @ h
                 del grad
-            del logits, loss  # or the next would be made beside them
+            del logits, loss  # freed before the next chunk's are allocated
         ctx.gradients = grad_hidden, grad_weight
         return total
 
     @staticmethod
     @differentiable_once
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales, in place: the gradients are used once."""
+        """Scales the gradients, in place because they are used once."""
         return *scaled_once(ctx, grad), None
 
 
@@ -169,17 +169,17 @@ def linear_loss_sum(
     """The sum of any loss of the logits `hidden @ weight.T`, which are never held all at once.
 
     Args:
-        hidden: What the output layer reads.
-        weight: The output layer's matrix.
-        loss_of: The loss of a chunk's logits, in fp32, and of which rows of `hidden` they are; of them alone gradients
-            are taken.
+        hidden: Input of the output layer.
+        weight: Weight of the output layer.
+        loss_of: Makes the summed loss of a chunk from its logits, in fp32, and the slice of `hidden` they are for. It
+            is differentiated with respect to the logits only.
 
     Source:
-        As `losses.linear_cross_entropy_sum`, for losses whose gradients are not written by hand.
+        As `losses.linear_cross_entropy_sum`, for losses whose gradients are computed by autograd.
     """
     kind = hidden.device.type
     hidden = hidden.to(product_dtype(hidden))
-    if not torch.is_grad_enabled():  # which the function cannot see
+    if not torch.is_grad_enabled():  # inside an `autograd.Function` this is not visible
         hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(kind, enabled=False):
         return _LinearLoss.apply(hidden, weight, loss_of)

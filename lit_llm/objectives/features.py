@@ -1,4 +1,4 @@
-"""What a frozen backbone gives for each example, made once."""
+"""Cached features of a frozen backbone, computed once for each example."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ log = logging.getLogger(__name__)
 
 
 class FeatureCache:
-    """The features of the examples of one split, by row: with them a step costs what the head costs.
+    """The features of the examples of one split, so that a step only has to compute the head.
 
-    They are made in one pass in a fixed order, with dropout off, so that they depend neither on the order of training
-    nor on where a resumed run goes on.
+    They are computed in one pass in a fixed order, without dropout, so they depend neither on the order of training nor
+    on the step at which a run is resumed.
 
     Args:
-        network: Has `features`, which gives tensors with a row for each example.
+        network: Its `features` returns tensors with one row per example.
         batches: All examples of the split.
-        num_rows: Rows of the split.
+        num_rows: Number of rows of the split.
     """
 
     def __init__(self, network: Any, batches: Iterable[Mapping[str, Tensor]], num_rows: int) -> None:
@@ -43,12 +43,12 @@ class FeatureCache:
                     self._features[name][batch["rows"].to(device)] = part
 
     def __call__(self, rows: Int[Tensor, " batch"]) -> dict[str, Tensor]:
-        """What `network.classify` reads, for some rows."""
+        """The features of some rows, as input of `network.classify`."""
         return {name: stored[rows] for name, stored in self._features.items()}
 
 
 def can_be_cached(network: Any, batch: Mapping[str, Tensor]) -> bool:
-    """Whether each example has features of one size: not where the head reads whole sequences."""
+    """Whether features have the same size for all examples, as they do unless the head reads whole sequences."""
     device = next(network.parameters()).device
     with evaluating(network), torch.no_grad():
         given = network.features(**{name: x.to(device) for name, x in inputs(batch).items()})
@@ -58,12 +58,12 @@ def can_be_cached(network: Any, batch: Mapping[str, Tensor]) -> bool:
 def features_of(
     network: Any, data: Any, forward_context: Callable[[], AbstractContextManager[Any]]
 ) -> dict[RunningStage, FeatureCache]:
-    """Has a frozen backbone read each example of training and validation once, where network and data can do with that.
+    """Computes the features of the training and validation split once; empty if network or data do not support it.
 
     Args:
-        network: One with `features`; of others there are none.
-        data: The data module; has `ordered_dataloader`, or there are none.
-        forward_context: What the network computes in, such as autocast.
+        network: A network with `features` and `classify`; for others the result is empty.
+        data: A data module with `ordered_dataloader`; for others the result is empty.
+        forward_context: Context of the network's computation, such as autocast.
 
     Raises:
         ValueError: When training examples are augmented.
@@ -79,7 +79,7 @@ def features_of(
         return {}
     started, found = time.perf_counter(), {}
     for stage, split in ((RunningStage.TRAINING, "train"), (RunningStage.VALIDATING, "validation")):
-        # Each process reads all of it, since what it trains on comes from all of it.
+        # Each process reads the whole split, because its training batches come from all of it.
         if loader := data.ordered_dataloader(split, share=False):
             with forward_context():
                 found[stage] = FeatureCache(network, loader, loader.num_rows)

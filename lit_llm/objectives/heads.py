@@ -1,4 +1,4 @@
-"""Heads: of which classes they are, in the order of the data's, and at which value a new one starts."""
+"""Heads of classifiers: reordering their classes to those of the data, and the initial value of a new one."""
 
 from __future__ import annotations
 
@@ -14,18 +14,21 @@ from lit_llm.recipes import built
 from lit_llm.wording import listed
 
 NO_NAME = re.compile(r"LABEL_\d+|[+-]?\d+", re.IGNORECASE)
-"""What a class is called of which nothing is known but its number."""
+"""Name of a class of which only the number is known."""
 
 RESERVED = re.compile(r"LABEL_\d+", re.IGNORECASE)
-"""What a class is called that had no examples: any may take its place."""
+"""Name of a spare class, which had no examples; any class may take its place."""
 
 
 def order_of(wanted: Sequence[str] | None, own: Sequence[str] | None) -> list[int] | None:
-    """In which order a head's classes are the wanted ones, with those that nobody wants behind them.
+    """The order in which a head's classes are the wanted ones, followed by those that are not wanted.
 
-    They are found by their names, be the letters small or capital. They are as they are where names say nothing: where
-    there are none, or on one side only numbers; what is without a name takes the place of what is not found. `None`
-    where the head is of other classes.
+    Classes are matched by name, ignoring case if that is needed; a wanted class that is not found takes a spare one
+    (`LABEL_0`). If a side has no names or only numbers, the order is kept. `None` if the head is for other classes.
+
+    Args:
+        wanted: Names of the data's classes.
+        own: Names of the head's classes.
 
     Example:
         >>> order_of(["bad", "good"], ["GOOD", "BAD", "so-so"])
@@ -52,14 +55,14 @@ def order_of(wanted: Sequence[str] | None, own: Sequence[str] | None) -> list[in
 
 
 def head_of(source: Model, where: str) -> set[str]:
-    """The names of what is as long as there are classes.
+    """The names of the parameters and buffers whose size depends on the number of classes.
 
     Args:
-        source: What the head is part of.
-        where: What errors call it.
+        source: The model.
+        where: Its name in errors.
 
     Raises:
-        ValueError: When compression has left no such head.
+        ValueError: When the head is compressed.
     """
     options = {name: value for name, value in source.recipe["init_args"].items() if name != "class_names"}
     with torch.device("meta"):
@@ -78,7 +81,7 @@ def head_of(source: Model, where: str) -> set[str]:
 
 
 def put_in_order(source: Model, order: list[int], where: str) -> None:
-    """Puts a head's classes in an order, in place."""
+    """Reorders a head's classes, in place."""
     if order == list(range(len(order))):
         return
     state = source.network.state_dict()
@@ -89,9 +92,9 @@ def put_in_order(source: Model, order: list[int], where: str) -> None:
 
 @torch.no_grad()
 def start_at(network: nn.Module, value: float) -> None:
-    """Has a new head of one value say that one to begin with: as the bias of the last linear layer, in place.
+    """Sets the bias of a new head with one output, in place, so that it starts by predicting a value.
 
-    A head is new whose bias is 0; one that has learnt, or has none, stays as it is.
+    The head is the last linear layer. It is new if its bias is 0; a trained head or one without a bias is unchanged.
 
     Example:
         >>> network = nn.Linear(3, 1)

@@ -1,4 +1,4 @@
-"""Losses that two or more objectives use: pure functions, summed rather than averaged."""
+"""Losses that several objectives use: pure functions, summed rather than averaged."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lit_llm.products import product_dtype
 def token_nats(
     logits: Float[Tensor, "batch seq vocab"], labels: Int[Tensor, "batch seq"]
 ) -> Float[Tensor, "batch seq"]:
-    """Cross-entropy of each label in nats, 0 where it is `IGNORE_INDEX`; in fp32 whatever the logits' type."""
+    """Cross-entropy of each label in nats, 0 where it is `IGNORE_INDEX`; computed in fp32."""
     flat = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="none")
     return flat.view_as(labels)
 
@@ -31,9 +31,9 @@ def cross_entropy_sum(
     """Cross-entropy in nats, summed over the labels that are not `IGNORE_INDEX`.
 
     Args:
-        logits: Unnormalised log-probabilities, of any floating type; computed with in fp32.
+        logits: Unnormalised log-probabilities of any floating type; converted to fp32.
         labels: The tokens to predict.
-        label_smoothing: Probability that the target gives to all tokens alike (Szegedy et al., 2015,
+        label_smoothing: Probability that the target spreads evenly over all tokens (Szegedy et al., 2015,
             arXiv:1512.00567, section 7).
         z_loss: Weight of the squared log of the softmax's denominator, which keeps logits from drifting (Chowdhery et
             al., 2022, arXiv:2204.02311, section 5, with 1e-4).
@@ -52,12 +52,12 @@ def cross_entropy_sum(
 
 
 FP32_LOGITS = {"cpu": 2**22, "accelerator": 2**26}
-"""So many logits are in fp32 at a time on each device: what a CPU's caches hold; for an accelerator, where launching
-kernels costs more, a larger number, with which nothing has been measured yet."""
+"""Largest number of logits in fp32 at a time on each device. On a CPU they fit into the caches; on an accelerator there
+are more, because kernel launches cost more, but this number has not been tuned by measurements."""
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Makes the gradients of a chunk while its logits are at hand, so that the backward pass only scales them."""
+    """Computes the gradients of a chunk in the forward pass, with its logits; the backward pass only scales them."""
 
     @staticmethod
     def forward(
@@ -73,12 +73,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         vocab, d_model = weight.shape
         first, end = (0, vocab) if group is None else _own_tokens(vocab, group)
         head, kept, targets = weight[first:end].to(hidden.dtype), (labels != IGNORE_INDEX)[:, None], labels[:, None]
-        wants_hidden, wants_weight, *_ = ctx.needs_input_grad  # an adapter leaves the head as it is
+        wants_hidden, wants_weight, *_ = ctx.needs_input_grad  # with adapters the head may be frozen
         wanted = wants_hidden or wants_weight
         losses = torch.empty(len(hidden), 1, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        step = 2 * d_model  # with fewer tokens a chunk, adding up the weight's gradient would cost more than the logits
+        step = 2 * d_model  # in smaller chunks, accumulating the weight's gradient would cost more than the logits
         devices = 1 if group is None else group.size()
         rows = max(1, FP32_LOGITS["cpu" if hidden.device.type == "cpu" else "accelerator"] * devices // vocab)
         for start in range(0, len(hidden), step):
@@ -87,14 +87,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits = h @ head.T
             for part, target, loss in zip(*(x.split(rows) for x in (logits, targets[here], losses[here])), strict=True):
                 loss.copy_(_losses(part, target - first, vocab, label_smoothing, z_loss, group, wanted))
-            # Where gradients are wanted the logits have become theirs.
+            # If gradients are wanted, `logits` now holds the gradient of the logits.
             if wants_hidden:
                 torch.mm(logits, head, out=grad_hidden[here]).mul_(keep)
             if wants_weight and h.dtype == torch.float32:
                 grad_weight[first:end].addmm_(logits.T, h * keep)
             elif wants_weight:
                 grad_weight[first:end] += logits.T @ (h * keep)
-            del logits, part  # or the next would be made beside them
+            del logits, part  # freed before the next chunk's are allocated
         ctx.gradients = grad_hidden, grad_weight
         for gradient in ctx.gradients if group is not None else ():
             if gradient is not None:
@@ -104,12 +104,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """Scales, in place: the gradients are used once."""
+        """Scales the gradients, in place because they are used once."""
         return *scaled_once(ctx, grad), None, None, None, None
 
 
 def scaled_once(ctx: FunctionCtx, grad: Tensor) -> list[Tensor | None]:
-    """The gradients that a forward pass has left in `ctx.gradients`, times `grad`, in their own memory."""
+    """Multiplies the gradients that a forward pass left in `ctx.gradients` by `grad`, in place."""
     gradients, ctx.gradients = ctx.gradients, None
     return [None if gradient is None else gradient.mul_(grad) for gradient in gradients]
 
@@ -123,16 +123,16 @@ def _losses(
     group: dist.ProcessGroup | None,
     wanted: bool,
 ) -> Tensor:
-    """The loss of each row; where gradients are wanted, those of the logits take the logits' place.
+    """The loss of each row; if `wanted`, overwrites the logits with their gradients.
 
     Args:
         logits: As in `_log_softmax`.
-        target: Where among these the label is, were there as many as it takes.
-        vocab: How many there are on all devices.
+        target: Column of each label in `logits`; outside them if another device has it.
+        vocab: Number of tokens on all devices together.
         label_smoothing: As in `cross_entropy_sum`.
         z_loss: As in `cross_entropy_sum`.
         group: As in `_log_softmax`.
-        wanted: Whether gradients are.
+        wanted: Whether gradients are wanted.
     """
     own = (target >= 0) & (target < logits.shape[1])
     target = target.clamp(0, logits.shape[1] - 1)
@@ -146,7 +146,7 @@ def _losses(
     if z_loss:
         loss += z_loss * log_z.square()
     if wanted:
-        grad = log_p.exp_()  # in place: log-probabilities become probabilities, then the gradient of the logits
+        grad = log_p.exp_()  # in place: from log-probabilities to probabilities to the gradient
         if z_loss:
             grad.mul_(1 + 2 * z_loss * log_z)
         if label_smoothing:
@@ -158,13 +158,13 @@ def _losses(
 def _log_softmax(
     logits: Tensor, target: Tensor, own: Tensor, group: dist.ProcessGroup | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities in fp32; of each row the log of their denominator, and the nats of the label.
+    """Log-probabilities in fp32, and for each row the log of their denominator and the nats of the label.
 
     Args:
-        logits: All of them, or those of this device's part of the vocabulary; spoilt.
-        target: Where among these the label is.
-        own: Whether it is there.
-        group: Devices that have the others.
+        logits: Logits of all tokens, or of this device's part of the vocabulary; may be overwritten.
+        target: Column of each label in `logits`, clamped into their range.
+        own: Whether the label is in this device's part.
+        group: Process group that shares the vocabulary; `None` if this device has all of it.
     """
     if group is None:
         log_p = F.log_softmax(logits, dim=-1, dtype=torch.float32)
@@ -181,7 +181,7 @@ def _log_softmax(
 
 
 def _own_tokens(vocab: int, group: dist.ProcessGroup) -> tuple[int, int]:
-    """The part of a vocabulary whose logits this device makes, as its first token and the one after its last."""
+    """The part of the vocabulary whose logits this device computes: its first token and the one after its last."""
     rank, size = group.rank(), group.size()
     return vocab * rank // size, vocab * (rank + 1) // size
 
@@ -194,25 +194,26 @@ def linear_cross_entropy_sum(
     z_loss: float = 0.0,
     group: dist.ProcessGroup | None = None,
 ) -> Float[Tensor, ""]:
-    """What `cross_entropy_sum` gives for the logits `hidden @ weight.T`, which are never held all at once.
+    """`cross_entropy_sum` of the logits `hidden @ weight.T`, which are never held all at once.
 
-    They are made, used and forgotten for `2 * d_model` tokens at a time, and few of them are in fp32 (`FP32_LOGITS`),
-    so what the loss needs of memory is about three times the head's own gradient, whatever the batch. Labels to be
-    ignored cost nothing on a CPU.
+    The logits are computed for `2 * d_model` tokens at a time, and only a few of them in fp32 (`FP32_LOGITS`), so the
+    loss needs about three times the memory of the head's gradient, whatever the size of the batch. On a CPU, ignored
+    labels cost nothing.
 
     Args:
-        hidden: What the output layer reads.
-        weight: The output layer's matrix.
+        hidden: Input of the output layer.
+        weight: Weight of the output layer.
         labels: As in `cross_entropy_sum`.
         label_smoothing: As in `cross_entropy_sum`.
         z_loss: As in `cross_entropy_sum`.
-        group: Devices that have the same arguments and share the work: each makes the logits of its part of the
-            vocabulary, and all have the whole loss and its whole gradients. There are no more of them than tokens.
+        group: Process group whose devices pass the same arguments and share the work: each computes the logits of its
+            part of the vocabulary, and all get the whole loss and the whole gradients. It may not be larger than the
+            vocabulary.
 
     Source:
-        Wijmans et al., 2024, "Cut Your Losses", arXiv:2411.09009, and Hsu et al., 2024, "Liger Kernel",
-        arXiv:2410.10989, section 3.2, whose chunking over tokens, with gradients made in the forward pass, this is.
-        Parts of the vocabulary: Shoeybi et al., 2019, "Megatron-LM", arXiv:1909.08053, section 3.
+        Chunking over tokens, with gradients in the forward pass: Hsu et al., 2024, "Liger Kernel", arXiv:2410.10989,
+        section 3.2; see also Wijmans et al., 2024, "Cut Your Losses", arXiv:2411.09009. Parts of the vocabulary:
+        Shoeybi et al., 2019, "Megatron-LM", arXiv:1909.08053, section 3.
 
     Example:
         >>> hidden, weight = torch.randn(1, 3, 4), torch.randn(5, 4)
@@ -226,9 +227,9 @@ def linear_cross_entropy_sum(
     hidden = hidden.to(product_dtype(hidden))
     if (
         kind == "cpu" and not (kept := labels != IGNORE_INDEX).all()
-    ):  # elsewhere counting them would wait for the device
+    ):  # on other devices this check would wait for the device
         hidden, labels = hidden[kept], labels[kept]
-    if not torch.is_grad_enabled():  # which the function cannot see
+    if not torch.is_grad_enabled():  # inside an `autograd.Function` this is not visible
         hidden, weight = hidden.detach(), weight.detach()
     with torch.autocast(kind, enabled=False):
         return _LinearCrossEntropy.apply(hidden, weight, labels, label_smoothing, z_loss, group)

@@ -1,4 +1,4 @@
-"""What is hidden from a network that is to fill it in: pure functions of the tokens and a seed."""
+"""Which tokens are masked or removed: pure functions of the tokens and a seed."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ GOLDEN = 0x9E3779B97F4A7C15 - 2**64
 FIRST, SECOND = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2**64
 
 BYTES = {character: byte for byte, character in bytes_to_unicode().items()}
-"""The byte that each character of a byte-level token stands for: printable ones for themselves."""
+"""The byte that each character of a byte-level token stands for."""
 
 
 def chances(input_ids: Int[Tensor, "batch seq"], seed: tuple[int, ...], count: int) -> Float[Tensor, "count batch seq"]:
-    """Random numbers in [0, 1) for each position, by what its row holds and a seed, and nothing else.
+    """Random numbers in [0, 1) for each position, which depend only on the tokens of its row and a seed.
 
-    So a row is treated alike in whatever batch, on whatever device and process it comes, and a run that goes on from a
-    checkpoint draws what it would have drawn; there is no state to keep. Equal rows are treated alike.
+    A row gets the same numbers in any batch and on any device and process, equal rows get equal numbers, and a resumed
+    run draws the same ones without any state in its checkpoint.
 
     Args:
         input_ids: Tokens.
-        seed: For example a seed and the step.
-        count: How many numbers for each position.
+        seed: Any whole numbers, such as a seed and the step.
+        count: How many numbers to draw for each position.
 
     Source:
-        Steele et al., 2014, "Fast Splittable Pseudorandom Number Generators" (SplitMix64's finaliser); from counters
-        rather than a state as in Salmon et al., 2011, "Parallel Random Numbers: As Easy as 1, 2, 3".
+        Steele et al., 2014, "Fast Splittable Pseudorandom Number Generators" (SplitMix64's finaliser); counters instead
+        of a state: Salmon et al., 2011, "Parallel Random Numbers: As Easy as 1, 2, 3".
 
     Example:
         >>> ids = torch.tensor([[5, 6], [5, 6], [6, 5]])
@@ -48,14 +48,14 @@ def chances(input_ids: Int[Tensor, "batch seq"], seed: tuple[int, ...], count: i
 
 
 def _mixed(x: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
-    """Makes each bit depend on all bits, in the arithmetic of 64 bits."""
+    """Makes each bit depend on all bits, in 64-bit arithmetic."""
     x = (x ^ ((x >> 30) & (2**34 - 1))) * FIRST
     x = (x ^ ((x >> 27) & (2**37 - 1))) * SECOND
     return x ^ ((x >> 31) & (2**33 - 1))
 
 
 def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, " vocab"]:
-    """Which tokens are text: all but the special ones."""
+    """Which tokens are ordinary text, that is, not special ones."""
     marks = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     ordinary = torch.ones(len(tokenizer), dtype=torch.bool)
     ordinary[sorted(marks | set(tokenizer.all_special_ids))] = False
@@ -63,12 +63,13 @@ def ordinary_tokens(tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, " vocab"
 
 
 def word_edges(tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, "2 vocab"]:
-    """Of each token whether it may go on with a word, and whether a word may go on after it.
+    """For each token, whether it may continue a word, and whether a word may continue after it.
 
-    A WordPiece that begins with `##` goes on with a word, and so does a token without a space before it where each word
-    has one, as of `bert-uncased-bpe-<size>`. Elsewhere a token that begins with a letter or digit does,
-    where the one before ends with one: so a word is its letters and the space or sign that its first token has before
-    them. A letter beyond U+2E80 (Chinese, Japanese, Korean) is a word by itself, also where it is several tokens.
+    A WordPiece that begins with `##` continues a word. So does a token without a leading space if the tokeniser puts a
+    space before each word, as `bert-uncased-bpe-<size>` does. With other tokenisers a token continues a word if it
+    begins with a letter or digit and the token before it ends with one; a word then consists of its letters and the
+    space or sign at the beginning of its first token. A letter from U+2E80 on (Chinese, Japanese, Korean) is a word by
+    itself, even if it consists of several tokens.
 
     Example:
         >>> from lit_llm.data.tokenizer import train_bert_bpe
@@ -94,30 +95,30 @@ def word_edges(tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, "2 vocab"]:
 
 
 def _bytes_of(token: str) -> bytes:
-    """What a token of a byte-level encoding stands for."""
+    """The bytes that a token of a byte-level encoding stands for."""
     return bytes(BYTES.get(character, 0) for character in token)
 
 
 def _is_inside(piece: bytes, at_the_end: bool = False) -> bool:
-    """Whether the first character, or the last one, may be within a word."""
+    """Whether the first (or last) character of a token may be inside a word."""
     for size in range(1, 5):
         try:
             character = (piece[-size:] if at_the_end else piece[:size]).decode()
         except UnicodeDecodeError:
             continue
         return character == "_" or (character.isalnum() and character < "\u2e80")
-    return at_the_end or piece < b"\xe0"  # part of a character: its middle, or the first byte of a letter with cases
+    return at_the_end or piece < b"\xe0"  # part of a character: a continuation byte, or a letter below U+0800
 
 
 def word_starts(input_ids: Int[Tensor, "batch seq"], edges: Bool[Tensor, "2 vocab"]) -> Int[Tensor, "batch seq"]:
-    """The place at which the word of each position begins.
+    """The position at which the word of each position begins.
 
     Args:
         input_ids: Tokens.
-        edges: What `word_edges` says of them.
+        edges: The result of `word_edges`.
 
     Example:
-        >>> edges = torch.tensor([[0, 0, 1], [0, 1, 1]]).bool()  # a mark, a first piece, one that goes on
+        >>> edges = torch.tensor([[0, 0, 1], [0, 1, 1]]).bool()  # special, first of a word, continuing
         >>> word_starts(torch.tensor([[0, 1, 2, 2, 1, 0, 2]]), edges).tolist()
         [[0, 1, 1, 1, 4, 5, 6]]
     """
@@ -131,18 +132,18 @@ def word_starts(input_ids: Int[Tensor, "batch seq"], edges: Bool[Tensor, "2 voca
 def noise_spans(
     chance: Float[Tensor, "2 batch seq"], num_hidden: int, num_spans: int
 ) -> tuple[Bool[Tensor, "batch seq"], Bool[Tensor, "batch seq"]]:
-    """Spans to be left out of each row: the same number of tokens and of spans in all rows, at random places.
+    """Random spans to remove from each row, with the same numbers of removed tokens and of spans in all rows.
 
-    A row begins with what is kept, and ends with a span; spans do not touch. Both what is kept and what is left out are
-    cut into as many pieces, every cut being as likely as any other.
+    A row begins with kept tokens and ends with a span, and spans do not touch. Kept and removed tokens are each cut
+    into `num_spans` pieces, with all cuts equally likely.
 
     Args:
         chance: Two random numbers for each position.
-        num_hidden: Tokens that are left out.
-        num_spans: Spans that they form.
+        num_hidden: Number of removed tokens.
+        num_spans: Number of spans.
 
     Returns:
-        Which positions are left out, and which of these are the first of their span.
+        Which positions are removed, and which of these are the first of their span.
 
     Source:
         Raffel et al., 2020, arXiv:1910.10683, section 3.1.4; `random_spans_noise_mask` of their `preprocessors.py`.
@@ -164,7 +165,7 @@ def noise_spans(
 
 
 def _pieces(chance: Float[Tensor, "batch seq"], count: int) -> Int[Tensor, "batch count"]:
-    """Lengths, 1 at least, of so many pieces of each row."""
+    """Random lengths, at least 1, of `count` pieces of each row."""
     size = chance.shape[1]
     cuts = chance[:, 1:].argsort(dim=1)[:, : count - 1].sort(dim=1).values + 1
     edges = torch.nn.functional.pad(torch.nn.functional.pad(cuts, (1, 0)), (0, 1), value=size)

@@ -1,4 +1,4 @@
-"""A model that another learns from, and what it said, kept on disk."""
+"""The teacher of a distillation, and a cache of its predictions on disk."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ log = logging.getLogger(__name__)
 
 
 class Teacher:
-    """A trained network in evaluation mode that learns nothing; no part of the module that holds it.
+    """A frozen network in evaluation mode, which is no submodule of the objective that holds it.
 
-    Its weights are in 32 bits, and so are the images that it reads, whatever the student's are.
+    Its weights and floating-point inputs, such as images, are in 32 bits, whatever the student's precision is.
 
     Args:
         path: A model directory, a run folder, a checkpoint file or a name on the hub.
-        precision: What it computes in: `32-true`, or `bf16-mixed`.
+        precision: Precision of its computation: `32-true` or `bf16-mixed`.
     """
 
     def __init__(self, path: str, precision: str) -> None:
@@ -44,10 +44,10 @@ class Teacher:
         self.network.register_forward_pre_hook(_widen, with_kwargs=True)
 
     def require(self, student: nn.Module, size_name: str, size: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Refuses a student that means something else by its numbers.
+        """Checks that the student has the same task, tokeniser and classes.
 
         Raises:
-            ValueError: When the task, the tokeniser or the classes differ.
+            ValueError: When one of them differs.
         """
         sized_by = first_argument(type(self.network))
         if sized_by != size_name:
@@ -74,14 +74,14 @@ class Teacher:
 
     @contextmanager
     def asked(self) -> Iterator[nn.Module]:
-        """The network, without gradients and in its precision."""
+        """A context that gives the network, without gradients and in its precision."""
         device = next(self.network.parameters()).device.type
         low = torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16-mixed")
         with torch.no_grad(), _in_32_bits(), low:
             yield self.network
 
     def fingerprint(self) -> str:
-        """Of all its weights."""
+        """A hash of all its weights."""
         digest = hashlib.blake2b(digest_size=12)
         for name, tensor in self.network.state_dict().items():
             digest.update(name.encode())
@@ -91,7 +91,7 @@ class Teacher:
 
 @contextmanager
 def _in_32_bits() -> Iterator[None]:
-    """Where a trainer would have all that is made in its own precision."""
+    """Sets torch's default dtype to fp32, because a trainer may have set it to its own precision."""
     usual = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
@@ -105,17 +105,17 @@ def _widen(module: nn.Module, args: Any, kwargs: Any) -> Any:
 
 
 class TeacherCache:
-    """What a teacher said of each row, on disk: of every position the likeliest tokens (classes) and how likely.
+    """A cache on disk of a teacher's `k` most likely classes of each row, or tokens of each position.
 
-    A row is found by a hash of what the network reads of it, so that data that have changed are never taken for what
-    they were. Rows are added as they come: one file for each length of rows, memory-mapped, 6 bytes for each of `k` at
-    each position. What is read back is what is used from the first epoch on. Meant for one run at a time.
+    Rows are found by a hash of the network's inputs, so changed data are never mistaken for old ones. They are appended
+    as they are first read, to one memory-mapped file per length of rows, with 6 bytes per class or token. From the
+    first epoch on, training uses the predictions as stored (log-probabilities in fp16). Meant for one run at a time.
 
     Args:
-        teacher: Whose; another one has another cache.
-        temperature: What its probabilities are softened by.
-        k: How many.
-        rank: Of this process, which has a file of its own.
+        teacher: The teacher; each has its own cache.
+        temperature: Divisor of its logits.
+        k: Number of classes or tokens to keep.
+        rank: Rank of this process, which has its own files.
     """
 
     def __init__(self, teacher: Teacher, temperature: float, k: int, rank: int = 0) -> None:
@@ -130,17 +130,17 @@ class TeacherCache:
             self._open(path)
 
     def read(self, batch: Mapping[str, Any]) -> SoftTargets | None:
-        """What was said of a batch; `None` when some of it is not there."""
+        """The cached predictions for a batch; `None` if a row is missing."""
         keys = row_keys(batch)
         if not all(key in self._places for key in keys):
             return None
-        [path] = {self._places[key][0] for key in keys}  # rows of one batch are equally long
+        [path] = {self._places[key][0] for key in keys}  # rows of one batch have equal lengths
         found = self._records[path][[self._places[key][1] for key in keys]]
         log_p, index = (torch.from_numpy(np.ascontiguousarray(found[name])) for name in ("log_p", "index"))
         return SoftTargets(log_p.float(), index.long())
 
     def add(self, batch: Mapping[str, Any], taught: SoftTargets) -> SoftTargets:
-        """Keeps what was said of a batch, and gives it back as it is kept; rows that are there stay as they are."""
+        """Adds the predictions for a batch, except for rows that are cached already, and returns them as stored."""
         keys = row_keys(batch)
         kept = taught.top(self.k)
         path = self.folder / f"{'x'.join(map(str, kept.log_p.shape[1:]))}-{self.rank}.bin"
@@ -156,19 +156,19 @@ class TeacherCache:
         return self.read(batch)
 
     def _open(self, path: Path) -> None:
-        """A file that an earlier run left, or a new one; its name begins with the shape of what it holds of a row."""
+        """Opens a file of an earlier run or a new one; its name begins with the shape of a row's predictions."""
         shape = tuple(map(int, path.stem.split("-")[0].split("x")))
         dtype = np.dtype([("key", "u1", 16), ("log_p", "<f2", shape), ("index", "<i4", shape)])
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab") as file:
-            file.truncate(file.tell() // dtype.itemsize * dtype.itemsize)  # half a record of a killed process
+            file.truncate(file.tell() // dtype.itemsize * dtype.itemsize)  # a killed process may leave half a record
         self._records[path] = np.zeros(0, dtype)
         self._map(path)
         if count := len(self._records[path]):
             log.info(f"Using the teacher's cached answers for {count:,} rows: {path}")
 
     def _map(self, path: Path) -> None:
-        """Sees what has been added to a file."""
+        """Maps a file again after records were appended, and indexes the new ones."""
         dtype, before = self._records[path].dtype, len(self._records[path])
         count = path.stat().st_size // dtype.itemsize
         if count:
@@ -178,7 +178,7 @@ class TeacherCache:
 
 
 def row_keys(batch: Mapping[str, Any]) -> list[bytes]:
-    """A hash of what the network reads of each row, padding left out."""
+    """A hash of the network's inputs for each row, without padding."""
     read = {name: tensor.cpu() for name, tensor in sorted(inputs(batch).items()) if name != "num_bytes"}
     mask = read.get("attention_mask")
     keys = []

@@ -92,7 +92,7 @@ def test_the_loss_weighs_each_examples_smoothed_loss_by_its_class(tmp_path: Path
     made = fitted(tmp_path, Examples(3, counts=[12, 6, 3]), label_smoothing=smoothing, class_weights="balanced")
     batch = together([example(row, 3) for row in (0, 1, 3, 5)])
     total, count = made.loss(batch)
-    weights = (21 / (3 * torch.tensor([12.0, 6.0, 3.0])))[batch["labels"]]  # as scikit-learn's compute_class_weight
+    weights = (21 / (3 * torch.tensor([12.0, 6.0, 3.0])))[batch["labels"]]  # as in scikit-learn
     each = F.cross_entropy(made.logits(batch), batch["labels"], reduction="none", label_smoothing=smoothing)
     torch.testing.assert_close(total / count, (weights * each).sum() / weights.sum())
     assert count >= len(batch["labels"])
@@ -115,7 +115,7 @@ def test_a_rare_class_is_not_likely_everywhere_for_being_smoothed(tmp_path: Path
     made = fitted(tmp_path, Examples(2, counts=[640, 16]), label_smoothing=0.1, class_weights="balanced")
     batch = together([example(0, 2)])
     made.read = lambda batch: logits
-    logits = torch.tensor([[math.log(19.0), 0.0]], requires_grad=True)  # what smoothing asks for: 0.95 and 0.05
+    logits = torch.tensor([[math.log(19.0), 0.0]], requires_grad=True)  # logits of the smoothed target: 0.95 and 0.05
     made.loss(batch)[0].backward()
     torch.testing.assert_close(logits.grad, torch.zeros(1, 2))
 

@@ -117,7 +117,7 @@ def test_the_teacher_learns_nothing_and_is_left_out_of_everything(bert, tmp_path
 
 
 def test_a_student_comes_closer_to_its_teacher_inside_and_out(bert, tmp_path):
-    """Of all layers with all the teacher's weights it is at distance zero; training from afar brings it nearer."""
+    """With all layers and weights of the teacher the distance is zero; training from another start reduces it."""
     batch = together([example(row, 3) for row in range(8)])
 
     def distance(made: ClassificationDistillation) -> float:

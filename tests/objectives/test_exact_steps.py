@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader
 from lit_llm.objectives.exact_steps import ExactSteps, Loss
 from tests.writing import exactly
 
-ROWS = [torch.arange(1.0, 1 + length)[:, None] for length in (1, 4, 2, 5)]  # as many targets as a row is long
+ROWS = [torch.arange(1.0, 1 + length)[:, None] for length in (1, 4, 2, 5)]  # each row has as many targets as its length
 
 
 class Line(ExactSteps):
-    """Fits `2 x`, and keeps the gradient with which it steps."""
+    """Fits `2 x`, and keeps the gradient of each optimiser step."""
 
     def __init__(self, wrong: float = 0.0) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def test_what_the_steps_lost_is_their_mean_over_targets_and_is_taken_once(tmp_pa
     made = fitted(tmp_path, Line())
     total, targets = Line().loss(torch.cat(ROWS))
     assert made.take_train_loss() == pytest.approx(float(total / targets))
-    assert math.isnan(made.take_train_loss())  # of no target there is no loss
+    assert math.isnan(made.take_train_loss())  # without targets there is no loss
 
 
 def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path: Path) -> No
 
 
 class Noise(Line):
-    """Draws a number at each batch."""
+    """Draws a random number at each batch."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,22 +97,22 @@ class Noise(Line):
 
 
 def test_what_is_drawn_at_a_step_depends_on_seed_step_and_micro_batch_alone(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of another test
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # may be set by another test
     found = {}
     for name, seed, options in (("a", 1, {}), ("b", 1, {}), ("c", 2, {}), ("d", 1, {"accumulate_grad_batches": 2})):
         torch.manual_seed(seed)
         made = Noise()
-        torch.rand(len(found))  # what was drawn before says nothing
+        torch.rand(len(found))  # earlier draws have no influence
         found[name] = fitted(tmp_path, made, **options).drawn
     assert found["a"] == found["b"]
     assert len({*found["a"], *found["c"]}) == 8
     assert len(set(found["d"])) == 4
     assert found["d"][0] == found["a"][0]
-    assert found["d"][2] == found["a"][1]  # the first of the second step
+    assert found["d"][2] == found["a"][1]  # the first micro-batch of the second step
 
 
 class Broken(Noise):
-    """Leaves out the rest of the first epoch when a step is half read."""
+    """Ends the first epoch in the middle of a step."""
 
     def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> int | None:
         return -1 if self.current_epoch == 0 and batch_idx == 2 else None
@@ -122,11 +122,11 @@ def test_micro_batches_that_came_to_no_step_do_not_count_in_the_next(tmp_path: P
     made = Broken()
     [gradient] = fitted(tmp_path, made, accumulate_grad_batches=4, max_epochs=2).gradients
     torch.testing.assert_close(gradient, mean_gradient())
-    assert made.drawn[2:4] == made.drawn[:2]  # the step is still the first
+    assert made.drawn[2:4] == made.drawn[:2]  # still the first step
 
 
 class Apart(Line):
-    """Has a parameter that its optimiser does not know."""
+    """Has a parameter that is not in its optimiser."""
 
     def __init__(self) -> None:
         super().__init__()

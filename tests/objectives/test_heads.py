@@ -1,4 +1,4 @@
-"""Heads whose classes are put in another order."""
+"""Reordering the classes of heads."""
 
 from __future__ import annotations
 

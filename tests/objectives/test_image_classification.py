@@ -1,4 +1,4 @@
-"""Classification of images: the objective of texts, with mixed labels, shapes that must fit, and ways to fine-tune."""
+"""Classification of images: mixed labels, image shapes that must match, and fine-tuning."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_the_loss_of_mixed_images_is_that_of_their_shares(weights: Any, tmp_path
     assert batch["labels"].shape == (4, 3)
     weight = torch.tensor([1.0, 2.0, 4.0]) if weights else torch.ones(3)
     total, count = made.loss(batch)
-    shares = batch["labels"] * weight  # of each class smoothed as a whole image of it
+    shares = batch["labels"] * weight  # label smoothing applies to each class of a mixture as to an unmixed image
     shares = 0.9 * shares + 0.1 * shares.sum(dim=1, keepdim=True) / 3
     expected = -(shares * made.logits(batch).log_softmax(-1)).sum()
     torch.testing.assert_close(total, expected)
@@ -208,7 +208,7 @@ def test_a_checkpoint_brings_its_own_shape_and_names(tmp_path: Path) -> None:
 
 
 class PartlyLabelled(Images):
-    """Each batch with unlabelled images, as they are and with the columns the other way round."""
+    """Adds unlabelled images to each training batch; the strong augmentation mirrors them."""
 
     def batch(self, split: str, rows: list[int]) -> dict[str, Any]:
         found = super().batch(split, rows)
@@ -227,4 +227,4 @@ def test_unlabelled_images_are_learnt_from_with_batch_normalisation(tmp_path: Pa
     run.test(made, datamodule=data, verbose=False)
     assert run.callback_metrics["test/accuracy"] > 0.9
     norms = [m for m in made.network.modules() if isinstance(m, nn.BatchNorm2d)]
-    assert all(norm.training for norm in norms)  # the teacher's answers left it as it was
+    assert all(norm.training for norm in norms)  # predicting as teacher has not changed the mode

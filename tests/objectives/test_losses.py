@@ -90,13 +90,13 @@ def test_small_types_are_computed_with_in_float32(logits, labels, dtype: torch.d
 
 
 def gradients(loss: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor]:
-    """The loss and its gradients, of a mean, so that the backward pass has something to scale by."""
+    """The loss, and the gradients of a third of it, so that the backward pass has to scale them."""
     return [loss.detach(), *torch.autograd.grad(loss / 3, leaves)]
 
 
 @pytest.fixture
 def hidden() -> torch.Tensor:
-    """So narrow that the tokens make several chunks, the last of them smaller."""
+    """Hidden states so narrow that the tokens form several chunks, with a smaller last one."""
     return torch.randn(BATCH, SEQ, 2, requires_grad=True)
 
 
@@ -107,7 +107,7 @@ def weight() -> torch.Tensor:
 
 @pytest.fixture(params=[1, 3, 99])
 def rows_in_fp32(monkeypatch, request) -> None:
-    """So many rows of a chunk at a time, of four."""
+    """Converts this many of the four rows of a chunk to fp32 at a time."""
     monkeypatch.setattr(losses, "FP32_LOGITS", {"cpu": request.param * VOCAB})
 
 
@@ -161,7 +161,7 @@ def test_no_step_of_a_loss_in_chunks_holds_the_logits_of_all_tokens() -> None:
 
 
 def peak(loss_of, vocab: int, d_model: int, chunks: int, precision: str = "32-true") -> int:
-    """Most bytes of a loss, forward and backward, beyond its arguments."""
+    """Peak memory of a loss in bytes, forward and backward, without its arguments."""
     shape = 1, chunks * 2 * d_model
     batch = {"hidden": torch.empty(*shape, d_model), "input_ids": torch.empty(*shape, dtype=torch.int64)}
     return measure_step(
@@ -195,7 +195,7 @@ def test_a_loss_in_chunks_holds_about_three_times_the_gradient_of_the_head(monke
     "make", [linear_cross_entropy_sum, lambda h, w, y: linear_loss_sum(h[0], w, lambda x, _: x.sum())]
 )
 def test_a_loss_in_chunks_is_in_float32_where_half_precision_is_the_default(make) -> None:
-    torch.set_default_dtype(torch.bfloat16)  # as Lightning does in bf16-true
+    torch.set_default_dtype(torch.bfloat16)  # as Lightning does under bf16-true
     try:
         hidden, weight = torch.randn(1, 6, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
         loss = make(hidden, weight, torch.zeros(1, 6, dtype=torch.int64))
@@ -268,7 +268,7 @@ def test_devices_that_share_the_vocabulary_have_the_loss_and_the_gradients_of_on
         return loss.detach(), h.grad, w.grad
 
     one, near = found(None), {} if precision == "32-true" else {"rtol": 2e-2, "atol": 2e-2}
-    for device in each(3, lambda: found(dist.group.WORLD)):  # 37 tokens: not as many for each
+    for device in each(3, lambda: found(dist.group.WORLD)):  # 37 tokens do not divide evenly
         torch.testing.assert_close(device, one, **near)
 
 

@@ -30,7 +30,7 @@ def rows(batch: int = 600, seq: int = 60) -> dict[str, torch.Tensor]:
 
 
 def shares(read: torch.Tensor, ids: torch.Tensor, chosen: torch.Tensor) -> dict[str, float]:
-    """What part of the text is chosen, and of that what part becomes the mask token, stays, and becomes another."""
+    """The fraction of text tokens that are chosen, and the fractions of these that are masked and unchanged."""
     text = ids > 3
     return {
         "chosen": (chosen.sum() / text.sum()).item(),
@@ -143,7 +143,7 @@ def fresh(**options) -> MaskedLM:
 @pytest.mark.parametrize("mask_documents", [False, True])
 def test_a_run_in_two_parts_ends_where_a_whole_one_does(corpus: Path, tmp_path: Path, mask_documents: bool) -> None:
     def fitted(steps: int, start: Path | None = None) -> tuple[Trainer, MaskedLM]:
-        torch.manual_seed(steps)  # what is drawn before a checkpoint is read must not matter
+        torch.manual_seed(steps)  # random numbers drawn before loading a checkpoint must not matter
         run, made = trainer(tmp_path, steps), fresh(whole_words=True)
         if start is None:
             torch.manual_seed(0)

@@ -48,7 +48,7 @@ def test_special_tokens_are_not_text() -> None:
 
 
 def words(tokenizer: PreTrainedTokenizerFast, tokens: list[str]) -> list[str]:
-    """The words that a row of tokens falls into."""
+    """The words into which a row of tokens is split."""
     starts = word_starts(torch.tensor([tokenizer.convert_tokens_to_ids(tokens)]), word_edges(tokenizer))[0]
     return ["|".join(tokens[place] for place in torch.where(starts == start)[0]) for start in starts.unique()]
 

@@ -28,7 +28,7 @@ class Act(enum.Enum):
 
 
 class Points(LightningDataModule):
-    """Two clouds."""
+    """Points of two classes, in two clouds."""
 
     num_classes = 2
 
@@ -83,7 +83,7 @@ def test_a_network_that_a_checkpoint_could_not_make_again_is_refused_before_it_i
 
 
 class Warm(Classification):
-    """Has a temperature of its own."""
+    """An objective with a trainable temperature."""
 
     def __init__(self, network: Callable[..., nn.Module] | None = None, in_beside: bool = False) -> None:
         super().__init__(network, functools.partial(torch.optim.SGD, lr=0.5))
@@ -114,7 +114,7 @@ def test_a_parameter_that_nothing_optimises_is_refused_before_training(tmp_path:
 
 
 class Wide(Net):
-    """A network that is told how many classes there are only after something else."""
+    """A network whose number of classes is not the first argument."""
 
     def __init__(self, d_hidden: int = 8, num_classes: int = 3) -> None:
         super().__init__(num_classes)
@@ -128,7 +128,7 @@ def test_a_network_that_is_not_sized_by_its_first_argument_is_refused(tmp_path: 
 
 
 class Least(Objective):
-    """No more than an objective must have."""
+    """The smallest possible objective."""
 
     size_name: ClassVar[str] = "num_classes"
 
@@ -146,7 +146,7 @@ def test_the_network_of_an_objective_of_no_more_than_a_loss_is_read_again(tmp_pa
 
 
 class Squared(Least):
-    """Measures with a metric of torchmetrics alone."""
+    """Uses a single torchmetrics metric."""
 
     def build(self) -> None:
         super().build()

@@ -30,7 +30,7 @@ NETWORK = functools.partial(PretrainedClassifier, config=BERT)
 
 
 class Few(Examples):
-    """Three labelled examples a class, and as many unlabelled ones as there are steps to take."""
+    """24 labelled examples, each with six unlabelled ones."""
 
     def train_dataloader(self) -> DataLoader:
         batches = [partly_labelled(row, self.num_classes, 6) for row in range(24)]
@@ -48,7 +48,7 @@ def built(kind: type, **options: Any) -> SemiSupervised:
     torch.manual_seed(0)
     made = kind(NETWORK, functools.partial(torch.optim.AdamW, lr=0.01), num_classes=3, **options)
     made.configure_model()
-    with torch.no_grad():  # what is fresh says of all examples nearly the same
+    with torch.no_grad():  # a fresh network predicts nearly the same for all examples
         for mine, average in zip(made.network.parameters(), made.average.parameters()):
             mine += 0.4 * torch.randn_like(mine)
             average.copy_(mine)
@@ -176,7 +176,7 @@ def test_the_average_is_that_of_ten_lines(accumulate: int, tmp_path: Path) -> No
 
 
 class Normalized(nn.Sequential):
-    """A network of images with running statistics."""
+    """A network for images with batch normalisation."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(num_classes))
@@ -187,7 +187,7 @@ class Normalized(nn.Sequential):
 
 
 class Images(LightningDataModule):
-    """What part of the batch's contract is of images: bright ones are of class 1."""
+    """Batches of labelled and unlabelled images; bright ones are of class 1."""
 
     num_classes = 2
     class_names = ("dark", "bright")
@@ -215,7 +215,7 @@ def test_images_are_served_and_running_statistics_are_those_of_the_network(kind:
         assert torch.equal(buffer, made.network.get_buffer(name))
     assert made.network[1].running_mean.abs().max() > 0.01
     found = made.take_train_metrics()
-    assert found.keys() == {"train/confident"}  # the labels are not known
+    assert found.keys() == {"train/confident"}  # unlabelled examples have no known labels
 
 
 def test_what_is_evaluated_predicted_and_exported_is_the_average(tmp_path: Path) -> None:
@@ -252,7 +252,7 @@ def test_ways_to_fine_tune_are_those_of_the_average_too(adaptation: Any, tmp_pat
     torch.testing.assert_close(probabilities(read, batch), probabilities(made.average.eval(), batch))
 
 
-# What is said of the unlabelled examples.
+# Training metrics of the unlabelled examples.
 
 
 def test_shares_of_confident_and_of_right_examples_are_those_since_the_last_report(tmp_path: Path) -> None:
@@ -321,7 +321,7 @@ def test_a_run_that_was_cut_goes_on_to_the_same_model(lit_llm, tmp_path: Path) -
 
 
 class Plane(nn.Sequential):
-    """A network of points."""
+    """A network for points in the plane."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, num_classes))
@@ -332,7 +332,7 @@ class Plane(nn.Sequential):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_unlabelled_examples_teach_what_the_labelled_ones_do_not(kind: type, tmp_path: Path) -> None:
-    """Two long clouds, one above the other; the labelled points, one of each, lie askew."""
+    """Two wide clouds, one above the other; the only two labelled points suggest a slanted boundary."""
     draw = torch.Generator().manual_seed(0)
     classes = torch.arange(200) % 2
     cloud = torch.randn(200, 2, generator=draw) * torch.tensor([1.0, 0.15])
@@ -351,7 +351,7 @@ def test_unlabelled_examples_teach_what_the_labelled_ones_do_not(kind: type, tmp
     assert right[Classification] < 0.95
 
 
-# Mistakes.
+# Errors.
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ NUMBERS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
 
 @pytest.fixture
 def numbers(tmp_path: Path) -> str:
-    """Numbers and their names, to train on many times and to validate on."""
+    """A data set of numbers and their names, repeated for training."""
     folder = tmp_path / "numbers"
     folder.mkdir()
     for split, times in (("train", 20), ("validation", 2)):
@@ -98,7 +98,7 @@ def test_what_is_written_is_held_against_whole_targets(split: str, stage: str, t
 def test_targets_are_held_against_as_the_tokeniser_reads_them(tmp_path: Path, monkeypatch) -> None:
     targets = [f"{n}  is a ﬁne number,\nof 20 <pad>" for n in range(20)]
     tokenizer = train_t5_bpe(targets * 2, 400)
-    joined = [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")]  # as T5's own does
+    joined = [normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")]  # like T5's own tokeniser
     tokenizer.backend_tokenizer.normalizer = normalizers.Sequence(joined)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     (tmp_path / "data").mkdir()
@@ -196,5 +196,5 @@ def test_the_command_line_trains_exports_and_writes(lit_llm, numbers: str, tmp_p
     [of_own] = (tmp_path / "run/evaluations").iterdir()
     found = json.loads((of_own / "results.json").read_text())
     wanted = json.loads((tmp_path / "run/results.json").read_text())
-    for metric in ("loss", "chrf"):  # the whole table, which is that of the best validation
+    for metric in ("loss", "chrf"):  # the same rows as in the best validation
         assert found[f"test/{metric}"] == pytest.approx(wanted[f"best/val/{metric}"], rel=1e-5)

@@ -29,7 +29,7 @@ def rows(batch: int = 50, seq: int = 128) -> dict[str, torch.Tensor]:
 
 
 def put_together(read: list[int], written: list[int]) -> list[int]:
-    """The row that a source and a target came from."""
+    """The row from which a source and a target were made."""
     spans: dict[int, list[int]] = {}
     for token in written[:-1]:
         if token in SENTINELS:
@@ -62,7 +62,7 @@ def test_spans_are_as_the_papers_code_has_them() -> None:
     assert set(first.sum(dim=1).tolist()) == {4}
     assert not hidden[:, 0].any()
     assert hidden[:, -1].all()
-    # Of twelve tokens in four pieces, each of the C(11, 3) ways is as likely: the first is 1 in C(10, 2) of them.
+    # Twelve tokens can be cut into four pieces in C(11, 3) equally likely ways; the first has length 1 in C(10, 2).
     lengths = torch.zeros(2000, 5).scatter_add_(1, first.cumsum(dim=1), hidden.float())[:, 1:]
     assert lengths.mean(dim=0).tolist() == pytest.approx([3.0] * 4, abs=0.25)
     assert (lengths == 1).float().mean(dim=0).tolist() == pytest.approx([45 / 165] * 4, abs=0.04)
@@ -82,9 +82,9 @@ def test_what_fills_up_a_row_is_not_to_be_written() -> None:
     made, batch = objective(), rows(200)
     batch["input_ids"][:, :100] = 110
     batch["input_ids"][:, 100:] = 111
-    batch["input_ids"][:, 0] = torch.arange(200) + 112  # so that no two rows are alike
+    batch["input_ids"][:, 0] = torch.arange(200) + 112  # makes all rows different
     full = made.texts(batch)["labels"]
-    batch["labels"][:, 99:] = -100  # the tokens from 100 on
+    batch["labels"][:, 99:] = -100  # padding from token 100 on
     assert torch.equal(made.texts(batch)["labels"], full.masked_fill(full == 111, -100))
     assert {110, 111} <= set(full.flatten().tolist())
 

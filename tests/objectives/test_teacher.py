@@ -15,7 +15,7 @@ def test_rows_of_several_lengths_are_kept_side_by_side(tmp_path, tiny_llama, mon
     said = [SoftTargets.of(torch.randn(3, batch["input_ids"].shape[1], 50), 1.0) for batch in batches]
     kept = []
     for batch, taught in zip(batches, said, strict=True):
-        cache = TeacherCache(teacher, 1.0, 4)  # of a run of its own
+        cache = TeacherCache(teacher, 1.0, 4)  # each in a new run
         assert cache.read(batch) is None
         kept.append(cache.add(batch, taught))
     for reader in (cache, TeacherCache(teacher, 1.0, 4)):

@@ -34,7 +34,7 @@ SIZE = {"d_model": 32, "num_layers": 2, "num_heads": 4, "d_ff": 48, "max_seq_len
 
 @pytest.fixture
 def model(tiny_llama, tmp_path: Path) -> Path:
-    """A model of 300 tokens, more than its tokeniser has."""
+    """A model with 300 tokens, more than its tokeniser has."""
     network = tiny_llama(vocab_size=300, rope_scaling=YaRN(2.0, 32), tie_embeddings=True)
     save_model(tmp_path / "model", network, byte_tokenizer())
     return tmp_path / "model"
@@ -57,7 +57,7 @@ def fit(objective: CausalLM, corpus: Path, tmp_path: Path, steps: int = 1, **cha
 
 
 def still(objective: type = CausalLM, **arguments) -> CausalLM:
-    """An objective whose steps change nothing."""
+    """An objective with a learning rate of 0."""
     return objective(optimizer=functools.partial(torch.optim.SGD, lr=0.0), **arguments)
 
 
@@ -313,7 +313,7 @@ def test_a_run_goes_on_without_what_it_started_from(lit_llm, tiny_llama, tiny, t
     tokenizer = train_bpe((path.read_text(encoding="utf-8") for path in texts.iterdir()), 280)
     save_model(tmp_path / "start", tiny_llama(vocab_size=len(tokenizer)), tokenizer)
     words = ("--model.weights", tmp_path / "start", "--data.tokenizer", tmp_path / "start")
-    options = tiny[:2] + tiny[8:]  # without the network's
+    options = tiny[:2] + tiny[8:]  # without the network's options
     outcome = lit_llm("fit", *options, "--model.network", "null", *words, "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
     assert "Starting from the weights of" in outcome.err
