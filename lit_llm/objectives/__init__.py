@@ -1,1 +1,1 @@
-"""What is minimised: one LightningModule an objective."""
+"""Objectives: LightningModules that define what is minimised."""

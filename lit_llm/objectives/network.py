@@ -47,7 +47,7 @@ class Built(Scheduled):
     """
 
     size_name: ClassVar[str]
-    """Name of the network's first argument (such as `vocab_size`), and of the data's attribute that gives it."""
+    """Name of the objective's argument, and of the data's attribute, that set the network's first argument."""
 
     stored_size: int | None = None
     """Size in the checkpoint to be evaluated, for data that does not determine it."""
