@@ -43,9 +43,9 @@ class SemiSupervised(Classification):
         decay: Decay of the weight average, in [0, 1); it covers about the last `1 / (1 - decay)` steps, or all steps as
             long as there are fewer.
         distribution_alignment: Scale the teacher's probabilities, class by class, by the ratio of the class's frequency
-            among labelled examples to that of the teacher's recent answers (a mean with `decay`), before comparing them
-            with `threshold`. This keeps the teacher from assigning everything to one class. Use it if classes are as
-            frequent among unlabelled examples as among labelled ones.
+            among labelled examples to that of the teacher's recent predictions (a mean with `decay`), before comparing
+            them with `threshold`. This keeps the teacher from assigning everything to one class. Use it if classes are
+            as frequent among unlabelled examples as among labelled ones.
         kwargs: As in `Classification`; smoothing and weights apply to the labelled examples.
 
     Raises:
