@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -21,6 +23,17 @@ def product_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     autocast = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
+
+
+@contextmanager
+def fused_attention() -> Iterator[None]:
+    """Makes torch's own attention compute all attention, however few the queries."""
+    before = dict(MAX_QUERIES)
+    MAX_QUERIES.clear()
+    try:
+        yield
+    finally:
+        MAX_QUERIES.update(before)
 
 
 def multiply_by_onednn() -> None:

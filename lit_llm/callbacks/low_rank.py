@@ -6,11 +6,15 @@ import logging
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
 from torch.optim import Optimizer
 
 from lit_llm.callbacks.calibration import calibration_batches
 from lit_llm.callbacks.changed_network import begin_anew, require_one_network
+from lit_llm.callbacks.pruning import KeepZeros
+from lit_llm.callbacks.quantization import QuantizationAwareTraining
 from lit_llm.compression.low_rank import SVD
+from lit_llm.compression.patterns import chosen_layers
 from lit_llm.schedulers import step_at
 
 log = logging.getLogger(__name__)
@@ -47,12 +51,35 @@ class LowRank(Callback):
         """Checks that the run can be factorised.
 
         Raises:
-            ValueError: When several processes train, another network than the trained one is evaluated, or adapters
-                are trained beside the weights.
+            ValueError: When several processes train, another network than the trained one is evaluated, adapters are
+                trained beside the weights, or another callback prunes a layer, or quantises it before.
         """
         if trainer.world_size > 1:
             raise ValueError(f"trainer.devices must be 1 where matrices are factorised, but is {trainer.world_size}")
         require_one_network(pl_module, "factorised")
+        if not self.finished:
+            self._require_layers_of_its_own(trainer, pl_module.network)
+
+    def _require_layers_of_its_own(self, trainer: Trainer, network: nn.Module) -> None:
+        """Refuses callbacks whose masks or quantisers would be lost with the layers that carry them."""
+        own, total = self.method.chosen(network), trainer.estimated_stepping_batches
+        now = step_at(self.start, total), trainer.callbacks.index(self)
+        for place, other in enumerate(trainer.callbacks):
+            prunes, name = isinstance(other, KeepZeros), type(other).__name__
+            layers = chosen_layers(network, other.layers) if prunes else {}
+            if isinstance(other, QuantizationAwareTraining) and (step_at(other.delay, total), place) < now:
+                layers = other.fake.method.chosen(network)
+            if not (shared := [layer for layer in layers if layer in own]):
+                continue
+            if prunes:
+                raise ValueError(
+                    f"trainer.callbacks must prune other layers than they factorise, but {name} and "
+                    f"{type(self).__name__} both have {shared[0]}; choose their layers, or run one after the other"
+                )
+            raise ValueError(
+                f"trainer.callbacks must factorise a layer before they quantise it, but {name} begins with {shared[0]} "
+                f"before {type(self).__name__}; set its delay above {self.start}"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Factorises before the first step if `start` is 0."""

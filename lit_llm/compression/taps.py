@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lit_llm.blocks import blocks_of
+from lit_llm.products import fused_attention
 
 UNSEEN = -1e4
 """Scores below this value are of masked positions."""
@@ -61,7 +62,7 @@ def tapping(network: nn.Module, attention: bool = False) -> Iterator[Tapped]:
         handles += [block.register_forward_pre_hook(before(index)), block.register_forward_hook(after(index))]
     try:
         if attention:
-            with _Scores(tapped, now):
+            with _Scores(tapped, now), fused_attention():  # matmuls by rows would show one chunk of queries
                 yield tapped
         else:
             yield tapped

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 import yaml
@@ -9,10 +11,12 @@ from lit_llm.callbacks.low_rank import LowRank, give_new_parameters
 from lit_llm.checkpoint_files import read_checkpoint
 from lit_llm.checkpoints import load_model
 from lit_llm.compression.compression import records_of
+from lit_llm.compression.sparsity import sparsity_of
 from tests.cli.test_resume import losses
 from tests.writing import REPOSITORY, exactly
 
 STEPS = 12
+METHODS = "lit_llm.compression"
 
 
 @pytest.fixture
@@ -113,6 +117,53 @@ def test_adapters_beside_factors_are_refused(lit_llm, tiny, overlay, tmp_path):
     assert outcome.last_line.endswith(
         "model.adaptation must train the weights themselves where they are factorised, but is a LoRA"
     )
+
+
+@pytest.mark.parametrize(
+    ("other", "options", "message"),
+    [
+        (
+            "pruning.Pruning",
+            {},
+            "must prune other layers than they factorise, but Pruning and LowRank both have layers.0.self_attn.q_proj; "
+            "choose their layers, or run one after the other",
+        ),
+        (
+            "quantization.QuantizationAwareTraining",
+            {
+                "delay": 0.3,
+                "method": {"class_path": f"{METHODS}.quantization.Int4WeightOnly", "init_args": {"group_size": 16}},
+            },
+            "must factorise a layer before they quantise it, but QuantizationAwareTraining begins with "
+            "layers.0.self_attn.q_proj before LowRank; set its delay above 0.5",
+        ),
+    ],
+)
+def test_layers_that_another_callback_has_changed_are_not_factorised(
+    lit_llm, tiny, overlay, tmp_path, other, options, message
+):
+    added = json.dumps({"class_path": f"lit_llm.callbacks.{other}", "init_args": options})
+    outcome = lit_llm("fit", *tiny, *overlay, f"--trainer.callbacks+={added}", "--run_dir", tmp_path / "run")
+    assert outcome.code == 2
+    assert outcome.last_line.endswith(f"trainer.callbacks {message}")
+
+
+def test_other_layers_than_the_factorised_ones_are_pruned_in_the_same_run(lit_llm, tiny, overlay, tmp_path):
+    words = [*tiny, *overlay, "--trainer.max_steps", STEPS, "--test_after_fit", "false", "--run_dir", tmp_path / "run"]
+    content = yaml.safe_load((tmp_path / "overlay.yaml").read_text())
+    own = content["trainer"]["callbacks+"]
+    own[0]["init_args"]["method"] = {
+        "class_path": "lit_llm.compression.low_rank.SVD",
+        "init_args": {"layers": ["*.mlp.*"]},
+    }
+    magnitude = {"class_path": "lit_llm.compression.sparsity.Magnitude", "init_args": {"layers": ["*.q_proj"]}}
+    own += [{"class_path": "lit_llm.callbacks.pruning.Pruning", "init_args": {"method": magnitude, "every_n_steps": 1}}]
+    (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(content))
+    outcome = lit_llm("fit", *words)
+    assert outcome.code == 0, outcome.err
+    network, _ = load_model(tmp_path / "run/model")
+    assert sparsity_of(network, ["layers.0.self_attn.q_proj"]) == pytest.approx(0.5, abs=0.01)
+    assert isinstance(network.layers[0].mlp.up_proj, nn.Sequential)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from torch import nn
 from lit_llm.blocks import blocks_of
 from lit_llm.compression.taps import tapping
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
+from lit_llm.products import MAX_QUERIES
 from tests.examples import BERT
 
 
@@ -45,6 +46,22 @@ def test_scores_are_the_same_whichever_way_attention_is_computed(tiny_llama, doc
         exact, rough = (tapped.attention[index].float().softmax(-1) for tapped in (fused, by_matrices))
         torch.testing.assert_close(exact, rough, atol=0.05, rtol=0.1)
         assert not exact.triu(1).any()
+
+
+@pytest.mark.parametrize("documents", [None, torch.zeros(1, 200, dtype=torch.long)])
+def test_all_scores_of_a_long_text_are_seen_where_attention_is_computed_by_rows(tiny_llama, documents):
+    network, ids = tiny_llama(max_seq_len=200).to(torch.bfloat16), torch.randint(37, (1, 200))
+    before = dict(MAX_QUERIES)
+    with tapping(network, attention=True) as tapped:
+        network(ids, document_ids=documents)
+    assert MAX_QUERIES == before
+    with torch.no_grad(), tapping(network.float(), attention=True) as exact:
+        network(ids, document_ids=documents)
+    for index in range(2):
+        assert tapped.attention[index].requires_grad
+        assert tapped.attention[index].shape == (1, 4, 200, 200)
+        shares = (found.attention[index].float().softmax(-1) for found in (tapped, exact))
+        torch.testing.assert_close(*shares, atol=0.05, rtol=0.1)
 
 
 def test_nothing_is_left_in_a_network_that_was_tapped(tiny_llama):
