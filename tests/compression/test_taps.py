@@ -54,7 +54,7 @@ def test_all_scores_of_a_long_text_are_seen_where_attention_is_computed_by_rows(
     before = dict(MAX_QUERIES)
     with tapping(network, attention=True) as tapped:
         network(ids, document_ids=documents)
-    assert MAX_QUERIES == before
+    assert before == MAX_QUERIES
     with torch.no_grad(), tapping(network.float(), attention=True) as exact:
         network(ids, document_ids=documents)
     for index in range(2):
