@@ -12,8 +12,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from lit_llm.models.attention import document_mask
-from lit_llm.models.pretrained_network import PretrainedLanguageModel, counting_from_padding
+from lit_llm.models.pretrained_network import PretrainedLanguageModel, counting_from_padding, noise
 from lit_llm.modes import evaluating
+from lit_llm.shapes import shapes_only
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +37,7 @@ class PretrainedCausalLM(PretrainedLanguageModel):
 
     Raises:
         FileNotFoundError: When there is no such config.
-        ValueError: When it does not describe a causal language model.
+        ValueError: When it does not describe a causal language model, or one that sees later tokens, such as XLNet.
 
     Source:
         Wolf et al., 2019, "HuggingFace's Transformers", arXiv:1910.03771.
@@ -56,6 +57,14 @@ class PretrainedCausalLM(PretrainedLanguageModel):
         plain = copy.deepcopy(self.config)
         vars(plain.get_text_config())["pad_token_id"] = None  # not by `setattr`, which a few architectures validate
         return plain
+
+    def _build(self) -> None:
+        super()._build()
+        if self._sees_ahead():
+            raise ValueError(
+                f"config must describe a network that sees no later token at any position, but a "
+                f"{type(self.model).__name__} of it does"
+            )
 
     def _adopt(self, model: PreTrainedModel) -> None:
         if kin := counting_from_padding(model):
@@ -97,9 +106,26 @@ class PretrainedCausalLM(PretrainedLanguageModel):
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
         made = super().read_config(config, name)
-        if made.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and getattr(made, "is_decoder", True) is False:
+        encoders = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
+        if made.model_type in encoders and getattr(made, "is_decoder", True) is False:
             raise ValueError(f"is_decoder must be true in the config of a causal {made.model_type}, but is false")
         return made
+
+    @torch.no_grad()
+    def _sees_ahead(self) -> bool:
+        """Whether another last token changes logits before it, found by running the network on four tokens, twice."""
+        device = next(self.model.parameters()).device
+        if device.type == "meta" or shapes_only():
+            return False
+        ids = torch.zeros(1, 4, dtype=torch.long, device=device)
+        other = ids.clone()
+        other[0, -1] = self.vocab_size - 1
+        try:
+            with evaluating(self.model):
+                before, after = (self(each)[:, :-1] for each in (ids, other))
+        except Exception:  # networks fail in various ways on so few tokens
+            return False
+        return bool((after - before).abs().max() > noise(before))
 
     @torch.no_grad()
     def _finds_nothing_but_the_head(self) -> bool:

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from lit_llm.models.pretrained_network import PretrainedLanguageModel, answering
+from lit_llm.models.pretrained_network import PretrainedLanguageModel, answering, noise
 from lit_llm.modes import evaluating
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
                 said = self._head_at(selected, self.model.base_model(**words), words)
         except Exception:  # heads fail in various ways without an input they need
             return False
-        return said.shape == expected.shape and bool((said - expected).abs().max() <= _noise(expected))
+        return said.shape == expected.shape and bool((said - expected).abs().max() <= noise(expected))
 
     def _translated(self, input_ids: Tensor, document_ids: Tensor | None, positions: Tensor | None) -> dict[str, Any]:
         """The arguments for transformers' `forward`."""
@@ -183,9 +183,4 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
         except Exception:  # networks fail in various ways on a mask they cannot read
             return False
         alone = torch.cat(each, dim=1)
-        return bool((packed - alone).abs().max() <= 0.01 * (together - alone).abs().max() + _noise(alone))
-
-
-def _noise(logits: Tensor) -> Tensor:
-    """Bound on the difference that rounding alone makes between logits."""
-    return 30 * torch.finfo(logits.dtype).eps * logits.abs().max()
+        return bool((packed - alone).abs().max() <= 0.01 * (together - alone).abs().max() + noise(alone))

@@ -315,6 +315,11 @@ def counting_from_padding(model: PreTrainedModel) -> nn.Module | None:
     return embeddings if hasattr(embeddings, "create_position_ids_from_inputs_embeds") else None
 
 
+def noise(logits: Tensor) -> Tensor:
+    """Bound on the difference that rounding alone makes between logits."""
+    return 30 * torch.finfo(logits.dtype).eps * logits.abs().max()
+
+
 @contextmanager
 def answering(module: nn.Module, answer: Any) -> Iterator[None]:
     """Replaces a module's `forward` by one that returns `answer`."""

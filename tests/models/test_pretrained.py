@@ -289,6 +289,20 @@ def test_a_network_that_is_not_all_attention_or_has_no_cache_is_refused_where_th
     ("config", "message"),
     [
         ({"model_type": "bert"}, "is_decoder must be true in the config of a causal bert, but is false"),
+        (
+            {"model_type": "bert-generation"},
+            "is_decoder must be true in the config of a causal bert-generation, but is false",
+        ),
+        (
+            {"model_type": "xlnet", "d_model": 16, "d_inner": 32, "n_layer": 1, "n_head": 2},
+            "config must describe a network that sees no later token at any position, but a XLNetLMHeadModel of it "
+            "does",
+        ),
+        (
+            {"model_type": "gemma3_text", **SIZE, "use_bidirectional_attention": True},
+            "config must describe a network that sees no later token at any position, but a Gemma3ForCausalLM of it "
+            "does",
+        ),
         ({"model_type": "vit"}, "model_type must be that of a causal language model, but is vit"),
     ],
 )
