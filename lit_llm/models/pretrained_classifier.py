@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lit_llm.files import model_folder
 from lit_llm.models.image_classifier import Shape, require_images
 from lit_llm.models.pretrained_last_layer import compute_what_is_read
-from lit_llm.models.pretrained_network import FullPrecision, Pretrained, answering
+from lit_llm.models.pretrained_network import FullPrecision, Pretrained, answering, noise
 from lit_llm.modes import evaluating
 from lit_llm.shapes import shapes_only
 
@@ -316,7 +316,8 @@ class PretrainedClassifier(Pretrained):
             kept (`last_hidden_state`, together with the inputs).
 
         Raises:
-            ValueError: When the architecture does not separate backbone and head.
+            ValueError: When the architecture does not separate backbone and head, or its backbone alone does not give
+                what the head reads (Longformer, CANINE).
         """
         base, inputs = self.model.base_model, self._read(inputs)
         if base is self.model:
@@ -334,7 +335,19 @@ class PretrainedClassifier(Pretrained):
             smaller = [found for found in (pooled, first, pooled | first, whole) if found]
             enough = (found for found in smaller if self._is_enough(found, whole | pooled))
             self._kept = frozenset(next(enough, whole | pooled))
+            self._require_same_logits(inputs)
         return {name: tensor for name, tensor in (whole | pooled | first).items() if name in self._kept}
+
+    @torch.no_grad()
+    def _require_same_logits(self, inputs: dict[str, Tensor]) -> None:
+        with evaluating(self.model), torch.autocast(next(iter(inputs.values())).device.type, enabled=False):
+            said, expected = self.classify(self.features(**inputs)), self.model(**inputs).logits
+        if not (said - expected).abs().max() <= 1e-3 * expected.abs().max() + noise(expected):
+            self._kept = None
+            raise ValueError(
+                f"network must have a backbone that gives all that its head reads, but a {type(self.model).__name__} "
+                f"has not; set model.adaptation.cache_features to false"
+            )
 
     @torch.no_grad()
     def _is_enough(self, features: dict[str, Tensor], everything: dict[str, Tensor]) -> bool:

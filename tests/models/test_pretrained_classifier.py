@@ -137,6 +137,24 @@ def test_what_the_backbone_gives_is_all_the_head_needs(kind: str) -> None:
     torch.testing.assert_close(network.classify(one), network(**batch)[1:2], atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "changes"),
+    [
+        ("longformer", "LongformerForSequenceClassification", {"attention_window": 4, "type_vocab_size": 1}),
+        ("canine", "CanineForSequenceClassification", {"downsampling_rate": 2, "local_transformer_stride": 8}),
+    ],
+)
+def test_features_that_the_head_would_answer_otherwise_are_refused(kind: str, name: str, changes: dict) -> None:
+    network = stirred(PretrainedClassifier(3, config={"model_type": kind, **SIZE, **changes}))
+    line = (
+        f"network must have a backbone that gives all that its head reads, but a {name} has not; set "
+        f"model.adaptation.cache_features to false"
+    )
+    for _ in range(2):
+        with pytest.raises(ValueError, match=exactly(line)):
+            network.features(**inputs(kind))
+
+
 def test_classes_that_a_config_calls_by_numbers_are_called_so_in_words() -> None:
     network = PretrainedClassifier(2, config={"model_type": "bert", **SIZE, "id2label": {0: 0, 1: 1}})
     assert network.class_names == ["0", "1"]
