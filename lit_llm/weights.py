@@ -208,6 +208,11 @@ def require_whole_weights(folder: Path) -> None:
             pass
 
 
+def bytes_on_disk(folder: Path) -> int:
+    """Bytes of the weights in a model directory, without copies in another form."""
+    return sum(file.stat().st_size for file in _weight_files(folder))
+
+
 @contextmanager
 def _whole(file: Path) -> Iterator[Any]:
     try:

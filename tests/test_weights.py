@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lit_llm.checkpoints import load_model, save_model
-from lit_llm.weights import copy_weights
+from lit_llm.weights import bytes_on_disk, copy_weights
 from tests.writing import exactly
 
 
@@ -111,7 +111,10 @@ def test_weights_in_several_files_are_read_and_a_missing_one_is_named(tiny_llama
     AutoModelForCausalLM.from_pretrained(tmp_path / "model").save_pretrained(folder, max_shard_size="20KB")
     shards = sorted(folder.glob("*.safetensors"))
     assert len(shards) > 2
+    size = bytes_on_disk(folder)
+    assert size == sum(shard.stat().st_size for shard in shards)
     save_file({"other": torch.zeros(1)}, folder / "consolidated.safetensors")  # as some directories have
+    assert bytes_on_disk(folder) == size
     torch.testing.assert_close(load_model(folder)[0].state_dict(), network.state_dict(), rtol=0, atol=0)
     shards[1].unlink()
     index = folder / "model.safetensors.index.json"

@@ -222,7 +222,8 @@ class _Evaluator:
     def measured(self, name: str, model: Path, started: float) -> dict[str, Any]:
         """A stage's row of the report, without its speed; `started` is the `perf_counter` at the stage's start."""
         from lit_llm.checkpoints import load_model
-        from lit_llm.compression.report import bytes_on_disk, count_nonzero, count_parameters, peak_memory, rows_of
+        from lit_llm.compression.report import count_nonzero, count_parameters, peak_memory, rows_of
+        from lit_llm.weights import bytes_on_disk
 
         file = self.folder / name / "measured.json"
         if file.is_file():

@@ -1,4 +1,4 @@
-"""Cost of a network, counted or measured: parameters, bytes on disk, memory, latency."""
+"""Cost of a network, counted or measured: parameters, memory, latency."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -44,11 +43,6 @@ def count_nonzero(network: nn.Module) -> int:
     """
     whole = sum(int(m.qdata.count_nonzero()) for m in network.modules() if isinstance(m, Quantized))
     return whole + sum(int(p.detach().count_nonzero()) for p in network.parameters())
-
-
-def bytes_on_disk(folder: Path) -> int:
-    """Bytes of the weights in a model directory."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 class _Live(TorchDispatchMode):
