@@ -12,7 +12,7 @@ from torch import nn
 
 from lit_llm.data.tokenizer import boundary_id, first_id
 from lit_llm.files import replacing
-from lit_llm.generation import generate
+from lit_llm.generation import generate, require_possible
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +42,26 @@ class Samples(Callback):
         self.max_new_tokens = max_new_tokens
         self.temperature, self.top_p, self.seed = temperature, top_p, seed
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Checks that the prompts can be continued.
+
+        Raises:
+            ValueError: When a prompt is longer than the network's context, or another value is out of range.
+        """
+        network = pl_module.evaluated
+        if self.prompts and _cannot_write(network) is None:
+            ids = self._ids(trainer)
+            require_possible(network, ids, self._num_new(network, ids), self.temperature, None, self.top_p, self.seed)
+
+    def _ids(self, trainer: Trainer) -> list[list[int]]:
+        tokenizer = trainer.datamodule.tokenizer
+        first = first_id(tokenizer)
+        return [[first, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in self.prompts]
+
+    def _num_new(self, network: nn.Module, ids: list[list[int]]) -> int:
+        room = (getattr(network, "max_seq_len", None) or sys.maxsize) - max(map(len, ids))
+        return max(0, min(self.max_new_tokens, room))
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """On resuming, removes samples of steps after the one that the run resumes from."""
         if trainer.is_global_zero:
@@ -63,14 +83,11 @@ class Samples(Callback):
             log.info(f"No samples: {reason}")
             self.prompts = []
             return
-        tokenizer = trainer.datamodule.tokenizer
-        first = first_id(tokenizer)
-        ids = [[first, *tokenizer.encode(prompt, add_special_tokens=False)] for prompt in self.prompts]
-        room = (getattr(pl_module.evaluated, "max_seq_len", None) or sys.maxsize) - max(map(len, ids))
+        tokenizer, ids = trainer.datamodule.tokenizer, self._ids(trainer)
         texts = generate(
             pl_module.evaluated,
             ids,
-            max(0, min(self.max_new_tokens, room)),
+            self._num_new(pl_module.evaluated, ids),
             self.temperature,
             top_p=self.top_p,
             seed=self.seed,

@@ -1,3 +1,4 @@
+import json
 import logging
 from pathlib import Path
 
@@ -33,3 +34,15 @@ def test_a_network_of_transformers_that_cannot_write_goes_without_samples_and_wh
     )
     assert [record.getMessage() for record in caplog.records if record.name.startswith("lit_llm")] == [line]
     assert not (tmp_path / "samples.txt").exists()
+
+
+def test_a_prompt_that_the_network_has_no_room_for_is_refused_before_the_first_step(lit_llm, tiny, tmp_path) -> None:
+    samples = {"class_path": "lit_llm.callbacks.samples.Samples", "init_args": {"prompts": ["a", "x" * 70]}}
+    words = [f"--trainer.callbacks={json.dumps([samples])}", "--model.network.max_seq_len", 64]
+    outcome = lit_llm("fit", *tiny, *words, "--run_dir", tmp_path / "run")
+    assert outcome.code == 2
+    assert outcome.last_line.endswith(
+        "prompt must be at most 64 tokens, which the network's max_seq_len 64 has room to go on from, but is 71; "
+        "shorten it"
+    )
+    assert not (tmp_path / "run/checkpoints").exists()
