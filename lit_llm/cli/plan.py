@@ -56,9 +56,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="lit-llm plan",
         description="Estimate what a run will need: parameters, operations, memory under each strategy, time, energy, "
         "cost. The training step of the config is run on tensors without storage: no weights are allocated, and no "
-        "data are read for a language model (a single batch for anything else). Only --data.tokenizer characters has "
-        "to read them to count its tokens, unless --model.vocab_size gives their number. All other options, such as "
-        "--model.network or --data.seq_len, are those of lit-llm fit.",
+        "data are read for a language model (an epoch of other texts, a single batch of images). Only --data.tokenizer "
+        "characters has to read them to count its tokens, unless --model.vocab_size gives their number. All other "
+        "options, such as --model.network or --data.seq_len, are those of lit-llm fit.",
         epilog="example: lit-llm plan --config configs/pretraining/llama_stdlib.yaml --model.network "
         "configs/models/llama3_8b.yaml --model.vocab_size 128256 --data.seq_len 8192 --data.batch_size 1 --devices 8 "
         "--table",
@@ -120,16 +120,16 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     if options.probe:
         found["probe"] = probe(words, details, options.probe)
         machine = replace(machine, peak_flops=found["probe"]["flops_per_second"], mfu=1.0)  # measured, not assumed
-    parts = details["accumulate_grad_batches"]
+    parts, mean = details["accumulate_grad_batches"], details["tokens_per_batch"]
     optimal = OPTIMAL_TOKENS_PER_PARAMETER * plain.parameters if details["is_new_language_model"] else None
-    step = plain.tokens * parts * devices
-    configured = min(details["max_steps"] * step, details["max_batches"] * plain.tokens)
+    step = mean * parts * devices
+    configured = min(details["max_steps"] * step, details["max_batches"] * mean)
     lengths = {"option": options.tokens, "rule": optimal, "config": configured, "step": step}
     origin, tokens = next((name, length) for name, length in lengths.items() if length and length < math.inf)
 
     def billed(strategy: str, devices: int, share: float = 1.0) -> Any:
         sent = traffic(replace(plain, parts=math.ceil(parts * share)), strategy, devices)
-        return bill(flops, plain.tokens * parts * share, sent, tokens, machine, devices)
+        return bill(flops, mean * parts * share, sent, tokens, machine, devices)
 
     del found["max_steps"], found["max_batches"]
     found |= {"devices": devices, "tokens": tokens, "tokens_from": origin, "optimal_tokens": optimal}
@@ -177,7 +177,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     precision = str(trainer["precision"] or "32-true")
     callbacks = cli.config_init["fit"]["trainer"]["callbacks"] or []
     averages = objective.averages or any(isinstance(c, WeightAverage) for c in callbacks)
-    batch, parts = example_batch(objective, data), trainer["accumulate_grad_batches"] or 1
+    (batch, mean), parts = example_batch(objective, data), trainer["accumulate_grad_batches"] or 1
 
     weights = objective.hparams.get("weights")  # the objective drops them after loading
 
@@ -226,6 +226,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         "precision": precision,
         "batch_size": len(next(iter(batch.values()))),
         "seq_len": batch["input_ids"].shape[1] if "input_ids" in batch else None,
+        "tokens_per_batch": mean,
         "accumulate_grad_batches": parts,
         "flops_per_token": rule(batch["input_ids"].shape[1]) if rule else step.flops / step.tokens,
     }
@@ -249,8 +250,10 @@ def configured_length(trainer: Any, data: Any) -> tuple[int | float, int | float
     return math.inf if steps in (None, -1) else steps, batches
 
 
-def example_batch(objective: Any, data: Any) -> dict[str, Any]:
-    """A batch in the shapes of a config: zeros for a language model, so that no text is read; else the first batch.
+def example_batch(objective: Any, data: Any) -> tuple[dict[str, Any], int | float]:
+    """A batch in the shapes of a config, and the tokens (or rows) of a mean one.
+
+    Zeros for a language model, so that no text is read; else the longest batch of the data.
 
     Also sets the size of the network (vocabulary, classes) in the objective; with a tokeniser of characters this needs
     a pass over the texts.
@@ -271,7 +274,7 @@ def example_batch(objective: Any, data: Any) -> dict[str, Any]:
         if objective.hparams.get(name) is None:
             objective.hparams[name] = getattr(data, name)
         objective.planned_for = data
-        return next(iter(data.train_dataloader()))
+        return longest_batch(data.train_dataloader())
     if objective.hparams.get(name) is None and not objective.hparams.get("weights"):  # the weights know it
         spec = data.tokenizer_spec
         sized = TRAINED.fullmatch(spec)
@@ -282,7 +285,26 @@ def example_batch(objective: Any, data: Any) -> dict[str, Any]:
     batch = {"input_ids": ids, "labels": ids}
     if getattr(data, "mask_documents", False) or getattr(data, "packed", False):
         batch["document_ids"] = ids
-    return batch
+    return batch, ids.numel()
+
+
+def longest_batch(loader: Any) -> tuple[dict[str, Any], int | float]:
+    """The largest batch of an epoch, and the mean of the batches' tokens; of images or a stream, those of the first."""
+    import torch
+    from torch.utils._pytree import tree_leaves
+
+    from lit_llm.batch import count_items
+
+    def held(batch: dict[str, Any]) -> int:
+        return sum(t.numel() for t in tree_leaves(batch) if isinstance(t, torch.Tensor))
+
+    batches = iter(loader)
+    longest = next(batches)
+    tokens = [count_items(longest)]
+    for batch in batches if "input_ids" in longest and hasattr(loader, "__len__") else ():
+        longest = max(longest, batch, key=held)
+        tokens.append(count_items(batch))
+    return longest, sum(tokens) / len(tokens)
 
 
 def probe(words: list[str], details: dict[str, Any] | None, steps: int) -> dict[str, Any]:

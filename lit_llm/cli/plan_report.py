@@ -23,6 +23,11 @@ def report(found: dict[str, Any]) -> list[str]:
         f"{found['flops_per_token']:.4g} operations per {unit}, forward and backward; batches of {batch} per device in "
         f"{found['precision']}",
     ]
+    if found["tokens_per_batch"] != step["tokens"]:
+        lines.append(
+            f"memory is that of the longest batch of an epoch, time that of their mean, "
+            f"{found['tokens_per_batch']:,.1f} {unit}s with padding"
+        )
     if "probe" in found:
         p = found["probe"]
         lines += [

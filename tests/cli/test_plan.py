@@ -16,6 +16,7 @@ from lit_llm.models.lenet import LeNet
 from lit_llm.models.pretrained_masked_lm import PretrainedMaskedLM
 from lit_llm.models.pretrained_seq2seq import PretrainedSeq2Seq
 from lit_llm.planning import STRATEGIES
+from tests.examples import BERT
 from tests.writing import REPOSITORY
 
 MAIN = ["--config", REPOSITORY / "configs/pretraining/llama_stdlib.yaml"]
@@ -75,12 +76,24 @@ def test_a_probe_replaces_the_assumed_speed_and_leaves_no_run(lit_llm, tiny, tmp
     assert "run folder" not in outcome.out
 
 
-def test_a_classifier_is_planned_by_its_first_batch(lit_llm, reviews):
-    config = REPOSITORY / "configs/finetuning/encoder_docmatch.yaml"
-    words = ["--data.path", reviews, "--data.tokenizer", "bert-bpe-300", "--data.max_seq_len", 32]
-    outcome = lit_llm("plan", "--config", config, *words, "--data.batch_size", 4)
-    assert outcome.code == 0, outcome.err
-    assert "parameters" in outcome.out
+def test_memory_of_a_classifier_is_that_of_its_longest_batch_and_time_that_of_its_mean_one(lit_llm, tmp_path):
+    lines = [f"{'abc ' * (40 if n % 10 == 0 else 4)}{n},{('bad', 'good')[n % 2]}" for n in range(40)]
+    (tmp_path / "texts.csv").write_text("\n".join(["text,label", *lines]))
+    words = ["--config", REPOSITORY / "configs/finetuning/encoder_docmatch.yaml", "--data.path", tmp_path / "texts.csv"]
+    words += ["--data.tokenizer", "bert-bpe-300", "--data.max_seq_len", 32, "--data.validation_fraction", 0]
+    words += ["--data.batch_size", 4, "--trainer.max_epochs", 1]
+    words += ["--model.network.config", json.dumps(BERT)]
+    plans = []
+    for seed in range(2):
+        outcome = lit_llm("plan", *words, "--data.seed", seed, "--json", tmp_path / "plan.json")
+        plans.append(json.loads((tmp_path / "plan.json").read_text()))
+        assert (plans[-1]["batch_size"], plans[-1]["seq_len"]) == (4, 32)
+    assert plans[0] == plans[1]  # four long texts share a batch, wherever it comes
+    mean = plans[0]["tokens_per_batch"]
+    assert 4 * 32 / 10 < mean < 4 * 16
+    assert plans[0]["tokens"] == 10 * mean
+    said = f"memory is that of the longest batch of an epoch, time that of their mean, {mean:,.1f} tokens with padding"
+    assert said in outcome.out.splitlines()
 
 
 def plan_of(lit_llm, tmp_path, *words):
