@@ -23,10 +23,10 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map_with_path
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
-from lit_llm.batch import count_items
+from lit_llm.batch import NOT_READ, count_items
 from lit_llm.blocks import Block
 
 UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
@@ -38,6 +38,9 @@ UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
     torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * math.prod(a) * b[-1],
 }
 """FLOPs, from shapes, of operations that torch's counter leaves out."""
+
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
+"""Types by the first part of a precision's name."""
 
 FLOPS = {**flop_registry, **{operation: shape_wrapper(count) for operation, count in UNKNOWN_TO_TORCH.items()}}
 
@@ -249,13 +252,22 @@ def measure_step(
         NeedsContent: When the loss needs the content of a batch.
         ValueError: When the network has no activation checkpointing.
     """
-    low = torch.bfloat16 if "bf16" in precision else torch.float16 if "16" in precision else None
+    kind, _, how = precision.partition("-")
+    dtype, mixed = DTYPES[kind], how == "mixed"
+
+    def emptied(path: Any, t: Any) -> Any:
+        if not isinstance(t, Tensor):
+            return t
+        is_read = not path or getattr(path[-1], "key", None) not in NOT_READ
+        cast = is_read and not mixed and t.is_floating_point()  # as the trainer does
+        return torch.empty(t.shape, dtype=dtype if cast else t.dtype)
+
     tokens = count_items(batch)
     ledger = Ledger()
     try:
         with FakeTensorMode(), ledger, _Believe(), _accepting():
             usual = torch.get_default_dtype()
-            torch.set_default_dtype(low if low is not None and precision.endswith("true") else usual)
+            torch.set_default_dtype(usual if mixed else dtype)
             try:
                 network = build()
             finally:
@@ -266,7 +278,7 @@ def measure_step(
                         f"network must have activation_checkpointing to plan with it, but is a {type(network).__name__}"
                     )
                 network.activation_checkpointing = activation_checkpointing
-            batch = tree_map(lambda t: torch.empty(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t, batch)
+            batch = tree_map_with_path(emptied, batch)
             optimizer = make_optimizer(network)
             weights = sum(t.untyped_storage().nbytes() for t in [*network.parameters(), *network.buffers()])
             base = ledger.live
@@ -275,7 +287,7 @@ def measure_step(
             ]
             for _ in range(min(parts, 2)):
                 ledger.begin()
-                with torch.autocast("cpu", low, enabled=low is not None and precision.endswith("mixed")):
+                with torch.autocast("cpu", dtype if mixed else None, enabled=mixed):
                     value = loss(network, batch)
                     kept, casts = ledger.live - base - ledger.apart, ledger.casts
                 value.backward()
@@ -302,7 +314,7 @@ def measure_step(
         ) from error
     heads = {id(m.weight) for m in network.modules() if isinstance(m, nn.Linear)}
     looked_up = [m.weight for m in network.modules() if isinstance(m, nn.Embedding) and id(m.weight) not in heads]
-    cast = 2 if low is not None and precision.endswith("mixed") else 0
+    cast = dtype.itemsize if mixed else 0
 
     def gathered(parameters: Iterable[nn.Parameter]) -> int:
         return sum(p.nbytes + cast * p.numel() for p in parameters)

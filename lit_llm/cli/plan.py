@@ -166,6 +166,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         The steps by name, and further facts of the config.
     """
     import torch
+    from lightning.fabric.connector import _convert_precision_to_unified_args
 
     from lit_llm.callbacks.weight_average import WeightAverage
     from lit_llm.cli import training
@@ -174,7 +175,12 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
 
     cli = training.read_run(words)
     objective, data, trainer = cli.model, cli.datamodule, cli.config["fit"]["trainer"]
-    precision = str(trainer["precision"] or "32-true")
+    precision = _convert_precision_to_unified_args(trainer["precision"]) or "32-true"
+    if precision.startswith("transformer-engine"):
+        raise NeedsContent(
+            f"trainer.precision must be one that torch has itself to be planned, but is {precision}; measure it with "
+            f"--probe"
+        )
     callbacks = cli.config_init["fit"]["trainer"]["callbacks"] or []
     averages = objective.averages or any(isinstance(c, WeightAverage) for c in callbacks)
     (batch, mean), parts = example_batch(objective, data), trainer["accumulate_grad_batches"] or 1

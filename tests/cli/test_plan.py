@@ -312,3 +312,19 @@ def test_an_average_of_the_weights_is_counted(lit_llm, tmp_path):
         assert ("trained, plus an average of all" in outcome.out) is bool(words)
         found.append(json.loads((tmp_path / "plan.json").read_text())["steps"]["as configured"])
     assert found[1]["peak"] - found[0]["peak"] == found[0]["weights"] > 0
+
+
+def test_a_precision_is_planned_as_the_trainer_reads_it(lit_llm, tmp_path):
+    double = plan_of(lit_llm, tmp_path, *MAIN, *SMALL, "--trainer.precision", 64)
+    assert double["precision"] == "64-true"
+    assert double["steps"]["as configured"]["gradients"] == 8 * double["steps"]["as configured"]["parameters"]
+    mixed = plan_of(lit_llm, tmp_path, *MAIN, *SMALL, "--trainer.precision", "bf16")
+    assert mixed["precision"] == "bf16-mixed"
+    assert mixed["steps"]["as configured"]["casts"] > 0
+    images = ["--config", REPOSITORY / "configs/pretraining/cnn_digits.yaml", "--trainer.precision", "bf16-true"]
+    step = step_of(lit_llm, tmp_path, *images)
+    assert step["gradients"] == 2 * step["parameters"]
+    assert lit_llm("plan", *MAIN, *SMALL, "--trainer.precision", "transformer-engine").last_line == (
+        "lit-llm: error: trainer.precision must be one that torch has itself to be planned, but is transformer-engine; "
+        "measure it with --probe"
+    )
