@@ -106,14 +106,15 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     from lit_llm.planning import OPTIMAL_TOKENS_PER_PARAMETER, PAIR, STRATEGIES, Machine, bill, memory, traffic
 
     machine = Machine(options.memory, options.peak_flops, options.mfu, options.watts, options.bandwidth, options.price)
+    devices = options.devices * options.nodes
     try:
-        steps, details = measured_steps(words)
+        steps, details = measured_steps(words, devices)
     except NeedsContent:
         if not options.probe:
             raise
         return {"probe": probe(words, None, options.probe)}
     plain = next(iter(steps.values()))
-    devices, flops = options.devices * options.nodes, details["flops_per_token"]
+    flops = details["flops_per_token"]
     found: dict[str, Any] = details | {
         "steps": {name: asdict(step) | {"peak": step.peak} for name, step in steps.items()}
     }
@@ -156,11 +157,12 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     return found
 
 
-def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
+def measured_steps(words: list[str], devices: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measures a config's training step: as configured and, if the network can, with activation checkpointing.
 
     Args:
         words: Arguments of `lit-llm fit`.
+        devices: How many the run is planned for.
 
     Returns:
         The steps by name, and further facts of the config.
@@ -220,7 +222,7 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
         steps["with activation checkpointing"] = taken(True)
     rule = getattr(network, "flops_per_token", None) if "input_ids" in batch else None
     step = steps["as configured"]
-    max_steps, max_batches = configured_length(trainer, data if objective.planned_for is not None else None)
+    max_steps, max_batches = configured_length(trainer, objective.planned_for, devices)
     return steps, {
         "is_new_language_model": objective.size_name == "vocab_size"
         and step.trained == step.parameters
@@ -238,12 +240,13 @@ def measured_steps(words: list[str]) -> tuple[dict[str, Any], dict[str, Any]]:
     }
 
 
-def configured_length(trainer: Any, data: Any) -> tuple[int | float, int | float]:
-    """Steps, and batches per device, after which a config ends a run; infinite if unlimited or unknown.
+def configured_length(trainer: Any, data: Any, devices: int) -> tuple[int | float, int | float]:
+    """Steps, and batches of all devices, after which a config ends a run; infinite if unlimited or unknown.
 
     Args:
         trainer: The trainer's options.
         data: The data module, set up, so that the batches of an epoch can be counted; `None` if it is not.
+        devices: How many share those batches; each reads `limit_train_batches`.
     """
     steps, epochs = trainer["max_steps"], trainer["max_epochs"]
     batches, limit = math.inf, trainer.get("limit_train_batches")
@@ -251,7 +254,7 @@ def configured_length(trainer: Any, data: Any) -> tuple[int | float, int | float
         with contextlib.suppress(TypeError):  # a stream has no length
             batches = len(data.train_dataloader())
         if limit is not None:
-            batches = min(batches, limit) if isinstance(limit, int) else batches * limit
+            batches = min(batches, limit * devices) if isinstance(limit, int) else batches * limit
         batches *= epochs
     return math.inf if steps in (None, -1) else steps, batches
 

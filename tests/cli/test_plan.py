@@ -128,6 +128,12 @@ def test_tokens_per_parameter_are_a_rule_for_language_models_that_are_trained_fr
         ([*MAIN, *SMALL, *lora, "--tokens", 5e6], "option", 5e6, "Planned for --tokens, 5e+06 tokens\n"),
         (digits, "config", 10 * 20 * 64, "Planned for what the config trains on, 1.28e+04 examples"),
         ([*digits, "--trainer.max_steps", 3], "config", 3 * 64, "Planned for what the config trains on, 192 examples"),
+        (
+            [*digits, "--devices", 3, "--trainer.limit_train_batches", 5],
+            "config",
+            10 * 3 * 5 * 64,
+            "Planned for what the config trains on, 9600 examples",
+        ),
     ):
         outcome = lit_llm("plan", *words, "--json", tmp_path / "plan.json")
         assert outcome.code == 0, outcome.err
