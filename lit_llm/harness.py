@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -125,8 +126,18 @@ class LiveModel(TemplateLM):
             )
             if count % 8 == 0 and all(over):
                 break  # the rest would be cut off
-        texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
-        return [text[: found.start()] if (found := ends(text)) else text for text in texts]
+        return [self._cut(text, ends) for text in said]
+
+    def _cut(self, ids: list[int], ends: Callable[[str], re.Match[str] | None]) -> str:
+        """The text of an answer without special tokens, up to its first stop, which may be one of them."""
+        found = ends(whole := self.tokenizer.decode(ids))
+        if found is None:
+            return self.tokenizer.decode(ids, skip_special_tokens=True)
+        kept = whole[: found.start()]
+        for count in range(len(ids), -1, -1):  # whole tokens before the stop, and the begun one's text
+            if kept.startswith(begun := self.tokenizer.decode(ids[:count])):
+                break
+        return self.tokenizer.decode(ids[:count], skip_special_tokens=True) + kept[len(begun) :]
 
 
 class GivenTasks(TaskManager):

@@ -90,6 +90,22 @@ def test_texts_are_written_together_as_they_are_alone_and_no_further_than_a_stop
 
 
 @pytest.mark.parametrize(
+    ("stop", "answer"), [("<|end|>", "4é2\n"), ("\n<|end|>", "4é2"), ("2", "4é"), ("no", "4é2\nyou")]
+)
+def test_an_answer_ends_before_a_stop_that_is_a_special_token_and_has_none_itself(monkeypatch, stop, answer):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|mark|>", "<|end|>"]})
+    mark, end = tokenizer.convert_tokens_to_ids(["<|mark|>", "<|end|>"])
+    made = [mark, *tokenizer.encode("4é"), mark, *tokenizer.encode("2\n"), end, *tokenizer.encode("you")]
+    monkeypatch.setattr("lit_llm.harness.stream_tokens", lambda *args, **more: ([token] for token in made))
+
+    class Request:
+        args = ("6*7=", {"until": [stop]})
+
+    assert LiveModel(awake_network(), tokenizer).generate_until([Request]) == [answer]
+
+
+@pytest.mark.parametrize(
     ("options", "longest", "drawn"),
     [
         ({"until": ["Question:"], "do_sample": False, "temperature": 0.0}, 256, (0.0, None, None)),
@@ -100,7 +116,7 @@ def test_texts_are_written_together_as_they_are_alone_and_no_further_than_a_stop
 )
 def test_a_tasks_options_mean_what_they_mean_to_the_harness(monkeypatch, options, longest, drawn):
     asked = []
-    monkeypatch.setattr("lit_llm.harness.steps", lambda network, prompts, *how, **more: asked.append(how) or [])
+    monkeypatch.setattr("lit_llm.harness.stream_tokens", lambda network, prompts, *how, **more: asked.append(how) or [])
 
     class Request:
         args = ("the cat", options)

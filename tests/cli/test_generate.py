@@ -54,7 +54,7 @@ def test_streaming_writes_the_same_text(lit_llm, model):
 
 def test_a_character_that_is_never_finished_is_written_too(lit_llm, model, monkeypatch):
     tokens = byte_tokenizer().encode("b😀")[:-1]
-    monkeypatch.setattr("lit_llm.generation.steps", lambda *options: ([token] for token in tokens))
+    monkeypatch.setattr("lit_llm.generation.stream_tokens", lambda *options: ([token] for token in tokens))
     words = ["generate", "--model", model, "--prompt", "a"]
     assert lit_llm(*words, "--stream").out == lit_llm(*words).out == "ab\ufffd\n"
 
