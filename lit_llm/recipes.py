@@ -1,4 +1,4 @@
-"""Recipes of networks: a class path and plain arguments, as configs and checkpoints hold them, and the way back."""
+"""Recipes of networks (a class path and plain arguments, as in configs and checkpoints), and building from them."""
 
 from __future__ import annotations
 

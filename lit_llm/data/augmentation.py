@@ -6,7 +6,7 @@ import numpy as np
 
 
 class TextAugmentation:
-    """Drops, swaps and deletes tokens; special tokens stay in place, and each text keeps at least one token.
+    """Masks, swaps and deletes tokens; special tokens stay in place, and each text keeps at least one token.
 
     The result depends only on seed, epoch and row, so a resumed run sees the same examples as an uninterrupted one.
 

@@ -26,7 +26,7 @@ CONVERSATIONS_FORMAT = 4
 """Version of the encoding, raised whenever tokens, learnt tokens or byte counts change, so no older cache is used."""
 
 BEFORE = "\ue000"
-"""Put before later pieces of a text for tokenisers that add a space to the beginning of each text.
+"""Character put before all pieces of a text but the first, for tokenisers that add a space to the beginning of a text.
 
 The space is then added to this character, whose tokens are removed; no token joins it with the piece.
 """
@@ -177,7 +177,7 @@ def _tokens(
 ) -> list[tuple[list[int], np.ndarray]]:
     """Tokens of rendered texts and their character offsets, made on all cores; no token spans one of the starts."""
     before = BEFORE if _adds_space(tokenizer) else ""
-    special = tuple(special_tokens(tokenizer).values()) if before else ()  # after these, a token starts anyway
+    special = tuple(special_tokens(tokenizer).values()) if before else ()  # after these, a token starts, with its space
     edges = [
         sorted({0, len(text), *(place for place in places if not text.endswith(special, 0, place))})
         for text, places in zip(texts, starts)

@@ -31,7 +31,10 @@ class ImageProcessor:
         return f"{height} × {width} pixels of {channels} channel{'s' * (channels > 1)}"
 
     def to_hf(self) -> dict[str, Any]:
-        """A config for transformers; if `shape` is square, its image processor resizes and crops like `read_image`."""
+        """A config for transformers.
+
+        If `shape` is square, its image processor resizes and crops like `image_cache.read_image`.
+        """
         channels, height, width = self.shape
         return {
             "image_processor_type": "CLIPImageProcessor",

@@ -200,7 +200,7 @@ class Examples:
         overlong: What to do with conversations that are longer than a row: `drop`, `cut` or `refuse`.
 
     Attributes:
-        overlong: Number of overlong conversations that were `cut` and `dropped`.
+        overlong: Number of overlong conversations by what was done with them, `cut` or `dropped`.
         documents: Index in the split of each conversation that is kept.
         lengths: Positions that each kept conversation takes in a row.
         num_rows: Number of rows.

@@ -30,8 +30,8 @@ MOST_PIECES = 1 << 19
 """Maximum number of pieces in a table, about 100 MB."""
 
 FEW_CORES = 4
-"""Most cores for which the table is used: it is about four times as fast as the tokeniser on one core, but the
-tokeniser uses all cores."""
+"""Maximum number of cores with which the table is used: on one core it is about four times as fast as the tokeniser,
+which however uses all cores."""
 
 
 class DocumentEncoder:

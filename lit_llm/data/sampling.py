@@ -176,7 +176,7 @@ def grouped(order: np.ndarray, lengths: np.ndarray, batch_size: int, chance: np.
     """Reorders rows so that each batch holds rows of similar length.
 
     Rows are sorted by length within every fifty batches; then all batches are shuffled, so that long and short ones
-    come in random order. A row shares its batch with other rows in each epoch. The Hugging Face Trainer's
+    come in random order. Which rows share a batch differs from epoch to epoch. The Hugging Face Trainer's
     `group_by_length` does the same, but leaves the batches of each fifty sorted by length.
 
     Args:

@@ -62,7 +62,7 @@ class Seq2SeqData(TableTokens):
             table that a checkpoint was trained on.
         target: Column of the text to write. A table to predict does not need it; a test split without it is only used
             for predictions.
-        tokenizer: `t5-bpe-<size>`, trained on these training texts; a folder with a `tokenizer.json`; or a name on the
+        tokenizer: `t5-bpe-<size>`, trained on the training texts; a folder with a `tokenizer.json`; or a name on the
             hub. Default: the one next to the network's weights, or `t5-bpe-4096` for a network without weights.
         max_source_len: Maximum tokens of a text to read, including the end token; longer ones are truncated.
         max_target_len: The same for a text to write; generated text is compared with the whole target.
@@ -180,8 +180,8 @@ class Seq2SeqData(TableTokens):
             columns = PairColumns(self.columns.source, None) if hidden else self.columns
             check_texts(rows, asdict(columns), self.path, name)
             splits[name] = Split(rows, None if hidden else np.zeros(len(rows), np.int64))
-        # Pairs with one source text stay together; without such pairs, the hash still covers both texts, which keeps
-        # earlier splits.
+        # If pairs share a source text, only sources are hashed, so that such pairs stay together. Otherwise both texts
+        # are, so that splits stay as they were in earlier versions.
         several = len(found["train"].unique(self.columns.source)) < len(found["train"])
         texts = Columns(self.columns.source, None if several else self.columns.target, None)
         return with_all_splits(splits, texts, self.validation_fraction, self.test_fraction)

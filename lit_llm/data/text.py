@@ -272,7 +272,7 @@ def _weights(path: Mapping[Any, Any]) -> dict[str, float]:
 def read_texts(
     path: str, subset: str | None, column: str, max_documents: int | None, cleaning: Cleaning
 ) -> Iterator[str]:
-    """The cleaned texts, uncut, of any corpus that `TextData` reads: what `lit-llm tokenizer` trains on."""
+    """The cleaned texts of all splits of any corpus that `TextData` reads: what `lit-llm tokenizer` trains on."""
     corpus = open_corpus(path, subset, column)
     if max_documents is not None:
         corpus = corpus.head(max_documents)

@@ -248,7 +248,7 @@ class TokenData(LightningDataModule, ABC):
         return documents
 
     def _recipe(self, ready: PreTrainedTokenizerBase | None) -> dict[str, Any]:
-        """What else determines the cache; `ready` is the tokeniser if it needs no training, else `None`."""
+        """Adds to what determines the cache; `ready` is the tokeniser if it needs no training, else `None`."""
         return {}
 
     def _open_cache(self) -> TokenCache:

@@ -119,7 +119,7 @@ def train_bert_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
 
 
 def train_bert_uncased_bpe(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Trains `train_bert_bpe` on lower-case words without accents, as BERT's uncased models read text.
+    """Trains the encoding of `train_bert_bpe` on lower-case words without accents, as read by BERT's uncased models.
 
     White space and control characters are lost, and each punctuation mark is a word of its own. A word therefore has
     the same tokens wherever it stands: at the start of a sentence, in `_a_name`, after a bracket. A word's first token

@@ -34,8 +34,8 @@ class VisionData(ExampleData):
     set may be larger than memory. Images of mixed sizes are scaled until they cover `image_size`, and cropped to the
     centre. By default, all images are read in colour if any has colour.
 
-    A network that starts from a model directory, a run or a checkpoint reads images as it did there: size, channels and
-    normalisation are taken from there, unless `image_size` or `channels` is given.
+    A network that starts from a model directory, a run or a checkpoint reads images as it did there: normalisation and,
+    unless they are given, `image_size` and `channels` are taken from there.
 
     Args:
         path: `sklearn-digits` (1,797 images of 8 × 8 pixels, a fifth of them for testing), a data set on the hub such

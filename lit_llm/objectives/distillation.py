@@ -136,7 +136,7 @@ class Distillation(Objective):
 
     def configure_model(self) -> None:
         """Builds the student, and in a fit loads the teacher."""
-        super().configure_model()  # (an average copies the weights inherited below before step 1)
+        super().configure_model()  # (an average copies the network when training starts, after `inherit` below)
         if self._held or not self._fits:
             return
         if self.attention_weight and getattr(self.network, "activation_checkpointing", None):

@@ -55,7 +55,7 @@ class ExactSteps(LightningModule, ABC):
         """The loss to minimise, summed over the batch's targets, and the number of targets."""
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Like torch's, but bypasses its slow check for parameters for the names in `SET_OFTEN`.
+        """Like torch's, but without its slow check for parameters if the name is in `SET_OFTEN`.
 
         One of them, `_current_fx_name`, is set by Lightning at every hook.
         """

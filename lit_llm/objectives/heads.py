@@ -23,8 +23,9 @@ RESERVED = re.compile(r"LABEL_\d+", re.IGNORECASE)
 def order_of(wanted: Sequence[str] | None, own: Sequence[str] | None) -> list[int] | None:
     """The order in which a head's classes are the wanted ones, followed by those that are not wanted.
 
-    Classes are matched by name, ignoring case if that is needed; a wanted class that is not found takes a spare one
-    (`LABEL_0`). If a side has no names or only numbers, the order is kept. `None` if the head is for other classes.
+    Classes are matched by name, ignoring case if that is needed; a wanted class that is not found takes a spare one,
+    such as `LABEL_2`. If a side has no names or only numbers (`1`, `LABEL_1`), the order is kept. `None` if the head is
+    for other classes.
 
     Args:
         wanted: Names of the data's classes.

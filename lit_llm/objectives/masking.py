@@ -67,9 +67,9 @@ def word_edges(tokenizer: PreTrainedTokenizerBase) -> Bool[Tensor, "2 vocab"]:
 
     A WordPiece that begins with `##` continues a word. So does a token without a leading space if the tokeniser puts a
     space before each word, as `bert-uncased-bpe-<size>` does. With other tokenisers a token continues a word if it
-    begins with a letter or digit and the token before it ends with one; a word then consists of its letters and the
-    space or sign at the beginning of its first token. A letter from U+2E80 on (Chinese, Japanese, Korean) is a word by
-    itself, even if it consists of several tokens.
+    begins with a letter, digit or underscore and the token before it ends with one; a word then consists of these and
+    the space or sign at the beginning of its first token. A letter from U+2E80 on (Chinese, Japanese, Korean) is a word
+    by itself, even if it consists of several tokens.
 
     Example:
         >>> from lit_llm.data.tokenizer import train_bert_bpe
@@ -107,7 +107,7 @@ def _is_inside(piece: bytes, at_the_end: bool = False) -> bool:
         except UnicodeDecodeError:
             continue
         return character == "_" or (character.isalnum() and character < "\u2e80")
-    return at_the_end or piece < b"\xe0"  # part of a character: a continuation byte, or a letter below U+0800
+    return at_the_end or piece < b"\xe0"  # part of a character: its middle, or the start of one below U+0800
 
 
 def word_starts(input_ids: Int[Tensor, "batch seq"], edges: Bool[Tensor, "2 vocab"]) -> Int[Tensor, "batch seq"]:

@@ -116,7 +116,7 @@ class Objective(Built):
     # Measuring.
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Objective:
-        """Moves and casts the network; metrics are moved and kept in 32 bits, as sums in 16 bits stall or overflow."""
+        """Moves and casts the network. Metrics are only moved: in 16 bits, their sums would stall or overflow."""
 
         def moved(state: Tensor) -> Tensor:
             state = state.to(fn(state).device)

@@ -88,7 +88,7 @@ class Scheduled(ExactSteps):
         return optimizer
 
     def _require_grouped(self, groups: list[dict[str, Any]]) -> None:
-        """Checks that each trainable parameter outside the networks is in a group; an adaptation may omit others."""
+        """Checks that each trainable parameter is in a group; those of the networks may be left out on purpose."""
         known = {id(p) for group in groups for p in group["params"]}
         known |= {id(p) for network in self.networks for p in network.parameters()}
         for name, p in self.named_parameters():

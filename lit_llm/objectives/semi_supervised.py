@@ -22,8 +22,8 @@ from lit_llm.objectives.exact_steps import Loss
 class SemiSupervised(Classification):
     """Adds a consistency loss on unlabelled examples to the cross-entropy of labelled ones.
 
-    A *teacher* predicts the class probabilities of an unlabelled example as it is (`batch["unlabelled"]`), in
-    evaluation mode. The trained network is to predict the same for its strongly augmented version
+    A *teacher* in evaluation mode predicts the class probabilities of an unlabelled example, unaugmented or weakly
+    augmented (`batch["unlabelled"]`). The trained network is to predict the same for its strongly augmented version
     (`batch["unlabelled_strong"]`). Examples for which the teacher's confidence is below `threshold` have zero loss, and
     the mean is over all. Labels of these examples, if known, only serve to measure the teacher's accuracy.
 
@@ -103,7 +103,7 @@ class SemiSupervised(Classification):
             self.register_buffer("shares", torch.full((2, num_classes), 1 / num_classes))
 
     def loss(self, batch: Mapping[str, Any]) -> Loss:
-        """The loss of the labelled examples plus the mean over the unlabelled ones, times the number of targets."""
+        """The summed loss of the labelled examples plus, for each target, the weighted mean over unlabelled ones."""
         if "unlabelled" not in batch:
             raise ValueError(
                 f"data must give unlabelled examples for {type(self).__name__}, but gives none; set "
@@ -202,12 +202,12 @@ class FixMatch(SemiSupervised):
 class MeanTeacher(SemiSupervised):
     """The average of the weights is the teacher: the network is to predict the same probabilities.
 
-    Arguments are those of `SemiSupervised`. Without a threshold, as in the paper, `ramp_up_steps` has to be long.
+    Arguments are those of `SemiSupervised`. Without a threshold, as in the paper, `ramp_up_steps` has to be large.
 
     Source:
         Tarvainen & Valpola, 2017, "Mean teachers are better role models", arXiv:1703.01780, section 2, with the ramp-up
-        of its section 3. Here the consistency loss is on unlabelled examples only, only the student's input is
-        augmented, and squares are summed over classes. A threshold instead of a ramp-up: French et al., 2017,
+        of its section 3. Here the consistency loss is on unlabelled examples only, only the student has dropout and
+        strong augmentation, and squares are summed over classes. A threshold instead of a ramp-up: French et al., 2017,
         "Self-ensembling for visual domain adaptation", arXiv:1706.05208, section 3.2.
 
     Example:

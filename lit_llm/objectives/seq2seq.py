@@ -27,11 +27,11 @@ class TeacherForcing(Objective):
 
     Args:
         network: Makes an encoder-decoder from the number of tokens; see `Built`.
-        optimizer: As in `Objective`.
-        schedule: As in `Objective`.
-        decay_embeddings: As in `Objective`.
+        optimizer: As in `Scheduled`.
+        schedule: As in `Scheduled`.
+        decay_embeddings: As in `Scheduled`.
         weights: As in `Objective`.
-        adaptation: As in `Objective`.
+        adaptation: As in `Scheduled`.
         label_smoothing: Probability spread evenly over all tokens, in [0, 1).
 
     Raises:
