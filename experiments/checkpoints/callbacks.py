@@ -1,4 +1,4 @@
-"""What the experiment attaches to `lit-llm fit` to see its checkpoints being saved."""
+"""The callback with which the experiment times the saves of `lit-llm fit`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class SaveClock(Callback):
-    """Writes, as JSON, the seconds that each save kept training waiting, and those of all steps after a warm-up.
+    """Writes, as JSON, the seconds for which each save blocked training, and those of all steps after the warm-up.
 
     Args:
         path: File to write.
-        steps: Steps of the run.
-        warmup: Steps before the clock starts.
+        steps: Number of steps of the run.
+        warmup: Number of steps before the clock starts.
     """
 
     def __init__(self, path: str, steps: int, warmup: int) -> None:
@@ -25,7 +25,7 @@ class SaveClock(Callback):
         self.saves: list[float] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Has the trainer's saves take the time."""
+        """Wraps the trainer's `save_checkpoint` with a timer."""
         save = trainer.save_checkpoint
 
         def timed(*given: Any, **named: Any) -> None:
@@ -38,7 +38,7 @@ class SaveClock(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Looks at the clock; it comes before the save of its step."""
+        """Starts the clock after the warm-up; stops it and writes after the last step, before the save of that step."""
         if batch_idx == self.warmup - 1:
             self.started = time.perf_counter()
             self.saves.clear()

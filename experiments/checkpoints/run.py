@@ -1,4 +1,4 @@
-"""How long training stands still when a checkpoint is saved: written at once, or from a copy while training goes on.
+"""How long saving a checkpoint blocks training, if written directly or in the background from a copy.
 
 python -m experiments.checkpoints.run
 """
@@ -30,7 +30,7 @@ Found = dict[str, list[dict[str, Any]]]
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, measures, writes."""
+    """Parses the options, measures, and writes the table."""
     options = parsed(words)
     options.work.mkdir(parents=True, exist_ok=True)
     found: Found = {variant: [] for variant in VARIANTS}
@@ -45,7 +45,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--size", choices=SIZES, default="small")
@@ -61,9 +61,9 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def fit_words(variant: str, out: Path, options: argparse.Namespace) -> list[str]:
-    """`lit-llm fit` of one variant."""
+    """Command line of `lit-llm fit` for one variant."""
     size, every = SIZES[options.size], options.every
-    steps = every * (options.saves + 1)  # the last save is not counted, the one before has been written by then
+    steps = every * (options.saves + 1)  # the last save is not counted; the one before it is complete by then
     flags = {
         "model.network.d_model": size["d_model"],
         "model.network.num_layers": size["num_layers"],
@@ -90,7 +90,7 @@ def fit_words(variant: str, out: Path, options: argparse.Namespace) -> list[str]
 
 
 def measured(variant: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    """What one run found, and how large its checkpoints are; nothing where it failed."""
+    """Measurements of one run and the size of its checkpoints; an empty list if the run failed."""
     out, log = options.work / f"{variant}.json", options.work / f"{variant}.log"
     out.unlink(missing_ok=True)
     shutil.rmtree(out.with_suffix(".run"), ignore_errors=True)
@@ -106,7 +106,7 @@ def measured(variant: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def table(found: Found, options: argparse.Namespace) -> list[str]:
-    """As Markdown."""
+    """Formats the results as Markdown."""
     runs = [run for variant in found.values() for run in variant]
     lines = [
         f"Checkpoints of {max(run['bytes'] for run in runs) / 2**20:.0f} MiB, {options.saves} a run, "
@@ -128,7 +128,7 @@ def table(found: Found, options: argparse.Namespace) -> list[str]:
 
 
 def milliseconds(seconds: list[float]) -> str:
-    """Their median and range."""
+    """Formats the median and range in milliseconds."""
     return f"{statistics.median(seconds) * 1e3:.0f} ms [{min(seconds) * 1e3:.0f}–{max(seconds) * 1e3:.0f}]"
 
 

@@ -1,13 +1,13 @@
-"""Compresses trained models in many ways, and writes what each costs and saves into README.md.
+"""Compresses trained models with many methods, and writes what each costs and saves into README.md.
 
     python -m experiments.compression.run language_model
     python -m experiments.compression.run encoder
     python -m experiments.compression.run pretrained_encoder
     python -m experiments.compression.run images --data.path DIR
 
-For each seed a model is trained by its run file. Then each way is a chain of `lit-llm compress` from that model; times
-are ratios to the original's, timed in turns with it. What was trained, or compressed, is there when a command is
-repeated. Options that are not named by --help go to each command of the package.
+For each seed, a model is trained by its run file. Each method is then a chain of `lit-llm compress` from that model;
+latencies are ratios to the original's, measured alternately with it. A repeated command does not train or compress
+again what is in the work folder. Options that --help does not list are passed to each `lit-llm` command.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ def method(name: str, path: str, **options: Any) -> Stage:
 
 
 def training(name: str, *files: str, **options: Any) -> Stage:
-    """A stage that trains; `__` in a name is a dot."""
+    """A stage that trains; `__` in an option's name stands for a dot."""
     dotted = {key.replace("__", "."): value for key, value in options.items()}
     return {"name": name, "fit": [str(REPOSITORY / file) for file in files], "options": dotted}
 
 
 class Goal(NamedTuple):
-    """Something to be reached.
+    """A goal of a table.
 
     Attributes:
-        text: What.
-        figure: What was reached, of a seed.
-        least: What `figure` has to reach.
+        text: Description.
+        figure: Computes the figure of one seed from its stages.
+        least: Lowest mean of `figure` that meets the goal.
     """
 
     text: str
@@ -56,14 +56,14 @@ class Goal(NamedTuple):
 
 
 class Table(NamedTuple):
-    """Ways to make one model smaller.
+    """The methods applied to one model.
 
     Attributes:
-        run: The run files of the model, from the repository's root.
-        metric: What is measured.
-        chains: Stages by the name of the chain, or its file; no two stages have one name.
-        goals: What is to be reached.
-        flags: What the run files leave open.
+        run: The run files of the model, relative to the repository's root.
+        metric: Name of the metric.
+        chains: For each chain its stages, or the file with them; stage names are unique in the table.
+        goals: The goals.
+        flags: Returns the flags that the run files leave open.
     """
 
     run: list[str]
@@ -74,12 +74,12 @@ class Table(NamedTuple):
 
 
 def metric(stages: dict[str, dict[str, Any]], name: str) -> float:
-    """What a stage's model scores."""
+    """Score of a stage's model."""
     return stages[name]["metric"]
 
 
 def faster(stages: dict[str, dict[str, Any]], name: str) -> float:
-    """By which factor a stage's model answers 32 rows sooner than the original."""
+    """Speed-up of a stage's model over the original, on 32 rows."""
     return stages[name]["times_faster"]
 
 
@@ -286,7 +286,7 @@ TABLES = {"language_model": LANGUAGE_MODEL, "encoder": ENCODER, "pretrained_enco
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, trains, compresses, writes."""
+    """Parses the options, trains, compresses, and writes the table."""
     options, more = parsed(words)
     given, rows = TABLES[options.table], {}
     for seed in options.seeds:
@@ -300,7 +300,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line: our own options, and those of the package."""
+    """Parses the command line: the options of this script, and the rest for `lit-llm`."""
     made = trainings.parser(__doc__, HERE)
     made.add_argument("table", choices=list(TABLES))
     made.add_argument("--chains", type=lambda text: text.split(","), help="some of them, for a trial")
@@ -308,7 +308,7 @@ def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str
 
 
 def trained(given: Table, seed: int, options: argparse.Namespace, more: list[str]) -> Path:
-    """A model made by the table's run file."""
+    """Trains the table's original model; returns its directory."""
     folder = options.work / f"{options.table}-{seed}"
     flags = {"config": [REPOSITORY / file for file in given.run], "seed_everything": seed}
     trainings.fit(flags | given.flags(), folder, options, *more)
@@ -324,7 +324,7 @@ def compressed(
     options: argparse.Namespace,
     more: list[str],
 ) -> list[dict[str, Any]]:
-    """A chain's measurements, stage by stage; the original is the first."""
+    """Measurements of each stage of a chain, the original first."""
     out = options.work / f"{options.table}-{seed}-{name}"
     config, names = stages, {}
     if not isinstance(stages, Path):
@@ -347,12 +347,12 @@ def compressed(
 
 
 def word(name: str) -> str:
-    """A name as a stage may have it."""
+    """Turns a name into a valid stage name."""
     return "".join(letter if letter.isalnum() else "-" for letter in name).strip("-")
 
 
 def lines(given: Table, rows: dict[str, dict[int, dict[str, Any]]], options: argparse.Namespace) -> list[str]:
-    """All that was measured, as Markdown."""
+    """Formats all measurements as Markdown."""
     seeds = ", ".join(map(str, options.seeds))
     found = [
         f"Seeds {seeds}; mean ± standard deviation; {options.threads} threads.",
@@ -378,7 +378,7 @@ def lines(given: Table, rows: dict[str, dict[int, dict[str, Any]]], options: arg
             try:
                 figures.append(goal.figure({name: of_seed[seed] for name, of_seed in rows.items() if seed in of_seed}))
             except KeyError:
-                continue  # its chains have not run, in a trial
+                continue  # its chains were not selected (`--chains`)
         if figures:
             met = "met" if statistics.mean(figures) >= goal.least else "**missed**"
             found.append(f"| {goal.text} | {goal.least:.2f} | {mean_and_deviation(figures, '.3f')} | {met} |")

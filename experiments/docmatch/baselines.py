@@ -1,8 +1,8 @@
-"""Accuracy on the embedded pair task of what knows no language: the larger class, and logistic regressions on words.
+"""Accuracy of baselines without a language model on the embedded pair task: majority class, logistic regressions.
 
     python -m experiments.docmatch.baselines
 
-Writes the first table of README.md. Words are runs of letters, so that `readLine` and `read_line` are two.
+Writes the first table of README.md. Identifiers are split: `readLine` and `read_line` are both two words.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ STRENGTHS = (0.01, 0.03, 0.1, 0.3)
 
 
 def main(given: list[str] | None = None) -> None:
-    """Fits, writes."""
+    """Fits the baselines and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readme", type=Path, default=HERE / "README.md", help="what the table is written into")
     options = parser.parse_args(given)
@@ -46,14 +46,14 @@ def words(text: str) -> set[str]:
 
 
 def fitted(train: csr_matrix, rest: dict[str, csr_matrix], labels: dict[str, np.ndarray]) -> tuple[float, float]:
-    """Accuracy in validation and test, of the penalty that is best in validation."""
+    """Validation and test accuracy of a logistic regression, with the penalty that is best in validation."""
     models = [LogisticRegression(C=strength, max_iter=2000).fit(train, labels["train"]) for strength in STRENGTHS]
     best = max(models, key=lambda model: model.score(rest["validation"], labels["validation"]))
     return tuple(best.score(rest[name], labels[name]) for name in ("validation", "test"))
 
 
 def accuracies(splits: dict[str, Dataset]) -> dict[str, tuple[float, float]]:
-    """In validation and test, of each baseline."""
+    """Validation and test accuracy of each baseline."""
     labels = {name: np.array(rows["label"][:]) for name, rows in splits.items()}
     sets = {name: [(words(row["docstring"]), words(row["body"])) for row in rows] for name, rows in splits.items()}
     kinds = {

@@ -1,11 +1,11 @@
-"""Accuracy of encoders on the embedded pair task: from MiniLM, from zero, from a masked language model of our own.
+"""Accuracy of encoders on the embedded pair task: from MiniLM, from scratch, from our own masked language model.
 
     python -m experiments.docmatch.run --threads 1
     python -m experiments.docmatch.run --threads 1 --run minilm_tokens=DIR --run small_tokens=DIR
 
-Each is `lit-llm fit` of a file in configs/finetuning, and then a test of the best of its validations; what was trained
-is not trained again. `--run` gives a run folder for a way, made elsewhere, in place of a training. Flags of the package
-go to every `lit-llm fit`.
+Each run is `lit-llm fit` of a file in configs/finetuning, then a test of the checkpoint with the best validation.
+Finished runs are not repeated. `--run` gives an existing run folder for a row instead of training one. Options that
+--help does not list are passed to every `lit-llm fit`.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ FIRST_POSITION = "lit_llm.models.pretrained_classifier.PretrainedClassifier"
 
 @dataclass(frozen=True)
 class Way:
-    """A row.
+    """A row of the table.
 
     Args:
-        text: What it is.
-        flags: The run file, and what differs.
-        start: What it begins with: `minilm`, `masked` (a language model that is trained first, once), or nothing.
-        seeds: With how many of the seeds it is trained.
+        text: Name in the table.
+        flags: The run file, and the flags that differ from it.
+        start: Initial weights: `minilm`, `masked` (our masked language model, trained once), or empty (random).
+        seeds: Number of seeds to train with.
     """
 
     text: str
@@ -82,7 +82,7 @@ WAYS = {
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, trains, writes."""
+    """Parses the options, trains, and writes the table."""
     options, more = parsed(words)
     found: dict[str, list[Found]] = {}
     for name in options.ways:
@@ -94,7 +94,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line: our own options, and those of the package."""
+    """Parses the command line: the options of this script, and the rest for `lit-llm`."""
     made = trainings.parser(__doc__, HERE, seeds=(1337, 1338, 1339), threads=1)
     made.add_argument("--ways", type=ways, default=[*WAYS], help=f"some of {', '.join(WAYS)}")
     made.add_argument("--run", type=way_and_folder, action="append", default=[], help="WAY=DIR, a run that was made")
@@ -103,7 +103,7 @@ def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str
 
 
 def ways(text: str) -> list[str]:
-    """Of an option: names, with commas."""
+    """Parses `--ways`: comma-separated names."""
     names = text.split(",")
     if unknown := [name for name in names if name not in WAYS]:
         raise argparse.ArgumentTypeError(f"ways must be of {', '.join(WAYS)}, but has {', '.join(unknown)}")
@@ -111,7 +111,7 @@ def ways(text: str) -> list[str]:
 
 
 def way_and_folder(text: str) -> tuple[str, Path]:
-    """Of an option: `small_tokens=DIR`."""
+    """Parses `--run`, such as `small_tokens=DIR`."""
     name, _, folder = text.partition("=")
     if not folder or not (Path(folder) / "results.json").is_file():
         raise argparse.ArgumentTypeError(f"a run must be WAY=DIR with DIR/results.json, but is {text}")
@@ -119,7 +119,7 @@ def way_and_folder(text: str) -> tuple[str, Path]:
 
 
 def trained(name: str, seed: int, options: argparse.Namespace, more: list[str]) -> Path:
-    """A run folder of a way, trained and tested, unless that has been done."""
+    """Trains and tests a row with one seed, unless done before; returns the run folder."""
     way, folder = WAYS[name], options.work / f"{name}-{seed}"
     start: Flags = {"seed_everything": seed}
     if way.start == "masked":
@@ -134,7 +134,7 @@ def trained(name: str, seed: int, options: argparse.Namespace, more: list[str]) 
 
 
 def outcome(folder: Path) -> Found:
-    """What a run folder says: the accuracy of its best validation, that of the test, if it had one, what it took."""
+    """Reads a run folder: best validation accuracy, test accuracy (`None` without a test), seconds, epochs."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     figures = {"validation": results["best/val/accuracy"], "test": results.get("test/accuracy")}
@@ -142,7 +142,7 @@ def outcome(folder: Path) -> Found:
 
 
 def table(found: dict[str, list[Found]], options: argparse.Namespace) -> list[str]:
-    """As Markdown."""
+    """Formats the results as Markdown."""
     threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
     lines = [
         f"The best of each run's validations, and the test of that; mean ± standard deviation where there are several; "

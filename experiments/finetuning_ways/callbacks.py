@@ -1,4 +1,4 @@
-"""What the experiment attaches to `lit-llm fit` to see what it trains."""
+"""The callback with which the experiment counts the parameters that `lit-llm fit` trains."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 
 class TrainableParameters(Callback):
-    """Writes how many parameters the optimiser has, those that begin to learn later included.
+    """Writes the number of parameters in the optimiser, including those that are unfrozen later.
 
     Args:
         path: File to write.

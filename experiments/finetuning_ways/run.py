@@ -1,11 +1,11 @@
-"""Fine-tunes an encoder in several ways on several amounts of data, and writes scores and costs into README.md.
+"""Fine-tunes an encoder by several methods on several amounts of data, and writes scores and costs into README.md.
 
     python -m experiments.finetuning_ways.run --model DIR
     python -m experiments.finetuning_ways.run --model DIR --task sst2 --data DIR
 
-Each run is `lit-llm fit` of configs/finetuning/encoder_glue.yaml with an overlay of configs/adaptation, in a process of
-its own. What was measured is not measured again. A seed draws the examples, their order and the new head. Options that
-are not named by --help go to each run.
+Each run is `lit-llm fit` of configs/finetuning/encoder_glue.yaml with an overlay of configs/adaptation, in its own
+process. Finished measurements are not repeated. The seed determines the examples, their order and the new head. Options
+that --help does not list are passed to each run.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ OVERLAYS = REPOSITORY / "configs/adaptation"
 
 
 class Way(NamedTuple):
-    """A way to fine-tune.
+    """A fine-tuning method.
 
     Attributes:
-        overlay: Its file in configs/adaptation; `None` trains all weights alike.
+        overlay: Its file in configs/adaptation; `None` trains all weights at the same rate.
         lr: Its learning rate.
     """
 
@@ -38,19 +38,19 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    # The run file's, with which it reaches 0.900 on the whole of SST-2.
+    # The rate of the run file, which reaches 0.900 on all of SST-2 with it.
     "full": Way(None, 1e-4),
-    # The overlay's: there is nothing below the head that a large step could spoil.
+    # The rate of the overlay. It can be large, since nothing below the head is trained.
     "head only": Way("head_only", 1e-3),
-    # Twice that of all weights, since the blocks then have its rate on average: a block waits for its turn, in which
-    # the schedule falls, and has 0.9 of the rate of the one above (of six blocks 0.43 in the mean).
+    # Twice the rate of "full", so that the blocks learn at about that rate on average: the schedule falls while a block
+    # is still frozen, and each block has 0.9 times the rate of the one above (mean over six blocks: 0.43).
     "gradual unfreezing": Way("gradual_unfreezing", 2e-4),
-    # Twice, for the same reason: each layer has 0.8 of the rate of the one above (of six blocks 0.49 in the mean).
+    # Twice, for the same reason: each layer has 0.8 times the rate of the one above (mean over six blocks: 0.49).
     "layer decay": Way("layer_decay", 2e-4),
-    # Ten times that of all weights, where Biderman et al., 2024, arXiv:2405.09673, found the best of LoRA; the
-    # overlay's half of it is for runs of more steps.
+    # Ten times the rate of "full", the best ratio for LoRA in Biderman et al., 2024, arXiv:2405.09673. The overlay has
+    # half of it, for runs of more steps.
     "LoRA": Way("lora", 1e-3),
-    # LoRA's, so that the two differ in nothing else.
+    # The rate of LoRA, so that the two differ in nothing else.
     "DoRA": Way("dora", 1e-3),
 }
 
@@ -59,7 +59,7 @@ WARMUP_STEPS = 10
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, trains, writes."""
+    """Parses the options, trains, and writes the table."""
     options, more = parsed(words)
     setting: Found = {"model": str(options.model), "task": options.task, "data": options.data and str(options.data)}
     setting |= {"examples_seen": options.examples_seen, "threads": options.threads, "more": more}
@@ -77,7 +77,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line: our own options, and those of the package."""
+    """Parses the command line: the options of this script, and the rest for `lit-llm`."""
     made = parser(__doc__, HERE, threads=1)
     made.add_argument("--model", type=whole_path, required=True, help="an encoder to start from: a model directory")
     made.add_argument("--task", help="of GLUE (default: the embedded pairs of docstring and function, or any table)")
@@ -93,12 +93,12 @@ def sizes(text: str) -> list[int | None]:
 
 
 def epochs(size: int | None, options: argparse.Namespace) -> int:
-    """How often each example is seen: the same in all ways, more often where there are few."""
+    """Number of epochs: the same for all methods, more if there are few examples."""
     return 1 if size is None else max(1, round(options.examples_seen / size))
 
 
 def trained(name: str, size: int | None, seed: int, options: argparse.Namespace, more: list[str]) -> Found:
-    """Score after the last step, over the whole validation split; what it took."""
+    """Trains once; returns the score on the whole validation split after the last step, seconds, steps, parameters."""
     way, passes = WAYS[name], epochs(size, options)
     folder = options.work / f"{name.replace(' ', '_')}-{size or 'all'}-{seed}"
     flags: Flags = {
@@ -120,7 +120,7 @@ def trained(name: str, size: int | None, seed: int, options: argparse.Namespace,
     given = {"data.task": options.task, "data.path": options.data, "data.max_examples": size}
     flags |= {flag: value for flag, value in given.items() if value is not None}
     results = fit_anew(flags, folder, options, *more)
-    for made in ("model", "adapter"):  # of each run as large as the model that it started from
+    for made in ("model", "adapter"):  # to save space: each is up to the size of the pretrained model
         shutil.rmtree(folder / made, ignore_errors=True)
     found = {"metric": results["monitor"], "score": results[results["monitor"]], "seconds": results["seconds"]}
     found |= {"steps": results["step"], "parameters": int((folder / "trainable_parameters").read_text())}
@@ -130,17 +130,17 @@ def trained(name: str, size: int | None, seed: int, options: argparse.Namespace,
 
 
 def amount(size: int | None) -> str:
-    """As a reader would write it."""
+    """Formats a number of examples."""
     return "all" if size is None else f"{size:,}"
 
 
 def figures(found: list[Found], way: str, size: int | None, key: str) -> list[float]:
-    """What the seeds gave."""
+    """One figure of a method and size, for each seed."""
     return [one[key] for one in found if (one["way"], one["size"]) == (way, size)]
 
 
 def table(found: list[Found], options: argparse.Namespace) -> list[str]:
-    """All that was measured as Markdown."""
+    """Formats all measurements as Markdown."""
     metric = found[0]["metric"] if found else "score"
     passes = ", ".join(f"{epochs(size, options)} over {amount(size)}" for size in options.sizes)
     seeds = ", ".join(map(str, sorted({one["seed"] for one in found})))
@@ -163,7 +163,7 @@ def table(found: list[Found], options: argparse.Namespace) -> list[str]:
 
 
 def draw(path: Path, found: list[Found], options: argparse.Namespace) -> None:
-    """Scores over numbers of examples, a line a way, one standard deviation to either side."""
+    """Draws scores over numbers of examples, one line per method; bars are one standard deviation to either side."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")

@@ -1,10 +1,10 @@
-"""Useful tokens a second of training steps on packed rows, and on rows padded to one length or to the longest.
+"""Useful tokens per second of training on packed rows, and on rows padded to a fixed length or to the longest row.
 
     OMP_NUM_THREADS=2 python -m experiments.instruction_packing.packing
 
-All three read the same conversations through the same objective, network and optimiser, with the same budget of tokens
-a batch, padding included. Useful tokens are those of conversations. The three take turns, so that a machine that slows
-down slows all of them; each figure is a median over steps.
+All three read the same conversations with the same objective, network and optimiser, and the same budget of tokens per
+batch, including padding. Useful tokens are those of conversations. The three alternate, so that a slower machine slows
+all of them; each figure is a median over steps.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def opened(packed: bool) -> InstructionData:
 
 
 def batches(examples: Examples, width: int | None) -> list[tuple[dict[str, Tensor], int]]:
-    """Batches of as many rows as the budget holds, `width` or the longest of them wide, and their useful tokens."""
+    """Batches that fill the budget, padded to `width` or to their longest row, with their numbers of useful tokens."""
     made, rows, longest = [], [], 0
     for row in np.random.default_rng(0).permutation(examples.num_rows).tolist():
         length = width or int(examples.lengths[examples.held(row)].sum())

@@ -1,10 +1,10 @@
-"""The whole road on text that every machine has: from raw files to a small model that answers, each stage measured.
+"""The whole pipeline on text that every machine has: from raw files to a small model that answers questions.
 
     python -m experiments.lifecycle.run
 
-Clean, tokenise, pre-train, fine-tune, evaluate, distil, prune, quantise, export, generate: each is a command of the
-package with a config of the package. A stage whose outcome is in the work folder is not run again, and a training that
-was cut goes on from its checkpoint.
+The stages clean, tokenise, pre-train, fine-tune, evaluate, distil, prune, quantise, export and generate are each a
+command of the package with a config of the package, and each is measured. A stage whose result is in the work folder is
+not run again, and interrupted training resumes from its checkpoint.
 """
 
 from __future__ import annotations
@@ -54,11 +54,11 @@ SIZES: dict[str, dict[str, Any]] = {
         "compression": {"trainer.max_steps": 2},
     },
 }
-"""What is read, and what is set beside what the configs say. `tiny` is for the test."""
+"""Amount of data, and the flags that differ from the configs. `tiny` is for the test."""
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, goes through the stages, writes."""
+    """Parses the options, runs the stages, and writes tables and picture."""
     options = parsed(words)
     options.work.mkdir(parents=True, exist_ok=True)
     os.environ.update(environment(options.work, options.threads))
@@ -75,7 +75,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="full", help="tiny is to try it out")
     parser.add_argument("--threads", type=int, default=2)
@@ -87,7 +87,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def outcome(name: str, stage: Callable[[argparse.Namespace], list[Row]], options: argparse.Namespace) -> list[Row]:
-    """The rows of a stage: as it left them, or, where it has not been run, by running it."""
+    """Table rows of a stage: read from the work folder, or made by running the stage."""
     place = options.work / f"{name}.json"
     if place.is_file():
         return json.loads(place.read_text(encoding="utf-8"))
@@ -108,25 +108,25 @@ def outcome(name: str, stage: Callable[[argparse.Namespace], list[Row]], options
 
 
 def command(name: str, flags: Flags, log: str, options: argparse.Namespace, *more: str) -> Path:
-    """Runs `lit-llm name`; what it says goes to the file `log`, whose path this is."""
+    """Runs `lit-llm name` with its output in a log file; returns the path of that file."""
     said = options.work / f"{log}.log"
     trainings.lit_llm([name, *trainings.words_of(flags), *more], said, options)
     return said
 
 
 def size(folder: Path) -> Row:
-    """Parameters of a model directory, and bytes of its weights."""
+    """Number of parameters of a model directory, and bytes of its weights."""
     from lit_llm.checkpoints import load_model
     from lit_llm.compression.report import bytes_on_disk, count_parameters
 
     return {"parameters": count_parameters(load_model(folder)[0]), "bytes": bytes_on_disk(folder)}
 
 
-# The stages. Each leaves what the next begins with in the work folder.
+# The stages. Each writes the input of the next one to the work folder.
 
 
 def clean(options: argparse.Namespace) -> list[Row]:
-    """Raw files to a table of cleaned documents."""
+    """Turns raw files into a table of cleaned documents."""
     from lit_llm.data.cleaning import Cleaning
     from lit_llm.data.documents import open_corpus
 
@@ -149,12 +149,12 @@ def clean(options: argparse.Namespace) -> list[Row]:
 
 
 def pretraining(options: argparse.Namespace) -> Flags:
-    """The run file's changes for this size, on the cleaned documents."""
+    """Flags for pre-training at this size on the cleaned documents."""
     return {"data.path": options.work / "clean.jsonl", **SIZES[options.size]["pretraining"]}
 
 
 def tokenise(options: argparse.Namespace) -> list[Row]:
-    """The data of the pre-training's config: splits by content, a BPE from those to train on, tokens on disk."""
+    """Prepares the pre-training data: splits by content, a BPE trained on the training split, tokens on disk."""
     from lit_llm.cli.training import read_run
 
     flags = pretraining(options)
@@ -176,7 +176,7 @@ def tokenise(options: argparse.Namespace) -> list[Row]:
 
 
 def pretrain(options: argparse.Namespace) -> list[Row]:
-    """From random weights."""
+    """Trains from random weights."""
     flags = {"config": PRETRAINING, **pretraining(options)}
     results = trainings.fit(flags, options.work / "pretrained", options)
     return [
@@ -190,12 +190,12 @@ def pretrain(options: argparse.Namespace) -> list[Row]:
 
 
 def instructions(options: argparse.Namespace) -> Flags:
-    """The data that is tuned, evaluated and compressed on, in the pre-trained model's tokens."""
+    """Flags for the data of fine-tuning, evaluation and compression, with the pre-trained model's tokeniser."""
     return {"data.tokenizer": options.work / "pretrained" / "model", **SIZES[options.size]["instructions"]}
 
 
 def finetune(options: argparse.Namespace) -> list[Row]:
-    """On questions about functions and the docstrings that answer them."""
+    """Fine-tunes on questions about functions, answered by their docstrings."""
     flags = {"config": FINETUNING, **instructions(options), **SIZES[options.size]["finetuning"]}
     flags |= {"model.weights": options.work / "pretrained" / "model"}
     results = trainings.fit(flags, options.work / "finetuned", options)
@@ -210,7 +210,7 @@ def finetune(options: argparse.Namespace) -> list[Row]:
 
 
 def evaluate(options: argparse.Namespace) -> list[Row]:
-    """On the test questions, looked at for the first time: the tuned model, and the one that it was."""
+    """Tests the model before and after fine-tuning on the test questions, which no earlier stage reads."""
     flags: Flags = {"config": FINETUNING, **instructions(options)}
     rows = []
     for stage, model, what in (
@@ -238,7 +238,7 @@ CHAIN = {
 
 
 def compress(options: argparse.Namespace) -> list[Row]:
-    """Distil, prune, recover, quantise: the chain beside this file, each stage measured on the test questions."""
+    """Distils, prunes, recovers and quantises by chain.yaml; each stage is measured on the test questions."""
     flags: Flags = {"config": HERE / "chain.yaml", "model": options.work / "finetuned" / "model"}
     flags |= {"out": options.work / "compressed", **instructions(options), **SIZES[options.size]["compression"]}
     command("compress", flags | {"trainer.enable_progress_bar": "false"}, "compressed", options)
@@ -252,10 +252,10 @@ def compress(options: argparse.Namespace) -> list[Row]:
 
 
 def export(options: argparse.Namespace) -> list[Row]:
-    """The smallest dense model, which is a directory of transformers' already: opened with it and compared.
+    """Exports the smallest dense model: opens its directory with transformers and compares the logits.
 
     Raises:
-        RuntimeError: When transformers reads another network out of it.
+        RuntimeError: When the logits of transformers differ.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -285,7 +285,7 @@ def export(options: argparse.Namespace) -> list[Row]:
 
 
 def generate(options: argparse.Namespace) -> list[Row]:
-    """The quantised model answers."""
+    """Generates answers with the quantised model."""
     model = options.work / "compressed" / "model"
     prompts = [f"--prompt={question}" for question in QUESTIONS]
     said = command("generate", {"model": model, "temperature": 0}, "generate", options, "--chat", *prompts)
@@ -302,11 +302,11 @@ STAGES: dict[str, Callable[[argparse.Namespace], list[Row]]] = {
 }
 
 
-# What came of it.
+# Results.
 
 
 def table(rows: list[Row], options: argparse.Namespace) -> list[str]:
-    """All stages as Markdown."""
+    """Formats all stages as Markdown."""
     lines = ["| stage | what | metric | parameters | bytes | seconds |", "| --- | --- | --- | ---: | ---: | ---: |"]
     for row in rows:
         parameters = f"{row['parameters']:,}" if "parameters" in row else ""
@@ -325,7 +325,7 @@ def table(rows: list[Row], options: argparse.Namespace) -> list[str]:
 
 
 def draw(path: Path, rows: list[Row], options: argparse.Namespace) -> None:
-    """The losses of the four trainings one after the other, and how good and how large the model was on the way."""
+    """Draws the losses of the four training runs in sequence, and score and size of the model after each stage."""
     from matplotlib.figure import Figure
 
     from lit_llm.callbacks.metrics_csv import read_metrics

@@ -1,6 +1,6 @@
 """Bits per byte of general-purpose compressors on the documents that `llama_stdlib.yaml` validates on.
 
-Each sees the whole validation split as one stream, so it learns from what came before, as a model does not.
+Each sees the whole validation split as one stream, so it adapts to earlier documents, which the model does not.
 """
 
 import bz2

@@ -1,11 +1,11 @@
-"""Trains MNIST by several recipes in one interleaved run, and writes test accuracy and seconds into README.md.
+"""Trains on MNIST by several recipes in turn, and writes test accuracy and seconds into README.md.
 
     python -m experiments.mnist.run recipes --data DIR
     python -m experiments.mnist.run networks --data DIR
     python -m experiments.mnist.run few_labels --data DIR
 
-Each run is a process of its own: `lit-llm fit` of a config, which tests its best validation once, at the end; or the
-script in seed.py, which has no validation and tests its last epoch. Seconds are those of training steps.
+Each run is a separate process: `lit-llm fit` of a config, which tests the best checkpoint once at the end, or the
+script seed.py, which has no validation and tests its last epoch. Seconds are those of training steps.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Recipe(NamedTuple):
     """A row of a table.
 
     Attributes:
-        config: The run file; `None` is the seeds' script.
-        flags: What is set beside it.
-        accuracy: What its mean test accuracy is to reach, in percent.
-        times_sooner: By which factor its training is to be shorter than the seeds' script's.
+        config: Name of the run file; `None` is the original script (seed.py).
+        flags: Flags that differ from the run file.
+        accuracy: Goal for the mean test accuracy, in percent.
+        times_sooner: Goal for the training time of the original script divided by this recipe's.
     """
 
     config: str | None
@@ -66,7 +66,7 @@ TABLES: dict[str, dict[str, Recipe]] = {
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, trains, writes."""
+    """Parses the options, trains, and writes the table."""
     options = parsed(words)
     setting = {"threads": options.threads, "epochs": options.epochs, "max_examples": options.max_examples}
     measurements = Measurements(options.work / "measurements.jsonl", setting)
@@ -79,7 +79,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     made = parser(__doc__, HERE)
     made.add_argument("table", choices=list(TABLES))
     made.add_argument("--data", type=whole_path, required=True, help="MNIST in the hub's layout, with the folder mnist")
@@ -90,7 +90,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def trained(name: str, recipe: Recipe, seed: int, options: argparse.Namespace) -> Found:
-    """One run."""
+    """Measures one run."""
     stem = f"{recipe.config or 'seed'}-{list(TABLES[options.table]).index(name)}-{seed}"
     others = wait_for_quiet(options.max_wait)
     if recipe.config is None:
@@ -110,21 +110,21 @@ def trained(name: str, recipe: Recipe, seed: int, options: argparse.Namespace) -
 
 
 def seed_words(seed: int, out: Path, options: argparse.Namespace) -> list[str]:
-    """The seeds' script."""
+    """Command line of the original script."""
     given: Flags = {"data": options.data, "epochs": options.epochs, "seed": seed, "out": out}
     given |= {"max_examples": options.max_examples} if options.max_examples else {}
     return [sys.executable, "-m", "experiments.mnist.seed", *words_of(given)]
 
 
 def flags(recipe: Recipe, seed: int, options: argparse.Namespace) -> Flags:
-    """Of `lit-llm fit`; the seed draws the weights, the order, the augmentation and, where few are labelled, which."""
+    """Flags of `lit-llm fit`; the seed determines weights, order, augmentation and the choice of labelled images."""
     given: Flags = {"config": CONFIGS / f"{recipe.config}.yaml", **(recipe.flags or {})}
     given |= {"data.path": options.data, "data.seed": seed, "seed_everything": seed}
     return given | ({"data.max_examples": options.max_examples} if options.max_examples else {})
 
 
 def table(found: dict[tuple[str, int], Found], options: argparse.Namespace) -> list[str]:
-    """Everything measured so far as Markdown."""
+    """Formats everything measured so far as Markdown."""
     theirs = {seed: result for (name, seed), result in found.items() if name == SEEDS_SCRIPT}
     seeds = ", ".join(map(str, sorted({seed for _, seed in found})))
     lines = [
@@ -143,7 +143,7 @@ def table(found: dict[tuple[str, int], Found], options: argparse.Namespace) -> l
         cells = [name, mean_and_deviation(accuracies, ".2f"), goal(recipe.accuracy, statistics.mean(accuracies), ".1f")]
         cells.append(mean_and_deviation([run["seconds"] for run in runs.values()], ".1f"))
         if theirs:
-            # Of their own recipe for as many images; of others for what it takes.
+            # Their own recipe in our package: per image, as ours holds images out. Other recipes: total training time.
             same = recipe.config == "cnn_mnist_seed"
             ratios = [
                 theirs[seed]["seconds"] / run["seconds"] * (run["images"] / theirs[seed]["images"] if same else 1)
@@ -158,7 +158,7 @@ def table(found: dict[tuple[str, int], Found], options: argparse.Namespace) -> l
 
 
 def goal(wanted: float | None, reached: float, form: str) -> str:
-    """A goal and whether it is met."""
+    """Formats a goal and whether it is met."""
     return "" if wanted is None else f"{wanted:{form}} {'met' if reached >= wanted else '**missed**'}"
 
 

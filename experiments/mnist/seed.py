@@ -1,9 +1,9 @@
-"""The script that this package began with, on MNIST in the hub's layout; its network, loops and output are unchanged.
+"""The script that this package started from, on MNIST in the hub's layout; network, loops and output are unchanged.
 
     python -m experiments.mnist.seed --data DIR
 
-torchvision gives its `MNIST` and `ToTensor`; here they are written again, doing the same for each sample, so that it is
-not needed. A seed, a clock around `train`, and what the harness reads (`--out`) are added.
+torchvision's `MNIST` and `ToTensor` are reimplemented with the same work per sample, so torchvision is not needed. A
+seed, a clock around `train`, and the output for the harness (`--out`) are added.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class ToTensor:
-    """As torchvision's: pixels from 0 to 1, channels first."""
+    """Like torchvision's: pixels from 0 to 1, channels first."""
 
     def __call__(self, picture: Image.Image) -> torch.Tensor:
-        """Turns one picture into a tensor."""
+        """Converts one picture to a tensor."""
         pixels = torch.from_numpy(np.array(picture, np.uint8, copy=True))
         return pixels.view(picture.size[1], picture.size[0], 1).permute(2, 0, 1).contiguous().to(torch.float32).div(255)
 
 
 class MNIST(Dataset):
-    """As torchvision's: bytes in memory, a picture made of them for each sample."""
+    """Like torchvision's: pixels as bytes in memory, converted to a PIL image for each sample."""
 
     def __init__(self, root: Path, train: bool, transform: Callable[[Image.Image], torch.Tensor]) -> None:
         rows = pq.read_table(sorted((root / "mnist").glob(f"{'train' if train else 'test'}-*.parquet")))
@@ -52,7 +52,7 @@ class MNIST(Dataset):
 
 
 class Model(nn.Module):
-    """Their network."""
+    """The original network."""
 
     def __init__(self):
         super(Model, self).__init__()  # noqa: UP008
@@ -81,7 +81,7 @@ class Model(nn.Module):
 
 
 def train(model, data_loader, loss_func, optimizer):
-    """Their epoch."""
+    """The original training epoch."""
     model.train()
     for X, y in data_loader:
         optimizer.zero_grad()
@@ -92,7 +92,7 @@ def train(model, data_loader, loss_func, optimizer):
 
 
 def test(model, data_loader, loss_func):
-    """Their test; the loss is a mean over batches divided by the batch size once more, as they have it."""
+    """The original test; as there, the sum of batch means is divided by the number of samples, not of batches."""
     model.eval()
     test_loss = 0
     correct = 0
@@ -108,7 +108,7 @@ def test(model, data_loader, loss_func):
 
 
 def main(words: list[str] | None = None) -> None:
-    """Their last lines, with a clock."""
+    """The original main program, with a clock."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="MNIST in the hub's layout, with the folder mnist")
     parser.add_argument("--epochs", type=int, default=10)

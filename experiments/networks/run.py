@@ -1,9 +1,9 @@
-"""Runs the sweep over kinds of networks and optimisers, and writes its comparison into README.md.
+"""Runs the sweep over networks and optimisers, and writes their comparison into README.md.
 
     python -m experiments.networks.run
 
-It is `lit-llm sweep` of configs/sweeps/stdlib_networks.yaml, and `lit-llm compare` of what came out. A sweep that was
-cut goes on, and trials that have been made are not made again.
+It runs `lit-llm sweep` of configs/sweeps/stdlib_networks.yaml, then `lit-llm compare` of the result. An interrupted
+sweep resumes, and finished trials are not repeated.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SWEEP = REPOSITORY / "configs/sweeps/stdlib_networks.yaml"
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, sweeps, compares, writes."""
+    """Parses the options, sweeps, compares, and writes the table."""
     made = parser(__doc__, HERE, threads=1)
     made.add_argument("--workers", type=int, default=2, help="trials at once, each with as many threads")
     made.add_argument("--more_seeds", type=int, default=2, help="for the best trial and the runner-up")

@@ -1,4 +1,4 @@
-"""Compares what `lit-llm plan` says of small runs with what they take, and writes the tables into README.md.
+"""Compares what `lit-llm plan` predicts for small runs with measurements, and writes the tables into README.md.
 
 python -m experiments.planning.run
 """
@@ -32,21 +32,21 @@ STRATEGIES = {
     "fsdp": ("fsdp", []),
     "fsdp, checkpointed": ("fsdp", ["--model.network.activation_checkpointing=true"]),
 }
-"""By the names of rows, what is planned and its overlay, and further flags."""
+"""By row name: the strategy, which is also its overlay's name, and further flags."""
 
 GOALS = {"memory": 0.10, "strategies": 0.10, "time": 0.15}
 MEMORY_STEPS = 6
 MAPPED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
-"""Has the C library map each tensor by itself and hand it back when it is freed."""
+"""Makes the C library map each tensor separately and return it to the system when it is freed."""
 
 Found = dict[str, Any]
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, measures, writes."""
+    """Parses the options, measures, and writes the table."""
     options = parsed(words)
     options.work.mkdir(parents=True, exist_ok=True)
-    probed(options.grid[0], options, 2)  # prepares the corpus: a run that does so holds that memory, and uses it again
+    probed(options.grid[0], options, 2)  # prepares the corpus; a run that does so keeps that memory and reuses it
     for name, (measure, table) in TABLES.items():
         if options.only in (None, name):
             found = [(setting, runs) for setting in options.grid if (runs := measure(setting, options))]
@@ -55,7 +55,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=list(TABLES), help="leave the others out")
     parser.add_argument("--width", type=int, nargs="+", help="leave settings of other widths out")
@@ -73,7 +73,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def plan_words(setting: dict[str, int], out: Path, precision: str, steps: int, more: Sequence[str] = ()) -> list[str]:
-    """`lit-llm plan --probe` of one setting of the grid, with more flags."""
+    """Command line of `lit-llm plan --probe` for one setting of the grid, with more flags."""
     flags = {
         "config": CONFIG,
         "json": out,
@@ -92,7 +92,7 @@ def plan_words(setting: dict[str, int], out: Path, precision: str, steps: int, m
 def probed(
     setting: dict[str, int], options: argparse.Namespace, steps: int, more: Sequence[str] = (), **surroundings: str
 ) -> Found | None:
-    """The plan of one setting with a probe of so many steps, in a process of its own."""
+    """Plans one setting with a probe of `steps` steps, in its own process; `None` if it failed."""
     name = "-".join(map(str, setting.values()))
     out, log = options.work / f"{name}.json", options.work / f"{name}.log"
     out.unlink(missing_ok=True)
@@ -105,13 +105,13 @@ def probed(
 
 
 def measured_memory(setting: dict[str, int], options: argparse.Namespace) -> list[Found]:
-    """A setting's plan, with the probe's memory where all that is freed is handed back, and where it is kept."""
+    """Two plans of a setting: probed with freed memory returned to the system, and with freed memory kept."""
     runs = [probed(setting, options, MEMORY_STEPS, **surroundings) for surroundings in (MAPPED, {})]
     return runs if all(runs) else []
 
 
 def measured_strategies(setting: dict[str, int], options: argparse.Namespace) -> list[Found]:
-    """Plans of two processes, with what the first of them takes; of every fourth setting."""
+    """Plans for two processes under each strategy, with the first process measured; only every fourth setting."""
     if options.grid.index(setting) % 4 != 2:
         return []
     among = [f"--trainer.devices={DEVICES}", "--trainer.accelerator=cpu", "--devices", str(DEVICES)]
@@ -123,7 +123,7 @@ def measured_strategies(setting: dict[str, int], options: argparse.Namespace) ->
 
 
 def measured_time(setting: dict[str, int], options: argparse.Namespace) -> list[Found]:
-    """A setting's plans, each with a probe of 20 steps on a machine as quiet as it gets."""
+    """Plans of a setting, each with a probe of 20 steps, after waiting for a quiet machine."""
     runs = []
     for _ in range(options.rounds):
         wait_for_quiet(options.max_wait)
@@ -132,7 +132,7 @@ def measured_time(setting: dict[str, int], options: argparse.Namespace) -> list[
 
 
 def memory_table(found: list[tuple[dict[str, int], list[Found]]], options: argparse.Namespace) -> list[str]:
-    """Planned and measured bytes as Markdown."""
+    """Formats planned and measured memory as Markdown."""
     lines = [
         f"{options.threads} threads, {options.precision}, {MEMORY_STEPS} steps. Handed back: every tensor is mapped by "
         "itself. Kept: the heap keeps what is freed, as runs do for speed.",
@@ -159,7 +159,7 @@ def memory_table(found: list[tuple[dict[str, int], list[Found]]], options: argpa
 
 
 def strategies_table(found: list[tuple[dict[str, int], list[Found]]], options: argparse.Namespace) -> list[str]:
-    """Planned and measured bytes of several processes as Markdown."""
+    """Formats planned and measured memory of several processes as Markdown."""
     lines = [
         f"{DEVICES} processes, {options.threads} threads, {options.precision}, {MEMORY_STEPS} steps. The bytes of the "
         "first process, freed tensors handed back; the batch is that of each.",
@@ -180,10 +180,10 @@ def strategies_table(found: list[tuple[dict[str, int], list[Found]]], options: a
 
 
 def time_table(found: list[tuple[dict[str, int], list[Found]]], options: argparse.Namespace) -> list[str]:
-    """Planned and measured seconds as Markdown.
+    """Formats planned and measured seconds as Markdown.
 
-    The speed is calibrated on the first and the last setting: seconds are so many per operation, and so many per byte
-    that operations move. Those two are not judged.
+    The seconds per operation and per byte that operations move are calibrated on the first and the last setting, which
+    therefore do not count for the goal.
     """
     if len(found) < 3:
         return ["Too little was measured."]
@@ -209,29 +209,29 @@ def time_table(found: list[tuple[dict[str, int], list[Found]]], options: argpars
 
 
 def named(setting: dict[str, int]) -> str:
-    """The first columns of a row."""
+    """Formats a setting as the first columns of a row."""
     return f"{setting['d_model']} × {setting['num_layers']} | {setting['batch_size']} × {setting['seq_len']}"
 
 
 def verdict(name: str, worst: float) -> str:
-    """Whether a goal was met."""
+    """Says whether a goal was met."""
     met = "met" if worst <= GOALS[name] else "**missed**"
     return f"{name}: at most {worst:.1%} off, goal {GOALS[name]:.0%}: {met}"
 
 
 def costs(plan: Found) -> tuple[float, float, float]:
-    """Operations and moved bytes of a step, and the bytes that it was planned to hold at once."""
+    """Operations of a step, bytes that it moves, and the planned peak memory in bytes."""
     step = plan["steps"]["as configured"]
     return step["flops"], step["moved"], step["weights"] + step["optimizer"] + max(step["passes"], step["stepping"])
 
 
 def seconds_of(runs: list[Found]) -> float:
-    """Seconds of a step: the median."""
+    """Median seconds per step over the runs."""
     return statistics.median(run["probe"]["seconds_per_step"] for run in runs)
 
 
 def calibrated(first: Any, last: Any) -> tuple[float, float]:
-    """Seconds per operation and per byte that explain two settings; where one would be negative, operations alone."""
+    """Seconds per operation and per byte from two settings; if one would be negative, operations alone."""
     (_, (f1, m1), s1), (_, (f2, m2), s2) = first, last
     determinant = f1 * m2 - f2 * m1
     if determinant:

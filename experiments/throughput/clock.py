@@ -1,4 +1,4 @@
-"""What a training run takes: seconds a step, memory, and what other processes used of the machine meanwhile."""
+"""Measures a training run: seconds per step, memory, and CPU use of other processes meanwhile."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 DISTURBANCE = 0.12
-"""Cores that other processes may use during a step that counts."""
+"""Most cores that other processes may use during a step that counts."""
 
 
 def others_seconds() -> float:
-    """CPU seconds that processes other than this one have used since the machine started; 0 where nothing tells."""
+    """CPU seconds that other processes have used since the machine started; 0 without `/proc/stat`."""
     stat = Path("/proc/stat")
     if not stat.exists():
         return 0.0
@@ -29,16 +29,17 @@ def others_seconds() -> float:
 
 
 class Clock:
-    """Takes the time after each step, and after the last one writes what it found as JSON.
+    """Records the time after each step, and writes the results as JSON after the last one.
 
-    On a CPU the speed is that of the median step, steps that other processes disturbed left out. A GPU works behind
-    its program, so there the clock waits for it twice, and the speed is that of all steps between.
+    On a CPU, the speed is that of the median step, without steps that other processes disturbed. A GPU runs
+    asynchronously, so there the clock synchronises with it only after the warm-up and after the last step, and the
+    speed is the mean over the steps between.
 
     Args:
         path: File to write.
-        steps: Steps of the run.
-        warmup: First steps that do not count.
-        tokens_per_step: Tokens.
+        steps: Number of steps of the run.
+        warmup: Number of first steps that do not count.
+        tokens_per_step: Number of tokens per step.
     """
 
     def __init__(self, path: str, steps: int, warmup: int, tokens_per_step: int) -> None:
@@ -49,7 +50,7 @@ class Clock:
         self.losses: list[torch.Tensor] = []
 
     def tick(self, loss: torch.Tensor, network: torch.nn.Module) -> None:
-        """To be called after each step."""
+        """Records a step; call it after each one."""
         if loss.is_cuda and len(self.ticks) in (self.warmup, self.steps - 1):
             torch.cuda.synchronize()
         self.ticks.append((time.perf_counter(), others_seconds()))
@@ -61,7 +62,7 @@ class Clock:
         ticks = self.ticks[self.warmup :]
         seconds = [now[0] - before[0] for before, now in itertools.pairwise(ticks)]
         others = [(now[1] - before[1]) / (now[0] - before[0]) for before, now in itertools.pairwise(ticks)]
-        # The kernel counts in hundredths of a second: that much of a short step may be anybody's.
+        # The kernel counts CPU time in hundredths of a second, so short steps need a tolerance of that size.
         calm = [s for s, o in zip(seconds, others) if o < DISTURBANCE + 0.02 / s]
         mean = (ticks[-1][0] - ticks[0][0]) / len(seconds)
         step = mean if cuda else statistics.median(calm or seconds)
@@ -84,7 +85,7 @@ class Clock:
 
 
 def processor() -> str:
-    """The CPU's name."""
+    """Number of cores and name of the CPU."""
     info = Path("/proc/cpuinfo")
     names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
     return f"{len(names)} cores of {names[0]}" if names else platform.processor()

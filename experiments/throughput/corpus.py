@@ -1,4 +1,4 @@
-"""A generated corpus with a vocabulary of exactly the wanted size, and its tokens for those who read no text."""
+"""A generated corpus with a vocabulary of exactly the given size, as text and as tokens."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ import torch
 
 
 def prepare(folder: Path, vocab_size: int, num_tokens: int) -> None:
-    """Writes `text.jsonl`, `tokenizer/` and, as `TextData` lays them out, `tokens.npy`.
+    """Writes `text.jsonl`, `tokenizer/` and `tokens.npy`, the training tokens as `TextData` lays them out.
 
-    Words have Zipf's frequencies, and every second one follows from the one before: there is something to learn.
+    Word frequencies follow Zipf's law, and every second word is a function of the one before, so that there is
+    something to learn.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -49,7 +50,7 @@ def prepare(folder: Path, vocab_size: int, num_tokens: int) -> None:
 def batches(
     folder: Path, seq_len: int, batch_size: int, device: str = "cpu"
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Inputs and labels without end, from memory, in the very order in which `TextData` draws its rows."""
+    """Endless batches of inputs and labels from memory, in the order in which `TextData` draws its rows."""
     tokens = torch.from_numpy(np.load(folder / "tokens.npy").astype(np.int64)).to(device)
     rows = (len(tokens) - 1) // seq_len
     for epoch in itertools.count():

@@ -1,13 +1,13 @@
-"""Samples a second of fine-tuning an encoder on short sentences: `lit-llm fit` beside the Hugging Face Trainer.
+"""Samples per second of fine-tuning an encoder on short sentences: `lit-llm fit` and the Hugging Face Trainer.
 
     python -m experiments.throughput.encoder --peers_python PEERS_VENV/bin/python
 
-BERT of 6 layers, 384 wide, 30,522 tokens, from random weights; batches of 32 sentences of SST-2's lengths (13 tokens in
-the mean, 64 at most) of random words. The rate is that of a whole epoch but its first two steps, so that every length
-counts. `hf-128` pads to 128 tokens, as the Trainer's examples do, `hf-dynamic` to the longest of a batch, `hf-group`
-groups by length besides; `ours` is a run of the command line with all its callbacks and the Trainer's head, which reads
-one position, so that the last layer need not make the others; `ours-mean` has the head of encoder_glue.yaml, which
-reads them all.
+BERT of 6 layers, 384 wide, 30,522 tokens, from random weights; batches of 32 sentences of random words with SST-2's
+lengths (mean 13 tokens, at most 64). The rate is that of a whole epoch without its first two steps, so that every
+length counts. `hf-128` pads to 128 tokens, as the Trainer's examples do; `hf-dynamic` pads to the longest sentence of a
+batch; `hf-group` also groups by length. `ours` is a run of the command line with all its callbacks and the Trainer's
+head, which reads one position, so the last layer computes only that one; `ours-mean` has the head of encoder_glue.yaml,
+which reads all positions.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ WAYS = (*HEADS, "hf-group", "hf-dynamic", "hf-128")
 
 
 def main() -> None:
-    """Parses, measures, writes."""
+    """Parses the options, measures, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--examples", type=int, default=3200)
     parser.add_argument("--rounds", type=int, default=3)
@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, examples: int) -> None:
-    """Writes `train.jsonl`, `validation.jsonl` and a tokeniser of one token a word."""
+    """Writes `train.jsonl`, `validation.jsonl`, a tokeniser with one token per word, and `config.json`."""
     import numpy as np
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
@@ -105,7 +105,7 @@ def prepare(folder: Path, examples: int) -> None:
 
 
 def measure(way: str, dtype: str, options: argparse.Namespace) -> dict[str, float]:
-    """One run in a process of its own."""
+    """Measures one run in its own process."""
     out, log = options.work / f"encoder-{way}-{dtype}.json", options.work / f"encoder-{way}-{dtype}.log"
     out.unlink(missing_ok=True)
     if way in HEADS:
@@ -122,7 +122,7 @@ def measure(way: str, dtype: str, options: argparse.Namespace) -> dict[str, floa
 
 
 def fit_words(way: str, out: Path, dtype: str, options: argparse.Namespace) -> list[str]:
-    """The command line of one of `ours`."""
+    """Command line of `ours` or `ours-mean`."""
     folder, place = options.work / "sentences", "experiments.throughput.encoder_callbacks"
     flags = {
         "config": "configs/finetuning/encoder_glue.yaml",
@@ -134,7 +134,7 @@ def fit_words(way: str, out: Path, dtype: str, options: argparse.Namespace) -> l
         "model.network.config": folder,
         "trainer.accelerator": "cpu",
         "trainer.max_epochs": 1,
-        "trainer.val_check_interval": 1.0,  # the Trainer neither evaluates nor saves within the steps that count
+        "trainer.val_check_interval": 1.0,  # like the Trainer, which does not evaluate during these steps
         "trainer.precision": "bf16-mixed" if dtype == "bf16" else "32-true",
         "trainer.callbacks+": f"{place}.EpochClock",
         "trainer.callbacks.path": out,
@@ -144,17 +144,17 @@ def fit_words(way: str, out: Path, dtype: str, options: argparse.Namespace) -> l
 
 
 class Clock:
-    """Samples a second from the third step of an epoch to its last."""
+    """Measures samples per second from the third step of an epoch to the last."""
 
     def __init__(self, path: Path, batch_size: int) -> None:
         self.path, self.batch_size, self.ticks = path, batch_size, []
 
     def tick(self) -> None:
-        """To be called after each step."""
+        """Records a step; call it after each one."""
         self.ticks.append(time.perf_counter())
 
     def write(self) -> None:
-        """To be called after the last."""
+        """Writes the results; call it after the last step."""
         import resource
 
         steps = len(self.ticks) - 2
@@ -165,7 +165,7 @@ class Clock:
 
 
 def trainer(options: argparse.Namespace) -> None:
-    """The Trainer, in a process that was started for it."""
+    """Trains with the Hugging Face Trainer; runs in its own process."""
     from transformers import (
         AutoConfig,
         AutoModelForSequenceClassification,
@@ -184,7 +184,7 @@ def trainer(options: argparse.Namespace) -> None:
     wide = {"padding": "max_length", "max_length": 128} if options.one == "hf-128" else {"max_length": 128}
     lines = (folder / "data" / "train.jsonl").read_text().splitlines()
     if options.one == "hf-128":
-        lines = lines[: 12 * BATCH_SIZE]  # each step costs the same
+        lines = lines[: 12 * BATCH_SIZE]  # a few are enough, as each step costs the same
     examples = [json.loads(line) for line in lines]
     rows = [{**tokenizer(example["text"], truncation=True, **wide), "labels": example["label"]} for example in examples]
 
@@ -216,7 +216,7 @@ def trainer(options: argparse.Namespace) -> None:
 
 
 def table(dtype: str, found: dict[str, list[dict[str, float]]], busiest: float) -> list[str]:
-    """The rows of one precision."""
+    """Formats the results of one precision as Markdown."""
     rounds = len(found["ours"])
     lines = [
         f"**{dtype}**, medians of {rounds} interleaved rounds, their range in brackets; others used at most "

@@ -1,4 +1,4 @@
-"""What the encoder's experiment attaches to `lit-llm fit`."""
+"""The callback with which the encoder experiment times `lit-llm fit`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from experiments.throughput.encoder import Clock
 
 
 class EpochClock(Callback):
-    """Hands every step of an epoch to a `Clock`.
+    """Reports every step of an epoch to a `Clock`.
 
     Args:
         path: File to write.
-        batch_size: Examples in a step.
+        batch_size: Number of examples per step.
     """
 
     def __init__(self, path: str, batch_size: int) -> None:
@@ -24,7 +24,7 @@ class EpochClock(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Ticks; writes before the validation at the end of the epoch."""
+        """Reports the step; writes the results after the last one, before the validation."""
         self.clock.tick()
         if batch_idx + 1 == trainer.num_training_batches:
             self.clock.write()

@@ -1,9 +1,9 @@
-"""Seconds from the start of `lit-llm fit` to the end of its first step, beside what `import torch, lightning` costs.
+"""Seconds from the start of `lit-llm fit` to the end of its first step, compared with `import torch, lightning`.
 
     python -m experiments.throughput.first_step
     python -m experiments.throughput.first_step --profile     # where the time goes
 
-The main config, its token cache made before (the first run does that, and does not count).
+Uses the main config with a token cache that exists already (a first run, not counted, makes it).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ IMPORTS = "import torch, lightning, time; print(time.time())"
 
 
 def main() -> None:
-    """Parses, measures, writes."""
+    """Parses the options, measures, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=Path("configs/pretraining/llama_stdlib.yaml"))
     parser.add_argument("--rounds", type=int, default=5)
@@ -54,14 +54,14 @@ def main() -> None:
 
 
 def imports(options: argparse.Namespace) -> float:
-    """Seconds until both are imported."""
+    """Seconds to start Python and import both."""
     started = time.time()
     env = environment(options.work, options.threads)
     return float(subprocess.check_output([sys.executable, "-c", IMPORTS], env=env, text=True)) - started
 
 
 def first_step(options: argparse.Namespace, before: list[str]) -> float:
-    """Seconds until the first step is done."""
+    """Seconds from the start of the process to the end of the first step."""
     out, log = options.work / "first_step.txt", options.work / "first_step.log"
     out.unlink(missing_ok=True)
     shutil.rmtree(out.with_suffix(".run"), ignore_errors=True)
@@ -83,7 +83,7 @@ def first_step(options: argparse.Namespace, before: list[str]) -> float:
 
 
 def table(found: list[tuple[float, float]], options: argparse.Namespace, busiest: float) -> list[str]:
-    """As Markdown."""
+    """Formats the results as Markdown."""
 
     def cell(values: list[float]) -> str:
         return f"{statistics.median(values):.2f} [{min(values):.2f}–{max(values):.2f}]"

@@ -1,12 +1,12 @@
-"""Tokens a second out of a token cache, and megabytes of text a second into one.
+"""Reading speed of a token cache (tokens per second), and writing speed (megabytes of text per second).
 
     python -m experiments.throughput.loader
 
-Reading: `TextData`'s training loader against nanoGPT's `get_batch` (github.com/karpathy/nanoGPT, train.py), 12 rows of
-256 tokens, once from a file that the page cache has let go and once more. Resuming: from a loader's state to its next
-batch, at step 100 and at step 1,000,000. Writing: the standard library's text
-through one byte-pair encoding of 8,192 tokens: building `lit-llm fit`'s cache, `datasets.map` into a flat file, and
-the tokeniser alone.
+Reading: `TextData`'s training loader and nanoGPT's `get_batch` (github.com/karpathy/nanoGPT, train.py), with 12 rows of
+256 tokens; first after the file was dropped from the page cache, then again. Resuming: time from loading a loader's
+state to its next batch, at step 100 and at step 1,000,000. Writing: the text of the standard library through the same
+byte-pair encoding of 8,192 tokens, by `lit-llm fit`'s cache, by `datasets.map` into a flat file, and by the tokeniser
+alone.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WRITERS = ("lit-llm fit's cache", "datasets.map, num_proc=2", "encode_batch_fast
 
 
 def main() -> None:
-    """Parses, measures, writes."""
+    """Parses the options, measures, and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", type=int, default=2000)
     parser.add_argument("--path", default="stdlib", help="a corpus as `TextData` takes it")
@@ -69,7 +69,7 @@ def main() -> None:
 
 
 def child(options: argparse.Namespace, name: str) -> dict[str, float]:
-    """One measurement in a process of its own."""
+    """Makes one measurement in its own process."""
     words = ["--one", name, "--batches", str(options.batches), "--path", options.path, "--work", str(options.work)]
     env = environment(options.work, options.threads)
     command = [sys.executable, "-m", "experiments.throughput.loader", *words]
@@ -77,7 +77,7 @@ def child(options: argparse.Namespace, name: str) -> dict[str, float]:
 
 
 def one(options: argparse.Namespace) -> dict[str, float]:
-    """What a child does."""
+    """Makes the measurement of a child process."""
     if options.one == "prepare":
         prepare(options)
         return {}
@@ -100,7 +100,7 @@ def data(options: argparse.Namespace) -> TextData:
 
 
 def prepare(options: argparse.Namespace) -> None:
-    """Trains the tokeniser, makes the cache, and writes the texts for those who do not read corpora."""
+    """Trains the tokeniser, builds the cache, and writes the texts as JSON for the other writers."""
     from lit_llm.data.cleaning import Cleaning
     from lit_llm.data.text import read_texts
     from lit_llm.data.tokenizer import train_bpe
@@ -113,7 +113,7 @@ def prepare(options: argparse.Namespace) -> None:
 
 
 def read(options: argparse.Namespace) -> dict[str, float]:
-    """Tokens a second: `cold` after the page cache let the file go, `warm` right after."""
+    """Tokens per second: `cold` after the file was dropped from the page cache, `warm` right after."""
     import numpy as np
     import torch
 
@@ -146,7 +146,7 @@ def read(options: argparse.Namespace) -> dict[str, float]:
 
 
 def resume(options: argparse.Namespace) -> dict[str, float]:
-    """Seconds to the next batch of a new loader that was given the state of one so many steps on: median of 9."""
+    """Seconds from loading the state of each step in `RESUMED` to the next batch; median of 9 new loaders."""
     module = data(options)
     module.setup("test")
     found: dict[int, list[float]] = {step: [] for step in RESUMED}
@@ -163,13 +163,13 @@ def resume(options: argparse.Namespace) -> dict[str, float]:
 
 
 def resuming(found: dict[str, float]) -> list[str]:
-    """The table of `resume`."""
+    """Formats the results of `resume` as Markdown."""
     rows = [f"| {int(step):,} | {1000 * seconds:.1f} |" for step, seconds in found.items()]
     return ["| step | ms to the next batch |", "| ---: | ---: |", *rows]
 
 
 def forget(path: Path) -> None:
-    """Asks the kernel to drop a file's pages, where it knows how."""
+    """Asks the kernel to drop a file's pages from the page cache, on systems that can."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
@@ -177,7 +177,7 @@ def forget(path: Path) -> None:
 
 
 def write(options: argparse.Namespace) -> dict[str, float]:
-    """Bytes of text a second; imports and the tokeniser's loading do not count."""
+    """Bytes of text per second, without imports and loading the tokeniser."""
     import tempfile
 
     import numpy as np
@@ -196,7 +196,7 @@ def write(options: argparse.Namespace) -> dict[str, float]:
         elif options.one == WRITERS[1]:
             from datasets import Dataset
 
-            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"  # datasets.map parallelises by processes
             rows = Dataset.from_dict({"text": texts})
             started = time.perf_counter()
             mapped = rows.map(
@@ -216,7 +216,7 @@ def write(options: argparse.Namespace) -> dict[str, float]:
 
 
 def columns(found: dict[str, list[dict[str, float]]], unit: str, scale: float) -> list[str]:
-    """A table with a row for each way and a column for each thing measured."""
+    """Formats a table with one row per method and one column per quantity."""
     states = list(next(iter(found.values()))[0])
     heads = [unit] if len(states) == 1 else [f"{state}, {unit}" for state in states]
     lines = [f"| | {' | '.join(heads)} |", f"| --- |{' ---: |' * len(heads)}"]

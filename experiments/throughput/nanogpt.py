@@ -1,4 +1,4 @@
-"""GPT-2 the short way, as in nanoGPT (github.com/karpathy/nanoGPT, model.py), with GPT-2's own approximate GELU."""
+"""A short GPT-2 as in nanoGPT (github.com/karpathy/nanoGPT, model.py), but with GPT-2's approximate GELU."""
 
 from __future__ import annotations
 

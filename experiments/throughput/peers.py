@@ -1,7 +1,7 @@
 """Trains the GPT with one peer in this process: `python -m experiments.throughput.peers bare '{…a Setting…}'`.
 
-`lit-llm fit` itself is not here: run.py starts it as its users do. All peers read the same rows in the same order,
-with AdamW (6e-4, betas 0.9 and 0.95, weight decay 0.1), gradients clipped at a norm of 1, without dropout.
+`lit-llm fit` itself is not among them: run.py starts it as users do. All peers read the same rows in the same order,
+with AdamW (6e-4, betas 0.9 and 0.95, weight decay 0.1), gradients clipped at a norm of 1, and no dropout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ADAMW = {"lr": 6e-4, "betas": (0.9, 0.95), "weight_decay": 0.1}
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and for how long. `folder` holds the corpus, `out` is the file for what the clock finds."""
+    """What is trained, and for how long. `folder` has the corpus; `out` is the file for the clock's results."""
 
     folder: str
     out: str
@@ -57,7 +57,7 @@ class Setting:
 
 
 def train(setting: Setting, network: torch.nn.Module, groups: Any, loss: Callable[..., torch.Tensor]) -> None:
-    """The plain loop."""
+    """Trains in a plain loop."""
     optimizer = torch.optim.AdamW(groups, **ADAMW, fused=True)
     clock = setting.clock()
     half = torch.autocast(setting.device, torch.bfloat16) if setting.dtype == "bf16" else contextlib.nullcontext()
@@ -96,7 +96,7 @@ def bare(setting: Setting) -> None:
 
 
 def bare_keep(setting: Setting) -> None:
-    """As `bare`, but with freed memory kept in the process, as `lit-llm` does: what is left is what the loop costs."""
+    """As `bare`, but keeps freed memory in the process like `lit-llm`, so only the cost of the framework differs."""
     from lit_llm.cli.allocator import keep_freed_memory
 
     keep_freed_memory()
@@ -151,7 +151,7 @@ def hf(setting: Setting) -> None:
         loss = torch.zeros(())
 
         def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-            # One step is one micro-batch, so the step before is over when the next one starts; see `train`.
+            # One step is one micro-batch, so the previous step is complete when the next one starts.
             if self.state.global_step:
                 clock.tick(self.loss, network)
             self.loss = super().training_step(*args, **kwargs)
@@ -171,7 +171,7 @@ def hf(setting: Setting) -> None:
         bf16=setting.dtype == "bf16",
         use_cpu=setting.device == "cpu",
         torch_compile=setting.compile,
-        train_sampling_strategy="sequential",  # `rows` are in the others' order already
+        train_sampling_strategy="sequential",  # `rows` are already in the order of the other peers
         logging_steps=10,
         save_strategy="no",
         report_to="none",
@@ -181,9 +181,9 @@ def hf(setting: Setting) -> None:
 
 
 def litgpt(setting: Setting) -> None:
-    """`litgpt.pretrain.setup`, whole: its GPT with rotary positions, tied, its loop and its CSV logger.
+    """`litgpt.pretrain.setup` as it is: LitGPT's GPT with rotary positions and tied head, its loop and its CSV logger.
 
-    It compiles always; run.py sets TORCH_COMPILE_DISABLE=1 where nobody else does.
+    It always compiles; run.py sets TORCH_COMPILE_DISABLE=1 if the other peers do not.
     """
     from litgpt import pretrain
     from litgpt.args import EvalArgs, TrainArgs
@@ -200,7 +200,7 @@ def litgpt(setting: Setting) -> None:
 
         def __iter__(self) -> Iterator[torch.Tensor]:
             for index, (ids, labels) in enumerate(setting.batches()):
-                if index and self.timed:  # the step before is over when the next batch is asked for
+                if index and self.timed:  # the previous step is complete when the next batch is requested
                     clock.tick(latest["loss"], latest["network"])
                 if index == self.steps:
                     return
@@ -226,7 +226,7 @@ def litgpt(setting: Setting) -> None:
 
     initialize_weights, pretrain.initialize_weights = pretrain.initialize_weights, initialize
     pretrain.chunked_cross_entropy = remembering(pretrain.chunked_cross_entropy)
-    pretrain.save_checkpoint = lambda *args: None  # it parses the command line anew
+    pretrain.save_checkpoint = lambda *args: None  # it would parse the command line again
     pretrain.setup(
         "gpt",
         Config(

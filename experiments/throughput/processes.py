@@ -1,4 +1,4 @@
-"""Two DDP processes of one thread each against one process of two threads, at the same global batch.
+"""Compares two DDP processes of one thread each with one process of two threads, at the same global batch.
 
 python -m experiments.throughput.processes
 """
@@ -20,7 +20,7 @@ LAYOUTS = {"one process of two threads": 1, "two DDP processes of one thread": 2
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, measures, writes."""
+    """Parses the options, measures, and writes the table."""
     options = parsed(words)
     options.work.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, list[float]]] = {dtype: {name: [] for name in LAYOUTS} for dtype in options.dtypes}
@@ -39,7 +39,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=run.SIZES, default="baby")
     parser.add_argument("--dtypes", type=lambda text: text.split(","), default=["bf16", "fp32"])
@@ -57,10 +57,10 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def measured(processes: int, dtype: str, options: argparse.Namespace) -> float:
-    """Tokens of the global batch a second, of the median step.
+    """Tokens per second of the median step, over the global batch.
 
     Raises:
-        RuntimeError: When a command fails.
+        RuntimeError: If a command fails.
     """
     sizes = run.SIZES[options.size]
     tokens = (options.steps + 2) * sizes["batch_size"] * sizes["seq_len"]
@@ -82,7 +82,7 @@ def measured(processes: int, dtype: str, options: argparse.Namespace) -> float:
 
 
 def table(found: dict[str, dict[str, list[float]]], busiest: float, options: argparse.Namespace) -> list[str]:
-    """All that was measured, as Markdown."""
+    """Formats all measurements as Markdown."""
     size = run.SIZES[options.size]
     lines = [
         f"{size['batch_size']} rows of {size['seq_len']} tokens a step; medians of {options.rounds} interleaved rounds "

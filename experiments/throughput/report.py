@@ -1,4 +1,4 @@
-"""What the measuring commands share: a quiet machine, children, and tables that they write into the README."""
+"""Shared by the experiments: waiting for a quiet machine, child processes, writing tables into READMEs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REPOSITORY = HERE.parents[1]
 
 
 def environment(work: Path, threads: int) -> dict[str, str]:
-    """For a child: so many threads, no network, caches in the work folder."""
+    """Environment of a child process: `threads` threads, no network, caches in the work folder."""
     return os.environ | {
         "OMP_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
@@ -30,7 +30,7 @@ def environment(work: Path, threads: int) -> dict[str, str]:
 
 
 def busy_cores(seconds: float = 1.0) -> float:
-    """Cores in use, over some seconds in which this process sleeps; 0 where nothing tells."""
+    """Mean number of busy cores over `seconds`, in which this process sleeps; 0 without `/proc/stat`."""
     if not Path("/proc/stat").exists():
         return 0.0
 
@@ -46,7 +46,7 @@ def busy_cores(seconds: float = 1.0) -> float:
 
 
 def wait_for_quiet(at_most: float, cores: float = 0.12) -> float:
-    """Waits until others use fewer than `cores`, but not longer than `at_most` seconds; what they use in the end."""
+    """Waits at most `at_most` seconds until others use at most `cores` cores; returns how many they use then."""
     end = time.monotonic() + at_most
     while (used := busy_cores()) > cores and time.monotonic() < end:
         time.sleep(2)
@@ -54,7 +54,7 @@ def wait_for_quiet(at_most: float, cores: float = 0.12) -> float:
 
 
 def run_child(words: list[str], env: dict[str, str], log: Path, terminal: bool = False) -> int:
-    """Runs a command from the repository's root, its words in `log`; with `terminal` it believes to be on one."""
+    """Runs a command from the repository's root with its output in `log`, on a pseudo-terminal if `terminal`."""
     with log.open("wb") as file:
         if not terminal:
             return subprocess.call(words, cwd=REPOSITORY, env=env, stdout=file, stderr=subprocess.STDOUT)
@@ -63,7 +63,7 @@ def run_child(words: list[str], env: dict[str, str], log: Path, terminal: bool =
         os.close(theirs)
 
         def drain() -> None:
-            with contextlib.suppress(OSError):  # the other end is closed
+            with contextlib.suppress(OSError):  # the child closed the terminal
                 while chunk := os.read(ours, 65536):
                     file.write(chunk)
 
@@ -76,19 +76,19 @@ def run_child(words: list[str], env: dict[str, str], log: Path, terminal: bool =
 
 
 def last_words(log: Path) -> str:
-    """The last line that a child wrote."""
+    """The last line of a log."""
     lines = log.read_text(errors="replace").strip().splitlines()
     return lines[-1] if lines else "no output"
 
 
 def mean_and_deviation(values: list[float], form: str) -> str:
-    """Mean ± standard deviation, where there are several."""
+    """Formats mean ± standard deviation, or the value if there is only one."""
     middle = format(statistics.mean(values), form)
     return middle if len(values) == 1 else f"{middle} ± {statistics.stdev(values):{form}}"
 
 
 def command_line() -> str:
-    """The command that is running, as a reader would repeat it; where its work lies is left out."""
+    """The running command as a reader would repeat it, without `--work`."""
     words, shown = iter(sys.orig_argv[1:]), ["python"]
     for word in words:
         if word == "--work":
@@ -99,11 +99,11 @@ def command_line() -> str:
 
 
 def write_table(name: str, lines: list[str], readme: Path = HERE / "README.md") -> None:
-    """Puts lines between `<!-- name -->` and `<!-- /name -->` of the README, under the command that made them.
+    """Writes lines between `<!-- name -->` and `<!-- /name -->` of the README, below the command that made them.
 
-    What the README shows of `experiments/pictures.yaml` is drawn anew.
+    The pictures of `experiments/pictures.yaml` that the README links are redrawn.
     """
-    from experiments.pictures import draw  # other processes, of peers, read this module as well
+    from experiments.pictures import draw  # imported here, as the peers' interpreter imports this module too
 
     text = readme.read_text(encoding="utf-8")
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"

@@ -1,4 +1,4 @@
-"""Measures `lit-llm fit` against its peers in one interleaved run and writes the table into README.md.
+"""Compares the speed and memory of `lit-llm fit` and its peers in interleaved runs; writes the table into README.md.
 
 python -m experiments.throughput.run --peers_python PEERS_VENV/bin/python
 python -m experiments.throughput.run --device cuda --sizes 124m,350m --peers ours,nanogpt,hf
@@ -39,13 +39,13 @@ GOALS = {
 }
 NEEDS = {"hf": "transformers accelerate", "litgpt": "litgpt"}
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Of dense bf16 products, as the maker says."""
+"""Dense bf16 peak per second, as stated by the vendor."""
 
 Found = dict[str, Any]
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, measures, writes."""
+    """Parses the options, measures, and writes the table."""
     options = parsed(words)
     if options.device == "cuda" and not cuda():
         print("skipped: no CUDA device is here")
@@ -67,7 +67,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parsed(words: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+    """Parses the command line."""
 
     def names(text: str) -> list[str]:
         return text.split(",")
@@ -106,7 +106,7 @@ def parsed(words: list[str] | None = None) -> argparse.Namespace:
 
 
 def cuda() -> bool:
-    """Whether a CUDA device is here; asked in a child, so that this process stays small."""
+    """Whether there is a CUDA device; checked in a child process, so that this one stays small."""
     found = subprocess.run(
         [sys.executable, "-c", "import torch; print(torch.cuda.is_available())"], capture_output=True, text=True
     )
@@ -114,7 +114,7 @@ def cuda() -> bool:
 
 
 def available(peer: str, peers_python: str) -> bool:
-    """Whether a peer's packages are there; says so where they are not."""
+    """Whether a peer's packages are installed; prints what is missing."""
     for package in NEEDS.get(peer, "").split():
         if shutil.which(peers_python) is None:
             print(f"{peer} left out: there is no {peers_python} (see README.md)", flush=True)
@@ -127,7 +127,7 @@ def available(peer: str, peers_python: str) -> bool:
 
 
 def measure(peer: str, size: str, vocab_size: int, dtype: str, options: argparse.Namespace) -> Found | None:
-    """One run in a process of its own; `None`, and a line that says why, where it failed."""
+    """Measures one run in its own process; if it failed, prints why and returns `None`."""
     name = f"{peer}-{size}-{vocab_size}-{dtype}"
     sizes = SIZES[size] | ({"batch_size": options.batch_size} if options.batch_size else {})
     tokens = (options.steps + 2) * sizes["batch_size"] * sizes["seq_len"]
@@ -162,7 +162,7 @@ def measure(peer: str, size: str, vocab_size: int, dtype: str, options: argparse
 
 
 def prepared(folder: Path, vocab_size: int, tokens: int, env: dict[str, str], log: Path) -> bool:
-    """Whether the corpus is there; it is made in a process of its own, so that this one stays small."""
+    """Makes the corpus if needed, in a child process, so that this one stays small; returns whether it exists."""
     if (folder / "tokens.npy").exists():
         return True
     prepare = "import sys; from pathlib import Path; from experiments.throughput.corpus import prepare; "
@@ -173,7 +173,7 @@ def prepared(folder: Path, vocab_size: int, tokens: int, env: dict[str, str], lo
 def fit_words(
     folder: Path, out: Path, sizes: dict[str, int], vocab_size: int, dtype: str, options: argparse.Namespace
 ) -> list[str]:
-    """`lit-llm fit` as its users run it, with one more callback that looks at the clock."""
+    """Command line of `lit-llm fit` as users run it, plus a callback that reads the clock."""
     flags = {
         "config": HERE / "gpt.yaml",
         "run_dir": out.with_suffix(".run"),
@@ -201,7 +201,7 @@ def fit_words(
 
 
 def table(found: dict[tuple[str, int, str], dict[str, dict[int, Found]]], options: argparse.Namespace) -> list[str]:
-    """Everything measured so far as Markdown."""
+    """Formats everything measured so far as Markdown."""
     one = next((run for peers in found.values() for runs in peers.values() for run in runs.values()), None)
     if one is None:
         return ["Nothing was measured."]
@@ -244,7 +244,7 @@ def table(found: dict[tuple[str, int, str], dict[str, dict[int, Found]]], option
 
 
 def flops_per_token(size: str, vocab_size: int) -> int:
-    """`6 N + 12 L D T` of the matrices, the tied head once (PaLM, arXiv:2204.02311, app. B)."""
+    """`6 N + 12 L D T`, where N counts the matrices and the tied head once (PaLM, arXiv:2204.02311, app. B)."""
     s = SIZES[size]
     matrices = 12 * s["num_layers"] * s["d_model"] ** 2 + vocab_size * s["d_model"]
     return 6 * matrices + 12 * s["num_layers"] * s["d_model"] * s["seq_len"]
@@ -256,12 +256,12 @@ def memory(runs: dict[int, Found]) -> float:
 
 
 def verdict(met: bool) -> str:
-    """One word."""
+    """Formats whether a goal was met."""
     return "met" if met else "**missed**"
 
 
 def spread(values: list[float], form: str) -> str:
-    """Median and range."""
+    """Formats median and range."""
     middle = format(statistics.median(values), form)
     return middle if len(values) == 1 else f"{middle} [{min(values):{form}}–{max(values):{form}}]"
 

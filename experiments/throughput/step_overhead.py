@@ -1,9 +1,9 @@
-"""Microseconds that a step costs on a trivial network: a bare loop, Lightning as it comes, `lit-llm fit`.
+"""Microseconds per step of a trivial network: a bare loop, Lightning with its defaults, and `lit-llm fit`.
 
     python -m experiments.throughput.step_overhead
     python -m experiments.throughput.step_overhead --profile ours      # where the time goes
 
-Linear(32, 2), batches of 8, SGD, one thread, the mean over all steps after the warm-up, logging included.
+Linear(32, 2), batches of 8, SGD, one thread; the mean over all steps after the warm-up, including logging.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ GOAL = 350
 
 
 def parsed(args: list[str] | None = None) -> argparse.Namespace:
-    """The options."""
+    """Parses the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2200)
     parser.add_argument("--warmup", type=int, default=200)
@@ -46,7 +46,7 @@ def parsed(args: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> None:
-    """Parses, measures, writes."""
+    """Parses the options, measures, and writes the table."""
     options = parsed()
     if options.variant == "bare":
         bare(options)
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def bare(options: argparse.Namespace) -> None:
-    """The loop that all others wrap."""
+    """Trains in a bare loop, without a framework."""
     import torch
     import torch.nn.functional as F
 
@@ -80,7 +80,7 @@ def bare(options: argparse.Namespace) -> None:
 
 
 def lightning(options: argparse.Namespace) -> None:
-    """As Lightning comes."""
+    """Trains with Lightning's defaults."""
     from lightning.pytorch import Trainer
 
     from experiments.throughput.callbacks import Stamp
@@ -95,7 +95,7 @@ def lightning(options: argparse.Namespace) -> None:
 
 
 def words(variant: str, options: argparse.Namespace, out: Path) -> list[str]:
-    """The command of one variant."""
+    """Command line of one variant."""
     if not variant.startswith("ours"):
         given = ["--variant", variant, "--out", str(out), "--steps", str(options.steps)]
         given += ["--warmup", str(options.warmup), "--work", str(options.work)]
@@ -125,7 +125,7 @@ def words(variant: str, options: argparse.Namespace, out: Path) -> list[str]:
 
 
 def run(variant: str, options: argparse.Namespace, terminal: bool) -> float | None:
-    """Microseconds a step; `None`, and a line that says why, where it failed."""
+    """Microseconds per step; if the run failed, prints why and returns `None`."""
     options.work.mkdir(parents=True, exist_ok=True)
     out, log = options.work / f"step-{variant}.txt", options.work / f"step-{variant}.log"
     out.unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def run(variant: str, options: argparse.Namespace, terminal: bool) -> float | No
 
 
 def measure(options: argparse.Namespace) -> None:
-    """All variants, interleaved, on a terminal and into a file."""
+    """Measures all variants, interleaved, on a terminal and with output to a file."""
     found: dict[tuple[str, bool], list[float]] = {}
     busiest = 0.0
     for _ in range(options.rounds):
@@ -153,7 +153,7 @@ def measure(options: argparse.Namespace) -> None:
 
 
 def table(found: dict[tuple[str, bool], list[float]], options: argparse.Namespace, busiest: float) -> list[str]:
-    """As Markdown."""
+    """Formats the results as Markdown."""
     lines = [
         f"µs a step, {options.steps - options.warmup:,} steps, median of {options.rounds} interleaved rounds and their "
         f"range; others used at most {busiest:.2f} cores before a run.",
@@ -173,7 +173,7 @@ def table(found: dict[tuple[str, bool], list[float]], options: argparse.Namespac
 
 
 def profile(options: argparse.Namespace) -> None:
-    """Where the time of the counted steps goes; under the profiler a step takes about twice as long."""
+    """Prints where the time of the counted steps goes; a step takes about twice as long under the profiler."""
     micros = run(options.profile, options, terminal=True)
     if micros is None:
         return

@@ -1,4 +1,4 @@
-"""A network so small that a step costs what the loop around it costs, for `lit-llm fit` and for plain Lightning."""
+"""A network so small that a step measures the loop around it, for `lit-llm fit` and for plain Lightning."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BATCH_SIZE = 8
 
 
 def points(steps: int) -> tuple[Tensor, Tensor]:
-    """As many as that many steps take."""
+    """Random points and labels for `steps` batches."""
     chance = torch.Generator().manual_seed(0)
     return torch.randn(steps * BATCH_SIZE, 32, generator=chance), torch.randint(
         2, (steps * BATCH_SIZE,), generator=chance
@@ -27,14 +27,14 @@ def points(steps: int) -> tuple[Tensor, Tensor]:
 
 
 class Linear(nn.Linear):
-    """From 32 numbers to classes."""
+    """A linear layer from 32 inputs to the classes."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__(32, num_classes)
 
 
 class Points(LightningDataModule):
-    """Points in memory, drawn by this package's own loader."""
+    """Points in memory, read by this package's loader."""
 
     def __init__(self, steps: int = 2000) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Points(LightningDataModule):
         self.num_classes = 2
 
     def train_dataloader(self) -> BatchLoader:
-        """One epoch is the run."""
+        """Returns a loader whose single epoch is the whole run."""
 
         def cut(rows: np.ndarray) -> tuple[Tensor, Tensor]:
             chosen = torch.from_numpy(rows)
@@ -52,7 +52,7 @@ class Points(LightningDataModule):
 
 
 class Classes(Objective):
-    """Cross-entropy, on this package's base of all objectives."""
+    """Cross-entropy as an objective of this package."""
 
     size_name: ClassVar[str] = "num_classes"
 
@@ -61,35 +61,35 @@ class Classes(Objective):
         self.save_arguments()
 
     def loss(self, batch: Any) -> tuple[Tensor, Tensor]:
-        """Summed over the points, and their number."""
+        """Cross-entropy summed over the points, and their number."""
         x, y = batch
         return F.cross_entropy(self.network(x), y, reduction="sum"), torch.tensor(float(len(y)))
 
 
 def sgd(groups: Any) -> torch.optim.Optimizer:
-    """What all variants train with."""
+    """The optimiser of all variants."""
     return torch.optim.SGD(groups, lr=0.01)
 
 
 class Logging(LightningModule):
-    """The same in plain Lightning, as its documentation writes it."""
+    """The same training in plain Lightning, written as in its documentation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.network = Linear(2)
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        """Logs each loss for the bar and the logger."""
+        """Logs each loss to the progress bar and the logger."""
         x, y = batch
         loss = F.cross_entropy(self.network(x), y)
         self.log("train/loss", loss, prog_bar=True)
         return loss
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """SGD."""
+        """Returns SGD."""
         return sgd(self.parameters())
 
 
 def lightning_loader(steps: int) -> DataLoader:
-    """Lightning's usual source of batches."""
+    """A `DataLoader`, as is usual with Lightning."""
     return DataLoader(TensorDataset(*points(steps)), batch_size=BATCH_SIZE, shuffle=True)

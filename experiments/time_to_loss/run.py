@@ -1,9 +1,10 @@
-"""Seconds of training until nanoGPT's loss on Shakespeare: its recipe and ours, interleaved, several seeds.
+"""Training time of nanoGPT's recipe and ours on Shakespeare, interleaved, with several seeds.
 
     python -m experiments.time_to_loss.run --text tinyshakespeare.txt
     python -m experiments.time_to_loss.run --text tinyshakespeare.txt --ablations
 
-Both are `lit-llm fit` of a file in configs/pretraining. A loss is over the whole validation text, nats per character.
+Both are `lit-llm fit` of a file in configs/pretraining. The loss is that of the whole validation text, in nats per
+character.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ ABLATIONS: dict[str, Flags] = {
 
 
 def main() -> None:
-    """Parses, measures, writes."""
+    """Parses the options, measures, and writes the table."""
     made = parser(__doc__, HERE, seeds=(1337, 1, 2))
     made.add_argument("--text", type=whole_path, required=True, help="tinyshakespeare, one file")
     made.add_argument("--ablations", action="store_true", help="our recipe with one thing different at a time")
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def recipes(options: argparse.Namespace) -> None:
-    """Both recipes, interleaved."""
+    """Compares both recipes, interleaved."""
     found = {
         (name, seed): trained(config, seed, {}, options) for seed in options.seeds for name, config in RECIPES.items()
     }
@@ -67,7 +68,7 @@ def recipes(options: argparse.Namespace) -> None:
 
 
 def ablations(options: argparse.Namespace) -> None:
-    """Our recipe with one thing different, at the same number of steps."""
+    """Measures our recipe with one change at a time, at the same number of steps."""
     lines = ["| | nats per character | seconds of training |", "| --- | ---: | ---: |"]
     for name, flags in ABLATIONS.items():
         runs = [trained(RECIPES["ours"], seed, flags, options) for seed in options.seeds]
@@ -78,7 +79,7 @@ def ablations(options: argparse.Namespace) -> None:
 
 
 def trained(config: Path, seed: int, flags: Flags, options: argparse.Namespace) -> tuple[float, float]:
-    """Loss at the end and seconds of training."""
+    """Final loss and seconds of training."""
     given: Flags = {"config": config, "data.path": options.text, "seed_everything": seed, "data.seed": seed}
     results = fit_anew(given | flags, options.work / f"{config.stem}-{seed}", options)
     loss, seconds = results["val/bits_per_byte"] * math.log(2), results["seconds"]

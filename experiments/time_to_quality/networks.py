@@ -9,13 +9,13 @@ from lit_llm.models.llama import Llama
 
 
 class NormalLlama(Llama):
-    """Starts with all matrices and embeddings from a normal of standard deviation 0.02, as transformers' Llama does.
+    """Draws all matrices and embeddings from a normal of standard deviation 0.02, like the Llama of transformers.
 
-    No output to the residual stream starts at zero, nor does the head, and no width sets a scale. Arguments are those
-    of `Llama`.
+    Unlike in `Llama`, no output to the residual stream starts at zero, nor does the head, and the standard deviation
+    does not depend on the width. Arguments are those of `Llama`.
 
     Source:
-        `initializer_range` of transformers; Radford et al., 2019, "GPT-2", without its scale for the depth.
+        `initializer_range` of transformers; Radford et al., 2019, "GPT-2", without its scaling by depth.
     """
 
     @torch.no_grad()

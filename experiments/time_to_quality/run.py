@@ -1,9 +1,9 @@
-"""Trains the main config, and the same with one idea taken out at a time; writes what each buys into README.md.
+"""Trains the main config, then without one idea at a time; writes what each idea contributes into README.md.
 
     python -m experiments.time_to_quality.run
 
-Each run is `lit-llm fit` of configs/pretraining/llama_stdlib.yaml in a process of its own, on as many tokens. What was
-measured is not measured again. Options that are not named by --help go to each run.
+Each run is `lit-llm fit` of configs/pretraining/llama_stdlib.yaml in its own process, on the same number of tokens.
+Finished measurements are not repeated. Options that --help does not list are passed to each run.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ VALIDATIONS = 6
 
 
 class Idea(NamedTuple):
-    """What is otherwise.
+    """One change to the recipe.
 
     Attributes:
-        text: In words.
-        flags: On the command line.
+        text: Name in the table.
+        flags: The flags that make the change.
     """
 
     text: str
@@ -42,7 +42,7 @@ class Idea(NamedTuple):
 IDEAS = {
     WHOLE: Idea("the whole recipe", {}),
     "schedule": Idea("constant learning rates", {"model.schedule": "lit_llm.schedulers.Constant"}),
-    # On average those of the line that falls to zero: so that what is lost is not lost by larger steps alone.
+    # The mean rates of the schedule that falls to zero, so that the gap is not due to larger steps alone.
     "half": Idea(
         "constant learning rates, half as large",
         {
@@ -54,7 +54,7 @@ IDEAS = {
         },
     ),
     "warmup": Idea("no warm-up of the learning rates", {"model.schedule.warmup_steps": 0}),
-    # Its usual rate at this size, betas and decay: what is said of the other optimiser must not be taken over.
+    # All values are given, so that AdamW does not inherit those of Muon: its usual rate at this size, betas and decay.
     "muon": Idea(
         "AdamW (3e-3) for all instead of Muon for matrices",
         {
@@ -83,7 +83,7 @@ IDEAS = {
 
 
 def main(words: list[str] | None = None) -> None:
-    """Parses, trains, writes."""
+    """Parses the options, trains, and writes the table."""
     options, more = parsed(words)
     setting: Found = {"steps": options.steps, "threads": options.threads, "more": more}
     measurements = Measurements(options.work / "measurements.jsonl", setting)
@@ -98,7 +98,7 @@ def main(words: list[str] | None = None) -> None:
 
 
 def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str]]:
-    """The command line: our own options, and those of the package."""
+    """Parses the command line: the options of this script, and the rest for `lit-llm`."""
     made = parser(__doc__, HERE, threads=1)
     made.add_argument("--steps", type=int, default=240, help="of each run, of 2,048 tokens")
     made.add_argument("--ideas", type=ideas, default=[*IDEAS], help=f"of {', '.join(IDEAS)}; {WHOLE} always is")
@@ -106,7 +106,7 @@ def parsed(words: list[str] | None = None) -> tuple[argparse.Namespace, list[str
 
 
 def ideas(text: str) -> list[str]:
-    """Names of ideas, the whole recipe first."""
+    """Parses `--ideas`: comma-separated names; the whole recipe is always first."""
     named = text.split(",")
     if unknown := set(named) - set(IDEAS):
         raise argparse.ArgumentTypeError(f"must be of {', '.join(IDEAS)}, but has {', '.join(sorted(unknown))}")
@@ -114,7 +114,7 @@ def ideas(text: str) -> list[str]:
 
 
 def trained(name: str, seed: int, options: argparse.Namespace, more: list[str]) -> Found:
-    """Bits per byte after the last step and on the way, over the whole validation split."""
+    """Trains once; returns bits per byte on the whole validation split, in the end and along the way."""
     folder = options.work / f"{name}-{seed}"
     flags: Flags = {"config": CONFIG, "seed_everything": seed, "data.seed": seed, "trainer.max_steps": options.steps}
     flags |= {"trainer.val_check_interval": max(1, options.steps // VALIDATIONS), "trainer.callbacks": "null"}
@@ -129,20 +129,20 @@ def trained(name: str, seed: int, options: argparse.Namespace, more: list[str]) 
 
 
 def validations(folder: Path) -> list[tuple[int, float]]:
-    """Step and bits per byte of each."""
+    """Step and bits per byte of each validation."""
     from lit_llm.callbacks.metrics_csv import read_metrics
 
     return [(row["step"], row[METRIC]) for row in read_metrics(folder / "metrics.csv") if METRIC in row]
 
 
 def curve(found: list[Found], idea: str) -> list[tuple[int, float]]:
-    """Tokens and bits per byte, the mean over seeds."""
+    """Tokens and bits per byte of each validation, averaged over seeds."""
     each = [one["curve"] for one in found if one["idea"] == idea]
     return [(points[0][0], statistics.mean(value for _, value in points)) for points in zip(*each)]
 
 
 def tokens_to_reach(points: list[tuple[int, float]], least: float) -> str:
-    """After how many tokens a curve is as low, on a line between validations."""
+    """Number of tokens after which a curve falls to `least`, interpolated linearly between validations."""
     (first, value), *others = points
     if value <= least:
         return f"at most {first:,}"
@@ -156,7 +156,7 @@ def tokens_to_reach(points: list[tuple[int, float]], least: float) -> str:
 
 
 def table(found: list[Found], options: argparse.Namespace) -> list[str]:
-    """All that was measured as Markdown."""
+    """Formats all measurements as Markdown."""
     runs = {name: {one["seed"]: one for one in found if one["idea"] == name} for name in options.ideas}
     runs = {name: of_seed for name, of_seed in runs.items() if of_seed}
     if WHOLE not in runs:
@@ -187,7 +187,7 @@ def table(found: list[Found], options: argparse.Namespace) -> list[str]:
 
 
 def draw(path: Path, found: list[Found]) -> None:
-    """Bits per byte over tokens, the mean over seeds."""
+    """Draws bits per byte over tokens, averaged over seeds."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 5), layout="constrained")
