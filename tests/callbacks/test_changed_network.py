@@ -1,4 +1,4 @@
-"""What a run knows of its network is forgotten once a callback makes another one of it."""
+"""State about the network is reset when a callback replaces or changes the network."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_early_stopping_waits_for_the_new_network_anew(change: str, tmp_path: Pa
     stopping = EarlyStopping(monitor="val/loss", mode="min", patience=3)
     run = trainer(tmp_path, max_epochs=8, callbacks=[CHANGES[change](), stopping])
     run.fit(Classification(NETWORK, STILL), datamodule=Examples(3))
-    # Three of the old network that are no better than its first would end the run with the fourth.
+    # Without a reset, three validations that are no better than the first would end the run after the fourth.
     assert run.current_epoch > 4
 
 

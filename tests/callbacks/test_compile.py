@@ -44,7 +44,7 @@ def test_blocks_of_a_kind_share_what_is_compiled() -> None:
     plain = network(x)
     assert compile_blocks(network, backend=counter) == list(network)
     torch.testing.assert_close(network(x), plain)
-    assert 1 <= counter.frame_count <= 2  # the second one finds what differs
+    assert 1 <= counter.frame_count <= 2  # a second compilation may generalise over blocks
 
 
 def test_a_network_without_blocks_is_compiled_whole() -> None:
@@ -95,9 +95,9 @@ def test_what_looks_into_blocks_is_refused(module: LightningModule, trainer: Tra
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_a_compiled_run_has_the_losses_and_the_checkpoint_of_a_plain_one(tiny, tmp_path) -> None:
-    """In processes of their own: what checks types in the tests cannot be compiled."""
+    """In child processes, because the tests' type checks (jaxtyping, beartype) cannot be compiled."""
     overlay = ["--config", REPOSITORY / "configs/strategy/compile.yaml"]
-    # Muon makes all directions of a gradient equally long, and so of a CPU's rounding in the weakest ones a whole step.
+    # SGD, since Muon scales all directions of a gradient to equal length, so that rounding in the weakest ones matters.
     linear = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.3"]
     for run, more in {"plain": [], "compiled": overlay}.items():
         words = [*tiny, *linear, *more, "--test_after_fit", "false", "--run_dir", tmp_path / run]

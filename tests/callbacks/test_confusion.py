@@ -24,7 +24,7 @@ NETWORK = functools.partial(PretrainedClassifier, config=BERT)
 
 @pytest.fixture
 def drawn(monkeypatch) -> list[tuple[list[list[int]], list[str], str]]:
-    """What was drawn, in place of drawing it."""
+    """Records the arguments of `draw_confusion_matrix` instead of drawing."""
     found = []
     monkeypatch.setattr(
         confusion,
@@ -50,7 +50,7 @@ def test_every_example_of_a_split_is_counted_once(tmp_path: Path, drawn: list) -
 
 
 def test_of_a_fit_the_best_validation_is_drawn(tmp_path: Path, drawn: list) -> None:
-    rate = functools.partial(torch.optim.SGD, lr=0.0)  # nothing changes, so the first is best
+    rate = functools.partial(torch.optim.SGD, lr=0.0)  # the weights do not change, so the first validation is best
     report = RunReport("val/accuracy", "max")
     report.on_fit_end = lambda *args: None
     made = Classification(NETWORK, rate)

@@ -41,7 +41,7 @@ def test_it_watches_the_headline_metric(
     run = trainer(tmp_path, max_epochs=20, callbacks=[stopping])
     run.fit(objective(NETWORK, STILL), datamodule=data)
     assert (stopping.monitor, stopping.mode) == watched
-    assert run.current_epoch == 3  # the first validation is the best, and two are no better
+    assert run.current_epoch == 3  # the first validation is the best; the next two are no better
 
 
 def test_it_watches_what_selects_the_best_checkpoint(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Evaluations say how much they counted and how sure they are."""
+"""Evaluations report how much they evaluated, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_a_language_models_test_counts_rows_and_tokens_and_gives_intervals(lit_l
         assert high - low < 0.5 * value
     assert 32 * (results["test/count"] - 1) < results["test/tokens"] <= 32 * results["test/count"]
     assert not [name for row in read_metrics(tmp_path / "run/metrics.csv") for name in row if name == "val/count"]
-    outcome = lit_llm("validate", "--run_dir", tmp_path / "run", "--data.batch_size", "3")  # batches do not matter
+    outcome = lit_llm("validate", "--run_dir", tmp_path / "run", "--data.batch_size", "3")  # any batch size
     first = {line.split()[0]: float(line.split()[1]) for line in outcome.out.splitlines() if line.startswith("val/")}
     outcome = lit_llm("validate", "--run_dir", tmp_path / "run", "--data.batch_size", "5")
     again = {line.split()[0]: float(line.split()[1]) for line in outcome.out.splitlines() if line.startswith("val/")}

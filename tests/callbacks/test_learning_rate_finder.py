@@ -13,7 +13,7 @@ from tests.writing import exactly
 
 
 class Valley(LightningModule):
-    """Half of the curvature times the square of two weights, which have rates of their own."""
+    """A quadratic loss, curvature / 2 times the squares of two weights, which have different learning rates."""
 
     def __init__(self, curvature: float) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def test_the_steepest_fall_is_found_under_noise_and_a_divergence_is_none():
     noise = np.random.default_rng(0).normal(scale=0.05, size=100)
     diverged = np.where(rates > 0.1, 30 * (rates - 0.1), 0.0)
     bounced = diverged.copy()
-    bounced[-3:] = 0  # a fall as steep as any, but after the lowest
+    bounced[-3:] = 0  # the steepest fall, but after the minimum
     for end in (diverged, bounced):
         found = steepest(rates.tolist(), (falling + noise + end).tolist())
         assert 10**-3 < found < 10**-2

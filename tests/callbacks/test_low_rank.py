@@ -21,14 +21,14 @@ METHODS = "lit_llm.compression"
 
 @pytest.fixture
 def overlay(tmp_path) -> list[str]:
-    """The shipped overlay, half-way."""
+    """The shipped overlay, factorising half-way through the run."""
     content = yaml.safe_load((REPOSITORY / "configs/compression/low_rank.yaml").read_text())
     content["trainer"]["callbacks+"][0]["init_args"]["start"] = 0.5
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(content))
     return ["--config", str(tmp_path / "overlay.yaml"), "--model.network.d_ff", "48"]
 
 
-@pytest.mark.parametrize("every", [5, 7])  # before it is factorised, and after
+@pytest.mark.parametrize("every", [5, 7])  # the checkpoint is saved before or after factorisation
 def test_a_resumed_run_has_the_losses_of_one_never_stopped(lit_llm, tiny, overlay, tmp_path, every):
     words = [*tiny, *overlay, "--trainer.max_steps", STEPS, "--checkpoint.every_n_steps", every]
     words += ["--test_after_fit", "false"]

@@ -1,4 +1,4 @@
-"""What training adds to the memory of its process."""
+"""The memory that training adds to its process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MIB = 2**20
 
 
 def taken() -> mmap.mmap:
-    """128 MiB of pages that are there, whatever the C library does with what it is given back."""
+    """128 MiB of resident pages, independent of what the C library does with freed memory."""
     pages = mmap.mmap(-1, 128 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     for start in range(0, 128 * MIB, mmap.PAGESIZE):
         pages[start] = 1
@@ -26,7 +26,7 @@ def taken() -> mmap.mmap:
 def test_what_was_held_before_does_not_count_and_what_is_freed_meanwhile_does(tmp_path):
     file = tmp_path / "file"
     file.write_bytes(bytes(64 * MIB))
-    for pages in (taken(), taken()):  # a peak of its own, as high as what comes later
+    for pages in (taken(), taken()):  # an earlier peak, as high as the later one
         pages.close()
     held, rise = taken(), MemoryRise()
     trainer, module = Trainer(accelerator="cpu", logger=False), LightningModule()
@@ -38,7 +38,7 @@ def test_what_was_held_before_does_not_count_and_what_is_freed_meanwhile_does(tm
     mapped = torch.from_file(str(file), shared=True, size=64 * MIB, dtype=torch.uint8)
     new = taken()
     assert mapped.max() == 0
-    rise.setup(trainer, module, "test")  # which does not begin anew
+    rise.setup(trainer, module, "test")  # which must not reset the peak
     rise.on_train_batch_end(trainer, module, None, None, 1)
     assert 120 * MIB < rise.bytes < 140 * MIB
     new.close()

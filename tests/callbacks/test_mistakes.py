@@ -103,7 +103,7 @@ def said(labels: list[int], predicted: list[int], nats: list[float]) -> dict[str
 
 
 class Gathering(Classification):
-    """As if in a run of one process, or of two of which the other has found something."""
+    """Simulates a run of one process, or of two if `others` has the tensor that the second one gathers."""
 
     others: torch.Tensor | None = None
 

@@ -54,7 +54,7 @@ def test_the_scores_of_conversations_add_up_to_the_splits_also_where_they_are_cu
     assert all("." not in line["bytes"] for line in table) == (seq_len == 128)
     found = [float(line["bits_per_byte"]) for line in table]
     assert found == sorted(found, reverse=True)
-    for line, size in zip(table, sizes, strict=True):  # each byte of an answer is a token, and the turn's end is one
+    for line, size in zip(table, sizes, strict=True):  # each byte of an answer is a token, as is the turn's end
         said = len(pairs(60)[int(line["document"].split("/")[-1])]["response"].encode())
         assert size == pytest.approx(int(line["tokens"]) * said / (said + 1), abs=0.005)
 
@@ -171,7 +171,7 @@ def test_several_processes_are_refused(tmp_path: Path, monkeypatch) -> None:
 
 
 class Nameless(nn.Module):
-    """A network that does not know what classes are called."""
+    """A network without class names."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ def test_examples_of_data_without_texts_are_told_by_their_rows_and_classes_as_th
 
 
 class Bare(Classification):
-    """Says of a batch no more than it must."""
+    """Returns only what is required for a batch."""
 
     def predict_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> dict[str, torch.Tensor]:
         return {"probabilities": super().predict_step(batch, batch_idx)["probabilities"]}

@@ -19,10 +19,10 @@ STEPS = 12
 
 
 def overlay(tmp_path, method: str, **options) -> list[str]:
-    """The shipped overlay with another method, pruning each second step."""
+    """The shipped overlay with another method, pruning every second step."""
     content = yaml.safe_load((REPOSITORY / "configs/compression/pruning.yaml").read_text())
     init_args = content["trainer"]["callbacks+"][0]["init_args"]
-    arguments = {"sparsity": 0.5, "layers": ["*.q_proj", "*.up_proj"]}  # others start at zero
+    arguments = {"sparsity": 0.5, "layers": ["*.q_proj", "*.up_proj"]}  # other matrices start at zero
     init_args["method"] = {"class_path": f"lit_llm.compression.sparsity.{method}", "init_args": arguments}
     init_args |= {"every_n_steps": 2, "num_batches": 2} | options
     (tmp_path / "overlay.yaml").write_text(yaml.safe_dump(content))
@@ -54,7 +54,7 @@ def test_a_resumed_run_prunes_and_learns_as_one_never_stopped(lit_llm, tiny, tmp
     assert sorted(found) == list(range(1, STEPS + 1))
     values = [found[step] for step in sorted(found)]
     assert values == sorted(values)
-    assert found[1] == 0.0  # `start` is the second step
+    assert found[1] == 0.0  # `start` falls on the second step
     assert 0 < found[4] < 0.5
     assert [found[step] for step in range(8, STEPS + 1)] == pytest.approx([0.5] * 5, abs=2e-3)
     ends = [read_checkpoint(tmp_path / run / "checkpoints/last.ckpt")["state_dict"] for run in ("whole", "cut")]
@@ -63,7 +63,7 @@ def test_a_resumed_run_prunes_and_learns_as_one_never_stopped(lit_llm, tiny, tmp
 
 @pytest.fixture
 def pruned(lit_llm, tiny, tmp_path):
-    """A run that pruned, with its test."""
+    """A pruned run, including its test."""
     options = ["--trainer.max_steps", STEPS, "--run_dir", tmp_path / "run"]
     outcome = lit_llm("fit", *tiny, *OVERLAY, *options)
     assert outcome.code == 0, outcome.err

@@ -1,4 +1,4 @@
-"""Poisoned batches: bad steps are taken back on the device, lost runs go back, and good runs stay what they are."""
+"""Poisoned batches: bad steps are undone on the device, diverged runs roll back, and good runs are unchanged."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ POISON = "--trainer.callbacks+=tests.callbacks.test_spike_recovery.Poison"
 
 
 class Poison(Callback):
-    """Makes the loss of some steps something else, and keeps the weights after each step.
+    """Multiplies the loss of some steps by a factor, and keeps the weights and optimiser state after each step.
 
-    A class attribute keeps them, since the command line makes the object.
+    They are kept in class attributes, since the command line creates the object.
     """
 
     weights: list[torch.Tensor] = []  # noqa: RUF012
@@ -47,7 +47,7 @@ class Poison(Callback):
 
 
 class NoImages(Callback):
-    """Makes one step's images no numbers, and keeps the network's running statistics from before and after it."""
+    """Makes one step's images NaN, and keeps the network's running statistics from before and after it."""
 
     statistics: list[torch.Tensor] = []  # noqa: RUF012
 
@@ -141,7 +141,7 @@ def test_a_run_that_is_lost_goes_back_and_then_on_with_other_data(lit_llm, tiny,
     assert torch.equal(Poison.weights[8], Poison.weights[5])
     assert not torch.equal(Poison.weights[9], Poison.weights[8])
     assert Poison.weights[-1].isfinite().all()
-    # No step that counts, no loss: it was 0.
+    # Skipped steps have no logged loss.
     assert sorted(losses(tmp_path / "run")) == [1, 2, 3, 4, 5, 6, 10, 11, 12]
 
 
@@ -249,7 +249,7 @@ def test_another_window_holds_the_newest_of_what_was_seen(window, seen):
     assert now._is_usual(torch.tensor(1.0), now.losses)
     assert sorted(now.losses[held].tolist()) == kept
     assert torch.equal(now.norms[held], now.losses[held] + 10)
-    now.losses[now.seen % window] = 99  # the next takes the place of the oldest
+    now.losses[now.seen % window] = 99  # the next one replaces the oldest
     assert sorted(now.losses[: len(kept) + 1].tolist()) == [*kept, 99][-window:]
 
 

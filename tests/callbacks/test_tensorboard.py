@@ -17,7 +17,7 @@ def test_what_is_logged_can_be_read_and_is_one_event_a_step(tmp_path: Path) -> N
     logger.log_metrics({"train/loss": 2.5, "train/tokens": 96}, step=10)
     logger.log_metrics({"train/loss": torch.tensor(1.25)}, step=20)
     logger.finalize("success")
-    logger.log_metrics({"val/loss": 1.5}, step=20)  # as a validation after the training does
+    logger.log_metrics({"val/loss": 1.5}, step=20)  # like a validation after the end of training
     logger.finalize("success")
 
     found = EventAccumulator(str(tmp_path / "tensorboard")).Reload()

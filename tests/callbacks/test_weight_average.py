@@ -1,4 +1,4 @@
-"""The average of a run's weights is what is validated, tested and exported; it goes on exactly, and ends where it should."""
+"""The weight average is validated, tested and exported; it resumes exactly, and can be switched on and off."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LAST = "checkpoints/last.ckpt"
 
 
 class Weights(Callback):
-    """Keeps the weights that learn, before the first step and after each."""
+    """Keeps the trained weights before the first step and after each step."""
 
     kept: list[dict[str, Tensor]] = []  # noqa: RUF012
 
@@ -34,7 +34,7 @@ class Weights(Callback):
         self.on_train_batch_end(trainer, pl_module, None, None, 0)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if len(Weights.kept) == trainer.global_step:  # else in the middle of a step
+        if len(Weights.kept) == trainer.global_step:  # otherwise a micro-batch within a step
             Weights.kept.append({name: p.detach().clone() for name, p in pl_module.network.named_parameters()})
 
 
@@ -65,7 +65,7 @@ def test_the_average_is_that_of_all_steps_and_is_the_model(lit_llm, tiny, tmp_pa
     network, average = parts(tmp_path / "run")
     torch.testing.assert_close(network, Weights.kept[-1], rtol=0, atol=0)
     torch.testing.assert_close(average, averaged(Weights.kept, decay), rtol=1e-5, atol=1e-7)
-    # What was validated is what is exported: of this run the last step's is the best.
+    # The exported weights are the validated ones; in this run, the last step is the best.
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["best/step"] == 6
     torch.testing.assert_close(dict(load_model(tmp_path / "run")[0].named_parameters()), average, rtol=0, atol=0)
@@ -105,7 +105,7 @@ def test_it_may_begin_or_end_within_a_run(lit_llm, tiny, tmp_path):
     network, average = parts(tmp_path / "run")
     for name, begun in before.items():
         torch.testing.assert_close(average[name], begun + (1 - 8 / 17) * (network[name] - begun))
-    outcome = lit_llm("fit", *on, "--trainer.max_steps", 8)  # and tests the best, which has an average
+    outcome = lit_llm("fit", *on, "--trainer.max_steps", 8)  # also tests the best checkpoint, which has an average
     assert outcome.code == 0, outcome.err
     assert "Ignoring the checkpoint's weight average: the run has no WeightAverage" in outcome.err
     assert parts(tmp_path / "run")[1] == {}
@@ -195,7 +195,7 @@ FIXMATCH += [
 
 
 class SpoiltGradients(Callback):
-    """Has one step's gradients be no numbers."""
+    """Makes the gradients of one step NaN."""
 
     def on_before_optimizer_step(self, trainer, pl_module, optimizer):
         if trainer.global_step == 1:

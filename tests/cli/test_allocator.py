@@ -1,4 +1,4 @@
-"""The C library is told to keep freed memory, unless its user has told it something else."""
+"""The C library is told to keep freed memory, unless the user has configured it otherwise."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A classifier from the command line: trained, reported, exported, gone on with, asked."""
+"""A classifier from the command line: trained, reported, exported, resumed, used for predictions."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.writing import REPOSITORY
 
 @pytest.fixture
 def config(tmp_path) -> str:
-    """A run file on a data module of the tests'."""
+    """A run file with a data module of the tests."""
     network = {"class_path": "lit_llm.models.pretrained_classifier.PretrainedClassifier", "init_args": {"config": BERT}}
     content = {
         "model": {"class_path": "lit_llm.objectives.classification.Classification", "init_args": {"network": network}},
@@ -127,7 +127,7 @@ def test_a_run_has_the_tokeniser_of_what_it_started_from_ever_after(lit_llm, rev
     start = {"weights": whole, "path": ["--model.network.path", first]}[by]
     outcome = lit_llm("fit", *words, *start, "--run_dir", second)
     assert outcome.code == 0, outcome.err
-    shutil.rmtree(first)  # what a run started from need not be there any more
+    shutil.rmtree(first)  # the initial weights are no longer needed
     goes_on = [["fit", "--ckpt_path", "last", "--trainer.max_steps", "3"]] if by == "weights" else []
     for command in (["validate"], ["predict"], *goes_on):
         outcome = lit_llm(*command, "--run_dir", second)
@@ -151,7 +151,7 @@ def test_a_run_has_the_tokeniser_of_what_it_started_from_ever_after(lit_llm, rev
     ],
 )
 def test_what_a_config_does_not_say_of_tokens_is_known_in_an_evaluation_too(lit_llm, tmp_path, name, kind) -> None:
-    """Where one text ends, or where a row does: a path's config may leave it out."""
+    """The ids of separator and padding, which the config of `path` may leave out."""
     lines = [
         f"some words {row},{'some' if row % 3 else 'other words that are longer'} {row},{row % 2}" for row in range(60)
     ]
@@ -228,7 +228,7 @@ def test_a_labelled_table_of_ones_own_is_evaluated_whole_by_the_checkpoints_clas
         table = list(csv.DictReader(file))
     assert found[0][0] == pytest.approx(sum(line["label"] == line["predicted"] for line in table) / 23)
 
-    (tmp_path / "plain.csv").write_text("\n".join(["text,label", *lines]))  # may be what was trained on, moved
+    (tmp_path / "plain.csv").write_text("\n".join(["text,label", *lines]))  # may be the training data, moved
     outcome = lit_llm("test", "--run_dir", run, "--data.path", tmp_path / "plain.csv")
     assert "must hold a test split" in outcome.last_line
     for content, message in {

@@ -16,7 +16,7 @@ from lit_llm.cli.finished_run import Finished, read_run
 
 @pytest.fixture
 def run(tmp_path):
-    """Writes what a finished run leaves that a comparison reads."""
+    """Writes the files of a finished run that a comparison reads."""
 
     def call(
         name,

@@ -55,7 +55,7 @@ def llama(tmp_path, tiny_llama):
 
 @pytest.fixture
 def chain(tmp_path, texts, llama, lit_llm):
-    """Runs a chain of stages on little data."""
+    """Runs a chain of stages on a small data set."""
 
     def call(*stages, out="out", model=llama, more=(), **settings):
         content = {"evaluate": RUN, "metric": "val/bits_per_byte", "repeats": 2, "calibration_batches": 2}
@@ -130,10 +130,10 @@ def test_a_chain_that_was_killed_goes_on_where_it_stopped(chain, tmp_path, monke
     assert fit[-2:] == ["--ckpt_path", "last"]
     assert json.loads((tmp_path / "out/stages/02-recovered/results.json").read_text())["step"] == 4
     zeros = [row["nonzero"] for row in json.loads((tmp_path / "out/report.json").read_text())["stages"]]
-    assert zeros[0] > zeros[2] == zeros[1]  # what is pruned stays so
+    assert zeros[0] > zeros[2] == zeros[1]  # pruned weights stay zero
     calls.clear()
     assert chain(*stages).code == 0
-    assert [name for name, _ in calls] == ["validate"]  # for the data to time with
+    assert [name for name, _ in calls] == ["validate"]  # loads the data to measure latency on
 
 
 def test_a_chain_with_one_more_stage_goes_on_from_what_there_is(chain, tmp_path):
@@ -141,7 +141,7 @@ def test_a_chain_with_one_more_stage_goes_on_from_what_there_is(chain, tmp_path)
     measured = tmp_path / "out/stages/00-original/measured.json"
     made = tmp_path / "out/stages/01-pruned/model/model.safetensors"
     before = [path.stat().st_mtime_ns for path in (measured, made)]
-    leftover = tmp_path / "out/stages/02-int8/metrics.csv"  # of a training that was killed before it saved anything
+    leftover = tmp_path / "out/stages/02-int8/metrics.csv"  # from training that was killed before its first checkpoint
     leftover.parent.mkdir()
     leftover.write_text("step\n")
     outcome = chain(PRUNE, QUANTIZE, floor=0.0)
@@ -150,7 +150,7 @@ def test_a_chain_with_one_more_stage_goes_on_from_what_there_is(chain, tmp_path)
     assert not leftover.exists()
     names = [row["name"] for row in json.loads((tmp_path / "out/report.json").read_text())["stages"]]
     assert names == ["original", "pruned", "int8"]
-    assert chain(PRUNE).code == 0  # and one that ends sooner reports what it has
+    assert chain(PRUNE).code == 0  # a shorter chain reports the stages it has
     kept, pruned = (tmp_path / "out" / name / "model.safetensors" for name in ("model", "stages/01-pruned/model"))
     assert kept.read_bytes() == pruned.read_bytes()
     assert (tmp_path / "out/stages/02-int8/model").is_dir()
@@ -230,7 +230,7 @@ def frequencies(texts) -> torch.Tensor:
 
 def test_a_chain_stops_where_a_floor_is_crossed_and_keeps_the_last_good_one(chain, tmp_path, texts, llama, tiny_llama):
     network = tiny_llama(vocab_size=257)
-    with torch.no_grad():  # it knows how often each byte comes, which its head alone says
+    with torch.no_grad():  # a unigram model: the head alone gives the log-frequency of each byte
         for p in network.parameters():
             p.fill_(1.0 if p is network.embed_tokens.weight or p.ndim == 1 else 0.0)
         network.lm_head.weight.copy_(frequencies(texts)[:, None].expand(-1, 32) / 32)

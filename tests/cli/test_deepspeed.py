@@ -1,4 +1,4 @@
-"""Runs under DeepSpeed's ZeRO are those of one process, go on exactly, and become one model directory."""
+"""Runs under DeepSpeed's ZeRO equal those of one process, resume exactly, and export one model directory."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ ON_CPU = ["--trainer.strategy.class_path", "tests.deepspeed_on_cpu.DeepSpeedOnCP
 
 
 def over(name: str) -> list[object]:
-    """A stage's overlay on two processes, or one process with as many rows."""
+    """The overlay of a stage on two processes, or one process with the same global batch."""
     if name == "one":
         return ["--data.batch_size", 4, "--trainer.devices", 1, "--trainer.strategy", "auto"]
     overlay = ["--config", CONFIGS / f"strategy/deepspeed_{name}.yaml"]
@@ -40,7 +40,7 @@ def test_a_decoder_has_the_losses_and_the_model_of_one_process(texts, tmp_path, 
     words = [*decoder("llama", texts), *ADAM, "--trainer.accumulate_grad_batches", 2]
     words += ["--model.network.activation_checkpointing", "true", "--trainer.gradient_clip_val", 0.5]
     fit(tmp_path, *((name, name, words) for name in ("one", *stages)))
-    assert min(row["train/grad_norm"] for row in read_metrics(tmp_path / "one/metrics.csv")) > 0.5  # clipped
+    assert min(row["train/grad_norm"] for row in read_metrics(tmp_path / "one/metrics.csv")) > 0.5  # so 0.5 clips
     for name in stages:
         assert_same_losses(tmp_path / "one", tmp_path / name)
         assert_same_model(tmp_path / "one", tmp_path / name)

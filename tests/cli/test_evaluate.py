@@ -1,4 +1,4 @@
-"""The harness's scores are the network's own, on a task that is a file here."""
+"""The harness's scores equal those computed from the network, on a task that is a local file."""
 
 from __future__ import annotations
 

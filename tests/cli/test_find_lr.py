@@ -1,4 +1,4 @@
-"""`lit-llm fit --find_lr true`, as its users run it."""
+"""`lit-llm fit --find_lr true` from the command line."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_a_wrong_option_is_said_in_one_line(lit_llm, model, flags, message):
 
 
 def test_a_prompt_that_is_not_utf_8_is_said_in_one_line(lit_llm, model):
-    prompt = os.fsdecode(b"x\xff")  # as it comes from the command line
+    prompt = os.fsdecode(b"x\xff")  # as the command line passes it on
     for words in (["--prompt", "y", "--prompt", prompt], ["--prompt", prompt, "--stream"]):
         outcome = lit_llm("generate", "--model", model, *words)
         assert outcome.code == 2
@@ -99,7 +99,7 @@ WORDS = ["--temperature", "0", "--max_new_tokens", "12"]
 
 @pytest.fixture(scope="module")
 def chatty(tmp_path_factory):
-    """A model that has learnt four conversations by heart."""
+    """A model that has memorised four conversations."""
     torch.manual_seed(0)
     tokenizer = with_template(byte_tokenizer())
     network = Llama(vocab_size=257, d_model=32, num_layers=2, num_heads=4, d_ff=48, max_seq_len=128)

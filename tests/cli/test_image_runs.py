@@ -1,4 +1,4 @@
-"""Images from the command line: a run, what it leaves, and its model directory tested, asked and fine-tuned."""
+"""Images from the command line: a run, its outputs, and its model directory tested, used and fine-tuned."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lit_llm.checkpoints import load_model
 
 @pytest.fixture
 def config(tmp_path) -> str:
-    """A run file on a data module of the tests'."""
+    """A run file with a data module of the tests."""
     content = {
         "model": {
             "class_path": "lit_llm.objectives.classification.Classification",

@@ -1,4 +1,4 @@
-"""A classifier of images from the command line: trained, asked about a folder of files, and trained further on others."""
+"""An image classifier from the command line: trained, applied to a folder of files, and fine-tuned on others."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def config(tmp_path: Path) -> str:
 
 
 def digits(folder: Path, change=lambda image: image) -> Path:
-    """Sixty of the digits as files, in a folder for each class."""
+    """Sixty of the digits as files, one folder per class."""
     found = load_digits()
     for number in range(60):
         pixels = np.rint(found.images[number] * (255 / 16)).astype(np.uint8)
@@ -67,7 +67,7 @@ def test_a_run_is_asked_about_files_gone_on_from_and_trained_further_on_others(l
     lines = table(run / "predictions.csv")
     assert [Path(line["image"]) for line in lines] == sorted(flat.iterdir())
 
-    # transformers reads the directory alike: images, weights and names
+    # transformers reads images, weights and names of the directory in the same way
     model = AutoModelForImageClassification.from_pretrained(run / "model").eval()
     processor = AutoImageProcessor.from_pretrained(run / "model")
     images = [Image.open(line["image"]).convert("L") for line in lines]
@@ -76,14 +76,14 @@ def test_a_run_is_asked_about_files_gone_on_from_and_trained_further_on_others(l
     ours = [[float(line[f"p({name})"]) for name in model.config.id2label.values()] for line in lines]
     torch.testing.assert_close(torch.tensor(ours), theirs, atol=1e-4, rtol=0)
 
-    # where the data had decided how images are read, the checkpoint says it, and files are decoded once
+    # if the data determined the preprocessing, it is read from the checkpoint, and files are decoded only once
     own = tmp_path / "own"
     assert lit_llm("fit", "--config", config, "--data.image_size", "null", "--run_dir", own).code == 0
     outcome = lit_llm("predict", "--run_dir", own, "--data.path", flat)
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("Decoded 7 images into 8 × 8 pixels with 1 channel") == outcome.err.count("Decoded") == 1
 
-    # labelled images of one's own are evaluated whole, read as the network reads them
+    # all labelled images of another folder are evaluated, preprocessed for the network
     held = digits(tmp_path / "held" / "test").parent
     for asked in (run, own):
         outcome = lit_llm("test", "--run_dir", asked, "--data.path", held)
@@ -91,7 +91,7 @@ def test_a_run_is_asked_about_files_gone_on_from_and_trained_further_on_others(l
         [written] = (asked / "evaluations").iterdir()
         assert json.loads((written / "results.json").read_text())["test/count"] == 60
 
-    # further on inverted digits of another size: read as before, since the network is
+    # fine-tuning on inverted digits of another size keeps the network's preprocessing
     inverted, second = digits(tmp_path / "inverted", ImageOps.invert), tmp_path / "second"
     start = ["--model.network", "null", "--model.weights", run, "--data.image_size", "null", "--data.path", inverted]
     outcome = lit_llm("fit", "--config", config, *start, "--run_dir", second)

@@ -1,4 +1,4 @@
-"""A process killed between two micro-batches goes on as if nothing had been, with every optimiser and schedule."""
+"""A process killed between two micro-batches resumes exactly, with every optimiser and schedule."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from lit_llm.schedulers import Schedule
 from tests.cli.test_resume import losses
 
 ELSEWHERE = {"Optimizer", "LBFGS", "SparseAdam", "Muon"}
-"""In torch: no optimiser, one that asks for losses itself, one for sparse gradients, one for matrices alone."""
+"""From torch: the base class, one that calls a closure for losses, one for sparse gradients, one for matrices only."""
 
 
 class Kill(Callback):
-    """Ends the process with no chance to clean up."""
+    """Kills the process without a chance to clean up."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -47,7 +47,7 @@ OPTIMIZERS = [name for name in OPTIMIZERS if not name.endswith((".Optimizer", ".
 ]
 SCHEDULES = concrete(lit_llm.schedulers, Schedule)
 
-# One process that has run once, so that everything is imported, and forks for each run.
+# One process imports everything by a first run, and then forks for each run.
 FORKS = """
 import json, os, sys
 from lit_llm.cli import main

@@ -1,4 +1,4 @@
-"""What a start does without, and that it is there for whoever wants it."""
+"""Packages that are not imported at the start, and are still available on use."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From text to an encoder, and from that to a classifier, by the command line."""
+"""From text to an encoder, and from that to a classifier, with the command line."""
 
 from __future__ import annotations
 

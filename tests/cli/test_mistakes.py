@@ -1,4 +1,4 @@
-"""Each mistake of a user is one line on the terminal, exit code 2, no traceback, and nothing lost."""
+"""Each user error gives one line on the terminal, exit code 2, no traceback, and no loss of data."""
 
 from __future__ import annotations
 

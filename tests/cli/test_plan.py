@@ -1,4 +1,4 @@
-"""`lit-llm plan`, as its users run it."""
+"""`lit-llm plan` from the command line."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_what_starts_from_weights_is_planned_without_reading_them(lit_llm, tmp_p
     plan = plan_of(lit_llm, tmp_path, *words)
     planned = plan["steps"]["as configured"]
     assert planned["parameters"] == sum(p.numel() for p in tiny_llama(vocab_size=257).parameters())
-    assert (plan["optimal_tokens"], plan["tokens_from"]) == (None, "config")  # as long as it is to be tuned
+    assert (plan["optimal_tokens"], plan["tokens_from"]) == (None, "config")  # fine-tuning: as long as the config says
     size = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     encoder = BertModel(BertConfig(vocab_size=400, **size), add_pooling_layer=False)
     encoder.save_pretrained(tmp_path / "bert")
@@ -180,7 +180,7 @@ def test_what_starts_from_weights_is_planned_without_reading_them(lit_llm, tmp_p
 
 
 def test_what_data_say_of_texts_and_images_sizes_what_is_planned(lit_llm, tmp_path, reviews):
-    """The tokeniser's vocabulary, the images' size; and an average of the weights beside, where one is kept."""
+    """The tokeniser's vocabulary and the images' size, and the weight average if the run keeps one."""
     finetuning, pretraining = REPOSITORY / "configs/finetuning", REPOSITORY / "configs/pretraining"
     words = ["--config", finetuning / "encoder_docmatch.yaml", "--data", "lit_llm.data.glue.GLUEData"]
     words += ["--data.path", reviews, "--data.tokenizer", "bert-bpe-300", "--data.batch_size", 4]
@@ -287,10 +287,10 @@ def test_several_batches_of_a_step_are_held_and_exchanged_each(lit_llm, tmp_path
     for name, step in added["steps"].items():
         assert alone["steps"][name]["passes"] < step["passes"]
         assert alone["memory"][name]["ddp"]["peak"] < added["memory"][name]["ddp"]["peak"]
-    assert added["bill"] == pytest.approx(alone["bill"])  # four times as many tokens, exchanged four times
+    assert added["bill"] == pytest.approx(alone["bill"])  # four times as many tokens, and four times the communication
     table = added["table"]
     strong = [table[count]["strong_efficiency"] for count in ("8", "16", "32")]
-    assert strong[2] == pytest.approx(table["32"]["efficiency"])  # a batch for each device
+    assert strong[2] == pytest.approx(table["32"]["efficiency"])  # one batch per device
     assert strong == pytest.approx([table[count]["efficiency"] for count in ("8", "16", "32")])
 
 

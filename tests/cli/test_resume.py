@@ -44,7 +44,7 @@ def losses(run: Path) -> dict[int, float]:
 @pytest.mark.parametrize(
     ("optimizer", "accumulate", "every", "report"),
     [
-        ("lit_llm.optimizers.Muon", 3, 6, 4),  # a validation falls on step 6, too
+        ("lit_llm.optimizers.Muon", 3, 6, 4),  # there is also a validation at step 6
         pytest.param("lit_llm.optimizers.Muon", 1, 5, 1, marks=pytest.mark.slow),
         pytest.param("torch.optim.AdamW", 3, 5, 1, marks=pytest.mark.slow),
         pytest.param("torch.optim.SGD", 1, 6, 4, marks=pytest.mark.slow),
@@ -87,7 +87,7 @@ def test_a_resumed_run_has_the_losses_of_one_never_stopped(
 
 
 def test_a_resumed_run_drops_what_one_never_stopped_drops(lit_llm, tiny, tmp_path):
-    """With dropout, whose draws no checkpoint holds, and losses that a validation between does not change."""
+    """With dropout, whose random state no checkpoint stores; a validation in between does not change the losses."""
     words = [*tiny, "--model.network", "lit_llm.models.gpt2.GPT2", "--model.network.dropout", "0.3"]
     words += ["--trainer.max_steps", STEPS, "--checkpoint.every_n_steps", "5", "--trainer.log_every_n_steps", "1"]
     words += ["--test_after_fit", "false", "--trainer.accumulate_grad_batches", "2"]
@@ -103,7 +103,7 @@ def test_a_resumed_run_drops_what_one_never_stopped_drops(lit_llm, tiny, tmp_pat
 
 
 class Saves(Callback):
-    """Notes the steps at which checkpoints are written."""
+    """Records the steps at which checkpoints are written."""
 
     def __init__(self, path: str) -> None:
         self.path = Path(path)
@@ -133,7 +133,7 @@ def test_patience_goes_on_where_it_was_also_at_an_epochs_end(lit_llm, reviews, t
         outcome = lit_llm("fit", *words, *more, "--run_dir", tmp_path / run)
         assert outcome.code == 0, outcome.err
         ends.append(max(row["step"] for row in read_metrics(tmp_path / run / "metrics.csv")))
-    assert ends[0] == 2 * ends[1]  # the best is the first of four: three are no better
+    assert ends[0] == 2 * ends[1]  # the first of four validations is the best; the next three are no better
     outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last")
     assert outcome.code == 0, outcome.err
     assert max(row["step"] for row in read_metrics(tmp_path / "cut/metrics.csv")) == ends[0]
@@ -144,7 +144,7 @@ def test_epochs_of_a_limited_number_of_batches_are_all_as_long(lit_llm, tiny, tm
     words += ["--trainer.accumulate_grad_batches", "8", "--trainer.log_every_n_steps", "1"]
     assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
     rows = read_metrics(tmp_path / "whole/metrics.csv")
-    assert [row["step"] for row in rows if "val/loss" in row] == [8, 16, 24]  # of 137 batches, 60, 60, and 17 + 43
+    assert [row["step"] for row in rows if "val/loss" in row] == [8, 16, 24]  # of 137 batches: 60, 60, and 17 + 43
     crash = ["--trainer.callbacks+=tests.cli.test_resume.Crash", "--trainer.callbacks.step=21"]
     with pytest.raises(RuntimeError, match="crash"):
         lit_llm("fit", *words, "--checkpoint.every_n_steps", "20", "--run_dir", tmp_path / "cut", *crash)
@@ -171,7 +171,7 @@ def test_a_run_goes_on_with_its_own_network_config_alone(lit_llm, reviews, tmp_p
 
 
 class Results(Callback):
-    """Keeps what the results say after each batch."""
+    """Copies results.json after each batch."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -210,7 +210,7 @@ def test_what_was_best_is_so_still_where_the_run_folder_was_moved(lit_llm, tiny,
     onward = ["--ckpt_path", tmp_path / "second/checkpoints/last.ckpt", "--trainer.max_steps", "12"]
     outcome = lit_llm("fit", "--config", tmp_path / "second/config.yaml", *onward, "--run_dir", tmp_path / "third")
     assert outcome.code == 0, outcome.err
-    assert json.loads((tmp_path / "third/results.json").read_text())["best/step"] == 12  # the best in its folder
+    assert json.loads((tmp_path / "third/results.json").read_text())["best/step"] == 12  # the best of its own folder
 
 
 def test_what_was_best_is_judged_by_the_metric_that_a_run_goes_on_with(lit_llm, tiny, tmp_path):
@@ -241,7 +241,7 @@ def test_a_run_goes_on_with_its_own_optimiser_and_adaptation_alone(lit_llm, tiny
         assert outcome.code == 2, outcome.err
         assert f"model.{option} must {'be ' * (option == 'optimizer')}{message}" in outcome.last_line
         assert outcome.last_line.endswith("; a new run takes its weights with --model.weights")
-    outcome = lit_llm("fit", *onward, "--model.optimizer", "torch.optim.AdamW")  # whose state is that of Adam
+    outcome = lit_llm("fit", *onward, "--model.optimizer", "torch.optim.AdamW")  # its state has the form of Adam's
     assert outcome.code == 0, outcome.err
 
 
@@ -271,7 +271,7 @@ def test_a_run_that_stopped_early_stays_so_until_it_is_told_to_be_more_patient(l
     run, patience = tmp_path / "run", ["--trainer.callbacks.min_delta", "10", "--trainer.callbacks.patience"]
     assert lit_llm("fit", *words, *patience, "1", "--run_dir", run).code == 0
     before = json.loads((run / "results.json").read_text())
-    assert before["step"] == 6  # the second validation
+    assert before["step"] == 6  # stopped at the second validation
     outcome = lit_llm("fit", "--run_dir", run, "--ckpt_path", "last")
     assert outcome.code == 0, outcome.err
     assert "val/loss was no better 1 times in a row; to go on, be more patient" in outcome.err
@@ -285,7 +285,7 @@ def test_a_run_that_stopped_early_stays_so_until_it_is_told_to_be_more_patient(l
 
 
 class Interrupt(Callback):
-    """Ctrl-C while a batch is read."""
+    """Presses Ctrl-C before a batch."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -295,7 +295,7 @@ class Interrupt(Callback):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-@pytest.mark.parametrize("batch", [11, 12])  # the last of step 6, which a validation follows; the first of step 7
+@pytest.mark.parametrize("batch", [11, 12])  # the last of step 6, before a validation; the first of step 7
 def test_a_run_interrupted_before_a_validation_or_within_a_step_goes_on_exactly(lit_llm, tiny, tmp_path, batch):
     words = [*tiny, "--trainer.max_steps", "9", "--trainer.accumulate_grad_batches", "2", "--test_after_fit", "false"]
     words += ["--trainer.val_check_interval", "6", "--trainer.log_every_n_steps", "1"]
@@ -313,15 +313,15 @@ def test_a_run_interrupted_before_a_validation_or_within_a_step_goes_on_exactly(
         assert found[0] == found[1] != {}, name
 
 
-# Of the 328 rows of an epoch 10 batches of 32 are made, 5 of 64, 20 of 16, 2 of 128; of twice the length, 5 of 32.
+# The 328 rows of an epoch make 10 batches of 32, 5 of 64, 20 of 16 or 2 of 128; rows of twice the length, 5 of 32.
 @pytest.mark.parametrize(
     ("batch", "change", "validated"),
     [
         (4, ("batch_size", "64"), [5 + 3, 5 + 3 + 5]),
-        (8, ("batch_size", "128"), [9 + 1, 9 + 1 + 2]),  # the rows that are left are no batch
+        (8, ("batch_size", "128"), [9 + 1, 9 + 1 + 2]),  # the remaining rows do not fill a batch
         (9, ("batch_size", "64"), [10, 10 + 5]),  # saved after the validation
         (14, ("batch_size", "16"), [10, 15 + 10]),
-        (14, ("seq_len", "64"), [10, 15 + 5]),  # from its beginning
+        (14, ("seq_len", "64"), [10, 15 + 5]),  # the epoch starts again
     ],
 )
 def test_epochs_go_on_to_their_end_and_validation_with_other_batches(lit_llm, tiny, tmp_path, batch, change, validated):
@@ -345,7 +345,7 @@ def test_further_epochs_have_the_losses_of_a_run_that_had_them_from_the_beginnin
 
 
 class Stop(Callback):
-    """Asks to stop once a batch is read, as the clock does."""
+    """Sets `should_stop` after a batch, as a timer does."""
 
     def __init__(self, batch: int) -> None:
         self.batch = batch
@@ -360,7 +360,7 @@ def test_a_run_asked_to_stop_within_a_step_stops_after_it_and_goes_on_exactly(li
     assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
     stopped = ["--trainer.callbacks+", "tests.cli.test_resume.Stop", "--trainer.callbacks.batch", "9"]
     assert lit_llm("fit", *words, *stopped, "--run_dir", tmp_path / "cut").code == 0
-    assert json.loads((tmp_path / "cut/results.json").read_text())["step"] == 3  # of batches 8 to 11
+    assert json.loads((tmp_path / "cut/results.json").read_text())["step"] == 3  # batches 8 to 11
     assert lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
 
@@ -407,7 +407,7 @@ def test_what_a_killed_export_left_half_written_goes(lit_llm, tiny, tmp_path):
     words = ["--run_dir", tmp_path, "--test_after_fit", "false"]
     assert lit_llm("fit", *tiny, *words, "--trainer.max_steps", "1").code == 0
     (tmp_path / ".model-a1b2c3d4/model").mkdir(parents=True)
-    (tmp_path / ".model-e5f6a7b8/old").mkdir(parents=True)  # of a model that had been whole
+    (tmp_path / ".model-e5f6a7b8/old").mkdir(parents=True)  # from replacing a complete model
     assert lit_llm("fit", *words, "--ckpt_path", "last", "--trainer.max_steps", "2").code == 0
     assert [path.name for path in tmp_path.glob(".model-*")] == [".model-e5f6a7b8"]
 
@@ -485,7 +485,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tiny, tmp_path):
 
 
 class InterruptEvaluation(Callback):
-    """Ctrl-C while something is evaluated outside of a fit."""
+    """Presses Ctrl-C during an evaluation outside of `fit`."""
 
     def on_test_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
         if trainer.state.fn != "fit":
@@ -501,11 +501,11 @@ def test_who_interrupts_an_evaluation_is_told_how_to_start_it_again_and_nothing_
     handler = signal.getsignal(signal.SIGINT)
 
     def stopped(*words):
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
         try:
             outcome = lit_llm(*words, "--run_dir", run, *stops)
         finally:
-            signal.signal(signal.SIGINT, handler)  # which Lightning has taken away
+            signal.signal(signal.SIGINT, handler)  # Lightning has replaced it
         assert outcome.code == 130, outcome.err
         assert "Traceback" not in outcome.err
         return outcome.last_line
@@ -519,7 +519,7 @@ def test_who_interrupts_an_evaluation_is_told_how_to_start_it_again_and_nothing_
 
 
 class SlowWrites(Callback):
-    """A disk on which a checkpoint takes until training is two steps further; the one of a step kills the process."""
+    """Delays each write until training is two steps further; the checkpoint of step `kills` kills the process."""
 
     def __init__(self, kills: int = 0) -> None:
         self.kills = kills
@@ -543,7 +543,7 @@ class SlowWrites(Callback):
 
 @pytest.mark.slow
 def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(lit_llm, tiny, tmp_path):
-    """Bit for bit as a run that waits for its checkpoints, and is never stopped."""
+    """The resumed run equals, bit for bit, an uninterrupted run with synchronous checkpoints."""
     words = [*tiny, "--trainer.max_steps", STEPS, "--checkpoint.every_n_steps", "5", "--test_after_fit", "false"]
     words += ["--trainer.val_check_interval", "7"]
     assert lit_llm("fit", *words, "--run_dir", tmp_path / "whole").code == 0
@@ -552,9 +552,9 @@ def test_killed_while_a_checkpoint_is_written_it_goes_on_from_the_one_before(lit
     process = start([str(word) for word in ["fit", *words, *killed, "--run_dir", tmp_path / "cut"]])
     _, err = process.communicate(timeout=200)
     assert process.returncode == -signal.SIGKILL, err
-    assert max(losses(tmp_path / "cut")) >= 10  # a row is written with the next: a step was done while it was saved
+    assert max(losses(tmp_path / "cut")) >= 10  # a row is written with the next one, so a step was done during the save
     folder = tmp_path / "cut/checkpoints"
-    assert read_checkpoint(folder / "last.ckpt")["global_step"] in (5, 7)  # the validation's, or that before
+    assert read_checkpoint(folder / "last.ckpt")["global_step"] in (5, 7)  # of the validation, or the one before
     assert any(path.name.startswith(".last.ckpt-") for path in folder.iterdir())
     assert lit_llm("fit", *words, "--run_dir", tmp_path / "cut", "--ckpt_path", "last").code == 0
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")

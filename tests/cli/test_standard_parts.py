@@ -16,7 +16,7 @@ from tests.writing import exactly
 
 
 class Plain(Callback):
-    """Of somebody else, without a state."""
+    """A third-party callback without state."""
 
 
 def parts(callbacks: list[Callback], folder: Path, command: str = "fit", **changes: Any) -> dict[str, Any]:
@@ -56,7 +56,7 @@ def test_a_profiler_by_name_has_a_file_in_the_run_folder(name: str, kind: type[P
     assert type(profiler) is kind
     assert (profiler.dirpath, profiler.filename) == (tmp_path, "profile")
     assert parts([], tmp_path, profiler=profiler)["profiler"] is profiler
-    assert parts([], tmp_path, profiler="nope")["profiler"] == "nope"  # for Lightning to refuse
+    assert parts([], tmp_path, profiler="nope")["profiler"] == "nope"  # Lightning refuses it
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""A run over several processes is the run of one: its losses, its checkpoints in any other's place, its model."""
+"""Runs over several processes equal those of one process: losses, interchangeable checkpoints, model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.processes]
 
 CONFIGS = REPOSITORY / "configs"
 NETWORKS = {
-    # Biases and norms of all kinds; a head of its own, and one that is the embedding too.
+    # Together they have all kinds of biases and norms, an untied head and a tied one.
     "llama": ["lit_llm.models.llama.Llama", "--model.network.qk_norm", "true"],
     "gpt2": ["lit_llm.models.gpt2.GPT2", "--model.network.max_seq_len", "64"],
 }
@@ -48,7 +48,7 @@ READERS = {
     "sequence_parallel": 1,
     "fsdp_tensor_parallel": 2,
 }
-"""How many read rows of their own."""
+"""Number of processes that read different rows."""
 
 ADAM = [
     "--model.optimizer",
@@ -57,7 +57,7 @@ ADAM = [
     "0.01",
     "--model.optimizer.weight_decay",
     "0.1",
-    "--model.optimizer.eps",  # of a gradient that is nothing but rounding it would make a step as of any other
+    "--model.optimizer.eps",  # large, so that gradients that are only rounding errors do not make full steps
     "1e-4",
 ]
 SHORT = [
@@ -88,7 +88,7 @@ def decoder(name: str, texts: Path) -> list[object]:
 
 
 def over(name: str) -> list[object]:
-    """A strategy's overlay, with those that are laid over it after a `+`, and a global batch of four rows."""
+    """The overlay of a strategy, further overlays after a `+`, and a global batch of four rows."""
     first = name.split("+")[0]
     batch = ["--data.batch_size", 4 // READERS.get(first, 1)]
     if name == "one":
@@ -139,7 +139,7 @@ def test_a_decoder_has_the_losses_and_the_model_of_one_process(network, texts, t
 
 
 def test_a_checkpoint_goes_on_under_any_strategy_and_number_of_processes(texts, tmp_path):
-    """Muon's momentum too, whose steps are made in bfloat16, so that rounding shows sooner."""
+    """With Muon, to include its momentum; the tolerance is larger, since its steps are computed in bfloat16."""
     words = decoder("llama", texts)
     moves = [("one", "fsdp_tensor_parallel"), ("fsdp_tensor_parallel", "one"), ("fsdp", "tensor_parallel")]
     moves += [("tensor_parallel", "ddp"), ("ddp", "fsdp")]
@@ -180,7 +180,7 @@ SHARDED = "+sharded_checkpoints"
 
 
 def assert_same_checkpoint(one: Path, other: Path) -> None:
-    """Bit for bit."""
+    """Compares the last checkpoints bit for bit."""
     mine, theirs = (read_checkpoint(path / "checkpoints/last.ckpt") for path in (one, other))
     for name in ("state_dict", "optimizer_states", "global_step"):
         left, right = (tree_flatten(state[name]) for state in (mine, theirs))
@@ -220,7 +220,7 @@ def test_a_checkpoint_in_shares_is_that_of_one_process_and_goes_on_anywhere(text
 
 
 class KilledWhileSaving(Callback):
-    """Kills the second process when it has half of its share of the third checkpoint."""
+    """Kills the second process when it has written half of its shard of the third checkpoint."""
 
     def on_train_start(self, trainer, pl_module):
         write, saves = torch.save, itertools.count(1)
@@ -320,7 +320,7 @@ def test_other_objectives_have_the_losses_of_one_process(texts, reviews, chats, 
 
 
 def test_convolutions_have_the_losses_of_one_process_and_their_norms_those_of_ddp(pictures, tmp_path):
-    """Each process normalises its own rows, and all are evaluated as the checkpoint is."""
+    """Batch normalisation uses the rows of each process; evaluations use the statistics of the checkpoint."""
     words = ["--config", CONFIGS / "pretraining/cnn_digits.yaml", "--data.path", pictures, *SHORT]
     words += ["--data.validation_fraction", "0.2", "--data.test_fraction", "0.2", "--data.image_size", "8"]
     words += ["--model.network"]
@@ -336,7 +336,7 @@ def test_convolutions_have_the_losses_of_one_process_and_their_norms_those_of_dd
 
 
 def test_an_encoder_decoder_writes_what_it_writes_in_one_process(tmp_path):
-    """Also where only one of the processes has rows to write for."""
+    """Also if only one of the processes has rows to generate for."""
     rows = [f"{'long ' * (row % 9)}source {row},{'a' * (row % 3 + 1)} target {row}" for row in range(60)]
     table = tmp_path / "pairs.csv"
     table.write_text("\n".join(["source,target", *rows]))
@@ -379,7 +379,7 @@ def test_an_average_is_cut_as_the_weights_are_and_goes_on_anywhere(texts, tmp_pa
             assert_same_losses(tmp_path / one, tmp_path / other, rel=1e-4)
             assert_same_model(tmp_path / one, tmp_path / other)
     assert "average.lm_head.weight" in read_checkpoint(tmp_path / "shares-one/checkpoints/last.ckpt")["state_dict"]
-    # To be evaluated where no callback asks for a second network.
+    # The checkpoint can be evaluated without the callback that keeps the second network.
     found = ["validate", *decoder("llama", texts), *over("fsdp"), "--run_dir", tmp_path / "evaluated"]
     [ended] = run((2, [*found, "--ckpt_path", tmp_path / "one/checkpoints/last.ckpt"]))
     assert not any(ended.codes), ended.err
@@ -438,7 +438,7 @@ def test_a_strategy_that_cannot_be_is_refused_in_one_line(texts, reviews, tmp_pa
 
 
 def test_the_commands_of_the_readme_run_several_processes(texts, tmp_path):
-    """By Lightning's own launcher, and by torchrun."""
+    """With Lightning's launcher and with torchrun."""
     text = (REPOSITORY / "README.md").read_text().replace("\\\n", " ")
     commands = [shlex.split(line) for line in text.splitlines() if "--trainer.devices 2" in line]
     assert [words[0] for words in commands] == ["lit-llm", "torchrun"]
@@ -465,7 +465,7 @@ def started(*words: object, **environment: str) -> subprocess.CompletedProcess:
 
 
 class TakenAway(Callback):
-    """A cluster asks one of the processes to give way after two steps; the others hear of it from that one."""
+    """The cluster sends SIGTERM to one of the processes after two steps; the others learn of it from that one."""
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == 2 and trainer.global_rank == 1:

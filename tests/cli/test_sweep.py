@@ -27,7 +27,7 @@ RUN = str(REPOSITORY / "configs/pretraining/llama_stdlib.yaml")
 
 
 class Inside:
-    """As `subprocess.Popen`, but runs a training in this process, at once: a process of its own takes seconds."""
+    """Replaces `subprocess.Popen`: trains at once in this process, since starting a process takes seconds."""
 
     environment: dict[str, str]
 
@@ -52,9 +52,9 @@ class Inside:
 
 
 class Pretended:
-    """As `subprocess.Popen`, but only writes what a training would: the better, the nearer its rate is to 0.01.
+    """Replaces `subprocess.Popen`: only writes the files of a run, with a loss that is lowest at a rate of 0.01.
 
-    At each look it has taken another step of four. Three heads do not fit; a seed adds a little.
+    Each poll takes one of four steps. Three heads are an error, five give NaN; the seed changes the loss slightly.
     """
 
     started: list[list[str]]
@@ -110,7 +110,7 @@ class Pretended:
 
 @pytest.fixture
 def popen(monkeypatch):
-    """What stands for `subprocess.Popen` when trials are started; trials do not take time."""
+    """Replaces the process of a trial, and the waiting time between two looks at it."""
     Pretended.started, Pretended.interrupts_at = [], None
     kind = SimpleNamespace(**vars(subprocess) | {"Popen": Pretended})
     monkeypatch.setattr(trial_run, "subprocess", kind)
@@ -125,7 +125,7 @@ def started(popen):
 
 @pytest.fixture
 def sweep(lit_llm, tmp_path, popen):
-    """Runs a sweep file on trials that are pretended; keywords are keys of the file."""
+    """Runs a sweep file with simulated trials; keywords are keys of the file."""
 
     def call(trials=2, more=(), **content):
         path = tmp_path / "sweep.yaml"
@@ -154,7 +154,7 @@ def test_a_sweep_leaves_run_folders_a_best_run_file_a_table_and_pictures(sweep, 
     config = yaml.safe_load((out / "best.yaml").read_text())
     assert config["model"]["init_args"]["optimizer"]["init_args"]["lr"] == float(best["model.optimizer.lr"])
     said = (out / "trials/000/output.txt").read_text()
-    assert STEP_OF_TOTAL.findall(said)[0] == ("0", "2")  # by which the sweep knows how far it is
+    assert STEP_OF_TOTAL.findall(said)[0] == ("0", "2")  # from which the sweep reads the progress
     assert {"history.png", "parallel_coordinates.png", "importance.png"} <= {path.name for path in out.iterdir()}
     assert len(re.findall(r"^\d of 2: trial   \d  done .*val/loss \d.*lr=", outcome.err, re.MULTILINE)) == 2
     assert f"The best trial {best['trial']} is ahead of the runner-up" in outcome.out
@@ -355,7 +355,7 @@ def test_more_seeds_tell_the_best_from_its_runner_up(sweep, tmp_path, started):
     found = {path.name for path in (tmp_path / "out/seeds").iterdir()}
     assert found == {f"{n:03d}_seed{seed}" for n in (0, 1) for seed in (1338, 1339, 1340)}
     again = yaml.safe_load((tmp_path / "out/seeds/000_seed1338/config.yaml").read_text())
-    assert again["seed_everything"] == again["data"]["seed"] == 1338  # the order of the data is chance, too
+    assert again["seed_everything"] == again["data"]["seed"] == 1338  # the order of the data is random too
 
 
 def test_a_verdict_depends_on_the_spread():
@@ -389,7 +389,7 @@ def test_two_workers_train_two_at_a_time(sweep, tmp_path):
 
 @pytest.fixture
 def looks(monkeypatch):
-    """Has a sweep say at each look how far its trials are."""
+    """Makes a sweep report the progress of its trials at each look."""
     monkeypatch.setattr("lit_llm.cli.sweep_progress.SECONDS_BETWEEN_LINES", 0.0)
     monkeypatch.setattr("lit_llm.cli.sweep_progress.SECONDS_BETWEEN_MOVES", 0.0)
 
@@ -424,7 +424,7 @@ def test_on_a_terminal_a_bar_ends_however_its_trial_does(sweep, looks, monkeypat
     assert outcome.code == (130 if ends == "interrupted" else 0), outcome.err
     assert "trial 0 " in outcome.err
     assert "step 2/4  val/loss " in outcome.err
-    assert outcome.err.count("\x1b[?25l") == outcome.err.count("\x1b[?25h") == 1  # the cursor goes and comes back
+    assert outcome.err.count("\x1b[?25l") == outcome.err.count("\x1b[?25h") == 1  # the cursor is hidden and shown again
     after = outcome.err.rpartition("\x1b[?25h")[2]
     assert "step " not in after
     if ends != "interrupted":
@@ -444,7 +444,7 @@ def test_another_sweep_does_not_go_on_in_the_folder_of_one(sweep, tmp_path):
 def test_a_trial_with_other_options_does_not_join_those_without(sweep, tmp_path, started):
     options = ["--trainer.max_steps", "3"]
     broken = {"parameters": {"model.network.num_heads": {"values": [3, 2]}}, "method": "grid"}
-    assert sweep(1, more=["--trainer.max_steps", "2"], **broken).code == 2  # nothing is judged yet
+    assert sweep(1, more=["--trainer.max_steps", "2"], **broken).code == 2  # nothing is scored yet
     assert sweep(2, more=options, **broken).code == 0
     line = sweep(3, **broken).last_line
     assert line.startswith("lit-llm: error: --out must be a new folder or one of this sweep, but ")
@@ -533,7 +533,7 @@ def test_what_was_removed_or_damaged_in_a_folder_is_said_or_does_not_matter(swee
 
 
 def command(tmp_path, tiny, *words):
-    """A sweep as a process of its own, with trainings that last some seconds."""
+    """Starts a sweep in its own process, with trials that take some seconds."""
     content = {
         "method": "random",
         "metric": {"name": "val/loss", "goal": "minimize"},

@@ -19,7 +19,7 @@ def read(options: object) -> Parameter:
 
 
 class Ends:
-    """As an Optuna trial that draws the smallest or the largest value, and remembers the space."""
+    """Replaces an Optuna trial: draws the smallest or the largest value, and records `log`."""
 
     def __init__(self, at):
         self.at = at
@@ -68,7 +68,7 @@ def test_a_distribution_draws_between_its_ends(options, low, high, log):
 
 
 class Chance:
-    """As an Optuna trial that draws evenly."""
+    """Replaces an Optuna trial: draws uniformly."""
 
     def __init__(self):
         self.random, self.names = random.Random(0), set()

@@ -1,4 +1,4 @@
-"""What a sweep shows of its trials, which here are folders that the test writes to."""
+"""The progress display of a sweep, with trials that are folders written by the test."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lit_llm.cli.trial_run import TrialRun
 
 
 class Trial(TrialRun):
-    """A trial that has taken some steps of a hundred."""
+    """A trial with a hundred steps, of which some are done."""
 
     def __init__(self, folder, first=0):
         self.folder, self.text, self.first = folder, "", first
@@ -30,7 +30,7 @@ class Trial(TrialRun):
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time that the display goes by."""
+    """The clock that the display reads."""
     clock = SimpleNamespace(now=1000.0)
     monkeypatch.setattr(sweep_progress, "time", SimpleNamespace(perf_counter=lambda: clock.now))
     return clock
@@ -83,7 +83,7 @@ def test_the_time_left_goes_by_what_was_done_here_and_not_before_an_interruption
             trial.at(step)
             clock.now += SECONDS_BETWEEN_LINES
             progress.look()
-        # A quarter of a trial in 30 s: one and a quarter are left.
+        # A quarter of a trial took 30 s; one and a quarter are left.
         assert str(progress) == "2 of 4 ended, 0:02:30 left"
         progress.end("trial 2")
         assert str(progress) == "3 of 4 ended, 0:01:00 left"
@@ -100,7 +100,7 @@ def test_on_a_terminal_each_trial_has_a_bar_which_ends_with_it(tmp_path, clock, 
         progress.look()
         shown = capsys.readouterr().err
         progress.look()
-        assert capsys.readouterr().err == ""  # it has only just been said
+        assert capsys.readouterr().err == ""  # too soon after the last line
         assert re.search(r"sweep .*━.* 0 of 4 ended, 0:00:19 left ", shown)
         assert re.search(r"trial 0 .*━.* step 20/100  val/loss 1.5000  train/loss 2.2500", shown)
         assert re.search(r"trial 1 .* starts", shown)

@@ -10,7 +10,7 @@ from lit_llm.cli.trainer_options import require_end
 
 
 class Clock(Timer):
-    """One of a user's own."""
+    """A subclass made by a user."""
 
 
 def of(*class_paths: str) -> list[SimpleNamespace]:
@@ -35,7 +35,7 @@ STOPS = [f"{module}.EarlyStopping" for module in ("lightning.pytorch.callbacks",
         ({"callbacks": of(f"{__name__}.Clock")}, True),
         *(({"callbacks": of(stop)} | EVERY, True) for stop in STOPS),
         *(({"callbacks": of(stop), "limit_train_batches": 3}, True) for stop in STOPS),
-        *(({"callbacks": of(stop)}, False) for stop in STOPS),  # a stream is validated after no epoch
+        *(({"callbacks": of(stop)}, False) for stop in STOPS),  # a stream has no epochs to validate after
     ],
 )
 def test_a_stream_is_trained_on_where_something_ends_it(options: dict[str, Any], ends: bool) -> None:

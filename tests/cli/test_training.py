@@ -379,7 +379,7 @@ def test_a_run_without_validation_still_ends_with_a_model(lit_llm, tiny, tmp_pat
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "run/model/model.safetensors").exists()
     tested = json.loads((tmp_path / "run/results.json").read_text())["test/loss"]
-    outcome = lit_llm("test", "--run_dir", tmp_path / "run")  # of the one checkpoint there is
+    outcome = lit_llm("test", "--run_dir", tmp_path / "run")  # tests the only checkpoint, last.ckpt
     assert outcome.code == 0, outcome.err
     assert not (tmp_path / "run/evaluations").exists()
     assert json.loads((tmp_path / "run/results.json").read_text())["test/loss"] == pytest.approx(tested)
@@ -598,7 +598,7 @@ def test_help_says_what_for_and_shows_examples_before_it_lists_the_options(lit_l
 
 @pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(lit_llm, tiny, tmp_path):
-    """The same rows a step, shared out, give the same losses; each validation row is counted once."""
+    """The rows of a step, split over two processes, give the same losses; each validation row is counted once."""
     import os
     import subprocess
     import sys

@@ -1,4 +1,4 @@
-"""A network of images trained on one set, then on another: what it learnt helps, and images are read as before."""
+"""An image network trained on one data set, then on another: pre-training helps, and preprocessing is kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIGS = REPOSITORY / "configs"
 
 @pytest.fixture
 def rotated(tmp_path) -> Path:
-    """The digits that every machine has, turned: a folder for each class, in which they are files."""
+    """Rotated digits of scikit-learn as files, one folder per class."""
     folder = tmp_path / "rotated"
     found = load_digits()
     for number, (pixels, label) in enumerate(zip(found.images[:500], found.target[:500], strict=True)):

@@ -52,7 +52,7 @@ def test_a_run_has_all_of_its_config_its_confusions_and_its_mistakes_there(lit_l
     assert {"confusion", "classes", "mistakes"} <= names
     [log] = folder.glob("*.wandb")
     wanted = (b"seed_everything", b"batch_size", b"lit_llm.data.vision.VisionData", b"precision")
-    end = time.monotonic() + 60  # a process of its own writes it
+    end = time.monotonic() + 60  # a separate process writes it
     while not all(said in log.read_bytes() for said in wanted) and time.monotonic() < end:
         time.sleep(0.5)
     assert [said for said in wanted if said not in log.read_bytes()] == []
@@ -96,12 +96,12 @@ def test_a_run_that_wandb_refuses_leaves_nothing(lit_llm, tiny, tmp_path, monkey
     import wandb
     from wandb.errors import UsageError
 
-    @functools.wraps(wandb.init)  # whose arguments are options of the logger
+    @functools.wraps(wandb.init)  # keeps the signature, which gives the logger's options
     def refused(*args, **kwargs):
         raise UsageError("No API key configured.")
 
     monkeypatch.setattr("wandb.init", refused)
-    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")  # what is set is taken back at the end
+    monkeypatch.setenv("WANDB_INIT_TIMEOUT", "1")  # so that monkeypatch restores it at the end
     monkeypatch.delenv("WANDB_INIT_TIMEOUT")
     outcome = lit_llm("fit", *tiny, "--config", OVERLAY, "--run_dir", tmp_path / "run")
     assert os.environ["WANDB_INIT_TIMEOUT"] == "30"
