@@ -1,10 +1,10 @@
-"""What all tests share: a private cache, no network, a corpus with Chinese in it, and a small network."""
+"""Shared by all tests: a private cache, no network access, a corpus with Chinese text, and small networks."""
 
 from __future__ import annotations
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it once, when it is imported
+os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it only on import
 
 import functools
 import json
@@ -29,7 +29,7 @@ settings.load_profile("a busy machine")
 
 @pytest.fixture(scope="session", autouse=True)
 def _private_surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    # As `make test` shares the machine out: two processes of two threads each would wait for one another.
+    # `make test` runs two processes, which would slow each other down with two threads each.
     torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LIT_LLM_CACHE", str(tmp_path_factory.mktemp("lit-llm-cache")))
@@ -44,7 +44,7 @@ def _same_chance_for_every_test() -> None:
 
 @pytest.fixture(autouse=True)
 def _products_as_torch_has_them() -> Iterator[None]:
-    """A training within the process changes who multiplies (`multiply_by_onednn`); the next test is to know nothing."""
+    """Resets the library for matrix products, which training in this process changes (`multiply_by_onednn`)."""
     yield
     torch.set_float32_matmul_precision("highest")
     torch.backends.mkldnn.matmul.fp32_precision = "none"
@@ -63,9 +63,9 @@ def corpus(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny_llama() -> Callable[..., Any]:
-    """Makes a network of a few thousand parameters, none of which is where initialisation put it.
+    """Makes a tiny network whose parameters are all random instead of initialised.
 
-    Some weights start at zero; a test that compares outputs would compare nothing.
+    Some weights are initialised to zero, so that comparing outputs would compare nothing.
     """
     from lit_llm.models.llama import Llama
 
@@ -74,7 +74,7 @@ def tiny_llama() -> Callable[..., Any]:
 
 @pytest.fixture
 def tiny_gpt2() -> Callable[..., Any]:
-    """As `tiny_llama`."""
+    """Like `tiny_llama`, for GPT-2."""
     from lit_llm.models.gpt2 import GPT2
 
     return functools.partial(awake, GPT2)
@@ -173,13 +173,13 @@ def reviews(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Thirty small pictures of either of two classes, each class in a folder of its own."""
+    """Thirty small pictures of each of two classes, with one folder per class."""
     return tree(tmp_path_factory.mktemp("pictures"), {"cat": 30, "dog": 30})
 
 
 @pytest.fixture
 def tiny(texts: Path) -> list[str]:
-    """The main config, shrunk to a network and a corpus that train in a moment."""
+    """The main config with a network and a corpus small enough to train in a moment."""
     return [
         "--config",
         str(REPOSITORY / "configs/pretraining/llama_stdlib.yaml"),

@@ -1,4 +1,4 @@
-"""DeepSpeed where there is no GPU, which the package refuses: slow, but all of its arithmetic and its files."""
+"""DeepSpeed on a CPU, which the package refuses: slow, but with all of its arithmetic and files."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from lit_llm.zero import DeepSpeed
 
 
 class DeepSpeedOnCPU(DeepSpeed):
-    """Takes any machine."""
+    """Accepts any machine."""
 
     def _require_machine(self) -> None:
         pass

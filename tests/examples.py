@@ -1,4 +1,4 @@
-"""A data module of small examples with labels, for tests of what reads them."""
+"""A data module of small labelled examples, for tests of code that reads them."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ T5 = {
 
 
 def twenty_tokens() -> PreTrainedTokenizerFast:
-    """A tokeniser of an encoder's four marks, twelve words and four sentinels; `[SEP]` is also its end token."""
+    """A tokeniser with four special tokens, twelve words and four sentinels; `[SEP]` is also the end token."""
     marks, sentinels = ["[PAD]", "[CLS]", "[SEP]", "[MASK]"], [f"<extra_id_{number}>" for number in range(4)]
     words = [*marks, *"abcdefghijkl", *sentinels]
     tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="a"))
@@ -48,7 +48,7 @@ def twenty_tokens() -> PreTrainedTokenizerFast:
 
 
 def bytes_with_bos() -> PreTrainedTokenizerFast:
-    """A tokeniser of bytes that puts a BOS before each text, as those of Llama do, where the boundary is another."""
+    """A byte tokeniser that puts a BOS, which is not the boundary token, before each text, like those of Llama."""
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"bos_token": "<s>"})
     opened = processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", tokenizer.bos_token_id)])
@@ -63,7 +63,7 @@ class Submission(NamedTuple):
 
 
 def example(row: int, num_classes: int | None, labelled: bool = True) -> dict[str, torch.Tensor]:
-    """A batch of one: its class is the remainder of its row, which its first token tells."""
+    """A batch of one example, whose label depends on the row and is shown by the first token."""
     draw = torch.Generator().manual_seed(row)
     ids = torch.randint(8, 20, (1, 6), generator=draw)
     ids[:, 0] = 1 + row % (num_classes or 5)
@@ -83,7 +83,7 @@ def together(batches: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def partly_labelled(row: int, num_classes: int, unlabelled: int = 2) -> dict[str, Any]:
-    """A labelled example with others whose labels are to be found; augmented ones differ in their last token."""
+    """A labelled example with unlabelled ones; their strongly augmented views differ in the last token."""
     weak = together([example(1000 + row * unlabelled + n, num_classes) for n in range(unlabelled)])
     strong = weak | {"input_ids": weak["input_ids"].clone()}
     strong["input_ids"][:, -1] = 8
@@ -91,7 +91,7 @@ def partly_labelled(row: int, num_classes: int, unlabelled: int = 2) -> dict[str
 
 
 class Examples(LightningDataModule):
-    """Twenty-four examples of as many classes, or of values; eleven to validate on; or of what only a checkpoint knows."""
+    """24 training and 11 validation examples with classes or values, which without `known` only a checkpoint has."""
 
     submission: Submission | None = None
     predict_split = "test"
@@ -138,7 +138,7 @@ class Examples(LightningDataModule):
 
 
 class Loaders(LightningDataModule):
-    """The batches of `Examples`, of which it says no more than the number of classes; with `rows` or without."""
+    """The batches of `Examples`, with or without `rows`, in a module with only loaders and the number of classes."""
 
     def __init__(self, num_classes: int | None, rows: bool) -> None:
         super().__init__()

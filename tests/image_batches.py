@@ -1,4 +1,4 @@
-"""A data module of small images, for tests of what reads them."""
+"""A data module of small images, for tests of code that reads them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ EFFICIENTNET = {
 
 
 class Images(LightningDataModule):
-    """Noise with a bright square whose place is the class; twenty-four to train on, eleven to validate and test on."""
+    """Noise with a bright square whose position is the class; 24 training images, 11 each for validation and test."""
 
     augmentation = None
     predict_split = "test"
@@ -77,7 +77,7 @@ class Images(LightningDataModule):
     def batch(self, split: str, rows: list[int]) -> dict[str, torch.Tensor]:
         pixels = self.images(split, rows).float() / 255
         labels = torch.tensor([row % self.kinds for row in rows])
-        if split == "train" and self.mixed:  # MixUp with the image before
+        if split == "train" and self.mixed:  # MixUp with the previous image
             pixels = 0.75 * pixels + 0.25 * pixels.roll(1, 0)
             labels = torch.nn.functional.one_hot(labels, self.kinds).float()
             labels = 0.75 * labels + 0.25 * labels.roll(1, 0)

@@ -1,4 +1,4 @@
-"""Command lines run by several processes, as torchrun starts them: one process imports everything, and forks."""
+"""Runs command lines in several processes, as torchrun does: one process imports everything, and forks."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class Ended(NamedTuple):
 
 
 def run(*commands: tuple[int, list[object]], timeout: int = 400) -> list[Ended]:
-    """Runs command lines one after the other, each by so many processes of one thread; how each ended.
+    """Runs command lines in sequence, each in the given number of single-threaded processes; returns how each ended.
 
-    In a word `{rank}` is the number of the process that reads it.
+    `{rank}` in a word is replaced by the rank of the process.
 
-    Processes that wait for one another for longer than the timeout, in seconds, are ended by the alarm (code -14).
+    A process that runs for longer than `timeout` seconds, as in a deadlock, is ended by an alarm (code -14).
     """
     asked = [(count, [str(word) for word in words]) for count, words in commands]
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""What learns, from when on and how fast, is decided beforehand by depth and step."""
+"""Which depths learn, from which step and at what rate, is determined by depth and step."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from tests.examples import BERT, Examples, example, together
 from tests.writing import exactly
 
 NETWORK = functools.partial(PretrainedClassifier, config=BERT)
-XLM_R = BERT | {"model_type": "xlm-roberta", "pad_token_id": 0}  # its head is made first
+XLM_R = BERT | {"model_type": "xlm-roberta", "pad_token_id": 0}  # its head is constructed before the backbone
 ADAPTERS = [LoRA, DoRA, RSLoRA]
 TOP = 3  # two blocks
 STEPS = 12
 
 
 class Ordered(Examples):
-    """From the package's own loader: shuffled, gone on with where it stopped; or in order."""
+    """Uses the package's loader, in order or shuffled, which resumes where it stopped."""
 
     augmentation = None
 
@@ -55,7 +55,7 @@ class Ordered(Examples):
 
 
 class Watch(Callback):
-    """Notes at each step which depths got a gradient, which moved, and by what rate they were to."""
+    """Records at each step which depths had a gradient, which moved, and their learning rates."""
 
     def __init__(self) -> None:
         self.reached: list[set[int]] = []
@@ -259,7 +259,7 @@ def test_a_cached_backbone_is_not_asked_again(tmp_path: Path) -> None:
             pl_module.network.backbone.embeddings.register_forward_hook(lambda *args: asked.append(1))
 
     trainer(tmp_path, Count(), limit_val_batches=0).fit(made, datamodule=Ordered())
-    assert len(asked) == 1 + 5  # one batch to see what the head reads, then all 24 in fives: for three epochs
+    assert len(asked) == 1 + 5  # one batch to see what the head reads, then all 24 rows in fives, once
 
 
 def test_a_head_that_reads_whole_sequences_has_its_backbone_read_at_each_step(tmp_path: Path, caplog) -> None:

@@ -170,7 +170,7 @@ def test_a_checkpoint_that_would_run_code_is_refused_and_does_not(tmp_path: Path
         with pytest.raises(ValueError, match=ONE_LINE):
             read(path)
     assert not trap.exists()
-    pickle.loads(pickle.dumps(Malicious(trap)))  # the trap itself works
+    pickle.loads(pickle.dumps(Malicious(trap)))  # the trap works if unpickled
     assert trap.exists()
 
 
@@ -240,12 +240,12 @@ def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
 
 
-# Written while training goes on.
+# Asynchronous writing.
 
 
 @pytest.fixture
 def go(monkeypatch) -> threading.Event:
-    """What is saved is written only after this is set."""
+    """Checkpoints are written only after this event is set."""
     event, write = threading.Event(), AtomicCheckpointIO.save_checkpoint
 
     def wait(*saved: Any) -> None:
@@ -309,7 +309,7 @@ def test_a_copy_keeps_what_a_state_dict_knows_beside_its_tensors() -> None:
     assert pointers.isdisjoint(t.data_ptr() for t in copied["state_dict"].values())
 
 
-# Written by several processes.
+# Sharded writing.
 
 COMMON = {"step": 3, "state_dict": {"weight": torch.empty(50, device="meta")}, "names": ["a", "b"]}
 WEIGHT = "['state_dict']['weight']"
@@ -318,7 +318,7 @@ WRITERS = [AtomicCheckpointIO, AsyncCheckpointIO]
 
 @pytest.fixture(params=WRITERS)
 def save(request, monkeypatch) -> Iterator[Callable[..., None]]:
-    """Saves by two processes, the first one last; `failed` is what the second one says."""
+    """Saves from two simulated processes, rank 0 last; `failed` is the error that rank 1 reports."""
 
     def by_both(
         path: Path,

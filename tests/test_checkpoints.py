@@ -29,7 +29,7 @@ def content(folder: Path) -> dict[str, bytes]:
     return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
-# What the weights compute is compared in tests/models/.
+# Outputs are compared in tests/models/.
 
 
 @pytest.fixture
@@ -100,7 +100,7 @@ def mistral(tiny_llama, vocab_size: int) -> PretrainedCausalLM:
 def test_the_architectures_end_is_none_of_a_network_that_came_without_weights(
     second: str, tiny_llama, tmp_path: Path
 ) -> None:
-    vocabulary = {"<pad>": 0, "<eos>": 1, second: 2, "a": 3}  # Mistral's end is 2
+    vocabulary = {"<pad>": 0, "<eos>": 1, second: 2, "a": 3}  # Mistral's end token is 2
     roles = {"pad_token": "<pad>", "eos_token": "<eos>"} | ({"bos_token": second} if second == "<bos>" else {})
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(BPE(vocabulary, [])), **roles)
     tokenizer.add_special_tokens({"additional_special_tokens": [second]})

@@ -1,4 +1,4 @@
-"""Every shipped config says what it is, keeps the house rules, and takes two steps."""
+"""Every shipped config says what it is, follows the conventions, and runs for two steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 RUNS = [path for path in CONFIGS if path.parent.name in ("pretraining", "finetuning")]
 ADAPTATIONS = [path for path in CONFIGS if path.parent.name == "adaptation"]
 OVERLAYS = [path for path in CONFIGS if path.parent.name in ("logging", "strategy")]
-OVERLAYS = [path for path in OVERLAYS if "strategy:" not in path.read_text()]  # tests/cli/test_strategies.py has those
+OVERLAYS = [path for path in OVERLAYS if "strategy:" not in path.read_text()]  # in tests/cli/test_strategies.py
 OVERLAYS += [path for path in CONFIGS if path.parent.name == "compression" and not path.stem.startswith("chain_")]
 
 SWEEPS = [path for path in CONFIGS if path.parent.name == "sweeps"]
@@ -66,7 +66,7 @@ EXAMPLES = ["--data.tokenizer", "bert-bpe-300", "--data.validation_fraction", "0
 
 @pytest.fixture
 def small(tmp_path, tiny_llama, texts, chats):
-    """Options that give a run file little data, and something small to start from where it starts from something."""
+    """Options that give a run file little data, and small weights if it starts from weights."""
 
     def options(path: Path) -> list[object]:
         content, init_args = path.read_text(), yaml.safe_load(path.read_text())["model"]["init_args"]
@@ -91,7 +91,7 @@ def small(tmp_path, tiny_llama, texts, chats):
         lines = [f"{row} {'good' if row % 2 else 'bad'},{'yes' if row % 2 else 'no'}" for row in range(60)]
         (tmp_path / "table.csv").write_text("\n".join(["text,label", *lines]))
         found = ["--data.path", tmp_path / "table.csv", *EXAMPLES]
-        if isinstance(init_args["network"], dict):  # rather than a file with all there is to it
+        if isinstance(init_args["network"], dict):  # not a file that describes the network completely
             save_model(
                 tmp_path / "start", PretrainedClassifier(3, config=BERT | {"vocab_size": 300, "num_hidden_layers": 3})
             )
@@ -121,11 +121,11 @@ def test_a_run_file_takes_two_steps(lit_llm, small, tmp_path, path):
     assert (tmp_path / "run/model/config.json").exists()
 
 
-# What checks types here cannot be compiled: tests/callbacks/test_compile.py runs that overlay.
+# The tests' type checks cannot be compiled: tests/callbacks/test_compile.py runs that overlay.
 @pytest.mark.parametrize("path", [path for path in OVERLAYS if path.stem != "compile"], ids=name)
 def test_an_overlay_takes_two_steps_on_the_main_run(lit_llm, tiny, tmp_path, monkeypatch, path):
     monkeypatch.setenv("WANDB_MODE", "offline")
-    wide = ["--model.network.d_model", "64"]  # as groups of weights need it
+    wide = ["--model.network.d_model", "64"]  # divisible by the group size
     outcome = lit_llm("fit", *tiny, *wide, "--config", path, "--trainer.max_steps", "2", "--run_dir", tmp_path / "run")
     assert outcome.code == 0, outcome.err
 

@@ -1,4 +1,4 @@
-"""What every network, objective, data module and callback must keep to; found by walking the package."""
+"""Contracts of all networks, objectives, data modules and callbacks, which are found by walking the package."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def classes(package: str, base: type) -> list[type]:
 
 
 def everywhere(base: type) -> list[type]:
-    """Those of all modules, private ones too."""
+    """Subclasses in all modules, including private ones."""
     for info in pkgutil.walk_packages(lit_llm.__path__, "lit_llm."):
         if not info.name.endswith("__main__"):
             importlib.import_module(info.name)
@@ -90,13 +90,13 @@ VOCAB = 20
 
 
 def small(kind: type, tied: bool = False) -> dict[str, Any]:
-    """Arguments for two small layers."""
+    """Arguments for a network of two small layers."""
     known = SMALL | {"tie_embeddings": tied, "config": MISTRAL | {"tie_word_embeddings": tied}}
     return {name: value for name, value in known.items() if name in inspect.signature(kind).parameters}
 
 
 def awake(network: nn.Module) -> nn.Module:
-    """Random weights everywhere, also where training starts from zero."""
+    """Makes all weights random, including those that are initialised to zero."""
     with torch.no_grad():
         for p in network.parameters():
             noise = torch.randn_like(p)
@@ -117,7 +117,7 @@ def loss_falls(network: nn.Module, loss: Callable[[], torch.Tensor], lr: float =
 
 
 def filled(make: Callable[[], nn.Module]) -> nn.Module:
-    """A network made on the meta device, filled with NaN, and given its first values."""
+    """A network made on the meta device, filled with NaN, and then initialised."""
     with torch.device("meta"):
         network = make()
     network.to_empty(device="cpu")
@@ -304,7 +304,7 @@ class TestImageClassifier:
 
 
 def rows(lengths: list[int], kind: type | None = None, width: int = 10) -> list[dict[str, torch.Tensor]]:
-    """Batches of one: rows of tokens of which only the first labels count, or examples for what has no such rows."""
+    """Batches of one row each: tokens of which only the first labels count, or examples for other objectives."""
     if kind is not None and issubclass(kind, SemiSupervised):
         return [partly_labelled(length, 3) for length in lengths]
     if kind is not None and kind.size_name != "vocab_size":
@@ -316,7 +316,7 @@ def rows(lengths: list[int], kind: type | None = None, width: int = 10) -> list[
         labels = ids[:, 1:].clone()
         labels[:, length:] = IGNORE_INDEX
         batch = {"input_ids": ids[:, :-1], "labels": labels}
-        if hasattr(kind, "write"):  # a text to read and one to write
+        if hasattr(kind, "write"):  # a source and a target
             batch |= {"attention_mask": torch.ones_like(labels), "rows": torch.tensor([row])}
         batches.append(batch)
     return batches
@@ -331,14 +331,14 @@ def gradients(made: Objective) -> dict[str, torch.Tensor]:
 
 
 def states(made: Objective) -> list[torch.dtype]:
-    """What its metrics add up in: each of them, those within others too."""
+    """Data types of the states of all its metrics, including nested ones."""
     metrics = [module for module in made.modules() if isinstance(module, Metric)]
     return [getattr(m, name).dtype for m in metrics for name in m._defaults if torch.is_tensor(getattr(m, name))]
 
 
 @functools.cache
 def teacher_of(kind: type) -> str:
-    """A model directory to learn from, of three layers."""
+    """The model directory of a teacher with three layers."""
     folder = Path(tempfile.mkdtemp(prefix="teacher-")) / "model"
     deep = {"config": BERT | {"num_hidden_layers": 3}}
     if hasattr(kind, "read_tokens_of"):
@@ -351,7 +351,7 @@ def teacher_of(kind: type) -> str:
 
 
 def learning(kind: type) -> dict[str, Any]:
-    """What an objective has to be given."""
+    """Required arguments of an objective."""
     return {"teacher": teacher_of(kind), "hidden_weight": 0.5} if issubclass(kind, Distillation) else {}
 
 
@@ -371,7 +371,7 @@ def objective(kind: type) -> Objective:
         made = kind(functools.partial(CLASSIFIERS[0], config=BERT), **size, **given)
     made.configure_model()
     awake(made.network)
-    made.optimizer_zero_grad = lambda *args: None  # the gradients are what is looked at
+    made.optimizer_zero_grad = lambda *args: None  # keeps the gradients for the tests
     return made
 
 
@@ -451,9 +451,9 @@ def of_images(kind: type) -> bool:
 
 @pytest.fixture
 def data(kind, corpus, chats, reviews, pictures) -> Callable[[], LightningDataModule]:
-    """Makes a data module of what it reads: texts, conversations, labelled texts or labelled images."""
+    """Makes a data module on its kind of data: texts, conversations, labelled texts or labelled images."""
     asked = inspect.signature(kind).parameters
-    of_chats = "messages" in asked or "target" in asked  # whose prompts are read, and responses written
+    of_chats = "messages" in asked or "target" in asked  # prompts are sources, responses are targets
     path = chats if of_chats else corpus if of_tokens(kind) else pictures if of_images(kind) else reviews
     own = {"seq_len": 128} if of_tokens(kind) else {}
     own |= {} if of_images(kind) else {"tokenizer": "t5-bpe-400" if "target" in asked else "bytes"}
@@ -550,7 +550,7 @@ class TestImageData:
 
 
 def same(first: list[dict], second: list[dict]) -> bool:
-    """Whether batches read the same."""
+    """Whether the inputs of two lists of batches are equal."""
     pairs = ((inputs(a), inputs(b)) for a, b in zip(first, second, strict=True))
     return all(torch.equal(a[name], b[name]) for a, b in pairs for name in a | b)
 
@@ -575,7 +575,7 @@ class TestDataModule:
 
 
 def decoder() -> nn.Module:
-    """The one whose heads have a width of their own."""
+    """A language model with the argument `d_head`."""
     kind = next(kind for kind in LANGUAGE_MODELS if "d_head" in inspect.signature(kind).parameters)
     return kind(VOCAB, **SMALL)
 
@@ -586,7 +586,7 @@ class Convolutions(nn.Sequential):
 
 
 def made_small(kind: type) -> Compression:
-    """A method with what suits small layers."""
+    """A method with arguments that suit small layers."""
     small = {"group_size": 8}
     if issubclass(kind, FakeQuantized):
         return kind(init_args=small)
@@ -596,7 +596,7 @@ def made_small(kind: type) -> Compression:
 @pytest.mark.parametrize("kind", COMPRESSIONS)
 class TestCompression:
     def pair(self, kind: type) -> tuple[nn.Module, nn.Module, dict[str, torch.Tensor]]:
-        """Two networks alike, of which the first is to be compressed, and a batch; of a pruned one where zeros count."""
+        """Two equal networks, the first to be compressed, and a batch; it is pruned for methods that need zeros."""
         made = [awake(Convolutions() if issubclass(kind, Channels) else decoder()) for _ in "ab"]
         made[1].load_state_dict(made[0].state_dict())
         if issubclass(kind, Movement | Zeros):
@@ -634,7 +634,7 @@ class TestCompression:
             assert torch.equal(torch.get_rng_state(), state)
 
 
-# (That of a BestCheckpoint holds where its file is: tests/cli/test_resume.py.)
+# (The state of a BestCheckpoint is only valid with its file: tests/cli/test_resume.py.)
 @pytest.mark.parametrize("kind", [kind for kind in CALLBACKS if not issubclass(kind, ModelCheckpoint)])
 def test_a_callbacks_state_survives_saving_and_loading(kind):
     known = {"prompts": ["x"], "max_parameters": 9}
@@ -656,11 +656,11 @@ def test_a_callbacks_state_survives_saving_and_loading(kind):
 
 
 TWICE = {"_CPURotate": lambda: (draw(1, 2, 3, 4), *(torch.randn(1, 1, 3, 2, dtype=torch.double) for _ in "cs"))}
-"""Arguments of the functions with a backward pass of their own that may be differentiated twice."""
+"""Arguments for the custom autograd functions that can be differentiated twice."""
 
 
 REFUSING = (differentiable_once, once_differentiable)
-"""torch's own is enough where a backward pass reads nothing but the gradient."""
+"""torch's own is sufficient if the backward pass reads only the gradient."""
 
 
 def draw(*shape: int) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""What is found without data is compared with steps that are taken."""
+"""Estimates without data are compared with real steps."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_parameters_weights_gradients_and_optimizer_are_those_of_the_network_its
     assert plain.weights == plain.gradients == 4 * count
     blocks = [sum(p.numel() for p in block.parameters()) for block in network.layers]
     assert (plain.block, plain.outside) == (4 * max(blocks), 4 * (count - sum(blocks)))
-    # Two averages of each number, and one step count a parameter.
+    # Adam: two averages per element, and one step count per parameter.
     assert plain.optimizer == 8 * count + 4 * len(list(network.parameters()))
     assert plain.tokens == 4 * 64
 
@@ -63,14 +63,14 @@ def test_what_the_forward_pass_keeps_is_what_autograd_saves(plain):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         value = loss(network, IDS)
     saved = sum(size for place, size in kept.items() if place not in ours)
-    gradients = sum(t.nbytes for t in value.grad_fn.gradients)  # that the loss makes while its logits are at hand
+    gradients = sum(t.nbytes for t in value.grad_fn.gradients)  # computed by the loss in its forward pass
     assert plain.activations == pytest.approx(saved + gradients, rel=0.05)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_operations_are_nearly_those_of_the_rule(precision):
     found, network = step(precision=precision), Llama(**SMALL)
-    # Flash attention computes its scores again: one product in six of attention's more.
+    # Flash attention recomputes its scores: one additional product to the six of attention.
     again = 2 * 3 * 64 * 64 if precision == "32-true" else 0
     norms = 6 * sum(p.numel() for p in network.parameters() if p.ndim == 1)
     assert found.flops / found.tokens == network.flops_per_token(64) + again - norms

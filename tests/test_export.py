@@ -77,7 +77,7 @@ def model(network: nn.Module, tokenizer: Any = None) -> Model:
 
 
 def others(network: nn.Module, batch: int, seq: int) -> dict[str, torch.Tensor]:
-    """Inputs of shapes and content that the export has not seen."""
+    """Inputs with other shapes and content than in the export."""
     if hasattr(network, "image_shape"):
         _, height, width = network.image_shape
         return {"pixel_values": torch.randn(batch, network.image_shape[0], height or 32, width or 32)}
@@ -165,7 +165,7 @@ def test_so_are_their_kin_and_those_of_transformers(name, form, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["grouped queries", "Mistral", "RoBERTa"])
 def test_an_export_asks_no_length_also_where_a_training_attended_by_products_up_to_one(name, tmp_path, monkeypatch):
-    monkeypatch.setitem(MAX_QUERIES, torch.float32, (8, 8))  # as `multiply_by_onednn` does, for all of the process
+    monkeypatch.setitem(MAX_QUERIES, torch.float32, (8, 8))  # as by `multiply_by_onednn`, for the whole process
     require_parity(awake(OTHERS[name]()), tmp_path / "out", "torch")
 
 
@@ -262,7 +262,7 @@ def printed(
     capsys: pytest.CaptureFixture,
     names: dict[str, Any] | None = None,
 ) -> str:
-    """What the program in the folder's README prints; `names` become those that it has given in the end."""
+    """Output of the program in the folder's README; its variables are stored in `names`."""
     text = (folder / "README.md").read_text(encoding="utf-8")
     program = text.split("```python\n")[1].split("```")[0]
     assert len([line for line in program.splitlines() if line.strip()]) <= 12

@@ -24,7 +24,7 @@ def greedy(network: torch.nn.Module, prompt: list[int], new: int) -> list[int]:
     return ids[len(prompt) :]
 
 
-# Choosing.
+# Sampling.
 
 
 def drawn(logits: torch.Tensor, times: int = 3000, **options: object) -> Counter[int]:
@@ -98,7 +98,7 @@ def test_greedy_with_a_cache_is_greedy_without_and_prompts_do_not_disturb_each_o
 def test_networks_of_all_kinds_read_prompts_of_one_length_as_each_alone(kind) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = {"model_type": "mistral", "num_key_value_heads": 1, "sliding_window": 3, **sizes}
-    if kind == "capped logits":  # which has no head apart
+    if kind == "capped logits":  # has no separate head
         kind, config = PretrainedCausalLM, {**config, "model_type": "gemma2", "head_dim": 8}
     torch.manual_seed(0)
     network = kind(37, config) if kind is PretrainedCausalLM else kind(37, 24)
@@ -124,7 +124,7 @@ def test_a_prompt_makes_no_mask_and_logits_of_its_last_position_alone(tiny_llama
 def test_the_seed_alone_decides_the_text(tiny_llama) -> None:
     network, texts = tiny_llama(), []
     for seed in (1, 1, 2):
-        torch.manual_seed(len(texts))  # must not matter
+        torch.manual_seed(len(texts))  # must have no effect
         texts.append(generate(network, PROMPTS, NEW, seed=seed))
     assert texts[0] == texts[1] != texts[2]
 
@@ -201,7 +201,7 @@ def test_what_may_begin_a_stop_is_held_back_and_given_out_where_it_does_not() ->
     assert list(until(["on", "e t", "ea"], ["two"])) == ["on", "e ", "tea"]
 
 
-# A text whose tokens come one by one.
+# Incremental detokenisation.
 
 WRITTEN = ["  the sea, and\tit's\n\n    green", "第3篇 山高月小，水落石出。", "é 😀👨‍👩‍👧 x😀 ", "a b</s>c "]
 
@@ -218,7 +218,7 @@ def learnt(
 
 
 def sentencepiece() -> PreTrainedTokenizerFast:
-    """As T5's and ALBERT's."""
+    """A tokeniser like those of T5 and ALBERT."""
     trainer = trainers.UnigramTrainer(
         vocab_size=80, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
     )
@@ -227,7 +227,7 @@ def sentencepiece() -> PreTrainedTokenizerFast:
 
 
 def sentencepiece_with_bytes() -> PreTrainedTokenizerFast:
-    """As Llama 2's: what it has not seen is bytes."""
+    """A tokeniser like that of Llama 2: unknown characters become bytes."""
     marks = ["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=marks, show_progress=False)
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -237,7 +237,7 @@ def sentencepiece_with_bytes() -> PreTrainedTokenizerFast:
 
 
 def word_pieces() -> PreTrainedTokenizerFast:
-    """As BERT's."""
+    """A tokeniser like that of BERT."""
     trainer = trainers.WordPieceTrainer(vocab_size=90, special_tokens=["<unk>", "</s>"], show_progress=False)
     words = pre_tokenizers.BertPreTokenizer()
     return learnt(models.WordPiece(unk_token="<unk>"), decoders.WordPiece(), trainer, pre_tokenizer=words)
@@ -274,7 +274,7 @@ def test_the_pieces_of_a_text_are_the_text_and_whole_characters(kind: str, known
 @pytest.mark.parametrize("kind", ["bytes", "bpe"])
 def test_bytes_that_are_no_character_are_given_out_in_the_end(kind: str) -> None:
     tokenizer = TOKENIZERS[kind]()
-    first = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("é")[0][0][0]  # a byte that another must follow
+    first = tokenizer.backend_tokenizer.pre_tokenizer.pre_tokenize_str("é")[0][0][0]  # an incomplete character
     ids = [*tokenizer.encode("a"), *[tokenizer.convert_tokens_to_ids(first)] * 40, *tokenizer.encode("b😀")[:-1]]
     writing = IncrementalDetokenizer(tokenizer)
     pieces = [writing.add(token) for token in ids]

@@ -1,4 +1,4 @@
-"""The harness's view of a network, held against the network itself."""
+"""The harness's scores of a network, compared with those of the network itself."""
 
 from __future__ import annotations
 
@@ -151,5 +151,5 @@ def test_a_long_text_is_read_in_windows_each_token_once():
         if row.shape[1] == 65:
             said = network(row[:, :-1]).log_softmax(dim=-1)[0]
             total += said.gather(1, row[0, 1:, None]).sum().item()
-    assert found < total  # the last window, filled up with what came before, adds to it
+    assert found < total  # the last window, padded with preceding tokens, adds to it
     assert found == pytest.approx(total * (len(ids) - 1) / (64 * ((len(ids) - 1) // 64)), rel=0.25)

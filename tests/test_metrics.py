@@ -74,7 +74,7 @@ def test_knowing_nothing_of_bytes_is_eight_bits_a_byte() -> None:
 
 @pytest.mark.parametrize("size", [1, 5, 12])
 def test_each_source_is_measured_as_if_there_were_no_other(data, size: int) -> None:
-    sources = torch.arange(ROWS) % 3 // 2 * 2  # of the second there is none
+    sources = torch.arange(ROWS) % 3 // 2 * 2  # none of the second source
     metric = LanguageModeling(["code", "prose", "talk"])
     for rows in torch.randperm(ROWS).split(size):
         metric.update(*(part[rows] for part in data), sources[rows])

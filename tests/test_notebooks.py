@@ -1,4 +1,4 @@
-"""Notebooks are committed as they ran, from top to bottom, and run again on any machine."""
+"""Notebooks are committed with the outputs of one run from top to bottom, and run on any machine."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def text(lines: str | list[str]) -> str:
 
 
 def kinds(cells: list[dict[str, Any]]) -> list[list[str]]:
-    """What each cell shows: the name of a stream, which may come in pieces, or the types of a picture or table."""
+    """Kinds of output of each cell: stream names, with pieces merged, or MIME types of pictures and tables."""
     shown = [[o.get("name") or " ".join(sorted(o.get("data", {}))) for o in cell["outputs"]] for cell in cells]
     return [[kind for kind, _ in groupby(each)] for each in shown]
 
@@ -53,7 +53,7 @@ def test_it_is_short_and_committed_as_it_ran_from_top_to_bottom(path):
 @each
 def test_its_outputs_tell_nothing_of_the_machine_they_come_from(path):
     for cell in code(path):
-        assert "execution" not in cell["metadata"]  # when each cell was run
+        assert "execution" not in cell["metadata"]  # times of execution
         for output in cell["outputs"]:
             assert output.get("name") != "stderr", text(output["text"])
             shown = [

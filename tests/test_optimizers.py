@@ -37,11 +37,11 @@ class Experts(Block):
         self.num_experts = 4
         self.wide, self.tall = nn.Parameter(torch.randn(4, 6, 24)), nn.Parameter(torch.randn(4, 24, 6))
         self.tall_bias = nn.Parameter(torch.randn(4, 24))
-        self.line = nn.Conv1d(24, 4, 6)  # of the same shape, and one matrix
+        self.line = nn.Conv1d(24, 4, 6)  # same shape as the experts, but a single matrix
 
 
 class Heads(Block):
-    """Keeps a matrix with its columns parted by head, as XLNet and Funnel do."""
+    """A matrix stored with its columns split by head, as in XLNet and Funnel."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -17,7 +17,7 @@ import lit_llm
 ROOT = Path(lit_llm.__file__).parent
 SOURCES = sorted(ROOT.rglob("*.py"))
 MODULES = ["lit_llm", *(m.name for m in pkgutil.walk_packages(lit_llm.__path__, "lit_llm."))]
-MODULES.remove("lit_llm.__main__")  # it runs when it is imported
+MODULES.remove("lit_llm.__main__")  # importing it runs the command
 CHECKED_ERRORS = {"ValueError", "TypeError", "FileNotFoundError", "FloatingPointError"}
 
 

@@ -1,4 +1,4 @@
-"""What strategies leave on a device, what a training costs, and what the papers say of shapes too large to take."""
+"""Memory per device by strategy, cost of training, and published figures for large networks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.writing import REPOSITORY
 
 @pytest.fixture
 def plain():
-    """A step in round numbers."""
+    """A training step in round numbers."""
     return Step(
         parameters=250_000,
         embeddings=20_000,
@@ -74,7 +74,7 @@ def test_time_energy_and_cost_follow_from_operations(plain):
     assert found.kilowatt_hours == pytest.approx(1000 * 2 * 0.5)
     assert found.cost == pytest.approx(1000 * 2 * 2.0)
     assert found.efficiency == 1.0
-    slow = bill(1e9, 1000, 4e-3 * 1e15, 3.6e12, machine, 2)  # 2 ms to compute, 4 ms to exchange
+    slow = bill(1e9, 1000, 4e-3 * 1e15, 3.6e12, machine, 2)  # 2 ms of computation, 4 ms of communication
     assert slow.efficiency == pytest.approx(0.5)
     assert slow.seconds == pytest.approx(2 * found.seconds)
     assert traffic(plain, "fsdp", 2) == 1.5 * traffic(plain, "ddp", 2) == 1.5 * plain.gradients

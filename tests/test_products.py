@@ -1,4 +1,4 @@
-"""Which library multiplies 32-bit numbers, and that they stay such."""
+"""Which library computes 32-bit matrix products, and that they keep 32-bit precision."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def fakes(monkeypatch, tmp_path: Path, cpu: str, capability: str) -> None:
     ("cpu", "capability", "decided"),
     [
         (AMD, "AVX512", "bf16"),
-        (AMD, "AVX2", "none"),  # where MKL is as fast
+        (AMD, "AVX2", "none"),  # MKL is as fast there
         (INTEL, "AVX512", "none"),
-        (AMD + " amx_tile", "AVX512", "none"),  # which would round
+        (AMD + " amx_tile", "AVX512", "none"),  # AMX would round
         ("", "AVX512", "none"),
     ],
 )

@@ -1,4 +1,4 @@
-"""What the READMEs tell a reader to do is done here, on a small corpus."""
+"""The commands of the READMEs run on a small corpus, and their links and figures are right."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXAMPLES = ["--data.tokenizer", "bert-bpe-300", "--data.batch_size", "4", "--tra
 
 
 def data_of(config: Path) -> str:
-    """The part of a run file that says what its data are."""
+    """Text of the data file that a run file names; empty if it names none."""
     data = yaml.safe_load(config.read_text()).get("data")
     return (config.parent / data).read_text() if isinstance(data, str) else ""
 
@@ -81,7 +81,7 @@ def test_the_index_has_every_experiment_and_each_has_a_verdict():
 
 @pytest.mark.slow
 def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
-    """In order, in one folder; training commands are shrunk by further flags."""
+    """Runs them in order in one folder, with further flags that make training small."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     (tmp_path / "configs").symlink_to(REPOSITORY / "configs")
@@ -96,10 +96,10 @@ def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
         if words[0] == "compress":  # tests/test_configs.py runs the shipped chains whole
             assert Path(words[words.index("--config") + 1]).is_file()
             continue
-        if words[0] == "serve":  # tests/cli/test_serve.py starts one and asks it
+        if words[0] == "serve":  # tests/cli/test_serve.py starts and queries a server
             assert endpoint_of(words[words.index("--model") + 1]).path == "/v1/completions"
             continue
-        if "--trainer.devices" in words:  # tests/cli/test_strategies.py runs it, in processes of their own
+        if "--trainer.devices" in words:  # tests/cli/test_strategies.py runs it in several processes
             continue
         if words[0] == "fit" and "--print_config" not in words and "--help" not in words:
             given = {word.split("=")[0] for word in words if word.startswith("--")}
@@ -118,7 +118,7 @@ def test_every_command_runs(lit_llm, tiny, texts, chats, tmp_path, monkeypatch):
             of_kind = next((spec for kind, spec in TOKENIZERS.items() if f".{kind}\n" in content), None)
             if of_kind is not None:
                 extra = ["--trainer.max_steps", "4", "--data.batch_size", "4", *SPLITS, "--data.path"]
-                of_pairs = "Seq2SeqData" in content  # which reads with the tokeniser of what it starts from
+                of_pairs = "Seq2SeqData" in content  # reads with the tokeniser of its initial weights
                 extra += [chats] if of_pairs else [texts, "--data.seq_len", "64", "--data.tokenizer", of_kind]
                 assert lit_llm(*words, *extra).code == 0, words
                 continue

@@ -21,7 +21,7 @@ PLACE = Path("x.ckpt")
 
 
 class Act(enum.Enum):
-    """By name in a config, so that a value of another name would be told."""
+    """Written by name in a config; values differ from names, so that a mix-up is noticed."""
 
     silu = "of Elfwing et al."
     tanh = "of old"
@@ -115,7 +115,7 @@ def test_arguments_come_back_as_the_types_they_were() -> None:
     make = functools.partial(Own, **ARGUMENTS, kind=nn.Conv2d, norm=functools.partial(nn.RMSNorm, eps=0.5))
     recipe = described("network", make)
     require_rebuildable(recipe, make)
-    given = built(json.loads(json.dumps(recipe)), PLACE, 9).given  # JSON knows no tuples
+    given = built(json.loads(json.dumps(recipe)), PLACE, 9).given  # JSON has no tuples
     assert {name: given[name] for name in ARGUMENTS} == ARGUMENTS
     assert given["kind"] is nn.Conv2d
     assert given["norm"](4).eps == 0.5

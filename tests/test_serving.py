@@ -42,7 +42,7 @@ from tests.writing import exactly
 
 @pytest.fixture
 def writer(tiny_llama: Any, tmp_path: Path) -> Any:
-    """A model that continues bytes."""
+    """The endpoint of a model that continues bytes."""
     tokenizer = byte_tokenizer()
     network = tiny_llama(vocab_size=len(tokenizer))
     save_model(tmp_path / "writer", network, tokenizer)
@@ -113,7 +113,7 @@ def test_what_there_is_no_room_for_is_an_answer_of_status_400(writer: Completion
         asked(writer, prompt="abc", max_tokens=61)
     assert refused.value.status_code == 400
     assert refused.value.detail.startswith("max_tokens must be at most 60, which is what the network's max_seq_len 64")
-    assert len(asked(writer, prompt="abc", temperature=0)["choices"][0]["text"]) > 0  # what there is room for
+    assert len(asked(writer, prompt="abc", temperature=0)["choices"][0]["text"]) > 0  # as many tokens as fit
 
 
 def test_half_a_character_is_an_answer_of_status_400(writer: Completions) -> None:
@@ -289,7 +289,7 @@ def test_a_text_is_cut_where_training_cut_it(tmp_path: Path) -> None:
     endpoint = classifier(tmp_path)
     long, short = TextRequest(text="a b c d " * 5), TextRequest(text="a b c d " * 2)
     assert endpoint.predict(long) != endpoint.predict(short)
-    endpoint.tokenizer.model_max_length = 8  # as a model directory says it, of a run with this max_seq_len
+    endpoint.tokenizer.model_max_length = 8  # as in the model directory of a run with this max_seq_len
     assert endpoint.predict(long) == endpoint.predict(short)
 
 

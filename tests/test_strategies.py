@@ -1,4 +1,4 @@
-"""Where a network is cut; tests/cli/test_strategies.py has the runs of several processes."""
+"""How networks are sharded; tests/cli/test_strategies.py has runs over several processes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from tests.meshes import copy_of, devices
 
 @pytest.fixture(params=["llama", "gpt2"])
 def network(request, tiny_llama, tiny_gpt2):
-    # 37 tokens and 3 * 32 rows: neither shares out evenly.
+    # 37 tokens and 3 * 32 rows: not all divide evenly.
     return tiny_llama(qk_norm=True) if request.param == "llama" else tiny_gpt2()
 
 
@@ -123,7 +123,7 @@ def test_a_network_that_is_shared_out_still_says_how_it_was_made(kind):
 
 
 class Looks(CausalLM):
-    """Asks something of its network as soon as there is one."""
+    """Reads the weights of its network as soon as it is built."""
 
     def configure_model(self) -> None:
         super().configure_model()

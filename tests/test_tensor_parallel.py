@@ -1,4 +1,4 @@
-"""Which products devices share and what is refused; tests/cli/test_strategies.py has the runs of several processes."""
+"""Which matrix products are split, and refusals; tests/cli/test_strategies.py has runs over several processes."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_what_lies_between_products_is_shared_out_and_gradients_are_those_of_one
         copy.hidden(ids).square().sum().backward()
         found = {name: whole(p.grad) for name, p in copy.named_parameters() if p.grad is not None}
         seen = set(lengths)
-        with torch.no_grad():  # any length, and the same numbers
+        with torch.no_grad():  # without gradients, any length works
             torch.testing.assert_close(copy.hidden(ids[:, :5]), network.hidden(ids[:, :5]).detach())
         return found, seen, max(lengths)
 

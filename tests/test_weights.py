@@ -1,4 +1,4 @@
-"""Weights in files; what they compute is compared in tests/models/."""
+"""Weights in files; outputs are compared in tests/models/."""
 
 import json
 from collections.abc import Callable
@@ -113,7 +113,7 @@ def test_weights_in_several_files_are_read_and_a_missing_one_is_named(tiny_llama
     assert len(shards) > 2
     size = bytes_on_disk(folder)
     assert size == sum(shard.stat().st_size for shard in shards)
-    save_file({"other": torch.zeros(1)}, folder / "consolidated.safetensors")  # as some directories have
+    save_file({"other": torch.zeros(1)}, folder / "consolidated.safetensors")  # present in some directories
     assert bytes_on_disk(folder) == size
     torch.testing.assert_close(load_model(folder)[0].state_dict(), network.state_dict(), rtol=0, atol=0)
     shards[1].unlink()

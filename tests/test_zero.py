@@ -1,4 +1,4 @@
-"""What DeepSpeed is refused for, in one line, and what it needs no engine for; tests/cli/test_deepspeed.py has its runs."""
+"""Refusals of DeepSpeed in one line, and parts that need no engine; tests/cli/test_deepspeed.py has its runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.writing import REPOSITORY
 
 @pytest.fixture
 def installed(monkeypatch):
-    """As if the package were: nothing here uses it."""
+    """Pretends that the package is installed; nothing here uses it."""
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
 
 

@@ -1,4 +1,4 @@
-"""Devices as threads of one process, whose messages arrive: for what is small, and quicker than processes."""
+"""Simulates devices by threads of one process, with working communication: faster than processes for small tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.testing._internal.distributed.multi_threaded_pg import _install_threa
 
 
 def each(count: int, work: Callable[[], Any]) -> list[Any]:
-    """What each of so many devices makes of its work, which finds them as the default group."""
+    """Runs `work` on `count` devices, which form the default process group; returns the result of each."""
     found, store = [None] * count, dist.HashStore()
 
     def run(rank: int) -> None:

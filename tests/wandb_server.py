@@ -1,4 +1,4 @@
-"""The part of Weights & Biases' server that `wandb sweep` and `wandb agent` talk to: it hands out what it was asked."""
+"""The part of Weights & Biases' server that `wandb sweep` and `wandb agent` use: it hands out given trials."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Sweeps:
     """A server with one sweep.
 
     Attributes:
-        config: The sweep, as `wandb sweep` handed it in.
-        trials: What the agents are given to run, one after the other; all of them, then they are sent home.
+        config: The sweep, as uploaded by `wandb sweep`.
+        trials: The settings handed out to agents in order; after the last one, agents are told to exit.
     """
 
     def __init__(self, trials: list[dict[str, Any]]) -> None:
@@ -27,7 +27,7 @@ class Sweeps:
         self._started = 0
 
     def answer(self, operation: str, variables: dict[str, Any]) -> dict[str, Any]:
-        """The data of a GraphQL operation, by its name."""
+        """The response data of a GraphQL operation."""
         if operation == "Viewer":
             return {"viewer": {"id": "1", "entity": "us", "username": "us", "flags": "{}", "teams": {"edges": []}}}
         if operation == "UpsertSweep":
@@ -41,7 +41,7 @@ class Sweeps:
             return {"createAgent": {"agent": {"id": "1"}}}
         assert operation == "Heartbeat", operation
         commands = []
-        if not json.loads(variables["runState"]):  # it runs nothing now
+        if not json.loads(variables["runState"]):  # the agent is idle
             commands = [self._next()]
         return {"agentHeartbeat": {"agent": {"id": "1"}, "commands": json.dumps(commands)}}
 
@@ -56,7 +56,7 @@ class Sweeps:
 
 @contextlib.contextmanager
 def serving(sweeps: Sweeps) -> Iterator[dict[str, str]]:
-    """Serves while the block lasts; gives the environment with which `wandb` finds the server."""
+    """Serves during the block; yields the environment variables with which `wandb` finds the server."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -73,7 +73,7 @@ def serving(sweeps: Sweeps) -> Iterator[dict[str, str]]:
             self.wfile.write(data)
 
         def log_message(self, *_: Any) -> None:
-            """Says nothing."""
+            """Logs nothing."""
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""What the tests write as documents and expect to read as errors."""
+"""Texts for the tests' documents, and patterns for expected error messages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CHINESE = "山高月小，水落石出。清风徐来，水波不兴。白露横
 
 
 def prose(number: int) -> str:
-    """A short text that no other number gives, every fourth one in Chinese."""
+    """A short text, different for each number; every fourth one is Chinese."""
     draw = random.Random(number)
     if number % 4 == 0:
         return f"第{number}篇\n\n" + "".join(draw.choices(CHINESE, k=60)) + "\n"
@@ -42,7 +42,7 @@ def prose(number: int) -> str:
 
 
 def pairs(count: int) -> list[dict[str, str]]:
-    """Questions and answers, no two alike, of 40 to 110 bytes with the template of a tokeniser without one."""
+    """Distinct questions and answers, of 40 to 110 bytes with the template for tokenisers that have none."""
     draw = random.Random(0)
     lengths = [draw.randint(1, 12) for _ in range(count)]
     return [
@@ -57,7 +57,7 @@ def exactly(message: str) -> str:
 
 
 def places(experiment: str, table: str) -> int:
-    """How many places the README of an experiment has for a table."""
+    """Number of places for a table in the README of an experiment."""
     text = (REPOSITORY / "experiments" / experiment / "README.md").read_text(encoding="utf-8")
     starts, ends = text.count(f"<!-- {table} -->"), text.count(f"<!-- /{table} -->")
     assert starts == ends

@@ -14,7 +14,7 @@ from tests.writing import exactly
 
 @dataclass(frozen=True)
 class Wider(Compression):
-    """Changes the form of a network, which no real method does this way."""
+    """Widens a layer: a change of form that no real method makes."""
 
     by: int = 2
 

@@ -20,7 +20,7 @@ def tokens(rows: int = 8) -> dict[str, torch.Tensor]:
 
 
 def skewed(rows: int = 64, inputs: int = 12) -> torch.Tensor:
-    """Inputs that lie in few directions."""
+    """Inputs with most variance in a few directions."""
     return torch.randn(rows, 4) @ torch.randn(4, inputs) + 0.05 * torch.randn(rows, inputs)
 
 
@@ -127,7 +127,7 @@ def test_ranks_go_where_a_parameter_keeps_most() -> None:
 
 def test_sensitivity_spends_on_the_layer_that_answers_hang_on() -> None:
     network = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4))
-    with torch.no_grad():  # the first layer's outputs hardly reach the end
+    with torch.no_grad():  # most outputs of the first layer hardly affect the result
         network[1].weight[:, 1:] *= 1e-3
     batches = [{"input": torch.randn(64, 16)}]
     ranks = SVD(parameters=0.5, allocation="sensitivity").apply(network, batches)["form"]
@@ -151,7 +151,7 @@ def test_a_factorised_model_directory_is_read_again(tiny_llama, tiny_gpt2, tmp_p
     assert torch.equal(again(**inputs), network(**inputs))
     assert records_of(again) == records_of(network)
     assert json.loads((tmp_path / "model/compression.json").read_text()) == records_of(network)
-    SVD(parameters=0.5, layers=["*.1"]).apply(again)  # compressed again
+    SVD(parameters=0.5, layers=["*.1"]).apply(again)  # a second compression
     save_model(tmp_path / "twice", again)
     twice, _ = load_model(tmp_path / "twice")
     assert torch.equal(twice(**inputs), again(**inputs))

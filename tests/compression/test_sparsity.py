@@ -107,7 +107,7 @@ def test_wanda_is_that_of_ten_lines_of_numpy() -> None:
     x = torch.cat(batches).numpy()
     first = wanda_in_numpy(before[0], x, 0.5)
     np.testing.assert_array_equal(network[0].weight.detach().numpy(), first)
-    hidden = np.maximum(x @ first.T + before[1], 0)  # what the second layer reads once the first is pruned
+    hidden = np.maximum(x @ first.T + before[1], 0)  # input of the second layer after the first is pruned
     np.testing.assert_array_equal(network[2].weight.detach().numpy(), wanda_in_numpy(before[2], hidden, 0.5))
     np.testing.assert_array_equal(network[3].weight.detach().numpy(), before[4])
 
@@ -192,7 +192,7 @@ def test_movement_adds_up_minus_weight_times_gradient() -> None:
     assert set((~method.masks(scores, 0.5)["0"]).flatten().nonzero().flatten().tolist()) == set(lowest.tolist())
 
 
-# On a network that goes on learning.
+# Masks during further training.
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS, ids=lambda name: name.rsplit(".")[-1])
@@ -213,7 +213,7 @@ def test_every_optimiser_keeps_zeros(tiny_llama, name: str) -> None:
             if pruned:
                 assert sparsity_of(network) == pytest.approx(0.5, abs=1e-3)
                 assert all((layer.weight[~layer.weight_mask] == 0).all() for layer in masked_layers(network).values())
-        if not pruned:  # the momentum is there already
+        if not pruned:  # prunes after the optimiser has built up momentum
             Magnitude(sparsity=0.5).apply(network)
             Zeros().apply(network)
 
@@ -256,7 +256,7 @@ def test_a_pruned_model_directory_has_plain_weights_and_says_how_it_was_made(tin
     assert sparsity_of(again) == sparsity_of(network)
 
 
-# Mistakes.
+# Errors.
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,7 @@ def read(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def silence(layer: nn.Linear, kept: list[int], width: int) -> None:
-    """Has a layer hear nothing of the units that are not kept."""
+    """Zeroes a layer's weights for the units that are not kept."""
     with torch.no_grad():
         for unit in set(range(layer.in_features // width)) - set(kept):
             layer.weight[:, unit * width : (unit + 1) * width] = 0
@@ -59,7 +59,7 @@ def classifier(config: dict) -> PretrainedClassifier:
     return network
 
 
-# What is left computes what the whole would with the rest silent.
+# The pruned network computes what the whole network computes with the removed units silenced.
 
 
 @pytest.mark.parametrize("importance", IMPORTANCES)
@@ -229,7 +229,7 @@ def test_a_smaller_llama_is_one_that_transformers_opens(tiny_llama, tmp_path) ->
 
 
 class Residual(nn.Module):
-    """Convolutions of which two are added up, a norm, and a head on what is flattened."""
+    """Convolutions with a residual sum, a norm, and a head on flattened features."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -307,7 +307,7 @@ def test_a_network_that_went_on_after_its_channels_is_opened_as_it_was(tmp_path,
     again, _ = load_model(tmp_path / "model")
     assert len(records_of(again)) == 2
     assert torch.equal(again(batch["pixel_values"]), network(batch["pixel_values"]))
-    replay(again, json.loads(json.dumps(records_of(network))))  # as an objective does that reads its checkpoint again
+    replay(again, json.loads(json.dumps(records_of(network))))  # like an objective that loads its checkpoint again
     assert torch.equal(again(batch["pixel_values"]), network(batch["pixel_values"]))
 
 
@@ -330,7 +330,7 @@ def test_importances_are_those_of_their_formulas() -> None:
     assert not any(p.requires_grad for p in network.parameters())
 
 
-# Mistakes.
+# Errors.
 
 
 @pytest.mark.parametrize("kind", [Neurons, Heads, Blocks, Channels])

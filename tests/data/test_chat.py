@@ -40,11 +40,11 @@ MARKED = (
     "{% else %}{{ message['content'] }}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-PHI3 = (  # the end of text closes a conversation, after its last turn
+PHI3 = (  # the end-of-text token closes a conversation, after its last turn
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
-PLAIN = (  # without a token of its own for the end of a turn
+PLAIN = (  # without a special token for the end of a turn
     "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
@@ -91,7 +91,7 @@ def test_the_tokens_are_those_of_transformers(template: str, kind: str) -> None:
 
 
 def joining(spaces: str) -> PreTrainedTokenizerBase:
-    """A tokeniser with a token of a line's end and a space, as a byte-level one or as some of SentencePiece."""
+    """A tokeniser that has a token for a newline with a space, like byte-level ones or some of SentencePiece."""
     if spaces == "bpe":
         tokenizer = train_bpe(["assistant\n    return x\n\n\n"] * 9, 290)
     else:
@@ -264,7 +264,7 @@ def test_of_marks_that_are_not_one_a_turn_no_weight_can_be_told() -> None:
 def test_tokens_do_not_depend_on_what_the_tokeniser_was_last_asked() -> None:
     tokenizer = dressed(CHATML)
     before = encode_conversation(tokenizer, TALK)[0]
-    tokenizer("x", split_special_tokens=True)  # as examples of a table are read
+    tokenizer("x", split_special_tokens=True)  # as for the texts of a table
     assert encode_conversation(tokenizer, TALK)[0] == before
 
 

@@ -22,7 +22,7 @@ def test_a_pair_is_a_conversation_of_two_turns() -> None:
     assert pair == whole
     assert json.loads(pair) == messages(("user", "é"), ("assistant", "b"))["messages"]
     assert read({"q": "é", "a": "b", "id": 1}, prompt="q", response="a") == pair
-    assert read({"messages": None, "prompt": "é", "response": "b"}) == pair  # a table that holds both kinds
+    assert read({"messages": None, "prompt": "é", "response": "b"}) == pair  # a table with both kinds
 
 
 def test_what_follows_the_last_answer_is_left_out_and_messages_are_cleaned() -> None:

@@ -20,7 +20,7 @@ def {name}(self, a):
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(corpora.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "site-packages"))  # which the walk leaves out
+    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "site-packages"))  # skipped by the walk
     for module in range(40):
         source = "".join(
             FUNCTION.format(name=f"f{n}", docstring=f"Do {n}.", number=10**20 + 10 * module + n) for n in range(3)

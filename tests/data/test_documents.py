@@ -121,7 +121,7 @@ def test_a_table_holds_a_document_a_row(tmp_path: Path, suffix: str, column: str
 
 @pytest.mark.parametrize("name", ["A.TXT", "A.Md", "A.JSONL", "A.TSV"])
 def test_a_suffix_may_be_in_upper_case(tmp_path: Path, name: str) -> None:
-    lower = table(tmp_path / name.lower(), TEXTS)  # as text, lines of JSON
+    lower = table(tmp_path / name.lower(), TEXTS)  # lines of JSON if read as text
     upper = tmp_path / "folder" / name
     upper.parent.mkdir()
     upper.write_bytes(lower.read_bytes())
@@ -307,7 +307,7 @@ def test_the_identity_is_plain_enough_for_json(corpus: Path, tmp_path: Path) -> 
         assert json.loads(json.dumps(opened.identity)) == opened.identity
 
 
-# What is refused.
+# Refusals.
 
 NOT_THERE = (
     "data.path must be a file, a folder, a hub data set or one of stdlib, stdlib-code, stdlib-prose, "
@@ -322,7 +322,7 @@ def test_a_missing_path_is_named(path: str) -> None:
 
 
 def test_a_hub_data_set_that_has_changed_is_another_corpus(tmp_path: Path, monkeypatch) -> None:
-    """As it lies in the library's cache, which is asked where there is no connection."""
+    """The data sets are in the library's cache, which is used without a connection."""
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     identities = []
     for number, revision in enumerate(("1a" * 20, "2b" * 20)):

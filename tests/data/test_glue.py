@@ -42,7 +42,7 @@ def made(stage: str = "fit", **arguments: Any) -> GLUEData:
 
 
 def awaiting(path: str, stage: str = "predict", **arguments: Any) -> GLUEData:
-    """Data, to predict or for another stage, for which a checkpoint is still to be read."""
+    """Data set up for prediction or another stage, before a checkpoint is loaded."""
     data = GLUEData(path=path, **{"tokenizer": TOKENIZER, "batch_size": 4, **arguments})
     data.trainer = SimpleNamespace(state=SimpleNamespace(fn=stage), global_rank=0, world_size=1)
     data.prepare_data()
@@ -63,7 +63,7 @@ def table(tmp_path: Path) -> str:
 
 @pytest.fixture
 def hub(tmp_path: Path) -> str:
-    """All GLUE tasks in the hub's layout, two dozen rows each, with the labels of the test splits hidden."""
+    """All GLUE tasks in the hub's layout, with two dozen rows each and hidden labels in the test splits."""
     configs = []
     for name, task in TASKS.items():
         if name == "mnli_mismatched":
@@ -214,7 +214,7 @@ def test_fewer_training_examples_leave_the_validation_split_as_it_is(table) -> N
     assert some.splits["validation"].column("text") == whole.splits["validation"].column("text")
 
 
-# Few labels, and many examples without.
+# Few labels, and many unlabelled examples.
 
 
 def test_so_many_of_each_class_are_labelled_and_the_others_are_not(table) -> None:
@@ -251,7 +251,7 @@ def test_an_epoch_reads_each_unlabelled_example_once_as_it_is_and_augmented_and_
             assert data.label_name(int(label)) == raw["label"]
     assert any((w["input_ids"] != s["input_ids"]).any() for w, s in zip(weak, strong, strict=True))
     labelled = torch.cat([batch["rows"] for batch in batches])
-    assert sorted(labelled[:9].tolist()) != sorted(labelled[9:18].tolist())  # of ten, nine a round
+    assert sorted(labelled[:9].tolist()) != sorted(labelled[9:18].tolist())  # nine of ten per epoch
     assert labelled[:9].unique().numel() == labelled[9:18].unique().numel() == 9
     assert not any((batch["input_ids"] == mask).any() for batch in batches)
 
@@ -410,7 +410,7 @@ def test_a_table_that_has_changed_since_training_is_not_gone_on_with_and_said_wh
         assert caplog.messages == [
             f"Rows that the checkpoint was trained on may be in the {split} split, since {change}"
         ]
-    del state["trained_on"]["contents"]  # as of an older checkpoint
+    del state["trained_on"]["contents"]  # as in older checkpoints
     awaiting(table, "fit", **options).load_state_dict(state)
 
 
@@ -506,7 +506,7 @@ def test_a_single_table_is_predicted_whole_whichever_labels_it_has(table, tmp_pa
     assert [labels[row] for row in batch["rows"]] == batch.get("labels", torch.tensor([-1] * 3)).tolist()
     assert new.class_names == ["0", "1"]
     new.task = TASKS["sst2"]
-    assert new.submission is None  # the board takes its own test split
+    assert new.submission is None  # a leaderboard accepts only its own test split
 
 
 def test_a_table_to_predict_keeps_the_labels_that_are_known_where_others_are_missing_or_new(
@@ -605,7 +605,7 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_predicts_a_single
     assert len(predicting(table, state).splits["test"]) == 60
 
 
-# Mistakes.
+# Errors.
 
 
 def test_a_table_with_nothing_to_test_on_is_refused(table) -> None:

@@ -33,7 +33,7 @@ def changed(images: torch.Tensor, rows: Any = None, chance: tuple[int, int] = (0
     return ImageAugmentation(**options)(images, rows, chance)
 
 
-# Chance.
+# Randomness.
 
 
 def test_draws_are_even_and_independent() -> None:
@@ -69,7 +69,7 @@ def test_every_draw_has_a_place_of_its_own() -> None:
     assert len({float(draw(name)) for name in DRAWS}) == len(DRAWS)
 
 
-# What is done.
+# Transformations.
 
 
 def test_everything_stays_between_black_and_white() -> None:
@@ -101,7 +101,7 @@ def test_flips_mirror_left_to_right_as_pillow_does() -> None:
 
 @pytest.mark.parametrize(("option", "value"), [("rotate", 15.0), ("scale", 0.25), ("shift", 0.2)])
 def test_what_is_done_goes_up_to_what_was_asked(option, value) -> None:
-    """Measured on a bar: where its middle is, which way it points, and how large it is."""
+    """Measures position, orientation and size of a bar."""
     bar = torch.zeros(400, 1, 41, 41, dtype=torch.uint8)
     bar[:, :, 19:22, 10:31] = 255
     images = changed(bar, **{option: value})[:, 0].double()
@@ -181,7 +181,7 @@ def test_partners_come_from_all_of_the_split_whatever_the_batch() -> None:
     assert augmentation.partners(np.array([17, 3]), 50, (0, 0)).tolist() == [found[17], found[3]]
 
 
-# Views, and what is refused.
+# Views and refusals.
 
 
 def test_the_weak_view_only_moves_and_is_drawn_by_itself() -> None:

@@ -73,7 +73,7 @@ def test_tables_do_not_come_with_every_task(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(image_cache, "CHUNK", 25)
     monkeypatch.setattr(image_cache.os, "sched_getaffinity", lambda process: {0, 1}, raising=False)
     assert build_image_cache(tmp_path / "cache", {"train": many}, None, None).shape == (1, 6, 6)
-    assert len(sizes) == 8  # 4 to look at, 4 to decode
+    assert len(sizes) == 8  # 4 to inspect, 4 to decode
     assert max(sizes) < 1000 < len(pickle.dumps(many))
 
 
@@ -144,7 +144,7 @@ def test_other_sizes_are_read_as_transformers_reads_them(tmp_path: Path, size: A
 
 
 def photograph(file: Path) -> Path:
-    """One that lies on its side."""
+    """A photograph stored sideways, with its orientation in EXIF."""
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(0, 8, 24).save(file, exif=exif, quality=100)
@@ -161,7 +161,7 @@ def test_a_photograph_is_turned_upright(tmp_path: Path, suffix: str) -> None:
 
 
 def chunks(png: bytes) -> list[bytes]:
-    """What a PNG consists of, its signature first."""
+    """The signature and the chunks of a PNG file."""
     found, place = [png[:8]], 8
     while place < len(png):
         end = place + 12 + int.from_bytes(png[place : place + 4], "big")

@@ -103,7 +103,7 @@ def test_parquet_with_images_is_read_whatever_says_that_they_are_some(tmp_path: 
     of_images = {"images": Image(), "structs": {"bytes": Value("binary"), "path": Value("string")}}
     features = {"picture": of_images.get(kind, Value("binary")), "digit": ClassLabel(names=["x", "y"])}
     rows = Dataset.from_dict({"picture": cells, "digit": [0, 1, 0, 1]}, Features(features))
-    if kind == "structs":  # without the library's notes on what columns are
+    if kind == "structs":  # without the metadata of `datasets` about columns
         rows.to_pandas().to_parquet(tmp_path / "train.parquet")
     else:
         rows.to_parquet(tmp_path / "train.parquet")

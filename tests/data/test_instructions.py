@@ -41,7 +41,7 @@ def opened(path: Path, stage: str = "fit", **changes: Any) -> InstructionData:
 
 
 def answers(data: InstructionData, batches: Any) -> list[str]:
-    """What the labels say, conversation by conversation."""
+    """The answers in the labels, decoded."""
     text = [data.tokenizer.decode(row[row != IGNORE_INDEX].tolist()) for b in batches for row in b["labels"]]
     return [answer for row in text for answer in row.split("<|endoftext|>")[:-1]]
 
@@ -51,7 +51,7 @@ def all_answers(data: InstructionData) -> dict[str, list[str]]:
     return {name: answers(data, loader) for name, loader in loaders.items()}
 
 
-# What is learnt.
+# Labels.
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -75,7 +75,7 @@ def test_a_batch_by_hand(tmp_path: Path) -> None:
 
     ids, labels = batch["input_ids"][0], batch["labels"][0]
     assert written(ids) == "user\naassistant\nbuser\ncassistant\nde"
-    assert ids[39:].tolist() == [end] * 9  # 40 tokens, the last of which is only a label
+    assert ids[39:].tolist() == [end] * 9  # of 40 tokens, the last is only a label
     assert labels[: labels.tolist().index(end) + 1].tolist() == [IGNORE_INDEX] * 17 + [*data.tokenizer.encode("b"), end]
     assert labels[36:39].tolist() == [*data.tokenizer.encode("de"), end]
     assert (labels != IGNORE_INDEX).sum() == 5
@@ -162,7 +162,7 @@ def test_several_ranks_see_each_conversation_once(chat: Path, packed: bool, worl
         everything = sorted(answers(data, BatchLoader(whole.cut, whole.num_rows, 1)))
         if seed is None:
             assert found == everything
-        else:  # the rest of a global batch waits for the next epoch
+        else:  # an incomplete global batch is left out of the epoch
             assert all(found.count(answer) <= everything.count(answer) for answer in found)
             assert sum(map(len, parts)) == whole.num_rows // world_size * world_size
 
@@ -288,12 +288,12 @@ def test_conversations_that_have_changed_since_training_are_not_gone_on_with(cha
         opened(chat).require_unchanged(state)
 
 
-# What is too long.
+# Long conversations.
 
 
 @pytest.fixture
 def long(tmp_path: Path) -> Path:
-    """Sixty that fit into 100 tokens; a long answer, and a long question."""
+    """Sixty conversations of at most 100 tokens, one with a long answer, and one with a long question."""
     short = [row for row in pairs(120) if len(row["prompt"] + row["response"]) < 70][:60]
     more = [{"prompt": "long answer", "response": "x" * 150}, {"prompt": "y" * 150, "response": "never reached"}]
     return write(tmp_path / "long.jsonl", [*short, *more])
@@ -343,7 +343,7 @@ def test_what_is_too_long_can_be_refused(long: Path) -> None:
     opened(long, overlong="refuse", seq_len=180, validation_fraction=0.0, test_fraction=0.0)
 
 
-# What is refused.
+# Refusals.
 
 
 def test_other_bad_data_is_refused_in_one_line(tmp_path: Path, chat: Path) -> None:

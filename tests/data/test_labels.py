@@ -286,7 +286,7 @@ def test_labels_of_a_split_are_all_values_or_all_names_of_classes():
     [
         (["1", "2", "4"], [0, 1, 3]),
         ([4.0, 1.0], [3, 0]),
-        ([0, 4], [0, 4]),  # no class is called 0
+        ([0, 4], [0, 4]),  # no class has the value 0
         ([0, 1, 5], [IGNORE_INDEX, 0, 4]),
         ([4, 5, None], [3, 4, IGNORE_INDEX]),
     ],

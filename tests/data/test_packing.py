@@ -98,7 +98,7 @@ def test_every_example_is_packed_once_and_fits(lengths: list[int], capacity: int
 
 
 def fewest_rows(lengths: list[int], capacity: int) -> int:
-    """By trying all orders: the best (rows, tokens in the last) of each set of examples."""
+    """Fewest rows over all orders, by dynamic programming over sets with (rows, tokens in the last row)."""
     best = {0: (1, 0)}
     for chosen in range(1, 1 << len(lengths)):
         options = []
@@ -123,7 +123,7 @@ def test_rows_are_nearly_full_where_examples_are_short() -> None:
 
 
 def test_the_best_fit_is_taken() -> None:
-    # After 6, 5, 4 (which joins the 6) and 3: the 2 fits only beside 5 and 3.
+    # In order of size: 6, 5, 4 (joins the 6), 3 (joins the 5); the 2 fits only next to 5 and 3.
     assert [sorted(row) for row in held([6, 5, 4, 3, 2], 10)] == [[0, 2], [1, 3, 4]]
     assert [sorted(row) for row in held([7, 6, 3, 4], 10)] == [[0, 2], [1, 3]]
 

@@ -21,7 +21,7 @@ from lit_llm.data.randaugment import (
 
 
 def pictures(channels: int = 3, height: int = 12, width: int = 10) -> torch.Tensor:
-    """Three pictures, of which the last is of one colour."""
+    """Three pictures; the last one has a single colour."""
     pixels = torch.randint(20, 220, (3, channels, height, width), generator=torch.Generator().manual_seed(0))
     pixels[2] = 100
     return pixels / 255
@@ -77,7 +77,7 @@ def test_bright_pixels_are_inverted_as_in_pillow() -> None:
 @pytest.mark.parametrize("degrees", [-30.0, 10.0, 90.0])
 def test_images_turn_as_in_pillow(degrees) -> None:
     images = pictures(1, 20, 20)
-    images = torch.nn.functional.pad(images, [6] * 4)  # at the edge Pillow does not blend
+    images = torch.nn.functional.pad(images, [6] * 4)  # Pillow does not interpolate at the edge
     turned = affine(images, rotation(torch.full((3,), degrees)), torch.zeros(3, 2))
     expected = [image.rotate(degrees, Image.Resampling.BILINEAR) for image in pillow(images)]
     close_to_pillow(turned, expected, levels=2.0)
@@ -88,7 +88,7 @@ def test_turning_scaling_and_moving_at_once_is_scipys_affine_map() -> None:
     degrees, scale, shift = torch.tensor([20.0, -5.0, 0.0]), torch.tensor([0.8, 1.1, 1.0]), torch.tensor([[3.0, -2.0]])
     ours = affine(images, rotation(degrees, scale), shift.expand(3, 2))
     for image, got, angle, size in zip(images.numpy(), ours.numpy(), degrees.deg2rad().tolist(), scale.tolist()):
-        # scipy goes by (row, column), whose rotation against the clock is the transposed one
+        # scipy uses (row, column), so the anticlockwise rotation matrix is transposed
         matrix = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]) / size
         middle = (np.array(image.shape[1:]) - 1) / 2
         offset = middle - matrix @ (middle + shift[0].numpy()[::-1])

@@ -96,7 +96,7 @@ def test_fewer_evaluation_rows_than_ranks_are_refused_alike_by_all_ranks(rank: i
 def test_a_shuffled_loader_goes_on_from_any_batch_of_any_epoch(rows, batch_size, done) -> None:
     uninterrupted = several_epochs(loader(rows, batch_size), done + 7)[: done + 7]
     stopped, seen = loader(rows, batch_size), []
-    for _ in range(done):  # each epoch has a batch or more
+    for _ in range(done):  # each epoch has at least one batch
         seen += itertools.islice(stopped, done - len(seen))
     resumed = loader(rows, batch_size)
     resumed.load_state_dict(stopped.state_dict())

@@ -43,7 +43,7 @@ def test_a_batch_is_the_tables_texts_with_the_end_after_each(tmp_path: Path) -> 
                 assert data.tokenizer.decode(written[:-1]) == text["response"]
                 seen.append(text["prompt"])
             for name, padding in (("input_ids", data.tokenizer.pad_token_id), ("labels", -100)):
-                assert (batch[name] != padding).any(dim=0).all()  # padded to its own longest
+                assert (batch[name] != padding).any(dim=0).all()  # padded to its longest row
     assert sorted(seen) == sorted(row["prompt"] for row in rows)
     assert len(data.splits["validation"]) == 4
 
@@ -189,7 +189,7 @@ def test_texts_of_one_length_come_together(tmp_path: Path) -> None:
 
 
 def predicting(path: str, state: dict[str, Any], **options) -> Seq2SeqData:
-    """Data to predict, asked for its tokens before and after a checkpoint is read, as a trainer does."""
+    """Data set up for prediction, before and after a checkpoint is loaded, as by a trainer."""
     data = Seq2SeqData(path=path, **({"tokenizer": "t5-bpe-400", "batch_size": 4} | options))
     data.trainer = SimpleNamespace(state=SimpleNamespace(fn="predict"), global_rank=0, world_size=1)
     data.prepare_data()
@@ -212,7 +212,7 @@ def trained(tmp_path: Path) -> Seq2SeqData:
 def test_another_table_is_predicted_whole_with_what_the_checkpoint_knows(trained, tmp_path, columns, caplog) -> None:
     texts = [f"{n} the moon{' and the sea' * (n % 3)}" for n in range(7)]
     path = table(tmp_path, **{name: texts if name == "text" else ["none of it"] * 7 for name in columns})
-    named = {"source": "text", "target": "wanted"}  # as the run's config does
+    named = {"source": "text", "target": "wanted"}  # as in the run's config
     caplog.set_level("INFO")
     for options in ({}, named):
         data = predicting(path, trained.state_dict(), **options)

@@ -159,8 +159,8 @@ def test_a_second_table_to_train_on_is_left_out_with_a_warning(caplog, left, lev
 @pytest.mark.parametrize(
     ("content", "texts"),
     [
-        ('text\tlabel\n"so it goes\t1\nhe said "\t0\n', ['"so it goes', 'he said "']),  # rows as wide either way
-        ('text\tlabel\n"so it goes\t1\nb\t0\t"\n', None),  # neither
+        ('text\tlabel\n"so it goes\t1\nhe said "\t0\n', ['"so it goes', 'he said "']),  # as wide without quoting
+        ('text\tlabel\n"so it goes\t1\nb\t0\t"\n', None),  # neither way fits
         ('text\tlabel\n"one\n\ntwo"\t1\nb\t0\n', ["one\n\ntwo", "b"]),
         ('text\n"one\ntwo"\nb\n', ["one\ntwo", "b"]),
     ],
@@ -235,7 +235,7 @@ def test_what_a_card_does_not_say_of_a_column_is_read_as_it_is(tmp_path, labels)
     [
         (["0", "1", "2"], ["2", "1"], ([0, 1, 2], [2, 1])),
         (["1", "2", "3"], ["2", "-1"], ([0, 1, 2], [1, -1])),
-        (["1", "2"], ["0", " 1"], ([1, 2], [0, 1])),  # what they are is told from all splits
+        (["1", "2"], ["0", " 1"], ([1, 2], [0, 1])),  # the type is inferred from all splits
         (["1", "2", "0"], ["-1", "-1"], ([1, 2, 0], [-1, -1])),
         (["0", "1", "3"], ["1", "2"], (["0", "1", "3"], ["1", "2"])),
     ],

@@ -409,7 +409,7 @@ def test_a_checkpoint_of_other_tokens_is_refused(corpus: Path) -> None:
 
 
 def awaiting(path: Path, stage: str, **changes: Any) -> TextData:
-    """Data of a stage for which a checkpoint is still to be read."""
+    """Data set up for a stage, before a checkpoint is loaded."""
     data = TextData(path=str(path), **(SMALL | changes))
     data.trainer = SimpleNamespace(state=SimpleNamespace(fn=stage), global_rank=0, world_size=1)
     data.prepare_data()
@@ -462,7 +462,7 @@ def test_documents_that_have_changed_since_training_are_not_gone_on_with_and_sai
     message = f"data.tokenizer must be the checkpoint's, but is bpe-300 of {path}, which differs, as the train"
     with pytest.raises(ValueError, match=message):
         awaiting(path, "test", tokenizer="bpe-300").load_state_dict(state)
-    del state["documents"]  # as of an older checkpoint
+    del state["documents"]  # as in older checkpoints
     awaiting(path, "fit").load_state_dict(state)
 
 
@@ -477,7 +477,7 @@ def test_documents_that_are_elsewhere_or_read_by_other_options_are_gone_on_with(
         assert data.doubt is None
     shutil.copytree(corpus, tmp_path / "new")
     shutil.rmtree(corpus)
-    shutil.move(tmp_path / "new", corpus)  # the same files of another time
+    shutil.move(tmp_path / "new", corpus)  # the same files with other modification times
     awaiting(corpus, "fit").load_state_dict(state)
 
 
@@ -511,7 +511,7 @@ def test_texts_are_read_cleaned_and_whole(corpus: Path) -> None:
     assert list(read_texts(str(corpus), None, "text", 3, Cleaning())) == TEXTS[:3]
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(
@@ -538,7 +538,7 @@ def test_values_out_of_range_are_refused_before_anything_is_read(changes: dict[s
 
 def test_no_tokenizer_is_refused_in_one_line(corpus: Path) -> None:
     data = TextData(path=str(corpus), **SMALL)
-    data.tokenizer_spec = None  # as `--data.tokenizer null` leaves it
+    data.tokenizer_spec = None  # as with `--data.tokenizer null`
     message = "data.tokenizer must be given, but is None; to start from model.weights name their folder or run"
     with pytest.raises(ValueError, match=exactly(message)):
         data.prepare_data()
@@ -663,12 +663,12 @@ def test_an_encoders_documents_stand_between_its_marks(corpus: Path, streaming: 
 # Mixtures.
 
 LETTERS, DIGITS = 40, 8
-"""Documents of two sources, told apart by their characters."""
+"""Numbers of documents of two sources, which are distinguished by their characters."""
 
 
 @pytest.fixture
 def two(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where `letters/` and `digits/` lie, much of one and little of the other."""
+    """A folder with `letters/`, which is large, and `digits/`, which is small."""
     draw = np.random.default_rng(0)
     for name, count, characters in (("letters", LETTERS, "abcdef"), ("digits", DIGITS, "0123")):
         (tmp_path / name).mkdir()
@@ -686,7 +686,7 @@ def mixed(weights: dict[str, Any], stage: str = "fit", **changes: Any) -> TextDa
 
 
 def are_digits(data: TextData, ids: torch.Tensor) -> list[bool]:
-    """Whether each row starts in a document of digits: the boundary before a document belongs to it."""
+    """Whether each row starts in a document of digits; the boundary before a document belongs to it."""
     texts = (data.tokenizer.decode(row, skip_special_tokens=True) for row in ids.tolist())
     return [text[0].isdigit() for text in texts]
 
@@ -751,7 +751,7 @@ def test_a_source_with_splits_of_its_own_keeps_them_and_the_other_is_cut(two: Pa
         pd.DataFrame({"text": texts}).to_parquet(two / f"own/data/{name}-00000-of-00001.parquet")
     data = mixed({"letters": 1, "own": 1}, validation_fraction=0.4, test_fraction=0.2)
     assert [text for text in texts_of(data, "validation") if text in TEXTS] == TEXTS[40:]
-    assert len(data.cache.split("validation").ids) > 20  # the letters' are cut by their content
+    assert len(data.cache.split("validation").ids) > 20  # those of the letters are split by content
     assert {text for text in texts_of(data, "train") + texts_of(data, "test") if text in TEXTS} == set(TEXTS[:40])
     by_position = mixed({"letters": 1, "own": 1}, split_by="position")
     assert [text for text in texts_of(by_position, "validation") if text in TEXTS] == TEXTS[40:]

@@ -161,7 +161,7 @@ def test_a_crash_while_building_leaves_nothing(tmp_path: Path, documents_read: i
 
 
 def test_a_power_cut_while_building_leaves_nothing_that_is_opened(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # nobody is left to tidy up
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)  # no process cleans up
 
     def stop(*args: object) -> None:
         raise OSError("no power")
@@ -191,7 +191,7 @@ def test_of_two_that_build_at_once_the_first_stays_where_it_is(tmp_path: Path) -
 
     def slower(dropped: Counter[str]) -> Iterator[tuple[Document, int, str]]:
         if not inodes:
-            build(folder)  # another process was faster, and is training from its cache by now
+            build(folder)  # another process was faster and is already training from its cache
             inodes.append((folder / "train.tokens").stat().st_ino)
         yield from items(dropped)
 

@@ -195,7 +195,7 @@ def test_a_bos_that_the_tokenizer_puts_before_texts_opens_documents_and_what_is_
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer("a").input_ids[:1] == opening_ids(tokenizer) == [first_id(tokenizer)] == [tokenizer.bos_token_id]
     assert boundary_id(tokenizer) == tokenizer.eos_token_id != tokenizer.bos_token_id
-    tokenizer.backend_tokenizer.post_processor = None  # a BOS that it has and does not put there
+    tokenizer.backend_tokenizer.post_processor = None  # it has a BOS but does not add it
     assert (opening_ids(tokenizer), first_id(tokenizer)) == ([], boundary_id(tokenizer))
     assert [first_id(other) for other in (BYTES, TRAINED)] == [boundary_id(BYTES), boundary_id(TRAINED)]
     assert first_id(BERT) == BERT.cls_token_id

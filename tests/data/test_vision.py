@@ -46,7 +46,7 @@ def pixels_of(data: VisionData, split: str, row: int) -> np.ndarray:
     return np.asarray(Pillow.open(name))[None]
 
 
-# What is read.
+# Reading.
 
 
 def test_each_image_is_read_with_its_own_label_and_normalised_whatever_the_order(folder) -> None:
@@ -142,13 +142,13 @@ def test_mnist_is_read_from_the_hubs_layout() -> None:
     assert data.normalization == {"mean": [pytest.approx(0.1307, abs=5e-5)], "std": [pytest.approx(0.3081, abs=5e-5)]}
 
 
-# What is drawn.
+# Sampling.
 
 
 def test_balanced_classes_come_equally_often(folder) -> None:
     data = made(path=folder, balance_classes=True, batch_size=6, validation_fraction=0.0)
     counts = np.bincount(torch.cat([batch["labels"] for batch in data.train_dataloader()]), minlength=3)
-    assert counts.max() - counts.min() <= 5  # of 36 of 40 rows
+    assert counts.max() - counts.min() <= 5  # an epoch has 36 of the 40 rows
     assert counts[0] < 18
 
 
@@ -211,7 +211,7 @@ def test_augmented_batches_are_the_same_after_a_resume_and_others_in_the_next_ep
     assert not any(torch.equal(by_row[0][row], by_row[1][row]) for row in by_row[0].keys() & by_row[1].keys())
 
 
-# What a checkpoint and a model directory say.
+# Checkpoints and model directories.
 
 
 def test_a_flat_folder_is_predicted_as_the_checkpoint_reads_images(folder, tmp_path) -> None:
@@ -299,7 +299,7 @@ def test_what_a_network_starts_from_says_how_images_are_read_unless_that_is_name
     assert (data.normalization["mean"] != [0.25] * 3) == own_mean
 
 
-# What is refused.
+# Refusals.
 
 
 def refused(message: str, kind: type[Exception] = ValueError) -> Any:
@@ -326,7 +326,7 @@ def test_who_asks_for_what_was_found_out_finds_it_decoded(tmp_path, caplog) -> N
     first, asked = (made(path=folder, validation_fraction=0.5, **o) for o in ({}, {"image_size": 6, "channels": 1}))
     assert np.array_equal(asked.cache.pixels, first.cache.pixels)
     assert caplog.text.count("Decoded 12 images") == 1
-    shutil.rmtree(first.cache.folder)  # but not what leads to it
+    shutil.rmtree(first.cache.folder)  # but not the reference to it
     again = made(path=folder, validation_fraction=0.5, image_size=6, channels=1)
     assert np.array_equal(again.cache.pixels, first.cache.pixels)
 
@@ -346,7 +346,7 @@ def test_labels_beyond_the_class_names_are_refused(tmp_path) -> None:
     rows = Dataset.from_dict({"image": [noise(n) for n in range(4)], "label": [0, 1, 7, 0]}, features)
     rows.info.features = Features(
         {**features, "label": ClassLabel(names=["a", "b"])}
-    )  # unlike a cast, it looks at none
+    )  # unlike a cast, this checks no value
     path = str(tmp_path / "x.parquet")
     rows.to_parquet(path)
     with refused(

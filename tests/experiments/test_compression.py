@@ -1,4 +1,4 @@
-"""Ways to compress are measured and judged."""
+"""Compression methods are measured and compared with goals."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ def test_ways_to_compress_are_measured_by_the_command_line(lit_llm, texts, tmp_p
     assert sum(line.endswith(("| met |", "| **missed** |")) for line in lines) == 1  # of half the blocks' parameters
     half = next(line for line in lines if line.startswith("| Wanda 50 % |")).split("|")
     assert int(half[3]) == 100  # parameters
-    assert 50 <= int(half[4]) < 80  # not zero: matrices inside blocks by half
-    compression.main(words)  # all is there: nothing is trained again
+    assert 50 <= int(half[4]) < 80  # not zero: half of the matrices inside blocks is
+    compression.main(words)  # all results exist: nothing is trained again
     assert readme.read_text().splitlines() == lines
 
 

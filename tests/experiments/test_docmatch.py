@@ -1,4 +1,4 @@
-"""Encoders and words are held against each other on the embedded pair task."""
+"""Encoders and word baselines are compared on the embedded pair task."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_each_way_is_trained_from_what_it_begins_with_and_then_tested(tmp_path, 
     readme.write_text("<!-- encoders --><!-- /encoders -->")
     words = ["--work", str(tmp_path / "work"), "--readme", str(readme), "--minilm", str(tmp_path / "minilm")]
     docmatch.main([*words, "--trainer.precision=32-true"])
-    # Three seeds of two ways; the last two begin with a masked model, which is trained once.
+    # Two rows have three seeds; the last two rows start from a masked language model, which is trained once.
     assert [of[0] for of in said] == ["fit", "test"] * 6 + ["fit"] + ["fit", "test"] * 4
     masked, last = said[12], said[19]
     assert any(word.endswith("pretraining/modernbert_stdlib.yaml") for word in masked)

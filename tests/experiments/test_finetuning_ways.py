@@ -1,4 +1,4 @@
-"""Ways to fine-tune are measured at equal budgets, and set side by side."""
+"""Fine-tuning methods are measured with equal budgets and compared."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The whole road leads to its end."""
+"""The whole pipeline runs to its end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""MNIST's recipes take steps, the script that they are held against is the one that we began with."""
+"""The MNIST recipes take steps; the script they are compared with is the original one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.writing import places
 
 @pytest.fixture
 def tiny_mnist(tmp_path):
-    """A hundred and some images of noise in the hub's layout."""
+    """A hundred-odd noise images in the hub's layout."""
     folder = tmp_path / "data/mnist"
     folder.mkdir(parents=True)
     chance = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""The sweep over networks is run, and its comparison is written where the README has room for it."""
+"""The sweep over networks runs, and its comparison is written between the markers of the README."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def test_networks_are_swept_and_compared_and_made_once(tmp_path, texts):
     words = ["--work", str(tmp_path / "work"), "--readme", str(readme), "--trials", "2", "--more_seeds", "0", *small]
     networks.main(words)
     rows = [line for line in readme.read_text().splitlines() if line.startswith("| ")]
-    assert len(rows) == 4  # two of names and rules, and two settings
-    assert all("| 1 |" in row for row in rows[2:])  # seed
+    assert len(rows) == 4  # header, separator, and two settings
+    assert all("| 1 |" in row for row in rows[2:])  # number of seeds
     assert (tmp_path / "learning_curves.png").stat().st_size > 5000
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "work").rglob("results.json")}
     assert len(made) == 2

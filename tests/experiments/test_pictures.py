@@ -1,4 +1,4 @@
-"""Tables of READMEs are read and drawn, and every experiment shows a picture of what its tables say now."""
+"""Tables of READMEs are read and drawn, and every experiment has a picture of its current tables."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_a_table_that_is_not_whole_is_said():
 
 
 def test_a_table_that_is_written_is_drawn_where_the_readme_shows_it(tmp_path, monkeypatch):
-    """The goal that is missed is red; of what has not been measured there is no picture."""
+    """A missed goal is red; tables without measurements give no picture."""
     (tmp_path / "pictures.yaml").write_text(
         "speed.png: [{table: speed, columns: [tokens/s], title: Fast}]\n"
         "later.png: [{table: later, columns: [tokens/s], title: Later}]\n"

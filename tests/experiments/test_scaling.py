@@ -1,4 +1,4 @@
-"""A law is fitted, and predicts."""
+"""A scaling law is fitted and predicts the next run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The measuring harness still measures, so that an experiment can be repeated when the package has moved on."""
+"""The measuring harness still works, so that experiments can be repeated with later versions of the package."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_lit_llm_fit_and_its_peers_train_the_same_thing(lit_llm, tmp_path):
     ours, bare, nanogpt = (json.loads((tmp_path / f"{peer}.json").read_text()) for peer in ("ours", "bare", "nanogpt"))
     assert ours["parameters"] == bare["parameters"] == nanogpt["parameters"]
     assert ours["loss"] == pytest.approx(bare["loss"], rel=1e-6)  # same weights, rows and order
-    assert ours["loss"] == pytest.approx(nanogpt["loss"], rel=1e-3)  # the same network, written anew
+    assert ours["loss"] == pytest.approx(nanogpt["loss"], rel=1e-3)  # a reimplementation of the same network
     assert min(found["tokens_per_second"] for found in (ours, bare, nanogpt)) > 0
 
 

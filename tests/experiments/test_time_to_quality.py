@@ -1,4 +1,4 @@
-"""What each idea of the main recipe buys is measured on as many tokens, and set against the whole."""
+"""The contribution of each idea of the main recipe is measured on equal tokens and compared with the whole recipe."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_each_idea_is_taken_out_alone_and_measured_once(lit_llm, texts, tmp_path
     assert {one["tokens"] for one in found} == {3 * 2048}
     assert all([tokens for tokens, _ in one["curve"]] == [2048, 4096, 6144] for one in found)
     assert all(one["curve"][-1][1] == one["bits_per_byte"] for one in found)
-    # Each change is taken: none gives the figure of the whole recipe, or of another.
+    # Each change has an effect: no two results are equal.
     assert len({one["bits_per_byte"] for one in found}) == len(found)
     configs = {name: yaml.safe_load((tmp_path / f"work/{name}-0/config.yaml").read_text()) for name in quality.IDEAS}
     optimizer = configs["muon"]["model"]["init_args"]["optimizer"]

@@ -1,4 +1,4 @@
-"""What was trained is not trained again, and what failed is said."""
+"""Finished runs are not repeated, and failures are reported."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_training_is_begun_gone_on_with_or_left_alone(tmp_path, monkeypatch):
     (folder / "model/config.json").touch()
     assert trainings.fit({}, folder, options) == {"step": 3}
     assert not said
-    with pytest.raises(FileNotFoundError):  # it begins with nothing, and nothing was run
+    with pytest.raises(FileNotFoundError):  # it discards the folder, and the replaced command runs nothing
         trainings.fit_anew({}, folder, options)
     assert not folder.exists()
 

@@ -1,4 +1,4 @@
-"""What only an accelerator shows: that what this package does there is what it does on a CPU. Elsewhere all is skipped."""
+"""Results on an accelerator equal those on a CPU; skipped without an accelerator."""
 
 from __future__ import annotations
 
@@ -56,17 +56,17 @@ def test_a_run_that_was_cut_goes_on_as_one_that_was_not(lit_llm, tiny, tmp_path)
 
 
 class NoWaiting(Callback):
-    """Has torch complain of each operation in a training step after the first that waits for the device."""
+    """Makes torch raise an error if a training step after the first synchronises with the device."""
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Complains from here on."""
+        """Turns the error on."""
         if batch_idx:
             torch.cuda.set_sync_debug_mode("error")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Does not, from here on."""
+        """Turns the error off."""
         torch.cuda.set_sync_debug_mode("default")
 
 
