@@ -18,6 +18,6 @@ class TrainableParameters(Callback):
         self.path = path
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts."""
+        """Counts the parameters and writes their number."""
         groups = trainer.optimizers[0].param_groups
         Path(self.path).write_text(str(sum(p.numel() for group in groups for p in group["params"])))

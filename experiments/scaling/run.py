@@ -33,7 +33,7 @@ class Axis(NamedTuple):
     """The quantity that grows from run to run.
 
     Attributes:
-        unit: Column title of x.
+        unit: What x counts, as the column title.
         setting: What the flags set: `width` or `steps`.
         fitted: Values to which the law is fitted.
         next: Value whose loss is predicted.

@@ -98,7 +98,7 @@ def over(name: str) -> list[object]:
 
 
 def fit(folder: Path, *runs: tuple[str, str, list[object]]) -> None:
-    """Trains, each run by its name in a folder of that name, under its strategy."""
+    """Trains each run under its strategy, in a folder with its name."""
     commands = [
         (PROCESSES.get(strategy.split("+")[0], 1), ["fit", *words, *over(strategy), "--run_dir", folder / name])
         for name, strategy, words in runs
@@ -108,7 +108,7 @@ def fit(folder: Path, *runs: tuple[str, str, list[object]]) -> None:
 
 
 def assert_same_losses(one: Path, other: Path, rel: float = 2e-5, padded: bool = False) -> None:
-    """`padded` where batches are padded to their longest row, so that fewer rows have fewer tokens."""
+    """`padded`: batches are padded to their longest row, so that smaller batches have fewer tokens."""
     mine, theirs = (read_metrics(path / "metrics.csv") for path in (one, other))
     assert [row["step"] for row in mine] == [row["step"] for row in theirs]
     names = {"train/loss", "train/grad_norm", "train/confident"} | ({"train/tokens"} if not padded else set())
