@@ -29,8 +29,8 @@ def depths(network: nn.Module) -> tuple[dict[nn.Parameter, int], int]:
 
     0 is everything before the first block (embeddings), 1 to `n` are the blocks, and `n + 1` is the head. What lies
     between the last block and the head (a norm) is at `n`. If there is a `network.backbone`, the head is everything
-    outside it plus its pooler, which is as good as new after pre-training without it; else the head is the last layer
-    with parameters. An embedding tied to the head is at 0. Otherwise depths follow the order in which layers were
+    outside it and also the backbone's pooler, which is new if pre-training did without it; else the head is the last
+    layer with parameters. An embedding tied to the head is at 0. Otherwise depths follow the order in which layers were
     created, but embeddings outside the blocks, such as relative positions, are at 0 with their norms, since all blocks
     read them. Without blocks, everything below the head is at 0, and the head at 1.
 

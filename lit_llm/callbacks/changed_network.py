@@ -34,7 +34,7 @@ def require_one_network(pl_module: LightningModule, changed: str) -> None:
 
 
 def look_anew(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Drops cached features of a frozen backbone and resets early stopping: for one of several changes."""
+    """Drops cached features of a frozen backbone and resets early stopping: for a change that others will follow."""
     pl_module.forget_features()
     for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping):

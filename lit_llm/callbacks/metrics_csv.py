@@ -42,7 +42,7 @@ class MetricsCSV(Logger):
         return ""
 
     def begin(self, step: int) -> None:
-        """Sets the step at which training starts or resumes; without a call, as in a test, existing rows are kept."""
+        """Sets the step at which training starts or resumes; without a call, it is that of the first row."""
         self._began = step
 
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:

@@ -50,7 +50,7 @@ class RunReport(Callback):
         self._began, self._stepped = 0, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Notes that no step was taken: until then, the files in the folder are those of the previous command."""
+        """Notes that no step is taken yet: until one is, the files in the folder are those of the previous command."""
         self._stepped = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

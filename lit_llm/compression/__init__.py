@@ -1,1 +1,1 @@
-"""Compression methods, in plain torch: pruning, low rank, quantisation. Callbacks apply them during training."""
+"""Compression methods, without Lightning: pruning, low rank, quantisation. Callbacks apply them during training."""

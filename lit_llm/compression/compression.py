@@ -57,7 +57,7 @@ class Compression(ABC):
         return record
 
     def chosen(self, network: nn.Module) -> dict[str, nn.Module]:
-        """The layers that the method acts on, by name; empty if it does not choose layers. Checks them beforehand.
+        """The layers that the method acts on, by name, after checking them; empty if it does not choose layers.
 
         Raises:
             ValueError: When there are none, or they do not suit the method.

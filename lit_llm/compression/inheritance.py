@@ -44,7 +44,7 @@ def layer_map(student: nn.Module, teacher: nn.Module, layers: list[int] | None =
 
 @torch.no_grad()
 def inherit(student: nn.Module, teacher: nn.Module, layers: list[int] | None = None) -> None:
-    """Copies a teacher's weights into a student, in place: those of some blocks, and of each matrix the first entries.
+    """Copies a teacher's weights into a student, in place: some of the blocks, and the first entries of larger tensors.
 
     A tensor of the teacher's size is copied whole, so that a student of the teacher's width is the teacher without some
     blocks. Of a smaller matrix, the student gets the first rows and columns. Layers fused in one matrix (queries, keys

@@ -28,8 +28,8 @@ class Factors(NamedTuple):
     Attributes:
         left: Left singular vectors (outputs).
         right: Right singular vectors (inputs), multiplied by the singular values.
-        singular_values: In descending order. Each one's square is its share of the weight's squared norm, or, for
-            `activation_svd`, of the mean squared norm of the output.
+        singular_values: In descending order. Each one's square is what its rank adds to the squared norm of the
+            weight, or, for `activation_svd`, to the mean squared norm of the output.
     """
 
     left: Float[Tensor, "outputs full"]

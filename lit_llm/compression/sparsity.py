@@ -227,7 +227,7 @@ class Sparsity(Compression):
 
     @torch.no_grad()
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
-        """Prunes at once; with batches, block by block, each on the outputs of the pruned blocks before it.
+        """Prunes at once; if the scores need batches, block by block, each on the outputs of the pruned ones before it.
 
         With `scope` `global`, all blocks are scored before any is pruned.
         """

@@ -24,7 +24,8 @@ def products_win(
 ) -> bool:
     """Whether `attend_by_products` is faster than torch's own attention; arguments as there.
 
-    It is on a CPU, up to the number of queries in `MAX_QUERIES`. False in an export, which must not read sizes.
+    It is on a CPU, up to the number of queries in `MAX_QUERIES`, or up to fewer with dropout or compiled, where all
+    weights are kept. False in an export, which must not read sizes.
     """
     if q.device.type != "cpu" or torch.compiler.is_exporting():
         return False

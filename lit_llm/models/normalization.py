@@ -13,7 +13,9 @@ from lit_llm.products import product_dtype
 
 
 class _CPURMSNorm(torch.autograd.Function):
-    """RMSNorm with the backward kernel of LayerNorm: torch has none for RMSNorm on a CPU, and makes a dozen passes.
+    """RMSNorm whose backward pass uses the kernel of LayerNorm.
+
+    Torch has no such kernel for RMSNorm on a CPU, and makes a dozen passes over memory instead.
 
     With the mean set to 0, the backward pass of LayerNorm is `(g - mean(g) - x̂ mean(g x̂)) / rms`, where `g` is the
     gradient times the gain. Adding `mean(g) / rms`, one number per vector, makes it that of RMSNorm (LayerNorm: Ba et

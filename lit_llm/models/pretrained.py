@@ -53,7 +53,7 @@ class PretrainedCausalLM(PretrainedLanguageModel):
     description = "a causal language model"
 
     def _plain_config(self) -> PretrainedConfig:
-        # Rows have no padding, and transformers would freeze the padding token's embedding, which here ends documents.
+        # Rows have no padding. Transformers would freeze the embedding of the padding token, which ends documents here.
         plain = copy.deepcopy(self.config)
         vars(plain.get_text_config())["pad_token_id"] = None  # not by `setattr`, which a few architectures validate
         return plain
@@ -81,7 +81,8 @@ class PretrainedCausalLM(PretrainedLanguageModel):
         """Rebuilds fresh weights with the tokeniser's padding token if positions are counted from it, as in RoBERTa.
 
         Raises:
-            ValueError: When the padding token also occurs in texts: transformers would not count it as a position.
+            ValueError: When there is no padding token, or it also occurs in texts, where transformers would not count
+                it as a position.
         """
         if not self.first_position:
             return

@@ -227,7 +227,7 @@ class PretrainedClassifier(Pretrained):
     def image_shape(self) -> Shape:
         """Channels, height and width of its images; height and width are `None` if it reads any size.
 
-        That is without position embeddings or an `image_size` in the config. Absent if the network reads no images.
+        It does if it has no position embeddings, or its config no `image_size`. Absent if the network reads no images.
         """
         if not self.reads_images:
             raise AttributeError("image_shape")

@@ -104,8 +104,8 @@ class PretrainedMaskedLM(PretrainedLanguageModel):
     ) -> Float[Tensor, "selected vocab"]:
         """Logits of selected positions, row by row, without computing the logits of the others.
 
-        The head reads the backbone's output at these positions alone. The first call tests on one row that this gives
-        the same logits; for a head that mixes positions it does not, and all logits are computed.
+        The head reads the backbone's output at these positions alone. The first call tests on one row whether this
+        gives the same logits. If not, since the head mixes positions, all logits are computed after all.
 
         Args:
             selected: Mask of the positions, or the indices of their rows and columns.

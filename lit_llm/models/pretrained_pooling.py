@@ -200,11 +200,11 @@ class MeanClassifier(PooledClassifier):
     For encoders trained with mean pooling, such as sentence-transformers', rather than with the first position.
 
     Args:
-        num_classes: As in `PooledClassifier`.
+        num_classes: As in `PretrainedClassifier`.
         path: As in `PooledClassifier`.
-        config: As in `PooledClassifier`.
-        strict: As in `PooledClassifier`.
-        activation_checkpointing: As in `PooledClassifier`.
+        config: As in `PretrainedClassifier`.
+        strict: As in `PretrainedClassifier`.
+        activation_checkpointing: As in `PretrainedClassifier`.
 
     Source:
         Reimers & Gurevych, 2019, "Sentence-BERT", arXiv:1908.10084, section 3 (mean pooling).
@@ -230,11 +230,11 @@ class PairClassifier(PooledClassifier):
     everything after the first separator; if there is none, `b` is 0.
 
     Args:
-        num_classes: As in `PooledClassifier`.
+        num_classes: As in `PretrainedClassifier`.
         path: As in `PooledClassifier`.
-        config: As in `PooledClassifier`.
-        strict: As in `PooledClassifier`.
-        activation_checkpointing: As in `PooledClassifier`.
+        config: As in `PretrainedClassifier`.
+        strict: As in `PretrainedClassifier`.
+        activation_checkpointing: As in `PretrainedClassifier`.
 
     Raises:
         ValueError: As in `PretrainedClassifier`; also when the tokeniser has no separator.
