@@ -36,6 +36,7 @@ class Compile(Callback):
     ) -> None:
         self.mode, self.dynamic = mode, dynamic
         self._compiled: dict[nn.Module, Any] = {}
+        self._in_use = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Marks the blocks for compilation, which happens in the first training step.
@@ -52,17 +53,14 @@ class Compile(Callback):
         self._compiled = {module: module._compiled_call_impl for module in modules}
         self._use(False)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Uses the compiled blocks."""
-        self._use(True)
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Uses the compiled blocks; other callbacks that run the network after a validation use the plain ones."""
+        if not self._in_use:
+            self._use(True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs the validation uncompiled."""
         self._use(False)
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Uses the compiled blocks again if training continues."""
-        self._use(trainer.training)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Runs uncompiled from here on."""
@@ -70,6 +68,7 @@ class Compile(Callback):
         self._compiled = {}
 
     def _use(self, compiled: bool) -> None:
+        self._in_use = compiled
         for module, call in self._compiled.items():
             module._compiled_call_impl = call if compiled else None  # private: torch has no public switch
 

@@ -66,14 +66,40 @@ def trainer() -> Trainer:
     return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
 
 
-def test_only_training_steps_are_compiled(module: LightningModule, trainer: Trainer) -> None:
-    callback, seen = Compile(), []
-    trainer.training = True
-    for hook in ("fit_start", "train_start", "validation_start", "validation_end", "fit_end"):
-        getattr(callback, f"on_{hook}")(trainer, module)
-        [compiled] = {layer._compiled_call_impl is not None for layer in module.network}
-        seen.append(compiled)
-    assert seen == [False, True, False, True, False]
+class Watched(LightningModule):
+    """Notes at each step whether its blocks are compiled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.seen = nn.Sequential(Layer(), Layer()), []
+
+    def note(self, step: str) -> None:
+        [compiled] = {layer._compiled_call_impl is not None for layer in self.network}
+        self.seen.append((step, compiled))
+
+    def training_step(self, batch: torch.Tensor, batch_idx: int) -> torch.Tensor:
+        self.note("train")
+        return self.network[0].linear(batch).sum()
+
+    def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+        self.note("validate")
+
+    def on_validation_end(self) -> None:
+        self.note("after")
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_only_training_steps_are_compiled_also_after_a_validation(tmp_path) -> None:
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    limits = {"max_steps": 4, "val_check_interval": 2, "limit_val_batches": 1, "num_sanity_val_steps": 0}
+    trainer = Trainer(accelerator="cpu", default_root_dir=tmp_path, callbacks=[Compile()], **quiet, **limits)
+    watched, data = Watched(), torch.utils.data.DataLoader(torch.randn(8, 3), batch_size=2)
+    trainer.fit(watched, data, data)
+    one = [("train", True), ("train", True), ("validate", False), ("after", False)]
+    assert watched.seen == one * 2
+    assert all(layer._compiled_call_impl is None for layer in watched.network)
 
 
 def test_sequences_that_are_shared_out_by_hooks_are_refused(module: LightningModule, trainer: Trainer) -> None:
