@@ -215,7 +215,10 @@ def read_checkpoint(path: Path, map_location: Any = "cpu", in_pieces: bool = Fal
 
 
 def _with_pieces(path: Path, checkpoint: dict[str, Any], remedy: str) -> dict[str, Any]:
-    """Replaces a checkpoint's meta tensors by `Pieces` of the memory-mapped shard files."""
+    """Replaces a checkpoint's meta tensors by `Pieces` of the memory-mapped shard files.
+
+    DeepSpeed's files are not mapped: the first read of a piece converts all of them, into memory.
+    """
     name, count = _named_shares(path, checkpoint.pop("shares"))
     folder, stage = path.with_suffix(FOLDER) / Path(name).name, checkpoint.get("zero")
     files = (

@@ -55,7 +55,7 @@ class LiveModel(TemplateLM):
         return first_id(self.tokenizer)
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Encodes a text; the opening token is prepended unless it is there or not wanted, and nothing is appended."""
+        """Encodes a text; prepends the opening token unless it is there already or not wanted, and appends nothing."""
         ids = self.tokenizer.encode(string, add_special_tokens=False)
         return ids if add_special_tokens is False or ids[:1] == self.opening else [*self.opening, *ids]
 
@@ -141,7 +141,7 @@ class LiveModel(TemplateLM):
 
 
 class GivenTasks(TaskManager):
-    """lm-eval's task manager, which refuses a task that cannot be loaded under the name that the user gave it.
+    """lm-eval's task manager; if a task cannot be loaded, the error names it as the user did.
 
     Loading reads a task's data and renders its first example. Later failures may be the network's fault.
 

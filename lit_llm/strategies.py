@@ -175,7 +175,7 @@ class Sharded(ModelParallelStrategy):
         super().setup(trainer)
 
     def model_to_device(self) -> None:
-        """Moves to the device what is not sharded; shards are in place, and are used on the device wherever kept."""
+        """Moves to the device what is not sharded; shards stay where they are, with `cpu_offload` in CPU memory."""
         _update_properties(self.lightning_module, self.root_device)
         for module in self.lightning_module.modules():
             if isinstance(module, Metric):

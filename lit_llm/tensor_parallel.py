@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism: devices split matrices by columns, rows or heads, and sequences between them."""
+"""Tensor parallelism splits products by columns, rows or heads; sequence parallelism splits what lies between them."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ class Chain:
 
 
 def read_chain(path: Path) -> Chain:
-    """Reads a chain's config. Paths in it are relative to its folder.
+    """Reads a chain's config; the run files that it names are relative to its folder.
 
     Raises:
         FileNotFoundError: When the config, or a run file that it names, does not exist.

@@ -90,9 +90,10 @@ def _require_yaml(name: str, value: Any, folder: Path) -> None:
 
 
 def with_the_runs_config(words: list[str]) -> list[str]:
-    """Puts the run's own config first if a run folder is named, and no config is given or only overlays are.
+    """Puts the run's own config first if a run folder is named and no config is given.
 
-    Overlays count only where a run is resumed or evaluated. The folder may be named by the path of a checkpoint in it.
+    To resume or evaluate a run it does so also if the given configs are all overlays. The folder may be named by the
+    path of a checkpoint in it.
 
     Raises:
         FileNotFoundError: When the run to resume or evaluate has no config, and no other options say what it is.

@@ -37,7 +37,7 @@ OF_TOKENS = ("data.tokenizer",)
 tokeniser."""
 
 LOSSES = ("loss", "perplexity", "bits_per_byte")
-"""Metrics that are the objective's loss, so that only runs of related objectives can be compared by them."""
+"""Metrics that are the objective's loss or follow from it: they compare only runs of related objectives."""
 
 OTHER_SEEDS = "Of a trial that has other seeds, those alone count: the seed that chose it flatters the best."
 

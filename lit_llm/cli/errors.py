@@ -36,7 +36,7 @@ LACKING = re.compile(r"Requirement '(([\w-]+)[^']*)' not met")
 
 
 def one_line(error: BaseException) -> str | None:
-    """The line to show to the user; `None` for an error of this package, whose traceback should be shown."""
+    """The line to show to the user; `None` for any other error: it is a bug, whose traceback should be shown."""
     if type(error).__name__ == "OutOfMemoryError":
         return "device memory must hold a step, but is full; lower data.batch_size or set activation_checkpointing"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

@@ -162,7 +162,7 @@ def measured_steps(words: list[str], devices: int) -> tuple[dict[str, Any], dict
 
     Args:
         words: Arguments of `lit-llm fit`.
-        devices: How many the run is planned for.
+        devices: Number of devices that the run is planned for.
 
     Returns:
         The steps by name, and further facts of the config.
@@ -246,7 +246,7 @@ def configured_length(trainer: Any, data: Any, devices: int) -> tuple[int | floa
     Args:
         trainer: The trainer's options.
         data: The data module, set up, so that the batches of an epoch can be counted; `None` if it is not.
-        devices: How many share those batches; each reads `limit_train_batches`.
+        devices: Number of devices that share those batches; a whole `limit_train_batches` is the number for each.
     """
     steps, epochs = trainer["max_steps"], trainer["max_epochs"]
     batches, limit = math.inf, trainer.get("limit_train_batches")
@@ -260,9 +260,9 @@ def configured_length(trainer: Any, data: Any, devices: int) -> tuple[int | floa
 
 
 def example_batch(objective: Any, data: Any) -> tuple[dict[str, Any], int | float]:
-    """A batch in the shapes of a config, and the tokens (or rows) of a mean one.
+    """A batch in the shapes of a config, and the mean number of tokens (or rows) per batch.
 
-    Zeros for a language model, so that no text is read; else the longest batch of the data.
+    For a language model the batch is zeros, so that no text is read; otherwise it is that of `longest_batch`.
 
     Also sets the size of the network (vocabulary, classes) in the objective; with a tokeniser of characters this needs
     a pass over the texts.
@@ -298,7 +298,10 @@ def example_batch(objective: Any, data: Any) -> tuple[dict[str, Any], int | floa
 
 
 def longest_batch(loader: Any) -> tuple[dict[str, Any], int | float]:
-    """The largest batch of an epoch, and the mean of the batches' tokens; of images or a stream, those of the first."""
+    """The largest batch of an epoch and the mean number of tokens (or rows) per batch.
+
+    Of images or a stream only the first batch is read, and taken for both.
+    """
     import torch
     from torch.utils._pytree import tree_leaves
 

@@ -27,10 +27,11 @@ def choose(command: str, given: str | None, config: Path | None, ckpt_path: str 
         command: The sub-command.
         given: Value of `--run_dir`.
         config: The first run file; the default folder is named after it.
-        ckpt_path: Value of `--ckpt_path`; `last` and `best` without `given` mean the newest run of that name.
+        ckpt_path: Value of `--ckpt_path`; `last` and `best` without `given` mean the newest run with such a checkpoint
+            among those named after `config`.
 
     Raises:
-        FileNotFoundError: When `last` or `best` is asked for and no run of that name has it.
+        FileNotFoundError: When `last` or `best` is asked for, and none of these runs has it.
     """
     if VARIABLE in os.environ and os.environ.get("LOCAL_RANK", "0") != "0":
         return Path(os.environ[VARIABLE])

@@ -9,7 +9,7 @@ from statistics import mean, stdev
 def paired_p(one: list[float], other: list[float]) -> float | None:
     """p-value of the two-sided paired t-test; `None` if undefined: fewer than two pairs, or all differ by the same.
 
-    Equal differences have no spread to compare them with; few seeds with accuracies on few examples do come to that.
+    Equal differences have no spread to compare them with; they occur with few seeds and accuracies on few examples.
 
     Source: Student, "The probable error of a mean", Biometrika 6 (1908); `scipy.stats.ttest_rel`.
 

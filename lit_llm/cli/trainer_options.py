@@ -84,7 +84,7 @@ def require_end(trainer: Mapping[str, Any]) -> None:
     if trainer.get("fast_dev_run"):
         return
     ends = max_steps not in (None, -1) or trainer.get("max_time") or (epochs_end and trainer.get("max_epochs") != -1)
-    enders = (Timer, EarlyStopping) if epochs_end or isinstance(interval, int) else (Timer,)  # it needs validations
+    enders = (Timer, EarlyStopping) if epochs_end or isinstance(interval, int) else (Timer,)  # only with validations
     if not ends and not any(issubclass(locate(c.class_path), enders) for c in trainer.get("callbacks") or ()):
         raise ValueError(
             f"trainer.max_steps must be given where data.streaming is true, since a stream's epoch has no end, but is "

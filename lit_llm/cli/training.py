@@ -193,8 +193,8 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         """Instantiates the classes; a checkpoint that is read replaces the weights that the run started from.
 
-        So these weights, and in an evaluation the network's `path`, need not exist any more; a tokeniser that the data
-        name must.
+        So these weights, and in an evaluation the network's `path`, need not exist any more; but a tokeniser that the
+        data options name must exist.
         """
         config, fits = self.config[self.subcommand], self.subcommand == "fit"
         with self._leaving_nothing():
