@@ -6,6 +6,7 @@ The server checks a request against a schema, which `/docs` shows, and hands it 
 import base64
 import io
 import itertools
+import math
 import time
 import uuid
 from abc import ABC, abstractmethod
@@ -19,7 +20,7 @@ import torch
 from fastapi import BackgroundTasks, HTTPException
 from litserve.specs.openai import ChatCompletionRequest, ChatCompletionResponse, OpenAISpec, UsageInfo
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
@@ -44,7 +45,29 @@ MAX_PIXELS, MAX_SKEW = 50_000_000, 50
 """Limits of an image: pixels, and aspect ratio, since an image is scaled to cover a square before it is cropped."""
 
 
-class Request(BaseModel):
+class Quotable(BaseModel):
+    """A request that an error response can quote: its strings are valid Unicode and its numbers finite."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_quotable(cls, data: Any) -> Any:
+        with _refusing():
+            for name, value in data.items() if isinstance(data, dict) else [("request", data)]:
+                require_utf_8(name, "name of a field")
+                parts = [value]
+                for part in parts:  # grows while it is read
+                    if isinstance(part, list):
+                        parts += part
+                    elif isinstance(part, dict):
+                        parts += [*part, *part.values()]
+                    elif isinstance(part, str):
+                        require_utf_8(part, name)
+                    elif isinstance(part, float) and not math.isfinite(part):
+                        raise ValueError(f"{name} must be finite, but is {part}")
+        return data
+
+
+class Request(Quotable):
     """Base of the request schemas; unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
@@ -78,13 +101,6 @@ class TextRequest(Request):
 
     text: str
     text_pair: str | None = None
-
-    @field_validator("text", "text_pair")
-    @classmethod
-    def _is_utf_8(cls, value: str | None, info: Any) -> str | None:
-        with _refusing():  # a schema error would quote the text, which no response can encode
-            require_utf_8(value or "", info.field_name)
-        return value
 
 
 class ImageRequest(Request):
@@ -149,8 +165,6 @@ class Completions(Endpoint):
         prompts = [request.prompt] if isinstance(request.prompt, str) else request.prompt
         stops = [request.stop] if isinstance(request.stop, str) else request.stop
         with _refusing():
-            for prompt in prompts:
-                require_utf_8(prompt)
             first = first_id(self.tokenizer)
             ids = [[first, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
             room = _room(self.network, ids, request.max_tokens)
@@ -183,6 +197,10 @@ class Completions(Endpoint):
         }
 
 
+class ChatRequest(Quotable, ChatCompletionRequest):
+    """LitServe's schema of a chat request."""
+
+
 class ChatForm(OpenAISpec):
     """LitServe's chat API of OpenAI's form, corrected for several replies (`n`).
 
@@ -190,7 +208,7 @@ class ChatForm(OpenAISpec):
     replies when the first one ends.
     """
 
-    async def chat_completion(self, request: ChatCompletionRequest, background_tasks: BackgroundTasks) -> Any:
+    async def chat_completion(self, request: ChatRequest, background_tasks: BackgroundTasks) -> Any:
         """Answers a request, whole or as a stream of pieces."""
         request.n = 1 if request.n is None else request.n
         with _refusing():
@@ -228,7 +246,8 @@ class Chat(Endpoint):
             _require_known(request)
             messages = [{"role": m.role, "content": _text(m.content)} for m in request.messages]
             ids = prompt_ids(self.tokenizer, messages)
-            wanted = request.max_completion_tokens or request.max_tokens
+            wanted = request.max_completion_tokens
+            wanted = request.max_tokens if wanted is None else wanted
             room = _room(self.network, [ids], wanted)
             stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
             temperature = 0.7 if request.temperature is None else request.temperature  # LitServe's own defaults

@@ -2,6 +2,7 @@ import asyncio
 import base64
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.pretrained_masked_lm import PretrainedMaskedLM
 from lit_llm.serving import (
     Chat,
+    ChatRequest,
     CompletionRequest,
     Completions,
     ImageClasses,
@@ -123,6 +125,25 @@ def test_half_a_character_is_an_answer_of_status_400(writer: Completions) -> Non
     assert refused.value.detail == r"prompt must be UTF-8 text, but is 'a\ud800'"
 
 
+@pytest.mark.parametrize("kind", [CompletionRequest, ChatRequest])
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"model": "m\ud800"}, r"model must be UTF-8 text, but is 'm\ud800'"),
+        ({"stop": "\ud800"}, r"stop must be UTF-8 text, but is '\ud800'"),
+        ({"stop": {"a": ["\ud800"]}}, r"stop must be UTF-8 text, but is '\ud800'"),
+        ({"\ud800": 1}, r"name of a field must be UTF-8 text, but is '\ud800'"),
+        ({"temperature": math.nan}, "temperature must be finite, but is nan"),
+        ({"top_p": math.nan}, "top_p must be finite, but is nan"),
+        ({"max_tokens": math.inf}, "max_tokens must be finite, but is inf"),
+    ],
+)
+def test_what_no_answer_could_quote_is_an_answer_of_status_400(kind: Any, fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(HTTPException) as refused:
+        kind.model_validate(fields)
+    assert (refused.value.status_code, refused.value.detail) == (400, message)
+
+
 @pytest.mark.parametrize(
     "fields",
     [{"top_p": 0}, {"n": 2}, {"stream": True}, {"prompt": 3}, {"temperature": -1}, {"prompt": []}, {"stop": ""}],
@@ -160,6 +181,8 @@ def test_the_pieces_of_a_reply_are_what_generating_gives(talker: Chat) -> None:
     assert said(talker, messages=parts) == [*pieces, last]
     stop = text[3:5]
     assert "".join(piece["content"] for piece in said(talker, stop=stop)) == text[: text.index(stop)]
+    [nothing] = said(talker, max_completion_tokens=0)
+    assert nothing["completion_tokens"] == 0
 
 
 @pytest.mark.parametrize(
@@ -218,7 +241,7 @@ def test_a_prompt_with_several_replies_is_counted_once(talker: Chat) -> None:
 )
 def test_as_many_replies_as_cannot_be_given_are_refused(talker: Chat, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(HTTPException) as refused:
-        asyncio.run(talker.spec.chat_completion(ChatCompletionRequest(messages=[], **fields), BackgroundTasks()))
+        asyncio.run(talker.spec.chat_completion(ChatRequest(messages=[], **fields), BackgroundTasks()))
     assert (refused.value.status_code, refused.value.detail) == (400, message)
 
 
