@@ -31,10 +31,11 @@ TASK = (
     *("data.label", "data.target"),
     *("data.validation_fraction", "data.test_fraction", "data.unanswered", "data.overlong"),
 )
+HIDDEN = ("model.mask_ratio", "model.whole_words", "model.mean_span")
 LIMITS = ("trainer.limit_val_batches", "trainer.limit_test_batches")
 OF_TOKENS = ("data.tokenizer",)
-"""Options that compared runs must share: the data, how much of it is evaluated, and, for metrics per token, the
-tokeniser."""
+"""Options that compared runs must share: the data, what is hidden of it, how much of it is evaluated, and, for metrics
+per token, the tokeniser."""
 
 LOSSES = ("loss", "perplexity", "bits_per_byte")
 """Metrics that are the objective's loss or follow from it: they compare only runs of related objectives."""
@@ -177,7 +178,7 @@ def _shared_metric(runs: list[Finished]) -> str:
 
 def _require_one_task(runs: list[Finished], metric: str) -> None:
     loses_text = any(str(run.settings.get(name)).startswith("bert-uncased-") for run in runs for name in OF_TOKENS)
-    shared = [*TASK, *LIMITS, *(() if metric.endswith("bits_per_byte") and not loses_text else OF_TOKENS)]
+    shared = [*TASK, *HIDDEN, *LIMITS, *(() if metric.endswith("bits_per_byte") and not loses_text else OF_TOKENS)]
     shared += dict.fromkeys(name for run in runs for name in run.settings if name.startswith("data.cleaning."))
     if any(isinstance(run.settings.get(name), int) for run in runs for name in LIMITS):  # a number of batches
         shared.append("data.batch_size")

@@ -29,6 +29,7 @@ def run(tmp_path):
         model="x.CausalLM",
         order=0,
         trainer=None,
+        hidden=None,
         **data,
     ):
         folder = tmp_path / name
@@ -36,7 +37,7 @@ def run(tmp_path):
         config = {
             "seed_everything": seed,
             "trainer": {"max_steps": 2, "logger": {"init_args": {"save_dir": name}}} | (trainer or {}),
-            "model": {"class_path": model, "init_args": {"optimizer": {"init_args": {"lr": lr}}}},
+            "model": {"class_path": model, "init_args": {"optimizer": {"init_args": {"lr": lr}}} | (hidden or {})},
             "data": {
                 "class_path": "x.TextData",
                 "init_args": {"path": path, "tokenizer": "bytes", "seed": order} | data,
@@ -232,6 +233,19 @@ def test_losses_of_objectives_that_mean_different_things_are_not_compared(lit_ll
     outcome = lit_llm("compare", causal, masked, "--metric", "val/loss", "--out", tmp_path / "out")
     assert error(outcome) == (
         f"runs must be of one task, but model is a CausalLM in {causal} and a MaskedLM in {masked}"
+    )
+
+
+@pytest.mark.parametrize(("name", "there"), [("mask_ratio", 0.3), ("whole_words", True), ("mean_span", 5.0)])
+def test_runs_that_were_evaluated_on_other_hidden_words_are_refused(lit_llm, run, tmp_path, name, there):
+    options = {"mask_ratio": 0.15, "whole_words": False, "mean_span": 3.0}
+    module, found = "lit_llm.objectives.masked_lm.MaskedLM", {"best/val/loss": 1.0}
+    one, same = (run(folder, 1.0, results=found, model=module, hidden=options) for folder in ("one", "same"))
+    other = run("other", 1.0, results=found, model=module, hidden=options | {name: there})
+    words = ["--metric", "val/loss", "--out", tmp_path / "out"]
+    assert lit_llm("compare", one, same, *words).code == 0
+    assert error(lit_llm("compare", one, other, *words)) == (
+        f"runs must be of one task, but model.{name} is {options[name]} in {one} and {there} in {other}"
     )
 
 
