@@ -37,7 +37,7 @@ def open_study(plan: Sweep, out: Path, more: list[str]) -> Any:
     """Creates a sweep's study in its folder, or opens the existing one.
 
     Raises:
-        ValueError: When the existing study cannot be read, or is of another sweep.
+        ValueError: When the existing study cannot be read, is of another sweep, or is missing although its runs exist.
     """
     import optuna
     from sqlalchemy.exc import DatabaseError
@@ -48,6 +48,12 @@ def open_study(plan: Sweep, out: Path, more: list[str]) -> Any:
         first, eta = plan.early_terminate
         pruner = optuna.pruners.SuccessiveHalvingPruner(min_resource=first, reduction_factor=eta)
     path = out / "study.db"
+    left = next((name for name in ("trials", "seeds") if (out / name).exists()), None)
+    if left and not (path.is_file() and path.stat().st_size):
+        raise ValueError(
+            f"--out must be a new folder or one of a sweep, but {out} holds {left} without a study.db that says of "
+            f"which; take a new one"
+        )
     try:
         study = optuna.create_study(
             storage=f"sqlite:///{quote(str(path))}",
@@ -58,7 +64,7 @@ def open_study(plan: Sweep, out: Path, more: list[str]) -> Any:
         )
     except DatabaseError as error:
         raise ValueError(
-            f"--out must hold a study.db that can be read or none, but {path} cannot: {error.orig}"
+            f"--out must hold a study.db that can be read, but {path} cannot: {error.orig}; take a new folder"
         ) from error
     described = {
         "space": plan.space,

@@ -526,10 +526,22 @@ def test_what_was_removed_or_damaged_in_a_folder_is_said_or_does_not_matter(swee
     assert "trials/000 is gone" in sweep(2, more=["--seeds", "2"]).last_line
     (tmp_path / "out/study.db").write_text("nothing of the kind" * 99)
     line = sweep(2).last_line
-    begin = (
-        f"lit-llm: error: --out must hold a study.db that can be read or none, but {tmp_path / 'out/study.db'} cannot: "
-    )
+    begin = f"lit-llm: error: --out must hold a study.db that can be read, but {tmp_path / 'out/study.db'} cannot: "
     assert line.startswith(begin)
+    assert line.endswith("; take a new folder")
+
+
+@pytest.mark.parametrize("left", ["trials", "seeds"])
+def test_runs_that_no_study_knows_are_not_taken_for_those_of_a_new_one(sweep, tmp_path, started, left):
+    (tmp_path / "out" / left / "000").mkdir(parents=True)
+    for database in (None, ""):
+        if database is not None:
+            (tmp_path / "out/study.db").write_text(database)
+        assert sweep(1).last_line == (
+            f"lit-llm: error: --out must be a new folder or one of a sweep, but {tmp_path / 'out'} holds {left} without "
+            f"a study.db that says of which; take a new one"
+        )
+    assert not started
 
 
 def command(tmp_path, tiny, *words):
