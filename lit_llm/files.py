@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import hashlib
 import json
 import os
 import shutil
@@ -72,6 +73,21 @@ def model_folder(folder: Path, file: str = "config.json") -> Path:
     """
     inside = not (folder / file).is_file() and (folder / "model" / file).is_file()
     return folder / "model" if inside else folder
+
+
+def digest_of_yaml(path: Path) -> str:
+    """Of what a YAML file says: comments and the order of keys are left out.
+
+    Example:
+        >>> path = Path(tempfile.mkdtemp()) / "x.yaml"
+        >>> digests = {digest_of_yaml(path) for text in ("a: 1\\nb: 2", "b: 2 # Two.\\na: 1") if path.write_text(text)}
+        >>> len(digests)
+        1
+    """
+    import yaml
+
+    said = json.dumps(yaml.safe_load(path.read_text(encoding="utf-8")), sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 def write_json(path: Path, content: Any) -> None:

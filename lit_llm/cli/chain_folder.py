@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llm.cli.chain_file import Chain
-from lit_llm.files import write_json
+from lit_llm.files import digest_of_yaml, write_json
 
 MEASURES = ("evaluate", "split", "metric", "calibration_batches")
 """Keys of a chain, besides its stages, that change models and scores; floors and options of timing do not."""
@@ -85,15 +85,10 @@ def _named(files: str | list[str]) -> list[str]:
 
 def _files(chain: Chain) -> dict[str, str]:
     """Hashes of the run files' contents, by the names in the chain; comments and the order of keys do not count."""
-    import yaml
-
     stages = zip(chain.content["stages"], chain.stages, strict=True)
     pairs = [(chain.content["evaluate"], chain.evaluate), *((said.get("fit", []), stage.fit) for said, stage in stages)]
-    found = {}
-    for name, file in (pair for names, files in pairs for pair in zip(_named(names), files, strict=True)):
-        said = json.dumps(yaml.safe_load(Path(file).read_text(encoding="utf-8")), sort_keys=True, default=str)
-        found[name] = hashlib.sha256(said.encode()).hexdigest()
-    return found
+    named = (pair for names, files in pairs for pair in zip(_named(names), files, strict=True))
+    return {name: digest_of_yaml(Path(file)) for name, file in named}
 
 
 def _fingerprint(folder: Path) -> str:

@@ -29,6 +29,11 @@ def _option(words: list[str], name: str) -> str | None:
     return next(iter(_options(words, name)), None)
 
 
+def run_files(words: list[str]) -> list[str]:
+    """The files that a command line names by `--config`."""
+    return [value for name in ("--config", "-c") for value in _options(words, name)]
+
+
 def _from_home(words: list[str]) -> list[str]:
     """Expands `~` in `--run_dir` and `--ckpt_path`, because the shell does not after a `=`."""
     paths, read = ("--run_dir", "--ckpt_path"), []
@@ -103,7 +108,7 @@ def with_the_runs_config(words: list[str]) -> list[str]:
     run_dir, ckpt_path = _option(words, "--run_dir"), Path(_option(words, "--ckpt_path") or "")
     if run_dir is None and ckpt_path.parent.name == "checkpoints":
         run_dir = str(ckpt_path.parent.parent)
-    named = [value for name in ("--config", "-c") for value in _options(words, name)]
+    named = run_files(words)
     for file in named:
         _require_options(file)
     goes_on = words[0] != "fit" or _option(words, "--ckpt_path")

@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import quote
 
 from lit_llm.cli.sweep_file import Sweep
+from lit_llm.files import digest_of_yaml
 
 
 @contextlib.contextmanager
@@ -42,6 +43,8 @@ def open_study(plan: Sweep, out: Path, more: list[str]) -> Any:
     import optuna
     from sqlalchemy.exc import DatabaseError
 
+    from lit_llm.cli.command_line import run_files
+
     direction = "minimize" if plan.mode == "min" else "maximize"
     pruner = optuna.pruners.NopPruner()
     if plan.early_terminate:
@@ -66,22 +69,28 @@ def open_study(plan: Sweep, out: Path, more: list[str]) -> Any:
         raise ValueError(
             f"--out must hold a study.db that can be read, but {path} cannot: {error.orig}; take a new folder"
         ) from error
+    words = [*plan.words({}), *more]
     described = {
         "space": plan.space,
         "goal": plan.mode,
         "metric": plan.metric,
-        "command": [*plan.words({}), *more],
+        "command": words,
+        "files": {file: digest_of_yaml(Path(file).expanduser()) for file in run_files(words)},
     }
     trials = study.get_trials(deepcopy=False)
+    none_trained = all(trial.state.name in ("FAIL", "WAITING") for trial in trials)
     free = {  # may still change, because no trial depends on it yet
         "metric": all(trial.value is None for trial in trials),
-        "command": all(trial.state.name in ("FAIL", "WAITING") for trial in trials),
+        "command": none_trained,
+        "files": none_trained,
     }
     for name, value in described.items():
         before = study.user_attrs.get(name, value)
         if before != value and not free.get(name):
-            other = "other parameters" if name == "space" else f"another {name}"
+            other = {"space": "other parameters", "files": "run files of another content"}.get(name, f"another {name}")
             what = f" ({shlex.join(before)})" if name == "command" else ""
+            if name == "files":
+                what = f" ({', '.join(file for file in value if before.get(file) != value[file])})"
             raise ValueError(
                 f"--out must be a new folder or one of this sweep, but {out} holds one with {other}{what}; "
                 f"take a new one"

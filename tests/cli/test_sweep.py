@@ -453,6 +453,22 @@ def test_a_trial_with_other_options_does_not_join_those_without(sweep, tmp_path,
 
 
 @pytest.mark.slow
+def test_a_trial_of_an_edited_run_file_does_not_join_those_of_before(sweep, tmp_path, started):
+    overlay = tmp_path / "overlay.yaml"
+    command = ["lit-llm", "fit", "--config", RUN, f"--config={overlay}", "${args}"]
+    overlay.write_text("trainer: {max_steps: 2}")
+    assert sweep(1, command=command).code == 0
+    overlay.write_text("# Edited.\ntrainer: {max_steps: 2}")
+    assert sweep(2, command=command).code == 0
+    overlay.write_text("trainer: {max_steps: 3}")
+    assert sweep(3, command=command).last_line == (
+        f"lit-llm: error: --out must be a new folder or one of this sweep, but {tmp_path / 'out'} holds one with run "
+        f"files of another content ({overlay}); take a new one"
+    )
+    assert len(started) == 2
+
+
+@pytest.mark.slow
 def test_a_trial_that_was_interrupted_is_not_gone_on_with_by_other_options(sweep):
     Pretended.interrupts_at = 2
     assert sweep(1).code == 130
