@@ -92,6 +92,11 @@ def find_checkpoint(folder: Path, ckpt_path: str) -> Path:
     return path
 
 
+def is_of_another(folder: Path, checkpoint: Path) -> bool:
+    """Whether a checkpoint belongs to a run in another folder."""
+    return checkpoint.parent.name == "checkpoints" and checkpoint.parent.parent.resolve() != folder.resolve()
+
+
 def of_evaluation(folder: Path, command: str, options: dict[str, Any], checkpoint: Path) -> Path:
     """The folder for the results of an evaluation: the run folder, or a subfolder of it.
 
@@ -141,7 +146,7 @@ def make(folder: Path, starts_anew: bool, trains: bool) -> None:
     Args:
         folder: The run folder.
         starts_anew: Whether a new run starts in it, rather than that one is resumed or evaluated.
-        trains: Whether the command trains, and so exports a model.
+        trains: Whether the new run is a training, which exports a model.
 
     Raises:
         ValueError: When it cannot be created, or a new run would overwrite another's checkpoints or model.

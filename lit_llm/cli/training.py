@@ -173,13 +173,15 @@ class TrainingCLI(LightningCLI):
         ckpt_path = asked or (None if fits or from_checkpoint.starts_from_weights(config) else "best")
         given = config.get("run_dir") or config["trainer"].get("default_root_dir")
         self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
+        starts_anew = not ckpt_path
         if ckpt_path:
             ckpt_path = asked or own_checkpoint(self.run_dir).stem
             config["ckpt_path"] = str(run_folder.find_checkpoint(self.run_dir, ckpt_path))
             checkpoint = Path(config["ckpt_path"])
             from_checkpoint.require_own_start(config["model"], self.run_dir, checkpoint, sys.argv, fits)
+            starts_anew = fits and run_folder.is_of_another(self.run_dir, checkpoint)
         self.of_run = self.run_dir
-        run_folder.make(self.run_dir, starts_anew=not ckpt_path, trains=fits)
+        run_folder.make(self.run_dir, starts_anew, trains=fits)
         if ckpt_path and self.subcommand in ("validate", "test"):
             options = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
             checkpoint = Path(config["ckpt_path"])

@@ -111,6 +111,21 @@ def test_a_run_folder_with_a_run_is_refused(lit_llm, tiny, run):
     assert (run / "checkpoints/last.ckpt").read_bytes() == before
 
 
+def test_a_run_folder_with_a_run_is_refused_to_one_that_goes_on_from_another(lit_llm, tiny, run, tmp_path):
+    other = tmp_path / "other"
+    assert lit_llm("fit", *tiny, "--run_dir", other, "--trainer.max_steps", 3).code == 0
+    before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
+    outcome = lit_llm("fit", "--run_dir", other, "--ckpt_path", run / "checkpoints/last.ckpt")
+    assert outcome.last_line == (
+        f"lit-llm: error: run_dir must be a new folder, but {other} holds a run; go on with --ckpt_path last, or choose "
+        f"another"
+    )
+    assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+    own = other / "checkpoints" / ".." / "checkpoints" / "last.ckpt"
+    outcome = lit_llm("fit", "--run_dir", other, "--ckpt_path", own, "--trainer.max_steps", 4)
+    assert outcome.code == 0, outcome.err
+
+
 def test_a_run_goes_on_under_an_overlay_but_to_no_step_that_is_past_and_no_callback_twice(lit_llm, tiny, tmp_path):
     folder, overlay = tmp_path / "run", REPOSITORY / "configs/strategy/spike_recovery.yaml"
     assert lit_llm("fit", *tiny, "--run_dir", folder, "--trainer.max_steps", 2).code == 0
