@@ -34,6 +34,17 @@ def run_files(words: list[str]) -> list[str]:
     return [value for name in ("--config", "-c") for value in _options(words, name)]
 
 
+def _files_first(words: list[str]) -> list[str]:
+    """Moves the run files, in their order, before the other options, which override them wherever they stand."""
+    files, others, left = [], [], iter(words)
+    for word in left:
+        if word in ("--config", "-c"):
+            files += [word, *itertools.islice(left, 1)]
+        else:
+            (files if word.startswith("--config=") else others).append(word)
+    return [*files, *others]
+
+
 def _from_home(words: list[str]) -> list[str]:
     """Expands `~` in `--run_dir` and `--ckpt_path`, because the shell does not after a `=`."""
     paths, read = ("--run_dir", "--ckpt_path"), []
@@ -95,16 +106,16 @@ def _require_yaml(name: str, value: Any, folder: Path) -> None:
 
 
 def with_the_runs_config(words: list[str]) -> list[str]:
-    """Puts the run's own config first if a run folder is named and no config is given.
+    """Puts run files before the other options, and before them the run's own config if no config is given.
 
-    To resume or evaluate a run it does so also if the given configs are all overlays. The folder may be named by the
-    path of a checkpoint in it.
+    To resume or evaluate a run, its own config also comes first if the given configs are all overlays. The folder may be
+    named by the path of a checkpoint in it.
 
     Raises:
         FileNotFoundError: When the run to resume or evaluate has no config, and no other options say what it is.
         ValueError: When a run file does not hold options.
     """
-    words = _from_home(words)
+    words = [words[0], *_files_first(_from_home(words[1:]))]
     run_dir, ckpt_path = _option(words, "--run_dir"), Path(_option(words, "--ckpt_path") or "")
     if run_dir is None and ckpt_path.parent.name == "checkpoints":
         run_dir = str(ckpt_path.parent.parent)
