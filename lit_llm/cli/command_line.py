@@ -108,8 +108,8 @@ def _require_yaml(name: str, value: Any, folder: Path) -> None:
 def with_the_runs_config(words: list[str]) -> list[str]:
     """Puts run files before the other options, and before them the run's own config if no config is given.
 
-    To resume or evaluate a run, its own config also comes first if the given configs are all overlays. The folder may be
-    named by the path of a checkpoint in it.
+    To resume or evaluate a run, its own config also comes first if the given configs are all overlays. The folder may
+    be named by the path of a checkpoint in it.
 
     Raises:
         FileNotFoundError: When the run to resume or evaluate has no config, and no other options say what it is.

@@ -27,8 +27,8 @@ def choose(command: str, given: str | None, config: Path | None, ckpt_path: str 
         command: The sub-command.
         given: Value of `--run_dir`.
         config: The first run file; the default folder is named after it.
-        ckpt_path: Value of `--ckpt_path`; `last` and `best` without `given` mean the newest run with such a checkpoint
-            among those named after `config`.
+        ckpt_path: Value of `--ckpt_path`; `last` and `best` without `given` mean the run whose `config.yaml` is `config`,
+            or else the newest run with such a checkpoint among those named after it.
 
     Raises:
         FileNotFoundError: When `last` or `best` is asked for, and none of these runs has it.
@@ -41,6 +41,8 @@ def choose(command: str, given: str | None, config: Path | None, ckpt_path: str 
         return Path(ckpt_path).parent.parent
     family = Path("runs") / _name(command, config)
     if ckpt_path in ("last", "best"):
+        if config is not None and config.name == "config.yaml" and (config.parent / "checkpoints").is_dir():
+            return config.parent
         ran = list(family.glob(f"*/checkpoints/{ckpt_path}.ckpt"))
         if not ran:
             raise FileNotFoundError(

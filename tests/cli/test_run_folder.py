@@ -49,6 +49,21 @@ def test_last_without_a_folder_is_the_newest_run_of_that_config():
         run_folder.choose("fit", None, Path("y.yaml"), "last")
 
 
+def test_last_and_best_are_those_of_the_run_whose_config_is_named():
+    for age, name in enumerate(("new", "old")):
+        last = Path("runs/x") / name / "checkpoints/last.ckpt"
+        last.parent.mkdir(parents=True)
+        last.touch()
+        os.utime(last, (1000 - age, 1000 - age))
+        (last.parents[1] / "config.yaml").touch()
+    for command, ckpt_path in (("test", "best"), ("fit", "last")):
+        for name in ("old", "new"):
+            assert run_folder.choose(command, None, Path(f"runs/x/{name}/config.yaml"), ckpt_path) == Path(
+                "runs/x", name
+            )
+    assert run_folder.choose("fit", None, Path("runs/x/old/config.yaml"), None).name not in ("old", "new")
+
+
 def test_processes_of_one_job_share_a_folder(monkeypatch):
     monkeypatch.setenv("SLURM_JOB_ID", "77")
     assert run_folder.choose("fit", None, Path("x.yaml"), None) == Path("runs/x/77")
