@@ -18,7 +18,7 @@ MAIN_CONFIG = "configs/pretraining/llama_stdlib.yaml"
 GRAMMAR = re.compile(r"\bmust\b.*\bbut\b")
 """Form of every error raised on purpose in this package: `<name> must <rule>, but is <value>[; <remedy>]`."""
 
-OF_STRATEGIES = {
+OF_LIGHTNING = {
     r"strategy `(\w+)` requires a GPU": "trainer.strategy must be one that this machine can run, but is {}, which "
     "needs a GPU; configs/strategy/fsdp.yaml runs everywhere",
     r"(DeepSpeed) strategy is only supported on CUDA": "trainer.strategy must be one that this machine can run, but is "
@@ -28,8 +28,11 @@ OF_STRATEGIES = {
     r"(SyncBatchNorm) layers only work with": "trainer.sync_batchnorm must be false without a GPU, but is true",
     r"invalid strategy name: `strategy=(\S+)`": "trainer.strategy must be a class path or a name of Lightning, but "
     "is {}; see configs/strategy",
+    r"`val_check_interval` \((\d+)\) must be .* the number of the training batches \((\d+)\)": "trainer."
+    "val_check_interval must be at most the batches of an epoch, {1}, but is {0}; "
+    "--trainer.check_val_every_n_epoch null counts them from one epoch into the next",
 }
-"""Lightning's messages about strategies, as patterns, and the lines that replace them."""
+"""Lightning's messages about strategies and intervals, as patterns, and the lines that replace them."""
 
 LACKING = re.compile(r"Requirement '(([\w-]+)[^']*)' not met")
 """Lightning's message about a missing package: its errors do not carry the package's name as Python's do."""
@@ -53,9 +56,9 @@ def one_line(error: BaseException) -> str | None:
             f"W&B must be reachable with an account, but is not ({_flat(str(error))}); set WANDB_MODE=offline, or "
             f"leave configs/logging/wandb.yaml out"
         )
-    for pattern, line in OF_STRATEGIES.items():
+    for pattern, line in OF_LIGHTNING.items():
         if found := re.search(pattern, str(error)):
-            return line.format(found[1])
+            return line.format(*found.groups())
     if isinstance(error, MisconfigurationException):
         return _flat(str(error))
     if found := LACKING.search(str(error)):

@@ -27,8 +27,8 @@ def choose(command: str, given: str | None, config: Path | None, ckpt_path: str 
         command: The sub-command.
         given: Value of `--run_dir`.
         config: The first run file; the default folder is named after it.
-        ckpt_path: Value of `--ckpt_path`; `last` and `best` without `given` mean the run whose `config.yaml` is `config`,
-            or else the newest run with such a checkpoint among those named after it.
+        ckpt_path: Value of `--ckpt_path`; `last` and `best` without `given` mean the run whose `config.yaml` is
+            `config`, or else the newest run with such a checkpoint among those named after it.
 
     Raises:
         FileNotFoundError: When `last` or `best` is asked for, and none of these runs has it.

@@ -75,6 +75,13 @@ FLAGS = {
         "trainer.val_check_interval must be a number of steps where trainer.check_val_every_n_epoch is null, but is "
         "0.5; set one of them",
     ),
+    "validations after more batches than an epoch has": (
+        ["--trainer.check_val_every_n_epoch", "1", "--trainer.val_check_interval", "1000"],
+        re.compile(
+            r"trainer.val_check_interval must be at most the batches of an epoch, \d+, but is 1000; "
+            r"--trainer.check_val_every_n_epoch null counts them from one epoch into the next"
+        ),
+    ),
     "no device": (["--trainer.devices", "0"], "trainer.devices must be at least 1, auto or a list, but is 0"),
     "device that is no number": (
         ["--trainer.accelerator", "cpu", "--trainer.devices", "one"],
