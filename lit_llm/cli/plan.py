@@ -172,6 +172,7 @@ def measured_steps(words: list[str], devices: int) -> tuple[dict[str, Any], dict
 
     from lit_llm.callbacks.weight_average import WeightAverage
     from lit_llm.cli import training
+    from lit_llm.cli.standard_parts import listed
     from lit_llm.dry_run import NeedsContent, measure_step
     from lit_llm.recipes import built
 
@@ -183,7 +184,7 @@ def measured_steps(words: list[str], devices: int) -> tuple[dict[str, Any], dict
             f"trainer.precision must be one that torch has itself to be planned, but is {precision}; measure it with "
             f"--probe"
         )
-    callbacks = cli.config_init["fit"]["trainer"]["callbacks"] or []
+    callbacks = listed(cli.config_init["fit"]["trainer"]["callbacks"])
     averages = objective.averages or any(isinstance(c, WeightAverage) for c in callbacks)
     (batch, mean), parts = example_batch(objective, data), trainer["accumulate_grad_batches"] or 1
 

@@ -68,13 +68,13 @@ def standard_parts(options: Any, checkpoint: CheckpointOptions, run_dir: Path, c
     Raises:
         ValueError: When a callback of this package, or one that saves state under the same key, occurs twice.
     """
-    callbacks, loggers, plugins = _listed(options["callbacks"]), options["logger"], _listed(options["plugins"])
+    callbacks, loggers, plugins = listed(options["callbacks"]), options["logger"], listed(options["plugins"])
     if not options["fast_dev_run"]:
         callbacks += _standard_callbacks(options, checkpoint, run_dir, predicts=command == "predict")
         standard = [MetricsCSV(run_dir)]
         if loggers is not False and command == "fit":  # an evaluation has no curve, and its folder may be read-only
             standard.append(TensorBoard(run_dir, name="", version="tensorboard"))
-        loggers = [*([] if isinstance(loggers, bool) else _listed(loggers)), *standard]
+        loggers = [*([] if isinstance(loggers, bool) else listed(loggers)), *standard]
     _require_one_of_each(callbacks)
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(AtomicCheckpointIO())
@@ -109,13 +109,13 @@ def _require_one_of_each(callbacks: list[Callback]) -> None:
             )
 
 
-def _listed(given: Any) -> list[Any]:
+def listed(given: Any) -> list[Any]:
     """A new list of what is given: one value, a list, or nothing."""
     return [*given] if isinstance(given, list) else [] if given is None else [given]
 
 
 def _standard_callbacks(options: Any, checkpoint: CheckpointOptions, run_dir: Path, predicts: bool) -> list[Callback]:
-    given = _listed(options["callbacks"])
+    given = listed(options["callbacks"])
     standard = [Throughput(), RunReport(checkpoint.monitor, checkpoint.mode)]
     if options["enable_progress_bar"] is not False and not any(isinstance(c, ProgressBar) for c in given):
         standard.insert(1, Progress())

@@ -8,6 +8,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
+from lit_llm.cli.standard_parts import listed
+
 LEAST = {
     "num_nodes": 1,
     "accumulate_grad_batches": 1,
@@ -85,7 +87,7 @@ def require_end(trainer: Mapping[str, Any]) -> None:
         return
     ends = max_steps not in (None, -1) or trainer.get("max_time") or (epochs_end and trainer.get("max_epochs") != -1)
     enders = (Timer, EarlyStopping) if epochs_end or isinstance(interval, int) else (Timer,)  # only with validations
-    if not ends and not any(issubclass(locate(c.class_path), enders) for c in trainer.get("callbacks") or ()):
+    if not ends and not any(issubclass(locate(c.class_path), enders) for c in listed(trainer.get("callbacks"))):
         raise ValueError(
             f"trainer.max_steps must be given where data.streaming is true, since a stream's epoch has no end, but is "
             f"{max_steps}; set it, or trainer.max_epochs with trainer.limit_train_batches, the batches of an epoch"

@@ -312,12 +312,13 @@ def test_pairs_are_planned_where_the_devices_of_a_node_are_even(lit_llm):
 def test_an_average_of_the_weights_is_counted(lit_llm, tmp_path):
     overlay = ["--config", REPOSITORY / "configs/strategy/weight_average.yaml"]
     found = []
-    for words in ([], overlay):
+    for words in ([], overlay, ["--trainer.callbacks", "lit_llm.callbacks.weight_average.WeightAverage"]):
         outcome = lit_llm("plan", *MAIN, *SMALL, *words, "--json", tmp_path / "plan.json")
         assert outcome.code == 0, outcome.err
         assert ("trained, plus an average of all" in outcome.out) is bool(words)
         found.append(json.loads((tmp_path / "plan.json").read_text())["steps"]["as configured"])
     assert found[1]["peak"] - found[0]["peak"] == found[0]["weights"] > 0
+    assert found[2] == found[1]
 
 
 def test_a_precision_is_planned_as_the_trainer_reads_it(lit_llm, tmp_path):

@@ -33,6 +33,7 @@ STOPS = [f"{module}.EarlyStopping" for module in ("lightning.pytorch.callbacks",
         ({"callbacks": of()}, False),
         ({"callbacks": of("lightning.pytorch.callbacks.Timer")}, True),
         ({"callbacks": of(f"{__name__}.Clock")}, True),
+        *(({"callbacks": one}, ends) for one, ends in zip(of(f"{__name__}.Clock"), (False, True))),
         *(({"callbacks": of(stop)} | EVERY, True) for stop in STOPS),
         *(({"callbacks": of(stop), "limit_train_batches": 3}, True) for stop in STOPS),
         *(({"callbacks": of(stop)}, False) for stop in STOPS),  # a stream has no epochs to validate after
