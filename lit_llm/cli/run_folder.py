@@ -7,6 +7,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import secrets
 import time
 from pathlib import Path
@@ -151,7 +152,8 @@ def make(folder: Path, starts_anew: bool, trains: bool) -> None:
         trains: Whether the new run is a training, which exports a model.
 
     Raises:
-        ValueError: When it cannot be created, or a new run would overwrite another's checkpoints or model.
+        ValueError: When it cannot be created, or a new run would overwrite another's checkpoints or model, or a
+            `config.yaml` that no run has written.
     """
     there = {path.stem for path in (folder / "checkpoints").glob("*.ckpt")}
     if starts_anew and there:
@@ -163,6 +165,11 @@ def make(folder: Path, starts_anew: bool, trains: bool) -> None:
         )
     if starts_anew and trains and (folder / "model").exists():
         raise ValueError(f"run_dir must be a new folder, but {folder} holds the model of a run; choose another")
+    if starts_anew and trains and not _is_of_a_run(folder / "config.yaml"):
+        raise ValueError(
+            f"run_dir must be a new folder, but {folder} holds a config.yaml that no run has written; choose another, "
+            f"or rename that file"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -170,3 +177,10 @@ def make(folder: Path, starts_anew: bool, trains: bool) -> None:
             f"run_dir must be a folder that can be written to, but is {folder}: {error.strerror}"
         ) from error
     os.environ[VARIABLE] = str(folder)
+
+
+def _is_of_a_run(config: Path) -> bool:
+    """Whether a run may overwrite this file: where there is none, or all options are in it, as a run writes them."""
+    if not config.is_file():
+        return True
+    return re.search(r"^ +default_root_dir:", config.read_text(encoding="utf-8"), re.MULTILINE) is not None

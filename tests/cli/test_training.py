@@ -168,6 +168,19 @@ def test_the_model_of_a_run_is_not_overwritten_where_its_checkpoints_are_gone(li
     )
 
 
+def test_a_run_file_in_a_run_folder_is_not_overwritten_by_what_the_run_comes_to(lit_llm, tiny, tmp_path):
+    config = tmp_path / "run/config.yaml"
+    config.parent.mkdir()
+    config.write_text("# By hand.\ntrainer: {max_steps: 2}")
+    for words in (["--config", config], []):
+        outcome = lit_llm("fit", *tiny, *words, "--run_dir", tmp_path / "run")
+        assert outcome.last_line == (
+            f"lit-llm: error: run_dir must be a new folder, but {tmp_path / 'run'} holds a config.yaml that no run has "
+            f"written; choose another, or rename that file"
+        )
+    assert config.read_text() == "# By hand.\ntrainer: {max_steps: 2}"
+
+
 def test_a_run_that_failed_before_it_saved_is_begun_anew_in_its_folder(lit_llm, tiny, tmp_path):
     fit = ["fit", *tiny, "--run_dir", tmp_path / "run", "--trainer.max_steps", 4, "--trainer.log_every_n_steps", 1]
     assert "must be finite" in lit_llm(*fit, "--model.optimizer.lr", 1e30).last_line
