@@ -55,6 +55,9 @@ LIT_LLM_TRACEBACK=1 shows the traceback of an error.
 LIT_LLM_CACHE=DIR moves all caches (tokens, images, tables, tokenisers, teachers' outputs) from ~/.cache/lit-llm.
 """
 
+STOPPED = "Stopped: run the same command again to resume."
+"""What is said after Ctrl-C by a command that trains more than once."""
+
 
 def main(args: list[str] | None = None) -> None:
     """Runs a command line.
@@ -88,7 +91,7 @@ def main(args: list[str] | None = None) -> None:
             module.run(words)
     except KeyboardInterrupt:
         if words[0] in ("sweep", "compress"):
-            print("Stopped: run the same command again to resume.", file=sys.stderr)
+            print(STOPPED, file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         from lit_llm.cli.errors import one_line

@@ -188,7 +188,7 @@ def _command(name: str, words: list[str]) -> Any:
 
     before = list(sys.argv)
     try:
-        return training.run([name, *words])
+        return training.run_stage([name, *words])
     finally:
         sys.argv = before
 
@@ -227,7 +227,7 @@ class _Evaluator:
 
         file = self.folder / name / "measured.json"
         if file.is_file():
-            return json.loads(file.read_text())
+            return json.loads(file.read_text()) | {"model": str(model)}  # which may have been moved
         cli = self._evaluate(model, self.folder / name / "evaluation")
         found = {key: float(value) for key, value in cli.trainer.callback_metrics.items()}
         metric, mode = self._headline(found)

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lit_llm.callbacks.learning_rate_finder import LearningRateFinder
 from lit_llm.callbacks.run_report import command
 from lit_llm.checkpoint_files import own_checkpoint
-from lit_llm.cli import COMMANDS, find_lr, from_checkpoint, run_folder
+from lit_llm.cli import COMMANDS, STOPPED, find_lr, from_checkpoint, run_folder
 from lit_llm.cli.allocator import keep_freed_memory
 from lit_llm.cli.command_line import OneLineParser, ParagraphHelp, restore_nulls, with_the_runs_config
 from lit_llm.cli.errors import one_line
@@ -64,6 +64,12 @@ def run(words: list[str], summary: bool = True) -> TrainingCLI:
     keep_freed_memory()
     cli = TrainingCLI if summary else SilentCLI
     return _parsed(cli, words)
+
+
+def run_stage(words: list[str]) -> TrainingCLI:
+    """As `run`, for a command of which this is a stage, and which is itself run again to resume it."""
+    keep_freed_memory()
+    return _parsed(StageCLI, words)
 
 
 def read_run(words: list[str]) -> ConfigCLI:
@@ -348,6 +354,13 @@ class SilentCLI(TrainingCLI):
 
     def _print_metrics(self, metrics: dict[str, Any]) -> None:
         pass
+
+
+class StageCLI(TrainingCLI):
+    """A training that is a stage of another command."""
+
+    def _stopped(self) -> str:
+        return STOPPED
 
 
 class ConfigCLI(TrainingCLI):

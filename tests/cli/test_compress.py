@@ -157,6 +157,23 @@ def test_a_chain_with_one_more_stage_goes_on_from_what_there_is(chain, tmp_path)
     assert chain(PRUNE, QUANTIZE).code == 0
 
 
+def test_a_chain_goes_on_where_its_folder_was_moved(chain, tmp_path):
+    assert chain(PRUNE, out="first").code == 0
+    (tmp_path / "first").rename(tmp_path / "second")
+    outcome = chain(PRUNE, QUANTIZE, out="second")
+    assert outcome.code == 0, outcome.err
+    stages = json.loads((tmp_path / "second/report.json").read_text())["stages"]
+    assert stages[1]["model"] == str(tmp_path / "second/stages/01-pruned/model")
+
+
+def test_who_interrupts_a_stage_is_told_to_run_the_chain_again(chain, tmp_path):
+    interrupt = {"class_path": "tests.cli.test_resume.Interrupt", "init_args": {"batch": 1}}
+    outcome = chain(RECOVER | {"options": RECOVER["options"] | {"trainer.callbacks+": interrupt}})
+    assert (outcome.code, outcome.last_line) == (130, "Stopped: run the same command again to resume.")
+    assert "lit-llm fit" not in outcome.err
+    assert (tmp_path / "out/stages/01-recovered/checkpoints/last.ckpt").is_file()
+
+
 def test_a_chain_that_is_tested_goes_on_too(chain):
     for stages in ([PRUNE], [PRUNE], [PRUNE, QUANTIZE]):
         outcome = chain(*stages, split="test", metric="bits_per_byte")
