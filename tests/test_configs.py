@@ -53,6 +53,18 @@ def test_a_run_file_states_what_it_reaches(path):
     assert re.search(r"\d+ (s|seconds|minutes)\b", head)
 
 
+def test_pairs_and_a_task_replace_one_another_whole(lit_llm):
+    run, data = REPOSITORY / "configs/finetuning/encoder_docmatch.yaml", REPOSITORY / "configs/data"
+    words = ["fit", "--config", run, "--data", data / "sst2.yaml"]
+    found = []
+    for more in ([], ["--data", data / "docmatch.yaml"]):
+        outcome = lit_llm(*words, *more, "--print_config")
+        assert outcome.code == 0, outcome.err
+        init_args = yaml.safe_load(outcome.out)["data"]["init_args"]
+        found.append((init_args["task"], init_args["path"]))
+    assert found == [("sst2", None), (None, "stdlib-docmatch")]
+
+
 @pytest.mark.parametrize("path", [*OVERLAYS, *ADAPTATIONS], ids=name)
 def test_an_overlay_adds_to_the_callbacks_and_does_not_replace_them(path):
     trainer = yaml.safe_load(path.read_text()).get("trainer", {})
