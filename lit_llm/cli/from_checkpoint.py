@@ -18,15 +18,19 @@ NOT_OF_TEXTS = {"batch_size", "seq_len", "mask_documents"}
 """Options of data modules that do not change the texts on which a tokeniser is trained."""
 
 
-def starts_from_weights(config: Any) -> bool:
+def starts_from_weights(config: Any, run: Path | None) -> bool:
     """Whether an evaluation without `ckpt_path` evaluates `model.weights` rather than the run's checkpoint.
 
     That is so if weights are given and the run folder has no checkpoint. If the folder has a `config.yaml`, its
     checkpoints were deleted: then only weights within the folder (its exported model) are evaluated, because others
     are what the run started from, not its result.
+
+    Args:
+        config: All options of the command.
+        run: Folder of the run whose own config is evaluated; `None` if the config is not a run's.
     """
     weights = (config["model"].get("init_args") or {}).get("weights")
-    folder = config.get("run_dir") or config["trainer"].get("default_root_dir")
+    folder = config.get("run_dir") or config["trainer"].get("default_root_dir") or run
     if not (weights and folder):
         return bool(weights)
     if own_checkpoint(Path(folder)).is_file():

@@ -42,8 +42,8 @@ def choose(command: str, given: str | None, config: Path | None, ckpt_path: str 
         return Path(ckpt_path).parent.parent
     family = Path("runs") / _name(command, config)
     if ckpt_path in ("last", "best"):
-        if config is not None and config.name == "config.yaml" and (config.parent / "checkpoints").is_dir():
-            return config.parent
+        if own := of_config(config):
+            return own
         ran = list(family.glob(f"*/checkpoints/{ckpt_path}.ckpt"))
         if not ran:
             raise FileNotFoundError(
@@ -63,6 +63,12 @@ def _name(command: str, config: Path | None) -> str:
         return command
     # A run's own config.yaml lies in runs/<name>/<time>/.
     return config.parent.parent.name if config.stem == "config" else config.stem
+
+
+def of_config(config: Path | None) -> Path | None:
+    """The folder of the run whose `config.yaml` a run file is; `None` where it is of none."""
+    is_of_a_run = config is not None and config.name == "config.yaml" and (config.parent / "checkpoints").is_dir()
+    return config.parent if is_of_a_run else None
 
 
 def wandb_id(folder: Path) -> str | None:

@@ -175,10 +175,11 @@ class TrainingCLI(LightningCLI):
             find_lr.prepare(config)
             self.save_config_callback = None  # a range test is no run to repeat
         configs = [Path(str(getattr(path, "relative", path))) for path in config.get("config") or []]
-        asked = config.get("ckpt_path")
-        ckpt_path = asked or (None if fits or from_checkpoint.starts_from_weights(config) else "best")
+        named, asked = next(iter(configs), None), config.get("ckpt_path")
+        own = run_folder.of_config(named)
+        ckpt_path = asked or (None if fits or from_checkpoint.starts_from_weights(config, own) else "best")
         given = config.get("run_dir") or config["trainer"].get("default_root_dir")
-        self.run_dir = run_folder.choose(self.subcommand, given, next(iter(configs), None), ckpt_path)
+        self.run_dir = run_folder.choose(self.subcommand, given, named, ckpt_path)
         starts_anew = not ckpt_path
         if ckpt_path:
             ckpt_path = asked or own_checkpoint(self.run_dir).stem

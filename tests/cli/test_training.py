@@ -211,6 +211,19 @@ def test_a_run_whose_checkpoints_are_gone_is_not_taken_for_what_it_started_from(
     assert not (begun / "predictions.csv").exists()
 
 
+def test_a_run_that_started_from_weights_is_evaluated_by_its_config_rather_than_they(
+    lit_llm, tiny, run, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    words = [*tiny, "--model.network", "null", "--model.weights", run / "model", "--run_dir", tmp_path / "onward"]
+    assert lit_llm("fit", *words).code == 0
+    results = json.loads((tmp_path / "onward/results.json").read_text())
+    outcome = lit_llm("test", "--config", tmp_path / "onward/config.yaml")
+    assert outcome.code == 0, outcome.err
+    assert f"{results['test/loss']:.4f}" in outcome.out
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_runs_best_checkpoint_is_not_evaluated_by_the_name_of_its_last(lit_llm, run):
     outcome = lit_llm("test", "--run_dir", run, "--model.weights", run / "checkpoints/last.ckpt")
     assert outcome.code == 2
