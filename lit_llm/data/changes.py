@@ -15,6 +15,17 @@ def difference(split: str, path: str, what: str, then: list[int], now: list[int]
     return f"the {split} split of {path} has other {what} now" if then != now else None
 
 
+def recut(path: str, then: dict[str, float], now: dict[str, float]) -> str | None:
+    """How splits are cut otherwise out of the same data, of which each is a part; `None` where they are not.
+
+    Example:
+        >>> recut("x.csv", {"validation": 0.1, "test": 0}, {"validation": 0.1, "test": 0.2})
+        'of x.csv 0.1 (validation), 0 (test) was cut out then and 0.1 (validation), 0.2 (test) is now'
+    """
+    before, after = (", ".join(f"{part:g} ({name})" for name, part in cut.items()) for cut in (then, now))
+    return f"of {path} {before} was cut out then and {after} is now" if then != now else None
+
+
 def refusal(what: str, change: str) -> ValueError:
     """The error that refuses to resume training, because changed data would be cut into other splits."""
     return ValueError(

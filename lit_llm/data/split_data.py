@@ -130,11 +130,8 @@ class SplitData(LightningDataModule, ABC):
             before, after = (of.get(name, [0, 0]) for of in (then, now))
             if found := changes.difference(name, self.path, "rows", list(before), list(after)):
                 return found
-        cut, before = self._cut, self._trained_on.get("cut")
-        if before not in (None, cut):
-            then, now = (", ".join(f"{part:g} ({name})" for name, part in of.items()) for of in (before, cut))
-            return f"of {self.path} {then} was cut out then and {now} is now"
-        return None
+        cut = self._cut
+        return changes.recut(self.path, self._trained_on.get("cut") or cut, cut)
 
     @property
     def _cut(self) -> dict[str, float]:

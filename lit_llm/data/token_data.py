@@ -183,11 +183,21 @@ class TokenData(LightningDataModule, ABC):
         return [len(documents), int.from_bytes(hashlib.blake2b(documents, digest_size=8).digest(), "big")]
 
     def _change(self, state_dict: dict[str, Any]) -> str | None:
-        """How the documents have changed since the checkpoint was trained; `None` if no change is known."""
-        then = state_dict.get("documents") or {}  # missing in older checkpoints
-        if not (then.get("contents") and self._contents and _placed(then["source"]) == _placed(self._source)):
+        """How the documents or their splits have changed since the checkpoint; `None` if no change is known."""
+        then = state_dict.get("documents")  # missing in older checkpoints
+        if not then or _uncut(then["source"]) != _uncut(self._source):
+            return None
+        if change := changes.recut(self.corpus_name, self._cut(then["source"]), self._cut(self._source)):
+            return change
+        if not (then["contents"] and self._contents):
             return None
         return changes.difference("train", self.corpus_name, "documents", then["contents"], self._contents)
+
+    def _cut(self, source: dict[str, Any]) -> dict[str, float]:
+        """What part of the documents each split is, none where the corpus has it, and whether of each document."""
+        way = " by position" * (source.get("split_by") == "position")
+        parts = {name: source[f"{name}_fraction"] for name in ("validation", "test")}
+        return {f"{name}{way}": 0.0 if self._separate[name] else part for name, part in parts.items()}
 
     # How rows are made.
 
@@ -294,7 +304,8 @@ class TokenData(LightningDataModule, ABC):
         )
 
 
-def _placed(source: dict[str, Any]) -> dict[str, Any]:
-    """A source with its path resolved, so that all spellings of a path are equal."""
+def _uncut(source: dict[str, Any]) -> dict[str, Any]:
+    """A source without the options of its splits, with its path resolved, so that all spellings of a path are equal."""
     path = source["path"]
-    return {**source, "path": Path(path).expanduser().resolve() if isinstance(path, str) else path}
+    rest = {name: value for name, value in source.items() if not name.endswith("_fraction") and name != "split_by"}
+    return {**rest, "path": Path(path).expanduser().resolve() if isinstance(path, str) else path}

@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -479,6 +480,36 @@ def test_documents_that_are_elsewhere_or_read_by_other_options_are_gone_on_with(
     shutil.rmtree(corpus)
     shutil.move(tmp_path / "new", corpus)  # the same files with other modification times
     awaiting(corpus, "fit").load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "now"),
+    [
+        ({"test_fraction": 0.5}, "0.2 (validation), 0.5 (test)"),
+        ({"split_by": "position"}, "0.2 (validation by position), 0.2 (test by position)"),
+        ({"streaming": True, "validation_fraction": 0.1}, "0.1 (validation), 0.2 (test)"),
+    ],
+    ids=["fraction", "split_by", "stream"],
+)
+def test_texts_that_are_split_otherwise_than_in_training_are_not_gone_on_with_and_said_where_evaluated(
+    corpus: Path, changes: dict[str, Any], now: str, caplog
+) -> None:
+    state = opened(corpus, streaming=changes.get("streaming", False)).state_dict()
+    change = f"of {corpus} 0.2 (validation), 0.2 (test) was cut out then and {now} is now"
+    with pytest.raises(ValueError, match=re.escape(f"to go on from it, but {change}; put those back")):
+        awaiting(corpus, "fit", **changes).require_unchanged(state)
+    for stage, split in STAGES:
+        caplog.clear()
+        data = awaiting(corpus, stage, **changes)
+        data.load_state_dict(state)
+        assert data.doubt == f"Documents that the checkpoint was trained on may be in the {split} split, since {change}"
+        assert data.doubt in caplog.messages
+
+
+def test_a_fraction_that_cuts_nothing_may_be_another(tmp_path: Path) -> None:
+    for name in ("train", "validation", "test"):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name} {n}"}) for n in range(40)))
+    awaiting(tmp_path, "fit", test_fraction=0.5).load_state_dict(opened(tmp_path).state_dict())
 
 
 def test_a_split_of_the_sources_own_is_not_doubted_when_training_grows(tmp_path: Path) -> None:
