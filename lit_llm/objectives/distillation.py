@@ -152,7 +152,6 @@ class Distillation(Objective):
             inherit(self.network, teacher.network, self.layers)
         if self.cache_top_k is not None:
             self._require_rows_as_they_are(data)
-            self._cache = TeacherCache(teacher, self.temperature, self.cache_top_k, self.trainer.global_rank)
         if self.hidden_weight or self.attention_weight:
             self._map = layer_map(self.network, teacher.network, self.layers)
         if self.hidden_weight:
@@ -182,6 +181,15 @@ class Distillation(Objective):
     def on_fit_start(self) -> None:
         """Moves the teacher to the student's device."""
         self.teacher.network.to(self.device)
+
+    def on_train_start(self) -> None:
+        """Tells the teacher how images are read, as a checkpoint may have said it, and opens what it said of them."""
+        super().on_train_start()
+        processor = getattr(self.trainer.datamodule, "image_processor", None)
+        if processor is not None:
+            self.teacher.read_images_of(processor)
+        if self.cache_top_k is not None:
+            self._cache = TeacherCache(self.teacher, self.temperature, self.cache_top_k, self.trainer.global_rank)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Loads as in the objective, without the projections if there are none here, as outside a fit."""

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_map
 from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import inputs
-from lit_llm.checkpoints import read_model
+from lit_llm.checkpoints import read_image_processor, read_model
 from lit_llm.data.cache import cache_folder, cache_name
+from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.tokenizer import fingerprint
 from lit_llm.objectives.divergences import SoftTargets
 from lit_llm.recipes import first_argument
@@ -28,7 +29,8 @@ log = logging.getLogger(__name__)
 class Teacher:
     """A frozen network in evaluation mode, which is no submodule of the objective that holds it.
 
-    Its weights and floating-point inputs, such as images, are in 32 bits, whatever the student's precision is.
+    Its weights and floating-point inputs, such as images, are in 32 bits, whatever the student's precision is. Images are
+    normalised for it as in its own training, if its model directory says how.
 
     Args:
         path: A model directory, a run folder, a checkpoint file or a name on the hub.
@@ -41,7 +43,8 @@ class Teacher:
             model = read_model(path)
         self.network, self.tokenizer, self.size = model.network, model.tokenizer, model.recipe["size"]
         self.network.requires_grad_(False)
-        self.network.register_forward_pre_hook(_widen, with_kwargs=True)
+        self.network.register_forward_pre_hook(self._adjust, with_kwargs=True)
+        self._scale_and_shift: tuple[torch.Tensor, torch.Tensor] | None = None  # from the student's normalisation
 
     def require(self, student: nn.Module, size_name: str, size: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
         """Checks that the student has the same task, tokeniser and classes.
@@ -72,6 +75,36 @@ class Teacher:
                 f"{', '.join(theirs)}"
             )
 
+    def read_images_of(self, student: dict[str, Any]) -> None:
+        """Prepares to convert images that are normalised for the student.
+
+        Args:
+            student: The student's `preprocessor_config.json`.
+
+        Raises:
+            ValueError: When the channels differ.
+        """
+        own = read_image_processor(self.path)
+        if own is None:
+            return
+        here, there = ImageProcessor.from_hf(student), ImageProcessor.from_hf(own)
+        if len(here.mean) != len(there.mean):
+            raise ValueError(
+                f"data.channels must be those of the images that model.teacher reads, {len(there.mean)}, but are "
+                f"{len(here.mean)}; set data.channels to {len(there.mean)}"
+            )
+        if (here.mean, here.std) != (there.mean, there.std):
+            values = (torch.tensor(each)[:, None, None] for each in (here.mean, here.std, there.mean, there.std))
+            mean, std, own_mean, own_std = values
+            self._scale_and_shift = std / own_std, (mean - own_mean) / own_std
+
+    def _adjust(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        args, kwargs = tree_map(_widened, (args, kwargs))
+        if self._scale_and_shift is not None and "pixel_values" in kwargs:
+            scale, shift = (each.to(kwargs["pixel_values"].device) for each in self._scale_and_shift)
+            kwargs["pixel_values"] = kwargs["pixel_values"] * scale + shift
+        return args, kwargs
+
     @contextmanager
     def asked(self) -> Iterator[nn.Module]:
         """A context that gives the network, without gradients and in its precision."""
@@ -81,11 +114,13 @@ class Teacher:
             yield self.network
 
     def fingerprint(self) -> str:
-        """A hash of all its weights."""
+        """A hash of all its weights, and of how images are normalised for it."""
         digest = hashlib.blake2b(digest_size=12)
         for name, tensor in self.network.state_dict().items():
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        for tensor in self._scale_and_shift or ():
+            digest.update(tensor.numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -100,8 +135,8 @@ def _in_32_bits() -> Iterator[None]:
         torch.set_default_dtype(usual)
 
 
-def _widen(module: nn.Module, args: Any, kwargs: Any) -> Any:
-    return tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, (args, kwargs))
+def _widened(x: Any) -> Any:
+    return x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
 
 
 class TeacherCache:

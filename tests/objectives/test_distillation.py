@@ -12,6 +12,7 @@ from lightning.pytorch import Trainer
 from lit_llm.batch import IGNORE_INDEX
 from lit_llm.checkpoints import load_model, save_model
 from lit_llm.data.cache import cache_folder
+from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.models.llama import Llama
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
@@ -217,6 +218,33 @@ def test_attention_of_blocks_that_are_computed_again_is_not_compared(llama, tmp_
     )
     with pytest.raises(ValueError, match=exactly(message)):
         made.configure_model()
+
+
+def test_a_teacher_of_images_is_shown_them_as_it_was_trained_with_and_what_it_said_is_kept_apart(tmp_path, monkeypatch):
+    monkeypatch.setenv("LIT_LLM_CACHE", str(tmp_path / "cache"))
+    config = VIT | {"image_size": 8, "num_channels": 1, "num_hidden_layers": 1}
+    data, shown = Images(), {}
+    data.image_processor = ImageProcessor((1, 8, 8), [0.5], [0.25]).to_hf()
+    pixels = data.batch("train", [0, 1, 2])["pixel_values"]  # of each (pixel - 0.5) / 0.25
+    for mean, std in ((0.5, 0.25), (0.25, 0.5)):
+        own = ImageProcessor((1, 8, 8), [mean], [std]).to_hf()
+        torch.manual_seed(0)
+        save_model(tmp_path / f"{mean}", PretrainedClassifier(3, config=config), image_processor=own)
+        made = student(tmp_path / f"{mean}", config, cache_top_k=2)
+        trainer(tmp_path, max_steps=1).fit(made, datamodule=data)
+        made.teacher.network.register_forward_pre_hook(lambda _, args, kwargs: shown.update(kwargs), with_kwargs=True)
+        with made.teacher.asked() as network:
+            network(pixel_values=pixels)
+        torch.testing.assert_close(shown["pixel_values"], (pixels * 0.25 + 0.5 - mean) / std)
+    assert len(list((tmp_path / "cache" / "teachers").iterdir())) == 2
+    save_model(
+        tmp_path / "3",
+        PretrainedClassifier(3, config=config),
+        image_processor=ImageProcessor((3, 8, 8), [0.5] * 3, [0.5] * 3).to_hf(),
+    )
+    message = "data.channels must be those of the images that model.teacher reads, 3, but are 1; set data.channels to 3"
+    with pytest.raises(ValueError, match=exactly(message)):
+        trainer(tmp_path, max_steps=1).fit(student(tmp_path / "3", config), datamodule=data)
 
 
 @pytest.mark.parametrize("options", [{"cache_top_k": 2}, {"hidden_weight": 1.0}])
