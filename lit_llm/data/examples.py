@@ -197,7 +197,7 @@ class ExampleData(SplitData):
 
     def test_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the test split, as in validation; none if it has no labels."""
-        return self.ordered_dataloader("test") if self._testable else []
+        return super().test_dataloader() if self._testable else []
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint needs to name its classes and to recognise the data that it was trained on."""

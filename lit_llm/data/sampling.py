@@ -73,6 +73,7 @@ class BatchLoader:
 
     Attributes:
         endless: Whether shuffled rows continue into the next epoch, for a loop that stops by itself.
+        mixed: Whether batches of unshuffled rows come in a fixed random order, for a loop that reads only some of them.
 
     Raises:
         ValueError: When the seed is negative, or unshuffled rows are fewer than the ranks.
@@ -104,7 +105,7 @@ class BatchLoader:
         self.rank, self.world_size = rank, world_size
         self.lengths, self.classes, self.weights = lengths, classes, weights
         self.epoch = self.batch = 0
-        self.endless = False
+        self.endless = self.mixed = False
         self._drawn: tuple[int, np.ndarray] | None = None
 
     def __len__(self) -> int:
@@ -119,9 +120,10 @@ class BatchLoader:
         order = self._order(self.epoch)
         first = self.batch if self.shuffle_seed is not None else 0
         even = self.shuffle_seed is None and self.world_size > 1
+        mixed = np.random.default_rng(0).permutation(len(self)).tolist() if self.mixed else range(len(self))
         for batch in range(first, len(self)):
             start, end = (
-                n * len(order) // len(self) if even else n * self.batch_size for n in (batch, batch + 1)
+                n * len(order) // len(self) if even else n * self.batch_size for n in (mixed[batch], mixed[batch] + 1)
             )  # slicing shortens the last one
             cut = self.cut(order[start:end])  # before the position moves on, because `cut` may read it
             # Set before the batch is yielded, so that it is right even if the reading loop stops early.

@@ -218,8 +218,11 @@ class SplitData(LightningDataModule, ABC):
         return self._loader("train", self.seed)
 
     def val_dataloader(self) -> BatchLoader | list[Any]:
-        """All examples of the validation split, the longest first, each once whatever the number of processes."""
-        return self.ordered_dataloader("validation")
+        """All examples of the validation split, the longest first, each once whatever the number of processes.
+
+        Where the trainer is to take but some of the batches, they come in another order, that those are like all.
+        """
+        return self._evaluated("validation", "limit_val_batches")
 
     def ordered_dataloader(self, split: str, share: bool = True) -> BatchLoader | list[Any]:
         """All examples of any split, the longest first and unaugmented; divided among the processes if `share`."""
@@ -227,7 +230,13 @@ class SplitData(LightningDataModule, ABC):
 
     def test_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the test split, as in validation."""
-        return self.ordered_dataloader("test")
+        return self._evaluated("test", "limit_test_batches")
+
+    def _evaluated(self, split: str, limit: str) -> BatchLoader | list[Any]:
+        loader, taken = self.ordered_dataloader(split), getattr(self.trainer, limit, 1.0)
+        if isinstance(loader, BatchLoader):
+            loader.mixed = isinstance(taken, int) or taken < 1.0  # a whole number counts batches
+        return loader
 
     def predict_dataloader(self) -> BatchLoader | list[Any]:
         """All examples of the split to predict, labelled or not."""

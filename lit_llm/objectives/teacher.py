@@ -29,8 +29,8 @@ log = logging.getLogger(__name__)
 class Teacher:
     """A frozen network in evaluation mode, which is no submodule of the objective that holds it.
 
-    Its weights and floating-point inputs, such as images, are in 32 bits, whatever the student's precision is. Images are
-    normalised for it as in its own training, if its model directory says how.
+    Its weights and floating-point inputs, such as images, are in 32 bits, whatever the student's precision is. Images
+    are normalised for it as in its own training, if its model directory says how.
 
     Args:
         path: A model directory, a run folder, a checkpoint file or a name on the hub.

@@ -171,6 +171,25 @@ def test_long_texts_are_cut_and_batches_padded_to_their_longest(table) -> None:
         assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1]
 
 
+def test_a_validation_of_some_batches_reads_texts_of_all_lengths(tmp_path) -> None:
+    path = write_csv(tmp_path / "x.csv", [(f"{n} " + "ab " * (1 + n % 2 * 20), n % 2) for n in range(200)])
+    data = made(path=path, tokenizer="bytes", validation_fraction=0.2, test_fraction=0.2)
+
+    def classes(limit: float) -> tuple[list[int], ...]:
+        data.trainer = SimpleNamespace(limit_val_batches=limit, limit_test_batches=limit, global_rank=0, world_size=1)
+        loaders = data.val_dataloader(), data.test_dataloader(), data.predict_dataloader()
+        return tuple([int(batch["labels"].float().mean()) for batch in loader] for loader in loaders)
+
+    longest_first = [1] * 5 + [0] * 5
+    assert classes(1.0) == (longest_first,) * 3
+    for limit in (1, 5, 0.5):
+        *evaluated, predicted = classes(limit)
+        assert predicted == longest_first
+        for found in evaluated:
+            assert sorted(found[:5]) != [1] * 5
+            assert sorted(found, reverse=True) == longest_first
+
+
 def test_flags_balance_classes_and_leave_lengths_alone(tmp_path) -> None:
     table = write_csv(tmp_path / "x.csv", [(f"a{n}", int(n % 10 == 0)) for n in range(100)])
     data = made(path=table, balance_classes=True, length_grouping=False, validation_fraction=0.0)

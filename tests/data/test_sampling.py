@@ -303,6 +303,17 @@ def test_not_shuffled_the_longest_rows_come_first_and_each_once() -> None:
     assert all((np.diff(LENGTHS[rows]) <= 0).all() for rows in ranks)
 
 
+def test_mixed_batches_are_the_same_in_another_order_which_is_always_the_same() -> None:
+    for rank, world_size in ((0, 1), (0, 2), (1, 2)):
+        loader = BatchLoader(lambda rows: rows.tolist(), 101, 4, None, rank, world_size, LENGTHS[:101])
+        in_order, loader.mixed = list(loader), True
+        first, again = list(loader), list(loader)
+        assert first == again != in_order
+        assert sorted(first) == sorted(in_order)
+        some = LENGTHS[flat(first[: len(first) // 2])]
+        assert abs(some.mean() - LENGTHS[:101].mean()) < LENGTHS[:101].std() / 2
+
+
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=4), st.integers(0, 3))
 def test_balanced_each_class_comes_equally_often_and_no_row_much_oftener_than_another(sizes, seed) -> None:
     classes = np.repeat(np.arange(len(sizes)), sizes)
