@@ -157,6 +157,16 @@ class Seq2Seq(TeacherForcing):
         self.num_generated, self.max_new_tokens, self.num_beams = num_generated, max_new_tokens, num_beams
         self.val_metric, self.test_metric = GeneratedText(), GeneratedText()
 
+    def build(self) -> None:
+        """Makes the network, and sees that it has room for the texts that it is to write."""
+        super().build()
+        longest = getattr(self.network, "max_seq_len", None)
+        if longest and self.max_new_tokens > longest:
+            raise ValueError(
+                f"model.max_new_tokens must be at most the network's max_seq_len, {longest}, but is "
+                f"{self.max_new_tokens}; lower it"
+            )
+
     def texts(self, batch: Seq2SeqBatch, step: int | None = None) -> dict[str, Tensor]:
         """Source and target of the batch, unchanged."""
         return {name: batch[name] for name in ("input_ids", "labels", "attention_mask")}

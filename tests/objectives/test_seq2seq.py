@@ -137,6 +137,22 @@ def test_a_network_that_only_reads_or_writes_is_refused() -> None:
         made.configure_model()
 
 
+def test_longer_texts_to_write_than_the_network_has_positions_are_refused(numbers: str, tmp_path: Path) -> None:
+    layers = {f"{part}_{what}": 1 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    config = {"model_type": "bart", "d_model": 8, "max_position_embeddings": 32, **layers}
+
+    def validated(max_new_tokens: int) -> None:
+        made = Seq2Seq(functools.partial(PretrainedSeq2Seq, config=config), max_new_tokens=max_new_tokens)
+        run = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+        data = Seq2SeqData(path=numbers, tokenizer="t5-bpe-400", max_source_len=32, max_target_len=32)
+        run.validate(made, data, verbose=False)
+
+    validated(32)
+    message = "model.max_new_tokens must be at most the network's max_seq_len, 32, but is 33; lower it"
+    with pytest.raises(ValueError, match=exactly(message)):
+        validated(33)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
