@@ -28,7 +28,10 @@ UNLABELLED_TEST = "unlabelled test"
 """Name of the source's test split if it has no labels and a labelled one is cut in addition."""
 
 SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id(ation)?|uation|el(opment)?)?(set)?(?![a-z])")
-SPLIT_NAME = re.compile(rf"(.*{SPLIT_WORD.pattern})(-\d+-of-\d+|[\W\d_]*)")
+SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]{16})?$")
+"""Ending of a file name if a split has several files; older data sets of the hub add a hash."""
+
+SPLIT_NAME = re.compile(rf"(.*{SPLIT_WORD.pattern})({SHARD.pattern}|[\W\d_]*)")
 """A name that ends in a split's word, apart from numbers and punctuation."""
 
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")

@@ -22,6 +22,7 @@ from lit_llm.data.json_lines import is_in_lines, json_lines
 from lit_llm.data.table_files import (
     HUB_NAME,
     PACKED,
+    SHARD,
     SPLIT_NAME,
     TABLE_FORMATS,
     in_hub_layout,
@@ -48,7 +49,6 @@ NUMBERS = re.compile(r"idx|id|index|Unnamed: 0(\.\d+)?")
 """Names of columns of row numbers; pandas adds `.1`, `.2`, … to `Unnamed: 0` when it writes a table again."""
 
 ROWS_AT_ONCE = 10_000
-SHARD = re.compile(r"-\d+-of-\d+$")
 NUMBER = re.compile(rf"{SHARD.pattern}|([-_.]?\d)+$")
 UNLABELLED = ("unlabel", "unsupervised")
 """Beginnings of the names of unlabelled tables, which are for semi-supervised training."""

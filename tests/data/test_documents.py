@@ -204,6 +204,12 @@ def test_a_folder_of_tables_is_one_corpus(tmp_path: Path, suffix: str) -> None:
         (["train_a.jsonl", "train_b.jsonl", "dev_matched.jsonl"], ["train_a", "train_b"], ["dev_matched"], []),
         (["train/a.jsonl", "test/b.jsonl", "test/train.jsonl", "c.jsonl"], ["c", "train", "a"], [], ["b"]),
         (["data/train-00000-of-00001.parquet", "dataset_infos.json"], ["train-00000-of-00001"], [], []),
+        (
+            ["a.csv", "x_test-00000-of-00001-55aa9a0c3be2d7ff.csv"],
+            ["a"],
+            [],
+            ["x_test-00000-of-00001-55aa9a0c3be2d7ff"],
+        ),
     ],
 )
 def test_every_table_of_a_folder_is_read_for_what_its_name_clearly_says_or_for_training(

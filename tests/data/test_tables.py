@@ -101,6 +101,14 @@ def test_a_folder_has_the_splits_that_its_files_are_called_after_also_of_differe
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 4, "validation": 1, "test": 1}
 
 
+def test_shards_whose_names_the_hub_gave_hashes_are_one_split(tmp_path) -> None:
+    for number, code in enumerate(("6f1d9a0c3be2d7a1", "a09b74b3ef9c3b56", "0123456789012345")):
+        write(tmp_path / f"train-{number:05}-of-00003-{code}.parquet", [{"text": f"{number}", "label": "a"}])
+    write(tmp_path / "test-00000-of-00001-55aa9a0c3be2d7ff.parquet", ROWS)
+    splits = open_table(str(tmp_path))
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 3, "test": 2}
+
+
 @pytest.mark.parametrize(
     "name", ["train_{}.parquet", "train-{}.jsonl", "train.{}.csv", "data_train000{}.tsv", "Train_202{}-01.csv"]
 )
