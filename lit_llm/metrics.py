@@ -168,9 +168,10 @@ class GeneratedText(Metric):
 
     `compute` returns the metrics of `TokenPrediction` and, if any process added texts, `exact_match` (the fraction
     equal to their reference), `rouge_l` (mean F1 of the longest common subsequence of lower-case words), `bleu` (over
-    the whole corpus, n-grams of up to 4 words) and `chrf` (n-grams of up to 6 characters and up to 2 words); each from
-    0 to 1. Words of `rouge_l` are runs of letters and digits of any script; for scripts that do not separate words,
-    such as Chinese, `chrf` is more informative.
+    the whole corpus, n-grams of up to 4 words) and `chrf` (n-grams of up to 6 characters and up to 2 words, as far as
+    texts are that long); each from 0 to 1. Words of `rouge_l` are runs of letters and digits of any script, those of
+    `bleu` are separated by white space; for scripts that do not separate words, such as Chinese, `chrf` is more
+    informative.
 
     Source:
         Lin, 2004, "ROUGE"; Papineni et al., 2002, "BLEU"; Popović, 2017, "chrF++"; computed by torchmetrics, whose
@@ -190,7 +191,7 @@ class GeneratedText(Metric):
         super().__init__()
         self.tokens = TokenPrediction()
         # torchmetrics' own ROUGE metric needs the same number of texts in every process.
-        self.exact, self.rouge, self.bleu, self.chrf = MeanMetric(), MeanMetric(), BLEUScore(), CHRFScore()
+        self.exact, self.rouge, self.bleu, self.chrf = MeanMetric(), MeanMetric(), BLEUScore(), ChrF()
 
     def update(self, written: list[str], wanted: list[str]) -> None:
         """Adds generated texts and their references."""
@@ -212,6 +213,32 @@ class GeneratedText(Metric):
         super().reset()
         for metric in self.children():
             metric.reset()
+
+
+class ChrF(CHRFScore):
+    """Corpus-level chrF++ as in sacrebleu: averaged over the n-gram orders that occur in both sides.
+
+    torchmetrics averages over all orders, so even perfect short texts score below 1.
+
+    Example:
+        >>> metric = ChrF()
+        >>> metric.update(["yes", "no"], [["yes"], ["no"]])
+        >>> metric.compute()
+        tensor(1.)
+    """
+
+    def compute(self) -> Tensor:
+        """The score of all texts so far, from 0 to 1."""
+        scores = []  # precision and recall of each order
+        for kind, orders in (("char", self.n_char_order), ("word", self.n_word_order)):
+            for n in range(1, orders + 1):
+                sides = ("matching", "preds", "target")
+                both, mine, its = (getattr(self, f"total_{side}_{kind}_{n}_grams") for side in sides)
+                if mine > 0 and its > 0:
+                    scores.append(torch.stack([both / mine, both / its]))
+        precision, recall = torch.stack(scores).mean(dim=0) if scores else torch.zeros(2)
+        weighted = self.beta**2 * precision + recall
+        return (1 + self.beta**2) * precision * recall / weighted if weighted > 0 else weighted
 
 
 def classification_metrics(num_classes: int) -> MetricCollection:

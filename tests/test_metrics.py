@@ -106,6 +106,26 @@ def test_words_of_rouge_are_of_any_script(written: str, wanted: str, rouge: floa
     assert metric.compute()["rouge_l"].item() == pytest.approx(rouge)
 
 
+@pytest.mark.parametrize(
+    ("written", "wanted", "chrf"),
+    [
+        (["yes", "no"], ["yes", "no"], 1.0),
+        (["one hundred"], ["one hundred"], 1.0),
+        (["a"], ["abcd"], 5 * 0.5 * 0.125 / (4 * 0.5 + 0.125)),  # of single characters right, of words wrong
+        (["the cat sat on the mat", "no"], ["the cat sat, on a mat.", "never"], None),
+        (["", ""], ["yes", "no"], 0.0),
+    ],
+)
+def test_chrf_is_sacrebleus_also_of_texts_that_are_too_short_for_some_orders(written, wanted, chrf) -> None:
+    metric = GeneratedText()
+    metric.update(written, wanted)
+    found = metric.compute()["chrf"].item()
+    if chrf is not None:
+        assert found == pytest.approx(chrf)
+    sacrebleu = pytest.importorskip("sacrebleu")
+    assert 100 * found == pytest.approx(sacrebleu.corpus_chrf(written, [wanted], word_order=2).score)
+
+
 def test_a_reset_metric_begins_anew(data) -> None:
     metric = LanguageModeling()
     metric.update(*data)
