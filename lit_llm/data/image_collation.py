@@ -58,7 +58,8 @@ class ImageCollation:
 
         Args:
             rows: Indices of the images.
-            augmentation: Augmentation of each image; if it mixes images, labels become probabilities.
+            augmentation: Augmentation of each image; if it mixes images, their labels are mixed too, and classes become
+                probabilities.
             chance: Seed and epoch, which together with the row determine the augmentation.
         """
         labels = None if self.labels is None else torch.from_numpy(self.labels[rows])
@@ -70,8 +71,8 @@ class ImageCollation:
                 others = augmentation.partners(rows, len(self), chance)
                 partners = augmentation(self.images(others), others, chance)
                 pixels, own = augmentation.mix(pixels, partners, rows, chance)
-                pairs = (F.one_hot(each, self.num_classes).float() for each in (self._labels_of(others), labels))
-                labels = torch.lerp(*pairs, own[:, None])
+                pairs = self._numbers(self._labels_of(others)), self._numbers(labels)
+                labels = torch.lerp(*pairs, own.view(-1, *[1] * (pairs[0].ndim - 1)))
         batch: ImageBatch = {
             "pixel_values": pixels.sub_(self.mean).div_(self.std),
             "rows": torch.from_numpy(rows.astype(np.int64)),
@@ -82,3 +83,7 @@ class ImageCollation:
 
     def _labels_of(self, rows: np.ndarray) -> Tensor:
         return torch.from_numpy(self.labels[rows])
+
+    def _numbers(self, labels: Tensor) -> Tensor:
+        """What can be mixed of labels: values, or of classes a probability of each."""
+        return labels if labels.is_floating_point() else F.one_hot(labels, self.num_classes).float()

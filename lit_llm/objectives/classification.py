@@ -140,7 +140,7 @@ class Classification(Objective):
 
         Labels are class indices, or probabilities of each class (`batch classes`), as for mixed images.
         """
-        logits, labels, smoothing = self.logits(batch), batch["labels"], self.label_smoothing
+        logits, labels, smoothing = self.logits(batch), self._targets(batch), self.label_smoothing
         if self.count_of_class is None:
             total = F.cross_entropy(logits, labels, reduction="sum", label_smoothing=smoothing)
             return total, total.new_tensor(len(labels))
@@ -150,9 +150,14 @@ class Classification(Objective):
             total = torch.lerp(total, -(weights * logits.log_softmax(dim=-1).mean(dim=-1)).sum(), smoothing)
         return total, weights.sum()
 
+    def _targets(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """The labels; probabilities are padded with zeros for classes that only the network has."""
+        labels = batch["labels"]
+        return F.pad(labels, (0, self.hparams["num_classes"] - labels.shape[-1])) if labels.ndim > 1 else labels
+
     def weights_of(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
         """Weight of each example; for mixed images the mean weight of the classes mixed."""
-        labels, weight = batch["labels"], self.weight_of_class
+        labels, weight = self._targets(batch), self.weight_of_class
         if weight is None:
             return torch.ones(len(labels), device=labels.device)
         return (labels * weight).sum(dim=-1) if labels.is_floating_point() else weight[labels]  # (autocast rounds `@`)

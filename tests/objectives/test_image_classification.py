@@ -76,6 +76,14 @@ def test_the_loss_of_mixed_images_is_that_of_their_shares(weights: Any, tmp_path
 
 
 @pytest.mark.parametrize("weights", [None, "balanced"])
+def test_mixed_images_are_learnt_by_a_network_of_more_classes_as_whole_ones_are(weights: Any, tmp_path: Path) -> None:
+    made = fitted(tmp_path, NETWORKS["cnn"], Images(mixed=True), num_classes=5, class_weights=weights).eval()
+    batch = Images().batch("train", [0, 1, 5])
+    soft = batch | {"labels": F.one_hot(batch["labels"], 3).float()}
+    torch.testing.assert_close(made.loss(soft), made.loss(batch))
+
+
+@pytest.mark.parametrize("weights", [None, "balanced"])
 def test_mixed_images_are_learnt_by_a_network_in_16_bits(weights: Any, tmp_path: Path) -> None:
     read = []
     made = Classification(NETWORKS["cnn"], ADAM, label_smoothing=0.1, class_weights=weights)
