@@ -50,7 +50,7 @@ class Adaptation(ABC):
         """
         found, top = depths(network)
         for p, depth in found.items():
-            p.requires_grad_(self.start(depth, top) is not None)
+            p.requires_grad_(p.requires_grad and self.start(depth, top) is not None)  # what came frozen stays so
         if not any(p.requires_grad for p in network.parameters()):
             raise ValueError(
                 f"adaptation must leave something to learn, but {type(self).__name__} freezes all of a network that "

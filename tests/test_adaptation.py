@@ -107,6 +107,15 @@ def test_depths_rise_from_the_embeddings_to_the_head(kind: type, tied: bool) -> 
     assert by_depth == [embeddings, {blocks}, {blocks, norm}, set() if tied else {"lm_head"}]
 
 
+@pytest.mark.parametrize("adaptation", [LayerDecay(), FrozenLayers(0), GradualUnfreezing(), LoRA(2)])
+def test_a_table_of_positions_that_comes_frozen_stays_so(adaptation: Adaptation) -> None:
+    network = PretrainedClassifier(3, config=BERT | {"model_type": "roformer", "embedding_size": BERT["hidden_size"]})
+    frozen = [p for p in network.parameters() if not p.requires_grad]
+    assert frozen
+    adaptation.prepare(network)
+    assert not any(p.requires_grad for p in frozen)
+
+
 SMALL = {"vocab_size": 20, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 
 
