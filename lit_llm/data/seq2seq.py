@@ -180,10 +180,7 @@ class Seq2SeqData(TableTokens):
             columns = PairColumns(self.columns.source, None) if hidden else self.columns
             check_texts(rows, asdict(columns), self.path, name)
             splits[name] = Split(rows, None if hidden else np.zeros(len(rows), np.int64))
-        # If pairs share a source text, only sources are hashed, so that such pairs stay together. Otherwise both texts
-        # are, so that splits stay as they were in earlier versions.
-        several = len(found["train"].unique(self.columns.source)) < len(found["train"])
-        texts = Columns(self.columns.source, None if several else self.columns.target, None)
+        texts = Columns(self.columns.source, self.columns.target, None)
         return with_all_splits(splits, texts, self.validation_fraction, self.test_fraction)
 
     def _texts_to_learn_tokens_from(self) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 
 from lit_llm.data.cleaning import content_hash
@@ -61,7 +63,15 @@ def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_
     differ: in the order of the hashes, all rows of a text go to the first of test and validation with room for them,
     else they stay in training. If a class consists mostly of texts with too many rows to fit, at most half of its
     other rows (or the given fractions of them, if more) are cut, so that some are left to train on.
+
+    Pairs with the same first text stay together too, unless that leaves nothing to cut. If no first text repeats,
+    both texts are hashed, so that splits stay as they were in earlier versions.
     """
+    first = columns.text_pair and split.column(columns.text)
+    if first and len(set(first)) < len(first):
+        by_first = cut_splits(split, replace(columns, text_pair=None), validation_fraction, test_fraction)
+        if len(by_first) > 1:
+            return by_first
     texts = zip(*(split.column(name) for name in (columns.text, columns.text_pair) if name), strict=True)
     keys = np.array([content_hash("\0".join(text)) for text in texts], dtype=np.uint64)
     kinds = kinds_of_texts(strata(split.labels), keys)

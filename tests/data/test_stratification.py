@@ -52,6 +52,25 @@ def test_equal_examples_are_in_one_split() -> None:
     assert sum(map(len, found)) == len(set.union(*found))
 
 
+def pairs(first: list[str]) -> tuple[Split, Columns]:
+    labels, second = [n % 3 for n in range(len(first))], [f"second {n}" for n in range(len(first))]
+    rows = Dataset.from_dict({"text": first, "text_pair": second, "label": labels})
+    return Split(rows, np.array(labels)), Columns("text", "text_pair", "label")
+
+
+def test_pairs_with_one_first_text_are_in_one_split() -> None:
+    parts = cut_splits(*pairs([f"first {n // 3}" for n in range(300)]), 0.2, 0.1)
+    assert {name: len(part) for name, part in parts.items()} == {"test": 30, "validation": 60, "train": 210}
+    found = [set(part.column("text")) for part in parts.values()]
+    assert sum(map(len, found)) == len(set.union(*found))
+    assert all(np.bincount(part.labels).tolist() == [len(part) // 3] * 3 for part in parts.values())
+
+
+def test_pairs_that_all_have_one_first_text_are_cut_by_the_second() -> None:
+    parts = cut_splits(*pairs(["a question"] * 300), 0.2, 0.1)
+    assert {name: len(part) for name, part in parts.items()} == {"test": 30, "validation": 60, "train": 210}
+
+
 @pytest.mark.parametrize("labels", [[0, 1, 2], [0.0, 0.5, 1.0]])
 def test_equal_examples_are_in_one_split_though_their_labels_differ(labels) -> None:
     labels, texts = labels * 100, [f"text {n % 80}" for n in range(300)]
