@@ -1,4 +1,4 @@
-"""JSON lines: each line is a row, read by itself, so that rows need not have the same columns or types."""
+"""Rows of JSON, one per line or in an array; each is read by itself, so their columns and types may differ."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, one per line that is not blank.
+    """The rows of a file, one per line that is not blank, or of one array.
 
     Raises:
         ValueError: When a line is not JSON, not an object, or holds an unpaired surrogate; or when the file is not
             UTF-8.
     """
-    for number, line in enumerate(_utf8_lines(file), 1):
+    for number, line in enumerate(_lines_of_array(file) or _utf8_lines(file), 1):
         if not line.strip():
             continue
         place = f"line {number} of {file.name}"
@@ -38,6 +38,17 @@ def json_lines(file: Path) -> Iterator[dict[str, Any]]:
         yield row
 
 
+def _lines_of_array(file: Path) -> list[str] | None:
+    """The rows of an array as a line of JSON each; `None` where the file holds something else."""
+    if not next(filter(str.strip, _utf8_lines(file)), "").lstrip().startswith("["):
+        return None
+    try:
+        rows = json.loads("".join(_utf8_lines(file)))
+    except json.JSONDecodeError:
+        return None
+    return list(map(json.dumps, rows)) if all(isinstance(row, dict) for row in rows) else None
+
+
 def _utf8_lines(file: Path) -> Iterator[str]:
     try:
         with file.open(encoding="utf-8-sig") as lines:
@@ -50,7 +61,7 @@ def _utf8_lines(file: Path) -> Iterator[str]:
 
 
 def is_in_lines(file: Path) -> bool:
-    """Whether a JSON file begins with a line that is a row, or is empty.
+    """Whether a JSON file begins with a line that is a row, or is an array of rows, or is empty.
 
     Raises:
         ValueError: When it is not UTF-8, because other readers would pass on text that cannot be read later.

@@ -223,6 +223,12 @@ def test_every_table_of_a_folder_is_read_for_what_its_name_clearly_says_or_for_t
     assert (corpus.has_validation, corpus.has_test) == (bool(validation), bool(test))
 
 
+def test_texts_of_an_array_of_json_may_spell_dates(tmp_path: Path) -> None:
+    dates = [f"2024-01-{n:02}" for n in range(1, 9)]
+    (tmp_path / "x.json").write_text(json.dumps([{"text": date} for date in dates]))
+    assert [document.text for document in open_corpus(str(tmp_path / "x.json")).read()] == dates
+
+
 def test_a_table_whose_name_only_begins_as_a_splits_is_said_to_be_trained_on(tmp_path: Path, caplog) -> None:
     for name in ("books", "test_prep"):
         table(tmp_path / f"{name}.jsonl", [name])

@@ -40,6 +40,13 @@ def test_dates_in_json_lines_are_text(tmp_path) -> None:
     check_texts(rows, {"text": "text"}, "x", "train")
 
 
+@pytest.mark.parametrize("indent", [None, 1])
+def test_dates_in_an_array_of_json_are_text(tmp_path, indent) -> None:
+    rows = [{"text": f"2024-01-{n:02}T10:00:00", "label": f"2024-01-{n:02}"} for n in range(1, 9)]
+    (tmp_path / "x.json").write_text(json.dumps(rows, indent=indent))
+    assert list(open_table(str(tmp_path / "x.json"))["train"]) == rows
+
+
 def test_what_a_column_of_json_lines_holds_is_seen_in_all_of_its_rows(tmp_path) -> None:
     rows = [{}, {"text": "b"}] + [{"text": "ab" * 500, "label": n % 5, "more": n} for n in range(11_000)]
     rows += [{"text": "a", "label": 0.5, "more": "b"}, {"text": "a", "label": 1, "late": {"c": None}}]
