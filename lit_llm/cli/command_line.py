@@ -35,14 +35,15 @@ def run_files(words: list[str]) -> list[str]:
 
 
 def _files_first(words: list[str]) -> list[str]:
-    """Moves the run files, in their order, before the other options, which override them wherever they stand."""
-    files, others, left = [], [], iter(words)
-    for word in left:
-        if word in ("--config", "-c"):
-            files += [word, *itertools.islice(left, 1)]
-        else:
-            (files if word.startswith("--config=") else others).append(word)
-    return [*files, *others]
+    """Moves options that come before the first run files behind these, which would otherwise override them.
+
+    Later options and overlays keep their order: `--trainer.callbacks.window 4` is of the last callback before it.
+    """
+    is_file = [word in ("--config", "-c") or word.startswith("--config=") for word in words]
+    start = end = is_file.index(True) if any(is_file) else 0
+    while end < len(words) and is_file[end]:
+        end += 1 if "=" in words[end] else 2
+    return [*words[start:end], *words[:start], *words[end:]]
 
 
 def _from_home(words: list[str]) -> list[str]:
@@ -106,7 +107,7 @@ def _require_yaml(name: str, value: Any, folder: Path) -> None:
 
 
 def with_the_runs_config(words: list[str]) -> list[str]:
-    """Puts run files before the other options, and before them the run's own config if no config is given.
+    """Puts the first run files before the other options, and the run's own config if no config is given.
 
     To resume or evaluate a run, its own config also comes first if the given configs are all overlays. The folder may
     be named by the path of a checkpoint in it.

@@ -45,4 +45,4 @@ def test_a_prompt_that_the_network_has_no_room_for_is_refused_before_the_first_s
         "prompt must be at most 64 tokens, which the network's max_seq_len 64 has room to go on from, but is 71; "
         "shorten it"
     )
-    assert not (tmp_path / "run/checkpoints").exists()
+    assert not (tmp_path / "run/metrics.csv").exists()

@@ -5,21 +5,14 @@ import yaml
 from lit_llm.cli.command_line import with_the_runs_config
 
 
-def test_run_files_come_before_the_options_that_are_laid_over_them_and_keep_their_order(tmp_path):
-    words = [
-        "fit",
-        "--model.x",
-        "1",
-        "--config",
-        "a.yaml",
-        "--print_config",
-        "--config=b.yaml",
-        "-c",
-        "c.yaml",
-        "--y=2",
-    ]
-    files = ["--config", "a.yaml", "--config=b.yaml", "-c", "c.yaml"]
-    assert with_the_runs_config(words) == ["fit", *files, "--model.x", "1", "--print_config", "--y=2"]
+def test_options_come_after_the_first_run_files_and_later_ones_keep_their_order(tmp_path):
+    files, before, after = (
+        ["--config", "a.yaml", "--config=b.yaml"],
+        ["--x", "1"],
+        ["--y=2", "-c", "c.yaml", "--z", "3"],
+    )
+    assert with_the_runs_config(["fit", *before, *files, *after]) == ["fit", *files, *before, *after]
+    assert with_the_runs_config(["fit", *files, *after]) == ["fit", *files, *after]
     assert with_the_runs_config(["fit", "--y=2", "--config"]) == ["fit", "--config", "--y=2"]
     own, overlay = tmp_path / "config.yaml", tmp_path / "overlay.yaml"
     overlay.write_text("trainer: {max_steps: 2}")
