@@ -117,7 +117,8 @@ def command(name: str, flags: Flags, log: str, options: argparse.Namespace, *mor
 def size(folder: Path) -> Row:
     """Number of parameters of a model directory, and bytes of its weights."""
     from lit_llm.checkpoints import load_model
-    from lit_llm.compression.report import bytes_on_disk, count_parameters
+    from lit_llm.compression.report import count_parameters
+    from lit_llm.weights import bytes_on_disk
 
     return {"parameters": count_parameters(load_model(folder)[0]), "bytes": bytes_on_disk(folder)}
 
