@@ -22,7 +22,7 @@ from lit_llm.wording import first_line
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-CONVERSATIONS_FORMAT = 5
+CONVERSATIONS_FORMAT = 4
 """Version of the encoding, raised whenever tokens, learnt tokens or byte counts change, so no older cache is used."""
 
 BEFORE = "\ue000"

@@ -100,21 +100,6 @@ class Conversations(Rows):
         ]
 
 
-def opening(text: str) -> str:
-    """What a conversation that is given as JSON has before the first answer to the user; all of it without such.
-
-    Example:
-        >>> opening('[{"role": "user", "content": "x?"}, {"role": "assistant", "content": "y"}]')
-        '[{"role": "user", "content": "x?"}]'
-    """
-    messages, asked = json.loads(text), False
-    for place, message in enumerate(messages):
-        if asked and message["role"] == "assistant":
-            return json.dumps(messages[:place], ensure_ascii=False)
-        asked |= message["role"] == "user"
-    return text
-
-
 def is_learnt(message: Message) -> bool:
     """Whether a message is the assistant's and its weight is not 0."""
     return message["role"] == "assistant" and message.get("weight") != 0

@@ -15,8 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from lit_llm.batch import TokenBatch
 from lit_llm.data.chat import CONVERSATIONS_FORMAT, encode_conversations, with_template
-from lit_llm.data.cleaning import Cleaning, content_hash, split_of
-from lit_llm.data.conversations import Conversations, opening
+from lit_llm.data.cleaning import Cleaning
+from lit_llm.data.conversations import Conversations
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, open_corpus
 from lit_llm.data.packing import lay_rows, pack
@@ -33,8 +33,7 @@ class InstructionData(TokenData):
 
     A row of the table holds a prompt and a response, or a list of messages. Conversations are rendered by a chat
     template, which is saved with the tokeniser, so `lit-llm generate --chat` and transformers' `apply_chat_template`
-    render them identically. They are divided into splits like the documents of `TextData`, and are tokenised once;
-    several answers to one prompt are in one split, unless they are more than a split is to hold.
+    render them identically. They are divided into splits like the documents of `TextData`, and are tokenised once.
 
     Args:
         path: `stdlib-instructions`; a table (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`) or a folder of them; or a
@@ -175,27 +174,7 @@ class InstructionData(TokenData):
     def _split(self, corpus: Corpus, dropped: Counter[str]) -> Iterator[tuple[Document, int, str]]:
         # The messages are cleaned already; an empty text is a row without an answer.
         cleaning = replace(self.cleaning, strip_control=False, unicode_nfc=False, drop_empty=True)
-        first = self._first_of_each_opening(corpus, cleaning)
-        fractions = self.validation_fraction, self.test_fraction
-        return split_documents(
-            corpus, cleaning, *fractions, dropped, lambda d, own: first.get(content_hash(opening(d.text)), own)
-        )
-
-    def _first_of_each_opening(self, corpus: Corpus, cleaning: Cleaning) -> dict[int, int]:
-        """Maps the hash of each opening that several conversations share to the content hash of the first of them.
-
-        Openings with more conversations than a split is to hold are left out. Empty if a split would be left empty.
-        """
-        found: dict[int, list[int]] = {}
-        for document, content in cleaning.documents(corpus.read(None), Counter()):
-            if document.split in (None, "train"):
-                found.setdefault(content_hash(opening(document.text)), []).append(content)
-        fractions = self.validation_fraction, self.test_fraction
-        most = max(fractions) * sum(map(len, found.values()))
-        first = {key: alike[0] for key, alike in found.items() if 1 < len(alike) <= most}
-        usual = {split_of(content, *fractions) for alike in found.values() for content in alike}
-        now = {split_of(first.get(key, each), *fractions) for key, alike in found.items() for each in alike}
-        return first if now == usual else {}
+        return split_documents(corpus, cleaning, self.validation_fraction, self.test_fraction, dropped)
 
     def _dress(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
         return with_template(tokenizer, self.chat_template)

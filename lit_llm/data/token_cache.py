@@ -142,24 +142,18 @@ class TokenCache:
 
 
 def split_documents(
-    corpus: Corpus,
-    cleaning: Cleaning,
-    validation_fraction: float,
-    test_fraction: float,
-    dropped: Counter[str],
-    followed: Callable[[Document, int], int] = lambda document, content: content,
+    corpus: Corpus, cleaning: Cleaning, validation_fraction: float, test_fraction: float, dropped: Counter[str]
 ) -> Iterator[tuple[Document, int, str]]:
     """Cleaned documents with their content hash and split.
 
-    A split that the source has is kept; one that it lacks is cut from the rest by content hash: a document's own, or
-    that of another, in whose split it is to be, as `followed` says of it and its own.
+    A split that the source has is kept; one that it lacks is cut from the rest by content hash.
     """
     for document, content in cleaning.documents(corpus.read(None), dropped):
         split = document.split
         if split is None or split == "train":
             source = corpus.source_of(document)
             split = split_of(
-                followed(document, content),
+                content,
                 0.0 if source.has_validation else validation_fraction,
                 0.0 if source.has_test else test_fraction,
             )

@@ -13,7 +13,6 @@ from lightning.pytorch import Trainer
 from lit_llm.batch import IGNORE_INDEX
 from lit_llm.data import cache
 from lit_llm.data.chat import CHAT_TEMPLATE
-from lit_llm.data.cleaning import Cleaning
 from lit_llm.data.instructions import InstructionData
 from lit_llm.data.sampling import BatchLoader
 from lit_llm.models.llama import Llama
@@ -272,28 +271,6 @@ def test_a_cache_from_before_conversations_became_other_tokens_is_not_taken(
     first = opened(chat)
     monkeypatch.setattr("lit_llm.data.instructions.CONVERSATIONS_FORMAT", 1)
     assert opened(chat).cache.folder != first.cache.folder
-
-
-@pytest.mark.parametrize("form", ["pairs", "messages"])
-def test_several_answers_to_one_prompt_are_in_one_split_and_others_where_they_were(tmp_path: Path, form: str) -> None:
-    rows = [{"prompt": f"question {n // 4}", "response": f"answer {n}."} for n in range(200)]
-    rows += [{"prompt": f"alone {n}", "response": f"answer {n}."} for n in range(200, 300)]
-    if form == "messages":
-        roles = {"user": "prompt", "assistant": "response"}
-        said = [[{"role": role, "content": row[name]} for role, name in roles.items()] for row in rows]
-        rows = [{"messages": [{"role": "system", "content": "Be brief."}, *messages]} for messages in said]
-    found = all_answers(opened(write(tmp_path / "x.jsonl", rows), cleaning=Cleaning(drop_duplicates=False)))
-    place = {int(answer.split()[1][:-1]): name for name, texts in found.items() for answer in texts}
-    assert len(place) == 300
-    assert {place[n] for n in range(200)} == {place[n] for n in range(200, 300)} == set(SPLITS)
-    assert all(place[n] == place[n // 4 * 4] for n in range(200))
-    alone = all_answers(opened(write(tmp_path / "y.jsonl", rows[:200:4] + rows[200:])))
-    assert all(place[int(answer.split()[1][:-1])] == name for name, texts in alone.items() for answer in texts)
-
-
-def test_conversations_that_all_begin_alike_are_split_all_the_same(tmp_path: Path) -> None:
-    rows = [{"prompt": "Write.", "response": f"answer {n}"} for n in range(100)]
-    assert all(len(texts) > 10 for texts in all_answers(opened(write(tmp_path / "x.jsonl", rows))).values())
 
 
 def test_a_checkpoint_of_other_tokens_is_refused(chat: Path) -> None:
