@@ -66,3 +66,24 @@ def test_a_network_whose_activations_are_made_anew_takes_functional_transforms()
     per_row = torch.func.vmap(torch.func.grad(lambda x: linear_of_recomputed(linear, F.gelu, x).sum()))(x)
     inputs = x.requires_grad_()
     torch.testing.assert_close(per_row, torch.autograd.grad(linear(F.gelu(inputs)).sum(), inputs)[0])
+
+
+def test_hooks_around_it_decide_what_is_kept() -> None:
+    linear, x, kept = nn.Linear(12, 3), torch.randn(5, 12, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        linear_of_recomputed(linear, F.gelu, x)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        linear(F.gelu(x))
+    assert kept[: len(kept) // 2] == kept[len(kept) // 2 :]
+
+
+def test_a_layer_that_reads_part_of_the_activation_keeps_that_part() -> None:
+    linear, x = nn.Linear(6, 3), torch.randn(5, 12, requires_grad=True)
+
+    class First(nn.Module):
+        def forward(self, y: torch.Tensor) -> torch.Tensor:
+            return linear(y[:, :6])
+
+    made = torch.autograd.grad(linear_of_recomputed(First(), F.gelu, x).sum(), (x, linear.weight))
+    expected = torch.autograd.grad(First()(F.gelu(x)).sum(), (x, linear.weight))
+    assert all(torch.equal(a, b) for a, b in zip(made, expected, strict=True))
