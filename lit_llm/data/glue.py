@@ -41,8 +41,8 @@ class GLUEData(TableTokens, ExampleData):
         max_seq_len: Maximum tokens of an example, including special tokens; of two texts, the longer one is truncated.
         batch_size: Examples per batch and device.
         validation_fraction: Fraction of the training split to validate on if the source has no validation split: the
-            same fraction of each class, chosen by a hash of the texts; pairs with the same first text stay together. 0 for
-            none.
+            same fraction of each class, chosen by a hash of the texts; pairs with the same first text stay together. 0
+            for none.
         test_fraction: The same for a test split; also used if the source's own has no labels and can only be predicted.
         max_examples: Train on at most this many examples, drawn with the seed in proportion to the classes.
         labels_per_class: Keep the labels of only this many training examples per class, drawn with the seed; the rest

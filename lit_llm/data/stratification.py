@@ -64,14 +64,22 @@ def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_
     else they stay in training. If a class consists mostly of texts with too many rows to fit, at most half of its
     other rows (or the given fractions of them, if more) are cut, so that some are left to train on.
 
-    Pairs with the same first text stay together too, unless that leaves nothing to cut. If no first text repeats,
-    both texts are hashed, so that splits stay as they were in earlier versions.
+    Pairs with the same first text stay together too, unless that would leave a split less than half as large. If no
+    first text repeats, both texts are hashed, so that splits stay as they were in earlier versions.
     """
     first = columns.text_pair and split.column(columns.text)
-    if first and len(set(first)) < len(first):
-        by_first = cut_splits(split, replace(columns, text_pair=None), validation_fraction, test_fraction)
-        if len(by_first) > 1:
-            return by_first
+    if not first or len(set(first)) == len(first):
+        return _cut(split, columns, validation_fraction, test_fraction)
+    by_first, by_both = (
+        _cut(split, each, validation_fraction, test_fraction) for each in (replace(columns, text_pair=None), columns)
+    )
+    holds = all(
+        name in by_first and 2 * len(by_first[name]) >= len(cut) for name, cut in by_both.items() if name != "train"
+    )
+    return by_first if holds else by_both
+
+
+def _cut(split: Split, columns: Columns, validation_fraction: float, test_fraction: float) -> dict[str, Split]:
     texts = zip(*(split.column(name) for name in (columns.text, columns.text_pair) if name), strict=True)
     keys = np.array([content_hash("\0".join(text)) for text in texts], dtype=np.uint64)
     kinds = kinds_of_texts(strata(split.labels), keys)

@@ -66,8 +66,9 @@ def test_pairs_with_one_first_text_are_in_one_split() -> None:
     assert all(np.bincount(part.labels).tolist() == [len(part) // 3] * 3 for part in parts.values())
 
 
-def test_pairs_that_all_have_one_first_text_are_cut_by_the_second() -> None:
-    parts = cut_splits(*pairs(["a question"] * 300), 0.2, 0.1)
+@pytest.mark.parametrize("others", [0, 3, 40])
+def test_pairs_of_which_most_have_one_first_text_are_cut_by_the_second_too(others: int) -> None:
+    parts = cut_splits(*pairs(["a question"] * (300 - others) + [f"first {n}" for n in range(others)]), 0.2, 0.1)
     assert {name: len(part) for name, part in parts.items()} == {"test": 30, "validation": 60, "train": 210}
 
 
