@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from lit_llm.blocks import Block
+from lit_llm.products import multiplies_bfloat16
 from lit_llm.shards import local, part, shared_as, whole
 
 ROLES = ("matrices", "embeddings", "head", "vectors")
@@ -87,13 +88,14 @@ def orthogonalize(matrices: Float[Tensor, "n rows cols"]) -> Float[Tensor, "n ro
         matrices: A stack of matrices of one shape.
 
     Returns:
-        The result in bfloat16, which is precise enough for a direction and fast everywhere.
+        The result in bfloat16, which is precise enough for a direction; on a device without instructions for it, in
+        float32, which is faster there.
 
     Source:
         Jordan et al., 2024, "Muon", kellerjordan.github.io/posts/muon.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = matrices.bfloat16()
+    x = matrices.bfloat16() if multiplies_bfloat16(matrices.device.type) else matrices.float()
     wide = x.shape[-2] <= x.shape[-1]
     x = x if wide else x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

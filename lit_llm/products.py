@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +27,22 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if autocast else x.dtype
 
 
+@functools.cache
+def multiplies_bfloat16(kind: str) -> bool:
+    """Whether a kind of device has instructions for bfloat16; a CPU without them takes several times as long as in
+    float32.
+
+    False for other devices than CPUs and CUDA, and on systems without `/proc/cpuinfo`, since it is not known there.
+    """
+    if kind == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return kind == "cpu" and torch.backends.mkldnn.is_available() and bool(re.search(r"bf16\b", _cpu_info()))
+
+
+def _cpu_info() -> str:
+    return CPU_INFO.read_text() if CPU_INFO.exists() else ""
+
+
 @contextmanager
 def fused_attention() -> Iterator[None]:
     """Makes torch's own attention compute all attention, however few the queries."""
@@ -46,7 +64,7 @@ def multiply_by_onednn() -> None:
     """
     if torch.accelerator.is_available() or torch.backends.mkldnn.matmul.fp32_precision != "none":
         return
-    cpu = CPU_INFO.read_text() if CPU_INFO.exists() else ""
+    cpu = _cpu_info()
     has_avx512 = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     if has_avx512 and "AuthenticAMD" in cpu and "amx" not in cpu and torch.backends.mkldnn.is_available():
         torch.set_float32_matmul_precision("medium")

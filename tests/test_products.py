@@ -38,6 +38,24 @@ def test_onednn_multiplies_on_amds_cpus_that_have_avx512(monkeypatch, tmp_path, 
     assert (MAX_QUERIES[torch.float32] > (0, 0)) == (decided == "bf16")
 
 
+@pytest.mark.parametrize(
+    ("cpu", "pays"),
+    [
+        ("flags : avx2 avx512f avx512_bf16 avx512vl", True),
+        ("flags : amx_bf16 amx_tile", True),
+        ("Features : asimd bf16 i8mm", True),
+        ("flags : avx2 avx512f", False),
+        ("", False),
+    ],
+)
+def test_bfloat16_pays_on_cpus_that_have_instructions_for_it(monkeypatch, tmp_path, cpu, pays) -> None:
+    fakes(monkeypatch, tmp_path, cpu, "AVX512")
+    products.multiplies_bfloat16.cache_clear()
+    assert products.multiplies_bfloat16("cpu") == pays
+    assert not products.multiplies_bfloat16("mps")
+    products.multiplies_bfloat16.cache_clear()
+
+
 @pytest.mark.parametrize("chosen", ["highest", "high"])
 def test_a_precision_that_was_chosen_stays(monkeypatch, tmp_path, chosen) -> None:
     fakes(monkeypatch, tmp_path, AMD, "AVX512")

@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         "cost. The training step of the config is run on tensors without storage: no weights are allocated, and no "
         "data are read for a language model (an epoch of other texts, a single batch of images). Only --data.tokenizer "
         "characters has to read them to count its tokens, unless --model.vocab_size gives their number. All other "
-        "options, such as --model.network or --data.seq_len, are those of lit-llm fit.",
+        "options, such as --model.network or --data.seq_len, are those of lit-llm fit; precision auto is planned as "
+        "bf16-mixed.",
         epilog="example: lit-llm plan --config configs/pretraining/llama_stdlib.yaml --model.network "
         "configs/models/llama3_8b.yaml --model.vocab_size 128256 --data.seq_len 8192 --data.batch_size 1 --devices 8 "
         "--table",
@@ -178,7 +179,8 @@ def measured_steps(words: list[str], devices: int) -> tuple[dict[str, Any], dict
 
     cli = training.read_run(words)
     objective, data, trainer = cli.model, cli.datamodule, cli.config["fit"]["trainer"]
-    precision = _convert_precision_to_unified_args(trainer["precision"]) or "32-true"
+    given = "bf16-mixed" if trainer["precision"] == "auto" else trainer["precision"]
+    precision = _convert_precision_to_unified_args(given) or "32-true"
     if precision.startswith("transformer-engine"):
         raise NeedsContent(
             f"trainer.precision must be one that torch has itself to be planned, but is {precision}; measure it with "

@@ -34,7 +34,7 @@ class RunConfig(SaveConfigCallback):
         if stage != "fit":
             return
         if dist.is_available() and dist.is_initialized():
-            config = self._about_the_run()
+            config = self._about_the_run(trainer)
             manifest = getattr(trainer.datamodule, "manifest", {})
             options = {name: value for name, value in config["trainer"].items() if name != "logger"}
             facts = {name: fact for name, fact in manifest.items() if name != "files"}
@@ -50,7 +50,7 @@ class RunConfig(SaveConfigCallback):
     def _write(self, trainer: Trainer) -> None:
         if not trainer.is_global_zero:
             return
-        config = self._about_the_run()
+        config = self._about_the_run(trainer)
         log_into_any(config["trainer"].get("logger"), Path(config["trainer"]["default_root_dir"]))
         config["trainer"]["default_root_dir"] = None
         with replacing(Path(trainer.default_root_dir) / "config.yaml") as new:
@@ -59,9 +59,11 @@ class RunConfig(SaveConfigCallback):
             if hasattr(logger, "log_table"):  # a W&B logger: W&B compares runs by their config
                 logger.log_hyperparams(config)
 
-    def _about_the_run(self) -> dict[str, Any]:
-        """The resolved options without those of `ABOUT_ONE_RUN`."""
+    def _about_the_run(self, trainer: Trainer) -> dict[str, Any]:
+        """The resolved options without those of `ABOUT_ONE_RUN`; a precision `auto` is what it came to here."""
         config = yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+        if config["trainer"]["precision"] == "auto":
+            config["trainer"]["precision"] = trainer.precision
         return {key: value for key, value in config.items() if key not in ABOUT_ONE_RUN}
 
 

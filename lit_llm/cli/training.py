@@ -30,6 +30,7 @@ from lit_llm.cli.lean_loop import skip_empty_hooks
 from lit_llm.cli.quiet import quieten
 from lit_llm.cli.run_config import RunConfig, log_into
 from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
+from lit_llm.cli.trainer import RunTrainer
 from lit_llm.cli.trainer_options import require_end, require_sound
 from lit_llm.cli.trial_run import read_results
 from lit_llm.products import multiply_by_onednn
@@ -86,6 +87,7 @@ def _parsed(cli: type[TrainingCLI], words: list[str]) -> Any:
     return cli(
         LightningModule,
         LightningDataModule,
+        trainer_class=RunTrainer,
         subclass_mode_model=True,
         subclass_mode_data=True,
         parser_class=OneLineParser,

@@ -48,7 +48,7 @@ FLAGS = {
     "wrong type inside": (["--data.batch_size", "1.5"], "data.batch_size must be a whole number, but is 1.5"),
     "wrong choice": (
         ["--trainer.precision", "bf17"],
-        "trainer.precision must be one of transformer-engine, transformer-engine-float16, 16-true, 16-mixed, "
+        "trainer.precision must be one of auto, transformer-engine, transformer-engine-float16, 16-true, 16-mixed, "
         "bf16-true, bf16-mixed, 32-true, 64-true, 64, 32, 16, bf16, but is bf17",
     ),
     "value out of range": (
