@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import functools
-import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
@@ -17,8 +13,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from lit_llm.callbacks.metrics_csv import read_metrics
 from lit_llm.callbacks.progress import STEP_OF_TOTAL
 from lit_llm.cli.trial_run import TrialRun
-
-log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_MOVES = 1.0
 SECONDS_BETWEEN_LINES = 15.0
@@ -73,28 +67,10 @@ class _Console(Console):
         self.quiet = True
 
 
-def _harmless(method: Callable[..., None]) -> Callable[..., None]:
-    """Turns the display off when a method of it raises, so that the sweep continues."""
-
-    @functools.wraps(method)
-    def guarded(self: SweepProgress, *args: Any) -> None:
-        if self._failed:
-            return
-        try:
-            method(self, *args)
-        except Exception as error:
-            self._failed = True
-            log.debug(f"No progress is shown: {error}")
-            with contextlib.suppress(Exception):
-                self._stop()
-
-    return guarded
-
-
 class SweepProgress:
     """A progress bar for each running trial and one for the sweep; without a terminal, a line at intervals.
 
-    It only reads files that trials write. If it fails, the sweep continues without a display.
+    It only reads files that trials write.
 
     Args:
         metric: Metric of the sweep; shown beside the training loss.
@@ -109,11 +85,9 @@ class SweepProgress:
         self._whole: TaskID | None = None
         self._under_way: dict[str, _UnderWay] = {}
         self._done = 0.0
-        self._failed = False
         self._started = self._looked = time.perf_counter()
 
-    @_harmless
-    def _start(self) -> None:
+    def __enter__(self) -> SweepProgress:
         self._started = self._looked = time.perf_counter()
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             texts = (TextColumn(f"{{task.{what}}}", markup=False) for what in ("description", "fields[status]"))
@@ -121,28 +95,19 @@ class SweepProgress:
             self._bars = Progress(*columns, console=self._console, expand=True, transient=True, auto_refresh=False)
             self._whole = self._bars.add_task("sweep", total=self.wanted, completed=self.ended, status="")
             self._bars.start()
+        return self
 
-    def _stop(self) -> None:
+    def __exit__(self, *_: object) -> None:
         bars, self._bars = self._bars, None
         if bars is not None:
             bars.stop()
 
-    def __enter__(self) -> SweepProgress:
-        self._start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        with contextlib.suppress(Exception):
-            self._stop()
-
-    @_harmless
     def begin(self, name: str, process: TrialRun) -> None:
         """Adds a trial that has been started."""
         bar = self._bars.add_task(name, total=None, status="starts") if self._bars is not None else None
         self._under_way[name] = _UnderWay(process, bar)
         self._draw()
 
-    @_harmless
     def end(self, name: str) -> None:
         """Removes a trial that has ended."""
         run = self._under_way.pop(name)
@@ -152,7 +117,6 @@ class SweepProgress:
             self._bars.remove_task(run.bar)
             self._draw()
 
-    @_harmless
     def look(self) -> None:
         """Updates the display, unless the last update was too recent."""
         now = time.perf_counter()
@@ -168,8 +132,7 @@ class SweepProgress:
 
     def say(self, line: str, style: str | None = None) -> None:
         """Prints a permanent line above the bars."""
-        with contextlib.suppress(Exception):
-            self._print(line, style)
+        self._print(line, style)
         if self._bars is None:
             self._looked = time.perf_counter()
 

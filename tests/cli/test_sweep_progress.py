@@ -114,19 +114,6 @@ def test_on_a_terminal_each_trial_has_a_bar_which_ends_with_it(tmp_path, clock, 
     assert "\x1b[?25h" in capsys.readouterr().err
 
 
-def test_a_display_that_fails_ends_and_what_is_said_is_said(tmp_path, clock, capsys, terminal, monkeypatch):
-    monkeypatch.setattr(sweep_progress.Progress, "refresh", lambda self: 1 / 0)
-    with SweepProgress("val/loss", wanted=1) as progress:
-        progress.begin("trial 0", Trial(tmp_path / "one"))
-        clock.now += 1
-        progress.look()
-        progress.end("trial 0")
-        progress.say("1 of 1: trial 0 done")
-    shown = capsys.readouterr().err
-    assert "1 of 1: trial 0 done" in shown
-    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h")
-
-
 def test_a_stream_that_is_closed_ends_no_sweep(tmp_path, clock, monkeypatch):
     def write(_):
         raise BrokenPipeError
