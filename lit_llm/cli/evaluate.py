@@ -103,11 +103,8 @@ def evaluate(
 def _read_task(path: str) -> dict[str, Any]:
     """Reads a task file with lm-eval's own loader, which resolves includes and `!function` tags."""
     import yaml
+    from lm_eval.tasks._yaml_loader import load_yaml
 
-    try:
-        from lm_eval.tasks._yaml_loader import load_yaml
-    except ImportError:  # before version 0.4.10
-        from lm_eval.utils import load_yaml_config as load_yaml
     try:
         return load_yaml(path)
     except (yaml.YAMLError, ValueError, OSError, ImportError, AttributeError) as error:
