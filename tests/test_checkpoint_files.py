@@ -225,19 +225,13 @@ def test_a_damaged_checkpoint_is_said_with_those_beside_it(saved: Path) -> None:
         read_checkpoint(saved)
 
 
-def test_a_missing_checkpoint_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "no.ckpt"
-    message = f"ckpt_path must be a checkpoint file, but is {path}, which does not exist"
+@pytest.mark.parametrize(
+    ("name", "lacks"), [("no.ckpt", "does not exist"), ("", "is a folder; name a file in it, last or best")]
+)
+def test_what_is_no_file_is_no_checkpoint(tmp_path: Path, name: str, lacks: str) -> None:
+    message = f"ckpt_path must be a checkpoint file, but is {tmp_path / name}, which {lacks}"
     with pytest.raises(FileNotFoundError, match=exactly(message)):
-        read_checkpoint(path)
-
-
-def test_a_folder_is_no_checkpoint(tmp_path: Path) -> None:
-    message = (
-        f"ckpt_path must be a checkpoint file, but is {tmp_path}, which is a folder; name a file in it, last or best"
-    )
-    with pytest.raises(FileNotFoundError, match=exactly(message)):
-        read_checkpoint(tmp_path)
+        read_checkpoint(tmp_path / name)
 
 
 # Asynchronous writing.
