@@ -18,6 +18,9 @@ QUOTED_CELL = re.compile(r'(?<![^\t\n])"[^"]*(?:""[^"]*)*"(?![^\t\n])')
 CELL = re.compile(r"[-+]?\d+(\.\d+)?|.{41,}", re.DOTALL)
 """A column name that looks like a cell, so that the first line is probably a row: a number or a long text."""
 
+SEPARATOR = re.compile(r"[;,|\t]")
+"""Characters in a column's name that suggest that cells were not separated."""
+
 csv.field_size_limit(2**31 - 1)  # a cell may hold a book
 
 
@@ -36,6 +39,7 @@ def layout(files: list[Path]) -> tuple[list[str], dict[str, Any]]:
     if len(first) > len(names):  # pandas would use the first cells as row labels
         raise ValueError(
             f"a row must have as many cells as the header, {len(names)}, but the first one has {len(first)}"
+            f"{separator_remedy(names)}"
         )
     return names, {"sep": separator, "quoting": quoting}
 
@@ -49,6 +53,17 @@ def header_remedy(names: Iterable[str]) -> str:
     """
     taken = "; the first line of a CSV or TSV file is taken for its columns' names: add a header"
     return taken if any(map(CELL.fullmatch, names)) else ""
+
+
+def separator_remedy(names: Iterable[str]) -> str:
+    """Advice for an error about a table's columns, if a name looks like several; otherwise an empty string.
+
+    Example:
+        >>> separator_remedy(["text", "label"]), separator_remedy(["text;label"])
+        ('', '; cells must be apart by commas in a .csv file, by tabs in a .tsv file')
+    """
+    apart = "; cells must be apart by commas in a .csv file, by tabs in a .tsv file"
+    return apart if any(map(SEPARATOR.search, names)) else ""
 
 
 def _nameless(place: int, names: list[str]) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from datasets import ClassLabel, Dataset
 
 from lit_llm.batch import IGNORE_INDEX, say_nothing
+from lit_llm.data.delimited import separator_remedy
 from lit_llm.data.stratification import with_all_splits
 from lit_llm.data.tables import LABELS, Columns, Split, column_values
 from lit_llm.wording import listed
@@ -23,9 +24,6 @@ CODE = re.compile(r"[+-]?0\d+")
 """A number with a leading zero, which is taken for a name: 01 is not 1."""
 
 REAL = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?", re.IGNORECASE)
-SEPARATOR = re.compile(r"[;,|\t]")
-"""Characters in a column's name that suggest that cells were not separated."""
-
 NOT_AGREED = "-"
 """Label in SNLI and MultiNLI of an example on which the annotators did not agree."""
 
@@ -282,10 +280,9 @@ def label_column(rows: Dataset, columns: Columns, path: str) -> str:
     others = ", ".join(name for name in rows.column_names if name not in (columns.text, columns.text_pair))
     if not others:
         texts = [name for name in (columns.text, columns.text_pair) if name]
-        apart = "; cells must be apart by commas in a .csv file, by tabs in a .tsv file"
         raise ValueError(
             f"data.path must hold a column of labels beside the text, but {path} has only {listed(texts)}"
-            f"{apart * any(map(SEPARATOR.search, texts))}"
+            f"{separator_remedy(texts)}"
         )
     raise ValueError(
         f"data.label must be given where no column is called {', '.join(LABELS)}, but is not; {path} has {others}"

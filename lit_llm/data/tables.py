@@ -17,7 +17,7 @@ from datasets.info import DatasetInfosDict
 from datasets.utils.logging import set_verbosity
 
 from lit_llm.data.cache import cache_folder, cache_name, new_cache, read_manifest, stamps
-from lit_llm.data.delimited import header_remedy, layout
+from lit_llm.data.delimited import header_remedy, layout, separator_remedy
 from lit_llm.data.json_lines import is_in_lines, json_lines
 from lit_llm.data.table_files import (
     HUB_NAME,
@@ -207,7 +207,7 @@ def _with_classes(tables: dict[str, Dataset], classes: dict[str, ClassLabel]) ->
 
 def _load_files(files: list[Path], path: str) -> Dataset:
     """One table from files of one format; all columns of CSV and TSV are text."""
-    suffix, options = files[0].suffix.lower(), {}
+    suffix, options, names = files[0].suffix.lower(), {}, []
     kind = TABLE_FORMATS[suffix]
     formats = {".tsv" if file.suffix.lower() == ".tsv" else TABLE_FORMATS[file.suffix.lower()]: file for file in files}
     if len(formats) > 1:
@@ -233,6 +233,7 @@ def _load_files(files: list[Path], path: str) -> Dataset:
         which, reason = files[0] if len(files) == 1 else path, why_unreadable(error, files)
         if "corresponds to no data" in reason or not any(file.stat().st_size for file in files):
             raise ValueError(f"data.path must hold rows, but {which} has none") from error
+        reason += separator_remedy(names)
         raise ValueError(f"data.path must be a table that can be read, but {which} is not: {reason}") from error
 
 

@@ -580,3 +580,19 @@ def test_a_card_that_is_not_utf_8_says_nothing(tmp_path) -> None:
     (tmp_path / "README.md").write_bytes(b"caf\xe9")
     (tmp_path / "train.jsonl").write_text('{"text": "a", "label": 0}\n')
     assert open_table(str(tmp_path))["train"]["text"][:] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("first", "reason"),
+    [
+        ("a", "Error tokenizing data. C error: Expected 1 fields in line 3, saw 2"),
+        ("a, b", "a row must have as many cells as the header, 1, but the first one has 2"),
+    ],
+)
+def test_what_separates_cells_is_said_of_a_csv_file_with_semicolons(tmp_path: Path, first: str, reason: str) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(f"text;label\n{first};1\nb, c;2\n")
+    apart = "; cells must be apart by commas in a .csv file, by tabs in a .tsv file"
+    message = f"data.path must be a table that can be read, but {path} is not: {reason}{apart}"
+    with pytest.raises(ValueError, match=exactly(message)):
+        open_table(str(path))
