@@ -91,8 +91,9 @@ def draw_confusion_matrix(path: Path, counts: Int[Tensor, "classes classes"], na
     figure.colorbar(image, label="share of the true class")
     axes.set(title=title, xlabel="predicted", ylabel="true")
     if size <= READABLE:
-        axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor")
-        axes.set_yticks(range(size), names)
+        # Matplotlib takes what is between two $ for a formula, and refuses one that it cannot parse.
+        axes.set_xticks(range(size), names, rotation=45, ha="right", rotation_mode="anchor", parse_math=False)
+        axes.set_yticks(range(size), names, parse_math=False)
         for row in range(size):
             for column in range(size):
                 color = "white" if shares[row, column] > 0.5 else "black"

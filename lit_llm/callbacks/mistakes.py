@@ -105,7 +105,7 @@ def draw_images(path: Path, images: UInt8[Tensor, "n channels height width"], sa
         axes.set_axis_off()
     for axes, image, words in zip(places, images, says, strict=False):
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
-        axes.set_title(words, fontsize=8)
+        axes.set_title(words, fontsize=8, parse_math=False)  # a class may be called $5
     figure.suptitle(title)
     with replacing(path) as new:
         figure.savefig(new, dpi=120)

@@ -2,17 +2,20 @@ from __future__ import annotations
 
 import csv
 import functools
+import warnings
 from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from sklearn import metrics
 
 from lit_llm.callbacks import confusion
 from lit_llm.callbacks.confusion import ConfusionMatrix, draw_confusion_matrix, of_classes
 from lit_llm.callbacks.run_report import RunReport
+from lit_llm.cli.quiet import quieten
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.objectives.classification import Classification
 from lit_llm.objectives.regression import Regression
@@ -101,3 +104,24 @@ def test_of_each_class_there_is_what_scikit_learn_says(tmp_path: Path) -> None:
     for mine, its in zip(of_classes(counts, names), wanted, strict=True):
         assert mine[:2] == its[:2]
         assert mine[2:] == pytest.approx(its[2:], abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["from $5 to $10", "$x_{$"])
+def test_a_class_name_with_dollars_is_not_read_as_a_formula(tmp_path: Path, monkeypatch, name: str) -> None:
+    labels, draw = [], Figure.savefig
+
+    def savefig(figure: Figure, *args, **options) -> None:
+        draw(figure, *args, **options)
+        labels.extend((*figure.axes[0].get_xticklabels(), *figure.axes[0].get_yticklabels()))
+
+    monkeypatch.setattr(Figure, "savefig", savefig)
+    draw_confusion_matrix(tmp_path / "x.png", torch.eye(2, dtype=torch.long), [name, "other"], "validation split")
+    assert [(label.get_text(), label.get_parse_math()) for label in labels] == 2 * [(name, False), ("other", False)]
+
+
+def test_a_class_name_in_a_script_without_a_font_is_drawn_without_a_warning(tmp_path: Path) -> None:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quieten()
+        draw_confusion_matrix(tmp_path / "x.png", torch.eye(2, dtype=torch.long), ["\U00012345", "b"], "test split")
+    assert [str(warning.message) for warning in caught] == []

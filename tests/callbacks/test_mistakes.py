@@ -133,3 +133,9 @@ def test_images_are_drawn_side_by_side(tmp_path: Path, channels: int, count: int
     draw_images(tmp_path / "x.png", images, ["a taken for\nb"] * count, "worst mistakes")
     height, width, _ = matplotlib.image.imread(tmp_path / "x.png").shape
     assert (height, width) > (100, 300) if count == 1 else height > 300
+
+
+def test_dollars_in_the_caption_of_an_image_are_not_read_as_a_formula(tmp_path: Path) -> None:
+    images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8)
+    draw_images(tmp_path / "x.png", images, ["$x_{$ taken for\nb"], "worst mistakes")
+    assert (tmp_path / "x.png").exists()
