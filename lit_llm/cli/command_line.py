@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -30,8 +31,15 @@ def _option(words: list[str], name: str) -> str | None:
 
 
 def run_files(words: list[str]) -> list[str]:
-    """The files that a command line names by `--config`."""
-    return [value for name in ("--config", "-c") for value in _options(words, name)]
+    """The files that a command line names by `--config` or `-c`."""
+    return _options(_spelled_out(words), "--config")
+
+
+def _spelled_out(words: list[str]) -> list[str]:
+    """Replaces `-c FILE`, `-c=FILE` and `-cFILE` by `--config`."""
+    short = re.compile(r"-c=?(.*)", re.DOTALL)
+    found = ((word, short.fullmatch(word)) for word in words)
+    return [word if match is None else f"--config={match[1]}" if match[1] else "--config" for word, match in found]
 
 
 def _files_first(words: list[str]) -> list[str]:
@@ -39,7 +47,7 @@ def _files_first(words: list[str]) -> list[str]:
 
     Later options and overlays keep their order: `--trainer.callbacks.window 4` is of the last callback before it.
     """
-    is_file = [word in ("--config", "-c") or word.startswith("--config=") for word in words]
+    is_file = [word.partition("=")[0] == "--config" for word in words]
     start = end = is_file.index(True) if any(is_file) else 0
     while end < len(words) and is_file[end]:
         end += 1 if "=" in words[end] else 2
@@ -116,7 +124,7 @@ def with_the_runs_config(words: list[str]) -> list[str]:
         FileNotFoundError: When the run to resume or evaluate has no config, and no other options say what it is.
         ValueError: When a run file does not hold options.
     """
-    words = [words[0], *_files_first(_from_home(words[1:]))]
+    words = [words[0], *_files_first(_from_home(_spelled_out(words[1:])))]
     run_dir, ckpt_path = _option(words, "--run_dir"), Path(_option(words, "--ckpt_path") or "")
     if run_dir is None and ckpt_path.parent.name == "checkpoints":
         run_dir = str(ckpt_path.parent.parent)
@@ -140,7 +148,13 @@ def with_the_runs_config(words: list[str]) -> list[str]:
 
 
 class OneLineParser(LightningArgumentParser):
-    """A parser that reports errors of the command line in one line."""
+    """A parser that reports errors of the command line in one line.
+
+    Options cannot be abbreviated: an abbreviated `--config` or `--ckpt_path` would not be seen before parsing.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Prints the line and exits with code 2."""
