@@ -190,8 +190,8 @@ def _number(key: str, name: str, value: Any) -> float | int:
         try:
             found = float(value)
         except ValueError:
-            pass
-        else:
+            found = math.nan
+        if math.isfinite(found):
             log.info(f"{name} of {key} is read as text by YAML and W&B; write {_with_point(value)} instead of {value}")
             return found
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):

@@ -148,6 +148,7 @@ def test_text_that_is_a_number_is_read_as_one_and_said(caplog):
         (3, "x must have value, values, or min and max, but is 3"),
         ({"min": 3}, "x, which is uniform, must have min and max, but has no max"),
         ({"min": "low", "max": 3}, "min of x must be a number, but is low"),
+        ({"min": 1, "max": "inf"}, "max of x must be a number, but is inf"),
         (
             {"distribution": "log_uniform_values", "min": 0, "max": 3},
             "min of x must be positive, but is 0",
