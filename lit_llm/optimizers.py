@@ -42,7 +42,8 @@ def parameter_groups(network: nn.Module, decay_embeddings: bool = False) -> list
         experts in one parameter). Groups without weight decay carry `weight_decay: 0.0`; the others take the
         optimiser's. A parameter that stacks one matrix per expert is marked with `is_stack` for `Muon`; it is
         recognised by its module, which states the number of experts (`EXPERTS`). Other parameters of three dimensions,
-        such as XLNet's, are one matrix.
+        such as XLNet's, are one matrix. The weight of a `Conv1D` of transformers, which has a column per output, is
+        marked with `is_transposed`.
 
     Raises:
         ValueError: When nothing is trainable.
@@ -54,11 +55,14 @@ def parameter_groups(network: nn.Module, decay_embeddings: bool = False) -> list
     embeddings = {p for module in network.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
     of_experts = {p for module in network.modules() for p in module.parameters(recurse=False) if _by_expert(module, p)}
     by_role: dict[str, list[nn.Parameter]] = defaultdict(list)
+    transposed = {module.weight for module in network.modules() if type(module).__name__ == "Conv1D"}
     for name, p in network.named_parameters():
         if not p.requires_grad:
             continue
         if p.ndim == 3 and p in of_experts:
             p.is_stack = True
+        if p in transposed:
+            p.is_transposed = True
         if p.ndim < 2 or (p in of_experts and name.endswith("bias")):
             role = "vectors"
         elif p in embeddings:
@@ -194,11 +198,11 @@ class Muon(Optimizer):
         return loss
 
     def _muon(self, group: dict[str, Any]) -> None:
-        by_shape: dict[tuple[torch.Size, bool], list[nn.Parameter]] = defaultdict(list)
+        alike: dict[tuple[torch.Size, bool, bool], list[nn.Parameter]] = defaultdict(list)
         for p in group["params"]:
             if p.grad is not None:
-                by_shape[p.shape, getattr(p, "is_stack", False)].append(p)
-        for (_, is_stack), members in by_shape.items():
+                alike[p.shape, getattr(p, "is_stack", False), getattr(p, "is_transposed", False)].append(p)
+        for (_, is_stack, is_transposed), members in alike.items():
             grads = local(p.grad for p in members)
             for p in members:
                 if not self.state[p]:
@@ -214,7 +218,8 @@ class Muon(Optimizer):
             # Every device computes the whole update of a sharded matrix and keeps its own shard.
             wholes = torch.stack([whole(shared_as(u, p)) for u, p in zip(nesterov, members)])
             updates = orthogonalize(wholes.flatten(0, 1) if is_stack else wholes.flatten(2))
-            scale = max(1.0, updates.shape[1] / updates.shape[2]) ** 0.5
+            rows, cols = updates.shape[:0:-1] if is_transposed else updates.shape[1:]
+            scale = max(1.0, rows / cols) ** 0.5
             mine = local(members)
             if group["weight_decay"]:
                 torch._foreach_mul_(mine, 1 - group["lr"] * group["weight_decay"])

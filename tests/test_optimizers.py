@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModel
+from transformers.pytorch_utils import Conv1D
 
 from lit_llm import optimizers
 from lit_llm.blocks import Block
@@ -199,6 +200,20 @@ def test_a_convolution_is_a_matrix_of_its_output_channels(kind: type[Block], nam
     Muon(parameter_groups(network), lr=0.1).step()
     Muon([matrix], lr=0.1).step()
     torch.testing.assert_close(getattr(network, name).weight.detach().flatten(1), matrix.detach(), atol=5e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("d_in", "d_out"), [(4, 16), (16, 4)])
+def test_a_matrix_with_a_column_for_each_output_is_stepped_as_that_with_a_row(d_in: int, d_out: int) -> None:
+    """GPT-2 of transformers has such layers: its scale is by outputs and inputs, not by rows and columns."""
+    turned, plain = Conv1D(d_out, d_in), nn.Linear(d_in, d_out)
+    plain.weight.data = turned.weight.detach().T.clone()
+    gradient = torch.randn(d_in, d_out)
+    for layer, of_layer in ((turned, gradient), (plain, gradient.T)):
+        block = Block()
+        block.layer = layer
+        layer.weight.grad = of_layer.clone()
+        Muon(parameter_groups(block), lr=0.1).step()
+    torch.testing.assert_close(turned.weight.T, plain.weight, atol=1e-3, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["wide", "tall"])
