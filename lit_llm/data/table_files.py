@@ -27,7 +27,7 @@ NO_TABLES = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_i
 UNLABELLED_TEST = "unlabelled test"
 """Name of the source's test split if it has no labels and a labelled one is cut in addition."""
 
-SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id(ation)?|uation|el(opment)?)?(set)?(?![a-z])")
+SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id|(id|u)at(e|ion)|el(opment)?)?(set)?(?![a-z])")
 SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]{16})?$")
 """Ending of a file name if a split has several files; older data sets of the hub add a hash."""
 
@@ -74,8 +74,8 @@ def split_kind(split: str) -> str | None:
     """What a split is for, from a word in its name; `None` if there is no such word.
 
     Example:
-        >>> [split_kind(name) for name in ("Train", "sst2_dev", "valid.matched", "latest")]
-        ['train', 'validation', 'validation', None]
+        >>> [split_kind(name) for name in ("Train", "sst2_dev", "valid.matched", "validate", "latest")]
+        ['train', 'validation', 'validation', 'validation', None]
     """
     found = SPLIT_WORD.search(split.lower())
     return found and {"train": "train", "test": "test"}.get(found[1], "validation")
