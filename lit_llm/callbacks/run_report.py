@@ -68,7 +68,7 @@ class RunReport(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Requests a validation after the last step of `max_steps` or `max_epochs`, whatever `val_check_interval`.
+        """Requests a validation after the last step of `max_steps` or `max_epochs`, whatever the interval.
 
         At the first step, marks a run that had finished as unfinished, in case it is killed.
         """
@@ -78,6 +78,8 @@ class RunReport(Callback):
                 self._merge(trainer, {"finished": False})
         if trainer.global_step == trainer.max_steps or ends_last_epoch(trainer):
             trainer.should_stop = True
+            if trainer.check_val_every_n_epoch is not None:  # this may be an epoch without a validation
+                trainer.check_val_every_n_epoch = 1
 
     @rank_zero_only
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -439,6 +439,11 @@ def test_a_run_without_validation_still_ends_with_a_model(lit_llm, tiny, tmp_pat
             "--trainer.check_val_every_n_epoch 1 --trainer.val_check_interval 3",
             [3, 8, 10],
         ),
+        (
+            "--trainer.max_steps -1 --trainer.max_epochs 3 --trainer.limit_train_batches 2 "
+            "--trainer.check_val_every_n_epoch 2 --trainer.val_check_interval 1.0",
+            [4, 6],
+        ),
     ],
 )
 def test_the_last_step_is_validated_wherever_the_interval_falls(lit_llm, tiny, tmp_path, words, steps):
