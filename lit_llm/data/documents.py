@@ -24,9 +24,11 @@ from lit_llm.data.table_files import (
     in_hub_layout,
     is_packed_table,
     is_table,
+    names_split,
     refuse_saved,
     split_kind,
     split_tables,
+    split_texts,
     why_unreadable,
 )
 from lit_llm.wording import conversion
@@ -134,7 +136,7 @@ def open_corpus(
         path: The name of an embedded corpus (`stdlib`, `stdlib-code`, `stdlib-prose`), a file (`.txt`, `.md`, `.py`,
             `.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of such files, or a data set on the hub. In a
             folder of tables, all are for training except those whose names end in another split's (`validation`,
-            `wiki_test`).
+            `wiki_test`); a folder of texts has splits if the names of all of them, or of their folders, end in one's.
         subset: Configuration of a hub data set, or of a folder in its layout.
         column: Column of the text in a table, or another way to make texts of its rows.
         streaming: Read a hub data set while it downloads, without storing all of it first.
@@ -156,8 +158,9 @@ def open_corpus(
             raise ValueError(f"data.path must be plain text or a table, but {path} is packed; unpack it")
         if not rows.text_files:
             raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but is {path}")
-        documents = _pieces if in_pieces else lambda file: _whole(file.parent, [file])
-        return Corpus(path, {"text": stamps([where])}, lambda limit=None: itertools.islice(documents(where), limit))
+        documents = _pieces if in_pieces else lambda file, root: _whole(root, [file])
+        identity = {"text": stamps([where])}
+        return Corpus(path, identity, lambda limit=None: itertools.islice(documents(where, where.parent), limit))
     if where.is_dir():
         files = _visible_files(where)
         texts = [p for p in files if p.suffix.lower() in TEXT_SUFFIXES]
@@ -173,6 +176,8 @@ def open_corpus(
             if others := sorted(set(files) - set(texts)):
                 more = f" and {len(others) - 1} more" if len(others) > 1 else ""
                 log.info(f"Reading {len(texts)} text files of {path}; ignoring {others[0].name}{more}")
+            if splits := split_texts(texts, where):
+                return _split_texts(path, splits, in_pieces)
             return Corpus(path, {"text": stamps(texts)}, lambda limit=None: _whole(where, texts[:limit]))
         known = ", ".join([*(TEXT_SUFFIXES if rows.text_files else ()), *TABLE_FORMATS])
         raise ValueError(f"data.path must hold files of text ({known}), but is {path} with {len(files)} other files")
@@ -228,7 +233,26 @@ def _whole(root: Path, files: list[Path]) -> Iterator[Document]:
         yield Document(path.relative_to(root).as_posix(), _utf8(path))
 
 
-def _pieces(path: Path) -> Iterator[Document]:
+def _split_texts(path: str, splits: dict[str, list[Path]], in_pieces: bool) -> Corpus:
+    """The corpus of a folder of texts whose names assign them to splits.
+
+    A file that is itself named after a split, such as `train.txt`, is cut as a single file is.
+    """
+    root = Path(path).expanduser()
+
+    def documents(file: Path) -> Iterator[Document]:
+        return _pieces(file, root) if in_pieces and names_split(file) else _whole(root, [file])
+
+    def read(limit: int | None = None) -> Iterator[Document]:
+        for split, files in splits.items():
+            found = itertools.chain.from_iterable(map(documents, files))
+            yield from (document._replace(split=split) for document in itertools.islice(found, limit))
+
+    identity = {"texts": {split: stamps(files) for split, files in splits.items()}}
+    return Corpus(path, identity, read, has_validation="validation" in splits, has_test="test" in splits)
+
+
+def _pieces(path: Path, root: Path) -> Iterator[Document]:
     """Cuts one file into documents of about 8,192 characters, so that it can be divided into splits.
 
     It is cut at blank lines or, if none follows within another 8,192 characters, at a line end.
@@ -239,7 +263,7 @@ def _pieces(path: Path) -> Iterator[Document]:
         least = start + PIECE_CHARACTERS
         ends = text.find("\n\n", least, least + PIECE_CHARACTERS), text.find("\n", least)
         end = ends[0] + 2 if ends[0] >= 0 else ends[1] + 1 if ends[1] >= 0 else len(text)
-        yield Document(f"{path.name}#{number}", text[start:end])
+        yield Document(f"{path.relative_to(root).as_posix()}#{number}", text[start:end])
         start, number = end, number + 1
 
 

@@ -1,4 +1,4 @@
-"""Files of tables: which files of a folder are tables, which split each is for, and why one cannot be read."""
+"""Files of a folder: which are tables, which split each table or text is for, and why a table cannot be read."""
 
 from __future__ import annotations
 
@@ -87,16 +87,47 @@ def split_tables(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     The split is the word at the end of a file's name, or of the name of a folder it is in. A word that is not at the
     end, as in `test_prep`, counts only if every file is named after a split. All other files are for training.
     """
-    names = {file: (file.stem, *reversed(file.relative_to(folder).parts[:-1])) for file in files}
-    kinds = {file: next(filter(None, map(split_kind, names[file])), None) for file in files}
+    kinds = {file: next(filter(None, map(split_kind, _names(file, folder))), None) for file in files}
     splits: dict[str, list[Path]] = {"validation": [], "test": [], "train": []}
     for file in files:
-        clear = (split_kind(name) for name in names[file] if SPLIT_NAME.fullmatch(name.lower()))
-        kind = next(clear, kinds[file] if all(kinds.values()) else None)
+        kind = _clear_kind(_names(file, folder)) or (kinds[file] if all(kinds.values()) else None)
         if kind is None and kinds[file]:
             log.info(f"Reading {file} for training; for {kinds[file]} its name must end in the word")
         splits[kind or "train"].append(file)
     return {kind: found for kind, found in splits.items() if found}
+
+
+def split_texts(files: list[Path], folder: Path) -> dict[str, list[Path]]:
+    """Assigns the texts of a folder to splits, evaluation first, if their names say so; otherwise empty.
+
+    They do if the names of all, or of the folders they are in, end in a split's word, and if some are for training and
+    others are not. Among other files `test.py` is a text like any other. A `README.md` is left out.
+    """
+    kinds = {file: _clear_kind(_names(file, folder)) for file in files if file.name != "README.md"}
+    found = set(kinds.values())
+    if "train" not in found or not found & {"validation", "test"}:
+        return {}
+    if None in found:
+        other = next(file for file, kind in kinds.items() if kind is None)
+        log.info(f"Not reading the splits of {folder} from its files' names, as {other.name} is named after none")
+        return {}
+    order = [kind for kind in ("validation", "test", "train") if kind in found]
+    return {kind: [file for file in kinds if kinds[file] == kind] for kind in order}
+
+
+def names_split(file: Path) -> bool:
+    """Whether the name of a file itself, not of its folder, ends in a split's word."""
+    return _clear_kind([file.stem]) is not None
+
+
+def _names(file: Path, folder: Path) -> list[str]:
+    """The name of a file, then those of the folders it is in, from the inmost to one in `folder`."""
+    return [file.stem, *reversed(file.relative_to(folder).parts[:-1])]
+
+
+def _clear_kind(names: Sequence[str]) -> str | None:
+    """The split that the first name that ends in a split's word stands for."""
+    return next((split_kind(name) for name in names if SPLIT_NAME.fullmatch(name.lower())), None)
 
 
 def why_unreadable(error: Exception, files: Sequence[Path] = ()) -> str:

@@ -32,8 +32,10 @@ class TextData(TokenData):
     Documents are cleaned, assigned to a split by a hash of their content (so that no text is in two splits, and a
     document keeps its split when the corpus grows), tokenised once into a cache that later runs memory-map, and
     concatenated into rows of `seq_len` tokens. Each document follows a boundary token and whatever the tokeniser itself
-    puts before a text, such as Llama's BOS. Splits that the source has are used as they are. A single file is cut into
-    documents of about 8,192 characters so that it can be split; editing it may change all documents after the edit.
+    puts before a text, such as Llama's BOS. Splits that the source has are used as they are, among them those of a
+    folder in which each text is named after one (`train.txt` and `valid.txt`, or `train/…` and `valid/…`). A single
+    file, and one named after a split, is cut into documents of about 8,192 characters; editing it may change all
+    documents after the edit.
 
     In a mixture, each corpus has a share of the training rows that is its weight divided by the sum of the weights,
     whatever its size. An epoch is as long as without weights; if a source has too few rows for its share, they repeat,

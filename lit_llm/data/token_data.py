@@ -131,7 +131,8 @@ class TokenData(LightningDataModule, ABC):
     def state_dict(self) -> dict[str, Any]:
         """The tokeniser's files, so that a checkpoint alone can read and write text, and what it is trained on."""
         tokenizer = tokenizer_files(self._cache.folder / "tokenizer")
-        return {"tokenizer": tokenizer, "documents": {"source": self._source, "contents": self._contents}}
+        documents = {"source": self._source, "contents": self._contents, "separate": self._separate}
+        return {"tokenizer": tokenizer, "documents": documents}
 
     def require_unchanged(self, state_dict: dict[str, Any]) -> None:
         """Refuses to resume from a checkpoint if its documents have changed.
@@ -160,7 +161,8 @@ class TokenData(LightningDataModule, ABC):
             )
         if change and stage is not None:
             split = {"validate": "validation", "test": "test"}.get(stage) or self.predict_split.name
-            if not self._separate[split]:
+            own = state_dict["documents"].get("separate", {})  # older checkpoints do not say
+            if not (self._separate[split] and own.get(split)):
                 self.doubt = changes.doubt("documents", split, change)
                 log.warning(self.doubt)
 
@@ -187,17 +189,18 @@ class TokenData(LightningDataModule, ABC):
         then = state_dict.get("documents")  # missing in older checkpoints
         if not then or _uncut(then["source"]) != _uncut(self._source):
             return None
-        if change := changes.recut(self.corpus_name, self._cut(then["source"]), self._cut(self._source)):
+        before = self._cut(then["source"], then.get("separate", self._separate))  # missing in older checkpoints
+        if change := changes.recut(self.corpus_name, before, self._cut(self._source, self._separate)):
             return change
         if not (then["contents"] and self._contents):
             return None
         return changes.difference("train", self.corpus_name, "documents", then["contents"], self._contents)
 
-    def _cut(self, source: dict[str, Any]) -> dict[str, float]:
+    def _cut(self, source: dict[str, Any], separate: dict[str, bool]) -> dict[str, float]:
         """What part of the documents each split is, none where the corpus has it, and whether of each document."""
         way = " by position" * (source.get("split_by") == "position")
         parts = {name: source[f"{name}_fraction"] for name in ("validation", "test")}
-        return {f"{name}{way}": 0.0 if self._separate[name] else part for name, part in parts.items()}
+        return {f"{name}{way}": 0.0 if separate[name] else part for name, part in parts.items()}
 
     # How rows are made.
 

@@ -223,6 +223,52 @@ def test_every_table_of_a_folder_is_read_for_what_its_name_clearly_says_or_for_t
     assert (corpus.has_validation, corpus.has_test) == (bool(validation), bool(test))
 
 
+@pytest.mark.parametrize(
+    ("names", "train", "validation", "test"),
+    [
+        (["train.txt", "valid.txt", "test.txt"], ["train.txt#0"], ["valid.txt#0"], ["test.txt#0"]),
+        (["wiki.train.txt", "wiki.valid.txt", "README.md"], ["wiki.train.txt#0"], ["wiki.valid.txt#0"], []),
+        (["train/a.txt", "train/b.md", "test/a.txt"], ["train/a.txt", "train/b.md"], [], ["test/a.txt"]),
+        (["train.py", "test.py", "model.py"], [], [], []),
+        (["test_a.py", "test_b.py", "test.py"], [], [], []),
+        (["train/a.txt", "train/b.txt"], [], [], []),
+    ],
+)
+def test_a_folder_of_texts_keeps_its_splits_if_every_text_is_named_after_one(
+    tmp_path: Path, names: list[str], train: list[str], validation: list[str], test: list[str]
+) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    corpus = open_corpus(str(tmp_path))
+    found = {kind: [d.id for d in corpus.read() if d.split == kind] for kind in ("train", "validation", "test")}
+    assert found == {"train": train, "validation": validation, "test": test}
+    assert (corpus.has_validation, corpus.has_test) == (bool(validation), bool(test))
+    assert [*train, *validation, *test] or [d.id for d in corpus.read()] == sorted(names)
+    assert len(list(corpus.head(1).read())) == max(sum(map(bool, found.values())), 1)
+
+
+def test_a_text_named_after_no_split_leaves_a_folder_without_them_and_is_named(tmp_path: Path, caplog) -> None:
+    caplog.set_level("INFO")
+    for name in ("train.txt", "valid.txt", "notes.txt"):
+        (tmp_path / name).write_text(name)
+    open_corpus(str(tmp_path))
+    [message] = caplog.messages
+    assert message == f"Not reading the splits of {tmp_path} from its files' names, as notes.txt is named after none"
+
+
+def test_a_text_named_after_a_split_is_cut_at_blank_lines_unless_documents_are_to_be_whole(tmp_path: Path) -> None:
+    text = "\n\n".join(map(prose, range(200)))
+    for name in ("train.txt", "valid.txt"):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    for in_pieces in (True, False):
+        documents = list(open_corpus(str(tmp_path), in_pieces=in_pieces).read())
+        for split in ("train", "validation"):
+            texts = [document.text for document in documents if document.split == split]
+            assert "".join(texts) == text
+            assert (len(texts) > 1) is in_pieces
+
+
 def test_texts_of_an_array_of_json_may_spell_dates(tmp_path: Path) -> None:
     dates = [f"2024-01-{n:02}" for n in range(1, 9)]
     (tmp_path / "x.json").write_text(json.dumps([{"text": date} for date in dates]))

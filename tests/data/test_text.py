@@ -523,6 +523,21 @@ def test_a_split_of_the_sources_own_is_not_doubted_when_training_grows(tmp_path:
         assert (data.doubt is not None) is doubts
 
 
+def test_splits_that_a_folder_has_got_since_are_not_gone_on_with_and_said_where_evaluated(tmp_path: Path) -> None:
+    for name in (*SPLITS, "more"):
+        (tmp_path / f"{name}.txt").write_text("\n\n".join(f"{name} {text}" for text in TEXTS), encoding="utf-8")
+    state = opened(tmp_path, validation_fraction=0.0, test_fraction=0.5).state_dict()
+    older = {**state, "documents": {key: state["documents"][key] for key in ("source", "contents")}}
+    (tmp_path / "more.txt").unlink()  # each text is named after a split now
+    cut = f"of {tmp_path} 0 (validation), 0.5 (test) was cut out then and 0 (validation), 0 (test) is now"
+    for known, change in ((state, cut), (older, f"the train split of {tmp_path} ")):
+        with pytest.raises(ValueError, match=re.escape(change)):
+            awaiting(tmp_path, "fit").require_unchanged(known)
+        data = awaiting(tmp_path, "test", validation_fraction=0.0, test_fraction=0.5)
+        data.load_state_dict(known)
+        assert change in data.doubt
+
+
 def test_a_stream_does_not_say_what_it_holds(corpus: Path) -> None:
     state = opened(corpus, streaming=True).state_dict()
     (corpus / "more.md").write_text("more", encoding="utf-8")
