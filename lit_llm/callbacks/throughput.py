@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
 import sys
@@ -15,6 +16,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lit_llm.batch import count_items
 from lit_llm.data.sampling import data_parallel_rank
 from lit_llm.shards import whole_shape
+
+log = logging.getLogger(__name__)
+
+EMULATED = 4
+"""How many times slower than float32 a CPU multiplies at least where it emulates a dtype; it is often 100 times."""
 
 
 class Throughput(Callback):
@@ -41,8 +47,16 @@ class Throughput(Callback):
         self._peak: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
+        """Starts the clock; warns of a precision that the CPU emulates."""
         dtype = torch.float32 if "32" in str(trainer.precision) else torch.bfloat16
+        slower = slowdown(dtype) if pl_module.device.type == "cpu" else 1.0
+        if slower > EMULATED:
+            if trainer.is_global_zero:
+                log.warning(
+                    f"trainer.precision is {trainer.precision}, in which this CPU multiplies {slower:.0f} times slower "
+                    f"than in float32; take --trainer.precision 32-true"
+                )
+            dtype = torch.float32
         self._peak = peak_flops(pl_module.device, dtype)
         self._reported_step = trainer.global_step
         self._since = time.perf_counter()
@@ -123,13 +137,23 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cpu":
         flops = get_available_flops(device, dtype)
         return float(flops) if flops else None
-    a = torch.randn(1024, 1024, dtype=dtype)
+    return 2 * 1024**3 / _seconds(1024, dtype)
+
+
+def slowdown(dtype: torch.dtype) -> float:
+    """How many times longer a product of 256 × 256 matrices takes on this CPU in `dtype` than in float32."""
+    return 1.0 if dtype == torch.float32 else _seconds(256, dtype) / _seconds(256, torch.float32)
+
+
+def _seconds(size: int, dtype: torch.dtype) -> float:
+    """The least time of five products of two square matrices on the CPU."""
+    a = torch.randn(size, size, dtype=dtype)
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - started)
-    return 2 * 1024**3 / best
+    return best
 
 
 def peak_memory(device: torch.device) -> int:

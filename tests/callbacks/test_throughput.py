@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import functools
 
+import pytest
 import torch
 from lightning.pytorch import Callback
 
+from lit_llm.callbacks import throughput
 from lit_llm.callbacks.throughput import Throughput, count_items, peak_flops, peak_memory
 from lit_llm.models.cnn import CNN
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
@@ -23,6 +25,24 @@ def test_text_is_counted_in_tokens_and_all_else_in_rows():
 def test_the_peak_of_a_cpu_is_one_that_a_product_reaches():
     peak = peak_flops(torch.device("cpu"), torch.float32)
     assert 1e9 < peak < 1e14
+
+
+@pytest.mark.parametrize(("slower", "warned"), [(1.5, False), (146.2, True)])
+def test_a_precision_that_the_cpu_emulates_is_warned_of_and_its_peak_is_that_of_float32(
+    tmp_path, monkeypatch, caplog, slower, warned
+):
+    measured = []
+    monkeypatch.setattr(throughput, "slowdown", lambda dtype: slower)
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, dtype: measured.append(dtype) or 1e9)
+    made = Classification(functools.partial(PretrainedClassifier, config=BERT))
+    fitting = trainer(tmp_path, max_steps=1, precision="bf16-mixed", callbacks=[Throughput()])
+    fitting.fit(made, datamodule=Examples(3))
+    message = (
+        "trainer.precision is bf16-mixed, in which this CPU multiplies 146 times slower than in float32; take "
+        "--trainer.precision 32-true"
+    )
+    assert (message in caplog.messages) is warned
+    assert measured == [torch.float32 if warned else torch.bfloat16]
 
 
 def test_memory_is_that_of_this_process():
