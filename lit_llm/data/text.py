@@ -111,6 +111,8 @@ class TextData(TokenData):
         )
         self.column, self.streaming, self.mask_documents = column, streaming, mask_documents
         self.split_by = split_by
+        if split_by == "document":
+            self.more_to_validate_on = "raise it, set data.split_by to position"
         if self.weights and streaming:
             raise ValueError(
                 "data.streaming must be false where data.path is a mixture, but is true; tokenise the sources first"

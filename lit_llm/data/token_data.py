@@ -47,6 +47,9 @@ class TokenData(LightningDataModule, ABC):
     wanted = "text"
     """What `path` must hold, for messages."""
 
+    more_to_validate_on = "raise it"
+    """What to do about an empty validation split, for messages."""
+
     doubt: str | None = None
     """Why documents that were trained on may be among the evaluated ones; `None` if there is no such doubt."""
 
@@ -238,7 +241,8 @@ class TokenData(LightningDataModule, ABC):
             total = sum(split["documents"] for split in self.manifest["splits"].values())
             raise ValueError(
                 f"data.validation_fraction must leave a document to validate on, but is {self.validation_fraction}, "
-                f"which takes none of the {total} of {self.corpus_name}; raise it, or set it to 0 to go without"
+                f"which takes none of the {total} of {self.corpus_name}; {self.more_to_validate_on}, or set it to 0 to "
+                f"go without"
             )
 
     # How the cache is made.

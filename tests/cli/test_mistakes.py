@@ -173,7 +173,7 @@ FLAGS = {
         ["--data.validation_fraction", "0.000001"],
         re.compile(
             r"data.validation_fraction must leave a document to validate on, but is 1e-06, which takes none of the 80 "
-            r"of .*; raise it, or set it to 0 to go without"
+            r"of .*; raise it, set data.split_by to position, or set it to 0 to go without"
         ),
     ),
     "monitor that nothing logs": (

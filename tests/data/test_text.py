@@ -648,7 +648,7 @@ def test_an_empty_validation_split_is_refused(tmp_path: Path) -> None:
     assert content_hash(path.read_text()) / 2**64 > 0.5  # a training document
     message = (
         f"data.validation_fraction must leave a document to validate on, but is 0.2, which takes none of the 1 of "
-        f"{path}; raise it, or set it to 0 to go without"
+        f"{path}; raise it, set data.split_by to position, or set it to 0 to go without"
     )
     with pytest.raises(ValueError, match=exactly(message)):
         opened(path)
