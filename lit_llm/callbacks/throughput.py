@@ -19,6 +19,9 @@ from lit_llm.shards import whole_shape
 
 log = logging.getLogger(__name__)
 
+DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16}
+"""Types by the first part of a precision's name; others are bfloat16."""
+
 EMULATED = 4
 """How many times slower than float32 a CPU multiplies at least where it emulates a dtype; it is often 100 times."""
 
@@ -48,7 +51,7 @@ class Throughput(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock; warns of a precision that the CPU emulates."""
-        dtype = torch.float32 if "32" in str(trainer.precision) else torch.bfloat16
+        dtype = DTYPES.get(str(trainer.precision).partition("-")[0], torch.bfloat16)
         slower = slowdown(dtype) if pl_module.device.type == "cpu" else 1.0
         if slower > EMULATED:
             if trainer.is_global_zero:

@@ -23,7 +23,7 @@ class RunTrainer(Trainer):
     Args:
         accelerator: As Lightning's.
         precision: As Lightning's, or auto: bf16-mixed on a GPU or CPU with instructions for bfloat16, else 32-true
-            (on other CPUs, bfloat16 is several times slower than float32).
+            (on other CPUs, bfloat16 is many times slower).
         **others: As Lightning's.
     """
 

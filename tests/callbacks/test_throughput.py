@@ -27,22 +27,30 @@ def test_the_peak_of_a_cpu_is_one_that_a_product_reaches():
     assert 1e9 < peak < 1e14
 
 
-@pytest.mark.parametrize(("slower", "warned"), [(1.5, False), (146.2, True)])
+@pytest.mark.parametrize(
+    ("precision", "slower", "peak"),
+    [
+        ("bf16-mixed", 1.5, torch.bfloat16),
+        ("bf16-mixed", 146.2, torch.float32),
+        ("64-true", 2.0, torch.float64),
+        ("32-true", 1.0, torch.float32),
+    ],
+)
 def test_a_precision_that_the_cpu_emulates_is_warned_of_and_its_peak_is_that_of_float32(
-    tmp_path, monkeypatch, caplog, slower, warned
+    tmp_path, monkeypatch, caplog, precision, slower, peak
 ):
     measured = []
     monkeypatch.setattr(throughput, "slowdown", lambda dtype: slower)
     monkeypatch.setattr(throughput, "peak_flops", lambda device, dtype: measured.append(dtype) or 1e9)
     made = Classification(functools.partial(PretrainedClassifier, config=BERT))
-    fitting = trainer(tmp_path, max_steps=1, precision="bf16-mixed", callbacks=[Throughput()])
+    fitting = trainer(tmp_path, max_steps=1, precision=precision, callbacks=[Throughput()])
     fitting.fit(made, datamodule=Examples(3))
     message = (
         "trainer.precision is bf16-mixed, in which this CPU multiplies 146 times slower than in float32; take "
         "--trainer.precision 32-true"
     )
-    assert (message in caplog.messages) is warned
-    assert measured == [torch.float32 if warned else torch.bfloat16]
+    assert (message in caplog.messages) is (slower > throughput.EMULATED)
+    assert measured == [peak]
 
 
 def test_memory_is_that_of_this_process():
