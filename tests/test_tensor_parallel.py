@@ -91,8 +91,9 @@ def test_what_lies_between_products_is_shared_out_and_gradients_are_those_of_one
         assert during_training == {8 // size}
         assert evaluated == 5
         assert found.keys() == expected.keys()
-        for name, gradient in expected.items():
-            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5, msg=name)
+        for name, gradient in expected.items():  # which sums terms as large as its largest element
+            rounding = 1e-6 * gradient.abs().max().item()
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=rounding, msg=name)
 
 
 def test_what_lies_between_products_is_kept_for_a_part_of_the_positions_only(network):
