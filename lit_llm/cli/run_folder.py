@@ -114,14 +114,14 @@ def of_evaluation(folder: Path, command: str, options: dict[str, Any], checkpoin
 
     Args:
         folder: The run folder.
-        command: `validate` or `test`.
+        command: `validate`, `test` or `predict`.
         options: All options, in the form of `config.yaml`.
         checkpoint: The checkpoint that is evaluated.
     """
     if not (folder / "config.yaml").is_file():
         return folder
     own = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    limit = f"limit_{'val' if command == 'validate' else 'test'}_batches"
+    limit = f"limit_{'val' if command == 'validate' else command}_batches"
     here, there = (_evaluated(of, limit) for of in (options, own))
     if here == there and checkpoint.resolve() == own_checkpoint(folder).resolve():
         return folder

@@ -191,7 +191,7 @@ class TrainingCLI(LightningCLI):
             starts_anew = fits and run_folder.is_of_another(self.run_dir, checkpoint)
         self.of_run = self.run_dir
         run_folder.make(self.run_dir, starts_anew, trains=fits)
-        if ckpt_path and self.subcommand in ("validate", "test"):
+        if ckpt_path and not fits:
             options = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
             checkpoint = Path(config["ckpt_path"])
             self.run_dir = run_folder.of_evaluation(self.of_run, self.subcommand, options, checkpoint)

@@ -223,8 +223,12 @@ def test_a_labelled_table_of_ones_own_is_evaluated_whole_by_the_checkpoints_clas
         assert results[f"{split}/count"] == 23
         found.append([results[f"{split}/{metric}"] for metric in ("accuracy", "f1", "mcc", "loss")])
     assert found[0] == found[1] == pytest.approx(found[2])
+    assert lit_llm("predict", "--run_dir", run).code == 0
+    own = (run / "predictions.csv").read_text()
     assert lit_llm("predict", "--run_dir", run, "--data.path", folder).code == 0
-    with (run / "predictions.csv").open(newline="") as file:
+    assert (run / "predictions.csv").read_text() == own
+    [written] = evaluations.iterdir()
+    with (written / "predictions.csv").open(newline="") as file:
         table = list(csv.DictReader(file))
     assert found[0][0] == pytest.approx(sum(line["label"] == line["predicted"] for line in table) / 23)
 
