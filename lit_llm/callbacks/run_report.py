@@ -178,7 +178,8 @@ class RunReport(Callback):
             log.info(f"No model directory: transformers has no class for a {type(network).__name__}")
             return
         results = json.loads((folder / "results.json").read_text())
-        card = model_card(folder.parent.name, network, trainer.datamodule, results)
+        is_best = own.stem == "best" and own.exists()
+        card = model_card(folder.parent.name, network, trainer.datamodule, results, "best/" if is_best else "")
         data = trainer.datamodule
         processor, tokenizer = (getattr(data, name, None) for name in ("image_processor", "tokenizer"))
         if tokenizer is not None and (longest := getattr(data, "max_seq_len", None)):
@@ -227,9 +228,18 @@ def known_to_transformers(network: Any) -> bool:
     return hasattr(transformers, network.to_hf_config()["architectures"][0])
 
 
-def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> str:
-    """Model card in Markdown: the network, the command, the metrics and the data."""
-    figures = {k: v for k, v in results.items() if isinstance(v, float) and k.startswith(("val/", "best/", "test/"))}
+def model_card(name: str, network: Any, data: Any, results: dict[str, Any], prefix: str = "") -> str:
+    """Model card in Markdown: the network, the command, the metrics and the data.
+
+    Args:
+        name: Title of the card.
+        network: The network that the card is about.
+        data: The data module that it was trained with.
+        results: Content of `results.json`.
+        prefix: What the metrics of these weights begin with: `best/`, or nothing for those of the last step.
+    """
+    metrics = f"{prefix}val/"
+    figures = {k.removeprefix(prefix): v for k, v in results.items() if isinstance(v, float) and k.startswith(metrics)}
     manifest = {k: v for k, v in getattr(data, "manifest", {}).items() if k != "files"}
     parameters, reformed = sum(p.numel() for p in network.parameters()), is_reformed(network)
     known = not reformed and known_to_transformers(network)
@@ -251,7 +261,7 @@ def model_card(name: str, network: Any, data: Any, results: dict[str, Any]) -> s
             "",
             *(["Compressed as in `compression.json`; lit-llm reads it, transformers does not.", ""] * reformed),
             *(["Transformers has no such network; lit-llm reads it.", ""] * (not known and not reformed)),
-            "| metric | value |",
+            f"| metric, at step {results.get(f'{prefix}step'):,} | value |",
             "| --- | ---: |",
             *(f"| {k} | {v:.4f} |" for k, v in sorted(figures.items())),
             "",

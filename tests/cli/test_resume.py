@@ -207,6 +207,11 @@ def test_what_was_best_is_so_still_where_the_run_folder_was_moved(lit_llm, tiny,
     results = json.loads((tmp_path / "second/results.json").read_text())
     assert results["val/loss"] > results["best/val/loss"]
     assert read_checkpoint(tmp_path / "second/checkpoints/best.ckpt")["global_step"] == results["best/step"] == 6
+    card = (tmp_path / "second/model/README.md").read_text()  # whose weights are the best ones
+    assert (
+        f"| metric, at step 6 | value |\n| --- | ---: |\n| val/bits_per_byte | {results['best/val/bits_per_byte']:.4f} |"
+        in card
+    )
     onward = ["--ckpt_path", tmp_path / "second/checkpoints/last.ckpt", "--trainer.max_steps", "12"]
     outcome = lit_llm("fit", "--config", tmp_path / "second/config.yaml", *onward, "--run_dir", tmp_path / "third")
     assert outcome.code == 0, outcome.err
