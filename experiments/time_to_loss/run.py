@@ -71,7 +71,8 @@ def ablations(options: argparse.Namespace) -> None:
     """Measures our recipe with one change at a time, at the same number of steps."""
     lines = ["| | nats per character | seconds of training |", "| --- | ---: | ---: |"]
     for name, flags in ABLATIONS.items():
-        runs = [trained(RECIPES["ours"], seed, flags, options) for seed in options.seeds]
+        whole: Flags = {"trainer.precision": "bf16-mixed"}
+        runs = [trained(RECIPES["ours"], seed, whole | flags, options) for seed in options.seeds]
         losses, seconds = zip(*runs, strict=True)
         spread = f" ± {statistics.stdev(losses):.4f}" if len(runs) > 1 else ""
         lines.append(f"| {name} | {statistics.mean(losses):.4f}{spread} | {statistics.median(seconds):.1f} |")

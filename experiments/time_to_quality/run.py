@@ -118,7 +118,7 @@ def trained(name: str, seed: int, options: argparse.Namespace, more: list[str]) 
     folder = options.work / f"{name}-{seed}"
     flags: Flags = {"config": CONFIG, "seed_everything": seed, "data.seed": seed, "trainer.max_steps": options.steps}
     flags |= {"trainer.val_check_interval": max(1, options.steps // VALIDATIONS), "trainer.callbacks": "null"}
-    flags |= {"trainer.enable_checkpointing": "false", "test_after_fit": "false"}
+    flags |= {"trainer.enable_checkpointing": "false", "test_after_fit": "false", "trainer.precision": "bf16-mixed"}
     results = fit_anew(flags | IDEAS[name].flags, folder, options, *more)
     shutil.rmtree(folder / "model", ignore_errors=True)
     a_step = results["tokens"] / results["step"]
