@@ -241,7 +241,7 @@ def _split_texts(path: str, splits: dict[str, list[Path]], in_pieces: bool) -> C
     root = Path(path).expanduser()
 
     def documents(file: Path) -> Iterator[Document]:
-        return _pieces(file, root) if in_pieces and names_split(file) else _whole(root, [file])
+        return _pieces(file, root) if in_pieces and names_split(file, root) else _whole(root, [file])
 
     def read(limit: int | None = None) -> Iterator[Document]:
         for split, files in splits.items():

@@ -101,9 +101,10 @@ def split_texts(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     """Assigns the texts of a folder to splits, evaluation first, if their names say so; otherwise empty.
 
     They do if the names of all, or of the folders they are in, end in a split's word, and if some are for training and
-    others are not. Among other files `test.py` is a text like any other. A `README.md` is left out.
+    others are not; the outermost name decides, so that `train/driving_test.txt` is for training. Among other files
+    `test.py` is a text like any other. A `README.md` is left out.
     """
-    kinds = {file: _clear_kind(_names(file, folder)) for file in files if file.name != "README.md"}
+    kinds = {file: _clear_kind(_names(file, folder)[::-1]) for file in files if file.name != "README.md"}
     found = set(kinds.values())
     if "train" not in found or not found & {"validation", "test"}:
         return {}
@@ -115,9 +116,10 @@ def split_texts(files: list[Path], folder: Path) -> dict[str, list[Path]]:
     return {kind: [file for file in kinds if kinds[file] == kind] for kind in order}
 
 
-def names_split(file: Path) -> bool:
-    """Whether the name of a file itself, not of its folder, ends in a split's word."""
-    return _clear_kind([file.stem]) is not None
+def names_split(file: Path, folder: Path) -> bool:
+    """Whether it is the name of a file in `folder`, and not that of a folder it is in, that ends in a split's word."""
+    own, *folders = _names(file, folder)
+    return _clear_kind(folders) is None and _clear_kind([own]) is not None
 
 
 def _names(file: Path, folder: Path) -> list[str]:

@@ -229,6 +229,12 @@ def test_every_table_of_a_folder_is_read_for_what_its_name_clearly_says_or_for_t
         (["train.txt", "valid.txt", "test.txt"], ["train.txt#0"], ["valid.txt#0"], ["test.txt#0"]),
         (["wiki.train.txt", "wiki.valid.txt", "README.md"], ["wiki.train.txt#0"], ["wiki.valid.txt#0"], []),
         (["train/a.txt", "train/b.md", "test/a.txt"], ["train/a.txt", "train/b.md"], [], ["test/a.txt"]),
+        (
+            ["train/driving_test.txt", "valid/night_train.txt"],
+            ["train/driving_test.txt"],
+            ["valid/night_train.txt"],
+            [],
+        ),
         (["train.py", "test.py", "model.py"], [], [], []),
         (["test_a.py", "test_b.py", "test.py"], [], [], []),
         (["train/a.txt", "train/b.txt"], [], [], []),
