@@ -137,7 +137,8 @@ class SweepProgress:
             self._looked = time.perf_counter()
 
     def _print(self, line: str, style: str | None = None) -> None:
-        self._console.print(line, style=style, markup=False, soft_wrap=True)
+        with contextlib.suppress(OSError):  # a closed terminal or a full disk ends no sweep
+            self._console.print(line, style=style, markup=False, soft_wrap=True)
 
     def _draw(self) -> None:
         if self._bars is None:
@@ -145,7 +146,8 @@ class SweepProgress:
         for run in self._under_way.values():
             self._bars.update(run.bar, total=run.total, completed=run.step, status=str(run))
         self._bars.update(self._whole, completed=self.ended + self._parts(), status=str(self))
-        self._bars.refresh()
+        with contextlib.suppress(OSError):
+            self._bars.refresh()
 
     def _parts(self) -> float:
         return sum((run.part(run.step) for run in self._under_way.values()), 0.0)
