@@ -197,7 +197,7 @@ class TrainingCLI(LightningCLI):
             self.run_dir = run_folder.of_evaluation(self.of_run, self.subcommand, options, checkpoint)
             self.run_dir.mkdir(parents=True, exist_ok=True)
             if self.run_dir != self.of_run and os.environ.get("LOCAL_RANK", "0") == "0":
-                log.info(f"The data or the checkpoint are not the run's own, so what is found goes to {self.run_dir}")
+                log.info(f"Data, options or checkpoint are not the run's own, so what is found goes to {self.run_dir}")
         config["trainer"]["default_root_dir"] = str(self.run_dir)
         log_into(config["trainer"].get("logger"), self.run_dir)
 

@@ -66,7 +66,8 @@ def test_a_run_leaves_what_there_is_to_know_and_is_gone_on_with_and_asked(lit_ll
 
     outcome = lit_llm("predict", "--run_dir", run, "--data.known", "false", "--data.test_labels", "false")
     assert outcome.code == 0, outcome.err
-    with (run / "predictions.csv").open(newline="") as file:
+    [written] = (run / "evaluations").glob("predict-*/predictions.csv")
+    with written.open(newline="") as file:
         table = list(csv.DictReader(file))
     model = AutoModelForSequenceClassification.from_pretrained(run / "model")
     ids = torch.cat([example(row, None)["input_ids"] for row in range(7)])

@@ -51,11 +51,12 @@ def test_a_run_and_its_model_directory_say_the_same_of_images(lit_llm, config, t
     assert outcome.code == 0, outcome.err
     again = json.loads((asked / "results.json").read_text())
     assert again["test/loss"] == pytest.approx(results["test/loss"], rel=1e-4)
-    for source, options in ((run, ["--run_dir", run]), (asked, [*directory, "--run_dir", asked])):
+    for options in (["--run_dir", run], [*directory, "--run_dir", asked]):
         outcome = lit_llm("predict", *options, "--data.known", "false")
         assert outcome.code == 0, outcome.err
-        assert list(table(source / "predictions.csv")[0])[:3] == ["image", "label", "predicted"]
-    assert table(run / "predictions.csv") == table(asked / "predictions.csv")
+    [of_run] = (run / "evaluations").glob("predict-*/predictions.csv")
+    assert list(table(of_run)[0])[:3] == ["image", "label", "predicted"]
+    assert table(of_run) == table(asked / "predictions.csv")
 
     outcome = lit_llm("fit", *directory, "--run_dir", tuned)
     assert outcome.code == 0, outcome.err

@@ -64,7 +64,8 @@ def test_a_run_is_asked_about_files_gone_on_from_and_trained_further_on_others(l
         Image.open(file).convert("RGB").save(flat / file.name)
     outcome = lit_llm("predict", "--run_dir", run, "--data.path", flat)
     assert outcome.code == 0, outcome.err
-    lines = table(run / "predictions.csv")
+    [written] = (run / "evaluations").glob("predict-*/predictions.csv")
+    lines = table(written)
     assert [Path(line["image"]) for line in lines] == sorted(flat.iterdir())
 
     # transformers reads images, weights and names of the directory in the same way
@@ -88,7 +89,7 @@ def test_a_run_is_asked_about_files_gone_on_from_and_trained_further_on_others(l
     for asked in (run, own):
         outcome = lit_llm("test", "--run_dir", asked, "--data.path", held)
         assert outcome.code == 0, outcome.err
-        [written] = (asked / "evaluations").iterdir()
+        [written] = (asked / "evaluations").glob("test-*")
         assert json.loads((written / "results.json").read_text())["test/count"] == 60
 
     # fine-tuning on inverted digits of another size keeps the network's preprocessing

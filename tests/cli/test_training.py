@@ -553,7 +553,7 @@ def test_what_another_evaluation_finds_is_not_taken_for_the_runs_own(lit_llm, ru
     for more in (["--trainer.limit_test_batches", "1"], ["--ckpt_path", "last"], ["--data.test_fraction", "0.3"]):
         outcome = lit_llm("test", "--run_dir", copy, *more)
         assert outcome.code == 0, outcome.err
-        assert "The data or the checkpoint are not the run's own, so what is found goes to" in outcome.err
+        assert "Data, options or checkpoint are not the run's own, so what is found goes to" in outcome.err
     after = json.loads((copy / "results.json").read_text())
     assert {
         name: pytest.approx(value, rel=1e-5) if "test/" in name else value for name, value in before.items()

@@ -187,7 +187,8 @@ def test_the_command_line_trains_exports_and_writes(lit_llm, numbers: str, tmp_p
     assert "val/chrf" in json.loads((tmp_path / "run/results.json").read_text())
     outcome = lit_llm("predict", "--run_dir", tmp_path / "run", "--model.max_new_tokens", "4")
     assert outcome.code == 0, outcome.err
-    table = predictions(tmp_path / "run")
+    [shorter] = (tmp_path / "run/evaluations").iterdir()
+    table = predictions(shorter)
     assert list(table[0]) == ["source", "target", "predicted"]
     model = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "run/model")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/model")
@@ -201,7 +202,8 @@ def test_the_command_line_trains_exports_and_writes(lit_llm, numbers: str, tmp_p
     words = ["--data.path", tmp_path / "new.tsv", "--model.max_new_tokens", "4"]
     outcome = lit_llm("predict", "--run_dir", tmp_path / "run", *words)
     assert outcome.code == 0, outcome.err
-    table = predictions(tmp_path / "run")
+    [of_new] = set((tmp_path / "run/evaluations").iterdir()) - {shorter}
+    table = predictions(of_new)
     assert [list(row.values()) for row in table] == [
         [n, note, again[n]] for n, note in zip("731", ["one", "two", "three"])
     ]
@@ -209,7 +211,7 @@ def test_the_command_line_trains_exports_and_writes(lit_llm, numbers: str, tmp_p
     (tmp_path / "own_test.csv").write_text((Path(numbers) / "validation.csv").read_text())
     outcome = lit_llm("test", "--run_dir", tmp_path / "run", "--data.path", tmp_path / "own_test.csv")
     assert outcome.code == 0, outcome.err
-    [of_own] = (tmp_path / "run/evaluations").iterdir()
+    [of_own] = (tmp_path / "run/evaluations").glob("test-*")
     found = json.loads((of_own / "results.json").read_text())
     wanted = json.loads((tmp_path / "run/results.json").read_text())
     for metric in ("loss", "chrf"):  # the same rows as in the best validation
