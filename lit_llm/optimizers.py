@@ -92,8 +92,8 @@ def orthogonalize(matrices: Float[Tensor, "n rows cols"]) -> Float[Tensor, "n ro
         matrices: A stack of matrices of one shape.
 
     Returns:
-        The result in bfloat16, which is precise enough for a direction; on a device without instructions for it, in
-        float32, which is faster there.
+        The result in bfloat16, which is precise enough for a direction; in float32 on a device without known
+        instructions for bfloat16, since it is faster without them.
 
     Source:
         Jordan et al., 2024, "Muon", kellerjordan.github.io/posts/muon.
@@ -117,7 +117,8 @@ class Muon(Optimizer):
 
     Args:
         params: Groups from `parameter_groups`, or plain parameters (then those of two or more dimensions are matrices).
-        lr: Learning rate for matrices; the root mean square of an update is near `lr / sqrt(cols)`.
+        lr: Learning rate for matrices; the root mean square of an update is near `lr / sqrt(cols)`. (Of a `Conv1D`
+            of transformers, rows and columns change places.)
         momentum: Nesterov momentum for matrices.
         momentum_warmup_steps: Steps over which the momentum rises from 0.85, so that the first, fast-changing gradients
             are forgotten sooner; 0 for none.

@@ -29,10 +29,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
 
 @functools.cache
 def multiplies_bfloat16(kind: str) -> bool:
-    """Whether a kind of device has instructions for bfloat16; a CPU without them takes several times as long as in
-    float32.
+    """Whether a kind of device is known to have instructions for bfloat16; a CPU without them is many times slower.
 
-    False for other devices than CPUs and CUDA, and on systems without `/proc/cpuinfo`, since it is not known there.
+    False for devices other than CPUs and CUDA's, and for CPUs on systems without `/proc/cpuinfo`.
     """
     if kind == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import resource
 import sys
@@ -15,15 +14,11 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_llm.batch import count_items
 from lit_llm.data.sampling import data_parallel_rank
+from lit_llm.products import multiplies_bfloat16
 from lit_llm.shards import whole_shape
-
-log = logging.getLogger(__name__)
 
 DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16}
 """Types by the first part of a precision's name; others are bfloat16."""
-
-EMULATED = 4
-"""How many times slower than float32 a CPU multiplies at least where it emulates a dtype; it is often 100 times."""
 
 
 class Throughput(Callback):
@@ -50,16 +45,10 @@ class Throughput(Callback):
         self._peak: float | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock; warns of a precision that the CPU emulates."""
+        """Starts the clock."""
         dtype = DTYPES.get(str(trainer.precision).partition("-")[0], torch.bfloat16)
-        slower = slowdown(dtype) if pl_module.device.type == "cpu" else 1.0
-        if slower > EMULATED:
-            if trainer.is_global_zero:
-                log.warning(
-                    f"trainer.precision is {trainer.precision}, in which this CPU multiplies {slower:.0f} times slower "
-                    f"than in float32; take --trainer.precision 32-true"
-                )
-            dtype = torch.float32
+        if pl_module.device.type == "cpu" and not (dtype.itemsize > 2 or multiplies_bfloat16("cpu")):
+            dtype = torch.float32  # the peak of a type that is only emulated would take long to measure
         self._peak = peak_flops(pl_module.device, dtype)
         self._reported_step = trainer.global_step
         self._since = time.perf_counter()
@@ -140,23 +129,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     if device.type != "cpu":
         flops = get_available_flops(device, dtype)
         return float(flops) if flops else None
-    return 2 * 1024**3 / _seconds(1024, dtype)
-
-
-def slowdown(dtype: torch.dtype) -> float:
-    """How many times longer a product of 256 × 256 matrices takes on this CPU in `dtype` than in float32."""
-    return 1.0 if dtype == torch.float32 else _seconds(256, dtype) / _seconds(256, torch.float32)
-
-
-def _seconds(size: int, dtype: torch.dtype) -> float:
-    """The least time of five products of two square matrices on the CPU."""
-    a = torch.randn(size, size, dtype=dtype)
+    a = torch.randn(1024, 1024, dtype=dtype)
     best = float("inf")
     for _ in range(5):
         started = time.perf_counter()
         a @ a
         best = min(best, time.perf_counter() - started)
-    return best
+    return 2 * 1024**3 / best
 
 
 def peak_memory(device: torch.device) -> int:

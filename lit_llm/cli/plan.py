@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "data are read for a language model (an epoch of other texts, a single batch of images). Only --data.tokenizer "
         "characters has to read them to count its tokens, unless --model.vocab_size gives their number. All other "
         "options, such as --model.network or --data.seq_len, are those of lit-llm fit; precision auto is planned as "
-        "bf16-mixed.",
+        "bf16-mixed, with --probe as what it is on this machine.",
         epilog="example: lit-llm plan --config configs/pretraining/llama_stdlib.yaml --model.network "
         "configs/models/llama3_8b.yaml --model.vocab_size 128256 --data.seq_len 8192 --data.batch_size 1 --devices 8 "
         "--table",
@@ -109,7 +109,7 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     machine = Machine(options.memory, options.peak_flops, options.mfu, options.watts, options.bandwidth, options.price)
     devices = options.devices * options.nodes
     try:
-        steps, details = measured_steps(words, devices)
+        steps, details = measured_steps(words, devices, options.probe is not None)
     except NeedsContent:
         if not options.probe:
             raise
@@ -158,12 +158,13 @@ def plan(options: argparse.Namespace, words: list[str]) -> dict[str, Any]:
     return found
 
 
-def measured_steps(words: list[str], devices: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def measured_steps(words: list[str], devices: int, is_here: bool) -> tuple[dict[str, Any], dict[str, Any]]:
     """Measures a config's training step: as configured and, if the network can, with activation checkpointing.
 
     Args:
         words: Arguments of `lit-llm fit`.
         devices: Number of devices that the run is planned for.
+        is_here: Whether these are like this machine's, so that the precision `auto` is what it is here.
 
     Returns:
         The steps by name, and further facts of the config.
@@ -174,12 +175,15 @@ def measured_steps(words: list[str], devices: int) -> tuple[dict[str, Any], dict
     from lit_llm.callbacks.weight_average import WeightAverage
     from lit_llm.cli import training
     from lit_llm.cli.standard_parts import listed
+    from lit_llm.cli.trainer import suited_precision
     from lit_llm.dry_run import NeedsContent, measure_step
     from lit_llm.recipes import built
 
     cli = training.read_run(words)
     objective, data, trainer = cli.model, cli.datamodule, cli.config["fit"]["trainer"]
-    given = "bf16-mixed" if trainer["precision"] == "auto" else trainer["precision"]
+    given = trainer["precision"]
+    if given == "auto":
+        given = suited_precision(trainer["accelerator"]) if is_here else "bf16-mixed"
     precision = _convert_precision_to_unified_args(given) or "32-true"
     if precision.startswith("transformer-engine"):
         raise NeedsContent(

@@ -14,6 +14,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_llm.cli import run_folder
 from lit_llm.files import replacing
+from lit_llm.products import multiplies_bfloat16
 
 ABOUT_ONE_RUN = {"run_dir", "ckpt_path", "config", "find_lr"}
 """Options left out of `config.yaml`, because a repetition of the run must not inherit them."""
@@ -38,7 +39,8 @@ class RunConfig(SaveConfigCallback):
             manifest = getattr(trainer.datamodule, "manifest", {})
             options = {name: value for name, value in config["trainer"].items() if name != "logger"}
             facts = {name: fact for name, fact in manifest.items() if name != "files"}
-            require_same({**config, "trainer": options, "the data's": facts})
+            fast = multiplies_bfloat16(trainer.strategy.root_device.type)  # Muon computes otherwise without
+            require_same({**config, "trainer": options, "the data's": facts, "instructions for bfloat16": fast})
         if self.config.get("ckpt_path") is None:
             self._write(trainer)
 
