@@ -10,6 +10,7 @@ import yaml
 from transformers import BertConfig, BertModel
 
 from lit_llm.checkpoints import save_model
+from lit_llm.cli import trainer
 from lit_llm.cli.plan_report import exchange
 from lit_llm.data.tokenizer import byte_tokenizer
 from lit_llm.models.lenet import LeNet
@@ -65,10 +66,12 @@ def test_what_does_not_fit_is_said(lit_llm):
 
 def test_a_probe_replaces_the_assumed_speed_and_leaves_no_run(lit_llm, tiny, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    outcome = lit_llm("plan", *tiny, "--probe", "--json", "plan.json")
+    monkeypatch.setattr(trainer, "multiplies_bfloat16", lambda kind: False)
+    outcome = lit_llm("plan", *tiny, "--trainer.precision", "auto", "--probe", "--json", "plan.json")
     assert outcome.code == 0, outcome.err
     assert [path.name for path in tmp_path.iterdir() if path.name != "corpus"] == ["plan.json"]
     found = json.loads(Path("plan.json").read_text())
+    assert found["precision"] == "32-true"  # which auto is here
     probe, bill = found["probe"], found["bill"]
     assert probe["seconds_per_step"] == pytest.approx(4 * 32 / probe["tokens_per_second"])
     assert bill["seconds"] == pytest.approx(found["tokens"] / probe["tokens_per_second"])
@@ -325,9 +328,10 @@ def test_a_precision_is_planned_as_the_trainer_reads_it(lit_llm, tmp_path):
     double = plan_of(lit_llm, tmp_path, *MAIN, *SMALL, "--trainer.precision", 64)
     assert double["precision"] == "64-true"
     assert double["steps"]["as configured"]["gradients"] == 8 * double["steps"]["as configured"]["parameters"]
-    mixed = plan_of(lit_llm, tmp_path, *MAIN, *SMALL, "--trainer.precision", "bf16")
-    assert mixed["precision"] == "bf16-mixed"
-    assert mixed["steps"]["as configured"]["casts"] > 0
+    for name in ("bf16", "auto"):
+        mixed = plan_of(lit_llm, tmp_path, *MAIN, *SMALL, "--trainer.precision", name)
+        assert mixed["precision"] == "bf16-mixed"
+        assert mixed["steps"]["as configured"]["casts"] > 0
     images = ["--config", REPOSITORY / "configs/pretraining/cnn_digits.yaml", "--trainer.precision", "bf16-true"]
     step = step_of(lit_llm, tmp_path, *images)
     assert step["gradients"] == 2 * step["parameters"]
