@@ -70,8 +70,8 @@ def recipes(options: argparse.Namespace) -> None:
 def ablations(options: argparse.Namespace) -> None:
     """Measures our recipe with one change at a time, at the same number of steps."""
     lines = ["| | nats per character | seconds of training |", "| --- | ---: | ---: |"]
+    whole: Flags = {"trainer.precision": "bf16-mixed"}
     for name, flags in ABLATIONS.items():
-        whole: Flags = {"trainer.precision": "bf16-mixed"}
         runs = [trained(RECIPES["ours"], seed, whole | flags, options) for seed in options.seeds]
         losses, seconds = zip(*runs, strict=True)
         spread = f" ± {statistics.stdev(losses):.4f}" if len(runs) > 1 else ""

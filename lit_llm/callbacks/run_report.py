@@ -178,7 +178,7 @@ class RunReport(Callback):
             log.info(f"No model directory: transformers has no class for a {type(network).__name__}")
             return
         results = json.loads((folder / "results.json").read_text())
-        is_best = own.stem == "best" and own.exists()
+        is_best = own.stem == "best" and own.exists() and "best/step" in results
         card = model_card(folder.parent.name, network, trainer.datamodule, results, "best/" if is_best else "")
         data = trainer.datamodule
         processor, tokenizer = (getattr(data, name, None) for name in ("image_processor", "tokenizer"))

@@ -47,7 +47,8 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Starts the clock."""
         dtype = DTYPES.get(str(trainer.precision).partition("-")[0], torch.bfloat16)
-        if pl_module.device.type == "cpu" and not (dtype.itemsize > 2 or multiplies_bfloat16("cpu")):
+        is_fast = dtype.itemsize > 2 or (dtype == torch.bfloat16 and multiplies_bfloat16("cpu"))
+        if pl_module.device.type == "cpu" and not is_fast:
             dtype = torch.float32  # the peak of a type that is only emulated would take long to measure
         self._peak = peak_flops(pl_module.device, dtype)
         self._reported_step = trainer.global_step

@@ -32,6 +32,7 @@ def test_the_peak_of_a_cpu_is_one_that_a_product_reaches():
     [
         ("bf16-mixed", True, torch.bfloat16),
         ("bf16-mixed", False, torch.float32),
+        ("16-true", True, torch.float32),
         ("64-true", False, torch.float64),
         ("32-true", True, torch.float32),
     ],
