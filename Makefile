@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 RUN := runs/demo/$(shell date +%Y-%m-%d_%H-%M-%S)
 
-.PHONY: demo test slow processes notebooks
+.PHONY: demo test slow device processes notebooks
 
 demo: .venv/base  ## train the main config, generate, print what came out
 	$(BIN)/lit-llm fit --config configs/pretraining/llama_stdlib.yaml --run_dir $(RUN)
@@ -23,8 +23,12 @@ test: .venv/dev  ## style, and all tests but those marked slow: minutes
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
-slow: .venv/dev  ## the tests marked slow: killed processes, whole chains, every command of the README
+slow: .venv/dev device  ## the tests marked slow: killed processes, whole chains, every command of the README
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "slow and not processes"
+
+device: .venv/dev  ## the tests of an accelerator, and two steps of each config, on a simulated one
+	SIMULATED_DEVICE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/gpu tests/test_configs.py \
+	  -k "test_accelerator or takes_two_steps"
 
 processes: .venv/dev  ## whole runs over several processes, under each strategy: a quarter of an hour
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m processes

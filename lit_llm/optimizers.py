@@ -247,7 +247,7 @@ class Muon(Optimizer):
             local(s["exp_avg_sq"] for s in states),
             [],
             [s["step"] for s in states],
-            fused=members[0].device.type in ("cpu", "cuda"),
+            fused=members[0].device.type not in ("meta", "xla"),
             amsgrad=False,
             beta1=group["betas"][0],
             beta2=group["betas"][1],

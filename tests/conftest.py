@@ -7,6 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # huggingface_hub reads it only on import
 
 import functools
+import importlib
 import json
 import random
 import sys
@@ -22,6 +23,9 @@ from hypothesis import settings
 from lit_llm import products
 from tests.images import tree
 from tests.writing import REPOSITORY, pairs, prose
+
+if "SIMULATED_DEVICE" in os.environ:
+    importlib.import_module("tests.simulated_device")
 
 settings.register_profile("a busy machine", deadline=None)
 settings.load_profile("a busy machine")

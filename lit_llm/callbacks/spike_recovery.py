@@ -115,9 +115,9 @@ class SpikeRecovery(Callback):
         fine = self._is_usual(loss, self.losses) & self._is_usual(norm, self.norms)
         if trainer.world_size > 1:  # all processes step, or none
             fine = trainer.strategy.reduce(fine.float(), reduce_op="sum") == trainer.world_size
-        place = self.seen % self.window
-        self.losses[place] = torch.where(fine, loss, self.losses[place])
-        self.norms[place] = torch.where(fine, norm, self.norms[place])
+        here = fine & (torch.arange(self.window, device=fine.device) == self.seen % self.window)
+        self.losses = torch.where(here, loss, self.losses)
+        self.norms = torch.where(here, norm, self.norms)
         self.seen += fine
         self.skipped += ~fine
         self.run = torch.where(fine, 0, self.run + 1)

@@ -130,8 +130,8 @@ def remove_masks(network: nn.Module) -> None:
 def sparsity_of(network: nn.Module, names: list[str] | None = None) -> float:
     """The fraction of zeros among the weights of some layers, counted; `None` is the default of `chosen_layers`."""
     chosen = chosen_layers(network) if names is None else {name: network.get_submodule(name) for name in names}
-    zeros = sum(int(whole((layer.weight.detach() == 0).sum())) for layer in chosen.values())
-    return zeros / sum(layer.weight.numel() for layer in chosen.values())
+    zeros = sum(whole((layer.weight.detach() == 0).sum()) for layer in chosen.values())
+    return int(zeros) / sum(layer.weight.numel() for layer in chosen.values())
 
 
 @dataclass(frozen=True)

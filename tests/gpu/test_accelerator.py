@@ -1,4 +1,4 @@
-"""Results on an accelerator equal those on a CPU; skipped without an accelerator."""
+"""Results on an accelerator equal those on a CPU; skipped without an accelerator (`make device` simulates one)."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from lit_llm.models.attention import attend
 from tests.cli.test_resume import losses
 from tests.writing import REPOSITORY
 
-DEVICE = "cuda"
+DEVICE = torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "none"
+REAL = pytest.mark.skipif(DEVICE == "simulated", reason="needs a real accelerator")
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an accelerator of CUDA"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(DEVICE == "none", reason="needs an accelerator")]
 
 ON_CPU = ["--trainer.accelerator", "cpu"]
 ON_DEVICE = ["--trainer.accelerator", DEVICE, "--trainer.devices", "1"]
@@ -37,7 +35,13 @@ def strategy(name: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "more", [[], strategy("compile"), strategy("fsdp"), ["--model.network.activation_checkpointing", "true"]]
+    "more",
+    [
+        [],
+        pytest.param(strategy("compile"), marks=REAL),
+        pytest.param(strategy("fsdp"), marks=REAL),
+        ["--model.network.activation_checkpointing", "true"],
+    ],
 )
 def test_losses_are_those_of_a_cpu(lit_llm, tiny, tmp_path, plain, more):
     outcome = lit_llm("fit", *tiny, *more, *ON_DEVICE, "--test_after_fit", "false", "--run_dir", tmp_path / "run")
@@ -61,21 +65,33 @@ class NoWaiting(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Turns the error on."""
         if batch_idx:
-            torch.cuda.set_sync_debug_mode("error")
+            torch.get_device_module(DEVICE).set_sync_debug_mode("error")
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Turns the error off."""
-        torch.cuda.set_sync_debug_mode("default")
+        torch.get_device_module(DEVICE).set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_a_step_never_waits_for_the_device(lit_llm, tiny, tmp_path, precision):
-    words = [*tiny, *ON_DEVICE, "--trainer.precision", precision, "--trainer.log_every_n_steps", "100"]
-    words += ["--trainer.callbacks+=tests.gpu.test_cuda.NoWaiting", "--test_after_fit", "false"]
-    outcome = lit_llm("fit", *words, "--run_dir", tmp_path / "run")
-    torch.cuda.set_sync_debug_mode("default")
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        pytest.param(["--trainer.precision", "bf16-mixed"], marks=REAL),
+        strategy("spike_recovery"),
+        strategy("weight_average"),
+        ["--trainer.gradient_clip_val", "1.0", "--trainer.accumulate_grad_batches", "2"],
+        ["--model.optimizer", "torch.optim.AdamW", "--model.optimizer.fused", "true"],
+    ],
+)
+def test_a_step_never_waits_for_the_device(lit_llm, tiny, tmp_path, more):
+    words = [*tiny, *ON_DEVICE, "--trainer.log_every_n_steps", "100", "--test_after_fit", "false", *more]
+    words += ["--trainer.callbacks+=tests.gpu.test_accelerator.NoWaiting", "--run_dir", tmp_path / "run"]
+    try:
+        outcome = lit_llm("fit", *words)
+    finally:
+        torch.get_device_module(DEVICE).set_sync_debug_mode("default")
     assert outcome.code == 0, outcome.err
 
 
