@@ -15,13 +15,23 @@ LINE_END = re.compile("\r\n?")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """Unicode's category Cc without tab and line feed."""
 
+OTHER = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f]")
+"""Those of `CONTROL` that are no white space."""
+
+BREAK = re.compile("(?<=\\S)[\x0b\x0c\x1c-\x1f\x85]+(?=\\S)")
+"""Control characters that are white space (form feed, vertical tab, separators) and alone separate two words."""
+
+CLEANING_FORMAT = 2
+"""Version of the cleaning, raised whenever it changes texts, so that no older cache is used."""
+
 
 @dataclass(frozen=True)
 class Cleaning:
     """The cleaning steps to apply, in this order.
 
     Attributes:
-        strip_control: Remove control characters other than tab and line feed; every line end becomes a line feed.
+        strip_control: Remove control characters other than tab and line feed; every line end becomes a line feed, as
+            does a form feed, a vertical tab or a separator between two words.
         unicode_nfc: Compose characters (Unicode normal form C), so that equivalent spellings become equal.
         drop_empty: Drop documents that contain only white space.
         drop_duplicates: Drop documents whose text has occurred before; the first one stays.
@@ -40,7 +50,9 @@ class Cleaning:
             'café\\n'
         """
         if self.strip_control:
-            text = CONTROL.sub("", LINE_END.sub("\n", text))
+            text = LINE_END.sub("\n", text)
+            if CONTROL.search(text):
+                text = CONTROL.sub("", BREAK.sub("\n", OTHER.sub("", text)))
         if self.unicode_nfc and not text.isascii():
             text = unicodedata.normalize("NFC", text)
         return text

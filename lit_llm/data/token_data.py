@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_llm.data import changes
 from lit_llm.data.arguments import require_counts, require_fractions
 from lit_llm.data.cache import cache_folder, cache_name
-from lit_llm.data.cleaning import Cleaning
+from lit_llm.data.cleaning import CLEANING_FORMAT, Cleaning
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, corpus_name
 from lit_llm.data.sampling import BatchLoader, data_parallel_rank
@@ -280,7 +280,7 @@ class TokenData(LightningDataModule, ABC):
         description = {
             "corpus": corpus.name,
             "identity": corpus.identity,
-            "cleaning": asdict(self.cleaning),
+            "cleaning": {"format": CLEANING_FORMAT, **asdict(self.cleaning)},
             "validation_fraction": self.validation_fraction,
             "test_fraction": self.test_fraction,
             "tokenizer": self.tokenizer_spec,

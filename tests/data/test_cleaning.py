@@ -42,7 +42,16 @@ def test_cleaning_twice_is_cleaning_once(text: str) -> None:
 def test_stripping_leaves_every_other_character_in_its_place(text: str) -> None:
     cleaned = Cleaning(unicode_nfc=False).text(text)
     ends = text.replace("\r\n", "\n").replace("\r", "\n")
-    assert cleaned == "".join(c for c in ends if c in "\t\n" or unicodedata.category(c) != "Cc")
+    kept = "".join(c for c in ends if c in "\t\n" or unicodedata.category(c) != "Cc")
+    assert cleaned.replace("\n", "") == kept.replace("\n", "")
+    assert cleaned.split() == "".join(c for c in ends if c.isspace() or unicodedata.category(c) != "Cc").split()
+
+
+@pytest.mark.parametrize("separator", ["\f", "\v", "\x1c", "\x85", "\0\f\0\v"])
+def test_a_form_feed_separates_words_and_leaves_no_trace_beside_white_space(separator: str) -> None:
+    assert Cleaning().text(f"one{separator}two") == "one\ntwo"
+    assert Cleaning().text(f"one.\n{separator}\nclass Two") == "one.\n\nclass Two"
+    assert Cleaning().text(f"{separator}one {separator}two{separator}") == "one two"
 
 
 @pytest.mark.parametrize(

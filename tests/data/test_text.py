@@ -344,6 +344,26 @@ def test_whatever_changes_the_tokens_changes_the_cache(corpus: Path, change: dic
     assert opened(corpus, **change).cache.folder != opened(corpus).cache.folder
 
 
+def test_a_cache_from_before_the_cleaning_changed_is_not_taken_and_its_runs_go_on_only_on_equal_texts(
+    corpus: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_then() -> tuple[Path, dict[str, Any]]:
+        with monkeypatch.context() as then:
+            then.setattr("lit_llm.data.cleaning.BREAK", re.compile("(?!)"))  # form feeds were deleted
+            then.setattr("lit_llm.data.token_data.CLEANING_FORMAT", 1)
+            data = opened(corpus)
+            return data.cache.folder, data.state_dict()
+
+    folder, state = of_then()
+    data = opened(corpus)
+    assert data.cache.folder != folder
+    data.require_unchanged(state)
+    for path in corpus.iterdir():
+        path.write_text(path.read_text() + "one\ftwo")
+    with pytest.raises(ValueError, match="must hold the documents that the checkpoint was trained on to go on"):
+        opened(corpus).require_unchanged(of_then()[1])
+
+
 def test_a_changed_file_is_tokenised_anew(corpus: Path) -> None:
     opened(corpus)
     (corpus / "00.txt").write_text("something else altogether\n")
