@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -227,6 +227,13 @@ class IncrementalDetokenizer:
         unfinished = self.tokenizer.decode(self.tokens[self._start :]).endswith("\ufffd")
         return "" if unfinished and len(self.tokens) - self._end < MAX_HELD else self.rest()
 
+    def pieces(self, steps: Iterable[Sequence[int | None]]) -> Iterator[str]:
+        """Yields what `add` returns for each token that `stream_tokens` yields for a single prompt, and the rest."""
+        for [token] in steps:
+            if token is not None:
+                yield self.add(token)
+        yield self.rest()
+
     def rest(self) -> str:
         """Returns what was held back, even if its last character is incomplete."""
         before, text = (self.tokenizer.decode(self.tokens[self._start : end]) for end in (self._end, None))
@@ -261,3 +268,48 @@ def until(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
             yield ready
     if held:
         yield held
+
+
+class Continuation(NamedTuple):
+    """The continuation of a prompt: all new tokens, their text up to a stop word, and whether a stop word ended it."""
+
+    tokens: list[int]
+    text: str
+    stopped: bool
+
+
+def continuations(
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[list[int]],
+    steps: Iterable[Sequence[int | None]],
+    stops: Sequence[str] = (),
+) -> list[Continuation]:
+    """Takes new tokens until each continuation has ended or holds a stop word.
+
+    Args:
+        tokenizer: The tokeniser.
+        prompts: Tokens whose text a continuation follows, without a special token that opens them.
+        steps: The new token of each prompt, as `stream_tokens` yields them.
+        stops: Stop words; as in `until`.
+
+    Raises:
+        ValueError: When a stop word is empty.
+    """
+    writings = [IncrementalDetokenizer(tokenizer, prompt) for prompt in prompts]  # keeps a leading space
+    made: list[list[int]] = [[] for _ in prompts]
+    ends, longest = [""] * len(prompts), max(map(len, stops), default=0)
+    for new in steps:
+        for index, token in enumerate(new):
+            if token is not None and not any(stop in ends[index] for stop in stops):
+                made[index].append(token)
+                if stops:
+                    ends[index] = ends[index][-longest:] + writings[index].add(token)
+        if stops and all(any(stop in end for stop in stops) for end in ends):
+            break
+    found = []
+    for prompt, tokens in zip(prompts, made, strict=True):
+        before, text = tokenizer.batch_decode([prompt, prompt + tokens])
+        whole = text[len(before) :]
+        cut = "".join(until([whole], stops))
+        found.append(Continuation(tokens, cut, cut != whole))
+    return found

@@ -5,7 +5,6 @@ The server checks a request against a schema, which `/docs` shows, and hands it 
 
 import base64
 import io
-import itertools
 import math
 import time
 import uuid
@@ -30,7 +29,7 @@ from lit_llm.data.collation import Collation
 from lit_llm.data.image_cache import decoded, read_image
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.tokenizer import boundary_id, first_id, require_utf_8
-from lit_llm.generation import IncrementalDetokenizer, stream_tokens, until
+from lit_llm.generation import IncrementalDetokenizer, continuations, stream_tokens, until
 
 NEW_TOKENS = 128
 """Most tokens of a reply if the request sets no limit."""
@@ -169,31 +168,19 @@ class Completions(Endpoint):
             ids = [[first, *self.tokenizer.encode(prompt, add_special_tokens=False)] for prompt in prompts]
             room = _room(self.network, ids, request.max_tokens)
             how = request.temperature, request.top_k, request.top_p, request.seed
-            writings = [IncrementalDetokenizer(self.tokenizer, prompt[1:]) for prompt in ids]  # keeps a leading space
-            made: list[list[int]] = [[] for _ in ids]
-            ends, longest = [""] * len(ids), max(map(len, stops), default=0)
-            for new in stream_tokens(self.network, ids, room, *how, {boundary_id(self.tokenizer)}):
-                for index, token in enumerate(new):
-                    if token is not None and not any(stop in ends[index] for stop in stops):
-                        made[index].append(token)
-                        if stops:
-                            ends[index] = ends[index][-longest:] + writings[index].add(token)
-                if stops and all(any(stop in end for stop in stops) for end in ends):
-                    break
+            steps = stream_tokens(self.network, ids, room, *how, {boundary_id(self.tokenizer)})
+            found = continuations(self.tokenizer, [prompt[1:] for prompt in ids], steps, stops)
         choices = []
-        for index, ([_, *prompt], tokens) in enumerate(zip(ids, made, strict=True)):
-            before, text = self.tokenizer.batch_decode([prompt, prompt + tokens])
-            whole = text[len(before) :]
-            cut = "".join(until([whole], stops))
-            ended = len(tokens) < room or cut != whole
-            choices.append({"index": index, "text": cut, "finish_reason": "stop" if ended else "length"})
+        for index, (tokens, text, stopped) in enumerate(found):
+            ended = stopped or len(tokens) < room
+            choices.append({"index": index, "text": text, "finish_reason": "stop" if ended else "length"})
         return {
             "id": f"cmpl-{uuid.uuid4().hex[:12]}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": request.model or self.model,
             "choices": choices,
-            "usage": _usage(sum(map(len, ids)), sum(map(len, made))),
+            "usage": _usage(sum(map(len, ids)), sum(len(one.tokens) for one in found)),
         }
 
 
@@ -254,8 +241,7 @@ class Chat(Endpoint):
             top_p = 1.0 if request.top_p is None else request.top_p
             writing = IncrementalDetokenizer(self.tokenizer)
             new = stream_tokens(self.network, [ids], room, temperature, None, top_p, stop=turn_ends(self.tokenizer))
-            pieces = (writing.add(token) for [token] in new if token is not None)
-            for piece in until(itertools.chain(pieces, (writing.rest() for _ in range(1))), stops):
+            for piece in until(writing.pieces(new), stops):
                 yield {"role": "assistant", "content": piece}
         yield {"role": "assistant", "content": "", **_usage(len(ids), len(writing.tokens))}
 

@@ -17,8 +17,13 @@ def run(words: list[str]) -> None:
     """Runs the command; `words` begins with its name."""
     parser = _parser()
     options = vars(parser.parse_args(words[1:]))
+    if hasattr(sys.stdin, "reconfigure"):
+        sys.stdin.reconfigure(errors="surrogateescape")  # as on the command line: text that is not UTF-8 is refused
     if not options["prompt"] and not options["chat"]:
-        parser.error("--prompt or --chat must be given, but neither is")
+        piped = sys.stdin.read().removesuffix("\n") if sys.stdin and not sys.stdin.isatty() else ""
+        if not piped:
+            parser.error("--prompt, --chat or a text on the standard input must be given, but none is")
+        options["prompt"] = [piped]
     from lit_llm.cli.allocator import keep_freed_memory
 
     keep_freed_memory()
@@ -30,7 +35,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="lit-llm generate",
         description="Continue prompts with a trained language model. Several prompts are batched. With --chat, a "
         "prompt is a user's message and only the reply is printed; --chat without a prompt reads lines from the "
-        "standard input as one conversation.",
+        "standard input as one conversation. Without --chat, a text that is piped to the command is the prompt, except "
+        "for its last line end.",
         epilog='examples: lit-llm generate --model runs/llama_stdlib/<time>/model --prompt "def main(" --seed 1; '
         "lit-llm generate --model runs/llama_instructions/<time> --chat",
     )
@@ -51,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         default=0.95,
         help="sample from the smallest set of tokens with this total probability (default 0.95)",
     )
+    parser.add_argument("--stop", action="append", help="text before which to stop; can be given several times")
     parser.add_argument("--seed", type=int, help="the same seed gives the same text")
     parser.add_argument(
         "--stream",
@@ -70,6 +77,7 @@ def generate(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    stop: list[str] | None,
     seed: int | None,
     stream: bool | None,
     device: str,
@@ -78,7 +86,8 @@ def generate(
 
     Raises:
         ValueError: When the model is not a causal language model, has no tokeniser, another model's tokeniser or, for
-            `--chat`, no chat template, when a prompt is not UTF-8, or an option is out of range.
+            `--chat`, no chat template, when a prompt or a stop word is not UTF-8, or an option is out of
+            range.
     """
     from lit_llm import generation
     from lit_llm.checkpoints import load_language_model
@@ -87,6 +96,11 @@ def generate(
 
     if system is not None and not chat:
         raise ValueError("--system must be given with --chat, but is given without")
+    stops = stop or []
+    for word in stops:
+        require_utf_8(word, "--stop")
+        if not word:
+            raise ValueError("--stop must be a text, but is empty")
     network, tokenizer = load_language_model(model)
     if chat and not tokenizer.chat_template:
         raise ValueError(
@@ -95,30 +109,31 @@ def generate(
         )
     moved(network, device)
     limit = getattr(network, "max_seq_len", None) or sys.maxsize
-    stop = turn_ends(tokenizer) if chat else {boundary_id(tokenizer)}
+    ends = turn_ends(tokenizer) if chat else {boundary_id(tokenizer)}
 
     def how(prompts: list[list[int]]) -> tuple[Any, ...]:
         new = max(1, min(128, limit - max(map(len, prompts)))) if max_new_tokens is None else max_new_tokens
         return network, prompts, new, temperature, top_k, top_p, seed
 
-    def write(prompts: list[list[int]], streamed_after: list[int] | None) -> list[list[int]]:
-        """The new tokens of each prompt; a single prompt can be streamed, after the text of `streamed_after`."""
-        if streamed_after is None:
-            return generation.generate(*how(prompts), stop)
-        writing = generation.IncrementalDetokenizer(tokenizer, streamed_after)
-        print(tokenizer.decode(streamed_after), end="", flush=True)
-        for [token] in generation.stream_tokens(*how(prompts), stop):
-            if token is not None:
-                print(writing.add(token), end="", flush=True)
-        print(writing.rest(), end="", flush=True)
-        return [writing.tokens[len(streamed_after) :]]
+    def write(ids: list[int], shown: list[int]) -> list[int]:
+        """Prints the text of `shown`, then of each new token after the prompt `ids`; returns the new tokens."""
+        writing = generation.IncrementalDetokenizer(tokenizer, shown)
+        print(tokenizer.decode(shown), end="", flush=True)
+        for piece in generation.until(writing.pieces(generation.stream_tokens(*how([ids]), ends)), stops):
+            print(piece, end="", flush=True)
+        print(flush=True)
+        return writing.tokens[len(shown) :]
+
+    def reply(ids: list[int]) -> str:
+        """Prints the reply to a prompt, and returns it without special tokens."""
+        return "".join(generation.until([tokenizer.decode(write(ids, []), skip_special_tokens=True)], stops))
 
     told = [{"role": "system", "content": system}] if system is not None else []
     if not prompt:
         wanted = min(128, limit // 4) if max_new_tokens is None else max_new_tokens
         shortest = prompt_ids(tokenizer, [*told, {"role": "user", "content": "x"}])
         generation.require_possible(*how([shortest]))  # fail on invalid options before a message is read
-        _converse(tokenizer, told, limit - wanted, lambda ids: write([ids], [])[0])
+        _converse(tokenizer, told, limit - wanted, reply)
         return
     if chat:
         prompts = [prompt_ids(tokenizer, [*told, {"role": "user", "content": text}]) for text in prompt]
@@ -133,18 +148,18 @@ def generate(
         stream = len(prompt) == 1 and sys.stdout.isatty()
     if stream and len(prompt) > 1:
         raise ValueError(f"--stream must be given with one prompt, but there are {len(prompt)}")
-    texts = write(prompts, shown[0] if stream else None)
     if stream:
-        print()
+        write(prompts[0], shown[0])
         return
-    for number, (ids, new) in enumerate(zip(shown, texts, strict=True)):
+    steps = generation.stream_tokens(*how(prompts), ends)
+    for number, (ids, new) in enumerate(zip(shown, generation.continuations(tokenizer, shown, steps, stops))):
         if len(prompt) > 1:
             print(f"--- {number + 1}")
-        print(tokenizer.decode(ids + new))
+        print(tokenizer.decode(ids) + new.text)
 
 
 def _converse(
-    tokenizer: Any, messages: list[dict[str, str]], max_prompt: int, reply: Callable[[list[int]], list[int]]
+    tokenizer: Any, messages: list[dict[str, str]], max_prompt: int, reply: Callable[[list[int]], str]
 ) -> None:
     """Answers each line of the standard input, given as much of the conversation as fits into the context.
 
@@ -169,13 +184,12 @@ def _converse(
             while len(ids) > max_prompt and len(heard) > first + 1:
                 del heard[first : first + 2]
                 ids, forgotten = prompt_ids(tokenizer, heard), forgotten + 1
-            new = reply(ids)
+            said = reply(ids)
         except ValueError as error:
             if (line := one_line(error)) is None:
                 raise
             log.warning(line)
             continue
-        print(flush=True)
         for _ in range(forgotten):
             log.info("(The oldest question and answer are forgotten: the context is full.)")
-        messages = [*heard, {"role": "assistant", "content": tokenizer.decode(new, skip_special_tokens=True)}]
+        messages = [*heard, {"role": "assistant", "content": said}]

@@ -59,6 +59,43 @@ def test_a_character_that_is_never_finished_is_written_too(lit_llm, model, monke
     assert lit_llm(*words, "--stream").out == lit_llm(*words).out == "ab\ufffd\n"
 
 
+def piped(monkeypatch, text: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text), encoding="utf-8"))
+
+
+def test_a_text_that_is_piped_is_the_prompt_without_its_last_line_end(lit_llm, model, monkeypatch):
+    words = ["generate", "--model", model, "--temperature", "0", "--max_new_tokens", "9"]
+    expected = lit_llm(*words, "--prompt", "a\né\n").out
+    piped(monkeypatch, "a\né\n\n".encode())
+    assert lit_llm(*words).out == expected
+    piped(monkeypatch, b"not read\n")
+    assert lit_llm(*words, "--prompt", "a\né\n").out == expected
+
+
+@pytest.mark.parametrize("words", [[], ["--chat"]])
+def test_a_text_that_is_piped_and_not_utf_8_is_said_in_one_line(lit_llm, chatty, monkeypatch, words):
+    piped(monkeypatch, b"x\xff\n")
+    outcome = lit_llm("generate", "--model", chatty, "--max_new_tokens", "4", *words)
+    assert outcome.err.splitlines()[-1].endswith("must be UTF-8 text, but is 'x\\udcff'")
+
+
+def test_a_text_ends_before_a_stop_streamed_or_not(lit_llm, model):
+    words = ["generate", "--model", model, "--temperature", "0", "--max_new_tokens", "20"]
+    both = ["--prompt", "a", "--prompt", "b c"]
+    whole = lit_llm(*words, "--prompt", "a").out
+    stop = whole[5:7]
+    cut = whole[: whole.index(stop, 1)] + "\n"
+    for more in ([], ["--stream"]):
+        assert lit_llm(*words, "--prompt", "a", "--stop", "not there", "--stop", stop, *more).out == cut
+    assert f"--- 1\n{cut}--- 2\n" in lit_llm(*words, *both, "--stop", stop).out
+
+
+@pytest.mark.parametrize(("stop", "rule"), [("", "a text, but is empty"), ("\udcff", r"UTF-8 text, but is '\udcff'")])
+def test_a_stop_that_no_text_holds_is_refused(lit_llm, model, stop, rule):
+    outcome = lit_llm("generate", "--model", model, "--prompt", "x", "--stop", stop)
+    assert outcome.last_line == f"lit-llm: error: --stop must be {rule}"
+
+
 def test_by_default_it_writes_what_the_model_has_room_for(lit_llm, model):
     outcome = lit_llm("generate", "--model", model, "--prompt", "x" * 60)
     assert outcome.code == 0, outcome.err
@@ -146,6 +183,15 @@ def test_without_a_prompt_lines_are_answered_until_the_input_ends(lit_llm, chatt
     assert heard[1:] == [question("1", "")[:1], [*question("1", "one"), *question("2", "")[:1]]]
 
 
+def test_a_reply_ends_before_a_stop_and_is_remembered_so(lit_llm, chatty, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("1\n2\n"))
+    heard = []
+    monkeypatch.setattr("lit_llm.data.chat.prompt_ids", lambda t, m: heard.append(list(m)) or prompt_ids(t, m))
+    outcome = lit_llm("generate", "--model", chatty, "--chat", *WORDS, "--stop", "e")
+    assert outcome.out.startswith("on\n")
+    assert heard[2][:2] == question("1", "on")
+
+
 def test_a_conversation_that_outgrows_the_model_forgets_its_beginning(lit_llm, chatty, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("1\n2\n" * 8))
     outcome = lit_llm("generate", "--model", chatty, "--chat", "--system", "x", *WORDS)
@@ -217,10 +263,14 @@ def test_a_run_folder_and_a_checkpoint_can_be_talked_to(lit_llm, chats, tmp_path
             "configs/finetuning/llama_instructions.yaml does, or leave --chat out",
         ),
         (["--prompt", "x", "--system", "y"], "--system must be given with --chat, but is given without"),
-        ([], "--prompt or --chat must be given, but neither is; see lit-llm generate --help"),
+        (
+            [],
+            "--prompt, --chat or a text on the standard input must be given, but none is; see lit-llm generate --help",
+        ),
     ],
 )
-def test_what_is_missing_to_chat_is_said_in_one_line(lit_llm, model, words, message):
+def test_what_is_missing_to_chat_is_said_in_one_line(lit_llm, model, monkeypatch, words, message):
+    piped(monkeypatch, b"")
     outcome = lit_llm("generate", "--model", model, *words)
     assert outcome.code == 2
     assert outcome.err.strip() == f"lit-llm: error: {message.format(model=model)}"
