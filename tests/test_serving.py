@@ -200,7 +200,8 @@ def test_the_pieces_of_a_reply_are_what_generating_gives(talker: Chat) -> None:
         ({"messages": [{"role": "user", "content": "\ud800"}]}, r"prompt must be UTF-8 text, but is '\ud800'"),
         (
             {"messages": [{"role": "developer", "content": "x"}, {"role": "user", "content": "ab"}]},
-            "role must be one of system, user, assistant, but is 'developer'",
+            "role must be one of system, user, assistant in the default chat template, but is 'developer' in the "
+            "conversation; one that renders it can be given by data.chat_template",
         ),
     ],
 )  # fmt: skip

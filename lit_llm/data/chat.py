@@ -7,13 +7,14 @@ import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from lit_llm.data.conversations import Message, is_learnt, require_known_role
+from lit_llm.data.conversations import ROLES, Message, is_learnt, parsed, spelt
 from lit_llm.data.corpora import Document
 from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.token_cache import Encoded
@@ -22,7 +23,12 @@ from lit_llm.wording import first_line
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
-CONVERSATIONS_FORMAT = 4
+REFUSED = (TemplateError, ValueError, TypeError)
+"""Errors of a template that refuses a conversation, or that has to do with values of other types than it expects."""
+
+Tools = list[dict[str, Any]] | None
+
+CONVERSATIONS_FORMAT = 5
 """Version of the encoding, raised whenever tokens, learnt tokens or byte counts change, so no older cache is used."""
 
 BEFORE = "\ue000"
@@ -72,18 +78,18 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
     """Tokens of the prompt, up to where the assistant's answer begins.
 
     Raises:
-        ValueError: When the template refuses the messages, or a message has an unknown role, is not UTF-8, or contains
-            the text of a special token, which could end its turn.
+        ValueError: When the template refuses or ignores messages, or a message is not UTF-8 or contains the text of a
+            special token, which could end its turn.
     """
     for message in messages:
-        require_known_role(message["role"])
         require_utf_8(message["content"])
         for token in special_tokens(tokenizer).values():
             if token in message["content"]:
                 raise ValueError(f"prompt must spell no special token, but holds {token}")
     name = "the conversation"
-    text = _render(tokenizer, messages, name, add_generation_prompt=True)
-    [(ids, _)] = _tokens(tokenizer, [text], [_starts(tokenizer, messages, text, name)])
+    _require_rendered(tokenizer, messages, None, name)
+    text = _render(tokenizer, messages, None, name, add_generation_prompt=True)
+    [(ids, _)] = _tokens(tokenizer, [text], [_starts(tokenizer, messages, None, text, name)])
     return ids
 
 
@@ -95,7 +101,7 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     """
     answer, special = "yes", special_tokens(tokenizer).keys()
     messages: list[Message] = [{"role": "user", "content": "x"}, {"role": "assistant", "content": answer}]
-    text, spans, starts = _turns(tokenizer, messages, "the conversation")
+    text, spans, starts = _turns(tokenizer, messages, None, "the conversation")
     [(ids, offsets)] = _tokens(tokenizer, [text], [starts])
     learnt = _learnt(ids, offsets, text, spans, special_tokens(tokenizer))
     last = [token for token, is_learnt in zip(ids, learnt, strict=True) if is_learnt][-1:]
@@ -106,7 +112,10 @@ def turn_ends(tokenizer: PreTrainedTokenizerBase) -> set[int]:
 
 
 def encode_conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str = "the conversation"
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    name: str = "the conversation",
+    tools: Tools = None,
 ) -> tuple[list[int], np.ndarray]:
     """Tokens of a conversation, and which of them are learnt.
 
@@ -123,13 +132,15 @@ def encode_conversation(
         tokenizer: A tokeniser with a chat template.
         messages: The messages; an assistant's with a `weight` of 0 is not learnt.
         name: Name of the conversation in errors.
+        tools: The tools that the assistant can call, for the template.
 
     Returns:
         The tokens, and for each whether it is learnt.
 
     Raises:
-        ValueError: When the template refuses the messages; marks nothing, and renders the first messages differently
-            from the beginning of the whole; or does not mark each turn once although some are not learnt.
+        ValueError: When the template refuses the messages; ignores roles, calls or tools; marks nothing, and renders
+            the first messages differently from the beginning of the whole; or does not mark each turn once although
+            some are not learnt.
 
     Example:
         >>> from lit_llm.data.tokenizer import byte_tokenizer
@@ -141,7 +152,7 @@ def encode_conversation(
         >>> tokenizer.decode([token for token, is_learnt in zip(ids, learnt) if is_learnt])
         '2<|endoftext|>'
     """
-    text, spans, starts = _turns(tokenizer, messages, name)
+    text, spans, starts = _turns(tokenizer, messages, tools, name)
     [(ids, offsets)] = _tokens(tokenizer, [text], [starts])
     return ids, _learnt(ids, offsets, text, spans, special_tokens(tokenizer))
 
@@ -155,21 +166,24 @@ def encode_conversations(
     """
     tokenizer = encoder.tokenizer
     special = special_tokens(tokenizer)
-    conversations = [json.loads(document.text) for document in documents]
-    spelt = [any(token in m["content"] for m in messages for token in special.values()) for messages in conversations]
-    if any(spelt):
-        dropped["special token in a message"] += sum(spelt)
-    kept = [(document.id, messages) for document, messages, no in zip(documents, conversations, spelt) if not no]
-    turns = [_turns(tokenizer, messages, name) for name, messages in kept]
+    conversations = [parsed(document.text) for document in documents]
+    left_out = []
+    for messages, tools in conversations:
+        written = [*map(spelt, messages), json.dumps(tools, ensure_ascii=False)]
+        left_out.append(any(token in text for text in written for token in special.values()))
+    if any(left_out):
+        dropped["special token in a message"] += sum(left_out)
+    kept = [(document.id, *talk) for document, talk, no in zip(documents, conversations, left_out) if not no]
+    turns = [_turns(tokenizer, messages, tools, name) for name, messages, tools in kept]
     tokens = _tokens(tokenizer, [text for text, _, _ in turns], [starts for _, _, starts in turns])
     encoded = []
-    for (name, _), (text, spans, _), (ids, offsets) in zip(kept, turns, tokens):
+    for (name, *_), (text, spans, _), (ids, offsets) in zip(kept, turns, tokens):
         learnt = _learnt(ids, offsets, text, spans, special)
         if not learnt.any():
             raise ValueError(f"data.chat_template must render what the assistant says, but nothing of it is in {name}")
         encoded.append(Encoded(ids, _said(text, spans, special), learnt))
     rest = iter(encoded)
-    return [None if no else next(rest) for no in spelt]
+    return [None if no else next(rest) for no in left_out]
 
 
 def _tokens(
@@ -248,17 +262,22 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
 
 
 def _turns(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools, name: str
 ) -> tuple[str, list[tuple[int, int]], list[int]]:
     """The text of a conversation, the spans of it that are learnt, and the ends of the prompts for its turns."""
+    _require_rendered(tokenizer, messages, tools, name)
     answers = [message for message in messages if message["role"] == "assistant"]
-    template = tokenizer.get_chat_template()
+    template = tokenizer.get_chat_template(tools=tools)
     if GENERATION.search(template):
         try:
             texts, spans = render_jinja_template(
-                [messages], chat_template=template, return_assistant_tokens_mask=True, **tokenizer.special_tokens_map
+                [messages],
+                tools=tools,
+                chat_template=template,
+                return_assistant_tokens_mask=True,
+                **tokenizer.special_tokens_map,
             )
-        except TemplateError as error:
+        except REFUSED as error:
             raise _refusal(name, error) from error
         spans = spans[0]
         if not all(map(is_learnt, answers)):
@@ -268,12 +287,12 @@ def _turns(
                     f"weight is 0, but marks {len(spans)} where {name} has {len(answers)}"
                 )
             spans = [span for span, answer in zip(spans, answers, strict=True) if is_learnt(answer)]
-        return texts[0], spans, _starts(tokenizer, messages, texts[0], name)
-    text, spans = _render(tokenizer, messages, name), []
+        return texts[0], spans, _starts(tokenizer, messages, tools, texts[0], name)
+    text, spans = _render(tokenizer, messages, tools, name), []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
-            before = _before(tokenizer, messages[: number + 1], name)
-            after = _render(tokenizer, messages[: number + 1], name)
+            before = _before(tokenizer, messages[: number + 1], tools, name)
+            after = _render(tokenizer, messages[: number + 1], tools, name)
             if not (text.startswith(after) and after.startswith(before)):
                 raise ValueError(
                     "data.chat_template must mark with {% generation %} what the assistant says, or render the "
@@ -284,13 +303,49 @@ def _turns(
     return text, [span for span, answer in zip(spans, answers, strict=True) if is_learnt(answer)], starts
 
 
-def _starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: str, name: str) -> list[int]:
+def _require_rendered(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools, name: str) -> None:
+    """Refuses a conversation of which the template ignores what not all templates know: other roles, calls, tools.
+
+    Raises:
+        ValueError: When it does, or `CHAT_TEMPLATE` would render other roles or calls.
+    """
+    others = sorted({message["role"] for message in messages} - set(ROLES))
+    if others and tokenizer.chat_template == CHAT_TEMPLATE:
+        raise ValueError(
+            f"role must be one of {', '.join(ROLES)} in the default chat template, but is {others[0]!r} in {name}; one "
+            f"that renders it can be given by data.chat_template"
+        )
+    without: dict[str, tuple[list[Message], Tools]] = {
+        f"messages of the role {role}": (
+            [{**m, "content": f"{m['content']}x"} if m["role"] == role else m for m in messages],
+            tools,
+        )
+        for role in others
+    }
+    if any("tool_calls" in message for message in messages):
+        silent = [{k: v for k, v in message.items() if k != "tool_calls"} for message in messages]
+        without["tool_calls"] = (silent, tools)
+    if tools:
+        without["tools"] = (messages, None)
+    text = _render(tokenizer, messages, tools, name) if without else ""
+    for what, changed in without.items():
+        try:
+            ignored = _render(tokenizer, *changed, name) == text
+        except ValueError:  # a template that refuses the change has read it
+            continue
+        if ignored:
+            raise ValueError(f"data.chat_template must render {what}, but ignores those of {name}; name one that does")
+
+
+def _starts(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools, text: str, name: str
+) -> list[int]:
     """Where the prompts for the assistant's turns end in the text, of those prompts that the text begins with."""
     starts = []
     for number, message in enumerate(messages):
         if message["role"] == "assistant":
             try:
-                before = _before(tokenizer, messages[: number + 1], name)
+                before = _before(tokenizer, messages[: number + 1], tools, name)
             except ValueError:  # the template refuses these messages, so there is no such prompt
                 continue
             if text.startswith(before):
@@ -298,23 +353,28 @@ def _starts(tokenizer: PreTrainedTokenizerBase, messages: list[Message], text: s
     return starts
 
 
-def _before(tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str) -> str:
+def _before(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: Tools, name: str) -> str:
     """The rendering up to the content of the last message, which is the assistant's."""
     *told, said = messages
     if told:
-        return _render(tokenizer, told, name, add_generation_prompt=True)
+        return _render(tokenizer, told, tools, name, add_generation_prompt=True)
     # There is no prompt without messages: take the common beginning of the renderings of two answers.
     other = {**said, "content": "b" if said["content"].lstrip().startswith("a") else "a"}
-    both = zip(*(_render(tokenizer, [message], name) for message in (said, other)))
+    both = zip(*(_render(tokenizer, [message], tools, name) for message in (said, other)))
     return "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
 
 
 def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], name: str, add_generation_prompt: bool = False
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[Message],
+    tools: Tools,
+    name: str,
+    add_generation_prompt: bool = False,
 ) -> str:
+    options = {"tools": tools, "tokenize": False, "add_generation_prompt": add_generation_prompt}
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=add_generation_prompt)
-    except (TemplateError, ValueError) as error:
+        return tokenizer.apply_chat_template(messages, **options)
+    except REFUSED as error:
         raise _refusal(name, error) from error
 
 

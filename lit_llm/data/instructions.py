@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from lit_llm.batch import TokenBatch
 from lit_llm.data.chat import CONVERSATIONS_FORMAT, encode_conversations, with_template
 from lit_llm.data.cleaning import Cleaning
-from lit_llm.data.conversations import Conversations
+from lit_llm.data.conversations import Conversations, parsed, spelt
 from lit_llm.data.corpora import Document
 from lit_llm.data.documents import Corpus, open_corpus
 from lit_llm.data.packing import lay_rows, pack
@@ -42,7 +42,8 @@ class InstructionData(TokenData):
         prompt: Column of the user's message.
         response: Column of the assistant's answer.
         messages: Column of whole conversations: lists of `{"role": system, user or assistant, "content": text}`; an
-            assistant's message with `"weight": 0` is read but not learnt.
+            assistant's message with `"weight": 0` is read but not learnt. Other roles, such as `tool`, the assistant's
+            `tool_calls` and the column `tools` go to the chat template, which has to render them.
         unanswered: Whether a row without an assistant's turn, or with an empty one, is an error or dropped.
         max_documents: Read only this many rows.
         cleaning: Cleaning steps to apply to each message.
@@ -180,8 +181,9 @@ class InstructionData(TokenData):
         return with_template(tokenizer, self.chat_template)
 
     def _texts_to_learn_tokens_from(self, documents: Iterable[str]) -> Iterable[str]:
-        turns = (message for text in documents for message in json.loads(text))
-        return (f"{turn['role']}\n{turn['content']}" for turn in turns)
+        for messages, tools in map(parsed, documents):
+            yield from [json.dumps(tools, ensure_ascii=False)] if tools else []
+            yield from (f"{message['role']}\n{spelt(message)}" for message in messages)
 
     def _recipe(self, ready: PreTrainedTokenizerBase | None) -> dict[str, Any]:
         return {

@@ -1,6 +1,8 @@
 import json
+import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from lit_llm.data.chat import (
     turn_ends,
     with_template,
 )
+from lit_llm.data.conversations import parsed
 from lit_llm.data.corpora import Document
 from lit_llm.data.pretokenization import DocumentEncoder
 from lit_llm.data.tokenizer import BOUNDARY, byte_tokenizer, train_bpe
@@ -313,10 +316,100 @@ def test_a_message_that_spells_a_special_token_starts_no_turn_of_its_own() -> No
         prompt_ids(tokenizer, forged)
 
 
-def test_a_prompt_of_a_role_that_is_never_learnt_from_is_refused_as_in_training() -> None:
-    talk = [("developer", "Be brief."), ("user", "a"), ("assistant", "b")]
-    message = "role must be one of system, user, assistant, but is 'developer'"
-    with pytest.raises(ValueError, match=exactly(message)):
-        prompt_ids(dressed(CHATML), messages(*talk[:2])["messages"])
-    with pytest.raises(ValueError, match=exactly(f"{message} in row 3 of chat.jsonl")):
-        read(messages(*talk))
+def test_the_default_template_refuses_other_roles_in_prompts_and_in_training() -> None:
+    talk = messages(("tool", "3"), ("user", "a"), ("assistant", "b"))["messages"]
+    for encode in (prompt_ids, encode_conversation):
+        with pytest.raises(ValueError, match="role must be one of system, user, assistant in the default chat templ"):
+            encode(dressed(CHAT_TEMPLATE), talk)
+
+
+TOOLS = (  # like those of Qwen 2.5 and Llama 3
+    "{% if tools %}{{ '<|im_start|>system\nTools: ' + (tools | tojson) + '<|im_end|>\n' }}{% endif %}"
+    "{% for message in messages %}{% if message.role == 'tool' %}"
+    "{% if loop.first or loop.previtem.role != 'tool' %}{{ '<|im_start|>user' }}{% endif %}"
+    "{{ '\n<result>' + message.content + '</result>' }}"
+    "{% if loop.last or loop.nextitem.role != 'tool' %}{{ '<|im_end|>\n' }}{% endif %}"
+    "{% elif message.role in ('system', 'user') %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% elif message.role == 'assistant' %}{{ '<|im_start|>assistant\n' }}{% generation %}{{ message.content }}"
+    "{% for call in message.tool_calls %}"
+    "{% if call.function.arguments is string %}{{ raise_exception('arguments must be a mapping') }}{% endif %}"
+    "{{ '<call>' + call.function.name + (call.function.arguments | tojson) + '</call>' }}{% endfor %}"
+    "{{ '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+TOOLS_UNMARKED = TOOLS.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+
+
+def call(name: str, **arguments: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+CALLING: list[dict[str, Any]] = [
+    {"role": "user", "content": "1+2, 3+4?"},
+    {"role": "assistant", "tool_calls": [call("add", a=1, b=2), call("add", a=3, b=4)]},
+    {"role": "tool", "content": "3"},
+    {"role": "tool", "content": "7"},
+    {"role": "assistant", "content": "3 and 7"},
+]
+ADD = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int", "b": "int"}}}]
+
+
+@pytest.mark.parametrize("kind", ["bytes", "bpe"])
+@pytest.mark.parametrize("template", [TOOLS_UNMARKED, TOOLS], ids=["unmarked", "marked"])
+def test_calls_are_learnt_and_tools_and_what_they_return_are_read(template: str, kind: str) -> None:
+    tokenizer = dressed(template, kind)
+    text = read({"messages": CALLING, "tools": ADD})
+    [found] = encode_conversations(DocumentEncoder(tokenizer), [Document("0", text)], Counter())
+    learnt = tokenizer.decode(np.array(found.ids)[found.learnt].tolist())
+    calls = '<call>add{"a": 1, "b": 2}</call><call>add{"a": 3, "b": 4}</call>'
+    assert learnt.replace("\n", "") == f"{calls}<|im_end|>3 and 7<|im_end|>"
+    assert found.num_bytes == len(f"{calls}3 and 7".encode())
+    said, tools = parsed(text)
+    theirs = tokenizer.apply_chat_template(said, tools=tools, return_dict=True)["input_ids"]
+    assert found.ids == theirs
+    assert tokenizer.decode(theirs).startswith("<|im_start|>system\nTools: [{")
+    assert "<result>3</result>\n<result>7</result>" in tokenizer.decode(theirs)
+
+
+@pytest.mark.parametrize(
+    ("template", "said", "tools", "line"),
+    [
+        (CHATML, CALLING[:2], None, "data.chat_template must render tool_calls, but ignores those of {}"),
+        (CHATML, CALLING[:1] + CALLING[4:], ADD, "data.chat_template must render tools, but ignores those of {}"),
+        (
+            TOOLS_UNMARKED,
+            [{"role": "developer", "content": "x"}, *CALLING],
+            None,
+            "data.chat_template must render messages of the role developer, but ignores those of {}",
+        ),
+        (
+            TOOLS_UNMARKED,
+            [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}],
+            None,
+            "{} must be such as the chat template renders, but it refuses: arguments must be a mapping",
+        ),
+        (
+            TOOLS_UNMARKED,
+            [{"role": "assistant", "tool_calls": [{"function": {"name": 3, "arguments": {}}}]}],
+            None,
+            "{} must be such as the chat template renders, but it refuses: can only concatenate str",
+        ),
+    ],
+)
+def test_what_a_template_ignores_or_refuses_is_said_in_one_line_with_the_row(
+    template: str, said: list[Any], tools: Any, line: str
+) -> None:
+    document = Document("chat.jsonl/3", read({"messages": said, "tools": tools}))
+    with pytest.raises(ValueError, match=re.escape(line.format("chat.jsonl/3"))):
+        encode_conversations(DocumentEncoder(dressed(template)), [document], Counter())
+
+
+def test_a_special_token_in_calls_or_tools_leaves_the_conversation_out() -> None:
+    forged = [{"role": "assistant", "tool_calls": [call("add", a="<|im_end|>")]}]
+    described = [{"type": "function", "function": {"name": "<|im_start|>"}}]
+    rows = [{"messages": forged}, {"messages": CALLING, "tools": described}]
+    documents, dropped = [Document(str(n), read(row)) for n, row in enumerate(rows)], Counter()
+    found = encode_conversations(DocumentEncoder(dressed(TOOLS_UNMARKED)), documents, dropped)
+    assert found == [None, None]
+    assert dropped == {"special token in a message": 2}

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from lit_llm.data.conversations import Conversations
+from lit_llm.data.conversations import Conversations, parsed
 from lit_llm.data.documents import open_corpus
 from tests.writing import exactly
 
@@ -40,6 +40,32 @@ def test_calls_and_weights_may_be_empty_and_a_weight_of_one_is_the_same_as_none(
     assert read(more) == read(row)
 
 
+def test_calls_tools_and_what_they_return_are_kept_without_the_nulls_of_a_typed_table() -> None:
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": None}}}
+    said = [
+        {"role": "user", "content": "1+2", "tool_calls": None},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "3\x00", "name": "add", "tool_call_id": None},
+        {"role": "assistant", "content": "3", "tool_calls": None},
+    ]
+    kept = [
+        {"role": "user", "content": "1+2"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [call | {"function": {"name": "add", "arguments": {"a": 1}}}],
+        },
+        {"role": "tool", "content": "3", "name": "add"},
+        {"role": "assistant", "content": "3"},
+    ]
+    tools = [{"type": "function", "function": {"name": "add", "description": None}}]
+    for given in (tools, json.dumps(tools)):
+        found = parsed(read({"messages": said, "tools": given}))
+        assert found == (kept, [{"type": "function", "function": {"name": "add"}}])
+    for given in (None, [], "[]", ""):
+        assert parsed(read({"messages": said[:2], "tools": given})) == (kept[:2], None)
+
+
 UNANSWERED = "set data.unanswered to drop to leave such rows out"
 BAD = [
     (
@@ -63,7 +89,8 @@ BAD = [
         messages(("user", "a"), ("assistant", ""), ("assistant", "b")),
         f"an assistant's turn must say something, but is empty in {{place}}; {UNANSWERED}",
     ),
-    (messages(("human", "a")), "role must be one of system, user, assistant, but is 'human' in {place}"),
+    (messages((None, "a")), "role must be text, but is None in {place}"),
+    (messages(("tool", {"a": 1})), "content must be text, but is dict for the tool in {place}"),
     (messages(("user", "a"), ("assistant", 3)), "content must be text, but is int for the assistant in {place}"),
     ({"messages": [{"role": "user"}]}, "content must be text, but is NoneType for the user in {place}"),
     (
@@ -75,9 +102,20 @@ BAD = [
         "weight must be 0 or 1, but is 0.5 in {place}",
     ),
     (
-        {"messages": [{"role": "assistant", "content": "Let me look.", "tool_calls": [{"type": "function"}]}]},
-        "tool_calls must be left out, as calls are not learnt, but are [{{'type': 'function'}}] in {place}; leave such "
-        "rows out",
+        {"messages": [{"role": "assistant", "tool_calls": "f(x)"}]},
+        "tool_calls must be a list of objects, but are 'f(x)' in {place}",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a", "tool_calls": [{"name": "f"}]}]},
+        "tool_calls must be the assistant's, but are those of the user in {place}",
+    ),
+    (
+        messages(("user", "a"), ("assistant", "b")) | {"tools": "hammer, saw"},
+        "tools must be a list of objects or its JSON, but are 'hammer, saw' in {place}",
+    ),
+    (
+        messages(("user", "a"), ("assistant", "b")) | {"tools": ["f"]},
+        "tools must be a list of objects or its JSON, but are ['f'] in {place}",
     ),
     ({"prompt": 3, "response": "b"}, "content must be text, but is int for the user in {place}"),
     ({"messages": "hi"}, "messages must be a list of role and content, but are 'hi' in {place}"),
