@@ -174,6 +174,11 @@ class ExampleData(SplitData):
                     f"device{'s' * (devices > 1)} where {self.path} has {unlabelled}; lower one, or set "
                     f"data.labels_per_class"
                 )
+            if self.augmentation is None:
+                log.warning(
+                    "data.augmentation must make two views of an unlabelled example differ, but is null: only the "
+                    "network's dropout makes predictions disagree"
+                )
         if self.balance_classes and not self.class_names:
             raise ValueError("data.balance_classes must be false where labels are real numbers, but is true")
 

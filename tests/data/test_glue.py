@@ -275,6 +275,12 @@ def test_an_epoch_reads_each_unlabelled_example_once_as_it_is_and_augmented_and_
     assert not any((batch["input_ids"] == mask).any() for batch in batches)
 
 
+@pytest.mark.parametrize("augmentation", [None, TextAugmentation(dropout=0.3)])
+def test_two_views_that_are_the_same_are_warned_of(table, caplog, augmentation) -> None:
+    made(path=table, labels_per_class=5, unlabelled_ratio=2, batch_size=3, augmentation=augmentation)
+    assert ("data.augmentation must make two views" in caplog.text) == (augmentation is None)
+
+
 def test_it_goes_on_with_labelled_and_unlabelled_examples_where_it_stopped(table) -> None:
     def loader():
         given = {"labels_per_class": 5, "unlabelled_ratio": 2, "batch_size": 3}
