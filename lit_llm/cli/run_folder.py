@@ -96,8 +96,13 @@ def find_checkpoint(folder: Path, ckpt_path: str) -> Path:
         return Path(ckpt_path)
     path = folder / "checkpoints" / f"{ckpt_path}.ckpt"
     if not path.exists():
-        found = ", ".join(p.stem for p in sorted(path.parent.glob("*.ckpt"))) or "none"
-        raise FileNotFoundError(f"ckpt_path must be a checkpoint in {path.parent} (there: {found}), but is {ckpt_path}")
+        there = [p.stem for p in sorted(path.parent.glob("*.ckpt"))]
+        other = next((name for name in ("last", "best") if name in there), None)
+        remedy = f"; take --ckpt_path {other}" if other else ""
+        raise FileNotFoundError(
+            f"ckpt_path must be a checkpoint in {path.parent} (there: {', '.join(there) or 'none'}), but is "
+            f"{ckpt_path}{remedy}"
+        )
     return path
 
 

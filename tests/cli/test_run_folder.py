@@ -76,7 +76,7 @@ def test_a_checkpoint_that_is_not_there_is_named_with_those_that_are():
     Path("run/checkpoints").mkdir(parents=True)
     Path("run/checkpoints/last.ckpt").touch()
     assert run_folder.find_checkpoint(Path("run"), "last") == Path("run/checkpoints/last.ckpt")
-    message = "ckpt_path must be a checkpoint in run/checkpoints (there: last), but is best"
+    message = "ckpt_path must be a checkpoint in run/checkpoints (there: last), but is best; take --ckpt_path last"
     with pytest.raises(FileNotFoundError, match=re.escape(message)):
         run_folder.find_checkpoint(Path("run"), "best")
     Path("run/checkpoints/good.ckpt").touch()
