@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import itertools
 import os
 import re
@@ -16,6 +17,9 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_llm.cli import fail
 from lit_llm.cli.errors import parser_line
 from lit_llm.wording import conversion
+
+# A config holds an enumeration's value where a default of an argument for text is one, as in Lightning's `Timer`.
+yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
 
 
 def _options(words: list[str], name: str) -> list[str]:

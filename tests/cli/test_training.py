@@ -608,6 +608,18 @@ def test_going_on_with_another_batch_size(lit_llm, run, tmp_path):
     assert read_metrics(copy / "metrics.csv")[-1]["step"] == 8
 
 
+def test_a_callback_whose_default_is_of_an_enumeration_can_be_named_and_named_again(lit_llm, tiny, tmp_path):
+    words = [*tiny, "--run_dir", tmp_path / "run", "--trainer.max_steps", "2"]
+    timer = ["--trainer.callbacks+=Timer", "--trainer.callbacks.duration", "00:01:00:00"]
+    outcome = lit_llm("fit", *words, *timer)
+    assert outcome.code == 0, outcome.err
+    config = yaml.safe_load((tmp_path / "run/config.yaml").read_text())
+    [*_, timer] = config["trainer"]["callbacks"]
+    assert timer["init_args"] == {"duration": "00:01:00:00", "interval": "step", "verbose": True}
+    words = ["--run_dir", tmp_path / "run", "--ckpt_path", "last", "--trainer.max_steps", "4"]
+    assert lit_llm("fit", *words).code == 0
+
+
 def test_a_run_may_end_by_the_clock_alone(lit_llm, tiny, tmp_path):
     words = [*tiny, "--trainer.max_steps", "-1", "--trainer.max_time", "00:00:00:01", "--run_dir", tmp_path / "run"]
     outcome = lit_llm("fit", *words)
