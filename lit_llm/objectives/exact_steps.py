@@ -6,6 +6,7 @@ import inspect
 import math
 import os
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -218,9 +219,11 @@ class ExactSteps(LightningModule, ABC):
             FloatingPointError: When it is not; the message names the value and the step.
         """
         if not math.isfinite(value):
+            has_checkpoint = Path(self.trainer.default_root_dir, "checkpoints", "last.ckpt").exists()
+            way = "go on from the last good checkpoint with --ckpt_path last" if has_checkpoint else "start again"
             raise FloatingPointError(
                 f"{name} must be finite, but is {value} at step {self.trainer.global_step}; lower the learning rate, "
-                f"lengthen the warm-up or clip gradients, and go on from the last good checkpoint with --ckpt_path last"
+                f"lengthen the warm-up or clip gradients, and {way}"
             )
 
     def require_numbers(self, predictions: Tensor) -> None:

@@ -74,13 +74,21 @@ def test_what_the_steps_lost_is_their_mean_over_targets_and_is_taken_once(tmp_pa
     assert math.isnan(made.take_train_loss())  # without targets there is no loss
 
 
-def test_a_loss_that_is_no_number_ends_the_run_in_one_line(tmp_path: Path) -> None:
-    made = fitted(tmp_path, Line(wrong=float("nan")))
+def test_a_loss_that_is_no_number_ends_the_run_in_one_line_that_names_a_checkpoint_if_there_is_one(
+    tmp_path: Path,
+) -> None:
     message = (
         "train/loss must be finite, but is nan at step 4; lower the learning rate, lengthen the warm-up or clip "
-        "gradients, and go on from the last good checkpoint with --ckpt_path last"
+        "gradients, and "
     )
-    with pytest.raises(FloatingPointError, match=exactly(message)):
+    made = fitted(tmp_path, Line(wrong=float("nan")))
+    with pytest.raises(FloatingPointError, match=exactly(message + "start again")):
+        made.take_train_loss()
+    go_on = "go on from the last good checkpoint with --ckpt_path last"
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    made = fitted(tmp_path, Line(wrong=float("nan")))
+    with pytest.raises(FloatingPointError, match=exactly(message + go_on)):
         made.take_train_loss()
 
 
