@@ -179,6 +179,8 @@ def open_corpus(
             if splits := split_texts(texts, where):
                 return _split_texts(path, splits, in_pieces)
             return Corpus(path, {"text": stamps(texts)}, lambda limit=None: _whole(where, texts[:limit]))
+        if packed := next((file for file in files if file.suffix.lower() in PACKED), None):
+            raise ValueError(f"data.path must hold text or tables, but {packed} is packed; unpack it")
         known = ", ".join([*(TEXT_SUFFIXES if rows.text_files else ()), *TABLE_FORMATS])
         raise ValueError(f"data.path must hold files of text ({known}), but is {path} with {len(files)} other files")
     if where.is_absolute() or where.suffix.lower() in (*TEXT_SUFFIXES, *TABLE_FORMATS) or not HUB_NAME.fullmatch(path):

@@ -290,8 +290,10 @@ def test_a_table_whose_name_only_begins_as_a_splits_is_said_to_be_trained_on(tmp
     assert caplog.messages == [f"Reading {file} for training; for test its name must end in the word"]
 
 
-def test_a_packed_table_beside_others_is_refused(tmp_path: Path) -> None:
-    table(tmp_path / "a.jsonl", TEXTS)
+@pytest.mark.parametrize("others", [True, False])
+def test_a_packed_table_alone_or_beside_others_is_refused(tmp_path: Path, others: bool) -> None:
+    if others:
+        table(tmp_path / "a.jsonl", TEXTS)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n'))
     message = f"data.path must hold text or tables, but {tmp_path / 'b.jsonl.gz'} is packed; unpack it"
     with pytest.raises(ValueError, match=exactly(message)):
