@@ -27,7 +27,10 @@ NO_TABLES = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_i
 UNLABELLED_TEST = "unlabelled test"
 """Name of the source's test split if it has no labels and a labelled one is cut in addition."""
 
-SPLIT_WORD = re.compile(r"(?<![a-z])(train|val|dev|eval|test)(ing|id|(id|u)at(e|ion)|el(opment)?)?(set)?(?![a-z])")
+SPLIT_WORD = re.compile(
+    r"(?<![a-z])(?:(train|test)(?:ing)?|val(?:id(?:at(?:e|ion))?)?|eval(?:uat(?:e|ion))?|dev(?:el(?:opment)?)?)(?:set)?"
+    r"(?![a-z])"
+)
 SHARD = re.compile(r"-\d+-of-\d+(-[0-9a-f]{16})?$")
 """Ending of a file name if a split has several files; older data sets of the hub add a hash."""
 
@@ -74,11 +77,11 @@ def split_kind(split: str) -> str | None:
     """What a split is for, from a word in its name; `None` if there is no such word.
 
     Example:
-        >>> [split_kind(name) for name in ("Train", "sst2_dev", "valid.matched", "validate", "latest")]
-        ['train', 'validation', 'validation', 'validation', None]
+        >>> [split_kind(name) for name in ("Train", "sst2_dev", "valid.matched", "validate", "latest", "valuation")]
+        ['train', 'validation', 'validation', 'validation', None, None]
     """
     found = SPLIT_WORD.search(split.lower())
-    return found and {"train": "train", "test": "test"}.get(found[1], "validation")
+    return found and (found[1] or "validation")
 
 
 def split_tables(files: list[Path], folder: Path) -> dict[str, list[Path]]:
