@@ -233,6 +233,13 @@ class SplitData(LightningDataModule, ABC):
         return self._evaluated("test", "limit_test_batches")
 
     def _evaluated(self, split: str, limit: str) -> BatchLoader | list[Any]:
+        other = self._is_own is False and self._stage != "fit"
+        if other and {"train", split} <= self.splits.keys() and self._cut[split]:
+            some, whole = len(self.splits[split]), len(self.tables["train"])
+            log.warning(
+                f"Evaluating {some:,} of the {whole:,} rows of {self.path}, the part that training on it would leave "
+                f"for {split}; a table called {split} is evaluated whole"
+            )
         loader, taken = self.ordered_dataloader(split), getattr(self.trainer, limit, 1.0)
         if isinstance(loader, BatchLoader):
             loader.mixed = isinstance(taken, int) or taken < 1.0  # a whole number counts batches

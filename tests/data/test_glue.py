@@ -630,6 +630,25 @@ def test_a_checkpoint_that_does_not_say_what_it_was_trained_on_predicts_a_single
     assert len(predicting(table, state).splits["test"]) == 60
 
 
+@pytest.mark.parametrize("name", ["mine", "house_valuation", "validation"])
+@pytest.mark.parametrize("own", [True, False])
+def test_of_another_table_it_is_said_where_but_a_part_is_evaluated(table, tmp_path, name, own, caplog) -> None:
+    state = made(path=table).state_dict()
+    path = table if own else write_csv(tmp_path / f"{name}.csv", rows(80))
+    data = GLUEData(path=path, tokenizer=TOKENIZER)
+    data.trainer = SimpleNamespace(state=SimpleNamespace(fn="validate"), global_rank=0, world_size=1)
+    data.expect(state)
+    data.setup("validate")
+    data.load_state_dict(state)
+    caplog.clear()
+    data.val_dataloader()
+    part = (
+        f"Evaluating 8 of the 80 rows of {data.path}, the part that training on it would leave for validation; a table "
+        f"called validation is evaluated whole"
+    )
+    assert caplog.messages == ([] if own or name == "validation" else [part])
+
+
 # Errors.
 
 
