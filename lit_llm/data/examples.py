@@ -251,9 +251,11 @@ class ExampleData(SplitData):
         def cut(rows: np.ndarray) -> Any:
             return readable.batch(rows, augmentation, (self.seed, loader.epoch))
 
-        # Grouped by length, a few labelled examples would always share batches with the same others.
-        few = name == "train" and self.labels_per_class is not None
-        lengths = None if few else self._lengths(readable)
+        # Grouped by length, a few labelled examples would always share batches with the same others, and a rare class
+        # of a length of its own would fill batches by itself, where weights of classes are no different from none.
+        weighted = getattr(getattr(self.trainer, "lightning_module", None), "class_weights", None) is not None
+        apart = name == "train" and seed is not None and (self.labels_per_class is not None or weighted)
+        lengths = None if apart else self._lengths(readable)
         classes = readable.labels if self.balance_classes and seed is not None else None
         mine = data_parallel_rank(self.trainer) if share else (0, 1)
         loader = BatchLoader(cut, len(readable), self.batch_size, seed, *mine, lengths, classes)

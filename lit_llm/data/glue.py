@@ -52,7 +52,8 @@ class GLUEData(TableTokens, ExampleData):
             ones; labelled ones are repeated as needed. 0 ignores the unlabelled ones.
         balance_classes: Draw each class equally often; use either this or an objective's `class_weights`, not both.
         length_grouping: Batch examples of similar length together, except the few labelled by `labels_per_class`, of
-            which the same ones would always share a batch.
+            which the same ones would always share a batch, and those of an objective with `class_weights`: a rare class
+            of a length of its own would fill batches by itself, where its weight changes nothing.
         augmentation: Augmentation of training examples, different in each epoch.
         seed: Seed of the order of examples and of the augmentation.
 

@@ -1,5 +1,6 @@
 import json
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -197,6 +198,21 @@ def test_flags_balance_classes_and_leave_lengths_alone(tmp_path) -> None:
     labels = torch.cat([batch["labels"] for batch in data.train_dataloader()])
     assert labels.sum() == 50
     assert data.val_dataloader() == []
+
+
+@pytest.mark.parametrize("class_weights", [None, "balanced"])
+def test_a_rare_class_of_long_texts_has_no_batches_to_itself_if_its_weight_is_to_count(tmp_path, class_weights) -> None:
+    rows = [("a b c d e f" if n % 10 == 0 else "a", int(n % 10 == 0)) for n in range(100)]
+    data = GLUEData(
+        path=write_csv(tmp_path / "x.csv", rows), tokenizer="bert-bpe-260", batch_size=10, validation_fraction=0.0
+    )
+    data.trainer = Trainer(accelerator="cpu", logger=False)
+    data.trainer.strategy.connect(Classification(partial(torch.nn.Linear, 1), class_weights=class_weights))
+    data.setup("fit")
+    rare = [batch["labels"].sum().item() for batch in data.train_dataloader()]
+    assert (len(rare), sum(rare)) == (10, 10)
+    assert max(rare) < 5 if class_weights else max(rare) == 10
+    assert next(iter(data.ordered_dataloader("train")))["labels"].all()  # the longest first, as ever
 
 
 def test_augmentation_changes_training_examples_anew_in_each_epoch_and_no_others(table) -> None:
