@@ -3,27 +3,38 @@
 Importing this module registers the device `simulated` with torch and Lightning, which then choose it as they would
 choose a GPU. Its tensors hold CPU tensors, so results are those of a CPU. As on a GPU, an operation refuses a tensor of
 the CPU beside one of the device, NumPy cannot read the device's tensors, and `set_sync_debug_mode("error")` refuses
-whatever would wait for the device. It has neither autocast nor the fused cells of LSTM and GRU.
+whatever would wait for the device. Autocast has CUDA's lists of operations, which differ from the CPU's. The fused
+cells of LSTM and GRU are missing.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
+from lit_llm import products
 from lit_llm.cli import trainer
 
 NAME = "simulated"
 aten = torch.ops.aten
 COPIES = {aten.copy_.default, aten._to_copy.default, aten.to.dtype_layout, aten.to.device, aten.to.other}
 INDEXING = {aten.index.Tensor, aten.index_put_.default, aten._index_put_impl_.default}  # indices may be on the CPU
+LOW = """linear matmul mm bmm addmm baddbmm einsum conv1d conv2d conv3d convolution scaled_dot_product_attention"""
+FULL = """exp expm1 log log1p log2 reciprocal rsqrt softplus layer_norm native_layer_norm rms_norm group_norm nll_loss
+    kl_div l1_loss mse_loss smooth_l1_loss huber_loss cosine_similarity binary_cross_entropy_with_logits logsumexp
+    pow.Tensor_Scalar pow.Tensor_Tensor pow.Scalar"""
+WIDE_RESULTS = """prod softmax.int log_softmax.int cumprod cumsum linalg_vector_norm sum sum.dim_IntList"""
+"""Operations that autocast computes from low precision, from float32, and with a result in float32, on CUDA."""
+
 WAITS = {
     aten._local_scalar_dense.default,
     aten.item.default,
@@ -54,7 +65,7 @@ class SimulatedModule(_DummyBackendModule):
         """Does nothing: the CPU has computed already."""
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return []
+        return [torch.bfloat16, torch.float16]
 
 
 class OnDevice(Tensor):
@@ -119,7 +130,7 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
     with torch.inference_mode(False):
         out = func(*args_held, **{key: value for key, value in kwargs_held.items() if key != "pin_memory"})
     if any(t.shape != t.held.shape for t in given):
-        raise NotImplementedError(f"{func} resizes a tensor; FACTORIES must have it, if it makes one")
+        raise NotImplementedError(f"{func} resizes a tensor; if it makes one, the loop below must have it")
     same = {id(t.held): t for t in given}  # what an operation in place returns
 
     def wrapped(leaf: Any) -> Any:
@@ -128,6 +139,32 @@ def compute(func: Any, args: Any, kwargs: Any) -> Any:
         return same[id(leaf)] if id(leaf) in same else OnDevice(leaf)
 
     return tree_map(wrapped, out)
+
+
+def autocast(names: str, dtype: torch.dtype | None, widens: bool = False) -> None:
+    """Makes autocast compute operations from a type (`None`: its own), or with a result in it."""
+    for name in names.split():
+        packet, _, overload = name.partition(".")
+        operation = getattr(getattr(aten, packet), overload or "default")
+
+        def computed(*args: Any, operation: Any = operation, **kwargs: Any) -> Any:
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastPrivateUse1)):
+                if not widens:
+                    args, kwargs = tree_map(functools.partial(cast, dtype=dtype), (args, kwargs))
+                elif args[0].dtype in (torch.bfloat16, torch.float16) and not any(
+                    isinstance(value, torch.dtype) for value in (*args, *kwargs.values())
+                ):
+                    args = args[:-1] if args[-1] is None else args  # a type that is not given
+                    kwargs["dtype"] = dtype
+                return operation(*args, **kwargs)
+
+        ATEN.impl(operation, computed, "AutocastPrivateUse1")
+
+
+def cast(leaf: Any, dtype: torch.dtype | None) -> Any:
+    """Casts a floating-point tensor of the device, except float64."""
+    is_cast = isinstance(leaf, OnDevice) and leaf.is_floating_point() and leaf.dtype != torch.float64
+    return leaf.to(dtype or torch.get_autocast_dtype(NAME)) if is_cast else leaf
 
 
 @torch.no_grad()
@@ -198,12 +235,19 @@ def choose_strategy(connector: Any) -> Any:
     return SingleDeviceStrategy(DEVICE) if is_here else lightnings_choice(connector)
 
 
+def mixed_precision(plugin: MixedPrecision) -> torch.autocast:
+    """As Lightning's, which takes every device but the CPU for CUDA's."""
+    dtype = torch.bfloat16 if plugin.precision == "bf16-mixed" else torch.half
+    return torch.autocast("cpu" if plugin.device == "cpu" else NAME, dtype, cache_enabled=False)
+
+
 MODULE = SimulatedModule()
 _setup_privateuseone_for_python_backend(NAME, backend_module=MODULE)
 DEVICE = torch.device(NAME, 0)
 FALLBACK = torch.library.Library("_", "IMPL")  # an implementation is registered as long as its library exists
 FALLBACK.fallback(lambda op, *args, **kwargs: compute(op, args, kwargs), "PrivateUse1")
-FACTORIES = torch.library.Library("aten", "IMPL")
+FALLBACK.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+ATEN = torch.library.Library("aten", "IMPL")
 for factory in (
     aten.empty.memory_format,
     aten.empty_strided.default,
@@ -216,14 +260,17 @@ for factory in (
     aten.randperm.default,
     aten.randperm.generator,
 ):
-    FACTORIES.impl(
-        factory, lambda *args, f=factory, **kwargs: compute(f, args, kwargs | {"device": DEVICE}), "PrivateUse1"
-    )
-FACTORIES.impl("_copy_from", lambda new, old, *_: compute(aten.copy_.default, (old, new), {}), "PrivateUse1")
+    ATEN.impl(factory, lambda *args, f=factory, **kwargs: compute(f, args, kwargs | {"device": DEVICE}), "PrivateUse1")
+ATEN.impl("_copy_from", lambda new, old, *_: compute(aten.copy_.default, (old, new), {}), "PrivateUse1")
+autocast(LOW, None)
+autocast(FULL, torch.float32)
+autocast(WIDE_RESULTS, torch.float32, widens=True)
 nn.Module._apply = apply
 torch.Generator = CPUGenerator
 torch.accelerator.synchronize = MODULE.synchronize
 AcceleratorRegistry.register(NAME, SimulatedAccelerator, description="for tests")
 lightnings_choice = accelerator_connector._AcceleratorConnector._choose_strategy
 accelerator_connector._AcceleratorConnector._choose_strategy = choose_strategy
+MixedPrecision.autocast_context_manager = mixed_precision
+trainer.multiplies_bfloat16 = lambda kind: kind == NAME or products.multiplies_bfloat16(kind)
 accelerator_connector._select_auto_accelerator = trainer._select_auto_accelerator = lambda: NAME

@@ -78,7 +78,7 @@ class NoWaiting(Callback):
     "more",
     [
         [],
-        pytest.param(["--trainer.precision", "bf16-mixed"], marks=REAL),
+        ["--trainer.precision", "bf16-mixed"],
         strategy("spike_recovery"),
         strategy("weight_average"),
         ["--trainer.gradient_clip_val", "1.0", "--trainer.accumulate_grad_batches", "2"],
