@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lit_llm.blocks import Block, depths
+from lit_llm.ranges import require_at_least, require_range
 from lit_llm.weights import hf_names
 
 
@@ -113,8 +114,7 @@ class FrozenLayers(Adaptation):
     num_layers: int
 
     def __post_init__(self) -> None:
-        if self.num_layers < 0:
-            raise ValueError(f"num_layers must be at least 0, but is {self.num_layers}")
+        require_at_least(0, num_layers=self.num_layers)
 
     def start(self, depth: int, top: int) -> float | None:
         """Everything above the frozen blocks from the beginning."""
@@ -152,10 +152,8 @@ class LayerDecay(Adaptation):
     head_factor: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.decay <= 1:
-            raise ValueError(f"decay must be in (0, 1], but is {self.decay}")
-        if self.head_factor <= 0:
-            raise ValueError(f"head_factor must be above 0, but is {self.head_factor}")
+        require_range("in (0, 1]", decay=self.decay)
+        require_range("above 0", head_factor=self.head_factor)
 
     def start(self, depth: int, top: int) -> float | None:
         """Everything from the beginning."""
@@ -186,8 +184,7 @@ class GradualUnfreezing(LayerDecay):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.until < 1:
-            raise ValueError(f"until must be in (0, 1), but is {self.until}")
+        require_range("in (0, 1)", until=self.until)
 
     def start(self, depth: int, top: int) -> float | None:
         """Evenly spaced, from 0 for the head to `until` for the embeddings."""
@@ -228,10 +225,8 @@ class LoRA(Adaptation):
     """Options of peft's `LoraConfig` that select this kind of adapter."""
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, but is {self.rank}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), but is {self.dropout}")
+        require_at_least(1, rank=self.rank)
+        require_range("in [0, 1)", dropout=self.dropout)
 
     def start(self, depth: int, top: int) -> float | None:
         """Everything that is trained, from the beginning."""

@@ -11,6 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from lit_llm.modes import evaluating
+from lit_llm.ranges import require_at_least, require_range
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -170,12 +171,9 @@ def require_possible(
         raise ValueError(f"temperature must be finite and at least 0, but is {temperature}")
     if seed is not None and not -(2**63) <= seed < 2**63:
         raise ValueError(f"seed must fit into 64 bits, but is {seed}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k must be at least 1, but is {top_k}")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p must be in (0, 1], but is {top_p}")
-    if max_new_tokens < 0:
-        raise ValueError(f"max_new_tokens must be at least 0, but is {max_new_tokens}")
+    require_at_least(1, top_k=top_k)
+    require_range("in (0, 1]", top_p=top_p)
+    require_at_least(0, max_new_tokens=max_new_tokens)
     if not prompts or not all(prompts):
         raise ValueError("prompt must hold at least one token, but is empty")
     longest = max(map(len, prompts))

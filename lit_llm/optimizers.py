@@ -14,6 +14,7 @@ from torch.optim.adamw import adamw
 
 from lit_llm.blocks import Block
 from lit_llm.products import multiplies_bfloat16
+from lit_llm.ranges import require_at_least, require_range
 from lit_llm.shards import local, part, shared_as, whole
 
 ROLES = ("matrices", "embeddings", "head", "vectors")
@@ -158,16 +159,9 @@ class Muon(Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
     ) -> None:
-        for name, value in {"lr": lr, "embedding_lr": embedding_lr, "head_lr": head_lr, "vector_lr": vector_lr}.items():
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, but is {value}")
-        least = {"weight_decay": weight_decay, "eps": eps, "momentum_warmup_steps": momentum_warmup_steps}
-        for name, value in least.items():
-            if value < 0:
-                raise ValueError(f"{name} must be at least 0, but is {value}")
-        for name, value in {"momentum": momentum, "betas[0]": betas[0], "betas[1]": betas[1]}.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), but is {value}")
+        require_at_least(0, lr=lr, embedding_lr=embedding_lr, head_lr=head_lr, vector_lr=vector_lr)
+        require_at_least(0, weight_decay=weight_decay, eps=eps, momentum_warmup_steps=momentum_warmup_steps)
+        require_range("in [0, 1)", **{"momentum": momentum, "betas[0]": betas[0], "betas[1]": betas[1]})
         groups = list(params)
         if groups and not isinstance(groups[0], dict):
             plain = {"matrices": [p for p in groups if p.ndim >= 2], "vectors": [p for p in groups if p.ndim < 2]}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 
+from lit_llm.ranges import require_at_least, require_range
+
 
 def step_at(fraction: int | float, total_steps: int | float) -> int:
     """The first step at which a fraction of a run is done.
@@ -37,8 +39,7 @@ class Schedule(ABC):
     """
 
     def __init__(self, warmup_steps: int = 0) -> None:
-        if warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be at least 0, but is {warmup_steps}")
+        require_at_least(0, warmup_steps=warmup_steps)
         self.warmup_steps = warmup_steps
 
     def factor(self, step: int, total_steps: int | float) -> float:
@@ -71,8 +72,7 @@ class _Decaying(Schedule):
 
     def __init__(self, warmup_steps: int = 0, final: float = 0.0) -> None:
         super().__init__(warmup_steps)
-        if not 0 <= final <= 1:
-            raise ValueError(f"final must be in [0, 1], but is {final}")
+        require_range("in [0, 1]", final=final)
         self.final = final
 
 
@@ -116,8 +116,7 @@ class WarmupStableDecay(_Decaying):
 
     def __init__(self, warmup_steps: int = 0, final: float = 0.0, decay_fraction: float = 0.2) -> None:
         super().__init__(warmup_steps, final)
-        if not 0 < decay_fraction <= 1:
-            raise ValueError(f"decay_fraction must be in (0, 1], but is {decay_fraction}")
+        require_range("in (0, 1]", decay_fraction=decay_fraction)
         self.decay_fraction = decay_fraction
 
     def after_warmup(self, progress: float) -> float:

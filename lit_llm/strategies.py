@@ -27,6 +27,7 @@ from torchmetrics import Metric
 from lit_llm.blocks import Block
 from lit_llm.checkpoint_files import Shares, cut, read_checkpoint
 from lit_llm.deferred_init import materialize
+from lit_llm.ranges import require_at_least, require_range
 from lit_llm.shards import Pieces, part, shared_as, whole
 from lit_llm.tensor_parallel import cut_products
 
@@ -92,13 +93,11 @@ class Sharded(ModelParallelStrategy):
         process_group_backend: str | None = None,
         timeout_minutes: float = 30.0,
     ) -> None:
-        if tensor_parallel_size < 1:
-            raise ValueError(f"tensor_parallel_size must be at least 1, but is {tensor_parallel_size}")
+        require_at_least(1, tensor_parallel_size=tensor_parallel_size)
         for name, asked in {"sequence_parallel": sequence_parallel, "loss_parallel": loss_parallel}.items():
             if asked and tensor_parallel_size == 1:
                 raise ValueError(f"tensor_parallel_size must be at least 2 for {name}, but is 1")
-        if timeout_minutes <= 0:
-            raise ValueError(f"timeout_minutes must be above 0, but is {timeout_minutes}")
+        require_range("above 0", timeout_minutes=timeout_minutes)
         super().__init__(
             tensor_parallel_size=tensor_parallel_size,
             save_distributed_checkpoint=False,

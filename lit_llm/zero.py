@@ -32,6 +32,7 @@ from lit_llm.checkpoint_files import (
     without_pickles,
     write_together,
 )
+from lit_llm.ranges import require_range
 from lit_llm.shards import whole, whole_shape
 from lit_llm.strategies import take_statistics_of_first
 
@@ -121,8 +122,7 @@ class DeepSpeed(DDPStrategy):
         process_group_backend: str | None = None,
         timeout_minutes: float = 30.0,
     ) -> None:
-        if timeout_minutes <= 0:
-            raise ValueError(f"timeout_minutes must be above 0, but is {timeout_minutes}")
+        require_range("above 0", timeout_minutes=timeout_minutes)
         if offload and stage == 1:
             raise ValueError("offload must be false in stage 1, but is true; take stage 2 or 3")
         if importlib.util.find_spec("deepspeed") is None:

@@ -13,6 +13,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
 
+from lit_llm.ranges import require_at_least
+
 INTERRUPTIONS = (signal.SIGINT, signal.SIGTERM)
 HALF_WRITTEN = ("checkpoints/.*.ckpt-*", ".model-*", ".adapter-*")
 log = logging.getLogger(__name__)
@@ -45,8 +47,7 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, every_n_steps: int = 100) -> None:
-        if every_n_steps < 1:
-            raise ValueError(f"checkpoint.every_n_steps must be at least 1, but is {every_n_steps}")
+        require_at_least(1, "checkpoint.", every_n_steps=every_n_steps)
         self.every_n_steps = every_n_steps
         self._saved_step = -1
         self._interrupted = self._stopped = False

@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from lit_llm.files import replacing, write_table
+from lit_llm.ranges import require_at_least
 
 STEPS = 100
 LOWEST, HIGHEST = 1e-3, 1e2
@@ -56,8 +57,7 @@ class LearningRateFinder(Callback):
     """Not for a strategy whose engine holds the weights or gradients itself (DeepSpeed)."""
 
     def __init__(self, steps: int = STEPS) -> None:
-        if steps < FEWEST_LOSSES:
-            raise ValueError(f"steps must be at least {FEWEST_LOSSES}, but is {steps}")
+        require_at_least(FEWEST_LOSSES, steps=steps)
         self.steps = steps
         self.rates: list[float] = []
         self.factors: list[float] = []

@@ -15,6 +15,7 @@ from lit_llm.callbacks.pruning import KeepZeros
 from lit_llm.callbacks.quantization import QuantizationAwareTraining
 from lit_llm.compression.low_rank import SVD
 from lit_llm.compression.patterns import chosen_layers
+from lit_llm.ranges import require_at_least, require_range
 from lit_llm.schedulers import step_at
 
 log = logging.getLogger(__name__)
@@ -40,10 +41,8 @@ class LowRank(Callback):
     """Not for a strategy whose engine holds the weights or gradients itself (DeepSpeed)."""
 
     def __init__(self, method: SVD = SVD(), start: float = 0.0, num_batches: int = 8) -> None:  # noqa: B008 (frozen)
-        if not 0 <= start <= 1:
-            raise ValueError(f"start must be in [0, 1], but is {start}")
-        if num_batches < 1:
-            raise ValueError(f"num_batches must be at least 1, but is {num_batches}")
+        require_range("in [0, 1]", start=start)
+        require_at_least(1, num_batches=num_batches)
         self.method, self.start, self.num_batches = method, start, num_batches
         self.finished = False
 

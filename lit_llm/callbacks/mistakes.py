@@ -15,6 +15,7 @@ from torch import Tensor
 from lit_llm.callbacks.best_evaluation import BestEvaluation, gather
 from lit_llm.callbacks.predictions import columns_of, namer
 from lit_llm.files import replacing, write_table
+from lit_llm.ranges import require_at_least
 
 
 class WorstMistakes(BestEvaluation):
@@ -31,8 +32,7 @@ class WorstMistakes(BestEvaluation):
 
     def __init__(self, count: int = 24) -> None:
         super().__init__()
-        if count < 1:
-            raise ValueError(f"count must be at least 1, but is {count}")
+        require_at_least(1, count=count)
         self.count = count
         self._nats: Tensor | None = None
         self._facts: Tensor | None = None

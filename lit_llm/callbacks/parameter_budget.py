@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_llm.ranges import require_at_least
 from lit_llm.shards import whole_shape
 
 
@@ -18,8 +19,7 @@ class ParameterBudget(Callback):
     """
 
     def __init__(self, max_parameters: int) -> None:
-        if max_parameters < 1:
-            raise ValueError(f"max_parameters must be at least 1, but is {max_parameters}")
+        require_at_least(1, max_parameters=max_parameters)
         self.max_parameters = max_parameters
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -25,6 +25,7 @@ from lit_llm.compression.sparsity import (
     masked_layers,
     sparsity_of,
 )
+from lit_llm.ranges import require_at_least
 from lit_llm.schedulers import step_at
 from lit_llm.shards import local, part, whole
 
@@ -123,9 +124,7 @@ class Pruning(KeepZeros):
     ) -> None:
         if not 0 <= start <= end <= 1:
             raise ValueError(f"start and end must be in order and in [0, 1], but are {start} and {end}")
-        for name, value in {"every_n_steps": every_n_steps, "num_batches": num_batches}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}")
+        require_at_least(1, every_n_steps=every_n_steps, num_batches=num_batches)
         super().__init__(method.layers)
         self.method, self.start, self.end = method, start, end
         self.every_n_steps, self.num_batches = every_n_steps, num_batches

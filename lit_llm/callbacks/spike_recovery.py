@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from lit_llm.callbacks.last_checkpoint import settle
 from lit_llm.checkpoint_files import read_checkpoint
+from lit_llm.ranges import require_at_least, require_range
 from lit_llm.shards import local, total_norm
 from lit_llm.wording import first_line
 
@@ -64,15 +65,10 @@ class SpikeRecovery(Callback):
     """Not for a strategy whose engine holds the weights or gradients itself (DeepSpeed)."""
 
     def __init__(self, threshold: float = 6.0, window: int = 128, patience: int = 20, max_rollbacks: int = 3) -> None:
-        if threshold <= 0:
-            raise ValueError(f"threshold must be above 0, but is {threshold}")
-        for name, value, least in (
-            ("window", window, 2),
-            ("patience", patience, 1),
-            ("max_rollbacks", max_rollbacks, 0),
-        ):
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, but is {value}")
+        require_range("above 0", threshold=threshold)
+        require_at_least(2, window=window)
+        require_at_least(1, patience=patience)
+        require_at_least(0, max_rollbacks=max_rollbacks)
         self.threshold, self.window, self.patience, self.max_rollbacks = threshold, window, patience, max_rollbacks
         self.losses = self.norms = torch.zeros(window)
         self.seen: Any = torch.zeros((), dtype=torch.long)

@@ -6,6 +6,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from lit_llm.ranges import require_range
+
 
 class WeightAverage(Callback):
     """Validates, tests and exports an exponential moving average of the weights, without affecting the training.
@@ -31,8 +33,7 @@ class WeightAverage(Callback):
     """Not for a strategy whose engine holds the weights or gradients itself (DeepSpeed)."""
 
     def __init__(self, decay: float = 0.999) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1), but is {decay}")
+        require_range("in [0, 1)", decay=decay)
         self.decay = decay
         self._moved_step = 0
 

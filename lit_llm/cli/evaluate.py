@@ -7,19 +7,17 @@ import json as json_format
 from pathlib import Path
 from typing import Any
 
-from lit_llm.cli import fail
 from lit_llm.cli.parser import OneLineArguments, moved, require_writable
 from lit_llm.files import write_json
+from lit_llm.ranges import require_at_least
 from lit_llm.wording import first_line
 
 
 def run(words: list[str]) -> None:
     """Runs the command; `words` begins with its name."""
     options = _parser().parse_args(words[1:])
-    for name, least in {"batch_size": 1, "limit": 1, "num_fewshot": 0}.items():
-        value = getattr(options, name)
-        if value is not None and value < least:
-            fail(f"--{name} must be at least {least}, but is {value}")
+    require_at_least(1, "--", batch_size=options.batch_size, limit=options.limit)
+    require_at_least(0, "--", num_fewshot=options.num_fewshot)
     require_writable(options.json)
     results = evaluate(**vars(options))
     for task, found in results.items():

@@ -10,6 +10,7 @@ import socket
 from typing import Any
 
 from lit_llm.cli.parser import OneLineArguments
+from lit_llm.ranges import require_at_least
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,7 @@ def serve(model: str, host: str, port: int, device: str, max_batch_size: int, ti
         raise ValueError("litserve must be installed to serve, but is not; pip install 'lit-llm[serving]'") from error
     if not 1024 <= port <= 65535:
         raise ValueError(f"--port must be from 1024 to 65535, but is {port}")
-    if max_batch_size < 1:
-        raise ValueError(f"--max_batch_size must be at least 1, but is {max_batch_size}")
+    require_at_least(1, "--", max_batch_size=max_batch_size)
     if timeout <= 0:
         raise ValueError(f"--timeout must be above 0, but is {timeout:g}")
     _require_free(host, port)

@@ -23,6 +23,7 @@ from lit_llm.cli.sweep_progress import SweepProgress
 from lit_llm.cli.sweep_study import alone_in, open_study
 from lit_llm.cli.trial_run import INTERRUPTED, TrialRun, figure_of, metrics_of
 from lit_llm.files import replacing, write_table
+from lit_llm.ranges import require_at_least
 
 log = logging.getLogger(__name__)
 
@@ -69,10 +70,8 @@ def sweep(config: Path, trials: int | None, out: Path, workers: int, seeds: int,
     trials = trials if trials is not None else plan.run_cap or size
     if trials is None:
         raise ValueError(f"--trials must be given where {config} has no run_cap, but is not")
-    if trials < 1:
-        raise ValueError(f"--trials must be at least 1, but is {trials}")
-    if workers < 1:
-        raise ValueError(f"--workers must be at least 1, but is {workers}")
+    require_at_least(1, "--", trials=trials)
+    require_at_least(1, "--", workers=workers)
     if seeds < 0 or seeds == 1:
         raise ValueError(f"--seeds must be 0, or at least 2 to show what a seed does, but is {seeds}")
     try:

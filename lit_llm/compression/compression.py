@@ -133,13 +133,3 @@ def method_of(record: Any) -> type[Compression]:
     if not (isinstance(kind, type) and issubclass(kind, Compression)):
         raise ValueError(f"compression must name methods of compression, but names {path}")
     return kind
-
-
-def require_fraction(name: str, value: float) -> None:
-    """Requires a fraction below 1.
-
-    Raises:
-        ValueError: When `value` is not in [0, 1).
-    """
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), but is {value}")

@@ -18,6 +18,7 @@ from lit_llm.compression.calibration import answer, input_covariances
 from lit_llm.compression.compression import Batch, Compression, Record
 from lit_llm.compression.patterns import MATRICES, chosen_layers
 from lit_llm.modes import evaluating
+from lit_llm.ranges import require_at_least, require_range
 
 Allocation = Literal["uniform", "energy", "sensitivity"]
 
@@ -191,10 +192,8 @@ class SVD(Compression):
     layers: list[str] | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.parameters < 1:
-            raise ValueError(f"parameters must be in (0, 1), but is {self.parameters}")
-        if self.rank is not None and self.rank < 1:
-            raise ValueError(f"rank must be at least 1, but is {self.rank}")
+        require_range("in (0, 1)", parameters=self.parameters)
+        require_at_least(1, rank=self.rank)
 
     @property
     def needs_batches(self) -> bool:

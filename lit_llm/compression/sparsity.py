@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from lit_llm.blocks import Block
 from lit_llm.compression.calibration import input_norms
-from lit_llm.compression.compression import Batch, Compression, Record, method_of, records_of, require_fraction
+from lit_llm.compression.compression import Batch, Compression, Record, method_of, records_of
 from lit_llm.compression.patterns import chosen_layers
+from lit_llm.ranges import require_range
 from lit_llm.shards import local, whole
 
 MASK = "weight_mask"
@@ -157,7 +158,7 @@ class Sparsity(Compression):
     pattern: str | int | None = None
 
     def __post_init__(self) -> None:
-        require_fraction("sparsity", self.sparsity)
+        require_range("in [0, 1)", sparsity=self.sparsity)
         if isinstance(self.pattern, int):  # YAML 1.1 reads 2:4 as sexagesimal, 124
             object.__setattr__(self, "pattern", "{}:{}".format(*divmod(self.pattern, 60)))
         if self.pattern is not None:

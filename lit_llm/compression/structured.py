@@ -12,13 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_llm.compression.calibration import answer, mask_of, vectors, watching
-from lit_llm.compression.compression import (
-    Batch,
-    Compression,
-    Record,
-    is_reformed,
-    require_fraction,
-)
+from lit_llm.compression.compression import Batch, Compression, Record, is_reformed
 from lit_llm.compression.importance import column_squares, cross_entropy, per_example, taylor
 from lit_llm.compression.integers import QuantizedConvolution
 from lit_llm.compression.patterns import chosen_layers
@@ -32,6 +26,7 @@ from lit_llm.compression.surgery import (
     size_of,
 )
 from lit_llm.modes import evaluating
+from lit_llm.ranges import require_range
 
 Importance = Literal["magnitude", "activation", "taylor"]
 
@@ -75,7 +70,7 @@ class Structured(Compression):
     importance: Importance = "magnitude"
 
     def __post_init__(self) -> None:
-        require_fraction("sparsity", self.sparsity)
+        require_range("in [0, 1)", sparsity=self.sparsity)
 
     @property
     def needs_batches(self) -> bool:

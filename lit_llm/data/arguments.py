@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
+from lit_llm.ranges import require_at_least
+
 
 def require_counts(least: int = 1, **counts: int | None) -> None:
-    """Refuses counts below `least`; `None` passes.
-
-    Raises:
-        ValueError: When a count is below `least`.
-    """
-    for name, count in counts.items():
-        if count is not None and count < least:
-            raise ValueError(f"data.{name} must be at least {least}, but is {count}")
+    """Refuses counts below `least`; `None` passes."""
+    require_at_least(least, "data.", **counts)
 
 
 def require_fractions(validation_fraction: int | float, test_fraction: int | float) -> None:

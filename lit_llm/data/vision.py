@@ -19,6 +19,7 @@ from lit_llm.data.image_collation import ImageCollation
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.image_sources import DIGITS, find_image_column, find_label_column, image_names, open_images
 from lit_llm.data.tables import Columns, Split, choose_splits
+from lit_llm.ranges import require_at_least
 from lit_llm.wording import listed
 
 log = logging.getLogger(__name__)
@@ -98,8 +99,7 @@ class VisionData(ExampleData):
         broken: Literal["refuse", "skip"] = "refuse",
         seed: int = 0,
     ) -> None:
-        if image_size is not None and image_size < 1:
-            raise ValueError(f"data.image_size must be at least 1, but is {image_size}")
+        require_at_least(1, "data.", image_size=image_size)
         super().__init__(
             path=path,
             subset=subset,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_llm.blocks import Block
 from lit_llm.models.image_classifier import ImageClassifier
+from lit_llm.ranges import require_at_least, require_range
 
 
 class Convolution(nn.Conv2d, Block):
@@ -57,17 +58,14 @@ class CNN(ImageClassifier):
         dropout: float = 0.5,
     ) -> None:
         super().__init__(num_classes, channels, image_size, class_names)
-        for name, value in {"channel_dropout": channel_dropout, "dropout": dropout}.items():
-            if not 0 <= value < 1:
-                raise ValueError(f"{name} must be in [0, 1), but is {value}")
+        require_range("in [0, 1)", channel_dropout=channel_dropout, dropout=dropout)
         self.channel_dropout, self.dropout = channel_dropout, dropout
         self._finish()
 
     def build(self) -> None:
         """Makes the layers, with torch's initial weights."""
         channels, height, width = self.image_shape
-        if min(height, width) < 6:
-            raise ValueError(f"image_size must be at least 6, but is {min(height, width)}")
+        require_at_least(6, image_size=min(height, width))
         self.conv1, self.conv2 = Convolution(channels, 32, 3), Convolution(32, 64, 3)
         self.dropout1, self.dropout2 = nn.Dropout2d(self.channel_dropout), nn.Dropout(self.dropout)
         self.fc1 = Dense(64 * ((height - 4) // 2) * ((width - 4) // 2), 128)

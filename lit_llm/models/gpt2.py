@@ -15,6 +15,7 @@ from lit_llm.blocks import Block
 from lit_llm.models.attention import KVCache, attend, document_mask
 from lit_llm.models.feed_forward import linear_of_recomputed
 from lit_llm.models.flops import training_flops
+from lit_llm.ranges import require_at_least, require_range
 
 TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
 """Weights that Hugging Face's GPT-2 stores as (in, out), since its layers are `Conv1D`, not `Linear` with (out, in)."""
@@ -186,13 +187,10 @@ class GPT2(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads, "max_seq_len": max_seq_len}
-        for name, value in (sizes | {"d_ff": d_ff}).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}")
+        require_at_least(1, **sizes, d_ff=d_ff)
         if d_model % num_heads:
             raise ValueError(f"num_heads must divide d_model, but is {num_heads} with d_model {d_model}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), but is {dropout}")
+        require_range("in [0, 1)", dropout=dropout)
         d_ff = d_ff or 4 * d_model
         self.vocab_size, self.d_model, self.num_layers, self.num_heads = vocab_size, d_model, num_layers, num_heads
         self.d_ff, self.max_seq_len, self.norm_eps, self.dropout = d_ff, max_seq_len, norm_eps, dropout

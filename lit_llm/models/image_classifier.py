@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from lit_llm.ranges import require_at_least
+
 Shape = tuple[int, int | None, int | None]
 """Channels, height and width of an image; `None` for any height and width."""
 
@@ -39,10 +41,7 @@ class ImageClassifier(nn.Module, ABC):
     ) -> None:
         super().__init__()
         height, width = [image_size or 28] * 2 if image_size is None or isinstance(image_size, int) else image_size
-        given = {"num_classes": num_classes, "channels": channels, "image_size": min(height, width)}
-        for name, value in given.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}")
+        require_at_least(1, num_classes=num_classes, channels=channels, image_size=min(height, width))
         self.num_classes = num_classes
         self._is_given = channels is not None, image_size is not None
         self.image_shape: Shape = (channels or 1, height, width)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lit_llm.blocks import Block
 from lit_llm.models.image_classifier import ImageClassifier
+from lit_llm.ranges import require_at_least, require_range
 
 
 class ConvolutionLayer(Block):
@@ -73,19 +74,15 @@ class LeNet(ImageClassifier):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(num_classes, channels, image_size, class_names)
-        for name, value in {"width": width, "num_layers": num_layers}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), but is {dropout}")
+        require_at_least(1, width=width, num_layers=num_layers)
+        require_range("in [0, 1)", dropout=dropout)
         self.width, self.num_layers, self.dropout = width, num_layers, dropout
         self._finish()
 
     def build(self) -> None:
         """Makes the layers, with torch's initial weights."""
         channels, height, width = self.image_shape
-        if min(height, width) < 7:
-            raise ValueError(f"image_size must be at least 7, but is {min(height, width)}")
+        require_at_least(7, image_size=min(height, width))
         layers: list[nn.Module] = [ConvolutionLayer(channels, self.width, 5, stride=2)]
         here = self.width
         for wide in (2 * self.width, 4 * self.width):

@@ -15,6 +15,7 @@ from lit_llm.models.feed_forward import SwiGLU
 from lit_llm.models.flops import training_flops
 from lit_llm.models.normalization import RMSNorm
 from lit_llm.models.rotary import RopeScaling, Rotation, rope_from_hf, rotation
+from lit_llm.ranges import require_at_least
 
 
 class LlamaBlock(Block):
@@ -117,13 +118,11 @@ class Llama(nn.Module):
     ) -> None:
         super().__init__()
         sizes = {"d_model": d_model, "num_layers": num_layers, "num_heads": num_heads, "num_kv_heads": num_kv_heads}
-        for name, value in (sizes | {"d_head": d_head, "d_ff": d_ff, "max_seq_len": max_seq_len}).items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}")
+        require_at_least(1, **sizes, d_head=d_head, d_ff=d_ff, max_seq_len=max_seq_len)
         num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
         if d_head is None and d_model % num_heads:
             raise ValueError(f"num_heads must divide d_model, but is {num_heads} with d_model {d_model}")
-        if num_kv_heads < 1 or num_heads % num_kv_heads:
+        if num_heads % num_kv_heads:
             raise ValueError(f"num_kv_heads must divide num_heads, but is {num_kv_heads} with num_heads {num_heads}")
         d_head = d_head or d_model // num_heads
         if d_head % 2:

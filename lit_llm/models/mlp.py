@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lit_llm.blocks import Block
 from lit_llm.models.image_classifier import ImageClassifier
+from lit_llm.ranges import require_at_least, require_range
 
 
 class PerceptronLayer(Block):
@@ -68,12 +69,9 @@ class MLP(ImageClassifier):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(num_classes, channels, image_size, class_names)
-        if d_hidden < 1:
-            raise ValueError(f"d_hidden must be at least 1, but is {d_hidden}")
-        if num_layers < 0:
-            raise ValueError(f"num_layers must be at least 0, but is {num_layers}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), but is {dropout}")
+        require_at_least(1, d_hidden=d_hidden)
+        require_at_least(0, num_layers=num_layers)
+        require_range("in [0, 1)", dropout=dropout)
         self.d_hidden, self.num_layers, self.dropout = d_hidden, num_layers, dropout
         self._finish()
 

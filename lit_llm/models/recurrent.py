@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from lit_llm.blocks import Block
 from lit_llm.models.flops import training_flops
+from lit_llm.ranges import require_at_least, require_range
 
 State = tuple[Float[Tensor, "1 _ d_model"], ...]
 """Recurrent state of one layer for each sequence: its last output and, for an LSTM, its cell."""
@@ -115,11 +116,8 @@ class Recurrent(nn.Module, ABC):
         tie_embeddings: bool = False,
     ) -> None:
         super().__init__()
-        for name, value in {"d_model": d_model, "num_layers": num_layers}.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, but is {value}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), but is {dropout}")
+        require_at_least(1, d_model=d_model, num_layers=num_layers)
+        require_range("in [0, 1)", dropout=dropout)
         self.vocab_size, self.tie_embeddings = vocab_size, tie_embeddings
         self.embed_tokens = nn.Embedding(vocab_size, d_model)
         self.drop = nn.Dropout(dropout)

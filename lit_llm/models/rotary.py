@@ -12,6 +12,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from lit_llm.ranges import require_at_least
+
 Rotation = tuple[Float[Tensor, "#batch 1 _ half"], Float[Tensor, "#batch 1 _ half"]]
 
 
@@ -32,8 +34,7 @@ class RopeScaling(ABC):
     """Its name in transformers."""
 
     def __post_init__(self) -> None:
-        if self.factor < 1:
-            raise ValueError(f"rope_scaling.factor must be at least 1, but is {self.factor}")
+        require_at_least(1, "rope_scaling.", factor=self.factor)
 
     @abstractmethod
     def scaled(self, frequencies: Float[Tensor, " half"], base: float) -> Float[Tensor, " half"]:

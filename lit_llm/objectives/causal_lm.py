@@ -14,6 +14,7 @@ from lit_llm.metrics import LanguageModeling
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.losses import cross_entropy_sum, linear_cross_entropy_sum, token_nats
 from lit_llm.objectives.objective import Objective
+from lit_llm.ranges import require_at_least, require_range
 from lit_llm.schedulers import Schedule
 
 
@@ -66,10 +67,8 @@ class CausalLM(Objective):
         z_loss: float = 0.0,
     ) -> None:
         super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"model.label_smoothing must be in [0, 1), but is {label_smoothing}")
-        if z_loss < 0:
-            raise ValueError(f"model.z_loss must be at least 0, but is {z_loss}")
+        require_range("in [0, 1)", "model.", label_smoothing=label_smoothing)
+        require_at_least(0, "model.", z_loss=z_loss)
         self.save_arguments()
         self.label_smoothing, self.z_loss = label_smoothing, z_loss
         self.val_metric, self.test_metric = LanguageModeling(), LanguageModeling()

@@ -16,6 +16,7 @@ from lit_llm.adaptation import Adaptation
 from lit_llm.metrics import classification_metrics
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.objective import Objective
+from lit_llm.ranges import require_range
 from lit_llm.schedulers import Schedule
 
 
@@ -65,8 +66,7 @@ class Classification(Objective):
         class_weights: Literal["balanced"] | None = None,
     ) -> None:
         super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"model.label_smoothing must be in [0, 1), but is {label_smoothing}")
+        require_range("in [0, 1)", "model.", label_smoothing=label_smoothing)
         self.save_arguments()
         self.label_smoothing, self.class_weights = label_smoothing, class_weights
 

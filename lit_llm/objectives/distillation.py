@@ -25,6 +25,7 @@ from lit_llm.objectives.losses import cross_entropy_sum
 from lit_llm.objectives.masked_lm import MaskedLM
 from lit_llm.objectives.objective import Objective
 from lit_llm.objectives.teacher import Teacher, TeacherCache
+from lit_llm.ranges import require_at_least, require_range
 
 
 class Distillation(Objective):
@@ -84,17 +85,12 @@ class Distillation(Objective):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if temperature <= 0:
-            raise ValueError(f"model.temperature must be above 0, but is {temperature}")
-        if not 0 <= teacher_weight <= 1:
-            raise ValueError(f"model.teacher_weight must be in [0, 1], but is {teacher_weight}")
-        for name, value in {"hidden_weight": hidden_weight, "attention_weight": attention_weight}.items():
-            if value < 0:
-                raise ValueError(f"model.{name} must be at least 0, but is {value}")
+        require_range("above 0", "model.", temperature=temperature)
+        require_range("in [0, 1]", "model.", teacher_weight=teacher_weight)
+        require_at_least(0, "model.", hidden_weight=hidden_weight, attention_weight=attention_weight)
         if inherit and self.hparams.get("weights"):
             raise ValueError("model.inherit must be false with model.weights to start from, but is true")
-        if cache_top_k is not None and cache_top_k < 1:
-            raise ValueError(f"model.cache_top_k must be at least 1, but is {cache_top_k}")
+        require_at_least(1, "model.", cache_top_k=cache_top_k)
         if cache_top_k is not None and not self.rows_come_again:
             raise ValueError(
                 f"model.cache_top_k must be None where other tokens are hidden at each step, but is {cache_top_k}"

@@ -18,6 +18,7 @@ from lit_llm.metrics import TokenPrediction
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.masking import chances, ordinary_tokens, word_edges, word_starts
 from lit_llm.objectives.objective import Objective
+from lit_llm.ranges import require_range
 from lit_llm.schedulers import Schedule
 
 
@@ -75,8 +76,7 @@ class MaskedLM(Objective):
         mask_seed: int = 0,
     ) -> None:
         super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation)
-        if not 0 < mask_ratio < 1:
-            raise ValueError(f"model.mask_ratio must be in (0, 1), but is {mask_ratio}")
+        require_range("in (0, 1)", "model.", mask_ratio=mask_ratio)
         self.save_arguments()
         self.mask_ratio, self.whole_words, self.mask_seed = mask_ratio, whole_words, mask_seed
         self.val_metric, self.test_metric = TokenPrediction(), TokenPrediction()

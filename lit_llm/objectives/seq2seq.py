@@ -17,6 +17,7 @@ from lit_llm.data.tokenizer import encode_documents
 from lit_llm.metrics import GeneratedText, TokenPrediction
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.objective import Objective
+from lit_llm.ranges import require_at_least, require_range
 from lit_llm.schedulers import Schedule
 
 
@@ -52,8 +53,7 @@ class TeacherForcing(Objective):
         label_smoothing: float,
     ) -> None:
         super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation)
-        if not 0 <= label_smoothing < 1:
-            raise ValueError(f"model.label_smoothing must be in [0, 1), but is {label_smoothing}")
+        require_range("in [0, 1)", "model.", label_smoothing=label_smoothing)
         self.label_smoothing = label_smoothing
 
     @abstractmethod
@@ -146,13 +146,8 @@ class Seq2Seq(TeacherForcing):
         num_beams: int = 1,
     ) -> None:
         super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation, label_smoothing)
-        for name, value in (
-            ("num_generated", num_generated),
-            ("max_new_tokens", max_new_tokens),
-            ("num_beams", num_beams),
-        ):
-            if value < 1:
-                raise ValueError(f"model.{name} must be at least 1, but is {value}")
+        counts = {"num_generated": num_generated, "max_new_tokens": max_new_tokens, "num_beams": num_beams}
+        require_at_least(1, "model.", **counts)
         self.save_arguments()
         self.num_generated, self.max_new_tokens, self.num_beams = num_generated, max_new_tokens, num_beams
         self.val_metric, self.test_metric = GeneratedText(), GeneratedText()

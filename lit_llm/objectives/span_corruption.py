@@ -15,6 +15,7 @@ from lit_llm.batch import IGNORE_INDEX, TokenBatch
 from lit_llm.metrics import TokenPrediction
 from lit_llm.objectives.masking import chances, noise_spans
 from lit_llm.objectives.seq2seq import TeacherForcing
+from lit_llm.ranges import require_at_least, require_range
 from lit_llm.schedulers import Schedule
 
 
@@ -67,10 +68,8 @@ class SpanCorruption(TeacherForcing):
         mask_seed: int = 0,
     ) -> None:
         super().__init__(network, optimizer, schedule, decay_embeddings, weights, adaptation, label_smoothing=0.0)
-        if not 0 < mask_ratio < 1:
-            raise ValueError(f"model.mask_ratio must be in (0, 1), but is {mask_ratio}")
-        if mean_span < 1:
-            raise ValueError(f"model.mean_span must be at least 1, but is {mean_span}")
+        require_range("in (0, 1)", "model.", mask_ratio=mask_ratio)
+        require_at_least(1, "model.", mean_span=mean_span)
         self.save_arguments()
         self.mask_ratio, self.mean_span, self.mask_seed = mask_ratio, mean_span, mask_seed
         self.val_metric, self.test_metric = TokenPrediction(), TokenPrediction()
