@@ -99,11 +99,7 @@ class Machine:
     price: int | float | None = None
 
     def __post_init__(self) -> None:
-        """Checks the values.
-
-        Raises:
-            ValueError: When a value is out of range.
-        """
+        """Checks the values."""
         for name in ("memory", "peak_flops", "watts", "bandwidth"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"--{name} must be finite and above 0, but is {getattr(self, name):g}")

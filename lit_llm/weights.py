@@ -197,12 +197,7 @@ def _tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def require_whole_weights(folder: Path) -> None:
-    """Checks that all files of weights are present and complete.
-
-    Raises:
-        FileNotFoundError: When there are none, or one of several is missing.
-        ValueError: When one is truncated.
-    """
+    """Checks that all files of weights are present and complete."""
     for file in _weight_files(folder):
         with _whole(file):
             pass

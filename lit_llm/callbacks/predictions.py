@@ -22,11 +22,7 @@ class PredictionTable(Callback):
     """Writes `predictions.csv` from the predictions of all batches."""
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Refuses several processes, since none of them would see all predictions.
-
-        Raises:
-            ValueError: When there are several.
-        """
+        """Refuses several processes, since none of them would see all predictions."""
         if trainer.world_size > 1:
             raise ValueError(f"trainer.devices must be 1 to predict, but there are {trainer.world_size} processes")
 

@@ -80,12 +80,7 @@ def _is_overlay(file: str) -> bool:
 
 
 def _require_options(file: str) -> None:
-    """Refuses a run file that does not hold options, or that names a YAML file that does not exist.
-
-    Raises:
-        FileNotFoundError: When a YAML file that it names does not exist.
-        ValueError: Naming the run file, which the parser would not.
-    """
+    """Refuses a run file without options, or that names a missing YAML file: the parser would not name the run file."""
     try:
         content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -104,11 +99,7 @@ def _require_options(file: str) -> None:
 
 
 def _require_yaml(name: str, value: Any, folder: Path) -> None:
-    """Checks that YAML files exist that a run file in `folder` names for its data, its model or parts of the model.
-
-    Raises:
-        FileNotFoundError: When one does not.
-    """
+    """Checks that YAML files exist that a run file in `folder` names for its data, its model or parts of the model."""
     if isinstance(value, dict):
         for key, nested in value.items():
             _require_yaml(name if key == "init_args" else f"{name}.{key}", nested, folder)

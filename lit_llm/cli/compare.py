@@ -206,11 +206,7 @@ def _evaluated(name: str, value: Any) -> Any:
 
 
 def _require_one_objective(one: Finished, other: Finished) -> None:
-    """Refuses to compare losses of objectives that do not extend a common concrete one.
-
-    Raises:
-        ValueError: When they do not.
-    """
+    """Refuses to compare losses of objectives that do not extend a common concrete one."""
     paths = [run.settings.get("model") for run in (one, other)]
     if paths[0] == paths[1]:
         return

@@ -81,11 +81,7 @@ def completed(config: Any, run: Path | None, fits: bool) -> Iterator[tuple[dict[
 
 
 def require_written_by_trainer(checkpoint: dict[str, Any], path: Path, fits: bool) -> None:
-    """Refuses a checkpoint that no trainer has written or, to resume training, one without the optimiser's state.
-
-    Raises:
-        ValueError: When it is such a checkpoint.
-    """
+    """Refuses a checkpoint that no trainer has written or, to resume training, one without the optimiser's state."""
     if "pytorch-lightning_version" not in checkpoint:
         raise ValueError(
             f"ckpt_path must be a checkpoint that Lightning wrote, but {path} does not say of which version"
@@ -98,11 +94,7 @@ def require_written_by_trainer(checkpoint: dict[str, Any], path: Path, fits: boo
 
 
 def require_later(max_steps: int | None, checkpoint: dict[str, Any]) -> None:
-    """Refuses to resume with `max_steps` below the checkpoint's step: `config.yaml` would state a wrong last step.
-
-    Raises:
-        ValueError: When it is below.
-    """
+    """Refuses to resume with `max_steps` below the checkpoint's step: `config.yaml` would state a wrong last step."""
     done = checkpoint.get("global_step", 0)
     if max_steps not in (None, -1) and max_steps < done:
         raise ValueError(
@@ -119,9 +111,6 @@ def require_own_start(model: Any, run: Path, checkpoint: Path, words: list[str],
         checkpoint: The checkpoint that is evaluated or resumed from.
         words: The command line.
         fits: Whether the command trains.
-
-    Raises:
-        ValueError: When the command line names another model.
     """
     config = run / "config.yaml"
     if not config.is_file():
@@ -167,9 +156,6 @@ def require_same_network(class_path: str | None, checkpoint: dict[str, Any]) -> 
     Args:
         class_path: Class path of the configured network; `None` if none is configured.
         checkpoint: The checkpoint; empty if none is read.
-
-    Raises:
-        ValueError: When the classes differ.
     """
     there = (checkpoint.get("network") or {}).get("class_path")
     if None not in (class_path, there) and class_path.rpartition(".")[2] != there.rpartition(".")[2]:

@@ -93,11 +93,7 @@ def log_into_any(loggers: Any, folder: Path) -> None:
 
 
 def require_same(said: dict[str, Any]) -> None:
-    """Checks that nested values are the same in all processes.
-
-    Raises:
-        ValueError: Naming the first value that differs.
-    """
+    """Checks that nested values are the same in all processes."""
     every: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(every, dict(_leaves(said)))
     first = every[0]

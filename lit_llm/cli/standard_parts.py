@@ -91,11 +91,7 @@ def _profiler(given: Profiler | str | None, run_dir: Path) -> Profiler | str:
 
 
 def _require_one_of_each(callbacks: list[Callback]) -> None:
-    """Refuses duplicates of callbacks of this package, and of others that have a state, under the same state key.
-
-    Raises:
-        ValueError: When there are any.
-    """
+    """Refuses duplicates of callbacks of this package, and of others that have a state, under the same state key."""
     single = Counter(
         callback.state_key
         for callback in callbacks

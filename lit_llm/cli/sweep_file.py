@@ -169,11 +169,7 @@ def read_parameters(content: Any, prefix: str = "") -> Iterator[Parameter]:
 
 
 def _require_keys(content: dict[str, Any], known: tuple[str, ...], what: str) -> None:
-    """Refuses unknown keys.
-
-    Raises:
-        ValueError: Naming the first of them.
-    """
+    """Refuses unknown keys."""
     for key in (key for key in content if key not in known):
         close = difflib.get_close_matches(str(key), known, n=1)
         remedy = f"; did you mean {close[0]}?" if close else ""

@@ -19,9 +19,6 @@ def require_options(plan: Sweep, more: list[str]) -> None:
     Args:
         plan: The sweep.
         more: Further arguments of each run.
-
-    Raises:
-        ValueError: Naming the key and the value.
     """
     values = {parameter.key: parameter.extremes() for parameter in plan.parameters}
     # All parameters together first, which is fast; if that fails, one by one, to find which one is wrong.
@@ -63,9 +60,6 @@ def _require_effect(plan: Sweep, values: dict[str, tuple[Any, ...]], config: Any
         values: Values of each key; its first and last value are compared.
         config: The config that results from the first values.
         more: As in `require_options`.
-
-    Raises:
-        ValueError: Naming the parameter.
     """
     if not plan.command[1] and not more:
         return

@@ -32,9 +32,6 @@ def require_sound(trainer: Mapping[str, Any], seed: bool | int | None) -> None:
     Args:
         trainer: The trainer's options.
         seed: Value of `seed_everything`.
-
-    Raises:
-        ValueError: Naming the first invalid option.
     """
     for name, least in LEAST.items():
         value = trainer.get(name)

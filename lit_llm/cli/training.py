@@ -152,11 +152,7 @@ class TrainingCLI(LightningCLI):
         """Does nothing: in Lightning, values stored in the checkpoint would override explicit flags."""
 
     def _set_seed(self) -> None:
-        """Checks the trainer's options, then seeds all random number generators.
-
-        Raises:
-            ValueError: When an option is invalid.
-        """
+        """Checks the trainer's options, then seeds all random number generators."""
         config = self.config[self.subcommand]
         for name in ("trainer", "checkpoint"):
             if config[name] is None:
@@ -307,11 +303,7 @@ class TrainingCLI(LightningCLI):
         self._require_some()
 
     def _require_some(self) -> None:
-        """Checks that the evaluation had batches.
-
-        Raises:
-            ValueError: When there were none.
-        """
+        """Checks that the evaluation had batches."""
         batches, split = {
             "validate": (self.trainer.num_val_batches, "validation"),
             "test": (self.trainer.num_test_batches, "test"),

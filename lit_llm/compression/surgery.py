@@ -90,9 +90,6 @@ def require_described(network: nn.Module, batches: Sequence[Batch] = ()) -> None
 
     With batches, a network built from the config with the same weights must also give the same output on the first
     batch, up to 1 % of its largest absolute value.
-
-    Raises:
-        ValueError: When it does not.
     """
     with torch.device("meta"):
         again = replay(type(network).from_hf_config(network.to_hf_config()), records_of(network))

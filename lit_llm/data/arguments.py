@@ -11,11 +11,7 @@ def require_counts(least: int = 1, **counts: int | None) -> None:
 
 
 def require_fractions(validation_fraction: int | float, test_fraction: int | float) -> None:
-    """Refuses fractions of the training split that cannot be held out.
-
-    Raises:
-        ValueError: When one is negative, or both together leave nothing to train on.
-    """
+    """Refuses fractions of the training split that cannot be held out."""
     if validation_fraction < 0 or test_fraction < 0 or validation_fraction + test_fraction >= 1:
         raise ValueError(
             f"data.validation_fraction and data.test_fraction must be at least 0 and leave something to train on, "

@@ -138,11 +138,7 @@ class TokenData(LightningDataModule, ABC):
         return {"tokenizer": tokenizer, "documents": documents}
 
     def require_unchanged(self, state_dict: dict[str, Any]) -> None:
-        """Refuses to resume from a checkpoint if its documents have changed.
-
-        Raises:
-            ValueError: When they have changed.
-        """
+        """Refuses to resume from a checkpoint if its documents have changed."""
         if change := self._change(state_dict):
             raise changes.refusal("documents", change)
 

@@ -344,9 +344,6 @@ def require_utf_8(text: str, name: str = "prompt") -> None:
     """Refuses a text that cannot be encoded as UTF-8, because no tokeniser reads it.
 
     Python makes such text from bytes on the command line that are not UTF-8, and from half a surrogate pair in JSON.
-
-    Raises:
-        ValueError: When the text has an unpaired surrogate.
     """
     try:
         text.encode()

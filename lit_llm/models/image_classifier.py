@@ -179,9 +179,6 @@ def require_images(given: Sequence[int], made_for: Shape, network: str) -> None:
         made_for: Shape that the network reads.
         network: Name of the network in the error.
 
-    Raises:
-        ValueError: When channels, height or width differ.
-
     Example:
         >>> require_images((3, 32, 32), (3, None, None), "ResNet")
     """

@@ -159,11 +159,7 @@ class MaskedLM(Objective):
         metric.update(*self._nats(batch, *self.hide(batch)))
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> NoReturn:
-        """Refuses, because a masked language model predicts nothing of a whole row.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Refuses, because a masked language model predicts nothing of a whole row."""
         raise ValueError(
             "model must be an objective that predicts something of each row, but is MaskedLM; name its model directory "
             "as path of a PretrainedClassifier"

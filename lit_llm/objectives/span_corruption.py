@@ -139,11 +139,7 @@ class SpanCorruption(TeacherForcing):
         self.tell(metric, batch)
 
     def predict_step(self, batch: TokenBatch, batch_idx: int) -> NoReturn:
-        """Refuses, because this objective predicts nothing of a whole row.
-
-        Raises:
-            ValueError: Always.
-        """
+        """Refuses, because this objective predicts nothing of a whole row."""
         raise ValueError(
             "model must be an objective that predicts something of each row, but is SpanCorruption; name its model "
             "directory as model.weights of a Seq2Seq"

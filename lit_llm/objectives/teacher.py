@@ -47,11 +47,7 @@ class Teacher:
         self._scale_and_shift: tuple[torch.Tensor, torch.Tensor] | None = None  # from the student's normalisation
 
     def require(self, student: nn.Module, size_name: str, size: int, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        """Checks that the student has the same task, tokeniser and classes.
-
-        Raises:
-            ValueError: When one of them differs.
-        """
+        """Checks that the student has the same task, tokeniser and classes."""
         sized_by = first_argument(type(self.network))
         if sized_by != size_name:
             kind = type(self.network).__name__
