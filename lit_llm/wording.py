@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import difflib
 from collections.abc import Iterable
 from typing import Any
 
@@ -29,6 +30,17 @@ def first_line(error: BaseException) -> str:
     """
     lines = str(error).strip().splitlines()
     return lines[0].rstrip() if lines else type(error).__name__
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown word, if a known one is like it; otherwise an empty string.
+
+    Example:
+        >>> did_you_mean("metrc", ["metric", "method"]), did_you_mean("x", ["metric"])
+        ('; did you mean metric?', '')
+    """
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def conversion(wrong: UnicodeDecodeError) -> str:

@@ -6,7 +6,6 @@ Nothing heavy is imported before the sub-command is known, so `--help` and `--ve
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import logging
 import os
@@ -17,6 +16,7 @@ from typing import NoReturn
 from lit_llm import __version__
 from lit_llm.cli.lean_import import import_torchmetrics
 from lit_llm.cli.quiet import quieten
+from lit_llm.wording import did_you_mean
 
 COMMANDS = {
     "fit": ("lit_llm.cli.training", "train a network: pre-training or fine-tuning"),
@@ -78,9 +78,8 @@ def main(args: list[str] | None = None) -> None:
         print(f"lit-llm {__version__}")
         return
     if words[0] not in COMMANDS:
-        guess = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        remedy = f"did you mean {guess[0]}?" if guess else "see lit-llm --help"
-        fail(f"command must be one of {', '.join(COMMANDS)}, but is {words[0]}; {remedy}")
+        remedy = did_you_mean(words[0], COMMANDS) or "; see lit-llm --help"
+        fail(f"command must be one of {', '.join(COMMANDS)}, but is {words[0]}{remedy}")
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # classes of the working directory can be named in configs
     try:

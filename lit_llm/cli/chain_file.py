@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-CHAIN_KEYS = {"evaluate", "split", "metric", "floor", "calibration_batches", "repeats", "compiled", "stages"}
-STAGE_KEYS = {"name", "class_path", "init_args", "fit", "options", "floor"}
+from lit_llm.cli.yaml_file import read_yaml, require_keys
+
+CHAIN_KEYS = ("evaluate", "split", "metric", "floor", "calibration_batches", "repeats", "compiled", "stages")
+STAGE_KEYS = ("name", "class_path", "init_args", "fit", "options", "floor")
 STAGE_KINDS = {
     "class_path": (str, "the path of a class"),
     "init_args": (dict, "arguments by name"),
@@ -75,23 +77,17 @@ def read_chain(path: Path) -> Chain:
         FileNotFoundError: When the config, or a run file that it names, does not exist.
         ValueError: When a key is unknown or missing, or a value is invalid.
     """
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"--config must be a file, but is {path}, which does not exist")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ValueError(f"--config must be YAML, but {path} is not: {' '.join(str(error).split())}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or not content.get("stages") or not content.get("evaluate"):
         raise ValueError(f"--config must be a chain, with stages and what to evaluate them by, but {path} is none")
-    _require_keys(content, CHAIN_KEYS, "a chain", path)
+    require_keys(content, CHAIN_KEYS, f"chain {path}")
     floor = content.get("floor", 0.0)
 
     def files(key: str, named: Any) -> list[str]:
-        if not isinstance(named, str) and not _is_texts(named):
+        names = [named] if isinstance(named, str) else named
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"{key} must name run files, but is {named!r} in {path}")
-        found = [str(path.parent / name) for name in ([named] if isinstance(named, str) else named)]
+        found = [str(path.parent / name) for name in names]
         for file in found:
             if not Path(file).is_file():
                 raise FileNotFoundError(f"{path} must name run files, but {file} does not exist")
@@ -106,7 +102,7 @@ def read_chain(path: Path) -> Chain:
         for key, (kind, what) in STAGE_KINDS.items():
             if not isinstance(stage.get(key), kind | None):
                 raise ValueError(f"{key} must be {what}, but is {stage[key]!r} in stage {number} of {path}")
-        _require_keys(stage, STAGE_KEYS, "a stage", path)
+        require_keys(stage, STAGE_KEYS, f"stage {number} of {path}")
         if ("fit" in stage) == ("class_path" in stage):
             raise ValueError(f"stage {number} of {path} must have either class_path or fit, but has {', '.join(stage)}")
         method = None if "fit" in stage else {k: stage[k] for k in ("class_path", "init_args") if k in stage}
@@ -125,12 +121,3 @@ def read_chain(path: Path) -> Chain:
             raise ValueError(f"{key} must be {what}, but is {content[key]!r} in {path}")
     rest = {key: content[key] for key in VALUES if key in content}
     return Chain(files("evaluate", content["evaluate"]), stages, split, content=content, **rest)
-
-
-def _is_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
-
-
-def _require_keys(content: dict[str, Any], known: set[str], what: str, path: Path) -> None:
-    if wrong := sorted(content.keys() - known):
-        raise ValueError(f"{what} must have keys of {', '.join(sorted(known))}, but in {path} has {wrong[0]}")

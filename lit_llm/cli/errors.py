@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import dis
 import errno
 import importlib
@@ -13,6 +12,8 @@ from pathlib import Path
 from traceback import walk_tb
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from lit_llm.wording import did_you_mean
 
 MAIN_CONFIG = "configs/pretraining/llama_stdlib.yaml"
 GRAMMAR = re.compile(r"\bmust\b.*\bbut\b")
@@ -208,7 +209,6 @@ def _kinds(text: str) -> str:
 
 def _guess(option: str, known: Iterable[str]) -> str:
     known = list(known)
-    close = difflib.get_close_matches(option, known, n=1) or difflib.get_close_matches(
-        option.rsplit(".", 1)[-1], {key.rsplit(".", 1)[-1] for key in known}, n=1
+    return did_you_mean(option, known) or did_you_mean(
+        option.rpartition(".")[2], {key.rpartition(".")[2] for key in known}
     )
-    return f"; did you mean {close[0]}?" if close else ""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import logging
 import math
@@ -24,6 +23,7 @@ from lit_llm.cli.sweep_study import alone_in, open_study
 from lit_llm.cli.trial_run import INTERRUPTED, TrialRun, figure_of, metrics_of
 from lit_llm.files import replacing, write_table
 from lit_llm.ranges import require_at_least
+from lit_llm.wording import did_you_mean
 
 log = logging.getLogger(__name__)
 
@@ -237,11 +237,9 @@ class _Search:
             self.study.tell(trial, state=TrialState.FAIL)
         elif value is None:
             known = metrics_of(process.folder)
-            close = difflib.get_close_matches(self.plan.metric, known, n=1)
-            guess = f"; did you mean {close[0]}?" if close else ""
             raise ValueError(
                 f"metric.name of {self.plan.path} must be one that its runs log ({', '.join(known)}), but is "
-                f"{self.plan.metric}{guess}"
+                f"{self.plan.metric}{did_you_mean(self.plan.metric, known)}"
             )
         else:
             self.study.tell(trial, value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import itertools
 import json
 import logging
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_llm.cli.sweep_parameters import Beta, Categorical, Constant, Normal, Parameter, Range
+from lit_llm.cli.yaml_file import read_yaml, require_keys
 
 log = logging.getLogger(__name__)
 
@@ -109,18 +109,10 @@ def read_sweep(path: Path) -> Sweep:
         FileNotFoundError: When it does not exist.
         ValueError: When the file is invalid for W&B, or asks for something that is not supported here.
     """
-    import yaml
-
-    if not path.is_file():
-        raise FileNotFoundError(f"--config must be a file, but is {path}, which does not exist")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
-        raise ValueError(f"--config must be YAML, but {path} is not, at line {line}") from error
+    content = read_yaml(path)
     if not isinstance(content, dict) or not isinstance(content.get("parameters"), dict) or not content["parameters"]:
         raise ValueError(f"--config must be a sweep file, with parameters, but {path} is none")
-    _require_keys(content, KEYS, f"sweep file {path}")
+    require_keys(content, KEYS, f"sweep file {path}")
     method = content.get("method")
     if method not in METHODS:
         raise ValueError(f"method of {path} must be grid, random or bayes, but is {method}")
@@ -130,7 +122,7 @@ def read_sweep(path: Path) -> Sweep:
         raise ValueError(
             f"metric of {path} must have a name, and minimize or maximize as its goal, but is {content.get('metric')}"
         )
-    _require_keys(metric, METRIC_KEYS, f"metric of {path}")
+    require_keys(metric, METRIC_KEYS, f"metric of {path}")
     run_cap = content.get("run_cap")
     if run_cap is not None and (not isinstance(run_cap, int) or run_cap < 1):
         raise ValueError(f"run_cap of {path} must be a whole number of at least 1, but is {run_cap}")
@@ -160,20 +152,12 @@ def read_parameters(content: Any, prefix: str = "") -> Iterator[Parameter]:
         key = f"{prefix}{name}"
         if not isinstance(options, dict):
             raise ValueError(f"{key} must have value, values, or min and max, but is {options}")
-        _require_keys(options, PARAMETER_KEYS, key)
+        require_keys(options, PARAMETER_KEYS, key)
         if "parameters" in options:
-            _require_keys(options, ("parameters",), key)
+            require_keys(options, ("parameters",), key)
             yield from read_parameters(options["parameters"], f"{key}.")
         else:
             yield _parameter(key, options)
-
-
-def _require_keys(content: dict[str, Any], known: tuple[str, ...], what: str) -> None:
-    """Refuses unknown keys."""
-    for key in (key for key in content if key not in known):
-        close = difflib.get_close_matches(str(key), known, n=1)
-        remedy = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{what} must have keys of {', '.join(known)}, but has {key}{remedy}")
 
 
 def _number(key: str, name: str, value: Any) -> float | int:
@@ -213,7 +197,7 @@ def _parameter(key: str, options: dict[str, Any]) -> Parameter:
     kind = options.get("distribution") or _usual(options)
     if kind not in DISTRIBUTIONS:
         raise ValueError(f"distribution of {key} must be one of {', '.join(DISTRIBUTIONS)}, but is {kind}")
-    _require_keys(options, ("distribution", *DISTRIBUTIONS[kind]), f"{key}, which is {kind},")
+    require_keys(options, ("distribution", *DISTRIBUTIONS[kind]), f"{key}, which is {kind},")
     shape = kind.removeprefix("q_")
     needed = DISTRIBUTIONS[shape] if shape in RANGES or shape.startswith("c") else ()
     if missing := [name for name in needed if name not in options]:
@@ -328,7 +312,7 @@ def _stopping(options: Any, path: Path) -> tuple[int, int] | None:
         return None
     if not isinstance(options, dict) or options.get("type") != "hyperband":
         raise ValueError(f"early_terminate of {path} must be of type hyperband, but is {options}")
-    _require_keys(options, STOPPING_KEYS, f"early_terminate of {path}")
+    require_keys(options, STOPPING_KEYS, f"early_terminate of {path}")
     eta, first, last, looks = (options.get(name) for name in ("eta", "min_iter", "max_iter", "s"))
     eta = 3 if eta is None else eta
     if first is None and isinstance(last, int) and isinstance(looks, int) and isinstance(eta, int) and eta > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import io
 import sys
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from lit_llm.cli import main
 from lit_llm.cli.finished_run import dotted
 from lit_llm.cli.sweep_file import Sweep, written
+from lit_llm.wording import did_you_mean
 
 
 def require_options(plan: Sweep, more: list[str]) -> None:
@@ -38,9 +38,8 @@ def require_options(plan: Sweep, more: list[str]) -> None:
         for value in values[key]:
             _, line = _parsed([*plan.words(settings | {key: value}), *more])
             if line:
-                known = sorted(dict(dotted(base)))
-                close = difflib.get_close_matches(key, known, n=1)
-                guess = f"; did you mean {close[0]}?" if close and close[0] != key else ""
+                known = dict(dotted(base))
+                guess = "" if key in known else did_you_mean(key, known)
                 raise ValueError(
                     f"parameters of {plan.path} must be options of its runs, but {key}={written(value)} is not: "
                     f"{line.split('; did you mean')[0]}{guess}"

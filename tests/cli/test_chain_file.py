@@ -46,7 +46,7 @@ def test_a_stage_is_a_method_or_a_training_and_takes_the_chains_floor_and_the_na
         ({"stages": [MAGNITUDE | {"init_args": 0.5}]}, "init_args must be arguments by name, but is 0.5 in stage 1 of {}"),
         ({"stages": [{"class_path": 3}]}, "class_path must be the path of a class, but is 3 in stage 1 of {}"),
         ({"stages": [MAGNITUDE | {"fit": RUN}]}, "stage 1 of {} must have either class_path or fit, but has class_path, fit"),
-        ({"stages": [MAGNITUDE | {"flor": 0.9}]}, "a stage must have keys of class_path, fit, floor, init_args, name, options, but in {} has flor"),
+        ({"stages": [MAGNITUDE | {"flor": 0.9}]}, "stage 1 of {} must have keys of name, class_path, init_args, fit, options, floor, but has flor; did you mean floor?"),
         ({"stages": [MAGNITUDE | {"floor": 95}]}, "floor must be part of the original's score, in [0, 1], but is 95"),
         ({"stages": [MAGNITUDE, MAGNITUDE]}, "name of a stage must be a word that no other has, but is 'magnitude' in {}"),
     ],

@@ -242,8 +242,9 @@ def test_a_file_that_is_no_yaml_is_refused_in_one_line(lit_llm, tmp_path):
     (tmp_path / "sweep.yaml").write_text("method: random\nmetric: {name: [\n")
     outcome = lit_llm("sweep", "--config", tmp_path / "sweep.yaml", "--out", tmp_path / "out")
     assert outcome.code == 2
-    line = f"lit-llm: error: --config must be YAML, but {tmp_path / 'sweep.yaml'} is not, at line "
+    line = f"lit-llm: error: --config must be YAML, but {tmp_path / 'sweep.yaml'} is not: "
     assert outcome.last_line.startswith(line)
+    assert "line 3" in outcome.last_line
 
 
 def test_a_sweep_of_which_all_trials_crash_says_why(sweep):
