@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -159,34 +160,24 @@ def build_image_cache(
         f"Decoded {total:,} images into {size[0]} × {size[1]} pixels with {channels} channel{'s' * (channels > 1)} in "
         f"{time.perf_counter() - started:.0f} s; kept in {folder}"
     )
-    made = ImageCache.open(folder)
-    assert made is not None
-    return made
+    return ImageCache.open(folder)
 
 
-class _processes:
-    """Maps a function of the tables and a task over tasks, in order; in several processes if there are many images.
+@contextmanager
+def _processes(splits: dict[str, Dataset]) -> Iterator[Callable[..., Iterator[Any]]]:
+    """Yields a `map` of functions of the tables and a task over tasks; in several processes if there are many images.
 
     Each process receives the tables once, so that the paths of a million images are not sent with every task.
     """
-
-    def __init__(self, splits: dict[str, Dataset]) -> None:
-        available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        several = sum(map(len, splits.values())) > ALONE and available > 1
-        self.splits = splits
-        self.pool = ProcessPoolExecutor(available, initializer=_keep, initargs=(splits,)) if several else None
-
-    def __enter__(self) -> Callable[..., Iterator[Any]]:
-        return self._share
-
-    def __exit__(self, *error: object) -> None:
-        if self.pool is not None:
-            self.pool.shutdown(cancel_futures=True)
-
-    def _share(self, function: Callable[..., Any], tasks: list[Any]) -> Iterator[Any]:
-        if self.pool is None:
-            return map(partial(function, self.splits), tasks)
-        return self.pool.map(partial(_of_kept, function), tasks)
+    available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if sum(map(len, splits.values())) <= ALONE or available == 1:
+        yield lambda function, tasks: map(partial(function, splits), tasks)
+        return
+    pool = ProcessPoolExecutor(available, initializer=_keep, initargs=(splits,))
+    try:
+        yield lambda function, tasks: pool.map(partial(_of_kept, function), tasks)
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 _kept: dict[str, Dataset] = {}
