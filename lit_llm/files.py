@@ -90,6 +90,12 @@ def digest_of_yaml(path: Path) -> str:
     return hashlib.sha256(said.encode()).hexdigest()
 
 
+def read_results(run: Path) -> dict[str, Any]:
+    """Content of a run folder's `results.json`; empty if there is none."""
+    path = run / "results.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes plain values as indented JSON."""
     with replacing(path) as new:

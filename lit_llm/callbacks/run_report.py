@@ -23,7 +23,7 @@ from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoint_files import own_checkpoint
 from lit_llm.checkpoints import finish, read_adapted, save_model
 from lit_llm.compression.compression import is_reformed, records_of
-from lit_llm.files import replacing, write_json
+from lit_llm.files import read_results, replacing, write_json
 from lit_llm.shards import is_shared_out
 
 log = logging.getLogger(__name__)
@@ -140,18 +140,15 @@ class RunReport(Callback):
         cost = {"tokens": took["tokens"], "seconds": round(took["seconds"], 2)} if took else {}
         made = {"step": trainer.global_step, **cost, "commit": commit(), "command": command()}
         kept = {name: value for name, value in self._read(trainer).items() if not name.startswith("test/")}
-        write_json(self._path(trainer), kept | self.results | judged | made)  # test metrics are of earlier weights
-        draw_learning_curve(Path(trainer.default_root_dir), self.monitor, self.mode)
+        folder = Path(trainer.default_root_dir)
+        write_json(folder / "results.json", kept | self.results | judged | made)  # test metrics are of earlier weights
+        draw_learning_curve(folder, self.monitor, self.mode)
 
     def _merge(self, trainer: Trainer, news: dict[str, Any]) -> None:
-        write_json(self._path(trainer), self._read(trainer) | news)
-
-    def _path(self, trainer: Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "results.json"
+        write_json(Path(trainer.default_root_dir) / "results.json", self._read(trainer) | news)
 
     def _read(self, trainer: Trainer) -> dict[str, Any]:
-        path = self._path(trainer)
-        return json.loads(path.read_text()) if path.exists() else {}
+        return read_results(Path(trainer.default_root_dir))
 
     def _export(self, trainer: Trainer, pl_module: LightningModule) -> None:
         folder = Path(trainer.default_root_dir)
@@ -177,7 +174,7 @@ class RunReport(Callback):
         if not hasattr(network, "to_hf_config"):
             log.info(f"No model directory: transformers has no class for a {type(network).__name__}")
             return
-        results = json.loads((folder / "results.json").read_text())
+        results = read_results(folder)
         is_best = own.stem == "best" and own.exists() and "best/step" in results
         card = model_card(folder.parent.name, network, trainer.datamodule, results, "best/" if is_best else "")
         data = trainer.datamodule

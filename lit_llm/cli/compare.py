@@ -20,9 +20,8 @@ from typing import Any
 from lit_llm.cli.finished_run import NOT_OF_THE_SETTING, Finished, came_to_its_end, dotted, falls, read_run
 from lit_llm.cli.parser import OneLineArguments
 from lit_llm.cli.significance import paired_p
-from lit_llm.cli.trial_run import read_results
 from lit_llm.data.documents import corpus_name
-from lit_llm.files import replacing, write_table
+from lit_llm.files import read_results, replacing, write_table
 
 log = logging.getLogger(__name__)
 

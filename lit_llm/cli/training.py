@@ -32,7 +32,7 @@ from lit_llm.cli.run_config import RunConfig, log_into
 from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
 from lit_llm.cli.trainer import RunTrainer
 from lit_llm.cli.trainer_options import require_end, require_sound
-from lit_llm.cli.trial_run import read_results
+from lit_llm.files import read_results
 from lit_llm.products import multiply_by_onednn
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import os
 import shutil
 import signal
@@ -11,9 +10,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import lit_llm
+from lit_llm.files import read_results
 
 PR_SET_PDEATHSIG = 1
 SECONDS_TO_SAVE = 120
@@ -104,12 +103,6 @@ def _environment(threads: int) -> dict[str, str]:
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("WANDB_MODE", "offline")
     return environment
-
-
-def read_results(folder: Path) -> dict[str, Any]:
-    """Content of a run folder's `results.json`; empty if there is none."""
-    path = folder / "results.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def figure_of(folder: Path, metric: str) -> float | None:
