@@ -357,9 +357,7 @@ def _as_trained(path: Path, checkpoint: dict[str, Any]) -> tuple[nn.Module, Adap
 def unpacked_tokenizer(path: str | Path) -> str | None:
     """Unpacks a checkpoint's tokeniser into a folder of the cache, and returns that; `None` if it has none."""
     files = _tokenizer_files(read_checkpoint(Path(path), in_pieces=True))
-    if not files:
-        return None
-    return str(unpacked(files))
+    return str(unpacked(files)) if files else None
 
 
 def unpacked(files: dict[str, str]) -> Path:

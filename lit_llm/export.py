@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
@@ -110,7 +110,11 @@ def export_model(
         ValueError: As in `export`.
     """
     _require_room(folder, form)
-    _require_form(model.network)
+    if methods := rounding_inputs(model.network):
+        raise ValueError(
+            f"model must have no more than weights rounded to be exported, but {methods[0][1:]} rounds what layers "
+            f"read, too; compress with Int8WeightOnly or Int4WeightOnly"
+        )
     network = model.network.float().cpu().eval().requires_grad_(False)
     served, read = served_of(network, model.tokenizer), reader(network, model.tokenizer, processor)
     with torch.no_grad(), replacing(folder) as new:
@@ -134,25 +138,12 @@ def _require_room(folder: Path, form: str) -> None:
         raise ValueError(f"format must be one of {', '.join(FILES)}, but is {form}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"out must be a new or empty folder, but is {folder}, where there is something")
-    if form == "onnx":
-        _require_onnx()
-
-
-def _require_onnx() -> None:
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+    for name in ("onnx", "onnxscript", "onnxruntime") if form == "onnx" else ():
         if importlib.util.find_spec(name) is None:
             raise ModuleNotFoundError(
                 f"package {name} must be installed to export ONNX, but is not; pip install 'lit-llm[export]', or give "
                 f"--format torch"
             )
-
-
-def _require_form(network: nn.Module) -> None:
-    for method in rounding_inputs(network):
-        raise ValueError(
-            f"model must have no more than weights rounded to be exported, but {method[1:]} rounds what layers read, "
-            f"too; compress with Int8WeightOnly or Int4WeightOnly"
-        )
 
 
 # Writing and checking the file.

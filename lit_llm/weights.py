@@ -23,14 +23,10 @@ def write_weights(network: nn.Module, folder: Path) -> None:
         network.save_weights(folder)
         return
     # A tied matrix is one tensor under its first name.
-    named = {name: _plain_tensor(tensor) for name, tensor in _as_transformers(network).items()}
+    tensors = {name: tensor.detach() for name, tensor in _as_transformers(network).items()}
+    named = {name: (t.float() if t.is_floating_point() else t).contiguous().cpu() for name, t in tensors.items()}
     named |= {name: torch.zeros(shape) for name, shape in _zeros(network).items()}
     save_file(named, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def _plain_tensor(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().float() if tensor.is_floating_point() else tensor
-    return tensor.contiguous().cpu()
 
 
 def read_weights(network: nn.Module, folder: Path) -> None:

@@ -82,10 +82,6 @@ class Progress(ProgressBar):
         found = {k: v.item() for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
         self.print(f"step {trainer.global_step:>6}  " + "  ".join(f"{k} {v:.4f}" for k, v in found.items()))
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Removes the bar."""
-        self._stop()
-
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Removes the bar."""
         self._stop()
@@ -109,7 +105,7 @@ class Progress(ProgressBar):
         self._show("predicting", float(sum(trainer.num_predict_batches)))
 
     on_predict_batch_end = on_test_batch_end
-    on_predict_end = on_test_end
+    on_train_end = on_predict_end = on_test_end
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Shows a bar of batches, unless the validation is part of a fit."""

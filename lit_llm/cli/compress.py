@@ -102,7 +102,8 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
         previous = made
     chief.time(rows)
     _report(out, rows, {"command": done_by, "stopped": stopped, "model": model, "repeats": chain.repeats})
-    _copy(previous, out / "model")
+    with replacing(out / "model") as new:
+        shutil.copytree(previous, new)
     print((out / "report.md").read_text())
     print(f"{'model':<22}{out / 'model'}")
     if failed is not None:
@@ -291,11 +292,6 @@ def _is_enough(first: dict[str, Any], row: dict[str, Any], floor: float) -> bool
     if first["mode"] == "max":
         return row["metric"] >= floor * first["metric"]
     return row["metric"] <= first["metric"] / floor
-
-
-def _copy(source: Path, target: Path) -> None:
-    with replacing(target) as new:
-        shutil.copytree(source, new)
 
 
 def _report(out: Path, rows: list[dict[str, Any]], about: dict[str, Any]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from abc import abstractmethod
 from collections.abc import Iterable
@@ -66,8 +65,7 @@ class Quantization(Compression):
 
     def form(self, names: Iterable[str]) -> dict[str, Any]:
         """What is needed to recreate the layers."""
-        arguments = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        return {"names": list(names), "init_args": arguments}
+        return {"names": list(names), "init_args": self.described()["init_args"]}
 
     @classmethod
     def reform(cls, network: nn.Module, form: dict[str, Any]) -> None:
@@ -232,7 +230,7 @@ class FakeQuantized(Compression):
     @classmethod
     def by(cls, method: Quantization) -> FakeQuantized:
         """Creates it from the method itself."""
-        return cls(method.described()["class_path"], method.described()["init_args"])
+        return cls(**method.described())
 
     @property
     def method(self) -> Quantization:

@@ -31,7 +31,7 @@ from lit_llm.data.table_files import (
     split_texts,
     why_unreadable,
 )
-from lit_llm.wording import conversion
+from lit_llm.wording import conversion, first_line
 
 log = logging.getLogger(__name__)
 
@@ -344,10 +344,9 @@ def _hub(
         if not local:  # the commit on the hub or, offline, the one loaded last
             identity = {**identity, "revision": load_dataset_builder(place, subset).hash}
     except Exception as error:  # the library raises dozens of kinds
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(
             f"data.path must be a file, a folder, a hub data set or one of {', '.join(rows.embedded)}, "
-            f"but is {path!r} (subset {subset!r}): {reason}"
+            f"but is {path!r} (subset {subset!r}): {first_line(error)}"
         ) from error
 
     def load_split(split: str, stream: bool) -> Any:

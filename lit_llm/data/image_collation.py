@@ -71,7 +71,7 @@ class ImageCollation:
                 others = augmentation.partners(rows, len(self), chance)
                 partners = augmentation(self.images(others), others, chance)
                 pixels, own = augmentation.mix(pixels, partners, rows, chance)
-                pairs = self._numbers(self._labels_of(others)), self._numbers(labels)
+                pairs = self._numbers(torch.from_numpy(self.labels[others])), self._numbers(labels)
                 labels = torch.lerp(*pairs, own.view(-1, *[1] * (pairs[0].ndim - 1)))
         batch: ImageBatch = {
             "pixel_values": pixels.sub_(self.mean).div_(self.std),
@@ -80,9 +80,6 @@ class ImageCollation:
         if labels is not None:
             batch["labels"] = labels
         return batch
-
-    def _labels_of(self, rows: np.ndarray) -> Tensor:
-        return torch.from_numpy(self.labels[rows])
 
     def _numbers(self, labels: Tensor) -> Tensor:
         """What can be mixed of labels: values, or of classes a probability of each."""
