@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_llm.cli import run_folder
+from lit_llm.cli.finished_run import dotted
 from lit_llm.files import replacing
 from lit_llm.products import multiplies_bfloat16
 
@@ -95,7 +95,7 @@ def log_into_any(loggers: Any, folder: Path) -> None:
 def require_same(said: dict[str, Any]) -> None:
     """Checks that nested values are the same in all processes."""
     every: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(every, dict(_leaves(said)))
+    dist.all_gather_object(every, dict(dotted(said)))
     first = every[0]
     for rank, other in enumerate(every):
         for name in sorted(first.keys() | other.keys()):
@@ -104,12 +104,3 @@ def require_same(said: dict[str, Any]) -> None:
                     f"{name} must be the same in all processes, but is {other.get(name)} in process {rank} where "
                     f"process 0 has {first.get(name)}; tell all of them the same, --run_dir too"
                 )
-
-
-def _leaves(said: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Flattens nested values into pairs of dotted name and value."""
-    for name, value in said.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
