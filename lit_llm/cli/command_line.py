@@ -69,18 +69,17 @@ def _from_home(words: list[str]) -> list[str]:
     return read
 
 
-def _is_overlay(file: str) -> bool:
+def _is_overlay(options: dict[str, Any] | None) -> bool:
     """Whether a run file is an overlay: it names neither the class of the model nor that of the data."""
-    try:
-        content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
-        return False  # reported where the parser reads it
-    kinds = [content.get(name) for name in ("model", "data")] if isinstance(content, dict) else [""]
+    kinds = [options.get(name) for name in ("model", "data")] if options is not None else [""]
     return not any(isinstance(kind, str) or (isinstance(kind, dict) and "class_path" in kind) for kind in kinds)
 
 
-def _require_options(file: str) -> None:
-    """Refuses a run file without options, or that names a missing YAML file: the parser would not name the run file."""
+def _options_of(file: str) -> dict[str, Any] | None:
+    """The options in a run file; `None` where the parser will say why it cannot be read.
+
+    Refuses a file without options, or that names a missing YAML file: the parser would not name the run file.
+    """
     try:
         content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -89,13 +88,14 @@ def _require_options(file: str) -> None:
             f"{error.start}; {conversion(error)}"
         ) from error
     except (OSError, ValueError, yaml.YAMLError):
-        return  # reported where the parser reads it
+        return None
     if not isinstance(content, dict):
         found = "none" if content is None else f"a {type(content).__name__}"
         raise ValueError(f"config must hold options by their names, but {file} holds {found}")
     folder, data = Path(file).expanduser().parent, content.get("data")
     _require_yaml("model", content.get("model"), folder)
     _require_yaml("data", data if isinstance(data, str) else None, folder)
+    return content
 
 
 def _require_yaml(name: str, value: Any, folder: Path) -> None:
@@ -123,9 +123,7 @@ def with_the_runs_config(words: list[str]) -> list[str]:
     run_dir, ckpt_path = _option(words, "--run_dir"), Path(_option(words, "--ckpt_path") or "")
     if run_dir is None and ckpt_path.parent.name == "checkpoints":
         run_dir = str(ckpt_path.parent.parent)
-    named = run_files(words)
-    for file in named:
-        _require_options(file)
+    named = [_options_of(file) for file in run_files(words)]
     goes_on = words[0] != "fit" or _option(words, "--ckpt_path")
     if run_dir is None or (named and not (goes_on and all(map(_is_overlay, named)))):
         return words
