@@ -102,7 +102,7 @@ def compare(runs: list[Path], out: Path, metric: str | None = None) -> None:
     _require_one_task(finished, metric)
     groups = grouped(finished)
     mode = min if less_is_better(metric, finished) else max
-    if len(runs) == 1 and _is_sweep(runs[0]):
+    if len(runs) == 1 and _trials(runs[0]):
         groups.sort(key=lambda group: mean(group.figures(metric).values()) * (1 if mode is min else -1))
     out.mkdir(parents=True, exist_ok=True)
     text = table(groups, metric)
@@ -116,16 +116,17 @@ def compare(runs: list[Path], out: Path, metric: str | None = None) -> None:
         print(out / name)
 
 
-def _is_sweep(folder: Path) -> bool:
-    return (folder / "trials.csv").is_file()
+def _trials(folder: Path) -> list[dict[str, str]]:
+    """The ended trials of a sweep; empty for any other folder."""
+    if not (folder / "trials.csv").is_file():
+        return []
+    with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def _metric_of_sweeps(runs: list[Path]) -> str | None:
     """The metric of all given sweeps; `None` if they have different ones, or a folder is not a sweep."""
-    found = set()
-    for folder in runs:
-        lines = (folder / "trials.csv").read_text(encoding="utf-8").splitlines() if _is_sweep(folder) else []
-        found.add(next(iter(lines[0].split(",")[2:3]), None) if lines else None)
+    found = {next(iter([*trials[0]][2:3]), None) if (trials := _trials(folder)) else None for folder in runs}
     return found.pop() if len(found) == 1 else None
 
 
@@ -136,13 +137,11 @@ def _folders(runs: list[Path]) -> Iterator[Path]:
         ValueError: When a sweep has no complete trial.
     """
     for folder in runs:
-        if not _is_sweep(folder) and not (folder / "study.db").is_file():
+        trials = _trials(folder)
+        if not trials and not (folder / "study.db").is_file():
             yield folder
             continue
-        complete = []
-        if _is_sweep(folder):  # `trials.csv` exists once a trial has ended
-            with (folder / "trials.csv").open(newline="", encoding="utf-8") as file:
-                complete = [row["trial"] for row in csv.DictReader(file) if row["state"] == "complete"]
+        complete = [row["trial"] for row in trials if row["state"] == "complete"]
         if not complete:
             raise ValueError(f"RUN must hold trials that came to their end, but {folder} has none")
         for number in complete:
