@@ -102,6 +102,12 @@ def write_json(path: Path, content: Any) -> None:
         new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
+def write_picture(path: Path, figure: Any, **options: Any) -> None:
+    """Writes a figure of matplotlib as PNG."""
+    with replacing(path) as new:
+        figure.savefig(new, dpi=120, **options)
+
+
 def write_table(path: Path, columns: list[str], rows: Iterable[Iterable[Any]], delimiter: str = ",") -> None:
     """Writes a table as delimited text with a header line."""
     with replacing(path) as new, new.open("w", newline="", encoding="utf-8") as file:

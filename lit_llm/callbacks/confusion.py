@@ -13,7 +13,7 @@ from torchmetrics import ConfusionMatrix as Counts
 
 from lit_llm.callbacks.best_evaluation import BestEvaluation
 from lit_llm.data.sampling import data_parallel_rank
-from lit_llm.files import replacing, write_table
+from lit_llm.files import write_picture, write_table
 
 READABLE = 20
 """Largest number of classes for which the picture shows counts and names."""
@@ -98,5 +98,4 @@ def draw_confusion_matrix(path: Path, counts: Int[Tensor, "classes classes"], na
             for column in range(size):
                 color = "white" if shares[row, column] > 0.5 else "black"
                 axes.text(column, row, f"{int(counts[row, column]):,}", ha="center", va="center", color=color)
-    with replacing(path) as new:
-        figure.savefig(new, dpi=120)
+    write_picture(path, figure)

@@ -11,7 +11,7 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from lit_llm.files import replacing, write_table
+from lit_llm.files import write_picture, write_table
 from lit_llm.ranges import require_at_least
 
 STEPS = 100
@@ -125,8 +125,7 @@ class LearningRateFinder(Callback):
             axes.set_ylim(min(self.losses) - 0.1 * fall, self.losses[0] + fall)  # diverged losses would hide the rest
         axes.set(xscale="log", xlabel=label, ylabel="loss")
         axes.grid(alpha=0.3)
-        with replacing(path) as new:
-            figure.savefig(new, dpi=120)
+        write_picture(path, figure)
 
 
 def smoothed(losses: Sequence[float]) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_llm.callbacks.best_evaluation import BestEvaluation, gather
 from lit_llm.callbacks.predictions import columns_of, namer
-from lit_llm.files import replacing, write_table
+from lit_llm.files import write_picture, write_table
 from lit_llm.ranges import require_at_least
 
 
@@ -107,5 +107,4 @@ def draw_images(path: Path, images: UInt8[Tensor, "n channels height width"], sa
         axes.imshow(image.permute(1, 2, 0).squeeze(-1).numpy(), cmap="gray", vmin=0, vmax=255)
         axes.set_title(words, fontsize=8, parse_math=False)  # a class may be called $5
     figure.suptitle(title)
-    with replacing(path) as new:
-        figure.savefig(new, dpi=120)
+    write_picture(path, figure)

@@ -23,7 +23,7 @@ from lit_llm.callbacks.throughput import Throughput
 from lit_llm.checkpoint_files import own_checkpoint
 from lit_llm.checkpoints import finish, read_adapted, save_model
 from lit_llm.compression.compression import is_reformed, records_of
-from lit_llm.files import read_results, replacing, write_json
+from lit_llm.files import read_results, replacing, write_json, write_picture
 from lit_llm.shards import is_shared_out
 
 log = logging.getLogger(__name__)
@@ -297,5 +297,4 @@ def draw_learning_curve(folder: Path, monitor: str = "val/loss", mode: str = "mi
                 step, best = (max if name == monitor and mode == "max" else min)(points, key=lambda point: point[1])
                 axes.plot(step, best, marker="*", markersize=11, color="tab:green")
                 axes.set_title(f"{name}: {best:.4f} at step {step}")
-    with replacing(folder / "learning_curve.png") as new:
-        figure.savefig(new, dpi=120)
+    write_picture(folder / "learning_curve.png", figure)

@@ -21,7 +21,7 @@ from lit_llm.cli.finished_run import NOT_OF_THE_SETTING, Finished, came_to_its_e
 from lit_llm.cli.parser import OneLineArguments
 from lit_llm.cli.significance import paired_p
 from lit_llm.data.documents import corpus_name
-from lit_llm.files import read_results, replacing, write_table
+from lit_llm.files import read_results, replacing, write_picture, write_table
 
 log = logging.getLogger(__name__)
 
@@ -394,8 +394,7 @@ def draw_curves(path: Path, groups: list[Group], metric: str) -> None:
     if axes.lines:
         place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if beside else {"loc": "best"}
         axes.legend(fontsize=8, title="setting (seeds)", **place)
-    with replacing(path) as new:
-        figure.savefig(new, dpi=120)
+    write_picture(path, figure)
 
 
 def _label(group: Group) -> str:

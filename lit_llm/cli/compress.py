@@ -19,7 +19,7 @@ from lit_llm.cli.chain_file import Chain, Stage, read_chain
 from lit_llm.cli.chain_folder import claim
 from lit_llm.cli.finished_run import falls
 from lit_llm.cli.parser import OneLineArguments
-from lit_llm.files import replacing, write_json
+from lit_llm.files import replacing, write_json, write_picture
 
 if TYPE_CHECKING:
     from lit_llm.compression.compression import Compression
@@ -352,5 +352,4 @@ def _draw(path: Path, rows: list[dict[str, Any]]) -> None:
         axes.set_xlabel(label)
         axes.set_ylabel(rows[0]["metric_name"])
         axes.grid(alpha=0.3)
-    with replacing(path) as new:
-        figure.savefig(new, dpi=120)
+    write_picture(path, figure)

@@ -8,7 +8,7 @@ from typing import Any
 
 from lit_llm.cli.sweep_file import Sweep
 from lit_llm.cli.sweep_parameters import QUANTILE, ByQuantile, Normal, Parameter, label
-from lit_llm.files import replacing
+from lit_llm.files import write_picture
 
 
 def draw(study: Any, plan: Sweep, out: Path, seed: int) -> None:
@@ -44,8 +44,7 @@ def draw(study: Any, plan: Sweep, out: Path, seed: int) -> None:
         with warnings.catch_warnings(), matplotlib.rc_context():  # Optuna changes the global style
             warnings.simplefilter("ignore")  # Optuna marks these plots as experimental
             axes = make()
-        with replacing(out / f"{name}.png") as new:
-            axes.figure.savefig(new, dpi=120, bbox_inches="tight")
+        write_picture(out / f"{name}.png", axes.figure, bbox_inches="tight")
         pyplot.close(axes.figure)
 
 

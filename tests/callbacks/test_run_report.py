@@ -9,9 +9,10 @@ import pytest
 from matplotlib.axes import Axes
 
 import lit_llm
-from lit_llm.callbacks import run_report
+from lit_llm import files
 from lit_llm.callbacks.metrics_csv import MetricsCSV
 from lit_llm.callbacks.run_report import RunReport, command, commit, draw_learning_curve, model_card
+from lit_llm.files import replacing
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
 from lit_llm.models.pretrained_pooling import MeanClassifier, PairClassifier
 from tests.examples import BERT
@@ -74,7 +75,7 @@ def test_pictures_leave_a_notebooks_way_to_show_its_own_alone(tmp_path):
 
 def test_the_learning_curve_is_a_picture_of_what_was_logged(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(run_report, "replacing", lambda path: drawn.append(path) or run_report_replacing(path))
+    monkeypatch.setattr(files, "replacing", lambda path: drawn.append(path) or replacing(path))
     logger = MetricsCSV(tmp_path)
     for step in range(1, 9):
         logger.log_metrics({"train/loss": 1 / step} | ({"val/loss": 2 / step} if step % 4 == 0 else {}), step)
@@ -82,9 +83,6 @@ def test_the_learning_curve_is_a_picture_of_what_was_logged(tmp_path, monkeypatc
     draw_learning_curve(tmp_path)
     assert (tmp_path / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
     assert drawn == [tmp_path / "learning_curve.png"]
-
-
-run_report_replacing = run_report.replacing
 
 
 def test_nothing_logged_is_no_picture(tmp_path: Path):
