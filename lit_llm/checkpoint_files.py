@@ -23,7 +23,7 @@ from torch.utils._pytree import keystr, tree_map, tree_map_with_path
 
 from lit_llm.files import replacing
 from lit_llm.shards import Pieces, is_shared_out, share_to_keep, whole
-from lit_llm.wording import first_line
+from lit_llm.wording import first_line, needing
 
 SEAL = b"lit-llm sha256:"
 """Marks the trailer of our checkpoint files: this, then a SHA-256 of all bytes before it. torch ignores the trailer."""
@@ -275,12 +275,8 @@ def _fill_from_zero(state: dict[str, Tensor], folder: Path, files: list[Path], r
     """Fills the tensors of `state` with the weights of a DeepSpeed checkpoint, by DeepSpeed's own conversion."""
     for file in files:
         require_whole(file, remedy)
-    try:
+    with needing("deepspeed", "deepspeed", f"to read {folder}"):
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as convert
-    except ImportError as error:
-        raise ImportError(
-            f"package deepspeed must be installed to read {folder}, but is not; pip install 'lit-llm[deepspeed]'"
-        ) from error
     with without_pickles(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         found = convert(str(folder.parent), tag=folder.name)
     for name, tensor in state.items():

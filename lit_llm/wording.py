@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import codecs
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 
@@ -41,6 +42,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""
+
+
+@contextmanager
+def needing(package: str, extra: str, purpose: str) -> Iterator[None]:
+    """Names the extra that installs a package, if an import within fails.
+
+    Raises:
+        ImportError: When it fails.
+    """
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"package {package} must be installed {purpose}, but is not; pip install 'lit-llm[{extra}]'"
+        ) from error
 
 
 def conversion(wrong: UnicodeDecodeError) -> str:

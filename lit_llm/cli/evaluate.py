@@ -10,7 +10,7 @@ from typing import Any
 from lit_llm.cli.parser import OneLineArguments, moved, require_writable
 from lit_llm.files import write_json
 from lit_llm.ranges import require_at_least
-from lit_llm.wording import first_line
+from lit_llm.wording import first_line, needing
 
 
 def run(words: list[str]) -> None:
@@ -60,17 +60,13 @@ def evaluate(
         The harness's metrics of each task.
 
     Raises:
-        ModuleNotFoundError: When lm-eval is not installed.
+        ImportError: When lm-eval is not installed.
         FileNotFoundError: When a task file does not exist.
         ValueError: When the model is not a causal language model or has no tokeniser, or a task is neither known nor a
             file, or cannot be loaded.
     """
-    try:
+    with needing("lm-eval", "evaluation", "for lit-llm evaluate"):
         import lm_eval
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "package lm-eval must be installed for lit-llm evaluate, but is not; pip install 'lit-llm[evaluation]'"
-        ) from error
     from lit_llm.checkpoints import load_language_model
     from lit_llm.harness import GivenTasks, LiveModel
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from lit_llm.cli.parser import OneLineArguments
 from lit_llm.ranges import require_at_least
+from lit_llm.wording import needing
 
 log = logging.getLogger(__name__)
 
@@ -58,13 +59,12 @@ def serve(model: str, host: str, port: int, device: str, max_batch_size: int, ti
     """Answers requests until Ctrl-C; arguments as in `lit-llm serve --help`.
 
     Raises:
-        ValueError: When an option is out of range, the port is in use, LitServe is not installed, the device does not
-            exist, or the model is of a kind that cannot be served.
+        ImportError: When LitServe is not installed.
+        ValueError: When an option is out of range, the port is in use, the device does not exist, or the model is of a
+            kind that cannot be served.
     """
-    try:
+    with needing("litserve", "serving", "to serve"):
         import litserve
-    except ImportError as error:
-        raise ValueError("litserve must be installed to serve, but is not; pip install 'lit-llm[serving]'") from error
     if not 1024 <= port <= 65535:
         raise ValueError(f"--port must be from 1024 to 65535, but is {port}")
     require_at_least(1, "--", max_batch_size=max_batch_size)

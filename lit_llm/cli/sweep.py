@@ -23,7 +23,7 @@ from lit_llm.cli.sweep_study import alone_in, open_study
 from lit_llm.cli.trial_run import INTERRUPTED, TrialRun, figure_of, metrics_of
 from lit_llm.files import replacing, write_table
 from lit_llm.ranges import require_at_least
-from lit_llm.wording import did_you_mean
+from lit_llm.wording import did_you_mean, needing
 
 log = logging.getLogger(__name__)
 
@@ -74,10 +74,8 @@ def sweep(config: Path, trials: int | None, out: Path, workers: int, seeds: int,
     require_at_least(1, "--", workers=workers)
     if seeds < 0 or seeds == 1:
         raise ValueError(f"--seeds must be 0, or at least 2 to show what a seed does, but is {seeds}")
-    try:
+    with needing("optuna", "sweep", "for a sweep"):
         import optuna
-    except ImportError as error:
-        raise ValueError("optuna must be installed for a sweep, but is not; pip install 'lit-llm[sweep]'") from error
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     require_options(plan, more)
     with alone_in(out):

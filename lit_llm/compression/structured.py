@@ -27,6 +27,7 @@ from lit_llm.compression.surgery import (
 )
 from lit_llm.modes import evaluating
 from lit_llm.ranges import require_range
+from lit_llm.wording import needing
 
 Importance = Literal["magnitude", "activation", "taylor"]
 
@@ -322,12 +323,8 @@ class Channels(Structured):
 
     def compress(self, network: nn.Module, batches: list[Batch]) -> Record:
         """Removes the channels."""
-        try:
+        with needing("torch-pruning", "compression", "to take channels out"):
             import torch_pruning
-        except ImportError as error:
-            raise ImportError(
-                "torch-pruning must be installed to take channels out, but is not; pip install 'lit-llm[compression]'"
-            ) from error
 
         out = torch_pruning.prune_conv_out_channels
         convolutions = self.chosen(network)
