@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from lit_llm.batch import NOT_READ, count_items
 from lit_llm.blocks import Block
+from lit_llm.products import DTYPES
 
 UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
     torch.ops.aten.addmm_: lambda out, a, b, **_: 2 * a[0] * a[1] * b[1],
@@ -38,9 +39,6 @@ UNKNOWN_TO_TORCH: dict[Any, Callable[..., int]] = {
     torch.ops.aten._grouped_mm: lambda a, b, *_, **__: 2 * math.prod(a) * b[-1],
 }
 """FLOPs, from shapes, of operations that torch's counter leaves out."""
-
-DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
-"""Types by the first part of a precision's name."""
 
 FLOPS = {**flop_registry, **{operation: shape_wrapper(count) for operation, count in UNKNOWN_TO_TORCH.items()}}
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+DTYPES = {"bf16": torch.bfloat16, "16": torch.float16, "32": torch.float32, "64": torch.float64}
+"""Types by the first part of a precision's name."""
+
 CPU_INFO = Path("/proc/cpuinfo")
 
 MAX_QUERIES = {torch.bfloat16: (4096, 4096), torch.float32: (0, 0)}

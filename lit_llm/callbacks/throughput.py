@@ -14,11 +14,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_llm.batch import count_items
 from lit_llm.data.sampling import data_parallel_rank
-from lit_llm.products import multiplies_bfloat16
+from lit_llm.products import DTYPES, multiplies_bfloat16
 from lit_llm.shards import whole_shape
-
-DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16}
-"""Types by the first part of a precision's name; others are bfloat16."""
 
 
 class Throughput(Callback):
