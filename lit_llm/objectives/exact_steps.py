@@ -24,9 +24,7 @@ Loss = tuple[Float[Tensor, ""], Float[Tensor, ""]]
 PART_SCALE = 1024.0
 """Divisor of summed losses until the targets of the step are counted; it keeps gradients in the range of fp16."""
 
-SET_OFTEN = frozenset(
-    {"_current_fx_name", "_loss_sum", "_target_sum", "_sums_before", "_step_targets", "_parts_read", "grad_norm"}
-)
+SET_OFTEN = frozenset({"_current_fx_name", "loss_sums", "_sums_before", "_step_targets", "_parts_read", "grad_norm"})
 
 
 class ExactSteps(LightningModule, ABC):
@@ -39,7 +37,13 @@ class ExactSteps(LightningModule, ABC):
 
     Random numbers in a step (dropout, noise) depend only on the run's seed, the step, the micro-batch and the
     data-parallel rank, so a resumed run draws the same ones as an uninterrupted run.
+
+    Attributes:
+        loss_sums: Sum of the loss since the last report, and number of targets; a callback that undoes a step sets it.
+        grad_norm: Norm of the last step's gradient; `None` if it is not clipped.
     """
+
+    loss_sums: tuple[Tensor | float, Tensor | float]
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,9 +51,7 @@ class ExactSteps(LightningModule, ABC):
         self._step_targets: Tensor | float = 0.0
         self._seed: int | None = None
         self._parts_read = 0
-        self._loss_sum: Tensor | float = 0.0
-        self._target_sum: Tensor | float = 0.0
-        self._sums_before = self.loss_sums
+        self.loss_sums = self._sums_before = (0.0, 0.0)
 
     @abstractmethod
     def loss(self, batch: Any) -> Loss:
@@ -78,8 +80,7 @@ class ExactSteps(LightningModule, ABC):
             self._sums_before = self.loss_sums
         self._seed_chance()
         total, targets = self.loss(batch)
-        self._loss_sum = self._loss_sum + total.detach()
-        self._target_sum = self._target_sum + targets
+        self.loss_sums = self.loss_sums[0] + total.detach(), self.loss_sums[1] + targets
         if not self._step_has_parts:
             return total / targets.clamp(min=1)
         self._step_targets = self._step_targets + targets
@@ -177,17 +178,8 @@ class ExactSteps(LightningModule, ABC):
     # The training loss since the last report.
 
     @property
-    def loss_sums(self) -> tuple[Tensor | float, Tensor | float]:
-        """Sum of the loss since the last report, and number of targets; settable, for a callback that undoes a step."""
-        return self._loss_sum, self._target_sum
-
-    @loss_sums.setter
-    def loss_sums(self, sums: tuple[Tensor | float, Tensor | float]) -> None:
-        self._loss_sum, self._target_sum = sums
-
-    @property
     def whole_loss_sums(self) -> tuple[Tensor | float, Tensor | float]:
-        """The same without the micro-batches of an unfinished step, because a resumed run reads them again."""
+        """`loss_sums` without the micro-batches of an unfinished step, because a resumed run reads them again."""
         return self._sums_before if self._parts_read else self.loss_sums
 
     def take_train_loss(self) -> float:
@@ -200,7 +192,7 @@ class ExactSteps(LightningModule, ABC):
         """
         loss_sum, target_sum = self._added(self.loss_sums)
         self.require_finite("train/loss", loss_sum / max(target_sum, 1.0))
-        self._loss_sum = self._target_sum = 0.0
+        self.loss_sums = (0.0, 0.0)
         return loss_sum / target_sum if target_sum else math.nan
 
     def take_train_metrics(self) -> dict[str, float]:

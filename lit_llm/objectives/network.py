@@ -303,7 +303,7 @@ class Built(Scheduled):
         if self.hparams["network"] is None:
             self.hparams.update(checkpoint["hyper_parameters"])
         first = self._trainer is None or self.trainer.is_global_zero  # the stored sum is over all processes
-        self._loss_sum, self._target_sum = checkpoint.get("unreported_loss", (0.0, 0.0)) if first else (0.0, 0.0)
+        self.loss_sums = tuple(checkpoint.get("unreported_loss", (0.0, 0.0))) if first else (0.0, 0.0)
         self._require_images_of(checkpoint.get("image_shape"))
         data = self._data
         if self._fits and hasattr(data, "require_unchanged"):
