@@ -131,11 +131,7 @@ def _metric_of_sweeps(runs: list[Path]) -> str | None:
 
 
 def _folders(runs: list[Path]) -> Iterator[Path]:
-    """Yields the run folders. Of a sweep: its complete trials, or, for a trial trained with further seeds, only those.
-
-    Raises:
-        ValueError: When a sweep has no complete trial.
-    """
+    """Yields the run folders. Of a sweep: its complete trials, or, for a trial with further seeds, only those."""
     for folder in runs:
         trials = _trials(folder)
         if not trials and not (folder / "study.db").is_file():
@@ -157,11 +153,7 @@ def less_is_better(metric: str, runs: list[Finished]) -> bool:
 
 
 def _shared_metric(runs: list[Finished]) -> str:
-    """Bits per byte, which are comparable across tokenisers, if all runs have them; else the monitored metric.
-
-    Raises:
-        ValueError: When the runs monitor different metrics.
-    """
+    """Bits per byte, which are comparable across tokenisers, if all runs have them; else the monitored metric."""
     if all(run.figure("val/bits_per_byte") is not None for run in runs):
         return "val/bits_per_byte"
     monitors = {run.results.get("monitor", "val/loss"): run for run in runs}

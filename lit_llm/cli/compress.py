@@ -111,11 +111,7 @@ def compress(config: Path, model: str, out: Path, more: list[str]) -> None:
 
 
 def _methods(chain: Chain) -> list[Compression | None]:
-    """The stages' methods, `None` for a training run; instantiated before any work, so that mistakes show at once.
-
-    Raises:
-        ValueError: When a method cannot be instantiated, or needs calibration batches and the chain has none.
-    """
+    """The stages' methods, `None` for a training run; instantiated before any work, so that mistakes show at once."""
     made = [None if stage.method is None else _made(stage.method) for stage in chain.stages]
     for method in made:
         if method is not None and method.needs_batches and not chain.calibration_batches:
@@ -161,11 +157,7 @@ def _apply(name: str, method: Compression, source: Path, target: Path, chief: _E
 
 
 def _fit(stage: Stage, folder: Path, places: dict[str, str], more: list[str]) -> None:
-    """Trains, or resumes training, in the stage's run folder.
-
-    Raises:
-        ValueError: When the run exports no model.
-    """
+    """Trains, or resumes training, in the stage's run folder."""
     if (folder / "done.json").is_file():
         return
     words = [word for file in stage.fit for word in ("--config", file)]

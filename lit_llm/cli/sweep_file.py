@@ -161,11 +161,7 @@ def read_parameters(content: Any, prefix: str = "") -> Iterator[Parameter]:
 
 
 def _number(key: str, name: str, value: Any) -> float | int:
-    """Reads a number, also one such as `1e-4`, which YAML takes for a string.
-
-    Raises:
-        ValueError: When it is not a finite number.
-    """
+    """Reads a number, also one such as `1e-4`, which YAML takes for a string."""
     if isinstance(value, str):
         try:
             found = float(value)
@@ -287,11 +283,7 @@ def _command(command: Any, path: Path) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _filled_in(word: str, path: Path) -> str:
-    """Replaces environment variables in a word of a command, as W&B's agent does.
-
-    Raises:
-        ValueError: When an environment variable is not set, or the word has another kind of variable.
-    """
+    """Replaces environment variables in a word of a command, as W&B's agent does."""
     if word != ARGS and re.search(r"\$\{[^}]*\}", OF_ENVIRONMENT.sub("", word)):
         raise ValueError(
             f"command of {path} must have no variable but ${{args}} and ${{envvar:NAME}} after fit, but has {word}"
@@ -303,11 +295,7 @@ def _filled_in(word: str, path: Path) -> str:
 
 
 def _stopping(options: Any, path: Path) -> tuple[int, int] | None:
-    """`min_iter` and `eta` of `early_terminate`: a trial is judged after `min_iter · eta^k` reports of the metric.
-
-    Raises:
-        ValueError: When the type is not `hyperband`, or the options are invalid.
-    """
+    """`min_iter` and `eta` of `early_terminate`: a trial is judged after `min_iter · eta^k` reports of the metric."""
     if options is None:
         return None
     if not isinstance(options, dict) or options.get("type") != "hyperband":

@@ -110,11 +110,7 @@ def _image_folders(folder: Path) -> ImageTables:
 
 
 def _are_splits(folders: list[Path]) -> bool:
-    """Whether all folders are splits, by name; if a name only contains a split word, one must hold class folders too.
-
-    Raises:
-        ValueError: When a folder is a split, by its name and its folders of classes, but another one is not.
-    """
+    """Whether all folders are splits, by name; if a name only contains a split word, one must hold classes too."""
     plain = [each for each in folders if SPLIT_WORD.fullmatch(each.name.lower()) or each.name.startswith("unlabel")]
     called = [each for each in folders if split_kind(each.name) or each.name.startswith("unlabel")]
     if len(plain) == len(folders) or (len(called) == len(folders) and any(map(_subfolders, folders))):

@@ -251,11 +251,7 @@ class VisionData(ExampleData):
         return found
 
     def _whole(self, split: str, names: list[str]) -> np.ndarray:
-        """Indices of a split's rows whose images can be read.
-
-        Raises:
-            ValueError: When an image is broken, and broken ones are not to be skipped.
-        """
+        """Indices of a split's rows whose images can be read."""
         broken = {row: reason for of_split, row, reason in self.cache.manifest["broken"] if of_split == split}
         if not broken:
             return np.arange(len(names))
