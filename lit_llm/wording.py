@@ -59,12 +59,13 @@ def needing(package: str, extra: str, purpose: str) -> Iterator[None]:
         ) from error
 
 
-def conversion(wrong: UnicodeDecodeError) -> str:
-    """How to convert a file that is not UTF-8: from UTF-16 if it has a byte order mark, otherwise from Latin-1.
+def wrong_byte(wrong: UnicodeDecodeError, where: str = "where it is not") -> str:
+    """What keeps a file from being UTF-8, and how to convert it: from UTF-16 if it has its mark, else from Latin-1.
 
     Example:
-        >>> conversion(UnicodeDecodeError("utf-8", b"caf\\xe9", 3, 4, "unexpected end of data"))
-        'convert it, for example with `iconv -f latin1 -t utf-8`'
+        >>> wrong_byte(UnicodeDecodeError("utf-8", b"caf\\xe9", 3, 4, "unexpected end of data"), "at offset 3")
+        'has byte 0xe9 at offset 3; convert it, for example with `iconv -f latin1 -t utf-8`'
     """
     marked = wrong.object.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-    return f"convert it, for example with `iconv -f {'utf-16' if marked else 'latin1'} -t utf-8`"
+    remedy = f"convert it, for example with `iconv -f {'utf-16' if marked else 'latin1'} -t utf-8`"
+    return f"has byte {wrong.object[wrong.start]:#04x} {where}; {remedy}"

@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from lit_llm.cli import fail
 from lit_llm.cli.errors import parser_line
-from lit_llm.wording import conversion
+from lit_llm.wording import wrong_byte
 
 # A config holds an enumeration's value where a default of an argument for text is one, as in Lightning's `Timer`.
 yaml.SafeDumper.add_multi_representer(enum.Enum, lambda dumper, member: dumper.represent_data(member.value))
@@ -83,10 +83,8 @@ def _options_of(file: str) -> dict[str, Any] | None:
     try:
         content = yaml.safe_load(Path(file).expanduser().read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"config must be UTF-8 text, but {file} has byte {error.object[error.start]:#04x} at offset "
-            f"{error.start}; {conversion(error)}"
-        ) from error
+        place = f"at offset {error.start}"
+        raise ValueError(f"config must be UTF-8 text, but {file} {wrong_byte(error, place)}") from error
     except (OSError, ValueError, yaml.YAMLError):
         return None
     if not isinstance(content, dict):

@@ -31,7 +31,7 @@ from lit_llm.data.table_files import (
     split_texts,
     why_unreadable,
 )
-from lit_llm.wording import conversion, first_line
+from lit_llm.wording import first_line, wrong_byte
 
 log = logging.getLogger(__name__)
 
@@ -220,14 +220,11 @@ def mixture(sources: dict[str, Corpus]) -> Corpus:
 
 
 def _utf8(path: Path) -> str:
-    source = path.read_bytes()
     try:
-        return source.decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"data.path must hold UTF-8 text, but {path} has byte 0x{source[error.start]:02x} at offset {error.start}; "
-            f"{conversion(error)}"
-        ) from None
+        place = f"at offset {error.start}"
+        raise ValueError(f"data.path must hold UTF-8 text, but {path} {wrong_byte(error, place)}") from None
 
 
 def _whole(root: Path, files: list[Path]) -> Iterator[Document]:

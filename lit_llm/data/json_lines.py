@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lit_llm.wording import conversion
+from lit_llm.wording import wrong_byte
 
 ROWS_AT_ONCE = 512
 HALF_CHARACTER = re.compile("[\ud800-\udfff]")
@@ -54,10 +54,7 @@ def _utf8_lines(file: Path) -> Iterator[str]:
         with file.open(encoding="utf-8-sig") as lines:
             yield from lines
     except UnicodeDecodeError as wrong:
-        raise ValueError(
-            f"JSON must be UTF-8 text, but {file.name} has byte 0x{wrong.object[wrong.start]:02x} where it is not; "
-            f"{conversion(wrong)}"
-        ) from None
+        raise ValueError(f"JSON must be UTF-8 text, but {file.name} {wrong_byte(wrong)}") from None
 
 
 def is_in_lines(file: Path) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lit_llm.data.json_lines import json_lines
-from lit_llm.wording import conversion
+from lit_llm.wording import wrong_byte
 
 log = logging.getLogger(__name__)
 
@@ -148,6 +148,5 @@ def why_unreadable(error: Exception, files: Sequence[Path] = ()) -> str:
                 return str(wrong)
     cause = error.__cause__ or error
     if isinstance(cause, UnicodeDecodeError):
-        byte = cause.object[cause.start]
-        return f"a table must be UTF-8 text, but has byte 0x{byte:02x} where it is not; {conversion(cause)}"
+        return f"a table must be UTF-8 text, but {wrong_byte(cause)}"
     return " ".join(str(cause).split()) or type(error).__name__
