@@ -45,7 +45,7 @@ def one_line(error: BaseException) -> str | None:
         return "device memory must hold a step, but is full; lower data.batch_size or set activation_checkpointing"
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         where = f" at {error.filename}" if error.filename else ""
-        return f"disk must have room to write, but is full{where}; free some, the last checkpoint is whole"
+        return f"disk must have room to write, but is full{where}; free some; earlier checkpoints are whole"
     if isinstance(error, OSError) and error.errno and error.filename:
         return f"{error.filename} must be readable and writable, but is not: {error.strerror}"
     if isinstance(error, ValueError | TypeError | OSError | ArithmeticError | ImportError):

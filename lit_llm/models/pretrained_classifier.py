@@ -98,7 +98,7 @@ class PretrainedClassifier(Pretrained):
         if self._start is None or shapes_only():
             super()._build()
             return
-        model, found = self._read_weights(self._start, self._plain_config(), ignore_mismatched_sizes=True)
+        model, found = self._read_weights(self._start, self._plain_config())
         misfits = [name for name, *_ in found["mismatched_keys"]]
         new = sorted([*found["missing_keys"], *misfits])
         backbone = f"{model.base_model_prefix}."

@@ -196,6 +196,10 @@ class Pretrained(nn.Module):
             ValueError: When a tensor is missing, left over or of another shape.
         """
         model, found = self._read_weights(str(folder), self.model.config, local_files_only=True)
+        for name, there, here in sorted(found["mismatched_keys"]):
+            raise ValueError(
+                f"model must have {name} of shape {list(here)}, but {folder} has it of shape {list(there)}"
+            )
         unread = sorted(name for name in found["unexpected_keys"] if _goes_unread(model, name))
         extra = set(found["unexpected_keys"]) - set(unread)
         for what, names in (("lacks", found["missing_keys"]), ("also has", extra)):
@@ -216,7 +220,7 @@ class Pretrained(nn.Module):
     def _read_weights(
         cls, source: str, config: PretrainedConfig, **options: Any
     ) -> tuple[PreTrainedModel, dict[str, Any]]:
-        """A network with the weights found at a place, and a report of missing and unexpected ones."""
+        """A network with the weights found at a place, and a report of missing, unexpected and misshapen ones."""
         try:
             with _quietly(), torch.device("cpu"):  # else weights would go to the default device
                 return cls._auto(config).from_pretrained(
@@ -226,6 +230,7 @@ class Pretrained(nn.Module):
                     use_safetensors=True,
                     trust_remote_code=False,
                     output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are in the report
                     **options,
                 )
         except (RuntimeError, OSError, SafetensorError) as error:

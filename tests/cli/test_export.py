@@ -37,7 +37,7 @@ def test_a_full_disk_is_said_to_be_full_and_nothing_is_left(lit_llm, saved, tmp_
     outcome = lit_llm("export", "--model", saved, "--out", tmp_path / "out", "--format", form)
     assert outcome.code == 2, outcome.err
     assert outcome.last_line == (
-        "lit-llm: error: disk must have room to write, but is full; free some, the last checkpoint is whole"
+        "lit-llm: error: disk must have room to write, but is full; free some; earlier checkpoints are whole"
     )
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
