@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -44,6 +45,35 @@ def replacing(path: Path) -> Iterator[Path]:
                 shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def locked(folder: Path, rule: str) -> Iterator[None]:
+    """Creates a folder and keeps it from other processes; does nothing more where files cannot be locked.
+
+    The system releases the lock, on `.lock` in the folder, however the process ends. If the folder is empty at the end,
+    it is removed.
+
+    Args:
+        folder: The folder.
+        rule: What the folder must be, for the message: an option and its rule.
+
+    Raises:
+        ValueError: When another process has locked it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise ValueError(f"{rule}, but another process writes to {folder}; wait for it, or stop it") from error
+        try:
+            yield
+        finally:
+            Path(file.name).unlink(missing_ok=True)
+            with suppress(OSError):
+                folder.rmdir()
 
 
 def _took_its_place(new: Path, path: Path, old: Path) -> bool:

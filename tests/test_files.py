@@ -1,11 +1,15 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from lit_llm.files import replacing
+from lit_llm.files import locked, replacing
+from tests.writing import REPOSITORY
 
 
 def written(folder: Path, text: str) -> None:
@@ -49,3 +53,50 @@ def test_a_folder_that_cannot_take_its_place_leaves_what_was_there(
     with pytest.raises(OSError, match="no space"), replacing(place) as new:
         written(new, "mine")
     assert (place / "a.txt").read_text() == "before"
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from lit_llm.files import locked
+with locked(Path(sys.argv[1]), "x"):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that has locked `tmp_path / "held"`."""
+    words = [sys.executable, "-c", HOLDER, str(tmp_path / "held")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, text=True, cwd=REPOSITORY) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "locked\n"
+        yield process
+        process.kill()
+
+
+def test_a_locked_folder_is_refused_until_the_process_that_locked_it_is_killed(tmp_path, held):
+    folder = tmp_path / "held"
+    line = rf"\Ax must be y, but another process writes to {folder}; "
+    with pytest.raises(ValueError, match=line), locked(folder, "x must be y"):
+        pytest.fail("two processes have the folder")
+    held.kill()
+    held.wait()
+    with locked(folder, "x must be y"):
+        (folder / "result").touch()
+    assert [path.name for path in folder.iterdir()] == ["result"]
+
+
+@pytest.mark.parametrize("command", ["fit", "sweep", "compress"])
+def test_a_command_leaves_a_folder_alone_to_which_another_process_writes(tmp_path, held, lit_llm, tiny, command):
+    folder = tmp_path / "held"
+    words = {
+        "fit": [*tiny, "--run_dir", folder],
+        "sweep": ["--config", REPOSITORY / "configs/sweeps/llama_stdlib_lr.yaml", "--trials", "1", "--out", folder],
+        "compress": ["--config", REPOSITORY / "configs/compression/chain_llama.yaml", "--model", "x", "--out", folder],
+    }[command]
+    outcome = lit_llm(command, *words)
+    assert outcome.code == 2
+    assert f"but another process writes to {folder}" in outcome.last_line
+    assert [path.name for path in folder.iterdir()] == [".lock"]

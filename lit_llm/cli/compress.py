@@ -19,7 +19,7 @@ from lit_llm.cli.chain_file import Chain, Stage, read_chain
 from lit_llm.cli.chain_folder import claim
 from lit_llm.cli.finished_run import falls
 from lit_llm.cli.parser import OneLineArguments
-from lit_llm.files import replacing, write_json, write_picture
+from lit_llm.files import locked, replacing, write_json, write_picture
 
 if TYPE_CHECKING:
     from lit_llm.compression.compression import Compression
@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 def run(words: list[str]) -> None:
     """Runs the command; `words` begins with its name."""
     options, more = _parser().parse_known_args(words[1:])
-    compress(options.config, options.model, options.out, more)
+    with locked(options.out, "--out must be the folder of one chain"):
+        compress(options.config, options.model, options.out, more)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -19,9 +19,9 @@ from lit_llm.cli.sweep_options import require_options
 from lit_llm.cli.sweep_parameters import Constant, label
 from lit_llm.cli.sweep_pictures import draw
 from lit_llm.cli.sweep_progress import SweepProgress
-from lit_llm.cli.sweep_study import alone_in, open_study
+from lit_llm.cli.sweep_study import open_study
 from lit_llm.cli.trial_run import INTERRUPTED, TrialRun, figure_of, metrics_of
-from lit_llm.files import replacing, write_table
+from lit_llm.files import locked, replacing, write_table
 from lit_llm.ranges import require_at_least
 from lit_llm.wording import did_you_mean, needing
 
@@ -78,7 +78,7 @@ def sweep(config: Path, trials: int | None, out: Path, workers: int, seeds: int,
         import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     require_options(plan, more)
-    with alone_in(out):
+    with locked(out, "--out must be the folder of one sweep"):
         study = open_study(plan, out, more)
         searched = _Search(plan, study, out, more, workers)
         searched.go_on(min(trials, size) if size else trials)

@@ -2,36 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from lit_llm.cli.sweep_file import Sweep
 from lit_llm.files import digest_of_yaml
-
-
-@contextlib.contextmanager
-def alone_in(out: Path) -> Iterator[None]:
-    """Creates the folder and locks it: two sweeps in one folder would resume each other's trials.
-
-    Raises:
-        ValueError: When another sweep has locked it.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as file:
-        try:
-            import fcntl
-        except ImportError:
-            yield
-            return
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"--out must be a folder that no sweep runs in, but is {out}, where one does") from error
-        yield
 
 
 def open_study(plan: Sweep, out: Path, more: list[str]) -> Any:

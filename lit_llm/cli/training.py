@@ -32,7 +32,7 @@ from lit_llm.cli.run_config import RunConfig, log_into
 from lit_llm.cli.standard_parts import CheckpointOptions, standard_parts
 from lit_llm.cli.trainer import RunTrainer
 from lit_llm.cli.trainer_options import require_end, require_sound
-from lit_llm.files import read_results
+from lit_llm.files import locked, read_results
 from lit_llm.products import multiply_by_onednn
 
 log = logging.getLogger(__name__)
@@ -234,8 +234,10 @@ class TrainingCLI(LightningCLI):
             ) from error
 
     def _run_subcommand(self, subcommand: str) -> None:
+        trains = subcommand == "fit" and self.trainer.is_global_zero
+        alone = locked(self.run_dir, "run_dir must be the folder of one run") if trains else contextlib.nullcontext()
         try:
-            with self._leaving_nothing():
+            with self._leaving_nothing(), alone:
                 super()._run_subcommand(subcommand)
         except SystemExit:
             if self.trainer.interrupted:
