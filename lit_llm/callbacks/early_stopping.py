@@ -17,7 +17,7 @@ class EarlyStopping(LightningEarlyStopping):
     """Lightning's early stopping on the metric that selects the best checkpoint.
 
     That is `checkpoint.monitor` if given, else the metric of the data module, else that of the objective. Without
-    checkpoints, it is one of the latter two.
+    checkpoints, it is one of the latter two. An equal value is no improvement, even if its `val/loss` is lower.
 
     Args:
         patience: Number of consecutive validations without improvement before the run stops.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import shlex
 import subprocess
 import sys
@@ -16,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 import lit_llm
-from lit_llm.callbacks.best_checkpoint import keeps_best
+from lit_llm.callbacks.best_checkpoint import keeps_best, rank
 from lit_llm.callbacks.last_checkpoint import ends_last_epoch
 from lit_llm.callbacks.metrics_csv import MetricsCSV, read_metrics
 from lit_llm.callbacks.throughput import Throughput
@@ -92,9 +91,9 @@ class RunReport(Callback):
         if self.monitor not in found:
             known = ", ".join(sorted(found)) or "none"
             raise ValueError(f"checkpoint.monitor must be a metric of the validation ({known}), but is {self.monitor}")
-        best = self.results.get(f"best/{self.monitor}")
-        sign = 1 if self.mode == "min" else -1
-        if best is None or math.isnan(best) or sign * found[self.monitor] < sign * best:
+        best = {name.removeprefix("best/"): v for name, v in self.results.items() if name.startswith("best/")}
+        now, before = (rank(metrics, self.monitor, self.mode) for metrics in (found, best))
+        if self.monitor not in best or now < before:
             self.results |= {f"best/{k}": v for k, v in found.items()} | {"best/step": trainer.global_step}
         self.results |= found
 
@@ -287,14 +286,14 @@ def draw_learning_curve(folder: Path, monitor: str = "val/loss", mode: str = "mi
         ("val/loss", left, {"color": "tab:blue", "marker": "o", "markersize": 4}),
         (headline, right, {"color": "tab:green", "marker": "o", "markersize": 4}),
     ):
-        points = [(row["step"], row[name]) for row in rows if name in row]
+        points = [row for row in rows if name in row]
         if points:
-            axes.plot(*zip(*points, strict=True), label=name, **style)
+            axes.plot([row["step"] for row in points], [row[name] for row in points], label=name, **style)
             axes.set_xlabel("step")
             axes.legend()
             axes.grid(alpha=0.3)
             if axes is right:
-                step, best = (max if name == monitor and mode == "max" else min)(points, key=lambda point: point[1])
-                axes.plot(step, best, marker="*", markersize=11, color="tab:green")
-                axes.set_title(f"{name}: {best:.4f} at step {step}")
+                best = min(points, key=lambda row: rank(row, headline, mode if headline == monitor else "min"))
+                axes.plot(best["step"], best[name], marker="*", markersize=11, color="tab:green")
+                axes.set_title(f"{name}: {best[name]:.4f} at step {best['step']}")
     write_picture(folder / "learning_curve.png", figure)

@@ -38,8 +38,9 @@ class CheckpointOptions:
 
     Args:
         monitor: Metric that decides which validation is best; `best.ckpt` and the exported model are from that step.
-            `None` uses the headline metric of the data's task, or otherwise the objective's. A run that is resumed with
-            another metric also compares with the earlier best step by that metric.
+            `None` uses the headline metric of the data's task, or otherwise the objective's. Of equal validations, that
+            of the lower `val/loss` is best. A run that is resumed with another metric also compares with the earlier
+            best step by that metric.
         mode: Whether `min` or `max` of the metric is best; `None` is `min` for losses and errors, otherwise `max`.
         every_n_steps: Steps between writes of `last.ckpt`, which is also written at the end and on Ctrl-C.
     """

@@ -95,8 +95,8 @@ def test_the_learning_curve_says_where_the_monitored_metric_was_best(tmp_path, m
     titles = []
     monkeypatch.setattr(Axes, "set_title", lambda self, text: titles.append(text))
     logger = MetricsCSV(tmp_path)
-    for step, value in ((1, 0.7), (2, 0.9), (3, 0.5)):
-        logger.log_metrics({"val/f1": value}, step)
+    for step, (f1, loss) in enumerate([(0.9, 2.0), (0.9, 1.0), (0.5, 2.0), (0.5, 3.0)], 1):
+        logger.log_metrics({"val/f1": f1, "val/loss": loss}, step)
     logger.save()
     draw_learning_curve(tmp_path, "val/f1", mode)
     assert titles == [title]
