@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,8 @@ import numpy as np
 from lit_llm.data.cleaning import content_hash
 from lit_llm.data.table_files import UNLABELLED_TEST
 from lit_llm.data.tables import Columns, Split
+
+log = logging.getLogger(__name__)
 
 
 def strata(labels: np.ndarray) -> np.ndarray:
@@ -79,9 +82,14 @@ def cut_splits(split: Split, columns: Columns, validation_fraction: float, test_
     return by_first if holds else by_both
 
 
-def _cut(split: Split, columns: Columns, validation_fraction: float, test_fraction: float) -> dict[str, Split]:
+def _keys(split: Split, columns: Columns) -> np.ndarray:
+    """A hash of the texts of each row."""
     texts = zip(*(split.column(name) for name in (columns.text, columns.text_pair) if name), strict=True)
-    keys = np.array([content_hash("\0".join(text)) for text in texts], dtype=np.uint64)
+    return np.array([content_hash("\0".join(text)) for text in texts], dtype=np.uint64)
+
+
+def _cut(split: Split, columns: Columns, validation_fraction: float, test_fraction: float) -> dict[str, Split]:
+    keys = _keys(split, columns)
     kinds = kinds_of_texts(strata(split.labels), keys)
     _, first, text, counts = np.unique(keys, return_index=True, return_inverse=True, return_counts=True)
     sizes, cut = np.bincount(kinds), test_fraction + validation_fraction
@@ -105,8 +113,17 @@ def with_all_splits(
 ) -> dict[str, Split]:
     """The splits in order, missing ones cut out of the training split; a fraction of 0 cuts none.
 
-    A test split without labels can only be predicted, so a labelled one is cut in addition.
+    A test split without labels can only be predicted, so a labelled one is cut in addition. Rows of the source's own
+    labelled splits whose texts are trained on too are kept, with a warning.
     """
+    if judged := [name for name, split in splits.items() if name != "train" and split.labels is not None]:
+        trained_on = _keys(splits["train"], columns)
+        for name in judged:
+            if seen := np.isin(_keys(splits[name], columns), trained_on).sum():
+                log.warning(
+                    f"{seen:,} of the {len(splits[name]):,} rows of the {name} split are in the training split too, "
+                    f"which makes its metrics too good; leave them out of one of the two"
+                )
     if test_fraction and "test" in splits and splits["test"].labels is None:
         splits = {UNLABELLED_TEST if name == "test" else name: split for name, split in splits.items()}
     validation_fraction = 0.0 if "validation" in splits else validation_fraction

@@ -473,11 +473,11 @@ def test_other_fractions_than_in_training_are_not_gone_on_with_and_said_where_wh
 
 
 def test_a_test_split_of_its_own_may_change(tmp_path, caplog) -> None:
-    for name in ("train", "test"):
-        write_csv(tmp_path / f"{name}.csv", rows(40))
+    write_csv(tmp_path / "train.csv", rows(40))
+    write_csv(tmp_path / "test.csv", rows(100)[60:])
     options = {"path": str(tmp_path), "tokenizer": "bytes"}
     state = made(**options).state_dict()
-    write_csv(tmp_path / "test.csv", rows(20))
+    write_csv(tmp_path / "test.csv", rows(100)[80:])
     for stage in ("fit", "test"):
         awaiting(stage=stage, **options).load_state_dict(state)
     write_csv(tmp_path / "train.csv", rows(60))

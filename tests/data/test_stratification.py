@@ -161,3 +161,24 @@ def test_some_examples_are_drawn_in_proportion_nested_and_by_the_seed() -> None:
     assert set(ten.labels.tolist()) == {0, 1, 2}
     assert set(some_of(whole, 10, 1).column("text")) != set(ten.column("text"))
     assert len(some_of(whole, 1000, 0)) == 201
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_rows_of_a_labelled_split_that_are_trained_on_too_are_warned_of(caplog, hidden) -> None:
+    given = {name: split([0, 1, 1], texts) for name, texts in {"train": list("abc"), "test": list("bcd")}.items()}
+    if hidden:
+        given["test"] = Split(given["test"].rows, None)
+    found = with_all_splits(given, COLUMNS, 0.0, 0.0)
+    assert [len(each) for each in found.values()] == [3, 3]
+    warned = [
+        "2 of the 3 rows of the test split are in the training split too, which makes its metrics too good; leave them "
+        "out of one of the two"
+    ]
+    assert caplog.messages == ([] if hidden else warned)
+
+
+def test_pairs_that_share_one_text_with_training_are_not_warned_of(caplog) -> None:
+    columns = Columns("text", "pair", "label")
+    rows = {name: Dataset.from_dict({"text": ["a"], "pair": [name], "label": [0]}) for name in ("train", "test")}
+    with_all_splits({name: Split(each, np.zeros(1, np.int64)) for name, each in rows.items()}, columns, 0.0, 0.0)
+    assert not caplog.messages
