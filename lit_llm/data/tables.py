@@ -30,6 +30,7 @@ from lit_llm.data.table_files import (
     is_table,
     refuse_saved,
     split_kind,
+    warn_of_splits,
     why_unreadable,
 )
 
@@ -138,7 +139,10 @@ def open_table(
         if where.suffix.lower() not in TABLE_FORMATS:
             what = f"{path} is packed; unpack it" if where.suffix.lower() in PACKED else f"is {path}"
             raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but {what}")
-        return {"train": _load_files([where], path)}
+        rows = _load_files([where], path)
+        if "split" in rows.column_names:
+            warn_of_splits(rows.unique("split"), path)
+        return {"train": rows}
     if where.is_dir() and not in_hub_layout(where):
         folder = where / subset if subset and (where / subset).is_dir() else where
         refuse_saved(folder, path)

@@ -108,6 +108,19 @@ def test_a_folder_has_the_splits_that_its_files_are_called_after_also_of_differe
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 4, "validation": 1, "test": 1}
 
 
+@pytest.mark.parametrize(
+    ("values", "warned"), [(["train", "dev"], True), (["cup", "latest"], False), (["train", "train"], False)]
+)
+def test_a_column_that_names_splits_is_said_not_to_split_the_table(tmp_path, caplog, values, warned) -> None:
+    path = write(tmp_path / "x.csv", [row | {"split": value} for row, value in zip(ROWS, values)])
+    assert list(open_table(str(path))) == ["train"]
+    message = (
+        f"The column 'split' of {path} does not split it, though it holds 'dev', 'train'; to keep these splits, write "
+        f"a table for each, called after it, to one folder"
+    )
+    assert caplog.messages == [message] * warned
+
+
 def test_shards_whose_names_the_hub_gave_hashes_are_one_split(tmp_path) -> None:
     for number, code in enumerate(("6f1d9a0c3be2d7a1", "a09b74b3ef9c3b56", "0123456789012345")):
         write(tmp_path / f"train-{number:05}-of-00003-{code}.parquet", [{"text": f"{number}", "label": "a"}])
