@@ -112,11 +112,13 @@ def plain_labels(found: list[Any], path: str, split: str, as_values: bool = Fals
         TypeError: When labels are of several types, or of an unsupported one.
     """
     found = [value.strip() if isinstance(value, str) else value for value in found]
+    apart = ", or, for semi-supervised training, put them in a table `unlabelled` beside a table `train`"
+    or_apart = apart if split == "training" else ""
     for row, value in enumerate(found):
         if value is None or value == "" or value != value:
             raise ValueError(
                 f"data.label must be there in every row, but is not in row {row} of the {split} split of {path}; leave "
-                f"such rows out"
+                f"such rows out{or_apart}"
             )
     if all(isinstance(value, str) for value in found):
         if all(WHOLE.fullmatch(value) for value in found):
