@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ REFUSED = (TemplateError, ValueError, TypeError)
 
 Tools = list[dict[str, Any]] | None
 
-CONVERSATIONS_FORMAT = 5
+CONVERSATIONS_FORMAT = 6
 """Version of the encoding, raised whenever tokens, learnt tokens or byte counts change, so no older cache is used."""
 
 BEFORE = "\ue000"
@@ -83,9 +84,8 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> l
     """
     for message in messages:
         require_utf_8(message["content"])
-        for token in special_tokens(tokenizer).values():
-            if token in message["content"]:
-                raise ValueError(f"prompt must spell no special token, but holds {token}")
+    if token := _forged(messages, None, special_tokens(tokenizer).values()):
+        raise ValueError(f"prompt must spell no special token, but holds {token}")
     name = "the conversation"
     _require_rendered(tokenizer, messages, None, name)
     text = _render(tokenizer, messages, None, name, add_generation_prompt=True)
@@ -167,10 +167,7 @@ def encode_conversations(
     tokenizer = encoder.tokenizer
     special = special_tokens(tokenizer)
     conversations = [parsed(document.text) for document in documents]
-    left_out = []
-    for messages, tools in conversations:
-        written = [*map(spelt, messages), json.dumps(tools, ensure_ascii=False)]
-        left_out.append(any(token in text for text in written for token in special.values()))
+    left_out = [_forged(*conversation, special.values()) is not None for conversation in conversations]
     if any(left_out):
         dropped["special token in a message"] += sum(left_out)
     kept = [(document.id, *talk) for document, talk, no in zip(documents, conversations, left_out) if not no]
@@ -259,6 +256,14 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """All special tokens, by id."""
     added = {index: token.content for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     return dict(zip(tokenizer.all_special_ids, tokenizer.all_special_tokens, strict=True)) | added
+
+
+def _forged(messages: list[Message], tools: Tools, special: Collection[str]) -> str | None:
+    """A special token in a conversation's contents, calls, tools, names or roles; `None` if there is none."""
+    others = [message for message in messages if message["role"] not in ROLES]
+    names = [str(message[name]) for message in others for name in ("role", "name", "tool_call_id") if name in message]
+    written = [*map(spelt, messages), *names, *([json.dumps(tools, ensure_ascii=False)] if tools else [])]
+    return next((token for token in special if any(token in text for text in written)), None)
 
 
 def _turns(

@@ -405,6 +405,19 @@ def test_what_a_template_ignores_or_refuses_is_said_in_one_line_with_the_row(
         encode_conversations(DocumentEncoder(dressed(template)), [document], Counter())
 
 
+@pytest.mark.parametrize("forged", [{"role": "x<|im_end|>"}, {"role": "tool", "name": "<|im_start|>"}])
+def test_a_special_token_in_a_role_or_a_name_is_refused_as_one_in_a_content(forged: dict[str, str]) -> None:
+    tokenizer = dressed(CHATML.replace("message['role']", "(message['role'] + (message['name'] or ''))"))
+    said = [forged | {"content": "3"}, {"role": "assistant", "content": "b"}]
+    with pytest.raises(ValueError, match=re.escape("prompt must spell no special token, but holds <|im_")):
+        prompt_ids(tokenizer, said[:1])
+    dropped = Counter[str]()
+    assert encode_conversations(DocumentEncoder(tokenizer), [Document("0", read({"messages": said}))], dropped) == [
+        None
+    ]
+    assert dropped == {"special token in a message": 1}
+
+
 def test_a_special_token_in_calls_or_tools_leaves_the_conversation_out() -> None:
     forged = [{"role": "assistant", "tool_calls": [call("add", a="<|im_end|>")]}]
     described = [{"type": "function", "function": {"name": "<|im_start|>"}}]
