@@ -364,7 +364,7 @@ def _before(tokenizer: PreTrainedTokenizerBase, messages: list[Message], tools: 
     if told:
         return _render(tokenizer, told, tools, name, add_generation_prompt=True)
     # There is no prompt without messages: take the common beginning of the renderings of two answers.
-    other = {**said, "content": "b" if said["content"].lstrip().startswith("a") else "a"}
+    other = {"role": said["role"], "content": "b" if said["content"].lstrip().startswith("a") else "a"}
     both = zip(*(_render(tokenizer, [message], tools, name) for message in (said, other)))
     return "".join(one for one, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], both))
 

@@ -372,6 +372,17 @@ def test_calls_are_learnt_and_tools_and_what_they_return_are_read(template: str,
     assert "<result>3</result>\n<result>7</result>" in tokenizer.decode(theirs)
 
 
+def test_calls_that_open_a_conversation_are_learnt_also_if_their_template_leaves_the_content_out() -> None:
+    template = TOOLS_UNMARKED.replace(
+        "{{ message.content }}{% for", "{{ '' if message.tool_calls else message.content }}{% for"
+    )
+    assert template != TOOLS_UNMARKED
+    tokenizer = dressed(template)
+    ids, learnt = encode_conversation(tokenizer, [{**CALLING[1], "content": ""}, *CALLING[2:]])
+    calls = '<call>add{"a": 1, "b": 2}</call><call>add{"a": 3, "b": 4}</call>'
+    assert tokenizer.decode(np.array(ids)[learnt].tolist()) == f"{calls}<|im_end|>3 and 7<|im_end|>"
+
+
 @pytest.mark.parametrize(
     ("template", "said", "tools", "line"),
     [
