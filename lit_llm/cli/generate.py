@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import logging
 import sys
 from collections.abc import Callable
@@ -17,8 +19,9 @@ def run(words: list[str]) -> None:
     """Runs the command; `words` begins with its name."""
     parser = _parser()
     options = vars(parser.parse_args(words[1:]))
-    if hasattr(sys.stdin, "reconfigure"):
-        sys.stdin.reconfigure(errors="surrogateescape")  # as on the command line: text that is not UTF-8 is refused
+    if hasattr(sys.stdin, "reconfigure") and not options["prompt"]:
+        with contextlib.suppress(io.UnsupportedOperation):  # a program that calls this has read some of it
+            sys.stdin.reconfigure(errors="surrogateescape")  # as on the command line: text that is not UTF-8 is refused
     if not options["prompt"] and not options["chat"]:
         piped = sys.stdin.read().removesuffix("\n") if sys.stdin and not sys.stdin.isatty() else ""
         if not piped:
@@ -86,8 +89,7 @@ def generate(
 
     Raises:
         ValueError: When the model is not a causal language model, has no tokeniser, another model's tokeniser or, for
-            `--chat`, no chat template, when a prompt or a stop word is not UTF-8, or an option is out of
-            range.
+            `--chat`, no chat template, when a prompt or a stop word is not UTF-8, or an option is out of range.
     """
     from lit_llm import generation
     from lit_llm.checkpoints import load_language_model

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 
 import pytest
 import torch
@@ -70,6 +71,14 @@ def test_a_text_that_is_piped_is_the_prompt_without_its_last_line_end(lit_llm, m
     assert lit_llm(*words).out == expected
     piped(monkeypatch, b"not read\n")
     assert lit_llm(*words, "--prompt", "a\né\n").out == expected
+
+
+@pytest.mark.parametrize("more", [["--prompt", "a"], ["--chat"]])
+def test_a_program_that_reads_its_input_line_by_line_can_generate_in_between(lit_llm, chatty, monkeypatch, more):
+    piped(monkeypatch, b"one\ntwo\n")
+    assert sys.stdin.readline() == "one\n"
+    outcome = lit_llm("generate", "--model", chatty, "--max_new_tokens", "4", *more)
+    assert outcome.code == 0, outcome.err
 
 
 @pytest.mark.parametrize("words", [[], ["--chat"]])
