@@ -68,6 +68,8 @@ def locked(folder: Path, rule: str) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(f"{rule}, but another process writes to {folder}; wait for it, or stop it") from error
+        if not os.path.exists(file.name) or not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
+            raise ValueError(f"{rule}, but another process has just left {folder}; try again")
         try:
             yield
         finally:

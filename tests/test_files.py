@@ -88,6 +88,13 @@ def test_a_locked_folder_is_refused_until_the_process_that_locked_it_is_killed(t
     assert [path.name for path in folder.iterdir()] == ["result"]
 
 
+def test_a_lock_that_its_former_holder_removed_before_it_was_taken_keeps_no_folder(tmp_path, monkeypatch):
+    folder = tmp_path / "left"
+    monkeypatch.setattr("fcntl.lockf", lambda *_: (folder / ".lock").unlink())
+    with pytest.raises(ValueError, match=f"another process has just left {folder}; try again"), locked(folder, "x"):
+        pytest.fail("the lock is of a file that no other process finds")
+
+
 @pytest.mark.parametrize("command", ["fit", "sweep", "compress"])
 def test_a_command_leaves_a_folder_alone_to_which_another_process_writes(tmp_path, held, lit_llm, tiny, command):
     folder = tmp_path / "held"
