@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from lit_llm.wording import did_you_mean
+from lit_llm.wording import did_you_mean, wrong_byte
 
 
 def read_yaml(path: Path) -> Any:
@@ -14,7 +14,7 @@ def read_yaml(path: Path) -> Any:
 
     Raises:
         FileNotFoundError: When it does not exist.
-        ValueError: When it is not YAML.
+        ValueError: When it is not UTF-8 or not YAML.
     """
     import yaml
 
@@ -22,6 +22,9 @@ def read_yaml(path: Path) -> Any:
         raise FileNotFoundError(f"--config must be a file, but is {path}, which does not exist")
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        place = f"at offset {error.start}"
+        raise ValueError(f"--config must be UTF-8 text, but {path} {wrong_byte(error, place)}") from error
     except yaml.YAMLError as error:
         raise ValueError(f"--config must be YAML, but {path} is not: {' '.join(str(error).split())}") from error
 

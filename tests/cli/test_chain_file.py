@@ -62,6 +62,14 @@ def test_a_run_file_that_is_not_there_is_named(read, tmp_path):
         read(stages=[{"fit": "nowhere.yaml"}])
 
 
+def test_a_file_that_is_not_utf_8_is_refused_with_the_byte(tmp_path):
+    (tmp_path / "chain.yaml").write_bytes(b"stages: # caf\xe9")
+    with pytest.raises(
+        ValueError, match=r"must be UTF-8 text, but .*chain.yaml has byte 0xe9 at offset 13; convert it"
+    ):
+        read_chain(tmp_path / "chain.yaml")
+
+
 def test_a_file_that_is_no_yaml_is_refused(tmp_path):
     path = tmp_path / "chain.yaml"
     path.write_text("evaluate: [a: b: c")
