@@ -114,10 +114,10 @@ class Conversations(Rows):
         try:
             given = json.loads(tools) if isinstance(tools, str) else tools
         except json.JSONDecodeError:
-            given = None
+            given = tools
         if given and _are_objects(given):
             return _without_nulls(given)
-        if given == []:
+        if given is None or given == []:
             return []
         raise TypeError(f"tools must be a list of objects or its JSON, but are {tools!r:.60} in {place}")
 

@@ -62,7 +62,7 @@ def test_calls_tools_and_what_they_return_are_kept_without_the_nulls_of_a_typed_
     for given in (tools, json.dumps(tools)):
         found = parsed(read({"messages": said, "tools": given}))
         assert found == (kept, [{"type": "function", "function": {"name": "add"}}])
-    for given in (None, [], "[]", ""):
+    for given in (None, [], "[]", "", "null"):
         assert parsed(read({"messages": said[:2], "tools": given})) == (kept[:2], None)
 
 
