@@ -51,8 +51,8 @@ def replacing(path: Path) -> Iterator[Path]:
 def locked(folder: Path, rule: str) -> Iterator[None]:
     """Creates a folder and keeps it from other processes; does nothing more where files cannot be locked.
 
-    The system releases the lock, on `.lock` in the folder, however the process ends. If the folder is empty at the end,
-    it is removed.
+    The system releases the lock, on `.lock` in the folder, however the process ends. A folder that is made here and
+    stays empty is removed.
 
     Args:
         folder: The folder.
@@ -61,6 +61,7 @@ def locked(folder: Path, rule: str) -> Iterator[None]:
     Raises:
         ValueError: When another process has locked it.
     """
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / ".lock").open("w") as file:
         try:
@@ -75,7 +76,8 @@ def locked(folder: Path, rule: str) -> Iterator[None]:
         finally:
             Path(file.name).unlink(missing_ok=True)
             with suppress(OSError):
-                folder.rmdir()
+                if is_new:
+                    folder.rmdir()
 
 
 def _took_its_place(new: Path, path: Path, old: Path) -> bool:

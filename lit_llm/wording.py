@@ -46,14 +46,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 @contextmanager
 def needing(package: str, extra: str, purpose: str) -> Iterator[None]:
-    """Names the extra that installs a package, if an import within fails.
+    """Names the extra that installs a package, if an import within does not find it.
 
     Raises:
-        ImportError: When it fails.
+        ImportError: When it does not.
     """
     try:
         yield
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         raise ImportError(
             f"package {package} must be installed {purpose}, but is not; pip install 'lit-llm[{extra}]'"
         ) from error

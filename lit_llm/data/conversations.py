@@ -25,8 +25,8 @@ class Conversations(Rows):
         response: Column of the assistant's answer.
         messages: Column of whole conversations: lists of `{"role": …, "content": …}`, with `tool_calls` where the
             assistant calls tools; an assistant's message with `"weight": 0` is not learnt. The tools themselves are in
-            the column `tools`, as a list or its JSON. Null entries of calls and tools are left out, because a table
-            with a type for each column holds them for every entry that another row has.
+            the column `tools` beside it, as a list or its JSON. Null entries of calls and tools are left out, because a
+            table with a type for each column holds them for every entry that another row has.
         unanswered: Whether a row without an assistant's turn, or with an empty one, is an error or dropped.
         cleaning: Cleaning steps to apply to each message.
     """
@@ -60,7 +60,7 @@ class Conversations(Rows):
             messages.pop()
         answers = [message for message in messages if is_learnt(message)]
         if answers and all(answer.get("tool_calls") or answer["content"].strip() for answer in answers):
-            tools = self._tools(row, place)
+            tools = self._tools(row, place) if row.get(self.messages) else []
             return json.dumps({"messages": messages, "tools": tools} if tools else messages, ensure_ascii=False)
         if self.unanswered == "drop":
             return ""

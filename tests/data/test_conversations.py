@@ -64,6 +64,7 @@ def test_calls_tools_and_what_they_return_are_kept_without_the_nulls_of_a_typed_
         assert found == (kept, [{"type": "function", "function": {"name": "add"}}])
     for given in (None, [], "[]", "", "null"):
         assert parsed(read({"messages": said[:2], "tools": given})) == (kept[:2], None)
+    assert parsed(read({"prompt": "a", "response": "b", "tools": "hammer, saw"}))[1] is None
 
 
 UNANSWERED = "set data.unanswered to drop to leave such rows out"
