@@ -48,7 +48,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def locked(folder: Path, rule: str) -> Iterator[None]:
+def locked(folder: Path, option: str, use: str) -> Iterator[None]:
     """Creates a folder and keeps it from other processes; does nothing more where files cannot be locked.
 
     The system releases the lock, on `.lock` in the folder, however the process ends. A folder that is made here and
@@ -56,7 +56,8 @@ def locked(folder: Path, rule: str) -> Iterator[None]:
 
     Args:
         folder: The folder.
-        rule: What the folder must be, for the message: an option and its rule.
+        option: Its name in messages.
+        use: What writes to it, for messages.
 
     Raises:
         ValueError: When another process has locked it.
@@ -68,9 +69,14 @@ def locked(folder: Path, rule: str) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise ValueError(f"{rule}, but another process writes to {folder}; wait for it, or stop it") from error
+                raise ValueError(
+                    f"{option} must be the folder of one {use}, but another process writes to {folder}; wait for it, or "
+                    f"stop it"
+                ) from error
         if not os.path.exists(file.name) or not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
-            raise ValueError(f"{rule}, but another process has just left {folder}; try again")
+            raise ValueError(
+                f"{option} must be the folder of one {use}, but another process has just left {folder}; try again"
+            )
         try:
             yield
         finally:

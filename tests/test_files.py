@@ -59,7 +59,7 @@ HOLDER = """
 import sys, time
 from pathlib import Path
 from lit_llm.files import locked
-with locked(Path(sys.argv[1]), "x"):
+with locked(Path(sys.argv[1]), "x", "y"):
     print("locked", flush=True)
     time.sleep(600)
 """
@@ -78,12 +78,12 @@ def held(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_locked_folder_is_refused_until_the_process_that_locked_it_is_killed(tmp_path, held):
     folder = tmp_path / "held"
-    line = rf"\Ax must be y, but another process writes to {folder}; "
-    with pytest.raises(ValueError, match=line), locked(folder, "x must be y"):
+    line = rf"\Ax must be the folder of one y, but another process writes to {folder}; "
+    with pytest.raises(ValueError, match=line), locked(folder, "x", "y"):
         pytest.fail("two processes have the folder")
     held.kill()
     held.wait()
-    with locked(folder, "x must be y"):
+    with locked(folder, "x", "y"):
         (folder / "result").touch()
     assert [path.name for path in folder.iterdir()] == ["result"]
 
@@ -91,7 +91,10 @@ def test_a_locked_folder_is_refused_until_the_process_that_locked_it_is_killed(t
 def test_a_lock_that_its_former_holder_removed_before_it_was_taken_keeps_no_folder(tmp_path, monkeypatch):
     folder = tmp_path / "left"
     monkeypatch.setattr("fcntl.lockf", lambda *_: (folder / ".lock").unlink())
-    with pytest.raises(ValueError, match=f"another process has just left {folder}; try again"), locked(folder, "x"):
+    with (
+        pytest.raises(ValueError, match=f"another process has just left {folder}; try again"),
+        locked(folder, "x", "y"),
+    ):
         pytest.fail("the lock is of a file that no other process finds")
 
 

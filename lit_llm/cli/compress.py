@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 def run(words: list[str]) -> None:
     """Runs the command; `words` begins with its name."""
     options, more = _parser().parse_known_args(words[1:])
-    with locked(options.out, "--out must be the folder of one chain"):
+    with locked(options.out, "--out", "chain"):
         compress(options.config, options.model, options.out, more)
 
 

@@ -78,7 +78,7 @@ def sweep(config: Path, trials: int | None, out: Path, workers: int, seeds: int,
         import optuna
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     require_options(plan, more)
-    with locked(out, "--out must be the folder of one sweep"):
+    with locked(out, "--out", "sweep"):
         study = open_study(plan, out, more)
         searched = _Search(plan, study, out, more, workers)
         searched.go_on(min(trials, size) if size else trials)

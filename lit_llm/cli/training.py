@@ -235,7 +235,7 @@ class TrainingCLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         trains = subcommand == "fit" and self.trainer.is_global_zero
-        alone = locked(self.run_dir, "run_dir must be the folder of one run") if trains else contextlib.nullcontext()
+        alone = locked(self.run_dir, "run_dir", "run") if trains else contextlib.nullcontext()
         try:
             with self._leaving_nothing(), alone:
                 super()._run_subcommand(subcommand)
