@@ -78,7 +78,7 @@ class LearningRateFinder(Callback):
             group["lr"] = group["initial_lr"] * group.get("rate", 1.0) * factor
         if step == len(self.factors):
             self.factors.append(factor)
-            self.rates.append(groups[0]["lr"])
+            self.rates.append(groups[0]["lr"] / groups[0].get("unit", 1.0))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -89,9 +89,10 @@ class Throughput(Callback):
         self.seconds += elapsed
         rate = self._new_tokens / elapsed
         self._new_tokens, self._reported_step = 0, trainer.global_step
+        group = trainer.optimizers[0].param_groups[0]
         report = {
             **({} if math.isnan(loss) else {"train/loss": loss}),
-            "train/learning_rate": trainer.optimizers[0].param_groups[0]["lr"],
+            "train/learning_rate": group["lr"] / group.get("unit", 1.0),
             "train/tokens": float(self.tokens),
             "train/tokens_per_second": rate,
             "train/seconds": self.seconds,

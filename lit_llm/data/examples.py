@@ -112,6 +112,11 @@ class ExampleData(SplitData):
         """Mean of the training labels; `None` if they are classes."""
         return float(self.splits["train"].labels.mean(dtype=np.float64)) if self.num_targets else None
 
+    @property
+    def std_label(self) -> float | None:
+        """Standard deviation of the training labels; `None` if they are classes."""
+        return float(self.splits["train"].labels.std(dtype=np.float64)) if self.num_targets else None
+
     def label_name(self, index: int) -> str:
         """Name of a class; `LABEL_<index>` if the network has more classes than the data."""
         return self.class_names[index] if index < len(self.class_names) else f"LABEL_{index}"

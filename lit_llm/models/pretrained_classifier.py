@@ -95,6 +95,7 @@ class PretrainedClassifier(Pretrained):
         super().__init__(made, activation_checkpointing)
 
     def _build(self) -> None:
+        self.head_is_new = True
         if self._start is None or shapes_only():
             super()._build()
             return
@@ -103,6 +104,7 @@ class PretrainedClassifier(Pretrained):
         new = sorted([*found["missing_keys"], *misfits])
         backbone = f"{model.base_model_prefix}."
         # Masked language models are saved without a pooler, which is then new, like the head.
+        self.head_is_new = any(not name.startswith(backbone) for name in new)
         if lacking := [name for name in new if name.startswith(backbone) and "pooler" not in name]:
             more = f" and {len(lacking) - 1} more" if len(lacking) > 1 else ""
             raise ValueError(f"path must hold the network's backbone, but {self._start} lacks {lacking[0]}{more}")

@@ -1,4 +1,4 @@
-"""Heads of classifiers: reordering their classes to those of the data, and the initial value of a new one."""
+"""Heads of classifiers: reordering their classes to those of the data, and the output layer of a regression."""
 
 from __future__ import annotations
 
@@ -91,19 +91,28 @@ def put_in_order(source: Model, order: list[int], where: str) -> None:
     source.network.class_names = [source.network.class_names[place] for place in order]
 
 
-@torch.no_grad()
-def start_at(network: nn.Module, value: float) -> None:
-    """Sets the bias of a new head with one output, in place, so that it starts by predicting a value.
+def output_layer(network: nn.Module) -> nn.Linear | None:
+    """The last linear layer if it has one output, as the head of a regression has."""
+    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    return linear[-1] if linear and linear[-1].out_features == 1 else None
 
-    The head is the last linear layer. It is new if its bias is 0; a trained head or one without a bias is unchanged.
+
+@torch.no_grad()
+def start_at(network: nn.Module, value: float, unit: float = 1.0, is_new: bool = False) -> None:
+    """Sets the bias of a new output layer to a value, in place, and multiplies its weights by a unit.
+
+    It is new if `is_new` says so or its bias is 0; else it is trained, and unchanged.
 
     Example:
         >>> network = nn.Linear(3, 1)
-        >>> _ = nn.init.zeros_(network.bias)
-        >>> start_at(network, 1906.0)
-        >>> network.bias.item()
-        1906.0
+        >>> _ = nn.init.ones_(network.weight), nn.init.zeros_(network.bias)
+        >>> start_at(network, 1906.0, unit=32.0)
+        >>> network.weight.tolist(), network.bias.tolist()
+        ([[32.0, 32.0, 32.0]], [1906.0])
     """
-    linear = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    if linear and linear[-1].out_features == 1 and linear[-1].bias is not None and not linear[-1].bias.any():
-        linear[-1].bias.fill_(value)
+    layer = output_layer(network)
+    bias = None if layer is None else layer.bias
+    if layer is not None and (is_new or (bias is not None and not bias.any())):
+        layer.weight.mul_(unit)
+        if bias is not None:
+            bias.fill_(value)

@@ -260,13 +260,15 @@ class Scheduled(ExactSteps):
 
 
 def groups_table(optimizer: Optimizer) -> str:
-    """A table for the log: size, learning rate and weight decay of each parameter group."""
+    """A table for the log: size, learning rate and weight decay of each parameter group, both in its `unit`, if any."""
     lines = [f"{type(optimizer).__name__}      tensors  parameters  learning rate  weight decay"]
     for group in optimizer.param_groups:
         count = sum(p.numel() for p in group["params"])
         later = f"  from {group['start']:.0%} on" if group.get("start") else ""
+        unit = group.get("unit", 1.0)
+        rate, decay = group["initial_lr"] * group.get("rate", 1.0) / unit, group.get("weight_decay", 0.0) * unit
+        later += f"  in units of {unit:.3g}" if unit != 1 else ""
         lines.append(
-            f"  {group.get('role', 'all'):<11}{len(group['params']):>6}{count:>12,}"
-            f"{group['initial_lr'] * group.get('rate', 1.0):>15.3g}{group.get('weight_decay', 0.0):>14.3g}{later}"
+            f"  {group.get('role', 'all'):<11}{len(group['params']):>6}{count:>12,}{rate:>15.3g}{decay:>14.3g}{later}"
         )
     return "\n".join(lines)

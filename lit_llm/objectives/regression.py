@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import ClassVar
 
+import torch
 from jaxtyping import Float
 from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lit_llm.adaptation import Adaptation
 from lit_llm.metrics import RegressionMetrics
@@ -15,12 +17,18 @@ from lit_llm.objectives import heads
 from lit_llm.objectives.exact_steps import Loss
 from lit_llm.objectives.objective import Objective
 from lit_llm.schedulers import Schedule
+from lit_llm.shards import local
 
 
 class Regression(Objective):
     """Minimises the squared error of each example's value.
 
-    The bias of a new head starts at the mean of the training labels, because values may be far from 0.
+    Labels of any scale are learnt as if they were standardised, while weights, losses and metrics keep their unit. The
+    gradient is that of the squared error over the variance of the training labels. The output layer is optimised in
+    units of their standard deviation: its gradients and learning rate are multiplied by it, and its weight decay is
+    divided by it, which has the effect of a factor on the output. A new output layer starts at the mean of the labels,
+    and its weights are multiplied by the standard deviation. With DeepSpeed, whose engine owns the gradients, those of
+    the output layer stay, which changes what is clipped, and steps of optimisers that are not invariant to their scale.
 
     Logs `val/rmse`, `val/mae`, `val/pearson`, `val/spearman` and `val/loss` (mean squared error) over the whole split,
     and the same under `test/`. `predict` returns the value of each example.
@@ -61,9 +69,10 @@ class Regression(Objective):
             raise ValueError(f"model.num_targets must be 1, but is {num_targets}")
         self.save_arguments()
         self.val_metric, self.test_metric = RegressionMetrics(), RegressionMetrics()
+        self.unit = 1.0
 
     def setup(self, stage: str) -> None:
-        """Checks that the labels are values."""
+        """Checks that the labels are values, and takes the unit of the steps from those of the training split."""
         data = self.trainer.datamodule
         if getattr(data, "num_targets", None) is None and getattr(data, "num_classes", None) is not None:
             raise ValueError(
@@ -71,13 +80,44 @@ class Regression(Objective):
                 "lit_llm.objectives.classification.Classification"
             )
         super().setup(stage)
+        self.unit = (getattr(data, "std_label", None) if self._fits else None) or 1.0
 
     def build(self) -> None:
-        """Makes the network; a new head starts at the mean of the training labels."""
+        """Makes the network; a new output layer starts at the mean of the training labels, in their unit."""
+        from_weights, from_start = self.hparams.get("weights") is not None, self._start is not None
         super().build()
         mean = getattr(self.trainer.datamodule, "mean_label", None) if self._fits else None
         if mean is not None:
-            heads.start_at(self.network, mean)
+            is_new = not from_weights and getattr(self.network, "head_is_new", not from_start)
+            heads.start_at(self.network, mean, self.unit, is_new)
+
+    def new_optimizer(self) -> Optimizer:
+        """Makes the optimiser; the output layer is in groups of its own, with their `unit`."""
+        optimizer, layer = super().new_optimizer(), heads.output_layer(self.network)
+        if layer is None or self.unit == 1.0:
+            return optimizer
+        output, groups = set(layer.parameters()), []
+        for group in optimizer.param_groups:
+            below, within = ([p for p in group["params"] if (p in output) is inside] for inside in (False, True))
+            scaled = {"lr": group["lr"] * self.unit, "unit": self.unit}
+            if "weight_decay" in group:
+                scaled["weight_decay"] = group["weight_decay"] / self.unit
+            groups += [{**group, "params": below}] if below else []
+            groups += [{**group, **scaled, "params": within}] if within else []
+        optimizer.param_groups = groups
+        return optimizer
+
+    def training_step(self, batch: Mapping[str, Tensor], batch_idx: int) -> Float[Tensor, ""]:
+        """As in `ExactSteps`, in units of the labels' variance."""
+        return super().training_step(batch, batch_idx) / self.unit**2
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """As in `Scheduled`; then gives the output layer its gradient in units of the labels' standard deviation."""
+        super().on_before_optimizer_step(optimizer)
+        for group in optimizer.param_groups if not self._gradients_are_elsewhere else ():
+            gradients = [p.grad for p in group["params"] if p.grad is not None]
+            if gradients and "unit" in group:
+                torch._foreach_mul_(local(gradients), group["unit"])
 
     def values(self, batch: Mapping[str, Tensor]) -> Float[Tensor, " batch"]:
         """The network's value of each example, in fp32."""

@@ -10,11 +10,14 @@ from scipy import stats
 from sklearn import metrics
 from torch.utils.data import DataLoader
 
+from lit_llm.adaptation import GradualUnfreezing, HeadOnly, LoRA
 from lit_llm.checkpoints import save_model
 from lit_llm.data.glue import GLUEData
 from lit_llm.models.pretrained_classifier import PretrainedClassifier
-from lit_llm.models.pretrained_pooling import MeanClassifier
+from lit_llm.models.pretrained_pooling import MeanClassifier, PairClassifier
+from lit_llm.objectives.heads import output_layer
 from lit_llm.objectives.regression import Regression
+from lit_llm.optimizers import Muon
 from tests.examples import BERT, Examples, example, together
 from tests.objectives.test_classification import trainer
 from tests.writing import exactly
@@ -76,10 +79,78 @@ def test_a_new_head_starts_at_the_mean_label_and_one_that_has_learnt_where_it_is
 
     made, said = first_said(network=functools.partial(kind, config=BERT))
     assert said == pytest.approx(1912, abs=2)
-    last = [module for module in made.network.modules() if isinstance(module, torch.nn.Linear)][-1]
+    last = output_layer(made.network)
     torch.nn.init.constant_(last.bias, 5.0)
+    torch.nn.init.constant_(last.weight, 0.02)
     save_model(tmp_path / "model", made.network, data.tokenizer)
-    assert first_said(weights=str(tmp_path / "model"))[1] == pytest.approx(5, abs=2)
+    made, said = first_said(weights=str(tmp_path / "model"))
+    assert said == pytest.approx(5, abs=2)
+    assert (output_layer(made.network).weight == last.weight).all()
+
+
+def test_a_new_head_of_images_starts_at_the_mean_label_though_its_bias_is_not_0(tmp_path: Path) -> None:
+    config = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1]}
+    pixels = {"pixel_values": torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))}
+    data = Examples(None)
+    data.mean_label, data.std_label = 250_000.0, 100.0
+    data.train_dataloader = lambda: DataLoader([pixels | {"labels": torch.full((8,), 250_000.0)}], batch_size=None)
+    first = functools.partial(PretrainedClassifier, config=config)
+    first(3).model.save_pretrained(tmp_path / "three")
+    first(1).model.save_pretrained(tmp_path / "one")
+    for network, is_new in (
+        (first, True),
+        (functools.partial(PretrainedClassifier, path=str(tmp_path / "three")), True),
+        (functools.partial(PretrainedClassifier, path=str(tmp_path / "one")), False),
+    ):
+        made = Regression(network, functools.partial(torch.optim.SGD, lr=0.0))
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(made, datamodule=data)
+        assert (output_layer(made.network).bias.item() == 250_000) is is_new
+
+
+def priced(folder: Path, scale: float, shift: float) -> GLUEData:
+    labels = (scale * (2 * (n % 3) + (n % 5)) + shift for n in range(32))
+    texts = (f"a {'bcd'[n % 3]} {'efghi'[n % 5]}" for n in range(32))
+    (folder / "x.csv").write_text("\n".join(["text,label", *map("{},{}".format, texts, labels)]))
+    table = {"path": str(folder / "x.csv"), "batch_size": 8, "max_seq_len": 16, "validation_fraction": 0.0}
+    return GLUEData(**table, tokenizer="bert-bpe-300")
+
+
+def priced_as(scale: float, shift: float, folder: Path, made: Regression, **options: Any) -> torch.Tensor:
+    data = priced(folder, scale, shift)
+    trainer(folder, max_steps=10, max_epochs=-1, gradient_clip_val=1.0, **options).fit(made, datamodule=data)
+    rows = data.ordered_dataloader("train")
+    with torch.no_grad():
+        said, truth = (torch.cat(found) for found in zip(*((made.eval().values(b), b["labels"]) for b in rows)))
+    return torch.stack([said - shift, truth - shift]) / scale
+
+
+ADAM = functools.partial(torch.optim.AdamW, lr=0.01, weight_decay=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "optimizer", "adaptation", "options"),
+    [
+        (PretrainedClassifier, ADAM, None, {"accumulate_grad_batches": 2}),
+        (MeanClassifier, ADAM, HeadOnly(), {}),
+        (MeanClassifier, ADAM, LoRA(rank=2), {}),
+        (MeanClassifier, functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.01), None, {}),
+        (PairClassifier, functools.partial(Muon, weight_decay=0.1), GradualUnfreezing(), {}),
+    ],
+)
+@pytest.mark.slow
+def test_labels_of_any_scale_are_learnt_alike(
+    kind: type, optimizer: Any, adaptation: Any, options: dict[str, Any], tmp_path: Path
+) -> None:
+    network = functools.partial(kind, config=BERT)
+    found = []
+    for scale, shift in ((1.0, 0.0), (1000.0, 5000.0), (0.001, -0.002)):
+        torch.manual_seed(0)
+        made = Regression(network, optimizer, adaptation=adaptation)
+        found.append(priced_as(scale, shift, tmp_path, made, **options))
+    said, truth = found[0]
+    assert (said - truth).square().mean() < 0.995 * truth.var(correction=0)
+    for other, _ in found[1:]:
+        torch.testing.assert_close(other, said, rtol=0, atol=0.02)
 
 
 def test_predictions_are_values_of_rows(tmp_path: Path) -> None:
