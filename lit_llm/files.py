@@ -70,8 +70,8 @@ def locked(folder: Path, option: str, use: str) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 raise ValueError(
-                    f"{option} must be the folder of one {use}, but another process writes to {folder}; wait for it, or "
-                    f"stop it"
+                    f"{option} must be the folder of one {use}, but another process writes to {folder}; wait for it, "
+                    f"or stop it"
                 ) from error
         if not os.path.exists(file.name) or not os.path.samestat(os.fstat(file.fileno()), os.stat(file.name)):
             raise ValueError(
