@@ -26,7 +26,7 @@ test: .venv/dev  ## style, and all tests but those marked slow: minutes
 slow: .venv/dev device  ## the tests marked slow: killed processes, whole chains, every command of the README
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto -m "slow and not processes"
 
-device: .venv/dev  ## the tests of an accelerator, and two steps of each config, on a simulated one
+device: .venv/dev  ## the tests of an accelerator, and two steps of most configs, on a simulated one
 	SIMULATED_DEVICE=1 OMP_NUM_THREADS=1 $(BIN)/pytest -n auto tests/gpu tests/test_configs.py \
 	  -k "test_accelerator or takes_two_steps"
 
