@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from abc import abstractmethod
 from dataclasses import replace
@@ -11,11 +12,19 @@ import numpy as np
 from datasets import Dataset
 
 from lit_llm.data.arguments import require_counts
-from lit_llm.data.labels import LabelReader, label_column, labelled_splits, read_labels, require_labels, require_seen
+from lit_llm.data.labels import (
+    LabelReader,
+    is_missing,
+    label_column,
+    labelled_splits,
+    read_labels,
+    require_labels,
+    require_seen,
+)
 from lit_llm.data.sampling import BatchLoader, data_parallel_rank
 from lit_llm.data.split_data import SplitData
 from lit_llm.data.stratification import few_of, some_of
-from lit_llm.data.tables import Columns, Split, both
+from lit_llm.data.tables import Columns, Split, both, column_values
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +135,17 @@ class ExampleData(SplitData):
     def _labelled(
         self, found: dict[str, Dataset], unlabelled: Dataset | None, names: tuple[str, ...] = ()
     ) -> dict[str, Split]:
-        """Reads labels, cuts missing splits out of the training split, and subsamples the training examples."""
+        """Reads labels, cuts missing splits out of the training split, and subsamples the training examples.
+
+        Where training is to learn from unlabelled examples, training rows without a label are among those.
+        """
+        apart = [] if unlabelled is None else [Split(unlabelled, None)]
+        if self.unlabelled_ratio and "train" in found:
+            rows = found["train"]
+            empty = np.array(list(map(is_missing, column_values(rows, label_column(rows, self.columns, self.path)))))
+            if empty.any():
+                apart.append(Split(rows.select(np.flatnonzero(empty)), None))
+                found = found | {"train": rows.select(np.flatnonzero(~empty))}
         fractions = (self.validation_fraction, self.test_fraction)
         # A regression objective takes integers as values.
         as_values = getattr(getattr(self.trainer, "lightning_module", None), "size_name", None) == "num_targets"
@@ -139,12 +158,10 @@ class ExampleData(SplitData):
                 )
             splits["train"] = some_of(splits["train"], self.max_examples, self.seed)
             require_seen(splits, self.reader)
-        if unlabelled is not None:
-            splits["unlabelled"] = Split(unlabelled, None)
         if self.labels_per_class is not None:
             splits["train"], rest = few_of(splits["train"], self.labels_per_class, self.seed, self.path)
-            splits["unlabelled"] = rest if unlabelled is None else both(rest, splits["unlabelled"])
-        return splits
+            apart.insert(0, rest)
+        return splits | ({"unlabelled": functools.reduce(both, apart)} if apart else {})
 
     @property
     def _testable(self) -> bool:
@@ -259,7 +276,8 @@ class ExampleData(SplitData):
         # Grouped by length, a few labelled examples would always share batches with the same others, and a rare class
         # of a length of its own would fill batches by itself, where weights of classes are no different from none.
         weighted = getattr(getattr(self.trainer, "lightning_module", None), "class_weights", None) is not None
-        apart = name == "train" and seed is not None and (self.labels_per_class is not None or weighted)
+        few = self.labels_per_class is not None or self.unlabelled_ratio > 0
+        apart = name == "train" and seed is not None and (few or weighted)
         lengths = None if apart else self._lengths(readable)
         classes = readable.labels if self.balance_classes and seed is not None else None
         mine = data_parallel_rank(self.trainer) if share else (0, 1)

@@ -28,8 +28,9 @@ class GLUEData(TableTokens, ExampleData):
             are not trained on), `qnli`, `rte` or `wnli`; its tables have the columns of the hub's `nyu-mll/glue`.
             `None` for any other table.
         path: `stdlib-docmatch` (the default without a task: does a docstring of Python's library describe a function?),
-            a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), a folder of tables called `train`, `validation` and
-            `test`, a folder in the hub's layout, or a data set on the hub (default for a task: `nyu-mll/glue`).
+            a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), split by its column `split` if that names splits, a
+            folder of tables called `train`, `validation` and `test`, a folder in the hub's layout, or a data set on the
+            hub (default for a task: `nyu-mll/glue`).
         subset: Configuration of a hub data set; with a task, its name by default.
         text: Column of the text, or of the first of two; optional if there is one obvious choice.
         text_pair: Column of the second text.
@@ -48,12 +49,13 @@ class GLUEData(TableTokens, ExampleData):
         labels_per_class: Keep the labels of only this many training examples per class, drawn with the seed; the rest
             become unlabelled, like those of a split called `unlabelled` or `unsupervised`.
         unlabelled_ratio: For semi-supervised training: number of unlabelled examples per labelled one in a batch, each
-            both plain and augmented; labelled ones are then not augmented. An epoch is one pass over the unlabelled
-            ones; labelled ones are repeated as needed. 0 ignores the unlabelled ones.
+            both plain and augmented; labelled ones are then not augmented. Training rows whose label is missing are
+            unlabelled. An epoch is one pass over the unlabelled ones; labelled ones are repeated as needed. 0 ignores
+            the unlabelled ones, and refuses a table with missing labels.
         balance_classes: Draw each class equally often; use either this or an objective's `class_weights`, not both.
-        length_grouping: Batch examples of similar length together, except the few labelled by `labels_per_class`, of
-            which the same ones would always share a batch, and those of an objective with `class_weights`: a rare class
-            of a length of its own would fill batches by itself, where its weight changes nothing.
+        length_grouping: Batch examples of similar length together, except the few labelled ones of semi-supervised
+            training, of which the same would always share a batch, and those of an objective with `class_weights`: a
+            rare class of a length of its own would fill batches by itself, where its weight changes nothing.
         augmentation: Augmentation of training examples, different in each epoch.
         seed: Seed of the order of examples and of the augmentation.
 

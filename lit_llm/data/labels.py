@@ -112,13 +112,12 @@ def plain_labels(found: list[Any], path: str, split: str, as_values: bool = Fals
         TypeError: When labels are of several types, or of an unsupported one.
     """
     found = [value.strip() if isinstance(value, str) else value for value in found]
-    apart = ", or, for semi-supervised training, put them in a table `unlabelled` beside a table `train`"
-    or_apart = apart if split == "training" else ""
+    use = ", or set data.unlabelled_ratio, for semi-supervised training" if split == "training" else ""
     for row, value in enumerate(found):
-        if value is None or value == "" or value != value:
+        if is_missing(value):
             raise ValueError(
                 f"data.label must be there in every row, but is not in row {row} of the {split} split of {path}; leave "
-                f"such rows out{or_apart}"
+                f"such rows out{use}"
             )
     if all(isinstance(value, str) for value in found):
         if all(WHOLE.fullmatch(value) for value in found):
@@ -141,6 +140,16 @@ def plain_labels(found: list[Any], path: str, split: str, as_values: bool = Fals
         examples = " and ".join(f"{kind} ({found[row]!r} in row {row})" for kind, row in first.items())
         raise TypeError(f"data.label must be of one type, but is {examples} in the {split} split of {path}")
     return found
+
+
+def is_missing(label: Any) -> bool:
+    """Whether a cell of the label column is empty.
+
+    Example:
+        >>> [is_missing(label) for label in (None, " ", float("nan"), 0, "no")]
+        [True, True, True, False, False]
+    """
+    return label is None or label != label or (isinstance(label, str) and not label.strip())
 
 
 def is_hidden(rows: Dataset, column: str) -> bool:

@@ -170,8 +170,9 @@ class SplitData(LightningDataModule, ABC):
 
     def _standing_alone(self, found: dict[str, Dataset]) -> dict[str, Split] | None:
         """A table, not the run's own, to validate or test on without a training table beside it; `None` otherwise."""
-        file = Path(self.path).expanduser()
-        kinds = {split_kind(file.stem): rows for rows in found.values()} if file.is_file() else found
+        file, kinds = Path(self.path).expanduser(), found
+        if file.is_file() and len(found) == 1:
+            kinds = {split_kind(file.stem): rows for rows in found.values()}
         if self._stage not in ("validate", "test") or self._is_own is not False or {"train", None} & kinds.keys():
             return None
         wanted = "validation" if self._stage == "validate" else "test"
@@ -251,7 +252,8 @@ class SplitData(LightningDataModule, ABC):
         split = self.predict_split
         count = len(self.splits[split])
         if "train" not in self.splits:
-            log.info(f"Predicting all {count:,} rows of {self.path}")
+            of = f"the {next(reversed(self.tables))} split of {self.path}" if len(self.tables) > 1 else self.path
+            log.info(f"Predicting all {count:,} rows of {of}")
         else:
             alone = ", on which it was trained, as there is no other split" if split == "train" else ""
             log.info(f"Predicting the {count:,} rows of the {split} split of {self.path}{alone}")

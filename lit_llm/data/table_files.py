@@ -5,12 +5,11 @@ from __future__ import annotations
 import collections
 import logging
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from lit_llm.data.json_lines import json_lines
-from lit_llm.wording import listed, wrong_byte
+from lit_llm.wording import wrong_byte
 
 log = logging.getLogger(__name__)
 
@@ -83,16 +82,6 @@ def split_kind(split: str) -> str | None:
     """
     found = SPLIT_WORD.search(split.lower())
     return found and (found[1] or "validation")
-
-
-def warn_of_splits(values: Iterable[Any], path: str) -> None:
-    """Warns if the values of a table's column `split` name splits, which the column does not decide."""
-    found = sorted(map(str, values))
-    if {"train"} < set(map(split_kind, found)):
-        log.warning(
-            f"The column 'split' of {path} does not split it, though it holds {listed(found)}; to keep these splits, "
-            f"write a table for each, called after it, to one folder"
-        )
 
 
 def split_tables(files: list[Path], folder: Path) -> dict[str, list[Path]]:

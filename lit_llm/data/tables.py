@@ -30,9 +30,9 @@ from lit_llm.data.table_files import (
     is_table,
     refuse_saved,
     split_kind,
-    warn_of_splits,
     why_unreadable,
 )
+from lit_llm.wording import listed
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -48,6 +48,9 @@ PAIRS = (
 SINGLES = ("text", "sentence")
 NUMBERS = re.compile(r"idx|id|index|Unnamed: 0(\.\d+)?")
 """Names of columns of row numbers; pandas adds `.1`, `.2`, … to `Unnamed: 0` when it writes a table again."""
+
+SPLIT = "split"
+"""Column that says which split a row of a lone table belongs to."""
 
 ROWS_AT_ONCE = 10_000
 NUMBER = re.compile(rf"{SHARD.pattern}|([-_.]?\d)+$")
@@ -118,7 +121,8 @@ def open_table(
 ) -> dict[str, Dataset]:
     """The splits of a table that `choose_splits` selects, by purpose; a single file is `train`.
 
-    Other files of a folder are not even read, so they may be of any kind.
+    Other files of a folder are not even read, so they may be of any kind. A table for training that is the only one is
+    split by its column `split`, if that has one.
 
     Args:
         path: A file (`.jsonl`, `.json`, `.parquet`, `.csv`, `.tsv`), a folder of them with `train`,
@@ -132,6 +136,12 @@ def open_table(
         FileNotFoundError: When there is nothing at `path`.
         ValueError: When there is something, but no table, or the names do not say which table is for training.
     """
+    found = _open(path, subset, suffix, kinds)
+    return _by_column(found["train"], path, suffix) if list(found) == ["train"] else found
+
+
+def _open(path: str, subset: str | None, suffix: str, kinds: str) -> dict[str, Dataset]:
+    """As `open_table`, without regard to a column `split`."""
     disable_progress_bars()
     set_verbosity(logging.CRITICAL)  # errors are reported once, below
     where = Path(path).expanduser()
@@ -139,10 +149,7 @@ def open_table(
         if where.suffix.lower() not in TABLE_FORMATS:
             what = f"{path} is packed; unpack it" if where.suffix.lower() in PACKED else f"is {path}"
             raise ValueError(f"data.path must be a table ({', '.join(TABLE_FORMATS)}), but {what}")
-        rows = _load_files([where], path)
-        if "split" in rows.column_names:
-            warn_of_splits(rows.unique("split"), path)
-        return {"train": rows}
+        return {"train": _load_files([where], path)}
     if where.is_dir() and not in_hub_layout(where):
         folder = where / subset if subset and (where / subset).is_dir() else where
         refuse_saved(folder, path)
@@ -169,6 +176,23 @@ def open_table(
             f"data.path must be {kinds}, but is {path!r} (subset {subset!r}): {why_unreadable(error)}"
         ) from error
     return choose_splits(dict(found), path, suffix)
+
+
+def _by_column(rows: Dataset, path: str, suffix: str) -> dict[str, Dataset]:
+    """The splits of a table by its column `split`; `train` alone if a value of that names no split."""
+    if not _is_text(rows.features.get(SPLIT)):
+        return {"train": rows}
+    cells = np.array(column_values(rows, SPLIT), dtype=object)
+    names = dict.fromkeys(cells)
+    kinds = {name: name and ("unlabelled" if name.startswith(UNLABELLED) else split_kind(name)) for name in names}
+    if {"train"} < set(kinds.values()):
+        if all(kinds.values()):
+            parts = {name: rows.select(np.flatnonzero(cells == name)) for name in names}
+            log.info(f"Splitting {path} by its column {SPLIT!r}: {listed(names)}")
+            return choose_splits(parts, path, suffix)
+        odd = next(name for name, kind in kinds.items() if not kind)
+        log.warning(f"The column {SPLIT!r} of {path} does not split it, since {odd!r} in it names no split")
+    return {"train": rows}
 
 
 def _table_name(stem: str) -> str:
@@ -344,7 +368,7 @@ def find_columns(
         roles |= {name: role} if name is not None else {}
     if text is not None:
         return Columns(text, text_pair, label)
-    taken = {label, text_pair, *filter(NUMBERS.fullmatch, names)}
+    taken = {label, text_pair, SPLIT, *filter(NUMBERS.fullmatch, names)}
     others = [name for name in names if name not in taken and _is_text(rows.features[name])]
     seconds = others if text_pair is None else [text_pair]
     pairs = [(first, second) for first, second in usual_pairs if first in others and second in seconds]

@@ -59,8 +59,9 @@ class VisionData(ExampleData):
         labels_per_class: Keep the labels of only this many training images per class, drawn with the seed; the rest
             become unlabelled, like those of a split called `unlabelled`.
         unlabelled_ratio: For semi-supervised training: number of unlabelled images per labelled one in a batch, each
-            once weakly and once strongly augmented (see `ImageAugmentation`). An epoch is one pass over the unlabelled
-            ones; labelled ones are repeated as needed. 0 ignores the unlabelled ones.
+            once weakly and once strongly augmented (see `ImageAugmentation`). Training rows whose label is missing are
+            unlabelled. An epoch is one pass over the unlabelled ones; labelled ones are repeated as needed. 0 ignores
+            the unlabelled ones, and refuses a table with missing labels.
         balance_classes: Draw each class equally often; not to be combined with an objective's `class_weights`.
         augmentation: Augmentation of training images, different in each epoch.
         broken: What to do with images that cannot be read: `refuse` the data, or `skip` them and report which.

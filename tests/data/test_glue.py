@@ -330,6 +330,27 @@ def test_a_split_without_labels_is_unlabelled_as_is_what_is_left(tmp_path) -> No
     assert "labels" not in next(iter(data.train_dataloader()))["unlabelled"]
 
 
+@pytest.mark.parametrize("beside", [False, True])
+def test_rows_without_a_label_are_unlabelled_where_training_reads_such(tmp_path, beside) -> None:
+    folder = tmp_path / "x"
+    folder.mkdir()
+    empty = [(f"empty {n}", "  " * (n % 2)) for n in range(10)]
+    write_csv(folder / "train.csv", [row for pair in zip(rows(60), empty * 6) for row in pair][: 60 + 14])
+    if beside:
+        write_csv(folder / "unlabelled.csv", [(f"new {n}",) for n in range(12)], "text")
+    message = "data.label must be there in every row, but is not in row 1 of the training split of .*; leave such rows "
+    with pytest.raises(ValueError, match=f"{message}out, or set data.unlabelled_ratio, for semi-supervised training$"):
+        made(path=str(folder))
+    data = made(path=str(folder), unlabelled_ratio=2, batch_size=4)
+    labelled = 74 - 37
+    assert len(data.splits["train"]) + len(data.splits["validation"]) == labelled
+    news = [f"new {n}" for n in range(12)] * beside
+    assert data.splits["unlabelled"].column("text") == news + [f"empty {n % 10}" for n in range(37)]
+    batch = next(iter(data.train_dataloader()))
+    assert len(batch["labels"]) == 4
+    assert len(batch["unlabelled"]["input_ids"]) == 8
+
+
 def test_unlabelled_texts_are_read_beside_what_is_left_whatever_type_of_text_their_file_has(tmp_path) -> None:
     (tmp_path / "x").mkdir()
     write_csv(tmp_path / "x/train.csv", rows(60))
@@ -591,7 +612,7 @@ def test_of_another_folder_with_splits_the_last_is_predicted_by_the_checkpoints_
     data = predicting(str(tmp_path / "new"), made(path=table).state_dict())
     [batch] = data.predict_dataloader()
     assert [batch["labels"][batch["rows"].tolist().index(row)] for row in range(2)] == [1, 0]
-    assert caplog.messages[-1] == f"Predicting all 2 rows of {tmp_path}/new"
+    assert caplog.messages[-1] == f"Predicting all 2 rows of the test split of {tmp_path}/new"
 
 
 @pytest.mark.parametrize("name", ["score", "target", "class", "category"])

@@ -98,13 +98,13 @@ def test_whole_numbers_written_as_real_ones_are_values_with_a_warning_where_clas
             ["a", None],
             ValueError,
             "data.label must be there in every row, but is not in row 1 of the training split of x; leave such rows out, "
-            "or, for semi-supervised training, put them in a table `unlabelled` beside a table `train`",
+            "or set data.unlabelled_ratio, for semi-supervised training",
         ),
         (
             [1.0, float("nan")],
             ValueError,
             "data.label must be there in every row, but is not in row 1 of the training split of x; leave such rows out, "
-            "or, for semi-supervised training, put them in a table `unlabelled` beside a table `train`",
+            "or set data.unlabelled_ratio, for semi-supervised training",
         ),
         ([[1], [2]], TypeError, "data.label must hold a number or text, but holds list in the training split of x"),
     ],

@@ -108,17 +108,40 @@ def test_a_folder_has_the_splits_that_its_files_are_called_after_also_of_differe
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 4, "validation": 1, "test": 1}
 
 
+@pytest.mark.parametrize("name", ["x.csv", "folder/x.parquet"])
+def test_a_lone_table_is_split_by_its_column_split(tmp_path, caplog, name) -> None:
+    caplog.set_level("INFO", "lit_llm")
+    values = ["dev", "train", "unlabelled", "Train", "test", "train"]
+    path = write(tmp_path / name, [{"text": str(n), "split": value} for n, value in enumerate(values)])
+    path = path if name == "x.csv" else path.parent
+    found = {kind: rows["text"][:] for kind, rows in open_table(str(path)).items()}
+    assert found == {"train": ["1", "5"], "validation": ["0"], "test": ["4"], "unlabelled": ["2"]}
+    assert caplog.messages == [
+        f"Splitting {path} by its column 'split': 'dev', 'train', 'unlabelled', 'Train', 'test'",
+        f"Reading unlabelled, train, dev, test of {path}; ignoring Train",
+    ]
+
+
 @pytest.mark.parametrize(
-    ("values", "warned"), [(["train", "dev"], True), (["cup", "latest"], False), (["train", "train"], False)]
+    ("values", "odd"),
+    [
+        (["train", "dev", "7"], "'7'"),
+        (["train", "dev", None], "None"),
+        (["cup", "latest", "a"], ""),
+        (["train"] * 3, ""),
+    ],
 )
-def test_a_column_that_names_splits_is_said_not_to_split_the_table(tmp_path, caplog, values, warned) -> None:
-    path = write(tmp_path / "x.csv", [row | {"split": value} for row, value in zip(ROWS, values)])
-    assert list(open_table(str(path))) == ["train"]
-    message = (
-        f"The column 'split' of {path} does not split it, though it holds 'dev', 'train'; to keep these splits, write "
-        f"a table for each, called after it, to one folder"
-    )
-    assert caplog.messages == [message] * warned
+def test_a_column_split_in_which_a_value_names_no_split_splits_nothing(tmp_path, caplog, values, odd) -> None:
+    path = write(tmp_path / "x.csv", [{"text": "a", "split": value} for value in values])
+    assert [(kind, len(rows)) for kind, rows in open_table(str(path)).items()] == [("train", 3)]
+    message = f"The column 'split' of {path} does not split it, since {odd} in it names no split"
+    assert caplog.messages == [message] * bool(odd)
+
+
+def test_beside_other_tables_a_column_split_decides_nothing(tmp_path) -> None:
+    write(tmp_path / "train.csv", [{"text": "a", "split": value} for value in ("train", "test")])
+    write(tmp_path / "dev.csv", [{"text": "a", "split": "train"}])
+    assert {kind: len(rows) for kind, rows in open_table(str(tmp_path)).items()} == {"train": 2, "validation": 1}
 
 
 def test_shards_whose_names_the_hub_gave_hashes_are_one_split(tmp_path) -> None:
