@@ -385,7 +385,9 @@ def draw_curves(path: Path, groups: list[Group], metric: str) -> None:
     axes.grid(alpha=0.3)
     if axes.lines:
         place = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0)} if beside else {"loc": "best"}
-        axes.legend(fontsize=8, title="setting (seeds)", **place)
+        legend = axes.legend(fontsize=8, title="setting (seeds)", **place)
+        for text in legend.get_texts():
+            text.set_parse_math(False)  # a path may have two $
     write_picture(path, figure)
 
 

@@ -340,7 +340,8 @@ def _draw(path: Path, rows: list[dict[str, Any]]) -> None:
         axes.plot([row[key] for row in best], [row["metric"] for row in best], color="tab:gray", linewidth=1)
         for row in rows:
             axes.plot(row[key], row["metric"], "o" if row["kept"] else "x", color="tab:blue")
-            axes.annotate(row["name"], (row[key], row["metric"]), fontsize=8, xytext=(4, 4), textcoords="offset points")
+            place = {"xytext": (4, 4), "textcoords": "offset points"}
+            axes.annotate(row["name"], (row[key], row["metric"]), fontsize=8, parse_math=False, **place)
         axes.set_xscale("log")
         axes.set_xlabel(label)
         axes.set_ylabel(rows[0]["metric_name"])

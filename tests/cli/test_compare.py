@@ -298,6 +298,13 @@ def test_of_callbacks_only_those_are_named_that_not_all_have(run, tmp_path):
     assert [group.name for group in grouped(bare)] == ["callbacks=none", "callbacks=Throughput+Samples+Pruning"]
 
 
+def test_names_that_look_like_formulas_are_drawn_as_they_are(run, tmp_path):
+    values = {"a": r"$\none$", "b": "$5"}
+    groups = grouped(read_run(run(name, 1.0, trainer={"gradient_clip": value})) for name, value in values.items())
+    draw_curves(tmp_path / "curves.png", groups, "val/bits_per_byte")
+    assert (tmp_path / "curves.png").stat().st_size > 5000
+
+
 def test_long_names_are_beside_the_curves_in_short_lines(run, tmp_path, monkeypatch, recwarn):
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **kw: (figures.append(figure), Path(path).touch()))
