@@ -24,7 +24,7 @@ from experiments.trainings import Flags, Found
 HERE = Path(__file__).parent
 CONFIGS = REPOSITORY / "configs"
 SMALL = CONFIGS / "finetuning" / "encoder_docmatch.yaml"
-FIRST_POSITION = "lit_llm.models.pretrained_classifier.PretrainedClassifier"
+OF_TRANSFORMERS = "lit_llm.models.pretrained_classifier.PretrainedClassifier"
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Way:
 
 
 WAYS = {
-    "minilm_first": Way(
-        "MiniLM, first position",
+    "minilm_plain": Way(
+        "MiniLM, head of transformers",
         {
             "config": CONFIGS / "finetuning" / "encoder_glue.yaml",
-            "model.network": FIRST_POSITION,
+            "model.network": OF_TRANSFORMERS,
             "trainer.val_check_interval": 0.25,
         },
         "minilm",
@@ -57,16 +57,16 @@ WAYS = {
     "minilm_tokens": Way(
         "MiniLM, tokens compared", {"config": CONFIGS / "finetuning" / "encoder_pairs.yaml"}, "minilm"
     ),
-    "small_first": Way(
-        "small, from zero, first position",
-        {"config": SMALL, "model.network": FIRST_POSITION, "model.optimizer.lr": 0.0005},
+    "small_plain": Way(
+        "small, from zero, head of transformers",
+        {"config": SMALL, "model.network": OF_TRANSFORMERS, "model.optimizer.lr": 0.0005},
     ),
     "small_tokens": Way("small, from zero, tokens compared", {"config": SMALL}, seeds=3),
-    "masked_first": Way(
-        "small, from its masked language model, first position",
+    "masked_plain": Way(
+        "small, from its masked language model, head of transformers",
         {
             "config": SMALL,
-            "model.network": FIRST_POSITION,
+            "model.network": OF_TRANSFORMERS,
             "model.network.config": "null",
             "model.optimizer.lr": 0.0005,
         },

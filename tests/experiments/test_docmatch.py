@@ -30,23 +30,23 @@ def test_rows_come_from_run_folders(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("before\n<!-- encoders -->\nold\n<!-- /encoders -->\nafter\n")
     first, second = run_folder(tmp_path / "a", 0.70, 0.72), run_folder(tmp_path / "b", 0.71, 0.72)
-    given = ["--run", f"small_first={run_folder(tmp_path / 'c', 0.5)}"]
+    given = ["--run", f"small_plain={run_folder(tmp_path / 'c', 0.5)}"]
     given += ["--run", f"small_tokens={first}", "--run", f"small_tokens={second}"]
-    docmatch.main(["--ways", "small_first,small_tokens", "--readme", str(readme), *given])
+    docmatch.main(["--ways", "small_plain,small_tokens", "--readme", str(readme), *given])
     text = readme.read_text()
     assert "old" not in text
-    assert "| small, from zero, first position | 2 | 1,234 | 0.500 |  |\n" in text
+    assert "| small, from zero, head of transformers | 2 | 1,234 | 0.500 |  |\n" in text
     assert "| small, from zero, tokens compared | 2 | 1,234 ± 0 | 0.705 ± 0.007 | 0.720 ± 0.000 |\n" in text
     assert all(places("docmatch", table) == 1 for table in ("words", "encoders"))
 
 
 def test_what_is_no_run_and_no_way_is_said(tmp_path):
-    known = "minilm_first, minilm_tokens, small_first, small_tokens, masked_first, masked_tokens"
+    known = "minilm_plain, minilm_tokens, small_plain, small_tokens, masked_plain, masked_tokens"
     with pytest.raises(argparse.ArgumentTypeError, match=exactly(f"ways must be of {known}, but has small")):
-        docmatch.ways("small_first,small")
-    message = f"a run must be WAY=DIR with DIR/results.json, but is small_first={tmp_path}"
+        docmatch.ways("small_plain,small")
+    message = f"a run must be WAY=DIR with DIR/results.json, but is small_plain={tmp_path}"
     with pytest.raises(argparse.ArgumentTypeError, match=exactly(message)):
-        docmatch.way_and_folder(f"small_first={tmp_path}")
+        docmatch.way_and_folder(f"small_plain={tmp_path}")
 
 
 def test_each_way_is_trained_from_what_it_begins_with_and_then_tested(tmp_path, monkeypatch):
@@ -105,7 +105,7 @@ def test_an_encoder_is_trained_and_tested_by_the_command_line(lit_llm, tmp_path,
     few = [f"--data.path={tmp_path / 'pairs.csv'}", "--data.text=first", "--data.text_pair=second"]
     few += ["--data.label=label", "--data.tokenizer=bert-bpe-280", "--data.validation_fraction=0.2"]
     few += ["--data.test_fraction=0.2", "--trainer.max_steps=2", "--trainer.precision=32-true"]
-    ways = ["--ways", "small_first,small_tokens", "--seeds", "0"]
+    ways = ["--ways", "small_plain,small_tokens", "--seeds", "0"]
     docmatch.main([*ways, "--work", str(tmp_path / "work"), "--readme", str(readme), *few])
     rows = [line.split("|") for line in readme.read_text().splitlines() if line.startswith(("| small", "| the same"))]
     assert len(rows) == 2
