@@ -55,7 +55,7 @@ class Seq2SeqData(TableTokens):
         path: `stdlib-docstrings` (some 7,000 function bodies of Python's standard library, each with the first
             paragraph of its docstring, split by module), a table (`.csv`, `.tsv`, `.jsonl`, `.json`, `.parquet`), a
             folder of tables called `train`, `validation` and `test`, a folder in the hub's layout, or a data set on the
-            hub.
+            hub. A lone table is split by its column `split` if that names splits.
         subset: Configuration of a hub data set.
         source: Column of the text to read; like `target`, it is optional if the columns are called `source` and
             `target`, `document` and `summary`, `input` and `output`, `prompt` and `response` or similar, or as in the

@@ -42,7 +42,7 @@ class VisionData(ExampleData):
         path: `sklearn-digits` (1,797 images of 8 × 8 pixels, a fifth of them for testing), a data set on the hub such
             as `ylecun/mnist`, a folder in the hub's layout, Parquet (a file or a folder), or a folder of images with
             one folder per class, optionally inside `train`, `validation` and `test`. For predictions, class folders
-            are optional.
+            are optional. A lone table is split by its column `split` if that names splits.
         subset: Configuration of a hub data set.
         image: Column of the images; optional if there is one obvious choice.
         label: Column of the labels; optional likewise.
