@@ -7,11 +7,13 @@ import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TypeVar
 
 from lit_llm.data.json_lines import json_lines
 from lit_llm.wording import wrong_byte
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 TABLE_FORMATS = {
     ".jsonl": "json",
@@ -26,6 +28,9 @@ NO_TABLES = ("config.json", "dataset_dict.json", "dataset_info.json", "dataset_i
 
 UNLABELLED_TEST = "unlabelled test"
 """Name of the source's test split if it has no labels and a labelled one is cut in addition."""
+
+UNLABELLED = ("unlabel", "unsupervised")
+"""Beginnings of the names of unlabelled tables, which are for semi-supervised training."""
 
 SPLIT_WORD = re.compile(
     r"(?<![a-z])(?:(train|test)(?:ing)?|val(?:id(?:at(?:e|ion))?)?|eval(?:uat(?:e|ion))?|dev(?:el(?:opment)?)?)(?:set)?"
@@ -82,6 +87,39 @@ def split_kind(split: str) -> str | None:
     """
     found = SPLIT_WORD.search(split.lower())
     return found and (found[1] or "validation")
+
+
+def table_kind(name: str) -> str | None:
+    """As `split_kind`; also `unlabelled`, for tables that only semi-supervised training reads."""
+    return "unlabelled" if name.startswith(UNLABELLED) else split_kind(name)
+
+
+def choose_splits(found: dict[str, T], path: str, suffix: str = "") -> dict[str, T]:
+    """Chooses the splits to train, validate and test on: the first of each kind, or the one that ends in `suffix`.
+
+    The kind is a word in the name. A split of no kind is `train` if it is the only split, and left out beside a
+    `train`. A split whose name begins with `unlabel` or `unsupervised` is for semi-supervised training.
+
+    Raises:
+        ValueError: When the names do not say which split is for training.
+
+    Example:
+        >>> choose_splits({"train": 1, "dev": 2, "test_matched": 3, "test_mismatched": 4}, "x", "_mismatched")
+        {'train': 1, 'validation': 2, 'test': 4}
+    """
+    if len(found) == 1:
+        [(name, rows)] = found.items()
+        return {split_kind(name) or "train": rows}
+    chosen: dict[str | None, str] = {}
+    for name in sorted(found, key=lambda name: not (suffix and name.endswith(suffix))):
+        chosen.setdefault(table_kind(name), name)
+    if None in chosen and "train" not in chosen:
+        raise ValueError(f"data.path must say in a name which table is train, but {path} has {', '.join(found)}")
+    taken = {kind: chosen[kind] for kind in ("unlabelled", "train", "validation", "test") if kind in chosen}
+    if left := [name for name in found if name not in taken.values()]:
+        say = log.warning if "train" in map(split_kind, left) else log.info
+        say(f"Reading {', '.join(taken.values())} of {path}; ignoring {', '.join(left)}")
+    return {kind: found[name] for kind, name in taken.items()}
 
 
 def split_tables(files: list[Path], folder: Path) -> dict[str, list[Path]]:

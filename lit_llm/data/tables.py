@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,17 +25,18 @@ from lit_llm.data.table_files import (
     SHARD,
     SPLIT_NAME,
     TABLE_FORMATS,
+    UNLABELLED,
+    choose_splits,
     in_hub_layout,
     is_packed_table,
     is_table,
     refuse_saved,
-    split_kind,
+    table_kind,
     why_unreadable,
 )
 from lit_llm.wording import listed
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 LABELS = ("label", "labels", "target", "class", "category", "score")
 PAIRS = (
@@ -54,8 +55,6 @@ SPLIT = "split"
 
 ROWS_AT_ONCE = 10_000
 NUMBER = re.compile(rf"{SHARD.pattern}|([-_.]?\d)+$")
-UNLABELLED = ("unlabel", "unsupervised")
-"""Beginnings of the names of unlabelled tables, which are for semi-supervised training."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +183,7 @@ def _by_column(rows: Dataset, path: str, suffix: str) -> dict[str, Dataset]:
         return {"train": rows}
     cells = np.array(column_values(rows, SPLIT), dtype=object)
     names = dict.fromkeys(cells)
-    kinds = {name: name and ("unlabelled" if name.startswith(UNLABELLED) else split_kind(name)) for name in names}
+    kinds = {name: name and table_kind(name) for name in names}
     if {"train"} < set(kinds.values()):
         if all(kinds.values()):
             parts = {name: rows.select(np.flatnonzero(cells == name)) for name in names}
@@ -293,34 +292,6 @@ def _columns(rows: list[dict[str, Any]], names: Iterable[str]) -> Dataset:
 def _in_64_bits(value: Any) -> Any:
     """Converts an integer that needs more than 64 bits to a float, as the library does."""
     return float(value) if type(value) is int and not -(2**63) <= value < 2**63 else value
-
-
-def choose_splits(found: dict[str, T], path: str, suffix: str = "") -> dict[str, T]:
-    """Chooses the splits to train, validate and test on: the first of each kind, or the one that ends in `suffix`.
-
-    The kind is a word in the name. A split of no kind is `train` if it is the only split, and left out beside a
-    `train`. A split whose name begins with `unlabel` or `unsupervised` is for semi-supervised training.
-
-    Raises:
-        ValueError: When the names do not say which split is for training.
-
-    Example:
-        >>> choose_splits({"train": 1, "dev": 2, "test_matched": 3, "test_mismatched": 4}, "x", "_mismatched")
-        {'train': 1, 'validation': 2, 'test': 4}
-    """
-    if len(found) == 1:
-        [(name, rows)] = found.items()
-        return {split_kind(name) or "train": rows}
-    chosen: dict[str | None, str] = {}
-    for name in sorted(found, key=lambda name: not (suffix and name.endswith(suffix))):
-        chosen.setdefault("unlabelled" if name.startswith(UNLABELLED) else split_kind(name), name)
-    if None in chosen and "train" not in chosen:
-        raise ValueError(f"data.path must say in a name which table is train, but {path} has {', '.join(found)}")
-    taken = {kind: chosen[kind] for kind in ("unlabelled", "train", "validation", "test") if kind in chosen}
-    if left := [name for name in found if name not in taken.values()]:
-        say = log.warning if "train" in map(split_kind, left) else log.info
-        say(f"Reading {', '.join(taken.values())} of {path}; ignoring {', '.join(left)}")
-    return {kind: found[name] for kind, name in taken.items()}
 
 
 def column_values(rows: Dataset, name: str) -> list[Any]:

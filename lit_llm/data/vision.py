@@ -18,7 +18,8 @@ from lit_llm.data.image_cache import READING, ImageCache, build_image_cache
 from lit_llm.data.image_collation import ImageCollation
 from lit_llm.data.image_processor import ImageProcessor
 from lit_llm.data.image_sources import DIGITS, find_image_column, find_label_column, image_names, open_images
-from lit_llm.data.tables import Columns, Split, choose_splits
+from lit_llm.data.table_files import choose_splits
+from lit_llm.data.tables import Columns, Split
 from lit_llm.ranges import require_at_least
 from lit_llm.wording import listed
 

@@ -8,7 +8,8 @@ import pandas as pd
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
-from lit_llm.data.tables import Columns, check_texts, choose_splits, column_values, find_columns, open_table
+from lit_llm.data.table_files import choose_splits
+from lit_llm.data.tables import Columns, check_texts, column_values, find_columns, open_table
 from tests.writing import exactly
 
 ROWS = [{"text": 'a "quoted", tab\tand\nline', "label": "1"}, {"text": "NA", "label": "007"}]
